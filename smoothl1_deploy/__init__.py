@@ -1,0 +1,36 @@
+"""Smooth L1, from PyTorch to production, proven equal.
+
+Importing this package imports neither torch nor onnx nor a runtime; each public name brings
+what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+from .spec import LossSpec
+
+if TYPE_CHECKING:
+    from .graph.export import export as export
+
+#: public name -> module that defines it, imported on first use.
+_LAZY = {
+    "export": ".graph.export",
+}
+
+__all__ = ["LossSpec", "__version__", *sorted(_LAZY)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,150 @@
+"""Artefacts on disk and in memory: read without trust, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from .errors import ArtefactError, OutputError
+from .graph.elements import DTYPE_OF_ELEMENT
+from .graph.shapes import Shape, describe
+
+__all__ = ["ModelSource", "Port", "Signature", "read_model", "sha256", "signature", "write_atomic"]
+
+ModelSource = onnx.ModelProto | bytes | str | os.PathLike[str]
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_model(source: ModelSource) -> onnx.ModelProto:
+    """An ONNX model from a `ModelProto`, its bytes, or a path.
+
+    Raises:
+        ArtefactError: when there is no such file or its content is no ONNX model.
+    """
+    if isinstance(source, onnx.ModelProto):
+        return source
+    if isinstance(source, bytes):
+        what = f"{len(source)} bytes"
+    elif isinstance(source, (str, os.PathLike)):
+        what = str(source)
+        if not Path(source).is_file():
+            kind = "is a folder" if Path(source).is_dir() else "does not exist"
+            raise ArtefactError(f"{what} {kind}; give the path of an .onnx file")
+    else:
+        raise ArtefactError(
+            f"expected an onnx.ModelProto, bytes or a path, got {type(source).__name__}"
+        )
+    try:
+        if isinstance(source, bytes):
+            model = onnx.load_model_from_string(source)
+        else:
+            model = onnx.load(os.fspath(source))
+    except Exception as exc:  # protobuf, the checker and the file system each raise their own
+        raise ArtefactError(
+            f"{what} can't be read as an ONNX model ({exc}); it is damaged, or of another format"
+        ) from exc
+    # Protobuf reads some text files as a message without content.
+    if not model.ir_version or not model.graph.output:
+        raise ArtefactError(f"{what} holds no ONNX graph; it is damaged, or of another format")
+    return model
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write beside the target, then rename: the file is there whole, or as it was before.
+
+    Raises:
+        OutputError: when the folder is missing or can't be written.
+    """
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files for the owner alone
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as exc:
+        raise OutputError(
+            f"can't write {path}: {exc.strerror or exc}; choose a file in a folder that exists "
+            "and that you may write to"
+        ) from exc
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One input or output of a graph; `shape` is None for any rank."""
+
+    name: str
+    dtype: str
+    shape: Shape | None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{describe(self.shape)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a loss artefact takes and gives."""
+
+    input: Port
+    target: Port
+    outputs: tuple[Port, ...]
+
+
+def _port(value: onnx.ValueInfoProto) -> Port:
+    tensor = value.type.tensor_type
+    dtype = DTYPE_OF_ELEMENT.get(tensor.elem_type)
+    if dtype is None:
+        element = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        raise ArtefactError(
+            f"{value.name!r} has the element type {element}; "
+            f"a loss artefact takes and gives {', '.join(DTYPE_OF_ELEMENT.values())}"
+        )
+    if not tensor.HasField("shape"):
+        return Port(value.name, dtype, None)
+    dims = (
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"axis_{i}"
+        for i, dim in enumerate(tensor.shape.dim)
+    )
+    return Port(value.name, dtype, tuple(dims))
+
+
+def signature(model: onnx.ModelProto) -> Signature:
+    """The signature of a loss artefact: inputs called `input` and `target`, or just two inputs.
+
+    Raises:
+        ArtefactError: when it can't be told which inputs are which.
+    """
+    constants = {initializer.name for initializer in model.graph.initializer}
+    values = [value for value in model.graph.input if value.name not in constants]
+    by_name = {value.name: value for value in values}
+    pair: Sequence[onnx.ValueInfoProto] = values
+    if {"input", "target"} <= set(by_name):
+        pair = [by_name["input"], by_name["target"]]
+    if len(pair) != 2:
+        raise ArtefactError(
+            f"the model has {len(values)} inputs ({', '.join(by_name) or 'none'}); "
+            "a loss artefact has two, input and target"
+        )
+    outputs = tuple(_port(value) for value in model.graph.output)
+    return Signature(_port(pair[0]), _port(pair[1]), outputs)

@@ -1,0 +1,123 @@
+"""The protocol of a backend: `load` a model, get a runner, `run` it.
+
+A backend module is imported only when its backend is asked for, because what it lives on may
+not be installed. To add one: subclass `Runner` and `Backend` in a module of its own and enter
+it in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+
+from ..artefact import ModelSource, Signature, read_model, signature
+from ..errors import MissingDependencyError, SpecError
+from ..floats import Array
+from ..graph.metadata import read_spec
+from ..spec import LossSpec
+from .arrays import as_array, check_shapes, promote
+
+__all__ = ["BACKENDS", "Backend", "Runner", "get_backend", "load"]
+
+#: name -> (module of this package that holds it, its class).
+BACKENDS: Mapping[str, tuple[str, str]] = {
+    "torch": ("torch_eager", "TorchBackend"),
+    "onnx-reference": ("onnx_reference", "ReferenceBackend"),
+    "ort-cpu": ("ort_cpu", "OrtCpuBackend"),
+}
+
+
+class Runner(ABC):
+    """A loaded artefact.
+
+    Attributes:
+        signature: names, dtypes and shapes of the inputs and outputs.
+        spec: what is computed, or None for a model of other origin.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.signature: Signature = signature(model)
+        self.spec: LossSpec | None = read_spec(model)
+
+    def run(self, input: Any, target: Any) -> dict[str, Array]:
+        """The loss of `input` and `target`.
+
+        Args:
+            input: a numpy array (ml_dtypes for bfloat16) or anything with `__dlpack__`, of the
+                artefact's dtype, or of one that promotes to it.
+            target: likewise; it broadcasts with `input` where the artefact's shapes allow it.
+
+        Returns:
+            `{"loss": array}` in the artefact's dtype: the broadcast shape for `none`, rank 0
+            for `mean` and `sum`.
+
+        Raises:
+            InvalidInputError: on arrays that don't fit; the message says what would.
+        """
+        ports = {"input": self.signature.input, "target": self.signature.target}
+        arrays = {"input": as_array(input, "input"), "target": as_array(target, "target")}
+        shape = check_shapes(arrays, ports)
+        pair = promote(arrays["input"], arrays["target"], self.signature.input.dtype)
+        return self._execute(*pair, shape)
+
+    @abstractmethod
+    def _execute(self, input: Array, target: Array, shape: tuple[int, ...]) -> dict[str, Array]:
+        """Compute on checked, contiguous arrays of the artefact's dtype; `shape` is broadcast."""
+
+
+class Backend(ABC):
+    """Something that runs artefacts."""
+
+    name: str
+
+    def refuses(self, spec: LossSpec) -> str | None:
+        """Why this backend can't carry out `spec` faithfully; None where it can."""
+        return None
+
+    @abstractmethod
+    def load(self, model: onnx.ModelProto) -> Runner:
+        """Prepare `model` to be run."""
+
+
+def get_backend(name: str) -> Backend:
+    """The backend called `name`.
+
+    Raises:
+        SpecError: for an unknown name.
+        MissingDependencyError: when what it lives on is not installed.
+    """
+    if name not in BACKENDS:
+        raise SpecError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    module, cls = BACKENDS[name]
+    backend: Backend = getattr(importlib.import_module(f".{module}", __package__), cls)()
+    return backend
+
+
+def load(model: ModelSource, backend: str = "ort-cpu") -> Runner:
+    """Load an artefact into a backend.
+
+    Args:
+        model: an `onnx.ModelProto`, its bytes, or the path of a file.
+        backend: one of `BACKENDS`.
+
+    Raises:
+        ArtefactError: when `model` is no loss artefact.
+        SpecError: for an unknown backend.
+        MissingDependencyError: when the backend's packages are not installed.
+        UnsupportedError: when the backend can't run the model.
+    """
+    chosen = get_backend(backend)
+    return chosen.load(read_model(model))
+
+
+def missing(name: str) -> str | None:
+    """Why the backend `name` can't be used on this machine; None where it can."""
+    try:
+        get_backend(name)
+    except MissingDependencyError as exc:
+        return str(exc)
+    return None

@@ -1,0 +1,41 @@
+"""`torch`: PyTorch eager on the CPU, from the spec that the artefact carries."""
+
+from __future__ import annotations
+
+import onnx
+
+from ..errors import ArtefactError, require
+from ..floats import Array
+from .base import Backend, Runner
+
+__all__ = ["TorchBackend"]
+
+
+class TorchRunner(Runner):
+    """Runs what the artefact says it computes, not its graph: the contract to compare with."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        super().__init__(model)
+        if self.spec is None:
+            raise ArtefactError(
+                "the torch backend computes what an artefact's spec says, and this model carries "
+                "none; use a backend that runs the graph, such as ort-cpu"
+            )
+
+    def _execute(self, input: Array, target: Array, shape: tuple[int, ...]) -> dict[str, Array]:
+        from ..reference.module import eager
+
+        assert self.spec is not None
+        return {"loss": eager(self.spec, input, target)}
+
+
+class TorchBackend(Backend):
+    """PyTorch eager."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        require("torch", "torch", "the torch backend")
+
+    def load(self, model: onnx.ModelProto) -> Runner:
+        return TorchRunner(model)

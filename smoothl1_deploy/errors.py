@@ -1,0 +1,81 @@
+"""Every error this package raises on purpose, and the exit code the command line gives it.
+
+Each message says the problem, the values, and the remedy. Exit codes: 2 for bad usage or bad
+input, 3 for something that is not installed (the message then holds the install command).
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = [
+    "ArtefactError",
+    "BackendUnavailableError",
+    "BuildError",
+    "InvalidInputError",
+    "MissingDependencyError",
+    "OutputError",
+    "SmoothL1DeployError",
+    "SpecError",
+    "UnsupportedError",
+    "require",
+]
+
+
+class SmoothL1DeployError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+    exit_code = 2
+
+
+class SpecError(SmoothL1DeployError, ValueError):
+    """A loss specification, shape or route that makes no sense."""
+
+
+class InvalidInputError(SmoothL1DeployError, ValueError):
+    """Input data (an array, a file of arrays) that can't be used as it is."""
+
+
+class ArtefactError(SmoothL1DeployError, ValueError):
+    """A model, engine or sidecar that can't be read, or that doesn't say what it computes."""
+
+
+class UnsupportedError(SmoothL1DeployError):
+    """A valid request that the chosen backend or flavour can't carry out faithfully."""
+
+
+class BuildError(SmoothL1DeployError):
+    """A runtime refused to build an engine from a valid model."""
+
+
+class OutputError(SmoothL1DeployError, OSError):
+    """A result that can't be written where it was asked for."""
+
+
+class BackendUnavailableError(SmoothL1DeployError):
+    """A backend that is installed but can't run here (for instance, no GPU)."""
+
+    exit_code = 3
+
+
+class MissingDependencyError(SmoothL1DeployError, ImportError):
+    """A package that the request needs and that is not installed."""
+
+    exit_code = 3
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import `module`, or say which extra of this package brings it.
+
+    Raises:
+        MissingDependencyError: when the import fails; the message holds the install command.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as exc:
+        command = "torch==2.13.0" if extra == "torch" else f"'smoothl1-deploy[{extra}]'"
+        raise MissingDependencyError(
+            f"{purpose} needs the package {module!r}, which can't be imported ({exc}). "
+            f"Install it with: pip install {command}"
+        ) from exc

@@ -1,0 +1,79 @@
+"""What a model says about itself: its spec, its route, its content hash, a name of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import onnx
+
+from .. import __version__
+from ..errors import ArtefactError, SpecError
+from ..spec import LossSpec
+
+__all__ = ["content_hash", "read_route", "read_spec", "stamp"]
+
+_PREFIX = "smoothl1_deploy."
+SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
+
+
+def _properties(model: onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def content_hash(model: onnx.ModelProto) -> str:
+    """sha256 (hex) of the serialised model without its own hash entry."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    kept = [entry for entry in copy.metadata_props if entry.key != HASH]
+    del copy.metadata_props[:]
+    copy.metadata_props.extend(kept)
+    return hashlib.sha256(copy.SerializeToString(deterministic=True)).hexdigest()
+
+
+def stamp(model: onnx.ModelProto, spec: LossSpec, route: str, shapes: str) -> None:
+    """Write name, doc string and metadata into `model`, the content hash last."""
+    model.graph.name = f"{spec.name}_{route}_{shapes}"
+    model.graph.doc_string = (
+        f"Smooth L1 loss: beta={spec.beta!r}, reduction={spec.reduction}, dtype={spec.dtype}"
+    )
+    model.doc_string = f"{model.graph.doc_string}; route={route}, shapes={shapes}"
+    model.producer_name = "smoothl1-deploy"
+    model.producer_version = __version__
+    onnx.helper.set_model_props(
+        model,
+        {
+            SPEC: json.dumps(spec.to_dict(), sort_keys=True),
+            ROUTE: route,
+            VERSION: __version__,
+        },
+    )
+    onnx.helper.set_model_props(model, {**_properties(model), HASH: content_hash(model)})
+
+
+def read_route(model: onnx.ModelProto) -> str | None:
+    """The route that made `model`, or None for a model of other origin."""
+    return _properties(model).get(ROUTE)
+
+
+def read_spec(model: onnx.ModelProto) -> LossSpec | None:
+    """The spec `model` carries, or None for a model of other origin.
+
+    Raises:
+        ArtefactError: when the entry is damaged, or the content no longer fits the hash.
+    """
+    properties = _properties(model)
+    if SPEC not in properties:
+        return None
+    try:
+        spec = LossSpec.from_dict(json.loads(properties[SPEC]))
+    except (ValueError, TypeError, AttributeError) as exc:
+        kind = "" if isinstance(exc, SpecError) else "damaged "
+        raise ArtefactError(f"the model's {kind}metadata entry {SPEC}: {exc}") from exc
+    if HASH in properties and properties[HASH] != content_hash(model):
+        raise ArtefactError(
+            "the model was changed after it was exported: its content does not match its own "
+            f"metadata entry {HASH}. Export it again, or delete the smoothl1_deploy.* metadata "
+            "entries to treat it as a model of your own"
+        )
+    return spec

@@ -1,0 +1,67 @@
+"""Shapes as an export takes them: integers, names for dynamic axes, or None for any rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import SpecError
+
+__all__ = ["Dim", "Shape", "broadcast", "check_shape", "describe"]
+
+Dim = int | str
+Shape = tuple[Dim, ...]
+
+_REMEDY = "give integers >= 0 for fixed axes and identifiers for dynamic ones, as in ('N', 16)"
+
+
+def check_shape(shape: Sequence[Dim] | None, what: str = "shape") -> Shape | None:
+    """A validated tuple.
+
+    Raises:
+        SpecError: for anything but a sequence of integers >= 0 and identifiers.
+    """
+    if shape is None:
+        return None
+    if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence):
+        raise SpecError(f"{what} must be a sequence or None (any rank), got {shape!r}; {_REMEDY}")
+    for dim in shape:
+        is_size = isinstance(dim, int) and not isinstance(dim, bool) and 0 <= dim < 2**63
+        is_name = isinstance(dim, str) and dim.isidentifier()
+        if not (is_size or is_name):
+            raise SpecError(f"{what} {tuple(shape)!r} has the axis {dim!r}; {_REMEDY}")
+    return tuple(shape)
+
+
+def broadcast(a: Shape, b: Shape) -> Shape:
+    """The shape that `a` and `b` broadcast to; unequal names may still meet at run time.
+
+    Raises:
+        SpecError: when two fixed axes can't be broadcast.
+
+    >>> broadcast(("N", 16), (16,))
+    ('N', 16)
+    >>> broadcast(("N", 1), ("M", 4))
+    ('N_or_M', 4)
+    """
+    rank = max(len(a), len(b))
+    pairs = zip((1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b, strict=True)
+    out: list[Dim] = []
+    for x, y in pairs:
+        if x == y or y == 1:
+            out.append(x)
+        elif x == 1 or (isinstance(x, str) and isinstance(y, int)):
+            out.append(y)
+        elif isinstance(x, int) and isinstance(y, str):
+            out.append(x)
+        elif isinstance(x, str):
+            out.append(f"{x}_or_{y}")
+        else:
+            raise SpecError(f"shapes {a} and {b} can't be broadcast: {x} against {y}")
+    return tuple(out)
+
+
+def describe(shape: Shape | None) -> str:
+    """`"Nx16"`, `"scalar"` or `"any"`: for graph names and messages."""
+    if shape is None:
+        return "any"
+    return "x".join(map(str, shape)) or "scalar"

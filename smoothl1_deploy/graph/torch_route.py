@@ -1,0 +1,139 @@
+"""The `torch` route: torch.onnx.export of the reference module, with our function bodies.
+
+The exporter's own graph accumulates full reductions in float32 (1.9e-2 off at 2^24 constant
+elements under ONNX Runtime, microsoft/onnxruntime#28450). A translation table puts the bodies
+of `functions` in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from onnxscript import opset18 as op
+
+from ..reference.module import SmoothL1Loss
+from ..spec import LossSpec
+from . import functions as f
+from .elements import ELEMENT_TYPE
+from .plain import fold_scalars
+from .shapes import Shape
+
+__all__ = ["torch_model", "translation_table"]
+
+_REDUCTION = ("none", "mean", "sum")  # PyTorch's enumeration at::Reduction
+
+
+def _loss(input: Any, target: Any, reduction: int, beta: float) -> Any:
+    """Record the loss in the graph that torch.onnx.export is building."""
+    element = int(input.dtype)
+    wide = element == TensorProto.DOUBLE
+    if element not in (TensorProto.FLOAT, TensorProto.DOUBLE):
+        input = op.Cast(input, to=TensorProto.FLOAT)
+        target = op.Cast(target, to=TensorProto.FLOAT)
+    compute = TensorProto.DOUBLE if wide else TensorProto.FLOAT
+    if not wide:
+        beta = LossSpec(beta).effective_beta
+    # Of a function call the exporter's inliner loses the attributes, and the functions that the
+    # body calls in turn (torch 2.13): beta is a tensor, and the mean is divided out here.
+    tensor = op.Constant(value=helper.make_tensor("beta", compute, [], [beta]))
+    losses = f.SmoothL1LossWithBeta(input, target, tensor)
+    if _REDUCTION[reduction] == "none":
+        return losses if element == compute else op.Cast(losses, to=element)
+    total = f.CompensatedSum(losses) if wide else f.WideSum(losses)
+    if _REDUCTION[reduction] == "mean":
+        total = op.Div(total, op.Cast(op.Size(losses), to=TensorProto.DOUBLE))
+    return total if wide else op.Cast(total, to=element)
+
+
+def _smooth_l1_loss(self: Any, target: Any, reduction: int = 1, beta: float = 1.0) -> Any:
+    return _loss(self, target, reduction, beta)
+
+
+def _l1_loss(self: Any, target: Any, reduction: int = 1) -> Any:
+    return _loss(self, target, reduction, 0.0)
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """For `torch.onnx.export(..., custom_translation_table=)`.
+
+    Two entries, because `smooth_l1_loss` with beta = 0 reaches the exporter as `l1_loss`.
+    """
+    return {
+        torch.ops.aten.smooth_l1_loss.default: _smooth_l1_loss,
+        torch.ops.aten.l1_loss.default: _l1_loss,
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its progress and the absence of torchvision on every call."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _example(shape: Shape, dtype: torch.dtype, sizes: dict[str, int]) -> torch.Tensor:
+    return torch.zeros([sizes[d] if isinstance(d, str) else d for d in shape], dtype=dtype)
+
+
+def _restore_dtype(graph: onnx.GraphProto, element: int) -> None:
+    """The exporter promotes the loss of half tensors to float32 and leaves it there (torch 2.13)."""
+    output = graph.output[0]
+    if output.type.tensor_type.elem_type == element:
+        return
+    for node in graph.node:
+        node.output[:] = ["losses" if name == output.name else name for name in node.output]
+    graph.node.append(helper.make_node("Cast", ["losses"], [output.name], name="loss", to=element))
+    output.type.tensor_type.elem_type = element
+
+
+def torch_model(spec: LossSpec, shape: Shape, target_shape: Shape) -> onnx.ModelProto:
+    """The model that torch.onnx.export makes of the reference module, tidied and nameless."""
+    names = sorted({d for d in (*shape, *target_shape) if isinstance(d, str)})
+    # Distinct sizes above 1: the exporter specialises on 0 and 1, and on axes that are equal.
+    sizes = {name: 3 + 2 * i for i, name in enumerate(names)}
+    dims = {name: torch.export.Dim(name) for name in names}
+
+    def dynamic(axes: Shape) -> dict[int, Any]:
+        return {i: dims[d] for i, d in enumerate(axes) if isinstance(d, str)}
+
+    dtype = getattr(torch, spec.dtype)
+    with _quiet():
+        program = torch.onnx.export(
+            SmoothL1Loss.from_spec(spec).eval(),
+            (_example(shape, dtype, sizes), _example(target_shape, dtype, sizes)),
+            input_names=["input", "target"],
+            output_names=["loss"],
+            dynamic_shapes=(dynamic(shape), dynamic(target_shape)),
+            opset_version=f.OPSET,
+            custom_translation_table=translation_table(),
+            dynamo=True,
+            # Its rules drop a division by a beta within 1e-5 of 1 and a subtraction of one
+            # below 2e-8; we fold constants and nothing else.
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    _restore_dtype(model.graph, ELEMENT_TYPE[spec.dtype])
+    model = fold_scalars(model)
+    # What the exporter notes about itself holds stack traces and paths of this machine.
+    del model.metadata_props[:]
+    for item in [model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output]:
+        del item.metadata_props[:]
+    for node in model.graph.node:
+        node.doc_string = ""
+    return model

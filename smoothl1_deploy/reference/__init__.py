@@ -1,0 +1,1 @@
+"""The two references: PyTorch eager (the contract) and the oracle (the truth)."""

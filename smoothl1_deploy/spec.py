@@ -1,0 +1,193 @@
+"""`LossSpec`: what is computed. The one currency of the package; imports nothing heavy.
+
+    l = 0.5 * d^2 / beta     if |d| < beta
+    l = |d| - 0.5 * beta     otherwise,          d = input - target
+
+Source: the documentation of `torch.nn.SmoothL1Loss`, whose argument names are used throughout.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .errors import SpecError
+
+__all__ = ["COMPUTE_DTYPE", "DTYPES", "REDUCTIONS", "LossSpec", "resolve_reduction"]
+
+REDUCTIONS = ("none", "mean", "sum")
+
+#: dtype of input, target and loss -> dtype the arithmetic is done in. The two half formats are
+#: computed in float32 and rounded once at the end, as PyTorch's own decomposition does.
+COMPUTE_DTYPE: Mapping[str, str] = {
+    "float32": "float32",
+    "float16": "float32",
+    "bfloat16": "float32",
+    "float64": "float64",
+}
+DTYPES = tuple(COMPUTE_DTYPE)
+
+
+def resolve_reduction(
+    size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean"
+) -> str:
+    """The reduction that PyTorch derives from its deprecated pair of arguments.
+
+    A pair of `None` leaves `reduction` as it is; otherwise the pair overrides it, and the
+    missing half of the pair counts as true.
+
+    >>> resolve_reduction()
+    'mean'
+    >>> resolve_reduction(size_average=False, reduction="none")
+    'sum'
+    >>> resolve_reduction(size_average=True, reduce=False)
+    'none'
+
+    Source: `torch.nn._reduction.legacy_get_string`.
+    """
+    if size_average is None and reduce is None:
+        return reduction
+    average = True if size_average is None else bool(size_average)
+    reduces = True if reduce is None else bool(reduce)
+    if not reduces:
+        return "none"
+    return "mean" if average else "sum"
+
+
+def _valid_beta(beta: object) -> float:
+    remedy = "give a number >= 0, for instance beta=1.0 (0 is the L1 loss, inf the zero loss)"
+    if isinstance(beta, bool) or not isinstance(beta, numbers.Real):
+        raise SpecError(f"beta must be a real number, got {beta!r} ({type(beta).__name__}); {remedy}")
+    try:
+        value = float(beta)
+    except OverflowError:
+        raise SpecError(f"beta={beta!r} does not fit a float; {remedy}") from None
+    if math.isnan(value):
+        raise SpecError(f"beta must not be NaN; {remedy}")
+    if value < 0:
+        raise SpecError(f"beta must not be negative, got {value!r}; {remedy}")
+    return value + 0.0  # -0.0 becomes 0.0, so that equal specs have equal names
+
+
+def _valid_choice(kind: str, value: object, choices: tuple[str, ...]) -> str:
+    # torch.float32 and numpy.dtype("float32") name themselves; nothing is imported to see it.
+    name = value if isinstance(value, str) else str(getattr(value, "__name__", value))
+    name = name.removeprefix("torch.") if kind == "dtype" else name
+    if name not in choices:
+        raise SpecError(f"unknown {kind} {value!r}; choose one of {', '.join(choices)}")
+    return name
+
+
+def _round_to_float32(value: float) -> float:
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    except OverflowError:  # struct refuses what rounds to infinity; IEEE 754 doesn't
+        return math.copysign(math.inf, value)
+
+
+@dataclass(frozen=True, slots=True)
+class LossSpec:
+    """A Smooth L1 loss: which beta, which reduction, in which dtype.
+
+    Args:
+        beta: where the quadratic part ends, >= 0; 0 is exactly the L1 loss. Any real number.
+        reduction: `"none"` (the broadcast shape of input and target), `"mean"` (the sum over
+            the number of elements after broadcasting) or `"sum"` (both rank 0).
+        dtype: of input, target and loss: `"float32"`, `"float16"`, `"bfloat16"`, `"float64"`,
+            or the torch or numpy dtype of that name.
+
+    Raises:
+        SpecError: a `ValueError` that names the value and the remedy.
+
+    >>> LossSpec(beta=0.5).name
+    'smooth_l1_loss_beta_0.5_mean_float32'
+    >>> LossSpec(beta=1e-50).effective_beta
+    0.0
+    """
+
+    beta: float = 1.0
+    reduction: str = "mean"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", _valid_beta(self.beta))
+        object.__setattr__(
+            self, "reduction", _valid_choice("reduction", self.reduction, REDUCTIONS)
+        )
+        object.__setattr__(self, "dtype", _valid_choice("dtype", self.dtype, DTYPES))
+
+    @classmethod
+    def from_legacy(
+        cls,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        beta: float = 1.0,
+        dtype: str = "float32",
+    ) -> LossSpec:
+        """The spec of `torch.nn.SmoothL1Loss(size_average, reduce, reduction, beta)`."""
+        return cls(beta, resolve_reduction(size_average, reduce, reduction), dtype)
+
+    @classmethod
+    def from_module(cls, module: Any, dtype: Any = "float32") -> LossSpec:
+        """The spec of a `torch.nn.SmoothL1Loss` (or a subclass of it).
+
+        A loss module has no parameters and so no dtype of its own: `dtype` says which one its
+        tensors have.
+
+        Raises:
+            SpecError: for any other object.
+        """
+        from .errors import require
+
+        torch = require("torch", "torch", "LossSpec.from_module")
+        if not isinstance(module, torch.nn.SmoothL1Loss):
+            raise SpecError(
+                f"expected a torch.nn.SmoothL1Loss, got {type(module).__name__}; "
+                "write LossSpec(beta=..., reduction=...) for anything else"
+            )
+        beta = module.beta.item() if isinstance(module.beta, torch.Tensor) else module.beta
+        return cls(beta=beta, reduction=module.reduction, dtype=dtype)
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype the arithmetic is done in: float32, or float64 for float64."""
+        return COMPUTE_DTYPE[self.dtype]
+
+    @property
+    def effective_beta(self) -> float:
+        """beta rounded to the compute dtype, as PyTorch rounds it before it computes."""
+        return _round_to_float32(self.beta) if self.compute_dtype == "float32" else self.beta
+
+    @property
+    def name(self) -> str:
+        """A name that no other spec has; used for graphs, networks and files."""
+        return f"smooth_l1_loss_beta_{self.beta!r}_{self.reduction}_{self.dtype}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, JSON-ready: an infinite beta is the string `"inf"`."""
+        fields = asdict(self)
+        fields["beta"] = "inf" if math.isinf(self.beta) else self.beta
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LossSpec:
+        """The inverse of `to_dict`.
+
+        Raises:
+            SpecError: on an unknown field (a newer version wrote it) or a bad value.
+        """
+        unknown = sorted(set(fields) - set(cls.__slots__))
+        if unknown:
+            raise SpecError(
+                f"unknown field(s) {', '.join(unknown)} in a loss spec; "
+                "it was written by a newer version of smoothl1-deploy: upgrade this one"
+            )
+        values = dict(fields)
+        if values.get("beta") == "inf":
+            values["beta"] = math.inf
+        return cls(**values)
