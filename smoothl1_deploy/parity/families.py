@@ -16,7 +16,7 @@ import numpy as np
 from ..floats import NUMPY_DTYPE, Array
 from ..spec import LossSpec
 
-__all__ = ["FAMILIES", "Family", "branch_shares", "generate"]
+__all__ = ["BRANCHES", "FAMILIES", "Family", "branch_shares", "generate"]
 
 Shape = tuple[int, ...]
 Generator = np.random.Generator
@@ -152,6 +152,10 @@ def generate(family: str, spec: LossSpec, a: Shape, b: Shape, rng: Generator) ->
         return np.asarray(left).astype(dtype), np.asarray(right).astype(dtype)
 
 
+#: Where an element can be: below beta, at or above it, or at a difference that is no number.
+BRANCHES = ("quadratic", "linear", "non-finite")
+
+
 def branch_shares(spec: LossSpec, input: Array, target: Array) -> dict[str, float]:
     """The share of elements in the quadratic and the linear branch, and of non-finite differences.
 
@@ -162,8 +166,5 @@ def branch_shares(spec: LossSpec, input: Array, target: Array) -> dict[str, floa
     finite = np.isfinite(d)
     count = max(d.size, 1)
     below = int(((d < spec.effective_beta) & finite).sum())
-    return {
-        "quadratic": below / count,
-        "linear": (int(finite.sum()) - below) / count,
-        "non-finite": int((~finite).sum()) / count,
-    }
+    counts = below, int(finite.sum()) - below, int((~finite).sum())
+    return {branch: n / count for branch, n in zip(BRANCHES, counts, strict=True)}

@@ -7,6 +7,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from ..spec import LossSpec
 from .cases import CaseResult
+from .families import BRANCHES
 
 __all__ = [
     "Build",
@@ -37,7 +39,7 @@ class Cell:
         ulp, torch_ulp, allowed: of the worst case: the failing one, or the one with the largest
             distance to the oracle.
         better: elements, over all cases, that are right where PyTorch isn't.
-        families: share of elements in each branch, by family.
+        families: share of elements in each branch, by family, as a mean over its cases.
         worst: the case those numbers come from; None where nothing was run.
         failures: every red case.
         refused: why this combination isn't run; None where it is.
@@ -80,15 +82,19 @@ class Cell:
         }
 
 
+def _mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {branch: fmean(each[branch] for each in shares) for branch in shares[0]}
+
+
 def cell_of(spec: LossSpec, route: str, backend: str, results: Sequence[CaseResult]) -> Cell:
     """Sum up the cases (at least one) of one combination."""
     failures = tuple(result for result in results if not result.verdict.ok)
     worst = max(failures or results, key=lambda r: (r.verdict.wrong_class > 0, r.verdict.ulp))
-    families: dict[str, dict[str, float]] = {}
+    by_family: dict[str, list[Mapping[str, float]]] = {}
     for result in results:
-        seen = families.setdefault(result.case.family, dict.fromkeys(result.shares, 0.0))
-        for branch, share in result.shares.items():
-            seen[branch] = max(seen[branch], share)
+        if any(result.shares.values()):  # an empty case has none to count
+            by_family.setdefault(result.case.family, []).append(result.shares)
+    families = {family: _mean_shares(shares) for family, shares in by_family.items()}
     return Cell(
         spec,
         route,
@@ -258,18 +264,22 @@ def backend_table(report: Report) -> Table:
 
 
 def families_table(report: Report) -> Table:
-    """The largest share of each branch that each family reached, over the whole matrix."""
-    shares: dict[str, dict[str, float]] = {}
-    for cell in report.cells:
-        for family, branches in cell.families.items():
-            seen = shares.setdefault(family, {})
-            for branch, share in branches.items():
-                seen[branch] = max(seen.get(branch, 0.0), share)
-    table = Table(title="largest share of elements in each branch", title_justify="left")
+    """The share of elements in each branch, by family; a branch a family never reaches is marked."""
+    cells = [cell for cell in report.cells if 0 < cell.spec.beta < math.inf]
+    names = list(dict.fromkeys(family for cell in cells for family in cell.families))
+    table = Table(
+        title="share of elements in each branch, a mean over 0 < beta < inf", title_justify="left"
+    )
     table.add_column("family")
-    branches = list(dict.fromkeys(branch for seen in shares.values() for branch in seen))
-    for branch in branches:
+    for branch in BRANCHES:
         table.add_column(branch, justify="right")
-    for family, seen in shares.items():
-        table.add_row(family, *(f"{seen[branch]:.0%}" for branch in branches))
+    for name in names:
+        shares = _mean_shares([cell.families[name] for cell in cells if name in cell.families])
+        table.add_row(
+            name,
+            *(
+                Text("never", style="yellow") if share == 0 else Text(f"{share:.1%}")
+                for share in (shares[branch] for branch in BRANCHES)
+            ),
+        )
     return table

@@ -17,7 +17,7 @@ from ..errors import ArtefactError, SmoothL1DeployError, UnsupportedError
 from ..graph.shapes import Shape
 from ..spec import LossSpec
 from .cases import LAYOUTS, Case, CaseResult, References, check
-from .families import FAMILIES
+from .families import BRANCHES, FAMILIES
 
 __all__ = ["Verification", "verify", "verify_table"]
 
@@ -139,7 +139,7 @@ def verify_table(verification: Verification) -> Table:
     table = Table(title=f"{verification.name} on {verification.backend}", title_justify="left")
     for column in ("family", "shape"):
         table.add_column(column)
-    for column in ("ULP", "PyTorch's", "allowed", "quadratic", "linear", "non-finite"):
+    for column in ("ULP", "PyTorch's", "allowed", *BRANCHES):
         table.add_column(column, justify="right")
     table.add_column("verdict")
     for result in verification.results:
@@ -147,7 +147,7 @@ def verify_table(verification: Verification) -> Table:
         word = Text("better than PyTorch" if verdict.better else "equal", style="green")
         if not verdict.ok:
             word = Text(verdict.detail, style="bold red")
-        shares = (f"{result.shares[key]:.0%}" for key in ("quadratic", "linear", "non-finite"))
+        shares = (f"{result.shares[key]:.0%}" for key in BRANCHES)
         numbers = (str(n) for n in (verdict.ulp, verdict.torch_ulp, verdict.allowed))
         table.add_row(result.case.family, result.case.layout, *numbers, *shares, word)
     return table
