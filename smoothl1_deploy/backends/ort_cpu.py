@@ -77,4 +77,5 @@ class OrtCpuBackend(Backend):
         self._threads = threads
 
     def load(self, model: onnx.ModelProto) -> Runner:
+        """Open an inference session on `model`."""
         return OrtRunner(model, self._ort, self._threads)
