@@ -45,7 +45,7 @@ def _processor() -> str:
 
 @lru_cache(maxsize=1)
 def environment() -> dict[str, Any]:
-    """Versions of this tool, Python and the packages it lives on (None: not installed); hardware."""
+    """Versions (of a package that is not installed: None) and hardware."""
     return {
         "smoothl1_deploy": __version__,
         "python": platform.python_version(),

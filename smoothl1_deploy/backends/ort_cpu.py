@@ -72,4 +72,5 @@ class OrtCpuBackend(Backend):
         self._ort = require("onnxruntime", "cpu", "the ort-cpu backend")
 
     def load(self, model: onnx.ModelProto) -> Runner:
+        """Open an inference session on `model`."""
         return OrtRunner(model, self._ort, self.threads)

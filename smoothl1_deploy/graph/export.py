@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -48,7 +49,9 @@ def export(
         MissingDependencyError: for the `torch` route without torch.
     """
     if not isinstance(spec, LossSpec):
-        raise SpecError(f"spec must be a LossSpec, got {type(spec).__name__}; write LossSpec(beta=...)")
+        raise SpecError(
+            f"spec must be a LossSpec, got {type(spec).__name__}; write LossSpec(beta=...)"
+        )
     if route not in ROUTES:
         raise SpecError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
     input_shape = check_shape(shape)
@@ -83,15 +86,19 @@ def export(
     return model
 
 
-def _function_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None) -> onnx.ModelProto:
+def _function_model(
+    spec: LossSpec, shape: Shape | None, target_shape: Shape | None
+) -> onnx.ModelProto:
     """[Cast, Cast,] SmoothL1Loss [, Sum or Mean] [, Cast]: one node a step of the computation."""
     from . import functions as f
 
     nodes: list[onnx.NodeProto] = []
     used: list[str] = []
 
-    def add(op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: object) -> str:
-        nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes))
+    def add(op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any) -> str:
+        nodes.append(
+            helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes)
+        )
         if domain:
             used.append(op)
         return output
@@ -123,7 +130,9 @@ def _function_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | N
     element = ELEMENT_TYPE[spec.dtype]
     out_shape: Shape | None = ()
     if spec.reduction == "none":
-        out_shape = None if shape is None or target_shape is None else broadcast(shape, target_shape)
+        out_shape = (
+            None if shape is None or target_shape is None else broadcast(shape, target_shape)
+        )
     elif shape is not None and target_shape is not None:
         broadcast(shape, target_shape)  # refuses what can't be broadcast
     graph = helper.make_graph(
@@ -168,7 +177,7 @@ def _value(name: str, element: int, shape: Shape | None) -> onnx.ValueInfoProto:
 
 
 def _with_any_rank_hidden(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The checker demands a shape where the ONNX IR allows none: give it one of rank 1 to look at."""
+    """The checker demands a shape where the ONNX IR allows none: show it one of rank 1."""
     values = [*model.graph.input, *model.graph.output]
     if all(value.type.tensor_type.HasField("shape") for value in values):
         return model

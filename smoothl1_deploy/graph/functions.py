@@ -23,7 +23,7 @@ torch.onnx.export traces: its inliner handles no more than that (torch 2.13).
 
 # onnxscript reads the source of these functions: annotations must be real objects, so there is
 # no `from __future__ import annotations` here.
-from typing import TypeVar, Union
+from typing import Any, TypeVar, Union
 
 from onnxscript import BFLOAT16, DOUBLE, FLOAT, FLOAT16, script
 from onnxscript import opset18 as op
@@ -131,7 +131,7 @@ def CompensatedMean(losses: DOUBLE) -> DOUBLE:
     return op.Div(CompensatedSum(losses), op.Cast(op.Size(losses), to=11))
 
 
-FUNCTIONS: dict[str, OnnxFunction] = {
+FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
     f.name: f
     for f in (
         SmoothL1Loss,

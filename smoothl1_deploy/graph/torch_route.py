@@ -93,7 +93,7 @@ def _example(shape: Shape, dtype: torch.dtype, sizes: dict[str, int]) -> torch.T
 
 
 def _restore_dtype(graph: onnx.GraphProto, element: int) -> None:
-    """The exporter promotes the loss of half tensors to float32 and leaves it there (torch 2.13)."""
+    """The exporter promotes the loss of half tensors to float32 and leaves it (torch 2.13)."""
     output = graph.output[0]
     if output.type.tensor_type.elem_type == element:
         return
@@ -135,7 +135,13 @@ def torch_model(spec: LossSpec, shape: Shape, target_shape: Shape) -> onnx.Model
     model = fold_scalars(model)
     # What the exporter notes about itself holds stack traces and paths of this machine.
     del model.metadata_props[:]
-    for item in [model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output]:
+    for item in [
+        model.graph,
+        *model.graph.node,
+        *model.graph.value_info,
+        *model.graph.input,
+        *model.graph.output,
+    ]:
         del item.metadata_props[:]
     for node in model.graph.node:
         node.doc_string = ""

@@ -69,12 +69,14 @@ class Case:
 
     def arrays(self, spec: LossSpec) -> tuple[Array, Array]:
         """Input and target. They depend on beta and dtype, so that each branch is reached, and
-        not on the reduction."""
+        not on the reduction.
+        """
         text = f"{self.family} {self.input_shape} {self.target_shape} {spec.beta!r} {spec.dtype}"
         rng = np.random.default_rng([self.seed, zlib.crc32(text.encode())])
         return generate(self.family, spec, self.input_shape, self.target_shape, rng)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
         return {
             "family": self.family,
             "layout": self.layout,
@@ -96,6 +98,7 @@ class References:
 
     @classmethod
     def of(cls, spec: LossSpec, case: Case) -> References:
+        """Generate the case's arrays and ask both references."""
         from ..reference.module import eager
 
         input, target = _arrays(case, spec.beta, spec.dtype)
@@ -125,9 +128,12 @@ class CaseResult:
     def failed(cls, case: Case, refs: References, detail: str) -> CaseResult:
         """The result of a case that gave an error instead of an answer."""
         count = refs.oracle.size
-        return cls(case, Verdict(False, 0, 0, 0, count, wrong_class=count, detail=detail), refs.shares)
+        return cls(
+            case, Verdict(False, 0, 0, 0, count, wrong_class=count, detail=detail), refs.shares
+        )
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
         return {**self.case.to_dict(), **self.verdict.to_dict(), "shares": dict(self.shares)}
 
 

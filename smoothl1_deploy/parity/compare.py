@@ -51,20 +51,23 @@ class Verdict:
     detail: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
         return asdict(self)
 
 
 def _torch_lost_it(spec: LossSpec, torch_class: Array, input: Array, target: Array) -> Array | bool:
     """Where PyTorch's class may be put right: everywhere but at NaN from non-finite input."""
     beta_overflowed = bool(
-        np.isinf(np.asarray(spec.effective_beta).astype(input.dtype)) != np.isinf(spec.effective_beta)
+        np.isinf(np.asarray(spec.effective_beta).astype(input.dtype))
+        != np.isinf(spec.effective_beta)
     )
     if beta_overflowed or not (torch_class == _NAN).any():
         return True
-    finite = np.isfinite(input) & np.isfinite(target)
+    finite: Array = np.isfinite(input) & np.isfinite(target)
     if spec.reduction != "none":
-        finite = finite.all()
-    return (torch_class != _NAN) | finite
+        finite = np.asarray(finite.all())
+    not_nan: Array = torch_class != _NAN
+    return not_nan | finite
 
 
 def compare(
@@ -105,5 +108,13 @@ def compare(
         what = f"{wrong} of {result.size} in a wrong class" if wrong else f"{ulp} ULP > {allowed}"
         detail = f"{what}; at {tuple(map(int, at))}: {values}"
     return Verdict(
-        not wrong and ulp <= allowed, ulp, torch_ulp, allowed, result.size, wrong, better, worst, detail
+        not wrong and ulp <= allowed,
+        ulp,
+        torch_ulp,
+        allowed,
+        result.size,
+        wrong,
+        better,
+        worst,
+        detail,
     )

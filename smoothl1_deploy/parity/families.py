@@ -25,7 +25,7 @@ Family = Callable[[LossSpec, Shape, Shape, Generator], tuple[Array, Array]]
 
 def _limits(spec: LossSpec) -> tuple[float, float, float]:
     """Largest finite, smallest normal and smallest subnormal number of the spec's dtype."""
-    info = ml_dtypes.finfo(NUMPY_DTYPE[spec.dtype])
+    info = ml_dtypes.finfo(NUMPY_DTYPE[spec.dtype])  # type: ignore[no-untyped-call]
     return float(info.max), float(info.tiny), float(info.smallest_subnormal)
 
 
@@ -89,7 +89,7 @@ def _overflow(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array
 
 
 def _outliers(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, Array]:
-    """A few differences of 1e30 (half the largest number, where that is less) among ordinary ones."""
+    """A few differences of 1e30, or half the largest number, among ordinary ones."""
     largest, _, _ = _limits(spec)
     size = min(1e30, largest / 2)
     left = np.where(rng.random(a) < 0.01, size, rng.standard_normal(a))
@@ -144,7 +144,9 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def generate(family: str, spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, Array]:
+def generate(
+    family: str, spec: LossSpec, a: Shape, b: Shape, rng: Generator
+) -> tuple[Array, Array]:
     """Input of shape `a` and target of shape `b` in the spec's dtype."""
     left, right = FAMILIES[family](spec, a, b, rng)
     dtype = NUMPY_DTYPE[spec.dtype]
@@ -162,7 +164,9 @@ def branch_shares(spec: LossSpec, input: Array, target: Array) -> dict[str, floa
     Of an empty case, all shares are 0.
     """
     with np.errstate(all="ignore"):
-        d = np.abs(np.subtract(input, target, dtype=np.float64 if spec.dtype != "float64" else None))
+        d = np.abs(
+            np.subtract(input, target, dtype=np.float64 if spec.dtype != "float64" else None)
+        )
     finite = np.isfinite(d)
     count = max(d.size, 1)
     below = int(((d < spec.effective_beta) & finite).sum())

@@ -68,11 +68,13 @@ class Matrix:
 
     def units(self) -> list[_Unit]:
         """The work, the longest first."""
-        units = [
-            _Unit(self, beta, dtype) for dtype in self.dtypes for beta in self.betas
-        ]
+        units = [_Unit(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
         # The one cell of 2^24 elements takes memory more than time: it comes alone.
-        if not self.quick and 1.0 in self.betas and {"mean", "float32"} <= {*self.reductions, *self.dtypes}:
+        if (
+            not self.quick
+            and 1.0 in self.betas
+            and {"mean", "float32"} <= {*self.reductions, *self.dtypes}
+        ):
             units.insert(0, _Unit(self, 1.0, "float32", huge=True))
         return units
 
@@ -125,7 +127,11 @@ class _Artefacts:
 
     def model(self, spec: LossSpec, route: str, layout: str | None) -> onnx.ModelProto:
         """The export for a layout's axes; None: of any rank."""
-        axes = (None, None) if layout is None else (LAYOUTS[layout].input_axes, LAYOUTS[layout].target_axes)
+        axes = (
+            (None, None)
+            if layout is None
+            else (LAYOUTS[layout].input_axes, LAYOUTS[layout].target_axes)
+        )
         key = (spec, route, axes)
         if key not in self._models:
             target = axes[1] if axes[1] != axes[0] else None
@@ -188,7 +194,9 @@ def _checked(
 ) -> CaseResult:
     try:
         return check(artefacts.runner(spec, route, case.layout, backend), spec, case, refs)
-    except SmoothL1DeployError as exc:  # a backend that fails on one case is a red case, not a crash
+    except (
+        SmoothL1DeployError
+    ) as exc:  # a backend that fails on one case is a red case, not a crash
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
 
 
@@ -206,7 +214,9 @@ def _outcomes(units: Sequence[_Unit], workers: int) -> Iterator[_Outcome]:
         yield from map(_run_unit, units)
         return
     # spawn: torch's and ONNX Runtime's threads don't survive a fork.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_worker)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_prepare_worker
+    )
     try:
         for future in as_completed([pool.submit(_run_unit, unit) for unit in units]):
             yield future.result()

@@ -1,4 +1,4 @@
-"""The result of a matrix: cells, builds, environment. JSON and the terminal's table are views of it."""
+"""The result of a matrix: cells, builds, environment; JSON and tables are views of it."""
 
 from __future__ import annotations
 
@@ -61,9 +61,11 @@ class Cell:
 
     @property
     def ok(self) -> bool:
+        """Whether no case is red."""
         return not self.failures
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
         return {
             "spec": self.spec.to_dict(),
             "route": self.route,
@@ -125,9 +127,11 @@ class Build:
 
     @property
     def ok(self) -> bool:
+        """Whether it was built, or refused for a reason that holds."""
         return self.error is None
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
         return {
             "spec": self.spec.to_dict(),
             "route": self.route,
@@ -156,13 +160,16 @@ class Report:
 
     @property
     def red(self) -> tuple[Cell, ...]:
+        """The cells with a failing case."""
         return tuple(cell for cell in self.cells if not cell.ok)
 
     @property
     def red_builds(self) -> tuple[Build, ...]:
+        """The engines that could not be built."""
         return tuple(build for build in self.builds if not build.ok)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
         run = [cell for cell in self.cells if cell.refused is None]
         return {
             "format": FORMAT,
@@ -264,7 +271,7 @@ def backend_table(report: Report) -> Table:
 
 
 def families_table(report: Report) -> Table:
-    """The share of elements in each branch, by family; a branch a family never reaches is marked."""
+    """The share of elements in each branch, by family; a branch never reached is marked."""
     cells = [cell for cell in report.cells if 0 < cell.spec.beta < math.inf]
     names = list(dict.fromkeys(family for cell in cells for family in cell.families))
     table = Table(

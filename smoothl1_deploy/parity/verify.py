@@ -41,9 +41,11 @@ class Verification:
 
     @property
     def failures(self) -> tuple[CaseResult, ...]:
+        """The red cases."""
         return tuple(result for result in self.results if not result.verdict.ok)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
         return {
             "ok": bool(self),
             "name": self.name,
@@ -129,9 +131,7 @@ def verify(
         except SmoothL1DeployError as exc:  # an answer that doesn't come is a wrong answer
             results.append(CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}"))
     digest = sha256(proto.SerializeToString(deterministic=True))
-    return Verification(
-        proto.graph.name, digest, expected, backend, tuple(results), environment()
-    )
+    return Verification(proto.graph.name, digest, expected, backend, tuple(results), environment())
 
 
 def verify_table(verification: Verification) -> Table:

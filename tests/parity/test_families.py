@@ -67,7 +67,9 @@ def test_the_boundary_is_exact() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_special_values_are_there(dtype: str) -> None:
-    arrays = {family: Case.of(family, "matrix").arrays(LossSpec(dtype=dtype)) for family in FAMILIES}
+    arrays = {
+        family: Case.of(family, "matrix").arrays(LossSpec(dtype=dtype)) for family in FAMILIES
+    }
     for signed in arrays["zeros"]:
         assert np.signbit(signed).any() and not np.signbit(signed).all() and not signed.any()
     assert np.isnan(arrays["nan"][0]).any() and np.isnan(arrays["nan"][1]).any()
@@ -80,7 +82,9 @@ def test_the_special_values_are_there(dtype: str) -> None:
 
     assert 0 < tiny.max() <= ml_dtypes.finfo(NUMPY_DTYPE[dtype]).tiny
     outlier = np.abs(arrays["outliers"][0].astype(np.float64)).max()
-    assert math.isclose(outlier, min(1e30, float(ml_dtypes.finfo(NUMPY_DTYPE[dtype]).max) / 2), rel_tol=0.01)
+    assert math.isclose(
+        outlier, min(1e30, float(ml_dtypes.finfo(NUMPY_DTYPE[dtype]).max) / 2), rel_tol=0.01
+    )
 
 
 def test_squares_and_differences_overflow() -> None:

@@ -41,12 +41,16 @@ def test_a_small_matrix_is_complete_and_green() -> None:
     assert seen == [(0, 2), (1, 2), (2, 2)]
     for cell in report.cells:
         assert set(cell.families) == set(FAMILIES)
-        expected = {n for n in LAYOUTS if "^" not in n} if cell.route != "torch" else {"matrix", "no-rows"}
+        expected = (
+            {n for n in LAYOUTS if "^" not in n} if cell.route != "torch" else {"matrix", "no-rows"}
+        )
         assert set(cell.layouts) == expected
 
 
 def test_the_report_is_strict_json_that_repeats_itself() -> None:
-    matrix = Matrix(("ort-cpu",), betas=(float("inf"),), dtypes=("bfloat16",), routes=("function",), quick=True)
+    matrix = Matrix(
+        ("ort-cpu",), betas=(float("inf"),), dtypes=("bfloat16",), routes=("function",), quick=True
+    )
     one, two = (json.loads(run_matrix(matrix).to_json()) for _ in range(2))
     assert one["cells"] == two["cells"]
     assert one["summary"]["cells"] == 3 and one["summary"]["red"] == 0
@@ -56,7 +60,9 @@ def test_the_report_is_strict_json_that_repeats_itself() -> None:
 
 
 def test_worker_processes_find_the_same() -> None:
-    matrix = Matrix(("ort-cpu",), betas=(0.0, 1.0), dtypes=("float32",), routes=("inlined",), quick=True)
+    matrix = Matrix(
+        ("ort-cpu",), betas=(0.0, 1.0), dtypes=("float32",), routes=("inlined",), quick=True
+    )
     alone, together = run_matrix(matrix, workers=1), run_matrix(matrix, workers=2)
     assert alone.to_dict()["cells"] == together.to_dict()["cells"]
 
@@ -80,11 +86,21 @@ class _Planted(OrtCpuBackend):
         return runner
 
 
-def test_wrong_answers_and_errors_are_red_cells_with_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_answers_and_errors_are_red_cells_with_a_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import smoothl1_deploy.backends.ort_cpu as module
 
     monkeypatch.setattr(module, "OrtCpuBackend", _Planted)
-    matrix = Matrix(("ort-cpu",), betas=(0.5,), reductions=("mean",), dtypes=("float32",), routes=("function",), seed=7, quick=True)
+    matrix = Matrix(
+        ("ort-cpu",),
+        betas=(0.5,),
+        reductions=("mean",),
+        dtypes=("float32",),
+        routes=("function",),
+        seed=7,
+        quick=True,
+    )
     report = run_matrix(matrix)
     assert not report
     (cell,) = report.red
@@ -146,4 +162,9 @@ def test_the_inputs_depend_on_nothing_but_the_case() -> None:
     case = Case.of("normal", "matrix", seed=5)
     spec = LossSpec(0.1, dtype="float16")
     checksum = hash(case.arrays(spec)[0].tobytes())
-    assert hash(Case.of("normal", "matrix", seed=5).arrays(LossSpec(0.1, "sum", "float16"))[0].tobytes()) == checksum
+    assert (
+        hash(
+            Case.of("normal", "matrix", seed=5).arrays(LossSpec(0.1, "sum", "float16"))[0].tobytes()
+        )
+        == checksum
+    )

@@ -58,7 +58,9 @@ def plain_export() -> onnx.ModelProto:
     return program.model_proto
 
 
-def test_the_plain_exporter_s_drift_and_its_empty_mean_are_found(plain_export: onnx.ModelProto) -> None:
+def test_the_plain_exporter_s_drift_and_its_empty_mean_are_found(
+    plain_export: onnx.ModelProto,
+) -> None:
     result = verify(plain_export, spec=LossSpec())
     failed = {(f.case.family, f.case.layout.split("=")[-1]) for f in result.failures}
     assert ("constant", "65536") in failed  # the sum of 2^20 equal float32 drifts
@@ -66,7 +68,9 @@ def test_the_plain_exporter_s_drift_and_its_empty_mean_are_found(plain_export: o
 
 
 def test_a_model_of_other_origin_needs_a_spec(plain_export: onnx.ModelProto) -> None:
-    with pytest.raises(ArtefactError, match="does not say what it computes.*--beta and --reduction"):
+    with pytest.raises(
+        ArtefactError, match=r"does not say what it computes.*--beta and --reduction"
+    ):
         verify(plain_export)
 
 
