@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.ops.op_reduce_sum import ReduceSum_13
 
 from ..floats import NUMPY_DTYPE, Array
 from .base import Backend, Runner
@@ -11,19 +15,44 @@ from .base import Backend, Runner
 __all__ = ["ReferenceBackend"]
 
 
+class _ReduceSum(ReduceSum_13):
+    """Our correction of the evaluator (onnx 1.23), which adds 0 where nothing is to be reduced.
+
+    The standard has ReduceSum return its input where `noop_with_empty_axes` holds and there are
+    no axes; 0 + -0 is +0.
+    """
+
+    op_domain = ""
+
+    def _run(
+        self, x: Any, axes: Any = None, keepdims: Any = None, noop_with_empty_axes: Any = None
+    ) -> Any:
+        if noop_with_empty_axes and axes is not None and axes.size == 0:
+            return (x,)
+        return super()._run(x, axes, keepdims, noop_with_empty_axes)  # type: ignore[no-untyped-call]
+
+
+_ReduceSum.__name__ = "ReduceSum"  # the evaluator goes by the name
+
+
+class _Evaluator(ReferenceEvaluator):
+    """The evaluator makes one of its own class for each function of a model."""
+
+    def __init__(self, proto: Any, **arguments: Any) -> None:
+        super().__init__(proto, **{**arguments, "new_ops": [_ReduceSum]})
+
+
 class ReferenceRunner(Runner):
     """Evaluates the graph node by node."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
-        from onnx.reference import ReferenceEvaluator
+        self._evaluator = _Evaluator(model)
 
-        self._evaluator = ReferenceEvaluator(model)
-
-    def _execute(self, input: Array, target: Array, shape: tuple[int, ...]) -> dict[str, Array]:
-        feeds = {self.signature.input.name: input, self.signature.target.name: target}
+    def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
+        named = {self.signature.inputs[role].name: array for role, array in feeds.items()}
         with np.errstate(all="ignore"):  # overflow and NaN are results here, not accidents
-            values = self._evaluator.run(None, feeds)
+            values = self._evaluator.run(None, named)
         ports = self.signature.outputs
         return {
             port.name: np.asarray(value, NUMPY_DTYPE[port.dtype])

@@ -144,26 +144,33 @@ class Assembly:
         assert self._scalars is not None
         pair = [self._data["input"], self._data["target"]]
         slope = self._call("SmoothL1GradientTerms", [*pair, *self._scalars], "slope")
+        # Terms of either sign are summed back: what they lose before that, cancellation shows.
+        element = TensorProto.DOUBLE if broadcast_input else self._element
+        slope = self._in(element, slope)
         if spec.weight:
-            slope = self._add("Mul", [slope, self._data["weight"]], "slope_weighted")
+            weight = self._in(element, self._data["weight"])
+            slope = self._add("Mul", [slope, weight], "slope_weighted")
         if spec.reduction == "mean":
-            slope = self._add("Div", [slope, self._divisor_of_mean(losses, weights)], "slope_mean")
+            divisor = self._add("Cast", [self._count(losses, weights)], "mean_divisor", to=element)
+            slope = self._add("Div", [slope, divisor], "slope_mean")
         if broadcast_input:
             slope = self._call("SumToShape", [slope, self._data["input"]], "slope_summed")
         self._rounded(slope, "grad_input")
 
-    def _divisor_of_mean(self, losses: str, weights: str | None) -> str:
+    def _in(self, element: int, tensor: str) -> str:
+        if element == self._element:
+            return tensor
+        return self._add("Cast", [tensor], f"{tensor}_double", to=element)
+
+    def _count(self, losses: str, weights: str | None) -> str:
         """What the loss of an element was divided by, in a shape that broadcasts with it."""
         row = "Row" if self._spec.per_sample else ""
         if weights is not None:
             count = self._call(f"{self._wide_name}{row}Sum", [weights], "weights_total")
-            if row:
-                count = self._call("RowsLike", [count, losses], "weights_column")
-        elif row:
-            count = self._call("RowCount", [losses], "row_count")
-        else:
-            count = self._add("Size", [losses], "count")
-        return self._add("Cast", [count], "mean_divisor", to=self._element)
+            return self._call("RowsLike", [count, losses], "weights_column") if row else count
+        if row:
+            return self._call("RowCount", [losses], "row_count")
+        return self._add("Size", [losses], "count")
 
 
 def function_closure(names: list[str]) -> list[onnx.FunctionProto]:

@@ -177,7 +177,10 @@ def CompensatedRowSum(losses: DOUBLE) -> DOUBLE:
     two_53 = op.Cast(op.Constant(value_float=9007199254740992.0), to=11)
     scaled = op.Mul(magnitude, two_53)
     power = op.Abs(op.Sub(op.Add(scaled, magnitude), scaled))
-    scale = op.Mul(power, op.Cast(op.Constant(value_float=4.0), to=11))
+    # Of a sum that is itself a power of two, the tie above rounds to 0 (NextPowerTwo's last
+    # step): without Max nothing is split, and [1, 2^-54, 2^-54, ...] loses its tail.
+    bounded = op.Max(power, magnitude)
+    scale = op.Mul(bounded, op.Cast(op.Constant(value_float=4.0), to=11))
     high = op.Sub(op.Add(rows, scale), scale)
     low = op.Sub(rows, high)
     exact = op.Add(op.ReduceSum(high, axis, keepdims=0), op.ReduceSum(low, axis, keepdims=0))

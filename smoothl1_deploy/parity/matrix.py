@@ -193,7 +193,7 @@ def _checked(
     artefacts: _Artefacts, spec: LossSpec, route: str, backend: str, case: Case, refs: References
 ) -> CaseResult:
     try:
-        return check(artefacts.runner(spec, route, case.layout, backend), spec, case, refs)
+        return check(artefacts.runner(spec, route, case.layout, backend), case, refs)
     except (
         SmoothL1DeployError
     ) as exc:  # a backend that fails on one case is a red case, not a crash
