@@ -15,9 +15,11 @@ from .spec import LossSpec
 
 if TYPE_CHECKING:
     from .graph.export import export as export
+    from .tensorrt.builder import build_engine as build_engine
 
 #: public name -> module that defines it, imported on first use.
 _LAZY = {
+    "build_engine": ".tensorrt.builder",
     "export": ".graph.export",
 }
 
