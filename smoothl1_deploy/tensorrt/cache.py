@@ -139,6 +139,7 @@ class EngineCache:
         and take its engine.
 
         Args:
+            key: what is asked for.
             build: gets the seconds the last build took (None where unknown), returns the engine
                 and its sidecar.
             cancelled: asked while another builds the key; true stops waiting and calls `build`,

@@ -46,10 +46,12 @@ class LogCapture:
 
     @property
     def errors(self) -> list[str]:
+        """The texts of errors, internal ones too."""
         return self.of("ERROR", "INTERNAL_ERROR")
 
     @property
     def warnings(self) -> list[str]:
+        """The texts of warnings."""
         return self.of("WARNING")
 
     def reason(self) -> str:

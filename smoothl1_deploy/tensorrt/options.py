@@ -82,14 +82,14 @@ class BuildOptions:
         if "current" in wanted and len(wanted) > 1:
             raise SpecError("compute capability 'current' stands alone; list others without it")
         object.__setattr__(self, "compute_capabilities", tuple(order))
-        level = self.hardware_compatibility
+        level: Any = self.hardware_compatibility
         if level is not None:
             if not isinstance(level, str) or level.lower() not in _LEVELS:
                 raise SpecError(
                     f"unknown hardware_compatibility {level!r}; choose one of {', '.join(_LEVELS)}"
                 )
             object.__setattr__(self, "hardware_compatibility", level.lower())
-        size = self.workspace
+        size: Any = self.workspace
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size <= 0):
             raise SpecError(f"workspace must be a number of bytes > 0, got {size!r}")
         for name in ("version_compatible", "tf32", "strict_nans", "refit", "strip_plan"):

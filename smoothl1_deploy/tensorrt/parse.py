@@ -106,6 +106,7 @@ def parse(
 
     Args:
         model: prepared by `prepare` first; give it as it was exported.
+        flavour: whose parser.
         network_name: of the network; the graph's name by default. TensorRT numbers nameless
             networks, and two builds of one model then differ in a byte.
 

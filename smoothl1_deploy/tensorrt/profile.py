@@ -176,7 +176,7 @@ def _parsed(request: ProfileRequest) -> dict[str, Any]:
         return {}
     if isinstance(request, Mapping):
         return dict(request)
-    texts = [request] if isinstance(request, str) else request
+    texts: Sequence[Any] = [request] if isinstance(request, str) else request
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, shapes = text.partition("=") if isinstance(text, str) else ("", "", "")

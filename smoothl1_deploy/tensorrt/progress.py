@@ -59,6 +59,7 @@ class BuildWatch:
 
     @property
     def stopped(self) -> bool:
+        """Whether the build was asked to end."""
         return self._stop.is_set()
 
     def poll(self) -> bool:
@@ -107,7 +108,7 @@ def run_watched(
     def body() -> None:
         try:
             result.append(work())
-        except BaseException as exc:  # noqa: BLE001 - raised in the waiting thread
+        except BaseException as exc:  # raised again in the waiting thread
             failure.append(exc)
         finally:
             done.set()
