@@ -121,7 +121,7 @@ class EngineCache:
             engine = read_verified(path)
         except ArtefactError:
             return None
-        if engine.sidecar is None or engine.sidecar.key.digest != key.digest:
+        if engine.sidecar.key.digest != key.digest:
             return None  # a sound engine under a false name
         with contextlib.suppress(OSError):  # pruned since: the bytes are in memory
             os.utime(path)
