@@ -150,8 +150,8 @@ def _verified(path: Path, data: bytes) -> Engine:
     remedy = "copy both files again, or build the engine again"
     if len(data) < sidecar.engine_bytes:
         raise ArtefactError(
-            f"{path} is truncated: it has {len(data)} bytes, its sidecar says "
-            f"{sidecar.engine_bytes}; {remedy}"
+            f"{path} is truncated, or not the engine its sidecar describes: it has {len(data)} "
+            f"bytes, not {sidecar.engine_bytes}; {remedy}"
         )
     digest = sha256(data)
     if digest != sidecar.engine_sha256:

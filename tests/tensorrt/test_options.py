@@ -80,7 +80,10 @@ def test_rtx_takes_a_workspace(rtx):
             r"can't build for compute capability 9\.0; it knows 7\.5, 8\.0, .*Hopper \(9\.0\) runs",
         ),
         ({"compute_capabilities": ["5.0"]}, r"capability 5\.0; it knows 7\.5, .*12\.1$"),
-        ({"hardware_compatibility": "ampere_plus"}, "hardware_compatibility is not supported by .*rtx"),
+        (
+            {"hardware_compatibility": "ampere_plus"},
+            "hardware_compatibility is not supported by .*rtx",
+        ),
         ({"timing_cache": "timings"}, "timing_cache has no effect on tensorrt_rtx"),
     ],
 )
@@ -90,9 +93,13 @@ def test_rtx_refuses_by_name(rtx, options, message):
 
 
 def test_tensorrt_refuses_by_name(fake):
-    with pytest.raises(UnsupportedError, match=r"compute_capabilities is not supported by tensorrt 10"):
+    with pytest.raises(
+        UnsupportedError, match=r"compute_capabilities is not supported by tensorrt 10"
+    ):
         configured(fake("10.16.1"), compute_capabilities=["8.6"])
-    with pytest.raises(UnsupportedError, match=r"strict_nans is not supported by tensorrt 10\.0\.1"):
+    with pytest.raises(
+        UnsupportedError, match=r"strict_nans is not supported by tensorrt 10\.0\.1"
+    ):
         configured(fake("10.0.1"), strict_nans=True)
     with pytest.raises(
         UnsupportedError, match=r"hardware_compatibility='same_compute_capability' is not supported"

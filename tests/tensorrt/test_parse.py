@@ -73,7 +73,8 @@ def test_the_narrowed_model_computes_the_same_to_float32():
     rng = np.random.default_rng(0)
     feeds = {n: rng.normal(size=1000).astype(np.float32) for n in ("input", "target")}
     results = [
-        ort.InferenceSession(m.SerializeToString()).run(None, feeds)[0] for m in (original, prepared)
+        ort.InferenceSession(m.SerializeToString()).run(None, feeds)[0]
+        for m in (original, prepared)
     ]
     np.testing.assert_allclose(*results, rtol=1e-6)
 

@@ -77,12 +77,18 @@ def test_round_trip():
 
 
 REFUSED = {
-    "unknown input": ("inptu=1x16", "names the input 'inptu'; the model's inputs are input[N, 16],"),
+    "unknown input": (
+        "inptu=1x16",
+        "names the input 'inptu'; the model's inputs are input[N, 16],",
+    ),
     "min above opt": ("input=8x16,4x16,16x16", "has 8, 4, 16 on axis 0; 0 <= min <= opt <= max"),
     "opt above max": ({"input": (1, 9, 8)}, "has 1, 9, 8 on axis 0"),
     "negative": ({"input": (-1, 1, 8)}, "has -1, 1, 8 on axis 0"),
     "rank": ("input=1,2,3", "has a shape of rank 1, and input[N, 16] is of rank 2"),
-    "fixed axis": ("input=1x16,2x16,4x8", "has the size 8 on axis 1, which input[N, 16] fixes at 16"),
+    "fixed axis": (
+        "input=1x16,2x16,4x8",
+        "has the size 8 on axis 1, which input[N, 16] fixes at 16",
+    ),
     "two shapes": ("input=1x16,2x16", "has 2 shapes, not 1 or 3"),
     "no shapes": ("input", "can't read the profile 'input'"),
     "no input": ("=1x16", "can't read the profile '=1x16'"),
@@ -111,7 +117,9 @@ def test_refused(case):
 
 def test_three_values_need_one_dynamic_axis():
     two = (InputShape("input", ("N", "M")),)
-    with pytest.raises(SpecError, match="gives one axis, and 2 of its axes are dynamic; give three"):
+    with pytest.raises(
+        SpecError, match="gives one axis, and 2 of its axes are dynamic; give three"
+    ):
         resolve_profile({"input": (1, 2, 3)}, two)
     none = (InputShape("input", (4, 16)),)
     with pytest.raises(SpecError, match=r"input\[4, 16\] has no dynamic axis; leave it out"):
