@@ -296,6 +296,17 @@ def test_backend_is_registered():
     assert "accumulates in float32" in loaded.parsed.notes[0]
 
 
+def test_the_backend_passes_the_choice_about_nan_on():
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]> g (float[N] input, float[N] target) => '
+        "(float[N] loss) <float a = {-2}, float b = {3}> "
+        "{ d = Sub(input, target) loss = Clip(d, a, b) }"
+    )
+    pair = np.array([math.nan], np.float32), np.zeros(1, np.float32)
+    assert TrtNetworkBackend().load(model).run(*pair)["loss"] == -2
+    assert np.isnan(TrtNetworkBackend(clip_drops_nan=False).load(model).run(*pair)["loss"])
+
+
 def test_float64_and_any_rank_are_refused():
     backend = TrtNetworkBackend()
     wide = LossSpec(dtype="float64")

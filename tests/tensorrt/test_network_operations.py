@@ -8,7 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-trt = pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("tensorrt_rtx")
+
+import tensorrt_rtx as trt
 
 from smoothl1_deploy.errors import InvalidInputError, UnsupportedError
 from smoothl1_deploy.tensorrt.flavour import get_flavour
@@ -319,6 +321,24 @@ def test_a_dynamic_axis_of_length_1_is_not_squeezed():
     assert net.plan(layer).run({"x": np.zeros((1, 1, 3), np.float32)})["y0"].shape == (1, 3)
 
 
+def test_squeeze_without_axes_goes_by_the_network():
+    """TensorRT decides which axes go when it makes the network, not by the sizes of a call."""
+    net = Net()
+    tensor = net.input("x", trt.float32, (3, 1, 2))
+    made = net.plan(net.network.add_squeeze(tensor))
+    assert made.run({"x": np.zeros((3, 1, 2), np.float32)})["y0"].shape == (3, 2)
+
+
+def test_floor_div_takes_the_rounded_quotient():
+    """1 / 0.1 is 10 in float32, though the float32 called 0.1 is larger than a tenth."""
+    x, tenth = np.ones((1, 4), np.float32), np.full((1, 4), 0.1, np.float32)
+
+    def add(net, a, b):
+        return net.network.add_elementwise(a, b, trt.ElementWiseOperation.FLOOR_DIV)
+
+    assert run_one(add, {"x": x, "z": tenth}).tolist() == [[10.0] * 4]
+
+
 def test_slice_out_of_bounds():
     with pytest.raises(InvalidInputError, match=r"SLICE reads the indices 1 to 2 of axis 0, .* 2;"):
         run_one(lambda n, t: n.network.add_slice(t, (1, 0), (2, 4), (1, 1)), {"x": X})
@@ -334,7 +354,19 @@ def test_layers_out_of_order_are_sorted():
     np.testing.assert_array_equal(net.plan(product).run({"x": X})["y0"], X * (X + X))
 
 
-def test_constants_are_folded_once(monkeypatch):
+def test_a_network_that_is_not_well_formed_is_refused():
+    net = Net()
+    x = net.input("x", trt.float32, (-1, 4))
+    product = net.network.add_elementwise(x, x, trt.ElementWiseOperation.PROD)
+    total = net.network.add_elementwise(x, product.get_output(0), trt.ElementWiseOperation.SUM)
+    product.set_input(1, total.get_output(0))
+    with pytest.raises(
+        UnsupportedError, match=r"can't infer the shape of the tensor .* not well formed"
+    ):
+        net.plan()
+
+
+def test_constants_are_folded_once():
     """What depends on constants alone is no step of the plan."""
     net = Net()
     x = net.input("x", trt.float32, (-1, 4))

@@ -58,6 +58,22 @@ def test_a_sum_is_the_exact_one_rounded_once():
     assert plan(network(half)).run({"x": big})["y"] == 60000
 
 
+@pytest.mark.parametrize(("dtype", "values"), [("float16", (2048, 2050)), ("bfloat16", (256, 258))])
+def test_the_rounding_to_a_half_format_is_not_done_twice(dtype, values):
+    """Just above the middle of two neighbours: by way of float32 it would be the middle."""
+    element = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    body = f"({dtype}[N] x) => ({dtype} y) <int64[1] a={{0}}> {{ y = ReduceSum<keepdims=0>(x,a) }}"
+    x = np.array([values[0], 1, 2.0**-24], element)
+    assert plan(network(body)).run({"x": x})["y"] == values[1]
+
+
+def test_the_first_of_equal_elements_wins():
+    body = "(float[N] x) => (float[9] v, int64[9] i) <int64[1] k={9}> { v,i = TopK(x,k) }"
+    x = np.resize(np.array([1, 0, 2], np.float32), 300)
+    out = plan(network(body)).run({"x": x})
+    assert out["i"].tolist() == list(range(2, 27, 3))
+
+
 @pytest.mark.parametrize(
     ("op", "empty"),
     [("Sum", 0.0), ("Prod", 1.0), ("Max", -INF), ("Min", INF), ("Mean", NAN)],

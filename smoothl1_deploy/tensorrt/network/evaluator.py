@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class _Step:
         for slot, tensor, value in zip(self.outputs, self.view.outputs, results, strict=True):
             array = np.asarray(value)
             # TensorRT's own inference: where it differs, this evaluator has the layer wrong.
-            if array.dtype != tensor.dtype or array.ndim != tensor.rank != -1:
+            if array.dtype != tensor.dtype or tensor.rank not in (-1, array.ndim):
                 raise UnsupportedError(
                     f"the layer {self.view.name!r} of type {self.view.type} was evaluated to "
                     f"{array.dtype} of rank {array.ndim}, TensorRT makes it {tensor.dtype} of "
@@ -184,7 +185,7 @@ def plan(
     initial: list[Any] = [None] * (len(slots) + 1)
 
     steps: list[_Step] = []
-    for index in _order(views, {tensor.name for tensor in inputs}):
+    for index in _order(views):
         view, layer = views[index], layers[index]
         out_slots = tuple(slots[tensor.name] for tensor in view.outputs)
         if view.type == "CONSTANT":
@@ -242,20 +243,14 @@ def _read_constant(view: LayerView, layer: Any, replaced: Mapping[str, Array]) -
     return value
 
 
-def _order(views: Sequence[LayerView], known: set[str]) -> Iterator[int]:
+def _order(views: Sequence[LayerView]) -> Iterable[int]:
     """The layers, each after those whose outputs it reads; the parser adds some out of order."""
-    waiting = list(range(len(views)))
-    while waiting:
-        later = []
-        for index in waiting:
-            if all(tensor is None or tensor.name in known for tensor in views[index].inputs):
-                known.update(tensor.name for tensor in views[index].outputs)
-                yield index
-            else:
-                later.append(index)
-        if len(later) == len(waiting):
-            raise views[later[0]].unsupported("reads a tensor that no other layer makes")
-        waiting = later
+    maker = {tensor.name: i for i, view in enumerate(views) for tensor in view.outputs}
+    needs = {
+        i: [maker[tensor.name] for tensor in view.inputs if tensor and tensor.name in maker]
+        for i, view in enumerate(views)
+    }
+    return TopologicalSorter(needs).static_order()
 
 
 def _with_frees(

@@ -96,7 +96,8 @@ def tensor_view(tensor: Any) -> TensorView:
     """Read a tensor.
 
     Raises:
-        UnsupportedError: for a dtype that numpy has no equivalent of.
+        UnsupportedError: for a dtype that numpy has no equivalent of, and in a network whose
+            shapes contradict each other.
     """
     name = tensor.dtype.name
     if name not in _DTYPE:
@@ -108,6 +109,11 @@ def tensor_view(tensor: Any) -> TensorView:
         shape: tuple[int, ...] | None = tuple(tensor.shape)
     except ValueError:  # the bindings' answer for a rank that is not known
         shape = None
+    except RuntimeError as exc:
+        raise UnsupportedError(
+            f"TensorRT can't infer the shape of the tensor {tensor.name!r} ({exc}): the network is "
+            "not well formed; its log has the reason"
+        ) from exc
     return TensorView(tensor.name, _DTYPE[name], shape)
 
 
