@@ -61,7 +61,9 @@ def resolve_reduction(
 def _valid_beta(beta: object) -> float:
     remedy = "give a number >= 0, for instance beta=1.0 (0 is the L1 loss, inf the zero loss)"
     if isinstance(beta, bool) or not isinstance(beta, numbers.Real):
-        raise SpecError(f"beta must be a real number, got {beta!r} ({type(beta).__name__}); {remedy}")
+        raise SpecError(
+            f"beta must be a real number, got {beta!r} ({type(beta).__name__}); {remedy}"
+        )
     try:
         value = float(beta)
     except OverflowError:

@@ -38,7 +38,9 @@ def _from_dlpack(value: Any, what: str) -> Array:
         value = value.detach()
         # numpy's DLPack knows no bfloat16: carry the bits.
         if value.dtype == torch.bfloat16 and value.device.type == "cpu":
-            return np.asarray(value.contiguous().view(torch.int16).numpy()).view(NUMPY_DTYPE["bfloat16"])
+            return np.asarray(value.contiguous().view(torch.int16).numpy()).view(
+                NUMPY_DTYPE["bfloat16"]
+            )
     try:
         return np.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as exc:
@@ -76,8 +78,14 @@ def promote(input: Array, target: Array, dtype: str) -> tuple[Array, Array]:
     kinds = _kind(input), _kind(target)
     for what, array, kind in (("input", input, kinds[0]), ("target", target, kinds[1])):
         if kind == "other":
-            raise InvalidInputError(f"{what} has the dtype {array.dtype}, which is not a number format of a loss")
-    floats = {dtype_name(a.dtype) for a, kind in zip((input, target), kinds, strict=True) if kind == "float"}
+            raise InvalidInputError(
+                f"{what} has the dtype {array.dtype}, which is not a number format of a loss"
+            )
+    floats = {
+        dtype_name(a.dtype)
+        for a, kind in zip((input, target), kinds, strict=True)
+        if kind == "float"
+    }
     if not floats:
         raise InvalidInputError(
             f"input and target are both integral ({input.dtype}, {target.dtype}); PyTorch refuses "

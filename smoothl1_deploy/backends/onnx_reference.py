@@ -37,4 +37,5 @@ class ReferenceBackend(Backend):
     name = "onnx-reference"
 
     def load(self, model: onnx.ModelProto) -> Runner:
+        """Prepare `model` for evaluation in numpy."""
         return ReferenceRunner(model)

@@ -38,4 +38,5 @@ class TorchBackend(Backend):
         require("torch", "torch", "the torch backend")
 
     def load(self, model: onnx.ModelProto) -> Runner:
+        """Read the spec that `model` carries."""
         return TorchRunner(model)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
 
 from ..errors import SpecError
 from ..spec import LossSpec
-from .elements import ELEMENT_TYPE
+from .elements import ELEMENT_TYPE, loss_scalars
 from .metadata import stamp
 from .shapes import Dim, Shape, broadcast, check_shape, describe
 
@@ -48,7 +49,9 @@ def export(
         MissingDependencyError: for the `torch` route without torch.
     """
     if not isinstance(spec, LossSpec):
-        raise SpecError(f"spec must be a LossSpec, got {type(spec).__name__}; write LossSpec(beta=...)")
+        raise SpecError(
+            f"spec must be a LossSpec, got {type(spec).__name__}; write LossSpec(beta=...)"
+        )
     if route not in ROUTES:
         raise SpecError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
     input_shape = check_shape(shape)
@@ -83,15 +86,19 @@ def export(
     return model
 
 
-def _function_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None) -> onnx.ModelProto:
+def _function_model(
+    spec: LossSpec, shape: Shape | None, target_shape: Shape | None
+) -> onnx.ModelProto:
     """[Cast, Cast,] SmoothL1Loss [, Sum or Mean] [, Cast]: one node a step of the computation."""
     from . import functions as f
 
     nodes: list[onnx.NodeProto] = []
     used: list[str] = []
 
-    def add(op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: object) -> str:
-        nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes))
+    def add(op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any) -> str:
+        nodes.append(
+            helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes)
+        )
         if domain:
             used.append(op)
         return output
@@ -105,9 +112,12 @@ def _function_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | N
     last = spec.reduction == "none" and spec.compute_dtype == spec.dtype
     losses = "loss" if last else "losses"
     if spec.dtype == "float64":  # an attribute would round beta to float32
-        beta = helper.make_tensor("beta", TensorProto.DOUBLE, [], [spec.beta])
-        nodes.append(helper.make_node("Constant", [], ["beta"], name="beta", value=beta))
-        add("SmoothL1LossWithBeta", [input, target, "beta"], losses, domain=f.DOMAIN)
+        scalars = loss_scalars(spec.beta)
+        for name, value in scalars:
+            tensor = helper.make_tensor(name, TensorProto.DOUBLE, [], [value])
+            nodes.append(helper.make_node("Constant", [], [name], name=name, value=tensor))
+        names = [name for name, _ in scalars]
+        add("SmoothL1LossTerms", [input, target, *names], losses, domain=f.DOMAIN)
     else:
         add("SmoothL1Loss", [input, target], losses, domain=f.DOMAIN, beta=spec.effective_beta)
 
@@ -120,7 +130,9 @@ def _function_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | N
     element = ELEMENT_TYPE[spec.dtype]
     out_shape: Shape | None = ()
     if spec.reduction == "none":
-        out_shape = None if shape is None or target_shape is None else broadcast(shape, target_shape)
+        out_shape = (
+            None if shape is None or target_shape is None else broadcast(shape, target_shape)
+        )
     elif shape is not None and target_shape is not None:
         broadcast(shape, target_shape)  # refuses what can't be broadcast
     graph = helper.make_graph(
@@ -165,7 +177,7 @@ def _value(name: str, element: int, shape: Shape | None) -> onnx.ValueInfoProto:
 
 
 def _with_any_rank_hidden(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The checker demands a shape where the ONNX IR allows none: give it one of rank 1 to look at."""
+    """The checker demands a shape where the ONNX IR allows none: show it one of rank 1."""
     values = [*model.graph.input, *model.graph.output]
     if all(value.type.tensor_type.HasField("shape") for value in values):
         return model

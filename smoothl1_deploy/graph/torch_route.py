@@ -22,7 +22,7 @@ from onnxscript import opset18 as op
 from ..reference.module import SmoothL1Loss
 from ..spec import LossSpec
 from . import functions as f
-from .elements import ELEMENT_TYPE
+from .elements import ELEMENT_TYPE, loss_scalars
 from .plain import fold_scalars
 from .shapes import Shape
 
@@ -42,9 +42,12 @@ def _loss(input: Any, target: Any, reduction: int, beta: float) -> Any:
     if not wide:
         beta = LossSpec(beta).effective_beta
     # Of a function call the exporter's inliner loses the attributes, and the functions that the
-    # body calls in turn (torch 2.13): beta is a tensor, and the mean is divided out here.
-    tensor = op.Constant(value=helper.make_tensor("beta", compute, [], [beta]))
-    losses = f.SmoothL1LossWithBeta(input, target, tensor)
+    # body calls in turn (torch 2.13): the scalars are tensors, the mean is divided out here.
+    scalars = (
+        op.Constant(value=helper.make_tensor(name, compute, [], [value]))
+        for name, value in loss_scalars(beta)
+    )
+    losses = f.SmoothL1LossTerms(input, target, *scalars)
     if _REDUCTION[reduction] == "none":
         return losses if element == compute else op.Cast(losses, to=element)
     total = f.CompensatedSum(losses) if wide else f.WideSum(losses)
@@ -90,7 +93,7 @@ def _example(shape: Shape, dtype: torch.dtype, sizes: dict[str, int]) -> torch.T
 
 
 def _restore_dtype(graph: onnx.GraphProto, element: int) -> None:
-    """The exporter promotes the loss of half tensors to float32 and leaves it there (torch 2.13)."""
+    """The exporter promotes the loss of half tensors to float32 and leaves it (torch 2.13)."""
     output = graph.output[0]
     if output.type.tensor_type.elem_type == element:
         return
@@ -132,7 +135,13 @@ def torch_model(spec: LossSpec, shape: Shape, target_shape: Shape) -> onnx.Model
     model = fold_scalars(model)
     # What the exporter notes about itself holds stack traces and paths of this machine.
     del model.metadata_props[:]
-    for item in [model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output]:
+    for item in [
+        model.graph,
+        *model.graph.node,
+        *model.graph.value_info,
+        *model.graph.input,
+        *model.graph.output,
+    ]:
         del item.metadata_props[:]
     for node in model.graph.node:
         node.doc_string = ""

@@ -23,7 +23,8 @@ def _element_losses(d: Array, beta: float) -> Array:
     wide_beta = d.dtype.type(beta)
     # Dividing before multiplying keeps beta = inf right; where beta is 0, nothing is below it.
     quotient = np.divide(d, wide_beta, out=np.zeros_like(d), where=d < wide_beta)
-    return np.where(d < wide_beta, 0.5 * d * quotient, d - 0.5 * wide_beta)
+    losses: Array = np.where(d < wide_beta, 0.5 * d * quotient, d - 0.5 * wide_beta)
+    return losses
 
 
 def oracle(spec: LossSpec, input: Array, target: Array) -> Array:
@@ -41,7 +42,9 @@ def oracle(spec: LossSpec, input: Array, target: Array) -> Array:
     wide = wide_dtype(spec.dtype)
     expected = NUMPY_DTYPE[spec.dtype]
     if input.dtype != expected or target.dtype != expected:
-        raise TypeError(f"the oracle of {spec} takes {expected}, got {input.dtype} and {target.dtype}")
+        raise TypeError(
+            f"the oracle of {spec} takes {expected}, got {input.dtype} and {target.dtype}"
+        )
     a, b = np.broadcast_arrays(input, target)
     shape, count = a.shape, a.size
     a, b = a.reshape(-1), b.reshape(-1)
@@ -50,7 +53,9 @@ def oracle(spec: LossSpec, input: Array, target: Array) -> Array:
     with np.errstate(all="ignore"):
         for start in range(0, count, _CHUNK):
             part = slice(start, start + _CHUNK)
-            exact = _element_losses(a[part].astype(wide) - b[part].astype(wide), spec.effective_beta)
+            exact = _element_losses(
+                a[part].astype(wide) - b[part].astype(wide), spec.effective_beta
+            )
             if spec.reduction == "none":
                 losses[part] = round_to(exact, spec.dtype)
             else:

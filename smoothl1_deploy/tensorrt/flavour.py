@@ -77,6 +77,10 @@ class Flavour:
             )
         return found
 
+    def flags(self) -> dict[str, Any]:
+        """Every builder flag of this version, by name."""
+        return dict(self.trt.BuilderFlag.__members__)
+
     def builder(self) -> Any:
         """A new `Builder`.
 

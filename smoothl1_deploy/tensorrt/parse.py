@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,12 +33,16 @@ _DATA_TYPE: dict[int, str] = {
 }
 
 
+#: The names of TensorRT's DataType that differ from numpy's by more than case.
+_NUMPY_NAME = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+
+
 @dataclass(frozen=True, slots=True)
 class NetworkPort:
     """An input or output of the network.
 
     Attributes:
-        dtype: TensorRT's name of it, for instance `"FLOAT"`, `"HALF"`, `"BF16"`.
+        dtype: for instance `"float32"`, `"bfloat16"`, `"int64"`.
         shape: -1 for a dynamic axis.
         names: the dimension names of the ONNX graph, None for an axis without one.
     """
@@ -45,11 +50,30 @@ class NetworkPort:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    names: tuple[str | None, ...] = ()
+    names: tuple[str | None, ...]
 
     def __str__(self) -> str:
         dims = ", ".join(n or str(d) for n, d in zip(self.names, self.shape, strict=True))
         return f"{self.name}: {self.dtype}[{dims}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; the inverse of `from_dict`."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "names": list(self.names),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> NetworkPort:
+        """The inverse of `to_dict`; raises KeyError, TypeError or ValueError on other content."""
+        return cls(
+            str(fields["name"]),
+            str(fields["dtype"]),
+            tuple(int(size) for size in fields["shape"]),
+            tuple(None if name is None else str(name) for name in fields["names"]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +106,7 @@ def parse(
 
     Args:
         model: prepared by `prepare` first; give it as it was exported.
+        flavour: whose parser.
         network_name: of the network; the graph's name by default. TensorRT numbers nameless
             networks, and two builds of one model then differ in a byte.
 
@@ -210,4 +235,4 @@ def _port(kind: str, value: onnx.ValueInfoProto, tensor: Any) -> NetworkPort:
             f"it {'of unknown rank' if shape is None else list(shape)}; declare the shape the "
             "graph computes (onnx.shape_inference.infer_shapes finds it)"
         )
-    return NetworkPort(value.name, dtype, shape, names)
+    return NetworkPort(value.name, _NUMPY_NAME.get(dtype, dtype.lower()), shape, names)
