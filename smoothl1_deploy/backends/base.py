@@ -28,6 +28,7 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "torch": ("torch_eager", "TorchBackend"),
     "onnx-reference": ("onnx_reference", "ReferenceBackend"),
     "ort-cpu": ("ort_cpu", "OrtCpuBackend"),
+    "trt-network": ("trt_network", "TrtNetworkBackend"),
 }
 
 
