@@ -30,9 +30,8 @@ class TrtNetworkRunner(Runner):
         self.parsed = parse(model, flavour)
         self._plan = plan(self.parsed, clip_drops_nan=clip_drops_nan)
 
-    def _execute(self, input: Array, target: Array, shape: tuple[int, ...]) -> dict[str, Array]:
-        feeds = {self.signature.input.name: input, self.signature.target.name: target}
-        return self._plan.run(feeds)
+    def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
+        return self._plan.run({self.signature.inputs[role].name: x for role, x in feeds.items()})
 
 
 class TrtNetworkBackend(Backend):

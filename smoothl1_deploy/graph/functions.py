@@ -55,6 +55,7 @@ DOMAIN = "smoothl1_deploy"
 DOMAIN_VERSION = 1
 OPSET = 18  # the lowest that every route, the parser of TensorRT and torch.onnx.export share
 _domain = Opset(DOMAIN, DOMAIN_VERSION)
+_NAN = float("nan")
 
 # onnxscript 0.7 knows a Union as a bound, neither constraints nor `FLOAT | DOUBLE`. The return
 # annotations matter: torch.onnx.export counts the outputs of a function call by them.
@@ -82,8 +83,7 @@ def BetaDivisor(beta: FLOAT) -> FLOAT:
     """The divisor that `SmoothL1LossTerms` takes: beta, 1 for 0, NaN for what is no beta."""
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
-    # 0 / 0, not a NaN constant: its bits would differ between serialisers.
-    otherwise = op.Where(op.Equal(beta, zero), one, op.Div(zero, zero))
+    otherwise = op.Where(op.Equal(beta, zero), one, op.Constant(value_float=_NAN))
     return op.Where(op.Greater(beta, zero), beta, otherwise)
 
 
