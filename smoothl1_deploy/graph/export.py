@@ -44,7 +44,8 @@ def export(
         target_shape: of `target` where it differs; it must broadcast with `shape`.
 
     Raises:
-        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`).
+        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`); by the
+            `torch` route also when a dynamic axis would have to broadcast with anything but 1.
         MissingDependencyError: for the `torch` route without torch.
     """
     if not isinstance(spec, LossSpec):
@@ -57,6 +58,8 @@ def export(
         other_shape = input_shape
     elif input_shape is None:
         raise SpecError("target_shape without shape: an export of any rank takes any target")
+    if input_shape is not None and other_shape is not None:
+        broadcast(input_shape, other_shape)  # refuses what can't be
 
     if route == "torch":
         from .torch_route import torch_model
@@ -77,7 +80,7 @@ def export(
     model.ir_version = _IR_VERSION
     shapes = describe(input_shape)
     if other_shape != input_shape:
-        shapes += f"_{describe(other_shape)}"
+        shapes += f"-{describe(other_shape)}"  # which no identifier holds
     stamp(model, spec, route, shapes)
     onnx.checker.check_model(_with_any_rank_hidden(model), full_check=True)
     return model
@@ -121,8 +124,6 @@ def _function_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | N
     out_shape: Shape | None = ()
     if spec.reduction == "none":
         out_shape = None if shape is None or target_shape is None else broadcast(shape, target_shape)
-    elif shape is not None and target_shape is not None:
-        broadcast(shape, target_shape)  # refuses what can't be broadcast
     graph = helper.make_graph(
         nodes,
         spec.name,

@@ -19,6 +19,7 @@ import torch
 from onnx import TensorProto, helper
 from onnxscript import opset18 as op
 
+from ..errors import SpecError
 from ..reference.module import SmoothL1Loss
 from ..spec import LossSpec
 from . import functions as f
@@ -101,7 +102,18 @@ def _restore_dtype(graph: onnx.GraphProto, element: int) -> None:
 
 
 def torch_model(spec: LossSpec, shape: Shape, target_shape: Shape) -> onnx.ModelProto:
-    """The model that torch.onnx.export makes of the reference module, tidied and nameless."""
+    """The model that torch.onnx.export makes of the reference module, tidied and nameless.
+
+    Raises:
+        SpecError: when a dynamic axis meets another axis that isn't 1: torch.export has to know
+            how the two broadcast.
+    """
+    for x, y in zip(reversed(shape), reversed(target_shape), strict=False):
+        if x != y and 1 not in (x, y) and (isinstance(x, str) or isinstance(y, str)):
+            raise SpecError(
+                f"the torch route can't broadcast the axis {x!r} with {y!r}; give both the same "
+                "name, or one of them the size 1, or use route='function'"
+            )
     names = sorted({d for d in (*shape, *target_shape) if isinstance(d, str)})
     # Distinct sizes above 1: the exporter specialises on 0 and 1, and on axes that are equal.
     sizes = {name: 3 + 2 * i for i, name in enumerate(names)}
