@@ -11,7 +11,7 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 
-__all__ = ["FORMATS", "Format", "exact_loss", "exact_reduction", "round_fraction", "to_array"]
+__all__ = ["FORMATS", "Format", "error_in_ulp", "exact_loss", "exact_reduction", "round_fraction", "to_array"]
 
 
 class Format:
@@ -37,16 +37,21 @@ FORMATS = {
 }
 
 
+def _quantum(magnitude: Fraction, f: Format) -> Fraction:
+    """The distance of the format's neighbours around `magnitude` > 0."""
+    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
+    if Fraction(2) ** exponent > magnitude:  # the lengths give floor(log2) or one more
+        exponent -= 1
+    return Fraction(2) ** (max(exponent, f.emin) - f.precision + 1)
+
+
 def round_fraction(value: Fraction, dtype: str) -> float:
     """`value` to nearest, ties to even, as a Python float (which holds all four formats)."""
     f = FORMATS[dtype]
     if value == 0:
         return 0.0
     magnitude = abs(value)
-    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
-    if Fraction(2) ** exponent > magnitude:  # the lengths give floor(log2) or one more
-        exponent -= 1
-    quantum = Fraction(2) ** (max(exponent, f.emin) - f.precision + 1)
+    quantum = _quantum(magnitude, f)
     steps, rest = divmod(magnitude, quantum)
     if 2 * rest > quantum or (2 * rest == quantum and steps % 2 == 1):
         steps += 1
@@ -73,3 +78,11 @@ def exact_reduction(losses: list[Fraction], reduction: str) -> Fraction:
 def to_array(values: list[float], dtype: str) -> np.ndarray:
     """An array of the format, of numbers that it holds."""
     return np.array(values, np.float64).astype(FORMATS[dtype].dtype)
+
+
+def error_in_ulp(value: float, exact: Fraction, dtype: str) -> Fraction:
+    """How far `value` is from `exact`, in units in the last place of `exact`."""
+    f = FORMATS[dtype]
+    if exact == 0:
+        return Fraction(0) if value == 0 else Fraction(2**200)
+    return abs(Fraction(value) - exact) / _quantum(abs(exact), f)
