@@ -21,6 +21,11 @@ def as_array(value: Any, what: str) -> Array:
     Raises:
         InvalidInputError: for anything that isn't a numeric array on the CPU.
     """
+    if isinstance(value, np.ma.MaskedArray):
+        raise InvalidInputError(
+            f"{what} is a masked array, and a loss knows no mask; fill it or select what counts: "
+            f"{what}.filled(...) or {what}.compressed()"
+        )
     if isinstance(value, (np.ndarray, np.generic)):
         array = np.asarray(value)
     elif hasattr(value, "__dlpack__"):
@@ -35,14 +40,14 @@ def as_array(value: Any, what: str) -> Array:
 
 def _from_dlpack(value: Any, what: str) -> Array:
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        value = value.detach()
-        # numpy's DLPack knows no bfloat16: carry the bits.
-        if value.dtype == torch.bfloat16 and value.device.type == "cpu":
-            return np.asarray(value.contiguous().view(torch.int16).numpy()).view(
-                NUMPY_DTYPE["bfloat16"]
-            )
     try:
+        if torch is not None and isinstance(value, torch.Tensor):
+            # DLPack hands out the memory of a lazily negated tensor without its sign.
+            value = value.detach().resolve_neg()
+            # numpy's DLPack knows no bfloat16: carry the bits.
+            if value.dtype == torch.bfloat16 and value.device.type == "cpu":
+                bits = value.contiguous().view(torch.int16).numpy()
+                return np.asarray(bits).view(NUMPY_DTYPE["bfloat16"])
         return np.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as exc:
         raise InvalidInputError(

@@ -48,7 +48,8 @@ def export(
         weight_shape: of `weight` where it differs, likewise.
 
     Raises:
-        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`).
+        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`); by the
+            `torch` route also when a dynamic axis would have to broadcast with anything but 1.
         MissingDependencyError: for the `torch` route without torch.
     """
     if not isinstance(spec, LossSpec):
@@ -74,7 +75,7 @@ def export(
     different = [name for name in ("target", "weight") if name in spec.inputs]
     different = [name for name in different if shapes[name] != shapes["input"]]
     described = [describe(shapes["input"]), *(f"{n}_{describe(shapes[n])}" for n in different)]
-    stamp(model, spec, route, "_".join(described))
+    stamp(model, spec, route, "-".join(described))  # which no identifier holds
     onnx.checker.check_model(_with_any_rank_hidden(model), full_check=True)
     return model
 

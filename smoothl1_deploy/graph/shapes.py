@@ -61,7 +61,16 @@ def broadcast(a: Shape, b: Shape) -> Shape:
 
 
 def describe(shape: Shape | None) -> str:
-    """`"Nx16"`, `"scalar"` or `"any"`: for graph names and messages."""
+    """`"Nx16"`, `"scalar"` or `"any"`: for graph names and messages, no two shapes alike.
+
+    >>> describe(("Nx16",))
+    '<Nx16>'
+    """
     if shape is None:
         return "any"
-    return "x".join(map(str, shape)) or "scalar"
+
+    def text(dim: Dim) -> str:
+        ambiguous = isinstance(dim, str) and ("x" in dim or dim in ("scalar", "any"))
+        return f"<{dim}>" if ambiguous else str(dim)
+
+    return "x".join(map(text, shape)) or "scalar"

@@ -247,7 +247,7 @@ def test_a_flavour_that_is_not_installed(pair, rtx, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     refused(
         pair,
-        r"built with tensorrt 10\.16\.1, which can't be used here, and tensorrt_rtx .* can't run it",
+        r"built with tensorrt 10\.16\.1, which can't be used here, and tensorrt_rtx .*can't run it",
     )
 
 
