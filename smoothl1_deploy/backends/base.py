@@ -70,9 +70,17 @@ class Runner(ABC):
 
 
 class Backend(ABC):
-    """Something that runs artefacts."""
+    """Something that runs artefacts.
+
+    Attributes:
+        name: its key in `BACKENDS`.
+        any_rank: whether it runs an artefact exported without a shape.
+        threads: for the operators of one call; 0 means every core. Set before `load`.
+    """
 
     name: str
+    any_rank: bool = True
+    threads: int = 0
 
     def refuses(self, spec: LossSpec) -> str | None:
         """Why this backend can't carry out `spec` faithfully; None where it can."""
@@ -83,8 +91,8 @@ class Backend(ABC):
         """Prepare `model` to be run."""
 
 
-def get_backend(name: str) -> Backend:
-    """The backend called `name`.
+def get_backend(name: str, threads: int = 0) -> Backend:
+    """The backend called `name`, to use `threads` cores a call (0: all).
 
     Raises:
         SpecError: for an unknown name.
@@ -94,6 +102,7 @@ def get_backend(name: str) -> Backend:
         raise SpecError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
     module, cls = BACKENDS[name]
     backend: Backend = getattr(importlib.import_module(f".{module}", __package__), cls)()
+    backend.threads = threads
     return backend
 
 

@@ -64,18 +64,13 @@ class OrtRunner(Runner):
 
 
 class OrtCpuBackend(Backend):
-    """ONNX Runtime on the CPU.
-
-    Args:
-        threads: for the operators of one call; 0 lets ONNX Runtime take every core.
-    """
+    """ONNX Runtime on the CPU."""
 
     name = "ort-cpu"
 
-    def __init__(self, threads: int = 0) -> None:
+    def __init__(self) -> None:
         self._ort = require("onnxruntime", "cpu", "the ort-cpu backend")
-        self._threads = threads
 
     def load(self, model: onnx.ModelProto) -> Runner:
         """Open an inference session on `model`."""
-        return OrtRunner(model, self._ort, self._threads)
+        return OrtRunner(model, self._ort, self.threads)

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from ..errors import SpecError
 from ..spec import LossSpec
-from .elements import ELEMENT_TYPE
+from .elements import ELEMENT_TYPE, loss_scalars
 from .metadata import stamp
 from .shapes import Dim, Shape, broadcast, check_shape, describe
 
@@ -112,9 +112,12 @@ def _function_model(
     last = spec.reduction == "none" and spec.compute_dtype == spec.dtype
     losses = "loss" if last else "losses"
     if spec.dtype == "float64":  # an attribute would round beta to float32
-        beta = helper.make_tensor("beta", TensorProto.DOUBLE, [], [spec.beta])
-        nodes.append(helper.make_node("Constant", [], ["beta"], name="beta", value=beta))
-        add("SmoothL1LossWithBeta", [input, target, "beta"], losses, domain=f.DOMAIN)
+        scalars = loss_scalars(spec.beta)
+        for name, value in scalars:
+            tensor = helper.make_tensor(name, TensorProto.DOUBLE, [], [value])
+            nodes.append(helper.make_node("Constant", [], [name], name=name, value=tensor))
+        names = [name for name, _ in scalars]
+        add("SmoothL1LossTerms", [input, target, *names], losses, domain=f.DOMAIN)
     else:
         add("SmoothL1Loss", [input, target], losses, domain=f.DOMAIN, beta=spec.effective_beta)
 

@@ -37,7 +37,7 @@ __all__ = [
     "CompensatedMean",
     "CompensatedSum",
     "SmoothL1Loss",
-    "SmoothL1LossWithBeta",
+    "SmoothL1LossTerms",
     "WideMean",
     "WideSum",
 ]
@@ -54,30 +54,30 @@ TNarrow = TypeVar("TNarrow", bound=Union[FLOAT, FLOAT16, BFLOAT16])
 
 
 @script(_domain)
-def SmoothL1LossWithBeta(input: T, target: T, beta: T) -> T:
-    """Smooth L1 of each element; `beta` >= 0 is a tensor of rank 0 in the inputs' dtype.
+def SmoothL1LossTerms(input: T, target: T, beta: T, half: T, divisor: T) -> T:
+    """Smooth L1 of each element, float32 or float64, with the scalars as tensors of rank 0.
 
-    Computes in the dtype of its inputs: cast float16 and bfloat16 to float32 first.
+    `beta` >= 0; `half` is 0.5; `divisor` is beta, or 1 where beta is 0. All of the inputs' dtype:
+    a body that cast them itself would need CastLike, which ONNX Runtime warns about at each load.
     """
-    zero = op.CastLike(op.Constant(value_float=0.0), beta)
-    one = op.CastLike(op.Constant(value_float=1.0), beta)
-    half = op.CastLike(op.Constant(value_float=0.5), beta)
     difference = op.Sub(input, target)
     core = op.Clip(difference, op.Neg(beta), beta)
     excess = op.Abs(op.Sub(difference, core))
-    divisor = op.Where(op.Equal(beta, zero), one, beta)
     quadratic = op.Mul(op.Mul(half, core), op.Div(core, divisor))
     return op.Add(excess, quadratic)
 
 
 @script(_domain)
-def SmoothL1Loss(input: T, target: T, beta: float = 1.0) -> T:
-    """Smooth L1 of each element; `beta` >= 0 is an attribute, and so rounded to float32.
+def SmoothL1Loss(input: FLOAT, target: FLOAT, beta: float = 1.0) -> FLOAT:
+    """Smooth L1 of each element of float32 tensors; `beta` >= 0 is an attribute.
 
-    Computes in the dtype of its inputs: cast float16 and bfloat16 to float32 first. For float64
-    inputs and a beta that float32 can't hold, use SmoothL1LossWithBeta.
+    Cast float16 and bfloat16 to float32 first. A model that feeds it float64 fails to load: an
+    attribute would round beta to float32; use SmoothL1LossTerms.
     """
-    return SmoothL1LossWithBeta(input, target, op.CastLike(op.Constant(value_float=beta), input))
+    threshold = op.Constant(value_float=beta)
+    is_l1 = op.Equal(threshold, op.Constant(value_float=0.0))
+    divisor = op.Where(is_l1, op.Constant(value_float=1.0), threshold)
+    return SmoothL1LossTerms(input, target, threshold, op.Constant(value_float=0.5), divisor)
 
 
 @script(_domain)
@@ -135,7 +135,7 @@ FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
     f.name: f
     for f in (
         SmoothL1Loss,
-        SmoothL1LossWithBeta,
+        SmoothL1LossTerms,
         WideSum,
         WideMean,
         CompensatedSum,

@@ -22,7 +22,7 @@ from onnxscript import opset18 as op
 from ..reference.module import SmoothL1Loss
 from ..spec import LossSpec
 from . import functions as f
-from .elements import ELEMENT_TYPE
+from .elements import ELEMENT_TYPE, loss_scalars
 from .plain import fold_scalars
 from .shapes import Shape
 
@@ -42,9 +42,12 @@ def _loss(input: Any, target: Any, reduction: int, beta: float) -> Any:
     if not wide:
         beta = LossSpec(beta).effective_beta
     # Of a function call the exporter's inliner loses the attributes, and the functions that the
-    # body calls in turn (torch 2.13): beta is a tensor, and the mean is divided out here.
-    tensor = op.Constant(value=helper.make_tensor("beta", compute, [], [beta]))
-    losses = f.SmoothL1LossWithBeta(input, target, tensor)
+    # body calls in turn (torch 2.13): the scalars are tensors, the mean is divided out here.
+    scalars = (
+        op.Constant(value=helper.make_tensor(name, compute, [], [value]))
+        for name, value in loss_scalars(beta)
+    )
+    losses = f.SmoothL1LossTerms(input, target, *scalars)
     if _REDUCTION[reduction] == "none":
         return losses if element == compute else op.Cast(losses, to=element)
     total = f.CompensatedSum(losses) if wide else f.WideSum(losses)
