@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-__all__ = ["human_size", "json_number", "open_console", "print_error", "print_fields", "print_json"]
-__all__ += ["print_note", "print_table"]
+__all__ = [
+    "human_size",
+    "json_number",
+    "open_console",
+    "print_error",
+    "print_fields",
+    "print_json",
+    "print_lines",
+    "print_note",
+    "print_table",
+]
 
 
 def open_console(stderr: bool = False) -> Console:
@@ -27,7 +36,12 @@ def open_console(stderr: bool = False) -> Console:
         def on_broken_pipe(self) -> NoReturn:
             raise BrokenPipeError  # rich would exit with 1, which means a failed check here
 
-    return QuietConsole(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    stream = sys.stderr if stderr else sys.stdout
+    # A file or pipe has no width; rich would take it for 80 columns and cut names short.
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 160
+    return QuietConsole(
+        stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width
+    )
 
 
 def print_error(message: str) -> None:
@@ -48,6 +62,13 @@ def print_note(message: str) -> None:
     open_console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), message))
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines on stdout, never wrapped."""
+    console = open_console()
+    for line in lines:
+        console.print(line)
+
+
 def print_fields(fields: Mapping[str, object]) -> None:
     """One `name  value` line each."""
     from rich.text import Text
@@ -59,12 +80,14 @@ def print_fields(fields: Mapping[str, object]) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:
-    """A table; keep its cells short, since they wrap."""
+    """A table; keep its cells short, since they wrap on a narrow terminal."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table: Table = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     open_console().print(table)

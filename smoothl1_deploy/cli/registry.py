@@ -34,9 +34,12 @@ class Entry:
 #: In the order of `--help`, which is the order of work.
 COMMANDS: dict[str, Entry] = {
     "export": Entry("Write a Smooth L1 loss as an ONNX file.", "export", "export"),
+    "build": Entry("Build a TensorRT engine from an ONNX file.", "build", "build"),
     "run": Entry("Compute the loss of two arrays with an artefact.", "run", "run"),
     "verify": Entry("Hold one artefact against PyTorch and the exact loss.", "verify", "verify"),
     "parity": Entry("Check a whole matrix of specs, routes and backends.", "parity", "parity"),
+    "inspect": Entry("Show what is inside an ONNX file or an engine.", "inspect", "inspect"),
+    "cache": Entry("Look into the engine cache, and make room in it.", "cache", "cache"),
     "doctor": Entry(
         "Show what is installed, what can run here, and what to install.", "doctor", "doctor"
     ),
