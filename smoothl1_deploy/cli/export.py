@@ -3,50 +3,46 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import SpecError
-from ..spec import DTYPES, REDUCTIONS, LossSpec
+from ..spec import DTYPES, NORMALIZERS, REDUCTIONS, LossSpec
 from .console import human_size, print_fields, print_json, print_note
 
 __all__ = ["EXAMPLE", "export", "parse_shape"]
 
 EXAMPLE = "smoothl1-deploy export --beta 0.5 --reduction mean --shape N,16 -o loss.onnx"
 
+_EXTENSIONS = "Beyond PyTorch's arguments"
 _DEPRECATED = "Deprecated arguments of PyTorch"
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written; `ports` are the inputs and outputs as (name, dtype, shape or None)."""
+    """What was written; `inputs` and `outputs` as `ports.graph_ports` gives them."""
 
     path: Path
     bytes: int
     sha256: str
     route: str
     spec: LossSpec
-    inputs: tuple[Any, ...]
-    outputs: tuple[Any, ...]
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-
-        def port(value: Any) -> dict[str, Any]:
-            shape = None if value.shape is None else list(value.shape)
-            return {"name": value.name, "dtype": value.dtype, "shape": shape}
-
         return {
             "path": str(self.path),
             "bytes": self.bytes,
             "sha256": self.sha256,
             "route": self.route,
             "spec": self.spec.to_dict(),
-            "inputs": [port(value) for value in self.inputs],
-            "outputs": [port(value) for value in self.outputs],
+            "inputs": self.inputs,
+            "outputs": self.outputs,
         }
 
 
@@ -101,6 +97,46 @@ def export(
     any_rank: Annotated[
         bool, typer.Option("--any-rank", help="Say that no --shape is meant.")
     ] = False,
+    per_sample: Annotated[
+        bool,
+        typer.Option(
+            "--per-sample",
+            help="Reduce every axis but the first: one score per row.",
+            rich_help_panel=_EXTENSIONS,
+        ),
+    ] = False,
+    gradient: Annotated[
+        bool,
+        typer.Option(
+            "--gradient",
+            help="A second output grad_input, the gradient with respect to input.",
+            rich_help_panel=_EXTENSIONS,
+        ),
+    ] = False,
+    runtime_beta: Annotated[
+        bool,
+        typer.Option(
+            "--runtime-beta",
+            help="Make beta an input of the graph: one file for every beta.",
+            rich_help_panel=_EXTENSIONS,
+        ),
+    ] = False,
+    weight: Annotated[
+        str | None,
+        typer.Option(
+            help="Add an input weight that multiplies the losses of the elements; a mean divides "
+            f"by: {' or '.join(NORMALIZERS)} (the number of elements or the sum of weights).",
+            rich_help_panel=_EXTENSIONS,
+        ),
+    ] = None,
+    weight_shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help="Of weight where it differs and broadcasts.",
+            rich_help_panel=_EXTENSIONS,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="The file to write; the spec's name by default."),
@@ -125,24 +161,29 @@ def export(
 ) -> None:
     """Write a Smooth L1 loss as an ONNX file.
 
-    The graph takes `input` and `target` and gives `loss`. The same arguments give the same bytes.
+    The graph takes input and target and gives loss. The same arguments give the same bytes.
     """
-    spec = LossSpec.from_legacy(size_average, reduce, reduction, beta, dtype)
+    spec = replace(
+        LossSpec.from_legacy(size_average, reduce, reduction, beta, dtype),
+        per_sample=per_sample,
+        gradient=gradient,
+        runtime_beta=runtime_beta,
+        weight=weight,
+    )
     axes = parse_shape(shape)
     target_axes = parse_shape(target_shape, "--target-shape")
+    weight_axes = parse_shape(weight_shape, "--weight-shape")
     if any_rank and axes is not None:
         raise SpecError(f"--any-rank and --shape {shape!r} exclude each other; give one of them")
 
-    from ..artefact import sha256, signature, write_atomic
+    from ..artefact import sha256, write_atomic
     from ..graph.export import export as export_model
+    from .ports import graph_ports, show_ports
 
-    model = export_model(spec, route, axes, target_shape=target_axes)
+    model = export_model(spec, route, axes, target_shape=target_axes, weight_shape=weight_axes)
     data = model.SerializeToString(deterministic=True)
     path = write_atomic(output or Path(f"{spec.name}.onnx"), data)
-    ports = signature(model)
-    done = Exported(
-        path, len(data), sha256(data), route, spec, (ports.input, ports.target), ports.outputs
-    )
+    done = Exported(path, len(data), sha256(data), route, spec, *graph_ports(model))
     if size_average is not None or reduce is not None:
         print_note(
             "--size-average and --reduce are deprecated in PyTorch and here; "
@@ -154,10 +195,10 @@ def export(
     print_fields(
         {
             "wrote": f"{done.path}, {human_size(done.bytes)}",
-            "spec": f"beta={spec.beta!r}, reduction={spec.reduction}, dtype={spec.dtype}",
+            "spec": ", ".join(f"{name}={value}" for name, value in spec.to_dict().items()),
             "route": route,
-            "inputs": ", ".join(map(str, done.inputs)),
-            "outputs": ", ".join(map(str, done.outputs)),
+            "inputs": show_ports(done.inputs),
+            "outputs": show_ports(done.outputs),
             "sha256": done.sha256,
         }
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,29 +62,6 @@ def _spec_facts(spec: LossSpec | None) -> dict[str, Any]:
     return {"spec": None if spec is None else spec.to_dict()}
 
 
-def _ports(values: Sequence[onnx.ValueInfoProto], constants: set[str]) -> list[dict[str, Any]]:
-    """Name, dtype and shape (None for any rank) of whatever tensors a graph takes or gives."""
-    import onnx
-
-    ports = []
-    for value in values:
-        if value.name in constants:
-            continue
-        tensor = value.type.tensor_type
-        try:
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-        except KeyError:  # a sequence or another type that is no tensor
-            dtype = value.type.WhichOneof("value") or "unknown"
-        shape = None
-        if tensor.HasField("shape"):
-            shape = [
-                dim.dim_value if dim.HasField("dim_value") else dim.dim_param or -1
-                for dim in tensor.shape.dim
-            ]
-        ports.append({"name": value.name, "dtype": dtype, "shape": shape})
-    return ports
-
-
 def inspect_model(path: Path) -> Inspection:
     """Look into an ONNX file; a model of other origin is shown as far as it goes.
 
@@ -94,6 +70,7 @@ def inspect_model(path: Path) -> Inspection:
     """
     from ..artefact import read_model, sha256
     from ..graph.metadata import content_hash, read_route, read_spec
+    from .ports import graph_ports
 
     model = read_model(str(path))
     problems = []
@@ -103,7 +80,7 @@ def inspect_model(path: Path) -> Inspection:
     except ArtefactError as exc:
         problems.append(str(exc))
     graph = model.graph
-    constants = {tensor.name for tensor in graph.initializer}
+    inputs, outputs = graph_ports(model)
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     facts = {
         **_spec_facts(spec),
@@ -115,8 +92,8 @@ def inspect_model(path: Path) -> Inspection:
         "content_sha256": content_hash(model),
         "ir_version": model.ir_version,
         "opsets": opsets,
-        "inputs": _ports(graph.input, constants),
-        "outputs": _ports(graph.output, set()),
+        "inputs": inputs,
+        "outputs": outputs,
     }
     operators = {"graph": dict(Counter(node.op_type for node in graph.node))}
     for function in model.functions:
@@ -274,11 +251,9 @@ def _shown(found: Inspection) -> list[tuple[str, Any]]:
 
 def _text(name: str, value: Any) -> str:
     if name in ("inputs", "outputs"):
-        return ", ".join(
-            f"{p['name']}: {p['dtype']}"
-            + (" of any rank" if p["shape"] is None else f"[{', '.join(map(str, p['shape']))}]")
-            for p in value
-        )
+        from .ports import show_ports
+
+        return show_ports(value)
     if name == "bytes":
         return human_size(value)
     if isinstance(value, dict):
