@@ -36,7 +36,7 @@ class TrtNetworkRunner(Runner):
 
 
 class TrtNetworkBackend(Backend):
-    """TensorRT's parser on the CPU.
+    """TensorRT's parser on the CPU, which needs a fixed rank; `threads` changes nothing here.
 
     Args:
         flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.
@@ -48,15 +48,23 @@ class TrtNetworkBackend(Backend):
     """
 
     name = "trt-network"
+    any_rank = False
 
     def __init__(self, flavour: str | Flavour = "auto", clip_drops_nan: bool = True) -> None:
         self._flavour = get_flavour(flavour)
         self._clip_drops_nan = clip_drops_nan
 
     def refuses(self, spec: LossSpec) -> str | None:
+        """float64, which TensorRT doesn't have."""
         if spec.dtype == "float64":
             return "TensorRT has no float64; its parser would narrow the loss to float32"
         return None
 
     def load(self, model: onnx.ModelProto) -> TrtNetworkRunner:
+        """Parse `model` and read the network.
+
+        Raises:
+            UnsupportedError: for float64, an unknown rank, and layers the evaluator doesn't know.
+            BuildError: when TensorRT's parser refuses the model.
+        """
         return TrtNetworkRunner(model, self._flavour, self._clip_drops_nan)

@@ -207,58 +207,70 @@ def test_many_threads_share_a_plan():
 # It must be able to fail ---------------------------------------------------------------------
 
 
-def constant_behind(network, tensor):
-    """The name of the CONSTANT layer that a tensor comes from, casts and reshapes between."""
-    made_by = {}
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        made_by.update({layer.get_output(k).name: layer for k in range(layer.num_outputs)})
-    layer = made_by[tensor]
-    while layer.num_inputs:
-        layer = made_by[layer.get_input(0).name]
-    return layer.name
+def scalars(parsed):
+    """Name and value of each float constant that isn't 0 or 1, which only guard a division."""
+    found = {}
+    for i in range(parsed.network.num_layers):
+        layer = parsed.network.get_layer(i)
+        if layer.type == parsed.trt.LayerType.CONSTANT:
+            layer.__class__ = parsed.trt.IConstantLayer
+            if layer.weights.dtype == np.float32 and layer.weights not in (0, 1):
+                found[layer.name] = float(layer.weights[0])
+    return found
 
 
-@pytest.mark.parametrize(("route", "tensor"), [("function", "half"), ("inlined", "half__2_output")])
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
-    ("dtype", "half"), [("float32", 0.5001), ("float16", 0.6), ("bfloat16", 0.6)]
+    ("dtype", "change"), [("float32", 2e-4), ("float16", 0.2), ("bfloat16", 0.2)]
 )
-def test_a_wrong_constant_is_seen(route, tensor, dtype, half):
+def test_a_wrong_constant_is_seen(route, dtype, change):
     spec = LossSpec(2.0, "none", dtype)
     network = parsed_network(spec, route)
-    name = constant_behind(network.network, tensor)
     pair = random_pair(spec)
+    values = scalars(network)
+    assert sorted(values.values()) == [0.5, 2.0]  # half, and beta or the divisor
+    for name, value in values.items():
 
-    def loss(value):
-        constants = {name: np.array(value, np.float32)}
-        return plan(network, constants=constants).run(feeds_of(pair))["loss"]
+        def loss(value, name=name):
+            constants = {name: np.array(value, np.float32)}
+            return plan(network, constants=constants).run(feeds_of(pair))["loss"]
 
-    check(spec, loss(0.5), *pair)
-    with pytest.raises(AssertionError):
-        check(spec, loss(half), *pair)
+        check(spec, loss(value), *pair)
+        with pytest.raises(AssertionError):
+            check(spec, loss(value * (1 + change)), *pair)
 
 
-def test_a_half_of_0_5001_is_thousands_of_ulp_off():
-    spec = LossSpec(0.5, "mean")
+def test_a_half_of_0_5001_is_tens_of_ulp_off_in_the_mean():
+    spec = LossSpec(2.0, "mean")
+    network = parsed_network(spec)
     pair = random_pair(spec)
-    feeds = feeds_of(pair)
-    wrong = plan(parsed_network(), constants={"half__2": np.array(0.5001, np.float32)})
-    distance = ulp_distance(wrong.run(feeds)["loss"], oracle(spec, *pair))
+    (name,) = [name for name, value in scalars(network).items() if value == 0.5]
+    wrong = plan(network, constants={name: np.array(0.5001, np.float32)})
+    distance = ulp_distance(wrong.run(feeds_of(pair))["loss"], oracle(spec, *pair))
     assert 20 < distance < 5000
 
 
-@pytest.mark.parametrize("name", ["half__2", "divisor__2"])
-def test_a_wrong_initializer_is_seen(name):
-    spec = LossSpec(0.5, "none")
+@pytest.mark.parametrize("value", [0.5, 2.0])
+def test_a_wrong_initializer_is_seen(value):
+    spec = LossSpec(2.0, "none")
     model = export(spec, route="inlined", shape=("N", 16))
     pair = random_pair(spec)
     flavour = get_flavour("tensorrt_rtx")
     check(spec, evaluate(parse(model, flavour), feeds_of(pair))["loss"], *pair)
-    (tensor,) = [t for t in model.graph.initializer if t.name == name] or [
-        node.attribute[0].t for node in model.graph.node if list(node.output) == [name]
-    ]
-    value = numpy_helper.to_array(tensor)
-    tensor.CopyFrom(numpy_helper.from_array(value * np.float32(1.0002), tensor.name))
+    wrong = np.array(value * 1.0002, np.float32)
+    found = 0
+    for tensor in model.graph.initializer:
+        if numpy_helper.to_array(tensor) == value:
+            tensor.CopyFrom(numpy_helper.from_array(wrong, tensor.name))
+            found += 1
+    for attribute in (a for node in model.graph.node for a in node.attribute):
+        if attribute.name == "value_float" and attribute.f == value:
+            attribute.f = float(wrong)
+            found += 1
+        elif attribute.name == "value" and numpy_helper.to_array(attribute.t) == value:
+            attribute.t.CopyFrom(numpy_helper.from_array(wrong))
+            found += 1
+    assert found
     with pytest.raises(AssertionError):
         check(spec, evaluate(parse(model, flavour), feeds_of(pair))["loss"], *pair)
 
@@ -280,10 +292,12 @@ def test_inputs_that_do_not_fit():
 
 
 def test_constants_that_do_not_fit():
-    with pytest.raises(SpecError, match=r"no CONSTANT layer is called nonsense; there are .*half"):
-        plan(parsed_network(), constants={"nonsense": np.zeros(())})
-    with pytest.raises(InvalidInputError, match=r"'half__2' is float32 .* is float64 of the shape"):
-        plan(parsed_network(), constants={"half__2": np.zeros(())})
+    network = parsed_network()
+    name = next(iter(scalars(network)))
+    with pytest.raises(SpecError, match=rf"no CONSTANT layer is called no; there are .*{name}"):
+        plan(network, constants={"no": np.zeros(())})
+    with pytest.raises(InvalidInputError, match=rf"'{name}' is float32 .* is float64 of the shape"):
+        plan(network, constants={name: np.zeros(())})
 
 
 def test_backend_is_registered():

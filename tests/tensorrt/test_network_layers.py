@@ -46,12 +46,28 @@ def unary(op, x="float[N,4]", y="float[N,4]"):
 CASES = {
     **{
         op: ("UNARY", unary(f"{op}(x)"), {"x": np.abs(X) / 8 + (op == "Acosh")}, 18)
-        for op in "Exp Log Sqrt Reciprocal Sin Cos Tan Sinh Cosh Asin Acos Atan Asinh Acosh Atanh "
-        "Erf".split()
+        for op in [
+            "Exp",
+            "Log",
+            "Sqrt",
+            "Reciprocal",
+            "Sin",
+            "Cos",
+            "Tan",
+            "Sinh",
+            "Cosh",
+            "Asin",
+            "Acos",
+            "Atan",
+            "Asinh",
+            "Acosh",
+            "Atanh",
+            "Erf",
+        ]
     },
     **{
         op: ("UNARY", unary(f"{op}(x)"), {"x": EDGES}, 18)
-        for op in "Abs Neg Ceil Floor Sign Round".split()
+        for op in ["Abs", "Neg", "Ceil", "Floor", "Sign", "Round"]
     },
     "Not": ("UNARY", unary("Not(x)", "bool[N,4]", "bool[N,4]"), {"x": BOOLS}, 18),
     "IsNaN": (
@@ -100,8 +116,8 @@ CASES = {
             18,
         )
         for op, y in [
-            *((op, "float") for op in "Add Sub Mul Div Pow Min Max".split()),
-            *((op, "bool") for op in "Equal Greater Less GreaterOrEqual LessOrEqual".split()),
+            *((op, "float") for op in ["Add", "Sub", "Mul", "Div", "Pow", "Min", "Max"]),
+            *((op, "bool") for op in ["Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual"]),
         ]
     },
     **{
@@ -111,7 +127,7 @@ CASES = {
             {"x": BOOLS, "z": np.array([True, True, False, False])},
             18,
         )
-        for op in "And Or Xor".split()
+        for op in ["And", "Or", "Xor"]
     },
     **{
         f"{op} of integers": (
@@ -161,8 +177,18 @@ CASES = {
             {"x": np.abs(X) + 0.1},
             18,
         )
-        for op in "ReduceSum ReduceMean ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 "
-        "ReduceLogSum ReduceLogSumExp ReduceSumSquare".split()
+        for op in [
+            "ReduceSum",
+            "ReduceMean",
+            "ReduceMax",
+            "ReduceMin",
+            "ReduceProd",
+            "ReduceL1",
+            "ReduceL2",
+            "ReduceLogSum",
+            "ReduceLogSumExp",
+            "ReduceSumSquare",
+        ]
         for attributes, shape, n, axes in [
             (0, "[N]", 1, "1"),
             (1, "[N,1]", 1, "-1"),

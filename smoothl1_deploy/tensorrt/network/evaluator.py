@@ -148,6 +148,7 @@ def plan(
     """Read every layer of `parsed` once; what depends on constants alone is evaluated here.
 
     Args:
+        parsed: from `smoothl1_deploy.tensorrt.parse`; not needed any more once the plan is made.
         clip_drops_nan: whether Clip, Relu, HardSigmoid, Min, Max, ReduceMin and ReduceMax swallow
             NaN, so that clip(NaN) is a bound. TensorRT's kernels may or may not, depending on the
             order of operands and the dtype (NVIDIA/TensorRT#4758 and #4773, both open). The
