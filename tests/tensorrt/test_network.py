@@ -270,7 +270,7 @@ def test_a_wrong_initializer_is_seen(value):
         elif attribute.name == "value" and numpy_helper.to_array(attribute.t) == value:
             attribute.t.CopyFrom(numpy_helper.from_array(wrong))
             found += 1
-    assert found == 1
+    assert found
     with pytest.raises(AssertionError):
         check(spec, evaluate(parse(model, flavour), feeds_of(pair))["loss"], *pair)
 
