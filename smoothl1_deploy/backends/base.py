@@ -108,11 +108,13 @@ class Backend(ABC):
     Attributes:
         name: its key in `BACKENDS`.
         any_rank: whether it runs an artefact exported without a shape.
+        has_float64: whether its accumulators are float64, as the artefacts ask for.
         threads: for the operators of one call; 0 means every core. Set before `load`.
     """
 
     name: str
     any_rank: bool = True
+    has_float64: bool = True
     threads: int = 0
 
     def refuses(self, spec: LossSpec) -> str | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_reduce_sum import ReduceSum_13
 
+from ..errors import UnsupportedError
 from ..floats import NUMPY_DTYPE, Array
 from .base import Backend, Runner
 
@@ -32,14 +35,24 @@ class _ReduceSum(ReduceSum_13):
         return super()._run(x, axes, keepdims, noop_with_empty_axes)  # type: ignore[no-untyped-call]
 
 
-_ReduceSum.__name__ = "ReduceSum"  # the evaluator goes by the name
+class _Flatten(OpRun):
+    """Our correction of the evaluator (onnx 1.23), which can't flatten a tensor without rows."""
+
+    op_domain = ""
+
+    def _run(self, x: Any, axis: int = 1) -> Any:
+        return (x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:])),)
+
+
+for _operator in (_ReduceSum, _Flatten):
+    _operator.__name__ = _operator.__name__[1:]  # the evaluator goes by the name
 
 
 class _Evaluator(ReferenceEvaluator):
     """The evaluator makes one of its own class for each function of a model."""
 
     def __init__(self, proto: Any, **arguments: Any) -> None:
-        super().__init__(proto, **{**arguments, "new_ops": [_ReduceSum]})
+        super().__init__(proto, **{**arguments, "new_ops": [_ReduceSum, _Flatten]})
 
 
 class ReferenceRunner(Runner):
@@ -51,8 +64,11 @@ class ReferenceRunner(Runner):
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         named = {self.signature.inputs[role].name: array for role, array in feeds.items()}
-        with np.errstate(all="ignore"):  # overflow and NaN are results here, not accidents
-            values = self._evaluator.run(None, named)
+        try:
+            with np.errstate(all="ignore"):  # overflow and NaN are results here, not accidents
+                values = self._evaluator.run(None, named)
+        except Exception as exc:  # numpy's and the evaluator's own, of any class
+            raise UnsupportedError(f"the ONNX reference evaluator failed: {exc}") from exc
         ports = self.signature.outputs
         return {
             port.name: np.asarray(value, NUMPY_DTYPE[port.dtype])

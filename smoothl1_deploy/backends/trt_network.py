@@ -48,6 +48,7 @@ class TrtNetworkBackend(Backend):
 
     name = "trt-network"
     any_rank = False
+    has_float64 = False
 
     def __init__(self, flavour: str | Flavour = "auto", clip_drops_nan: bool = True) -> None:
         self._flavour = get_flavour(flavour)

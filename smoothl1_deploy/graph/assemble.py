@@ -26,8 +26,8 @@ class Assembly:
         spec: what to compute.
         tensors: name of a tensor of the graph for each of `spec.inputs` (in the spec's dtype;
             beta in float32) and `spec.outputs`.
-        broadcast_input: whether input may have fewer elements than the element losses, so that
-            its gradient has to be summed back.
+        summed_axes: of the element losses, along which input was broadcast and its gradient has
+            to be summed back; None to find them at run time, which TensorRT can't.
         prefix: of the names of the tensors in between.
 
     Attributes:
@@ -40,7 +40,7 @@ class Assembly:
         spec: LossSpec,
         tensors: Mapping[str, str],
         *,
-        broadcast_input: bool = True,
+        summed_axes: tuple[int, ...] | None = None,
         prefix: str = "",
     ) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -57,7 +57,7 @@ class Assembly:
         weights = self._broadcast_weights(losses) if spec.weight == "weights" else None
         self._reduced(losses, weights)
         if spec.gradient:
-            self._gradient(losses, weights, broadcast_input)
+            self._gradient(losses, weights, summed_axes)
 
     def _add(
         self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any
@@ -139,13 +139,15 @@ class Assembly:
         if total != self._tensors["loss"]:
             self._rounded(total, "loss")
 
-    def _gradient(self, losses: str, weights: str | None, broadcast_input: bool) -> None:
+    def _gradient(
+        self, losses: str, weights: str | None, summed_axes: tuple[int, ...] | None
+    ) -> None:
         spec = self._spec
         assert self._scalars is not None
         pair = [self._data["input"], self._data["target"]]
         slope = self._call("SmoothL1GradientTerms", [*pair, *self._scalars], "slope")
         # Terms of either sign are summed back: what they lose before that, cancellation shows.
-        element = TensorProto.DOUBLE if broadcast_input else self._element
+        element = self._element if summed_axes == () else TensorProto.DOUBLE
         slope = self._in(element, slope)
         if spec.weight:
             weight = self._in(element, self._data["weight"])
@@ -153,8 +155,13 @@ class Assembly:
         if spec.reduction == "mean":
             divisor = self._add("Cast", [self._count(losses, weights)], "mean_divisor", to=element)
             slope = self._add("Div", [slope, divisor], "slope_mean")
-        if broadcast_input:
+        if summed_axes is None:
             slope = self._call("SumToShape", [slope, self._data["input"]], "slope_summed")
+        elif summed_axes:
+            axes = self._add("Constant", [], "summed_axes", value_ints=summed_axes)
+            total = self._add("ReduceSum", [slope, axes], "slope_total", keepdims=1)
+            shape = self._add("Shape", [self._data["input"]], "input_shape")
+            slope = self._add("Reshape", [total, shape], "slope_summed", allowzero=1)
         self._rounded(slope, "grad_input")
 
     def _in(self, element: int, tensor: str) -> str:

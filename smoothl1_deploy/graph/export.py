@@ -11,7 +11,7 @@ from ..errors import SpecError
 from ..spec import LossSpec
 from .elements import ELEMENT_TYPE
 from .metadata import stamp
-from .shapes import Dim, Shape, broadcast, check_shape, describe
+from .shapes import Dim, Shape, broadcast, check_shape, describe, summed_axes
 
 __all__ = ["ROUTES", "export"]
 
@@ -121,13 +121,9 @@ def _function_model(spec: LossSpec, shapes: dict[str, Shape | None]) -> onnx.Mod
     from . import functions as f
     from .assemble import Assembly, function_closure
 
-    # Dims that are the same word or number are the same size: nothing was broadcast.
-    losses = None if shapes["input"] is None else shapes["target"]
-    same = losses is not None and losses == shapes["input"]
-    if spec.weight and same:
-        same = broadcast(shapes["input"] or (), shapes["weight"] or ()) == shapes["input"]
     names = {name: name for name in (*spec.inputs, *spec.outputs)}
-    assembly = Assembly(spec, names, broadcast_input=not same)
+    given = [shapes[name] for name in ("input", "target", "weight") if name in spec.inputs]
+    assembly = Assembly(spec, names, summed_axes=summed_axes(*given))
 
     def value(name: str) -> onnx.ValueInfoProto:
         element = TensorProto.FLOAT if name == "beta" else ELEMENT_TYPE[spec.dtype]
