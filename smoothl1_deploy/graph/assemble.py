@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import onnx
@@ -180,6 +181,14 @@ class Assembly:
         return self._add("Size", [losses], "count")
 
 
+@lru_cache
+def _function_proto(name: str) -> onnx.FunctionProto:
+    """onnxscript reads the source of a function anew for each proto; protobuf copies are cheap."""
+    proto: onnx.FunctionProto = f.FUNCTIONS[name].to_function_proto()
+    proto.doc_string = inspect.cleandoc(f.FUNCTIONS[name].function.__doc__ or "")
+    return proto
+
+
 def function_closure(names: list[str]) -> list[onnx.FunctionProto]:
     """The functions called `names` and every function they call, callees first."""
     found: dict[str, onnx.FunctionProto] = {}
@@ -187,8 +196,7 @@ def function_closure(names: list[str]) -> list[onnx.FunctionProto]:
     def visit(name: str) -> None:
         if name in found:
             return
-        proto = f.FUNCTIONS[name].to_function_proto()
-        proto.doc_string = inspect.cleandoc(f.FUNCTIONS[name].function.__doc__ or "")
+        proto = _function_proto(name)
         for node in proto.node:
             if node.domain == f.DOMAIN:
                 visit(node.op_type)

@@ -50,6 +50,8 @@ EXTENSIONS = (
 #: Layouts by how an artefact meets them. Every family is fed to the first group.
 _FAMILY_LAYOUTS = ("matrix", "odd")
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
+#: What an extension could get wrong beyond what the plain losses show.
+_EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
 #: The torch route takes about a second an export: one fixed rank, this one, serves it.
 _TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
 
@@ -141,8 +143,7 @@ class _Unit:
             return [of("normal", "2^24"), of("constant", "2^24")]
         if is_extended(spec):
             cases = [of(family, "matrix") for family in FAMILIES]
-            cases += [of("normal", name) for name in ("odd", *_SHAPE_LAYOUTS)]
-            return [case for case in cases if not (spec.per_sample and case.layout == "scalar")]
+            return cases + [of("normal", layout) for layout in _EXTENSION_LAYOUTS]
         cases = [of(family, layout) for layout in _FAMILY_LAYOUTS for family in FAMILIES]
         cases += [of("normal", layout) for layout in _SHAPE_LAYOUTS]
         if not self.matrix.quick:
