@@ -129,7 +129,7 @@ def test_what_is_asked_for_changes_the_bytes(rtx, mean_model):
 @pytest.mark.parametrize("name", ["", "missing/loss.engine"])
 def test_a_bad_path_is_refused_before_the_build(rtx, mean_model, tmp_path, name, monkeypatch):
     monkeypatch.setattr(builder, "_build", lambda *args: pytest.fail("it was built"))
-    with pytest.raises(OutputError, match="is a folder|lies in a folder that doesn't exist"):
+    with pytest.raises(OutputError, match=r"is a folder|lies in a folder that doesn't exist"):
         build_engine(mean_model, tmp_path / name, rtx)
 
 

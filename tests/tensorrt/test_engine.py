@@ -247,7 +247,7 @@ def test_a_flavour_that_is_not_installed(pair, rtx, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     refused(
         pair,
-        r"built with tensorrt 10\.16\.1, which can't be used here, and tensorrt_rtx .* can't run it",
+        r"tensorrt 10\.16\.1, which can't be used here, and tensorrt_rtx .* can't run it",
     )
 
 
@@ -263,7 +263,7 @@ def test_no_flavour_at_all(pair, monkeypatch):
     ("bits", "names"),
     [
         (32, "MALFORMED_ENGINE"),
-        (1 | 2, "UNSUPPORTED_CC, VERSION_MISMATCH|VERSION_MISMATCH, UNSUPP"),
+        (1 | 2, "UNSUPPORTED_CC, VERSION_MISMATCH"),
     ],
 )
 def test_the_runtime_s_diagnostics(fake, mean_model, tmp_path, bits, names):

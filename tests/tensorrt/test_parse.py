@@ -79,6 +79,14 @@ def test_the_narrowed_model_computes_the_same_to_float32():
     np.testing.assert_allclose(*results, rtol=1e-6)
 
 
+def test_notes_on_inner_values_are_narrowed_too():
+    original = onnx.shape_inference.infer_shapes(export(LossSpec(), "inlined", ("N",)))
+    assert any(v.type.tensor_type.elem_type == DOUBLE for v in original.graph.value_info)
+    prepared, _ = prepare(original)
+    assert not any(v.type.tensor_type.elem_type == DOUBLE for v in prepared.graph.value_info)
+    onnx.checker.check_model(prepared, full_check=True)
+
+
 def test_without_float64_the_model_is_itself():
     original = export(LossSpec(reduction="none"), shape=("N",))
     assert prepare(original) == (original, ())
