@@ -13,7 +13,7 @@ import pytest
 from smoothl1_deploy import LossSpec, build_engine, export
 from smoothl1_deploy.errors import BuildError, SpecError
 from smoothl1_deploy.tensorrt import builder, gpu, key
-from smoothl1_deploy.tensorrt.engine import check_validity
+from smoothl1_deploy.tensorrt.engine import diagnose
 from smoothl1_deploy.tensorrt.gpu import Gpu, current_gpu
 from smoothl1_deploy.tensorrt.options import BuildOptions
 
@@ -51,7 +51,7 @@ def exercise(flavour, version, model, folder):
     build_engine(model, flavour=flavour)
     engine = build_engine(model, flavour=flavour, options=full_options(version, folder))
     flavour.member("BuilderFlag", "STRICT_NANS")
-    check_validity(engine.data, flavour, folder)
+    diagnose(engine.data, flavour)
     broken = export(LossSpec(reduction="none"), "inlined", ("N",))
     broken.graph.node[0].op_type = "Foo"
     del broken.metadata_props[:]
