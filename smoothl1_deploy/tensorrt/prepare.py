@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from ..errors import ArtefactError, UnsupportedError
-from ..graph.metadata import HASH
+from ..graph.metadata import HASH, ROUTE, SPEC, VERSION
 
 __all__ = ["prepare"]
 
@@ -24,6 +24,7 @@ _REMEDY = (
     "TensorRT has no float64 and would silently compute in float32. Export with "
     "dtype='float32', or run this model on ONNX Runtime (backend='ort-cpu')"
 )
+_OF_THE_EXPORT = frozenset({SPEC, ROUTE, VERSION, HASH})
 #: Attributes of standard operators that hold the element type of an output.
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "stash_type"})
 
@@ -51,8 +52,8 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     exactly become float32.
 
     Returns:
-        `model` itself where nothing had to change, else a changed copy without the entry
-        for its content hash; and the notes, each a sentence.
+        `model` itself where nothing had to change, else a changed copy without what the export
+        says about itself (read the spec from `model`); and the notes, each a sentence.
 
     Raises:
         UnsupportedError: for any other float64, and for inputs of unknown rank.
@@ -93,8 +94,8 @@ def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
         for value in scope.values:
             if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
-    # The entry would say, rightly, that the content was changed after the export.
-    kept = [entry for entry in model.metadata_props if entry.key != HASH]
+    # They speak for the model as it was exported; with the rest gone, the hash would be refused.
+    kept = [entry for entry in model.metadata_props if entry.key not in _OF_THE_EXPORT]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     notes = []
