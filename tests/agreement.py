@@ -27,8 +27,10 @@ def pair(spec: LossSpec, shape: tuple[int, ...], *, special: bool = False) -> tu
     count = math.prod(shape)
     beta = min(spec.effective_beta, 1e4) or 1.0
     target = generator.standard_normal(count)
-    difference = beta * generator.choice([-1, 1], count) * generator.choice(
-        [0.0, 1e-3, 0.5, 1 - 2**-11, 1.0, 1 + 2**-11, 1.9, 30.0], count
+    difference = (
+        beta
+        * generator.choice([-1, 1], count)
+        * generator.choice([0.0, 1e-3, 0.5, 1 - 2**-11, 1.0, 1 + 2**-11, 1.9, 30.0], count)
     )
     target[::3] = 0  # where the difference is not lost in rounding the sum
     with np.errstate(over="ignore"):

@@ -78,7 +78,15 @@ def test_a_path_that_can_not_be(path: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\n", b"hello", b"not a model at all\n", b"<html></html>", b"\x89PNG\r\n\x1a\n", b"\0" * 64],
+    [
+        b"",
+        b"\n",
+        b"hello",
+        b"not a model at all\n",
+        b"<html></html>",
+        b"\x89PNG\r\n\x1a\n",
+        b"\0" * 64,
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("suffix", [".onnx", ".txt", ".json", ".textproto", ".onnxtxt", ""])
@@ -94,7 +102,9 @@ def test_a_file_of_another_format(content: bytes, suffix: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 64], ids=repr)
 def test_bytes_of_another_format(content: bytes) -> None:
-    with pytest.raises(ArtefactError, match=f"^{len(content)} bytes .*it is damaged, or of another"):
+    with pytest.raises(
+        ArtefactError, match=f"^{len(content)} bytes .*it is damaged, or of another"
+    ):
         read_model(content)
 
 
@@ -168,7 +178,9 @@ def test_write_atomic_writes_and_replaces(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_write_atomic_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_atomic_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_atomic("a.bin", b"one")
     assert names(tmp_path) == ["a.bin"]
@@ -235,7 +247,10 @@ def test_write_atomic_onto_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize(
     ("error", "seen"),
-    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left on device"), OutputError)],
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(28, "No space left on device"), OutputError),
+    ],
     ids=["interrupted", "disk full"],
 )
 def test_a_write_that_fails_leaves_what_was_there(

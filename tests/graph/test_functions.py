@@ -176,7 +176,7 @@ def test_the_loss_of_nothing_is_plus_zero(runtime: str) -> None:
     for beta in BETAS:
         model = node_model("SmoothL1Loss", ["float32"] * 2, "float32", beta=beta)
         got = call(model, x, y, runtime=runtime)
-        assert (got == 0).all() and not np.signbit(got).any()
+        assert got.tobytes() == bytes(got.nbytes)  # +0
 
 
 class Clip(OpRun):  # type: ignore[misc]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -132,9 +131,7 @@ def test_2_to_the_24_constant_elements() -> None:
 
 def test_bytes_are_deterministic_and_hold_no_path() -> None:
     """The exporter notes stack traces with the paths of this machine on every node."""
-    first, second = (
-        export(LossSpec(0.5), "torch", ("N", 4)).SerializeToString() for _ in range(2)
-    )
+    first, second = (export(LossSpec(0.5), "torch", ("N", 4)).SerializeToString() for _ in range(2))
     assert first == second
     for folder in (Path(smoothl1_deploy.__file__).parents[1], Path(sys.prefix), Path.home()):
         assert str(folder).encode() not in first

@@ -45,7 +45,9 @@ def test_values_and_gradients_are_those_of_torch(reduction: str, beta: float) ->
         results.append((loss.detach(), x.grad, y.grad))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
-    assert results[0][1].abs().sum() > 0
+    gradient = results[0][1]
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
 
 
 def test_gradient_is_correct_by_finite_differences() -> None:
@@ -61,7 +63,9 @@ def _warned(cls: type, *args: object, **kwargs: object) -> tuple[object, list[st
     return module, [str(w.message) for w in caught]
 
 
-@pytest.mark.parametrize("args", [(), (False,), (True, False), (None, True), (None, None, "sum", 2.0)])
+@pytest.mark.parametrize(
+    "args", [(), (False,), (True, False), (None, True), (None, None, "sum", 2.0)]
+)
 def test_deprecated_and_positional_arguments(args: tuple[object, ...]) -> None:
     ours, our_warnings = _warned(SmoothL1Loss, *args)
     theirs, their_warnings = _warned(torch.nn.SmoothL1Loss, *args)
