@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +26,7 @@ __all__ = [
 class Format:
     """A binary format: bits of significand (the hidden one too), exponent range, numpy dtype."""
 
-    def __init__(self, name: str, precision: int, emin: int, emax: int, dtype: object) -> None:
+    def __init__(self, name: str, precision: int, emin: int, emax: int, dtype: Any) -> None:
         self.name, self.precision, self.emin, self.emax = name, precision, emin, emax
         self.dtype = np.dtype(dtype)
 

@@ -95,7 +95,7 @@ def _checked_shapes(
     if weight_shape is not None and not spec.weight:
         raise SpecError("weight_shape for a spec without weight; write LossSpec(weight='count')")
     target, weight = (given if other is None else other for other in checked.values())
-    return _shapes(spec, given, target, weight)
+    return _shapes(spec, given, target, weight if spec.weight else None)
 
 
 def _shapes(

@@ -45,7 +45,9 @@ def test_values_and_gradients_are_those_of_torch(reduction: str, beta: float) ->
         results.append((loss.detach(), x.grad, y.grad))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
-    assert results[0][1].abs().sum() > 0
+    gradient = results[0][1]
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
 
 
 def test_gradient_is_correct_by_finite_differences() -> None:
