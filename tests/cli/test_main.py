@@ -185,6 +185,26 @@ def test_markup_in_a_message_is_shown_as_it_is(
     assert cli("boom").err == "error: a [red] b :smile:\n"
 
 
+def test_a_message_is_one_line_however_narrow_the_terminal(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An install command that is cut can't be pasted."""
+    monkeypatch.setenv("COLUMNS", "40")
+    done = cli("export", "--beta", "-1")
+    assert len(done.err) > 80
+    assert done.err.count("\n") == 1
+
+
+def test_an_interrupt_while_the_command_line_loads(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry, "root_command", interrupted)
+    assert cli("export") == Done(130, "", "")
+
+
 @pytest.mark.parametrize("buffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["cache", "list", "--json"], ["cache", "list"], ["--help"]])
 def test_a_reader_that_stops_reading_is_no_error(arguments: list[str], buffered: str) -> None:

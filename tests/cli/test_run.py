@@ -195,6 +195,26 @@ def test_bad_archives(cli: Callable[..., Done], content: bytes, message: str) ->
     assert message in done.err
 
 
+class _Bomb:
+    """Pickles into an order to write a file."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("exploded"),)  # type: ignore[return-value]
+
+
+def test_a_pickle_in_an_archive_is_not_loaded(cli: Callable[..., Done], pair: Pair) -> None:
+    bomb = np.array([_Bomb()], dtype=object)
+    np.savez("pair.npz", input=bomb, target=pair[1])
+    np.save("bomb.npy", bomb)
+    path = model()
+    for arguments in (["--data", "pair.npz"], ["--input", "bomb.npy", "--target", "target.npy"]):
+        done = cli("run", path, *arguments)
+        assert done.code == 2
+        assert not Path("exploded").exists()
+    np.load("bomb.npy", allow_pickle=True)
+    assert Path("exploded").exists()  # it would have worked
+
+
 def test_an_archive_without_the_two_names(cli: Callable[..., Done], pair: Pair) -> None:
     np.savez("pair.npz", x=pair[0], target=pair[1])
     done = cli("run", model(), "--data", "pair.npz")
