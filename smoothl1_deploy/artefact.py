@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,19 @@ from .errors import ArtefactError, OutputError
 from .graph.elements import DTYPE_OF_ELEMENT
 from .graph.shapes import Shape, describe
 
-__all__ = ["ModelSource", "Port", "Signature", "read_model", "sha256", "signature", "write_atomic"]
+__all__ = [
+    "ROLES",
+    "ModelSource",
+    "Port",
+    "Signature",
+    "read_model",
+    "sha256",
+    "signature",
+    "write_atomic",
+]
+
+#: What an input of a loss artefact can be for.
+ROLES = ("input", "target", "weight", "beta")
 
 ModelSource = onnx.ModelProto | bytes | str | os.PathLike[str]
 
@@ -37,9 +49,9 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
     if isinstance(source, bytes):
         what = f"{len(source)} bytes"
     elif isinstance(source, (str, os.PathLike)):
-        what = str(source)
-        if not Path(source).is_file():
-            kind = "is a folder" if Path(source).is_dir() else "does not exist"
+        what = os.fspath(source)
+        if not os.path.isfile(what):  # unlike Path.is_file, False for every impossible name
+            kind = "is a folder" if os.path.isdir(what) else "does not exist"
             raise ArtefactError(f"{what} {kind}; give the path of an .onnx file")
     else:
         raise ArtefactError(
@@ -49,7 +61,7 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
         if isinstance(source, bytes):
             model = onnx.load_model_from_string(source)
         else:
-            model = onnx.load(os.fspath(source))
+            model = onnx.load(what)
     except Exception as exc:  # protobuf, the checker and the file system each raise their own
         raise ArtefactError(
             f"{what} can't be read as an ONNX model ({exc}); it is damaged, or of another format"
@@ -67,16 +79,15 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
         OutputError: when the folder is missing or can't be written.
     """
     path = Path(path)
+    # Not tempfile: it makes files for the owner alone, and to learn the umask one has to change
+    # it, which two threads must not do at once. open() applies it by itself.
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files for the owner alone
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -104,18 +115,33 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a loss artefact takes and gives."""
+    """What a loss artefact takes and gives.
 
-    input: Port
-    target: Port
+    Attributes:
+        inputs: role (`input`, `target`, `weight`, `beta`) -> the graph input that plays it.
+        outputs: in the order of the graph.
+    """
+
+    inputs: Mapping[str, Port]
     outputs: tuple[Port, ...]
+
+    @property
+    def input(self) -> Port:
+        """The prediction."""
+        return self.inputs["input"]
+
+    @property
+    def target(self) -> Port:
+        """What it is compared with."""
+        return self.inputs["target"]
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
     tensor = value.type.tensor_type
     dtype = DTYPE_OF_ELEMENT.get(tensor.elem_type)
     if dtype is None:
-        element = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        known = onnx.TensorProto.DataType.DESCRIPTOR.values_by_number.get(tensor.elem_type)
+        element = known.name if known else tensor.elem_type
         raise ArtefactError(
             f"{value.name!r} has the element type {element}; "
             f"a loss artefact takes and gives {', '.join(DTYPE_OF_ELEMENT.values())}"
@@ -123,28 +149,28 @@ def _port(value: onnx.ValueInfoProto) -> Port:
     if not tensor.HasField("shape"):
         return Port(value.name, dtype, None)
     dims = (
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"axis_{i}"
+        # An axis without a name is like no other, not even one of the same position.
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}_axis_{i}"
         for i, dim in enumerate(tensor.shape.dim)
     )
     return Port(value.name, dtype, tuple(dims))
 
 
 def signature(model: onnx.ModelProto) -> Signature:
-    """The signature of a loss artefact: inputs called `input` and `target`, or just two inputs.
+    """The signature of a loss artefact: inputs called by their roles, or just two inputs.
 
     Raises:
         ArtefactError: when it can't be told which inputs are which.
     """
     constants = {initializer.name for initializer in model.graph.initializer}
     values = [value for value in model.graph.input if value.name not in constants]
-    by_name = {value.name: value for value in values}
-    pair: Sequence[onnx.ValueInfoProto] = values
-    if {"input", "target"} <= set(by_name):
-        pair = [by_name["input"], by_name["target"]]
-    if len(pair) != 2:
-        raise ArtefactError(
-            f"the model has {len(values)} inputs ({', '.join(by_name) or 'none'}); "
-            "a loss artefact has two, input and target"
-        )
-    outputs = tuple(_port(value) for value in model.graph.output)
-    return Signature(_port(pair[0]), _port(pair[1]), outputs)
+    by_role = {value.name: value for value in values}
+    if not ({"input", "target"} <= set(by_role) <= set(ROLES)):
+        if len(values) != 2:
+            raise ArtefactError(
+                f"the model has {len(values)} inputs ({', '.join(by_role) or 'none'}); "
+                f"a loss artefact has two, or inputs called {', '.join(ROLES)}"
+            )
+        by_role = dict(zip(ROLES, values, strict=False))
+    inputs = {role: _port(by_role[role]) for role in ROLES if role in by_role}
+    return Signature(inputs, tuple(_port(value) for value in model.graph.output))

@@ -76,22 +76,26 @@ def _valid_beta(beta: object) -> float:
         )
     try:
         value = float(beta)
-    except OverflowError:
-        raise SpecError(f"beta={beta!r} does not fit a float; {remedy}") from None
+    except OverflowError:  # its digits would be the whole message, or too many for Python to print
+        raise SpecError(
+            f"beta is a {type(beta).__name__} that no float can hold; {remedy}"
+        ) from None
     if math.isnan(value):
         raise SpecError(f"beta must not be NaN; {remedy}")
-    if value < 0:
+    if beta < 0:  # not `value`: a Fraction may be negative and round to -0.0
         raise SpecError(f"beta must not be negative, got {value!r}; {remedy}")
     return value + 0.0  # -0.0 becomes 0.0, so that equal specs have equal names
 
 
 def _valid_choice(kind: str, value: object, choices: tuple[str, ...]) -> str:
-    # torch.float32 and numpy.dtype("float32") name themselves; nothing is imported to see it.
-    name = value if isinstance(value, str) else str(getattr(value, "__name__", value))
-    name = name.removeprefix("torch.") if kind == "dtype" else name
+    name = value if isinstance(value, str) else ""
+    if kind == "dtype":
+        # torch.float32 and numpy.dtype("float32") name themselves; nothing is imported to see it.
+        name = name or str(getattr(value, "__name__", value))
+        name = name.removeprefix("torch.")
     if name not in choices:
         raise SpecError(f"unknown {kind} {value!r}; choose one of {', '.join(choices)}")
-    return name
+    return choices[choices.index(name)]  # the plain str of a numpy.str_ or an enumeration
 
 
 def _round_to_float32(value: float) -> float:
@@ -197,7 +201,14 @@ class LossSpec:
                 f"expected a torch.nn.SmoothL1Loss, got {type(module).__name__}; "
                 "write LossSpec(beta=..., reduction=...) for anything else"
             )
-        beta = module.beta.item() if isinstance(module.beta, torch.Tensor) else module.beta
+        beta = module.beta
+        if isinstance(beta, torch.Tensor):
+            if beta.numel() != 1:
+                raise SpecError(
+                    f"beta must be one number, got a tensor of shape {tuple(beta.shape)}; "
+                    "export one loss for each beta"
+                )
+            beta = beta.item()
         return cls(beta=beta, reduction=module.reduction, dtype=dtype)
 
     @property
@@ -253,7 +264,9 @@ class LossSpec:
         Raises:
             SpecError: on an unknown field (a newer version wrote it) or a bad value.
         """
-        unknown = sorted(set(fields) - set(cls.__slots__))
+        if not isinstance(fields, Mapping):
+            raise SpecError(f"a loss spec is a mapping of its fields, got {fields!r}")
+        unknown = sorted(str(key) for key in set(fields) - set(cls.__slots__))
         if unknown:
             raise SpecError(
                 f"unknown field(s) {', '.join(unknown)} in a loss spec; "

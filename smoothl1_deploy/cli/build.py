@@ -176,7 +176,8 @@ def _show(engine: Engine) -> None:
     from ..tensorrt.sidecar import sidecar_path
 
     sidecar = engine.sidecar
-    assert sidecar is not None and engine.path is not None  # built just now, and written
+    assert sidecar is not None
+    assert engine.path is not None  # built just now, and written
     capabilities = ", ".join(sidecar.options.compute_capabilities) or "those of the flavour"
     print_fields(
         {

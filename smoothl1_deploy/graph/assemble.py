@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import onnx
@@ -26,8 +27,8 @@ class Assembly:
         spec: what to compute.
         tensors: name of a tensor of the graph for each of `spec.inputs` (in the spec's dtype;
             beta in float32) and `spec.outputs`.
-        broadcast_input: whether input may have fewer elements than the element losses, so that
-            its gradient has to be summed back.
+        summed_axes: of the element losses, along which input was broadcast and its gradient has
+            to be summed back; None to find them at run time, which TensorRT can't.
         prefix: of the names of the tensors in between.
 
     Attributes:
@@ -40,7 +41,7 @@ class Assembly:
         spec: LossSpec,
         tensors: Mapping[str, str],
         *,
-        broadcast_input: bool = True,
+        summed_axes: tuple[int, ...] | None = None,
         prefix: str = "",
     ) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -57,7 +58,7 @@ class Assembly:
         weights = self._broadcast_weights(losses) if spec.weight == "weights" else None
         self._reduced(losses, weights)
         if spec.gradient:
-            self._gradient(losses, weights, broadcast_input)
+            self._gradient(losses, weights, summed_axes)
 
     def _add(
         self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any
@@ -139,31 +140,53 @@ class Assembly:
         if total != self._tensors["loss"]:
             self._rounded(total, "loss")
 
-    def _gradient(self, losses: str, weights: str | None, broadcast_input: bool) -> None:
+    def _gradient(
+        self, losses: str, weights: str | None, summed_axes: tuple[int, ...] | None
+    ) -> None:
         spec = self._spec
         assert self._scalars is not None
         pair = [self._data["input"], self._data["target"]]
         slope = self._call("SmoothL1GradientTerms", [*pair, *self._scalars], "slope")
+        # Terms of either sign are summed back: what they lose before that, cancellation shows.
+        element = self._element if summed_axes == () else TensorProto.DOUBLE
+        slope = self._in(element, slope)
         if spec.weight:
-            slope = self._add("Mul", [slope, self._data["weight"]], "slope_weighted")
+            weight = self._in(element, self._data["weight"])
+            slope = self._add("Mul", [slope, weight], "slope_weighted")
         if spec.reduction == "mean":
-            slope = self._add("Div", [slope, self._divisor_of_mean(losses, weights)], "slope_mean")
-        if broadcast_input:
+            divisor = self._add("Cast", [self._count(losses, weights)], "mean_divisor", to=element)
+            slope = self._add("Div", [slope, divisor], "slope_mean")
+        if summed_axes is None:
             slope = self._call("SumToShape", [slope, self._data["input"]], "slope_summed")
+        elif summed_axes:
+            axes = self._add("Constant", [], "summed_axes", value_ints=summed_axes)
+            total = self._add("ReduceSum", [slope, axes], "slope_total", keepdims=1)
+            shape = self._add("Shape", [self._data["input"]], "input_shape")
+            slope = self._add("Reshape", [total, shape], "slope_summed", allowzero=1)
         self._rounded(slope, "grad_input")
 
-    def _divisor_of_mean(self, losses: str, weights: str | None) -> str:
+    def _in(self, element: int, tensor: str) -> str:
+        if element == self._element:
+            return tensor
+        return self._add("Cast", [tensor], f"{tensor}_double", to=element)
+
+    def _count(self, losses: str, weights: str | None) -> str:
         """What the loss of an element was divided by, in a shape that broadcasts with it."""
         row = "Row" if self._spec.per_sample else ""
         if weights is not None:
             count = self._call(f"{self._wide_name}{row}Sum", [weights], "weights_total")
-            if row:
-                count = self._call("RowsLike", [count, losses], "weights_column")
-        elif row:
-            count = self._call("RowCount", [losses], "row_count")
-        else:
-            count = self._add("Size", [losses], "count")
-        return self._add("Cast", [count], "mean_divisor", to=self._element)
+            return self._call("RowsLike", [count, losses], "weights_column") if row else count
+        if row:
+            return self._call("RowCount", [losses], "row_count")
+        return self._add("Size", [losses], "count")
+
+
+@lru_cache
+def _function_proto(name: str) -> onnx.FunctionProto:
+    """onnxscript reads the source of a function anew for each proto; protobuf copies are cheap."""
+    proto: onnx.FunctionProto = f.FUNCTIONS[name].to_function_proto()
+    proto.doc_string = inspect.cleandoc(f.FUNCTIONS[name].function.__doc__ or "")
+    return proto
 
 
 def function_closure(names: list[str]) -> list[onnx.FunctionProto]:
@@ -173,8 +196,7 @@ def function_closure(names: list[str]) -> list[onnx.FunctionProto]:
     def visit(name: str) -> None:
         if name in found:
             return
-        proto = f.FUNCTIONS[name].to_function_proto()
-        proto.doc_string = inspect.cleandoc(f.FUNCTIONS[name].function.__doc__ or "")
+        proto = _function_proto(name)
         for node in proto.node:
             if node.domain == f.DOMAIN:
                 visit(node.op_type)

@@ -11,7 +11,7 @@ from ..errors import SpecError, require
 from ..spec import LossSpec
 from .elements import ELEMENT_TYPE
 from .metadata import stamp
-from .shapes import Dim, Shape, broadcast, check_shape, describe
+from .shapes import Dim, Shape, broadcast, check_shape, describe, summed_axes
 
 __all__ = ["ROUTES", "export"]
 
@@ -48,7 +48,8 @@ def export(
         weight_shape: of `weight` where it differs, likewise.
 
     Raises:
-        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`).
+        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`); by the
+            `torch` route also when a dynamic axis would have to broadcast with anything but 1.
         MissingDependencyError: for the `torch` route without torch.
     """
     if not isinstance(spec, LossSpec):
@@ -75,7 +76,7 @@ def export(
     different = [name for name in ("target", "weight") if name in spec.inputs]
     different = [name for name in different if shapes[name] != shapes["input"]]
     described = [describe(shapes["input"]), *(f"{n}_{describe(shapes[n])}" for n in different)]
-    stamp(model, spec, route, "_".join(described))
+    stamp(model, spec, route, "-".join(described))  # which no identifier holds
     onnx.checker.check_model(_with_any_rank_hidden(model), full_check=True)
     return model
 
@@ -121,13 +122,9 @@ def _function_model(spec: LossSpec, shapes: dict[str, Shape | None]) -> onnx.Mod
     from . import functions as f
     from .assemble import Assembly, function_closure
 
-    # Dims that are the same word or number are the same size: nothing was broadcast.
-    losses = None if shapes["input"] is None else shapes["target"]
-    same = losses is not None and losses == shapes["input"]
-    if spec.weight and same:
-        same = broadcast(shapes["input"] or (), shapes["weight"] or ()) == shapes["input"]
     names = {name: name for name in (*spec.inputs, *spec.outputs)}
-    assembly = Assembly(spec, names, broadcast_input=not same)
+    given = [shapes[name] for name in ("input", "target", "weight") if name in spec.inputs]
+    assembly = Assembly(spec, names, summed_axes=summed_axes(*given))
 
     def value(name: str) -> onnx.ValueInfoProto:
         element = TensorProto.FLOAT if name == "beta" else ELEMENT_TYPE[spec.dtype]

@@ -55,6 +55,7 @@ DOMAIN = "smoothl1_deploy"
 DOMAIN_VERSION = 1
 OPSET = 18  # the lowest that every route, the parser of TensorRT and torch.onnx.export share
 _domain = Opset(DOMAIN, DOMAIN_VERSION)
+_NAN = float("nan")
 
 # onnxscript 0.7 knows a Union as a bound, neither constraints nor `FLOAT | DOUBLE`. The return
 # annotations matter: torch.onnx.export counts the outputs of a function call by them.
@@ -82,8 +83,7 @@ def BetaDivisor(beta: FLOAT) -> FLOAT:
     """The divisor that `SmoothL1LossTerms` takes: beta, 1 for 0, NaN for what is no beta."""
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
-    # 0 / 0, not a NaN constant: its bits would differ between serialisers.
-    otherwise = op.Where(op.Equal(beta, zero), one, op.Div(zero, zero))
+    otherwise = op.Where(op.Equal(beta, zero), one, op.Constant(value_float=_NAN))
     return op.Where(op.Greater(beta, zero), beta, otherwise)
 
 
@@ -177,7 +177,10 @@ def CompensatedRowSum(losses: DOUBLE) -> DOUBLE:
     two_53 = op.Cast(op.Constant(value_float=9007199254740992.0), to=11)
     scaled = op.Mul(magnitude, two_53)
     power = op.Abs(op.Sub(op.Add(scaled, magnitude), scaled))
-    scale = op.Mul(power, op.Cast(op.Constant(value_float=4.0), to=11))
+    # Of a sum that is itself a power of two, the tie above rounds to 0 (NextPowerTwo's last
+    # step): without Max nothing is split, and [1, 2^-54, 2^-54, ...] loses its tail.
+    bounded = op.Max(power, magnitude)
+    scale = op.Mul(bounded, op.Cast(op.Constant(value_float=4.0), to=11))
     high = op.Sub(op.Add(rows, scale), scale)
     low = op.Sub(rows, high)
     exact = op.Add(op.ReduceSum(high, axis, keepdims=0), op.ReduceSum(low, axis, keepdims=0))

@@ -60,20 +60,21 @@ def read_spec(model: onnx.ModelProto) -> LossSpec | None:
     """The spec `model` carries, or None for a model of other origin.
 
     Raises:
-        ArtefactError: when the entry is damaged, or the content no longer fits the hash.
+        ArtefactError: when the entry is damaged, or the content no longer fits the hash (a
+            model cut off on its way, for instance, has lost it).
     """
     properties = _properties(model)
     if SPEC not in properties:
         return None
     try:
         spec = LossSpec.from_dict(json.loads(properties[SPEC]))
-    except (ValueError, TypeError, AttributeError) as exc:
+    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
         kind = "" if isinstance(exc, SpecError) else "damaged "
         raise ArtefactError(f"the model's {kind}metadata entry {SPEC}: {exc}") from exc
-    if HASH in properties and properties[HASH] != content_hash(model):
+    if properties.get(HASH) != content_hash(model):
         raise ArtefactError(
             "the model was changed after it was exported: its content does not match its own "
-            f"metadata entry {HASH}. Export it again, or delete the smoothl1_deploy.* metadata "
-            "entries to treat it as a model of your own"
+            f"metadata entry {HASH}, or has lost that entry. Export it again, or delete the "
+            "smoothl1_deploy.* metadata entries to treat it as a model of your own"
         )
     return spec

@@ -109,7 +109,13 @@ def _restore_dtype(graph: onnx.GraphProto, element: int) -> None:
 
 
 def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None) -> onnx.ModelProto:
-    """The model that torch.onnx.export makes of the reference module, tidied and nameless."""
+    """The model that torch.onnx.export makes of the reference module, tidied and nameless.
+
+    Raises:
+        SpecError: without a shape, and when a dynamic axis meets another axis that isn't 1:
+            torch.export has to know how the two broadcast.
+        UnsupportedError: for the extensions of a spec.
+    """
     if spec != LossSpec(spec.beta, spec.reduction, spec.dtype):
         raise UnsupportedError(
             "the torch route exports torch.nn.SmoothL1Loss as it is, which knows no per_sample, "
@@ -120,6 +126,12 @@ def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None)
             "the torch route can't export any rank; give a shape such as ('N', 16), "
             "or use route='function'"
         )
+    for x, y in zip(reversed(shape), reversed(target_shape), strict=False):
+        if x != y and 1 not in (x, y) and (isinstance(x, str) or isinstance(y, str)):
+            raise SpecError(
+                f"the torch route can't broadcast the axis {x!r} with {y!r}; give both the same "
+                "name, or one of them the size 1, or use route='function'"
+            )
     names = sorted({d for d in (*shape, *target_shape) if isinstance(d, str)})
     # Distinct sizes above 1: the exporter specialises on 0 and 1, and on axes that are equal.
     sizes = {name: 3 + 2 * i for i, name in enumerate(names)}

@@ -102,7 +102,6 @@ def build_engine(
         engine = cache.get_or_build(key, build, watch.poll)
     if target is None:
         return engine
-    assert engine.sidecar is not None
     write_engine(target, engine.data, engine.sidecar)
     return Engine(target, engine.sha256, engine.sidecar, engine.data, engine.cached, engine.changed)
 

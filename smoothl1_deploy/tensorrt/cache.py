@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from .sidecar import Sidecar, sidecar_path
 __all__ = ["CacheEntry", "EngineCache", "default_cache_dir"]
 
 _DURATIONS_KEPT = 1000
+_ABANDONED = 3600  # seconds after which nobody is writing a file any more
 _WAIT = 0.1  # seconds between two looks at a lock
 
 # One lock a key and process in front of the file lock: threads then sleep instead of polling.
@@ -121,7 +123,7 @@ class EngineCache:
             engine = read_verified(path)
         except ArtefactError:
             return None
-        if engine.sidecar is None or engine.sidecar.key.digest != key.digest:
+        if engine.sidecar.key.digest != key.digest:
             return None  # a sound engine under a false name
         with contextlib.suppress(OSError):  # pruned since: the bytes are in memory
             os.utime(path)
@@ -205,6 +207,7 @@ class EngineCache:
             SpecError: for a size that is no number of bytes.
             OutputError: when an entry can't be removed.
         """
+        self._sweep()
         entries = self.list()
         excess = sum(entry.bytes for entry in entries) - _size(max_bytes)
         removed = []
@@ -223,6 +226,13 @@ class EngineCache:
                 excess -= entry.bytes
                 removed.append(entry)
         return tuple(removed)
+
+    def _sweep(self) -> None:
+        """Remove the unfinished files of writers that died."""
+        for path in self._engines.glob(".*.engine*"):
+            with contextlib.suppress(OSError):  # its writer, or another sweep, was quicker
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
 
     def duration(self, key: BuildKey) -> float | None:
         """Seconds the last build of `key` took here, None where it is not known."""

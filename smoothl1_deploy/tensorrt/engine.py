@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from ..artefact import sha256, write_atomic
 from ..errors import ArtefactError, BackendUnavailableError, MissingDependencyError
 from .flavour import Flavour, available_flavours, get_flavour
 from .sidecar import Sidecar, sidecar_path
 
-__all__ = ["Engine", "check_validity", "read_engine", "read_verified", "write_engine"]
+__all__ = [
+    "Engine",
+    "UnverifiedEngine",
+    "check_validity",
+    "read_engine",
+    "read_verified",
+    "write_engine",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A built engine.
+    """A built engine that fits its sidecar.
 
     Attributes:
         path: of the file; None for an engine that was never written.
         sha256: of `data`.
-        sidecar: None only where `read_engine(allow_unverified=True)` found none that fits.
+        sidecar: where it comes from and what it takes.
         data: the bytes that were verified; deserialise these, the file may have changed since.
         cached: True when a cache had it.
         changed: where a cache had only a near relative, what differs from that one's key.
@@ -29,7 +36,7 @@ class Engine:
 
     path: Path | None
     sha256: str
-    sidecar: Sidecar | None
+    sidecar: Sidecar
     data: bytes = field(repr=False)
     cached: bool = False
     changed: tuple[str, ...] = ()
@@ -39,10 +46,24 @@ class Engine:
         return {
             "path": None if self.path is None else str(self.path),
             "sha256": self.sha256,
-            "sidecar": None if self.sidecar is None else self.sidecar.to_dict(),
+            "sidecar": self.sidecar.to_dict(),
             "cached": self.cached,
             "changed": list(self.changed),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class UnverifiedEngine:
+    """An engine whose origin nothing vouches for; `problem` says why."""
+
+    path: Path
+    sha256: str
+    data: bytes = field(repr=False)
+    problem: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the bytes."""
+        return {"path": str(self.path), "sha256": self.sha256, "problem": self.problem}
 
 
 def write_engine(path: Path, data: bytes, sidecar: Sidecar) -> None:
@@ -58,16 +79,32 @@ def write_engine(path: Path, data: bytes, sidecar: Sidecar) -> None:
     write_atomic(sidecar_path(path), sidecar.dumps())
 
 
+@overload
+def read_engine(
+    path: str | Path, allow_unverified: Literal[False] = False, flavour: str | Flavour = "auto"
+) -> Engine: ...
+
+
+@overload
+def read_engine(
+    path: str | Path, allow_unverified: bool, flavour: str | Flavour = "auto"
+) -> Engine | UnverifiedEngine: ...
+
+
 def read_engine(
     path: str | Path, allow_unverified: bool = False, flavour: str | Flavour = "auto"
-) -> Engine:
+) -> Engine | UnverifiedEngine:
     """Read an engine and check it against its sidecar and the TensorRT that is installed.
 
     Args:
         path: of the engine; its sidecar is `<path>.json`.
         allow_unverified: take the engine also where the sidecar is missing or doesn't fit it.
-            An engine is executable code: only for files you trust.
+            An engine is executable code: only for files you trust. A sidecar that fits
+            is held to its flavour and version all the same.
         flavour: that is to run the engine; `"auto"` is the one its sidecar names.
+
+    Returns:
+        An `Engine`; an `UnverifiedEngine` only with `allow_unverified`.
 
     Raises:
         ArtefactError: when the engine or its sidecar is missing, damaged or changed, when they
@@ -78,10 +115,11 @@ def read_engine(
     data = _read(path)
     try:
         engine = _verified(path, data)
-    except ArtefactError:
+    except ArtefactError as exc:
         if not allow_unverified:
             raise
-        engine = Engine(path, sha256(data), None, data)
+        check_validity(data, get_flavour(flavour), path)
+        return UnverifiedEngine(path, sha256(data), data, str(exc))
     check_validity(data, _runtime_flavour(path, engine.sidecar, flavour), path)
     return engine
 
@@ -112,8 +150,8 @@ def _verified(path: Path, data: bytes) -> Engine:
     remedy = "copy both files again, or build the engine again"
     if len(data) < sidecar.engine_bytes:
         raise ArtefactError(
-            f"{path} is truncated: it has {len(data)} bytes, its sidecar says "
-            f"{sidecar.engine_bytes}; {remedy}"
+            f"{path} is truncated, or not the engine its sidecar describes: it has {len(data)} "
+            f"bytes, not {sidecar.engine_bytes}; {remedy}"
         )
     digest = sha256(data)
     if digest != sidecar.engine_sha256:
@@ -124,10 +162,8 @@ def _verified(path: Path, data: bytes) -> Engine:
     return Engine(path, digest, sidecar, data)
 
 
-def _runtime_flavour(path: Path, sidecar: Sidecar | None, asked: str | Flavour) -> Flavour:
+def _runtime_flavour(path: Path, sidecar: Sidecar, asked: str | Flavour) -> Flavour:
     """The installed flavour that is to run the engine; refuses one that can't."""
-    if sidecar is None:
-        return get_flavour(asked)
     built = f"{path} was built with {sidecar.flavour} {sidecar.version}"
     remedy = "build it again here"
     if asked != "auto":

@@ -62,7 +62,7 @@ class LogCapture:
 
 
 _lock = threading.Lock()
-_loggers: dict[str, Any] = {}
+_loggers: dict[int, tuple[Any, Any]] = {}  # by the module's id: module, logger
 _captures: dict[str, list[LogCapture]] = {}
 
 
@@ -81,7 +81,7 @@ def _record(name: str, severity: str, text: str) -> None:
 def get_logger(name: str, trt: Any) -> Any:
     """The logger of the flavour `name`, whose module is `trt`; made on the first call."""
     with _lock:
-        if name not in _loggers:
+        if id(trt) not in _loggers:
 
             class RecordingLogger(trt.ILogger):  # type: ignore[misc]
                 def __init__(self) -> None:
@@ -90,8 +90,8 @@ def get_logger(name: str, trt: Any) -> Any:
                 def log(self, severity: Any, msg: str) -> None:
                     _record(name, severity.name, msg)
 
-            _loggers[name] = RecordingLogger()
-        return _loggers[name]
+            _loggers[id(trt)] = trt, RecordingLogger()
+        return _loggers[id(trt)][1]
 
 
 @contextlib.contextmanager

@@ -74,11 +74,11 @@ class _Planted(OrtCpuBackend):
         runner = super().load(model)
         honest = runner._execute
 
-        def faulty(input: Array, target: Array, shape: tuple[int, ...]) -> dict[str, Array]:
-            outputs = honest(input, target, shape)
-            if input.size == 0:
+        def faulty(feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
+            outputs = honest(feeds, shape)
+            if feeds["input"].size == 0:
                 raise InvalidInputError("a planted refusal")
-            if np.isnan(input).any():
+            if np.isnan(feeds["input"]).any():
                 return {"loss": np.nan_to_num(outputs["loss"])}
             return outputs
 
@@ -120,8 +120,11 @@ def test_wrong_answers_and_errors_are_red_cells_with_a_command(
 
 #: name of a fault -> what to replace in the source of the functions, by what.
 FAULTS = {
-    "a constant": [("value_float=0.5), divisor", "value_float=0.5001), divisor")],
-    "a bound": [("op.Neg(beta), beta)", "beta, beta)")],
+    "a constant": [("half = op.Constant(value_float=0.5)", "half = op.Constant(value_float=0.6)")],
+    "a bound": [
+        ("core = op.Clip(difference, op.Neg(beta), beta)\n    excess",
+         "core = op.Clip(difference, beta, beta)\n    excess"),
+    ],
     "a magnitude": [("op.Abs(op.Sub(difference, core))", "op.Sub(difference, core)")],
     "float32 sums": [
         ("op.Reshape(op.Cast(losses, to=11),", "op.Reshape(losses,"),
