@@ -16,7 +16,7 @@ from conftest_cli import Done, model
 
 from smoothl1_deploy import load
 from smoothl1_deploy.backends.base import BACKENDS
-from smoothl1_deploy.cli.npy import read_array, read_pair
+from smoothl1_deploy.cli.npy import read_archive, read_array
 from smoothl1_deploy.errors import InvalidInputError
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -113,6 +113,30 @@ def test_both_arrays_in_one_file(cli: Callable[..., Done], pair: Pair) -> None:
     low = {k: a.astype(ml_dtypes.bfloat16) for k, a in zip(("input", "target"), pair, strict=True)}
     np.savez_compressed("low.npz", **low)
     assert cli("run", model("b.onnx", dtype="bfloat16"), "--data", "low.npz").code == 0
+
+
+def test_weight_and_beta_where_the_artefact_takes_them(
+    cli: Callable[..., Done], pair: Pair
+) -> None:
+    spec = {"runtime_beta": True, "weight": "count", "per_sample": True, "gradient": True}
+    path = model(**spec)
+    weight = np.linspace(0, 2, 80, dtype=np.float32).reshape(5, 16)
+    np.save("weight.npy", weight)
+    np.savez("all.npz", input=pair[0], target=pair[1], weight=weight)
+    expected = load(path).run(*pair, weight=weight, beta=0.25)
+    for arguments in ([*FILES, "--weight", "weight.npy"], ["--data", "all.npz"]):
+        done = cli("run", path, *arguments, "--beta", 0.25, "-o", "out.npz", "--json")
+        assert done.code == 0, done.err
+        assert list(json.loads(done.out)["outputs"]) == ["loss", "grad_input"]
+        for name, array in np.load("out.npz").items():
+            np.testing.assert_array_equal(array, expected[name])
+    done = cli("run", path, *FILES, "--weight", "weight.npy")
+    assert (done.code, done.err.startswith("error: beta is missing")) == (2, True)
+    done = cli("run", model("plain.onnx"), *FILES, "--beta", 2)
+    assert done.code == 2
+    assert "the artefact takes input, target, and no beta; leave it out" in done.err
+    done = cli("run", path, *FILES, "--beta", 2, "--weight", "weight.npy", "-o", "out.npy")
+    assert "can't write 2 outputs to out.npy; choose a name with .npz" in done.err
 
 
 def test_integers_promote_and_layouts_do_not_matter(cli: Callable[..., Done], pair: Pair) -> None:
@@ -224,7 +248,13 @@ def test_an_archive_without_the_two_names(cli: Callable[..., Done], pair: Pair) 
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--input", "input.npy"], ["--target", "target.npy"], [*FILES, "--data", "pair.npz"]],
+    [
+        [],
+        ["--input", "input.npy"],
+        ["--target", "target.npy"],
+        [*FILES, "--data", "pair.npz"],
+        ["--data", "pair.npz", "--weight", "weight.npy"],
+    ],
 )
 def test_the_arrays_come_in_one_of_two_ways(
     cli: Callable[..., Done], pair: Pair, arguments: list[str]
@@ -301,7 +331,7 @@ def test_damaged_files_are_refused_whatever_is_damaged(pair: Pair) -> None:
                 if name == "bad.npy":
                     read_array(Path(name), "float32")
                 else:
-                    read_pair(Path(name), "float32")
+                    read_archive(Path(name), "float32")
             except (InvalidInputError, MemoryError):  # a header may claim any size
                 refused[name] += 1
     assert min(refused.values()) > 100
