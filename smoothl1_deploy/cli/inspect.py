@@ -186,7 +186,8 @@ def _engine_port(port: NetworkPort) -> dict[str, Any]:
 
 def _cannot_run(path: Path, sidecar: Sidecar) -> str | None:
     """Why a sound engine can't run here; None where nothing speaks against it."""
-    from ..tensorrt.engine import read_engine
+    from ..tensorrt.engine import diagnose, read_engine
+    from ..tensorrt.flavour import get_flavour
     from ..tensorrt.gpu import current_gpu
 
     gpu = current_gpu()
@@ -199,10 +200,10 @@ def _cannot_run(path: Path, sidecar: Sidecar) -> str | None:
             f"the GPU here ({gpu.name}) has {gpu.compute_capability}"
         )
     try:
-        read_engine(path)
+        problems = diagnose(read_engine(path).data, get_flavour(sidecar.flavour))
     except SmoothL1DeployError as exc:
         return str(exc)
-    return None
+    return f"the runtime says {', '.join(problems)}" if problems else None
 
 
 def _is_engine(path: Path) -> bool:

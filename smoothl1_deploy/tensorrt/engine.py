@@ -14,11 +14,14 @@ from .sidecar import Sidecar, sidecar_path
 __all__ = [
     "Engine",
     "UnverifiedEngine",
-    "check_validity",
+    "diagnose",
     "read_engine",
     "read_verified",
     "write_engine",
 ]
+
+#: Diagnostics about the file itself; the others are about the machine.
+_OF_THE_FILE = ("MALFORMED_ENGINE", "VERSION_MISMATCH")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +121,9 @@ def read_engine(
     except ArtefactError as exc:
         if not allow_unverified:
             raise
-        check_validity(data, get_flavour(flavour), path)
+        _check_file(data, get_flavour(flavour), path)
         return UnverifiedEngine(path, sha256(data), data, str(exc))
-    check_validity(data, _runtime_flavour(path, engine.sidecar, flavour), path)
+    _check_file(data, _runtime_flavour(path, engine.sidecar, flavour), path)
     return engine
 
 
@@ -188,28 +191,24 @@ def _runtime_flavour(path: Path, sidecar: Sidecar, asked: str | Flavour) -> Flav
     return here
 
 
-def check_validity(data: bytes, flavour: Flavour, path: Path) -> None:
-    """Ask the runtime what it thinks of an engine's header, where it can be asked.
+def diagnose(data: bytes, flavour: Flavour) -> tuple[str, ...]:
+    """What the runtime holds against an engine on this machine, by its own names.
 
-    On a machine without a GPU a sound engine too is INVALID, with no diagnostics; only the bits
-    of the diagnostics say anything. Payload damage is not seen (tried with tensorrt_rtx 1.7.1).
-
-    Raises:
-        ArtefactError: when the header is malformed, or the engine can't run on this machine.
+    For instance `"UNSUPPORTED_CC"`; empty where nothing does, or where it can't be asked. On a
+    machine without a GPU a sound engine too is INVALID, with no diagnostics, so only these say
+    anything. Payload damage is not seen (tried with tensorrt_rtx 1.7.1).
     """
     if flavour.member("Runtime", "get_engine_validity") is None:
-        return
-    with flavour.capture() as log:
-        runtime = flavour.trt.Runtime(flavour.logger)
-        _, diagnostics = runtime.get_engine_validity(data)
-    found = [
-        name
-        for name, bit in flavour.trt.EngineInvalidityDiagnostics.__members__.items()
-        if int(diagnostics) & int(bit)
-    ]
+        return ()
+    _, diagnostics = flavour.trt.Runtime(flavour.logger).get_engine_validity(data)
+    names = flavour.trt.EngineInvalidityDiagnostics.__members__
+    return tuple(sorted(name for name, bit in names.items() if int(diagnostics) & int(bit)))
+
+
+def _check_file(data: bytes, flavour: Flavour, path: Path) -> None:
+    """Refuse what is wrong with the file; that this machine's GPU is another is no such thing."""
+    found = [name for name in diagnose(data, flavour) if name in _OF_THE_FILE]
     if found:
-        said = log.reason() if log.errors else "; ".join(message.text for message in log.messages)
         raise ArtefactError(
-            f"{path} is not an engine that {flavour} can run here: {', '.join(found)} ({said}); "
-            "build it again for this version and GPU"
+            f"{path} is no engine of {flavour}: {', '.join(found)}; build it again for this version"
         )

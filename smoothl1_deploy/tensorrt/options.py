@@ -74,13 +74,11 @@ class BuildOptions:
         listed = [given] if isinstance(given, (str, int, float)) else given
         if not isinstance(listed, Iterable):
             raise SpecError(f"compute_capabilities must be a list such as ['8.6'], got {given!r}")
-        # Sorted, each once: the order is part of the engine's bytes.
         wanted = {_capability(value) for value in listed}
-        order = sorted(
-            wanted, key=lambda c: [int(p) for p in c.split(".")] if c[0].isdigit() else []
-        )
         if "current" in wanted and len(wanted) > 1:
             raise SpecError("compute capability 'current' stands alone; list others without it")
+        # Sorted, each once: the order is part of the engine's bytes.
+        order = wanted if "current" in wanted else sorted(wanted, key=float)
         object.__setattr__(self, "compute_capabilities", tuple(order))
         level: Any = self.hardware_compatibility
         if level is not None:

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from ..errors import ArtefactError, UnsupportedError
-from ..graph.metadata import HASH
+from ..graph.metadata import HASH, ROUTE, SPEC, VERSION
 
 __all__ = ["prepare"]
 
@@ -24,8 +24,9 @@ _REMEDY = (
     "TensorRT has no float64 and would silently compute in float32. Export with "
     "dtype='float32', or run this model on ONNX Runtime (backend='ort-cpu')"
 )
-#: Attributes that hold the element type of a node's output; Cast's `to` is treated apart.
-_TYPE_ATTRIBUTES = frozenset({"dtype", "output_dtype", "output_datatype", "stash_type"})
+_OF_THE_EXPORT = frozenset({SPEC, ROUTE, VERSION, HASH})
+#: Attributes of standard operators that hold the element type of an output.
+_TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "stash_type"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,12 @@ class _Scope:
     where: str
     nodes: list[onnx.NodeProto]
     initializers: list[TensorProto]
+    values: list[onnx.ValueInfoProto]
+
+    @classmethod
+    def of(cls, graph: onnx.GraphProto, where: str = "") -> _Scope:
+        values = [*graph.input, *graph.output, *graph.value_info]
+        return cls(where, list(graph.node), list(graph.initializer), values)
 
 
 def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
@@ -45,8 +52,8 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     exactly become float32.
 
     Returns:
-        `model` itself where nothing had to change, else a changed copy without the entry
-        for its content hash; and the notes, each a sentence.
+        `model` itself where nothing had to change, else a changed copy without what the export
+        says about itself (read the spec from `model`); and the notes, each a sentence.
 
     Raises:
         UnsupportedError: for any other float64, and for inputs of unknown rank.
@@ -55,16 +62,15 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """
     _check_complete(model)
     _check_ports(model)
-    if any(_attribute(node, "to").ref_attr_name for s in _scopes(model) for node in _casts(s)):
+    if any(a.ref_attr_name for scope in _scopes(model) for _, a in _element_types(scope)):
         from onnx.inliner import inline_local_functions
 
         # The element type stands at the caller: put the bodies where it can be seen.
         model = inline_local_functions(model)
     for scope in _scopes(model):
         _check_constants(scope)
-    if not any(_is_double(node) for scope in _scopes(model) for node in scope.nodes) and not any(
-        tensor.data_type == TensorProto.DOUBLE for s in _scopes(model) for tensor in s.initializers
-    ):
+        _check_nodes(scope)
+    if not any(_has_double(scope) for scope in _scopes(model)):
         return model, ()
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -76,22 +82,20 @@ def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
     casts: list[str] = []
     constants: list[str] = []
     for scope in _scopes(model):
-        for node in _casts(scope):
-            to = _attribute(node, "to")
-            if to.i == TensorProto.DOUBLE:
-                to.i = TensorProto.FLOAT
+        for node, element in _element_types(scope):
+            if element.i == TensorProto.DOUBLE:  # of a Cast: the others were refused
+                element.i = TensorProto.FLOAT
                 casts.append(f"{scope.where}{_label(node)}")
         for tensor, where in _tensors(scope):
             if tensor.data_type == TensorProto.DOUBLE:
                 value = numpy_helper.to_array(tensor).astype(np.float32)
                 tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
                 constants.append(where)
-    for values in [model.graph.value_info, *(f.value_info for f in model.functions)]:
-        for value in values:
+        for value in scope.values:
             if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
-    # The entry would say, rightly, that the content was changed after the export.
-    kept = [entry for entry in model.metadata_props if entry.key != HASH]
+    # They speak for the model as it was exported; with the rest gone, the hash would be refused.
+    kept = [entry for entry in model.metadata_props if entry.key not in _OF_THE_EXPORT]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
     notes = []
@@ -114,14 +118,14 @@ def _scopes(model: onnx.ModelProto) -> Iterator[_Scope]:
                 graphs = [attribute.g] if attribute.HasField("g") else []
                 for graph in (*graphs, *attribute.graphs):
                     inner = f"{where}{_label(node)}/"
-                    yield _Scope(inner, list(graph.node), list(graph.initializer))
+                    yield _Scope.of(graph, inner)
                     yield from subgraphs(inner, list(graph.node))
 
-    yield _Scope("", list(model.graph.node), list(model.graph.initializer))
+    yield _Scope.of(model.graph)
     yield from subgraphs("", list(model.graph.node))
     for function in model.functions:
         where = f"{function.name}/"
-        yield _Scope(where, list(function.node), [])
+        yield _Scope(where, list(function.node), [], list(function.value_info))
         yield from subgraphs(where, list(function.node))
 
 
@@ -129,14 +133,12 @@ def _label(node: onnx.NodeProto) -> str:
     return node.name or (node.output[0] if node.output else node.op_type)
 
 
-def _casts(scope: _Scope) -> Iterator[onnx.NodeProto]:
+def _element_types(scope: _Scope) -> Iterator[tuple[onnx.NodeProto, onnx.AttributeProto]]:
+    """The attributes that set an element type, with their nodes."""
     for node in scope.nodes:
-        if node.op_type == "Cast" and node.domain in ("", "ai.onnx"):
-            yield node
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
-    return next((a for a in node.attribute if a.name == name), onnx.AttributeProto())
+        for attribute in node.attribute:
+            if node.domain in ("", "ai.onnx") and attribute.name in _TYPE_ATTRIBUTES:
+                yield node, attribute
 
 
 def _tensors(scope: _Scope) -> Iterator[tuple[TensorProto, str]]:
@@ -149,11 +151,9 @@ def _tensors(scope: _Scope) -> Iterator[tuple[TensorProto, str]]:
                 yield tensor, f"{scope.where}{_label(node)}"
 
 
-def _is_double(node: onnx.NodeProto) -> bool:
-    return any(
-        (a.name == "to" and a.i == TensorProto.DOUBLE)
-        or (a.HasField("t") and a.t.data_type == TensorProto.DOUBLE)
-        for a in node.attribute
+def _has_double(scope: _Scope) -> bool:
+    return any(e.i == TensorProto.DOUBLE for _, e in _element_types(scope)) or any(
+        tensor.data_type == TensorProto.DOUBLE for tensor, _ in _tensors(scope)
     )
 
 
@@ -173,22 +173,34 @@ def _check_constants(scope: _Scope) -> None:
                 f"the constant {where!r} is the float64 {float(value)!r}, "
                 f"which float32 can't hold. {_REMEDY}"
             )
-    for node in scope.nodes:
-        for attribute in node.attribute:
-            sparse = attribute.HasField("sparse_tensor")
-            if (sparse and attribute.sparse_tensor.values.data_type == TensorProto.DOUBLE) or (
-                attribute.name in _TYPE_ATTRIBUTES and attribute.i == TensorProto.DOUBLE
-            ):
-                raise UnsupportedError(
-                    f"the node {scope.where}{_label(node)!r} ({node.op_type}) makes float64 "
-                    f"(attribute {attribute.name}). {_REMEDY}"
-                )
+
+
+def _check_nodes(scope: _Scope) -> None:
+    found = [
+        (node, attribute)
+        for node, attribute in _element_types(scope)
+        if attribute.i == TensorProto.DOUBLE and node.op_type != "Cast"
+    ]
+    found += [
+        (node, attribute)
+        for node in scope.nodes
+        for attribute in node.attribute
+        if attribute.sparse_tensor.values.data_type == TensorProto.DOUBLE
+    ]
+    for node, attribute in found:
+        raise UnsupportedError(
+            f"the node {scope.where}{_label(node)!r} ({node.op_type}) makes float64 "
+            f"(attribute {attribute.name}). {_REMEDY}"
+        )
 
 
 def _check_ports(model: onnx.ModelProto) -> None:
     graph = model.graph
     if not graph.output:
         raise ArtefactError("the model has no outputs; it is empty, damaged, or of another format")
+    for sparse in graph.sparse_initializer:
+        if sparse.values.data_type == TensorProto.DOUBLE:
+            raise UnsupportedError(f"the constant {sparse.values.name!r} is float64. {_REMEDY}")
     constants = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in constants]
     for kind, values in (("input", inputs), ("output", graph.output)):

@@ -144,7 +144,7 @@ class Sidecar:
                 built_at=str(fields["built_at"]),
                 tool_version=str(fields["tool_version"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise ArtefactError(
                 f"the sidecar's content makes no sense ({type(exc).__name__}: {exc}); "
                 "build the engine again"

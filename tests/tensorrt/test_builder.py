@@ -67,6 +67,24 @@ def test_builds_other_shapes(rtx, shape):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("extension", "inputs", "outputs"),
+    [
+        ({"per_sample": True}, ["input", "target"], ["loss"]),
+        ({"gradient": True}, ["input", "target"], ["loss", "grad_input"]),
+        ({"runtime_beta": True}, ["input", "target", "beta"], ["loss"]),
+    ],
+)
+def test_builds_extensions(rtx, dtype, extension, inputs, outputs):
+    spec = LossSpec(reduction="mean", dtype=dtype, **extension)
+    sidecar = build_engine(export(spec, shape=("N", 16)), flavour=rtx).sidecar
+    assert [port.name for port in sidecar.inputs] == inputs
+    assert [port.name for port in sidecar.outputs] == outputs
+    assert sidecar.spec == spec
+    assert set(sidecar.profile.ranges) == {"input", "target"}
+
+
 @pytest.mark.parametrize("route", ["function", "inlined"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_float64_is_refused(rtx, tmp_path, route, reduction):
@@ -129,7 +147,7 @@ def test_what_is_asked_for_changes_the_bytes(rtx, mean_model):
 @pytest.mark.parametrize("name", ["", "missing/loss.engine"])
 def test_a_bad_path_is_refused_before_the_build(rtx, mean_model, tmp_path, name, monkeypatch):
     monkeypatch.setattr(builder, "_build", lambda *args: pytest.fail("it was built"))
-    with pytest.raises(OutputError, match="is a folder|lies in a folder that doesn't exist"):
+    with pytest.raises(OutputError, match=r"is a folder|lies in a folder that doesn't exist"):
         build_engine(mean_model, tmp_path / name, rtx)
 
 

@@ -250,7 +250,7 @@ def test_sizes_are_numbers_of_bytes(tmp_path, size):
 
 def test_a_folder_that_cannot_be_made(tmp_path, flavour, mean_model):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="as an engine cache .* or build without a cache"):
+    with pytest.raises(OutputError, match=r"as an engine cache .* or build without a cache"):
         build_engine(mean_model, flavour=flavour, cache_dir=tmp_path / "file")
 
 

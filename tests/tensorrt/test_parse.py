@@ -8,7 +8,6 @@ import itertools
 import numpy as np
 import onnx
 import onnx.inliner
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -63,11 +62,13 @@ def test_accumulators_are_narrowed_and_named(route, shape, dtype):
     assert notes[0].startswith("accumulates in float32 on TensorRT, which has no float64: Cast to")
     if route == "function":
         assert notes[0].endswith("in WideSum/n0, WideMean/n2")
-    assert read_spec(prepared) == read_spec(original)  # not refused as changed
+    # Neither refused as changed nor taken for what was exported.
+    assert (read_spec(prepared), read_spec(original) is None) == (None, False)
     onnx.checker.check_model(prepared, full_check=True)
 
 
 def test_the_narrowed_model_computes_the_same_to_float32():
+    ort = pytest.importorskip("onnxruntime")
     original = export(LossSpec(beta=0.5, reduction="mean"), shape=("N",))
     prepared, _ = prepare(original)
     rng = np.random.default_rng(0)
@@ -77,6 +78,14 @@ def test_the_narrowed_model_computes_the_same_to_float32():
         for m in (original, prepared)
     ]
     np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+def test_notes_on_inner_values_are_narrowed_too():
+    original = onnx.shape_inference.infer_shapes(export(LossSpec(), "inlined", ("N",)))
+    assert any(v.type.tensor_type.elem_type == DOUBLE for v in original.graph.value_info)
+    prepared, _ = prepare(original)
+    assert not any(v.type.tensor_type.elem_type == DOUBLE for v in prepared.graph.value_info)
+    onnx.checker.check_model(prepared, full_check=True)
 
 
 def test_without_float64_the_model_is_itself():
@@ -91,6 +100,7 @@ def test_subgraphs_are_narrowed_too():
         "branch",
         [],
         [value("b", FLOAT, None)],
+        value_info=[value("d", DOUBLE)],
     )
     made = model(
         [
@@ -101,8 +111,9 @@ def test_subgraphs_are_narrowed_too():
         outputs=[value("y", FLOAT, ("M",))],
     )
     prepared, notes = prepare(made)
-    assert b"the_if/the_cast" in notes[0].encode()
+    assert "the_if/the_cast" in notes[0]
     for attribute in prepared.graph.node[2].attribute:
+        assert attribute.g.value_info[0].type.tensor_type.elem_type == FLOAT
         assert [helper.get_node_attr_value(n, "to") for n in attribute.g.node] == [FLOAT, FLOAT]
 
 
@@ -187,6 +198,36 @@ def refused_models():
         model([node("RandomNormalLike", ["x"], ["d"], dtype=DOUBLE), narrow]),
         r"'the_randomnormallike' \(RandomNormalLike\) makes float64 \(attribute dtype\)",
     )
+    yield (
+        "bits as float64",
+        model([node("BitCast", ["x"], ["d"], to=DOUBLE), narrow], [value("x", TensorProto.INT64)]),
+        r"'the_bitcast' \(BitCast\) makes float64 \(attribute to\)",
+    )
+    inner = node("RandomNormalLike", ["a"], ["b"])
+    inner.attribute.append(onnx.AttributeProto(name="dtype", ref_attr_name="dtype", type=2))
+    function = helper.make_function(
+        "local", "Noise", ["a"], ["b"], [inner], [helper.make_opsetid("", 18)], ["dtype"]
+    )
+    yield (
+        "element type handed to a function",
+        model(
+            [node("Noise", ["x"], ["d"], domain="local", dtype=DOUBLE), narrow],
+            None,
+            None,
+            [function],
+        ),
+        r"RandomNormalLike\) makes float64 \(attribute dtype\)",
+    )
+    indices = numpy_helper.from_array(np.array([1]), "indices")
+    sparse = helper.make_sparse_tensor(numpy_helper.from_array(np.array([0.5]), "s"), indices, [3])
+    yield (
+        "sparse constant node",
+        model([node("Constant", [], ["d"], sparse_value=sparse), narrow]),
+        r"'the_constant' \(Constant\) makes float64 \(attribute sparse_value\)",
+    )
+    with_sparse = model([widen, node("Add", ["d", "s"], ["e"])])
+    with_sparse.graph.sparse_initializer.append(sparse)
+    yield "sparse initializer", with_sparse, "the constant 's' is float64"
     yield (
         "unknown rank",
         model([node("Abs", ["x"], ["y"])], inputs=[value("x", FLOAT, None)]),

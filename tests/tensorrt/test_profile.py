@@ -35,6 +35,17 @@ def test_one_shape_stands_for_all_three():
     assert profile.ranges["input"] == ((8, 16),) * 3 == profile.ranges["target"]
 
 
+def test_target_follows_input_without_names_too():
+    pair = (InputShape("input", (None, 16)), InputShape("target", (None, 16)))
+    assert resolve_profile({"input": (2, 4, 8)}, pair).ranges["target"] == (
+        (2, 16),
+        (4, 16),
+        (8, 16),
+    )
+    other = (pair[0], InputShape("target", (None, 1)))
+    assert resolve_profile({"input": (2, 4, 8)}, other).defaults == ("target[0]",)
+
+
 def test_defaults_are_named():
     profile = resolve_profile(None, SAME)
     assert profile == Profile({"input": ROWS, "target": ROWS}, ("N",))
