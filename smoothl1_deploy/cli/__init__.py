@@ -25,7 +25,6 @@ __all__ = ["main"]
 
 _BUG = 70
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _DEBUG = "SMOOTHL1_DEPLOY_DEBUG"
 
@@ -48,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
+        from .registry import BROKEN_PIPE
+
         # The interpreter flushes stdout once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+        return BROKEN_PIPE
     except MemoryError as exc:
         return _fail(f"not enough memory for this ({exc}); use smaller arrays", 2)
     except ModuleNotFoundError as exc:

@@ -95,6 +95,7 @@ def build(
         bool | None,
         typer.Option(
             "--strict-nans/--no-strict-nans",
+            show_default=False,
             help="Keep NaN as IEEE 754 has it. Default: wherever the flavour can.",
         ),
     ] = None,

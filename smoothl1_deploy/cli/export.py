@@ -146,6 +146,7 @@ def export(
         typer.Option(
             "--size-average/--no-size-average",
             help="Overrides --reduction, as in PyTorch.",
+            show_default=False,
             rich_help_panel=_DEPRECATED,
         ),
     ] = None,
@@ -154,6 +155,7 @@ def export(
         typer.Option(
             "--reduce/--no-reduce",
             help="Overrides --reduction, as in PyTorch.",
+            show_default=False,
             rich_help_panel=_DEPRECATED,
         ),
     ] = None,

@@ -175,7 +175,7 @@ def inspect_engine(path: Path) -> Inspection:
         "tool_version": sidecar.tool_version,
         "notes": list(sidecar.notes),
     }
-    runs = {sidecar.flavour: "; ".join(problems) or _cannot_run(path, sidecar)}
+    runs = {sidecar.flavour: _cannot_run(path, sidecar)}
     return Inspection(path, "engine", facts, runs=runs, problems=tuple(problems))
 
 

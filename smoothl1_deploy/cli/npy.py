@@ -12,8 +12,9 @@ from ..artefact import write_atomic
 from ..errors import InvalidInputError, OutputError
 from ..floats import NUMPY_DTYPE, Array
 
-__all__ = ["check_output", "read_array", "read_pair", "write_arrays"]
+__all__ = ["check_output", "read_archive", "read_array", "write_arrays"]
 
+_REQUIRED = ("input", "target")
 _REMEDY = "write it with numpy.save(path, array)"
 
 
@@ -41,29 +42,29 @@ def read_array(path: Path, dtype: str) -> Array:
     return _named(array, str(path), dtype)
 
 
-def read_pair(path: Path, dtype: str) -> tuple[Array, Array]:
-    """The arrays called `input` and `target` of an .npz file.
+def read_archive(path: Path, dtype: str) -> dict[str, Array]:
+    """The arrays called `input`, `target` and, where there is one, `weight` of an .npz file.
 
     Raises:
-        InvalidInputError: as for `read_array`, and where one of the two is missing.
+        InvalidInputError: as for `read_array`, and where one of the first two is missing.
     """
     remedy = "write it with numpy.savez(path, input=..., target=...)"
     _check_file(path, b"PK", f"an .npz file; {remedy}")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            absent = [name for name in ("input", "target") if name not in archive.files]
+            absent = [name for name in _REQUIRED if name not in archive.files]
             if absent:
                 raise InvalidInputError(
                     f"{path} has no array called {' or '.join(absent)}, only "
                     f"{', '.join(archive.files) or 'nothing'}; {remedy}"
                 )
-            arrays = archive["input"], archive["target"]
+            names = [*_REQUIRED, *({"weight"} & {*archive.files})]
+            arrays = {name: archive[name] for name in names}
     except (InvalidInputError, MemoryError):
         raise
     except Exception as exc:  # or in zipfile and the decompressors, each with classes of its own
         raise InvalidInputError(f"{path} is truncated or damaged ({exc}); {remedy}") from exc
-    input, target = arrays
-    return _named(input, f"input in {path}", dtype), _named(target, f"target in {path}", dtype)
+    return {name: _named(array, f"{name} in {path}", dtype) for name, array in arrays.items()}
 
 
 def _check_file(path: Path, magic: bytes, expected: str) -> None:

@@ -16,7 +16,9 @@ from typer.core import TyperCommand, TyperGroup
 
 # What typer hands to a group is of its own copy of click, or of click itself, by typer's version:
 # `Any` below.
-__all__ = ["COMMANDS", "Entry", "root_command"]
+__all__ = ["BROKEN_PIPE", "COMMANDS", "Entry", "root_command"]
+
+BROKEN_PIPE = 141  # exit code: 128 + SIGPIPE, as a shell reports it
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,13 @@ class LazyGroup(TyperGroup):
         """Put the real command in the place of its listing."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, _load(name) if name in COMMANDS else command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Let a broken pipe through to `main`; typer would end with 1, a failed check here."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise typer.Exit(BROKEN_PIPE) from None
 
 
 def _show_version(wanted: bool) -> None:

@@ -87,7 +87,14 @@ def run(
     target: Annotated[Path | None, typer.Option("--target", help="A .npy file.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="An .npz file with both, in arrays called input and target."),
+        typer.Option("--data", help="An .npz file with arrays called input, target (and weight)."),
+    ] = None,
+    weight: Annotated[
+        Path | None,
+        typer.Option("--weight", help="A .npy file, for an artefact that takes a weight."),
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="For an artefact that takes beta at run time.")
     ] = None,
     backend: Annotated[
         str,
@@ -106,24 +113,28 @@ def run(
     A loss of rank 0 is printed as a bare number in full precision, anything else as a summary.
     bfloat16, which numpy writes as raw items of two bytes, is recognised by the artefact's dtype.
     """
-    if (data is None) == (input is None and target is None) or (input is None) != (target is None):
+    if data is not None:
+        complete = input is None and target is None and weight is None
+    else:
+        complete = input is not None and target is not None
+    if not complete:
         raise InvalidInputError(
             "give the arrays by --input A.npy --target B.npy or --data PAIR.npz"
         )
 
     from ..backends.base import load
-    from .npy import check_output, read_array, read_pair, write_arrays
+    from .npy import check_output, read_archive, read_array, write_arrays
 
     runner = load(str(model), backend)
     if output is not None:
         check_output(output, len(runner.signature.outputs))
     dtype = runner.signature.input.dtype
     if data is not None:
-        arrays = read_pair(data, dtype)
+        arrays = read_archive(data, dtype)
     else:
-        assert input is not None and target is not None
-        arrays = read_array(input, dtype), read_array(target, dtype)
-    results = runner.run(*arrays)
+        files = {"input": input, "target": target, "weight": weight}
+        arrays = {name: read_array(path, dtype) for name, path in files.items() if path is not None}
+    results = runner.run(**arrays, beta=beta)
     if output is not None:
         write_arrays(output, results)
         if dtype == "bfloat16":

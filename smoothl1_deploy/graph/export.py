@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import TensorProto, helper
 
-from ..errors import SpecError
+from ..errors import SpecError, require
 from ..spec import LossSpec
 from .elements import ELEMENT_TYPE
 from .metadata import stamp
@@ -61,6 +61,7 @@ def export(
     shapes = _checked_shapes(spec, shape, target_shape, weight_shape)
 
     if route == "torch":
+        require("torch", "torch", "the torch route")
         from .torch_route import torch_model
 
         model = torch_model(spec, shapes["input"], shapes["target"])
