@@ -17,7 +17,6 @@ from onnx import helper
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.backends import base
 from smoothl1_deploy.backends.base import BACKENDS, get_backend, load
-
 from smoothl1_deploy.errors import (
     ArtefactError,
     InvalidInputError,
