@@ -21,8 +21,8 @@ _NO_DRIVER = re.compile(r"\[checkMacros\.cpp::catchCudaError.*?cudaError 35:.*?\
 
 
 def tidy(text: str) -> str:
-    """One line, without the remark that there is no GPU."""
-    return " ".join(_NO_DRIVER.sub("", text).split())
+    """One line, without the remark that there is no GPU, and without a full stop."""
+    return " ".join(_NO_DRIVER.sub("", text).split()).rstrip(".")
 
 
 @dataclass(frozen=True, slots=True)
