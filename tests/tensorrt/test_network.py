@@ -215,7 +215,8 @@ def scalars(parsed):
         if layer.type == parsed.trt.LayerType.CONSTANT:
             layer.__class__ = parsed.trt.IConstantLayer
             if layer.weights.dtype == np.float32 and layer.weights not in (0, 1):
-                found[layer.name] = float(layer.weights[0])
+                if not np.isnan(layer.weights[0]):  # for a beta that is none
+                    found[layer.name] = float(layer.weights[0])
     return found
 
 
