@@ -214,9 +214,9 @@ def scalars(parsed):
         layer = parsed.network.get_layer(i)
         if layer.type == parsed.trt.LayerType.CONSTANT:
             layer.__class__ = parsed.trt.IConstantLayer
-            if layer.weights.dtype == np.float32 and layer.weights not in (0, 1):
-                if not np.isnan(layer.weights[0]):  # for a beta that is none
-                    found[layer.name] = float(layer.weights[0])
+            wanted = layer.weights.dtype == np.float32 and layer.weights not in (0, 1)
+            if wanted and not np.isnan(layer.weights[0]):  # NaN is for a beta that is none
+                found[layer.name] = float(layer.weights[0])
     return found
 
 
