@@ -7,7 +7,7 @@ With `core = clip(d, -beta, beta)` the loss is the linear excess plus the quadra
     l = |d - core| + (0.5 * core) * (core / beta)
 
 There is no branch on `|d| < beta`, and each element sees at most one rounding more than
-PyTorch. Why this form of the branch-free ones (bench/NOTES.md has the timings):
+PyTorch. Why this form of the branch-free ones (bench/NOTES.md has their speeds):
 
 * Every beta >= 0 is right. At beta = 0 the core vanishes and `|d|` remains; only the divisor,
   a scalar, needs a guard. `(core / beta) * (d - core / 2)` divides zero by zero there.
