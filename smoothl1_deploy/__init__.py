@@ -15,6 +15,7 @@ from .spec import LossSpec
 
 if TYPE_CHECKING:
     from .backends.base import load as load
+    from .graph.attach import attach as attach
     from .graph.export import export as export
     from .parity.verify import verify as verify
     from .reference.module import SmoothL1Loss as SmoothL1Loss
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "SmoothL1Loss": ".reference.module",
     "build_engine": ".tensorrt.builder",
+    "attach": ".graph.attach",
     "export": ".graph.export",
     "load": ".backends.base",
     "verify": ".parity.verify",

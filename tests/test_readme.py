@@ -9,17 +9,28 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 COMMANDS = re.search(r"```console\n(.*?)```", README, re.DOTALL).group(1).splitlines()  # type: ignore[union-attr]
-PYTHON = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)  # type: ignore[union-attr]
+PYTHON = "".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+DETECTOR = """<ir_version: 8, opset_import: ["" : 18]>
+g (float[N, 4] x) => (float[N, 4] boxes) { boxes = Relu(x) }"""
 RUN = "import sys; from smoothl1_deploy.cli import main; sys.exit(main())"
 
 
-def test_the_python_example(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def detector(tmp_path: Path) -> None:
+    """The reader's own model."""
+    onnx.save(parser.parse_model(DETECTOR), tmp_path / "detector.onnx")
+
+
+def test_the_python_examples(tmp_path: Path) -> None:
+    assert "attach(" in PYTHON
     done = subprocess.run(
         [sys.executable, "-c", PYTHON], cwd=tmp_path, env=ENVIRONMENT, capture_output=True
     )

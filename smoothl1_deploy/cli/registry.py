@@ -36,6 +36,7 @@ class Entry:
 #: In the order of `--help`, which is the order of work.
 COMMANDS: dict[str, Entry] = {
     "export": Entry("Write a Smooth L1 loss as an ONNX file.", "export", "export"),
+    "attach": Entry("Graft the loss onto a model that has the prediction.", "attach", "attach"),
     "build": Entry("Build a TensorRT engine from an ONNX file.", "build", "build"),
     "run": Entry("Compute the loss of two arrays with an artefact.", "run", "run"),
     "verify": Entry("Hold one artefact against PyTorch and the exact loss.", "verify", "verify"),

@@ -148,8 +148,9 @@ def WideRowSum(losses: TNarrow) -> DOUBLE:
 @script(_domain)
 def RowCount(losses: TAny) -> DOUBLE:
     """The number of elements in a row: the product of every axis but 0."""
-    shape = op.Shape(losses, start=1)
-    return op.Cast(op.ReduceProd(shape, op.Constant(value_ints=[0]), keepdims=0), to=11)
+    # Of every opset from 13 on, unlike Shape's start and ReduceProd's axes as an input.
+    columns = op.Gather(op.Shape(op.Flatten(losses, axis=1)), op.Constant(value_int=1))
+    return op.Cast(columns, to=11)
 
 
 @script(_domain)
@@ -210,8 +211,9 @@ def CompensatedMean(losses: DOUBLE) -> DOUBLE:
 @script(_domain)
 def RowsLike(rows: DOUBLE, like: TAny) -> DOUBLE:
     """`rows` [N] in the shape [N, 1, ...] that broadcasts with `like` [N, ...]."""
-    rest = op.Shape(op.Shape(like, start=1))
-    ones = op.Expand(op.Constant(value_ints=[1]), rest)
+    first = op.Constant(value_ints=[1])
+    end = op.Constant(value_ints=[9223372036854775807])
+    ones = op.Expand(first, op.Shape(op.Slice(op.Shape(like), first, end)))
     return op.Reshape(rows, op.Concat(op.Shape(rows), ones, axis=0), allowzero=1)
 
 

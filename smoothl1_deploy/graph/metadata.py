@@ -11,7 +11,7 @@ from .. import __version__
 from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 
-__all__ = ["content_hash", "read_route", "read_spec", "stamp"]
+__all__ = ["content_hash", "forget_spec", "read_route", "read_spec", "stamp"]
 
 _PREFIX = "smoothl1_deploy."
 SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
@@ -78,3 +78,10 @@ def read_spec(model: onnx.ModelProto) -> LossSpec | None:
             "smoothl1_deploy.* metadata entries to treat it as a model of your own"
         )
     return spec
+
+
+def forget_spec(model: onnx.ModelProto) -> None:
+    """Drop from `model` what it says of itself as a loss artefact: it is about to be another."""
+    kept = [entry for entry in model.metadata_props if entry.key not in (SPEC, ROUTE, HASH)]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
