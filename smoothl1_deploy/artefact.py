@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,19 @@ from .errors import ArtefactError, OutputError
 from .graph.elements import DTYPE_OF_ELEMENT
 from .graph.shapes import Shape, describe
 
-__all__ = ["ModelSource", "Port", "Signature", "read_model", "sha256", "signature", "write_atomic"]
+__all__ = [
+    "ROLES",
+    "ModelSource",
+    "Port",
+    "Signature",
+    "read_model",
+    "sha256",
+    "signature",
+    "write_atomic",
+]
+
+#: What an input of a loss artefact can be for.
+ROLES = ("input", "target", "weight", "beta")
 
 ModelSource = onnx.ModelProto | bytes | str | os.PathLike[str]
 
@@ -103,11 +115,25 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a loss artefact takes and gives."""
+    """What a loss artefact takes and gives.
 
-    input: Port
-    target: Port
+    Attributes:
+        inputs: role (`input`, `target`, `weight`, `beta`) -> the graph input that plays it.
+        outputs: in the order of the graph.
+    """
+
+    inputs: Mapping[str, Port]
     outputs: tuple[Port, ...]
+
+    @property
+    def input(self) -> Port:
+        """The prediction."""
+        return self.inputs["input"]
+
+    @property
+    def target(self) -> Port:
+        """What it is compared with."""
+        return self.inputs["target"]
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
@@ -131,21 +157,20 @@ def _port(value: onnx.ValueInfoProto) -> Port:
 
 
 def signature(model: onnx.ModelProto) -> Signature:
-    """The signature of a loss artefact: inputs called `input` and `target`, or just two inputs.
+    """The signature of a loss artefact: inputs called by their roles, or just two inputs.
 
     Raises:
         ArtefactError: when it can't be told which inputs are which.
     """
     constants = {initializer.name for initializer in model.graph.initializer}
     values = [value for value in model.graph.input if value.name not in constants]
-    by_name = {value.name: value for value in values}
-    pair: Sequence[onnx.ValueInfoProto] = values
-    if {"input", "target"} <= set(by_name):
-        pair = [by_name["input"], by_name["target"]]
-    if len(pair) != 2:
-        raise ArtefactError(
-            f"the model has {len(values)} inputs ({', '.join(by_name) or 'none'}); "
-            "a loss artefact has two, input and target"
-        )
-    outputs = tuple(_port(value) for value in model.graph.output)
-    return Signature(_port(pair[0]), _port(pair[1]), outputs)
+    by_role = {value.name: value for value in values}
+    if not ({"input", "target"} <= set(by_role) <= set(ROLES)):
+        if len(values) != 2:
+            raise ArtefactError(
+                f"the model has {len(values)} inputs ({', '.join(by_role) or 'none'}); "
+                f"a loss artefact has two, or inputs called {', '.join(ROLES)}"
+            )
+        by_role = dict(zip(ROLES, values, strict=False))
+    inputs = {role: _port(by_role[role]) for role in ROLES if role in by_role}
+    return Signature(inputs, tuple(_port(value) for value in model.graph.output))

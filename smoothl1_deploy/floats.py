@@ -61,9 +61,15 @@ def round_to(values: Array, dtype: str) -> Array:
         nearest = values.astype(np.float32)
         back = nearest.astype(values.dtype)
         other = np.nextafter(nearest, np.where(back < values, np.inf, -np.inf).astype(np.float32))
-        even = (nearest.view(np.uint32) & 1) == 0 if nearest.ndim else (nearest[None].view(np.uint32)[0] & 1) == 0
+        even = (
+            (nearest.view(np.uint32) & 1) == 0
+            if nearest.ndim
+            else (nearest[None].view(np.uint32)[0] & 1) == 0
+        )
         inexact = (back != values) & ~np.isnan(values)
-        return np.where(inexact & even, other, nearest).astype(np.float32).astype(NUMPY_DTYPE[dtype])
+        return (
+            np.where(inexact & even, other, nearest).astype(np.float32).astype(NUMPY_DTYPE[dtype])
+        )
 
 
 def _bits(values: Array) -> Array:

@@ -328,7 +328,8 @@ def test_signature_refuses_another_number_of_inputs(count: int) -> None:
     with pytest.raises(ArtefactError) as caught:
         signature(model)
     assert str(caught.value) == (
-        f"the model has {count} inputs ({listed}); a loss artefact has two, input and target"
+        f"the model has {count} inputs ({listed}); a loss artefact has two, or inputs called "
+        "input, target, weight, beta"
     )
 
 

@@ -16,16 +16,7 @@ import smoothl1_deploy
 from smoothl1_deploy.errors import MissingDependencyError
 
 ROOT = Path(smoothl1_deploy.__file__).parent
-HEAVY: tuple[str, ...] = (
-    "numpy",
-    "ml_dtypes",
-    "torch",
-    "onnx",
-    "onnx_ir",
-    "onnxscript",
-    "onnxruntime",
-    "tensorrt",
-)
+HEAVY = ("numpy", "ml_dtypes", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt")
 HEAVY += ("tensorrt_rtx", "typer", "rich")
 
 MODULES = sorted(
@@ -129,10 +120,9 @@ def _undocumented(name: str) -> list[str]:
             found.append(item)  # a dataclass without a docstring gets its signature for one
         for attribute, member in vars(thing).items() if inspect.isclass(thing) else ():
             member = getattr(member, "__func__", getattr(member, "fget", member))
-            if not inspect.isfunction(member) or attribute.startswith("_"):
-                continue
+            public = inspect.isfunction(member) and not attribute.startswith("_")
             # inspect.getdoc finds the docstring of the method that this one overrides.
-            if not inspect.getdoc(getattr(thing, attribute)):
+            if public and not inspect.getdoc(getattr(thing, attribute)):
                 found.append(f"{item}.{attribute}")
     return found
 

@@ -1,10 +1,10 @@
-"""The element types of ONNX, by the dtype names of a spec."""
+"""Constants of the graphs: element types by the dtype names of a spec, the scalars of the loss."""
 
 from __future__ import annotations
 
 from onnx import TensorProto
 
-__all__ = ["DTYPE_OF_ELEMENT", "ELEMENT_TYPE"]
+__all__ = ["DTYPE_OF_ELEMENT", "ELEMENT_TYPE", "loss_scalars"]
 
 #: dtype name of a spec -> ONNX element type.
 ELEMENT_TYPE: dict[str, int] = {
@@ -16,3 +16,8 @@ ELEMENT_TYPE: dict[str, int] = {
 
 #: The inverse.
 DTYPE_OF_ELEMENT = {element: name for name, element in ELEMENT_TYPE.items()}
+
+
+def loss_scalars(beta: float) -> tuple[tuple[str, float], ...]:
+    """The last three inputs of the function `SmoothL1LossTerms`, by name."""
+    return ("beta", beta), ("half", 0.5), ("divisor", beta or 1.0)

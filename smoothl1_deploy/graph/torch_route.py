@@ -19,11 +19,11 @@ import torch
 from onnx import TensorProto, helper
 from onnxscript import opset18 as op
 
-from ..errors import SpecError
+from ..errors import SpecError, UnsupportedError
 from ..reference.module import SmoothL1Loss
 from ..spec import LossSpec
 from . import functions as f
-from .elements import ELEMENT_TYPE
+from .elements import ELEMENT_TYPE, loss_scalars
 from .plain import fold_scalars
 from .shapes import Shape
 
@@ -43,12 +43,19 @@ def _loss(input: Any, target: Any, reduction: int, beta: float) -> Any:
     if not wide:
         beta = LossSpec(beta).effective_beta
     # Of a function call the exporter's inliner loses the attributes, and the functions that the
-    # body calls in turn (torch 2.13): beta is a tensor, and the mean is divided out here.
-    tensor = op.Constant(value=helper.make_tensor("beta", compute, [], [beta]))
-    losses = f.SmoothL1LossWithBeta(input, target, tensor)
+    # body calls in turn (torch 2.13): the scalars are tensors, the mean is divided out here.
+    scalars = (
+        op.Constant(value=helper.make_tensor(name, compute, [], [value]))
+        for name, value in loss_scalars(beta)
+    )
+    losses = f.SmoothL1LossTerms(input, target, *scalars)
     if _REDUCTION[reduction] == "none":
         return losses if element == compute else op.Cast(losses, to=element)
-    total = f.CompensatedSum(losses) if wide else f.WideSum(losses)
+    if wide:
+        row = op.Reshape(losses, op.Constant(value_ints=[1, -1]))
+        total = op.Squeeze(f.CompensatedRowSum(row), op.Constant(value_ints=[0]))
+    else:
+        total = f.WideSum(losses)
     if _REDUCTION[reduction] == "mean":
         total = op.Div(total, op.Cast(op.Size(losses), to=TensorProto.DOUBLE))
     return total if wide else op.Cast(total, to=element)
@@ -91,7 +98,7 @@ def _example(shape: Shape, dtype: torch.dtype, sizes: dict[str, int]) -> torch.T
 
 
 def _restore_dtype(graph: onnx.GraphProto, element: int) -> None:
-    """The exporter promotes the loss of half tensors to float32 and leaves it there (torch 2.13)."""
+    """The exporter promotes the loss of half tensors to float32 and leaves it (torch 2.13)."""
     output = graph.output[0]
     if output.type.tensor_type.elem_type == element:
         return
@@ -101,13 +108,24 @@ def _restore_dtype(graph: onnx.GraphProto, element: int) -> None:
     output.type.tensor_type.elem_type = element
 
 
-def torch_model(spec: LossSpec, shape: Shape, target_shape: Shape) -> onnx.ModelProto:
+def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None) -> onnx.ModelProto:
     """The model that torch.onnx.export makes of the reference module, tidied and nameless.
 
     Raises:
-        SpecError: when a dynamic axis meets another axis that isn't 1: torch.export has to know
-            how the two broadcast.
+        SpecError: without a shape, and when a dynamic axis meets another axis that isn't 1:
+            torch.export has to know how the two broadcast.
+        UnsupportedError: for the extensions of a spec.
     """
+    if spec != LossSpec(spec.beta, spec.reduction, spec.dtype):
+        raise UnsupportedError(
+            "the torch route exports torch.nn.SmoothL1Loss as it is, which knows no per_sample, "
+            "gradient, runtime_beta or weight; use route='function' or 'inlined'"
+        )
+    if shape is None or target_shape is None:
+        raise SpecError(
+            "the torch route can't export any rank; give a shape such as ('N', 16), "
+            "or use route='function'"
+        )
     for x, y in zip(reversed(shape), reversed(target_shape), strict=False):
         if x != y and 1 not in (x, y) and (isinstance(x, str) or isinstance(y, str)):
             raise SpecError(
@@ -144,7 +162,13 @@ def torch_model(spec: LossSpec, shape: Shape, target_shape: Shape) -> onnx.Model
     model = fold_scalars(model)
     # What the exporter notes about itself holds stack traces and paths of this machine.
     del model.metadata_props[:]
-    for item in [model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output]:
+    for item in [
+        model.graph,
+        *model.graph.node,
+        *model.graph.value_info,
+        *model.graph.input,
+        *model.graph.output,
+    ]:
         del item.metadata_props[:]
     for node in model.graph.node:
         node.doc_string = ""

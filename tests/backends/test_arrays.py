@@ -21,6 +21,10 @@ TORCH = {name: getattr(torch, name) for name in (*DTYPES, *INTEGERS)}
 NUMPY = {**NUMPY_DTYPE, **{name: np.dtype(name) for name in INTEGERS}}
 
 
+def both(input: np.ndarray, target: np.ndarray, dtype: str) -> tuple[np.ndarray, ...]:
+    return tuple(promote({"input": input, "target": target}, dtype).values())
+
+
 # as_array
 
 
@@ -183,12 +187,12 @@ def test_promotion_is_that_of_torch(a: str, b: str, dtype: str) -> None:
     expected = str(torch.promote_types(TORCH[a], TORCH[b])).removeprefix("torch.")
     x, y = np.ones(2, NUMPY[a]), np.zeros(2, NUMPY[b])
     if expected == dtype:
-        results = promote(x, y, dtype)
+        results = both(x, y, dtype)
         assert [r.dtype for r in results] == [NUMPY_DTYPE[dtype]] * 2
         assert [r.tolist() for r in results] == [[1, 1], [0, 0]]
         return
     with pytest.raises(InvalidInputError) as caught:
-        promote(x, y, dtype)
+        both(x, y, dtype)
     if expected in DTYPES:
         assert str(caught.value) == (
             f"input {a} and target {b} promote to {expected}, but the artefact is {dtype}; "
@@ -211,7 +215,7 @@ def test_pytorch_refuses_two_integral_tensors() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_of_the_dtype_is_not_copied(dtype: str) -> None:
     x = np.ones(2, NUMPY_DTYPE[dtype])
-    assert promote(x, x, dtype)[0] is x
+    assert both(x, x, dtype)[0] is x
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -241,7 +245,7 @@ def test_promoted_values_are_those_of_torch(dtype: str, integer: str) -> None:
     expected = torch.from_numpy(values).to(TORCH[dtype]).double().tolist()
     with warnings.catch_warnings(), np.errstate(all="raise"):
         warnings.simplefilter("error")
-        _, got = promote(np.ones(1, NUMPY_DTYPE[dtype]), values, dtype)
+        _, got = both(np.ones(1, NUMPY_DTYPE[dtype]), values, dtype)
     assert got.astype(np.float64).tolist() == expected
 
 
@@ -266,7 +270,7 @@ def test_what_is_no_number_format_of_a_loss(array: np.ndarray) -> None:
     good = np.zeros(2, np.float32)
     for what, a, b in (("input", array, good), ("target", good, array)):
         with pytest.raises(InvalidInputError) as caught:
-            promote(a, b, "float32")
+            both(a, b, "float32")
         assert str(caught.value) == (
             f"{what} has the dtype {array.dtype}, which is not a number format of a loss"
         )

@@ -17,7 +17,6 @@ from onnx import helper
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.backends import base
 from smoothl1_deploy.backends.base import BACKENDS, get_backend, load
-from smoothl1_deploy.backends.ort_cpu import OrtCpuBackend
 from smoothl1_deploy.errors import (
     ArtefactError,
     InvalidInputError,
@@ -224,7 +223,7 @@ def test_the_refusals(backend: str) -> None:
     good = np.zeros((3, 4), np.float32)
     cases: list[tuple[object, object, str]] = [
         ([[0.0] * 4], good, "input is a list; give a numpy array or a tensor with __dlpack__"),
-        (good, None, "target is a NoneType; give a numpy array"),
+        (good, None, "target is missing; the artefact takes input, target"),
         (good, good.astype(object), "target has the dtype object, which is not a number format"),
         (good.astype(complex), good, "input has the dtype complex128, which is not a number"),
         (good.astype(str), good, "input has the dtype <U32, which is not a number format"),
@@ -309,7 +308,8 @@ def test_the_number_of_threads_changes_no_result_of_none() -> None:
     spec = LossSpec(0.5, "none")
     a, b = pair(spec, (300, 70))
     model = export(spec)
-    results = {OrtCpuBackend(threads).load(model).run(a, b)["loss"].tobytes() for threads in (1, 2)}
+    backends = (get_backend("ort-cpu", threads=threads) for threads in (1, 2))
+    results = {backend.load(model).run(a, b)["loss"].tobytes() for backend in backends}
     assert len(results) == 1
 
 

@@ -21,17 +21,19 @@ from onnxscript import opset18 as op
 
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.graph import functions
-from smoothl1_deploy.graph.elements import ELEMENT_TYPE
-from smoothl1_deploy.graph.functions import SmoothL1Loss, SmoothL1LossWithBeta, WideMean
+from smoothl1_deploy.graph.elements import ELEMENT_TYPE, loss_scalars
+from smoothl1_deploy.graph.functions import SmoothL1Loss, SmoothL1LossTerms, WideMean
 
 RUNTIMES = ("ort", "reference")
 
 #: The reference evaluator wants a function before those that call it (onnx 1.23).
 CALLEES_FIRST = (
-    "SmoothL1LossWithBeta",
+    "BetaDivisor",
+    "SmoothL1LossTerms",
     "SmoothL1Loss",
     "WideSum",
     "WideMean",
+    "CompensatedRowSum",
     "CompensatedSum",
     "CompensatedMean",
 )
@@ -100,7 +102,7 @@ def test_beta_is_an_attribute_of_default_one() -> None:
 
 
 @script()
-def _user_program(prediction: FLOAT["N", 5], truth: FLOAT["N", 5]) -> FLOAT:  # noqa: F821
+def _user_program(prediction: FLOAT["N", 5], truth: FLOAT["N", 5]) -> FLOAT:  # noqa: F821, UP037
     scaled = op.Mul(prediction, op.Constant(value_float=2.0))
     losses = SmoothL1Loss(scaled, truth, beta=0.25)
     return op.CastLike(WideMean(losses), prediction)
@@ -114,7 +116,8 @@ def _user_program_with_defaults(prediction: FLOAT[...], truth: FLOAT[...]) -> FL
 @script()
 def _user_program_in_double(prediction: DOUBLE[...], truth: DOUBLE[...]) -> DOUBLE[...]:
     beta = op.Cast(op.Constant(value_float=0.75), to=11)
-    return SmoothL1LossWithBeta(prediction, truth, beta)
+    half = op.Cast(op.Constant(value_float=0.5), to=11)
+    return SmoothL1LossTerms(prediction, truth, beta, half, beta)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -142,6 +145,11 @@ def test_a_user_computes_in_double(runtime: str) -> None:
     assert_right(spec, call(model, a, b, runtime=runtime), a, b)
 
 
+def terms(beta: float, dtype: str) -> list[np.ndarray]:
+    """The scalars that the function `SmoothL1LossTerms` takes."""
+    return [np.array(value, dtype) for _, value in loss_scalars(beta)]
+
+
 BETAS = (0.0, 1e-45, 1e-38, 1e-9, 0.5, 1.0, 3e38, math.inf)
 
 
@@ -157,17 +165,17 @@ def test_elements_with_special_values(beta: float, runtime: str) -> None:
         runtime=runtime,
     )
     assert_right(spec, got, a, b)
-    beta_array = np.array(spec.effective_beta, np.float32)
-    model = node_model("SmoothL1LossWithBeta", ["float32"] * 3, "float32")
-    assert_right(spec, call(model, a, b, beta_array, runtime=runtime), a, b)
+    model = node_model("SmoothL1LossTerms", ["float32"] * 5, "float32")
+    got = call(model, a, b, *terms(spec.effective_beta, "float32"), runtime=runtime)
+    assert_right(spec, got, a, b)
 
 
 @pytest.mark.parametrize("beta", [0.0, 5e-324, 1e-50, 0.1, 1e39, 1e308, math.inf])
 def test_elements_in_double(beta: float) -> None:
     spec = LossSpec(beta, "none", "float64")
     a, b = pair(spec, (200,), special=True)
-    model = node_model("SmoothL1LossWithBeta", ["float64"] * 3, "float64")
-    assert_right(spec, call(model, a, b, np.array(beta)), a, b)
+    model = node_model("SmoothL1LossTerms", ["float64"] * 5, "float64")
+    assert_right(spec, call(model, a, b, *terms(beta, "float64")), a, b)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -195,15 +203,14 @@ class Clip(OpRun):  # type: ignore[misc]
 def test_nan_survives_a_clip_that_drops_it(beta: float) -> None:
     # Inlined: the reference evaluator keeps its own Clip inside of functions (onnx 1.23).
     model = onnx.inliner.inline_local_functions(
-        node_model("SmoothL1LossWithBeta", ["float32"] * 3, "float32")
+        node_model("SmoothL1LossTerms", ["float32"] * 5, "float32")
     )
     x = np.array([np.nan, 1.0, np.nan, 3.0], np.float32)
     y = np.array([1.0, np.nan, np.nan, 3.0], np.float32)
+    feeds = {f"x{i}": value for i, value in enumerate((x, y, *terms(beta, "float32")))}
     before = Clip.calls
     with np.errstate(all="ignore"):
-        (got,) = ReferenceEvaluator(model, new_ops=[Clip]).run(
-            None, {"x0": x, "x1": y, "x2": np.array(beta, np.float32)}
-        )
+        (got,) = ReferenceEvaluator(model, new_ops=[Clip]).run(None, feeds)
     assert Clip.calls == before + 1
     assert np.isnan(got[:3]).all()
     assert got[3] == 0

@@ -56,10 +56,10 @@ def test_metadata_and_doc_strings() -> None:
     assert props[KEYS[3]] == content_hash(model)
     assert len(props[KEYS[3]]) == 64
     assert model.producer_name == "smoothl1-deploy"
-    assert model.graph.name == "smooth_l1_loss_beta_0.5_sum_float32_inlined_Nx4-4"
+    assert model.graph.name == "smooth_l1_loss_beta_0.5_sum_float32_inlined_Nx4-target_4"
     described = "Smooth L1 loss: beta=0.5, reduction=sum, dtype=float32"
     assert model.graph.doc_string == described
-    assert model.doc_string == f"{described}; route=inlined, shapes=Nx4-4"
+    assert model.doc_string == f"{described}; route=inlined, shapes=Nx4-target_4"
 
 
 def test_stamping_again_replaces() -> None:

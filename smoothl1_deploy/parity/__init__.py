@@ -1,0 +1,1 @@
+"""Proof: cases → comparison with both references → matrix → report."""

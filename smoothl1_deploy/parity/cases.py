@@ -1,0 +1,177 @@
+"""A case: spec × shape × input family × seed, and the check of one runner on it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..backends.base import Runner
+from ..floats import NUMPY_DTYPE, Array
+from ..graph import shapes as graph_shapes
+from ..reference.oracle import oracle, oracle_gradient
+from ..spec import LossSpec
+from .compare import Verdict, compare
+from .families import branch_shares, generate
+
+__all__ = ["LAYOUTS", "Case", "CaseResult", "Layout", "References", "check"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A named pair of shapes, and the axes to export an artefact of fixed rank for it."""
+
+    input: Shape
+    target: Shape
+    input_axes: graph_shapes.Shape
+    target_axes: graph_shapes.Shape
+
+
+def _same(shape: Shape, axes: graph_shapes.Shape) -> Layout:
+    return Layout(shape, shape, axes, axes)
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "matrix": _same((64, 16), ("N", 16)),
+    "no-rows": _same((0, 16), ("N", 16)),
+    "2^20": _same((1 << 16, 16), ("N", 16)),
+    "2^24": _same((1 << 20, 16), ("N", 16)),
+    "scalar": _same((), ()),
+    "empty": _same((0,), ("N",)),
+    "odd": _same((1021,), ("N",)),
+    "4-d": _same((2, 3, 8, 5), ("N", 3, "H", "W")),
+    "broadcast-row": Layout((64, 16), (16,), ("N", 16), (16,)),
+    "broadcast-both": Layout((7, 1, 5), (3, 1), ("N", 1, 5), (3, 1)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One input pair, reproducible from these fields alone."""
+
+    family: str
+    layout: str
+    input_shape: Shape
+    target_shape: Shape
+    seed: int = 0
+
+    @classmethod
+    def of(cls, family: str, layout: str, seed: int = 0) -> Case:
+        """The case of a family in a named layout."""
+        shapes = LAYOUTS[layout]
+        return cls(family, layout, shapes.input, shapes.target, seed)
+
+    def arrays(self, spec: LossSpec) -> tuple[Array, Array]:
+        """Input and target; a function of beta and dtype, and not of the reduction."""
+        rng = self._generator(spec, "")
+        return generate(self.family, spec, self.input_shape, self.target_shape, rng)
+
+    def weights(self, spec: LossSpec) -> Array:
+        """Weights of the target's shape, as detection heads use them: some 0, most up to 2."""
+        rng = self._generator(spec, " weight")
+        weights = rng.uniform(0.1, 2.0, self.target_shape)
+        kept = rng.random(self.target_shape) > 0.2
+        return np.asarray(np.where(kept, weights, 0.0)).astype(NUMPY_DTYPE[spec.dtype])
+
+    def _generator(self, spec: LossSpec, what: str) -> np.random.Generator:
+        shapes = f"{self.input_shape} {self.target_shape}"
+        text = f"{self.family} {shapes} {spec.beta!r} {spec.dtype}{what}"
+        return np.random.default_rng([self.seed, zlib.crc32(text.encode())])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "family": self.family,
+            "layout": self.layout,
+            "input_shape": list(self.input_shape),
+            "target_shape": list(self.target_shape),
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """A case's arrays with both references' answers, computed once for every route and backend.
+
+    Attributes:
+        spec: what the references computed; beta is a number here, also for `runtime_beta`.
+        torch: PyTorch's array for each output of the spec.
+        oracle: the exact one.
+        shares: how much of each branch the case reaches.
+    """
+
+    spec: LossSpec
+    input: Array
+    target: Array
+    weight: Array | None
+    torch: Mapping[str, Array]
+    oracle: Mapping[str, Array]
+    shares: Mapping[str, float]
+
+    @classmethod
+    def of(cls, spec: LossSpec, case: Case) -> References:
+        """Generate the case's arrays and ask both references."""
+        from ..reference.module import eager_outputs
+
+        input, target = _arrays(case, spec.beta, spec.dtype)
+        weight = case.weights(spec) if spec.weight else None
+        exact = {"loss": oracle(spec, input, target, weight)}
+        if spec.gradient:
+            exact["grad_input"] = oracle_gradient(spec, input, target, weight)
+        return cls(
+            spec,
+            input,
+            target,
+            weight,
+            eager_outputs(spec, input, target, weight),
+            exact,
+            branch_shares(spec, input, target),
+        )
+
+
+@lru_cache(maxsize=64)  # the three reductions of one beta and dtype share their inputs
+def _arrays(case: Case, beta: float, dtype: str) -> tuple[Array, Array]:
+    return case.arrays(LossSpec(beta=beta, dtype=dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """The verdict on one case, and how much of each branch it reached."""
+
+    case: Case
+    verdict: Verdict
+    shares: Mapping[str, float]
+
+    @classmethod
+    def failed(cls, case: Case, refs: References, detail: str) -> CaseResult:
+        """The result of a case that gave an error instead of an answer."""
+        count = refs.oracle["loss"].size
+        return cls(
+            case, Verdict(False, 0, 0, 0, count, wrong_class=count, detail=detail), refs.shares
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**self.case.to_dict(), **self.verdict.to_dict(), "shares": dict(self.shares)}
+
+
+def check(runner: Runner, case: Case, refs: References) -> CaseResult:
+    """Run one case and judge every output; the verdict is that of the worst."""
+    spec = refs.spec
+    beta = spec.effective_beta if "beta" in runner.signature.inputs else None
+    outputs = runner.run(refs.input, refs.target, weight=refs.weight, beta=beta)
+    if len(refs.oracle) == 1:
+        outputs = {"loss": outputs.get("loss", next(iter(outputs.values())))}
+    verdicts = [
+        compare(spec, outputs[name], refs.torch[name], exact, refs.input, refs.target, name)
+        for name, exact in refs.oracle.items()
+    ]
+    worst = max(verdicts, key=lambda v: (not v.ok, v.wrong_class, v.ulp - v.allowed))
+    better = sum(verdict.better for verdict in verdicts)
+    return CaseResult(case, replace(worst, better=better), refs.shares)

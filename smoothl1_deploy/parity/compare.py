@@ -1,0 +1,141 @@
+"""The verdict on one result: IEEE class first, then ULP to the oracle, beside PyTorch's own.
+
+1. The class (NaN, +inf, -inf, finite, +0, -0) of every element equals PyTorch's, or the
+   oracle's where PyTorch itself overflowed, underflowed, or made NaN of finite input ("better
+   than PyTorch").
+2. `none`, and the gradient: the largest ULP distance to the oracle is at most PyTorch's own plus 1.
+3. `mean`, `sum`, per sample: at most PyTorch's own plus 1, or 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..floats import CLASS_NAMES, Array, ieee_class, ulp_distance
+from ..spec import LossSpec
+
+__all__ = ["Verdict", "compare"]
+
+#: What a reduction may be off, where PyTorch happens to be nearer than that.
+REDUCTION_FLOOR = 2
+_NAN = CLASS_NAMES.index("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The comparison of one result with PyTorch and the oracle, in the output dtype.
+
+    Attributes:
+        ok: rules 1 to 3 hold.
+        ulp: the largest distance to the oracle; of elements in a wrong class, none is counted.
+        torch_ulp: PyTorch's own largest distance.
+        allowed: what `ulp` may be at most.
+        elements: how many elements the result has.
+        wrong_class: how many are in a class that rule 1 doesn't allow.
+        better: how many are in the oracle's class where PyTorch is not.
+        worst: the flat index of the worst element, or None for an empty result.
+        detail: what is wrong, in words; empty when `ok`.
+    """
+
+    ok: bool
+    ulp: int
+    torch_ulp: int
+    allowed: int
+    elements: int
+    wrong_class: int = 0
+    better: int = 0
+    worst: int | None = None
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def _torch_lost_it(
+    spec: LossSpec, torch_class: Array, input: Array, target: Array, per_element: bool
+) -> Array | bool:
+    """Where PyTorch's class may be put right: everywhere but at NaN from non-finite input."""
+    beta_overflowed = bool(
+        np.isinf(np.asarray(spec.effective_beta).astype(input.dtype))
+        != np.isinf(spec.effective_beta)
+    )
+    if beta_overflowed or not (torch_class == _NAN).any():
+        return True
+    finite: Array = np.isfinite(input) & np.isfinite(target)
+    if spec.per_sample and not per_element:
+        finite = np.asarray(finite.all(axis=tuple(range(1, finite.ndim))))
+    elif not per_element or finite.shape != torch_class.shape:
+        finite = np.asarray(finite.all())
+    not_nan: Array = torch_class != _NAN
+    return np.asarray(not_nan | finite)
+
+
+def _distances(values: Array, oracle: Array, comparable: Array) -> Array:
+    """ULP to the oracle where `comparable`, else 0; most elements are equal and cost nothing."""
+    distances = np.zeros(values.shape, np.uint64)
+    differs = comparable & (values != oracle)
+    if differs.any():
+        distances[differs] = ulp_distance(values[differs], oracle[differs])
+    return distances
+
+
+def compare(
+    spec: LossSpec,
+    result: Array,
+    torch: Array,
+    oracle: Array,
+    input: Array,
+    target: Array,
+    output: str = "loss",
+) -> Verdict:
+    """Judge one output by PyTorch's and the oracle's answer to the same `input` and `target`."""
+    per_element = spec.reduction == "none" or output == "grad_input"
+    if result.dtype != oracle.dtype or result.shape != oracle.shape:
+        return Verdict(
+            False, 0, 0, 0, result.size, wrong_class=result.size,
+            detail=f"got {result.dtype}{result.shape}, expected {oracle.dtype}{oracle.shape}",
+        )  # fmt: skip
+    if result.size == 0:
+        return Verdict(True, 0, 0, 0, 0)
+
+    ours, theirs, truth = (ieee_class(values) for values in (result, torch, oracle))
+    lost = _torch_lost_it(spec, theirs, input, target, per_element)
+    healed = np.asarray((ours == truth) & (theirs != truth) & lost)
+    allowed_class = (ours == theirs) | healed
+    better = int(healed.sum())
+    wrong = int(allowed_class.size - allowed_class.sum())
+
+    finite = np.isfinite(oracle)
+    ours_at = _distances(result, oracle, finite & (ours == truth))
+    torch_at = _distances(torch, oracle, finite & (theirs == truth))
+    ulp, torch_ulp = int(ours_at.max()), int(torch_at.max())
+    allowed = torch_ulp + 1
+    if not per_element or better:
+        # Where PyTorch left the class its own distance is unbounded, and no measure.
+        allowed = max(allowed, REDUCTION_FLOOR)
+
+    worst = int(np.argmax(~allowed_class)) if wrong else int(np.argmax(ours_at))
+    detail = ""
+    if wrong or ulp > allowed:
+        at = np.unravel_index(worst, result.shape)
+        values = ", ".join(
+            f"{name} {values[at]!r}"
+            for name, values in (("got", result), ("PyTorch", torch), ("oracle", oracle))
+        )
+        what = f"{wrong} of {result.size} in a wrong class" if wrong else f"{ulp} ULP > {allowed}"
+        detail = f"{what}; at {tuple(map(int, at))}: {values}"
+    return Verdict(
+        not wrong and ulp <= allowed,
+        ulp,
+        torch_ulp,
+        allowed,
+        result.size,
+        wrong,
+        better,
+        worst,
+        detail,
+    )

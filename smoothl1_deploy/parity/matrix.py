@@ -1,0 +1,337 @@
+"""The matrix: every beta × reduction × dtype × route × backend, over layouts and families.
+
+The unit of work is a beta with a dtype: its inputs and both references' answers are computed
+once and serve every reduction, route and backend. Units run in worker processes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import onnx
+
+from ..backends.base import Backend, Runner, get_backend
+from ..environment import environment
+from ..errors import SmoothL1DeployError
+from ..graph.export import ROUTES, export
+from ..graph.shapes import summed_axes
+from ..spec import DTYPES, REDUCTIONS, LossSpec
+from .cases import LAYOUTS, Case, CaseResult, References, check
+from .engines import build_engines
+from .families import FAMILIES
+from .report import Build, Cell, Report, cell_of, is_extended
+
+__all__ = ["BETAS", "EXTENSIONS", "Matrix", "run_matrix"]
+
+BETAS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4, math.inf)
+_QUICK_BETAS = (0.0, 0.5, 1.0, math.inf)
+
+#: The extensions alone and together; with beta and dtype of the unit.
+EXTENSIONS = (
+    LossSpec(per_sample=True),
+    LossSpec(reduction="sum", per_sample=True),
+    LossSpec(reduction="none", gradient=True),
+    LossSpec(gradient=True),
+    LossSpec(runtime_beta=True),
+    LossSpec(weight="count"),
+    LossSpec(weight="weights"),
+    LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
+    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights"),
+)
+
+#: Layouts by how an artefact meets them. Every family is fed to the first group.
+_FAMILY_LAYOUTS = ("matrix", "odd")
+_SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
+#: What an extension could get wrong beyond what the plain losses show.
+_EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
+#: The torch route takes about a second an export: one fixed rank, this one, serves it.
+_TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Which part of the matrix to run.
+
+    Attributes:
+        backends: names; those that can't be used here must be left out by the caller.
+        plain: what `torch.nn.SmoothL1Loss` itself computes.
+        extensions: also the variants of `EXTENSIONS` (one of them with `quick`).
+        quick: fewer betas, no large layouts, the torch route for float32 only.
+        engines: a folder to leave a TensorRT engine of every artefact in; None builds none.
+        flavour: of those engines.
+    """
+
+    backends: tuple[str, ...]
+    betas: tuple[float, ...] = BETAS
+    reductions: tuple[str, ...] = REDUCTIONS
+    dtypes: tuple[str, ...] = DTYPES
+    routes: tuple[str, ...] = ROUTES
+    plain: bool = True
+    extensions: bool = True
+    seed: int = 0
+    quick: bool = False
+    engines: Path | None = None
+    flavour: str = "auto"
+
+    @classmethod
+    def quickly(cls, backends: tuple[str, ...], seed: int = 0) -> Matrix:
+        """The part that takes half a minute at most."""
+        return cls(backends, betas=_QUICK_BETAS, seed=seed, quick=True)
+
+    def units(self) -> list[_Unit]:
+        """The work, the longest first."""
+        units = [_Unit(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
+        # The one cell of 2^24 elements takes memory more than time: it comes alone.
+        if (
+            not self.quick
+            and self.plain
+            and 1.0 in self.betas
+            and {"mean", "float32"} <= {*self.reductions, *self.dtypes}
+        ):
+            units.insert(0, _Unit(self, 1.0, "float32", huge=True))
+        return units
+
+    def notes(self) -> tuple[str, ...]:
+        """What is sampled, for the report."""
+        layouts = [name for name in _TORCH_LAYOUTS if not (self.quick and name == "2^20")]
+        notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(layouts)}"]
+        if self.extensions and "trt-network" in self.backends:
+            notes.append("trt-network: no gradient of a broadcast input, summed back in float32")
+        if self.quick:
+            notes.append("quick: torch route for float32 only, no layout of 2^20 or 2^24 elements")
+            notes.append("quick: of the extensions only all together")
+        else:
+            notes.append("layout 2^24: beta 1, mean, float32, families normal and constant")
+            if self.engines is not None and self.extensions:
+                notes.append(f"engines of the extensions: beta {self.betas[0]:g} only")
+        return tuple(notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """One beta with one dtype; or, `huge`, the single cell of 2^24 elements."""
+
+    matrix: Matrix
+    beta: float
+    dtype: str
+    huge: bool = False
+
+    def specs(self) -> list[LossSpec]:
+        """What the artefacts compute; with `runtime_beta`, the unit's beta is fed to them."""
+        if self.huge:
+            return [LossSpec(self.beta, "mean", self.dtype)]
+        reductions = self.matrix.reductions if self.matrix.plain else ()
+        specs = [LossSpec(self.beta, reduction, self.dtype) for reduction in reductions]
+        if self.matrix.extensions:
+            chosen = EXTENSIONS[-1:] if self.matrix.quick else EXTENSIONS
+            specs += [
+                replace(e, dtype=self.dtype, beta=e.beta if e.runtime_beta else self.beta)
+                for e in chosen
+                if e.reduction in self.matrix.reductions
+            ]
+        return specs
+
+    def cases(self, spec: LossSpec) -> list[Case]:
+        of = partial(Case.of, seed=self.matrix.seed)
+        if self.huge:
+            return [of("normal", "2^24"), of("constant", "2^24")]
+        if is_extended(spec):
+            cases = [of(family, "matrix") for family in FAMILIES]
+            return cases + [of("normal", layout) for layout in _EXTENSION_LAYOUTS]
+        cases = [of(family, layout) for layout in _FAMILY_LAYOUTS for family in FAMILIES]
+        cases += [of("normal", layout) for layout in _SHAPE_LAYOUTS]
+        if not self.matrix.quick:
+            cases.append(of("normal", "2^20"))
+            if spec.reduction != "none":  # what a sum of equal numbers drifts to
+                cases.append(of("constant", "2^20"))
+        return cases
+
+    def routes(self, spec: LossSpec) -> list[str]:
+        skip_torch = is_extended(spec) or (self.matrix.quick and self.dtype != "float32")
+        return [route for route in self.matrix.routes if not (skip_torch and route == "torch")]
+
+
+class _Artefacts:
+    """The exports and loaded runners of one unit, each made once."""
+
+    def __init__(self, backends: dict[str, Backend]) -> None:
+        self._backends = backends
+        self._models: dict[tuple[object, ...], onnx.ModelProto] = {}
+        self._runners: dict[tuple[object, ...], Runner] = {}
+
+    def model(self, spec: LossSpec, route: str, layout: str | None) -> onnx.ModelProto:
+        """The export for a layout's axes; None: of any rank."""
+        axes = (
+            (None, None)
+            if layout is None
+            else (LAYOUTS[layout].input_axes, LAYOUTS[layout].target_axes)
+        )
+        key = (spec, route, axes)
+        if key not in self._models:
+            target = axes[1] if axes[1] != axes[0] else None
+            weight = target if spec.weight else None
+            self._models[key] = export(
+                spec, route, axes[0], target_shape=target, weight_shape=weight
+            )
+        return self._models[key]
+
+    def runner(self, spec: LossSpec, route: str, layout: str, backend: str) -> Runner:
+        """Fixed rank for the layouts of two axes, any rank for the others where possible."""
+        fixed = route == "torch" or not self._backends[backend].any_rank or layout in _TORCH_LAYOUTS
+        model = self.model(spec, route, layout if fixed else None)
+        key = (model.graph.name, backend)
+        if key not in self._runners:
+            self._runners[key] = self._backends[backend].load(model)
+        return self._runners[key]
+
+
+#: A combination, as (spec, beta, route, backend).
+_Key = tuple[LossSpec, float, str, str]
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What one unit found: the results, or the refusal, of each combination; and its builds."""
+
+    results: dict[_Key, list[CaseResult]]
+    refused: dict[_Key, str]
+    builds: list[Build]
+
+
+def _run_unit(unit: _Unit) -> _Outcome:
+    names = [n for n in unit.matrix.backends if not unit.huge or n in _HUGE_BACKENDS]
+    backends = {name: get_backend(name, threads=1) for name in names}
+    artefacts = _Artefacts(backends)
+    outcome = _Outcome({}, {}, [])
+    for spec in unit.specs():
+        number = replace(spec, beta=unit.beta, runtime_beta=False)
+        refs = {case: References.of(number, case) for case in unit.cases(spec)}
+        for route, name in product(unit.routes(spec), names):
+            key = (spec, unit.beta, route, name)
+            reason = backends[name].refuses(spec)
+            if reason:
+                outcome.refused[key] = reason
+                continue
+            outcome.results[key] = [
+                _checked(artefacts, spec, route, name, case, ref)
+                for case, ref in refs.items()
+                if (route != "torch" or unit.huge or case.layout in _TORCH_LAYOUTS)
+                and (backends[name].has_float64 or not _sums_back(spec, case))
+            ]
+        if unit.matrix.engines is not None and not unit.huge:
+            if is_extended(spec) and unit.beta != unit.matrix.betas[0]:
+                continue  # an engine of each extension, not of each with every beta
+            models = {r: artefacts.model(spec, r, "matrix") for r in unit.routes(spec)}
+            outcome.builds += build_engines(spec, models, unit.matrix.engines, unit.matrix.flavour)
+    return outcome
+
+
+def _sums_back(spec: LossSpec, case: Case) -> bool:
+    """Whether the gradient has to be summed back to a broadcast input.
+
+    Terms of either sign cancel there. Without float64 no result is held to a tolerance in ULP:
+    PyTorch's own distance, in float32 too, is a matter of luck.
+    """
+    layout = LAYOUTS[case.layout]
+    return spec.gradient and summed_axes(layout.input_axes, layout.target_axes) != ()
+
+
+#: The others take minutes or gigabytes at 2^24 elements.
+_HUGE_BACKENDS = ("ort-cpu",)
+
+
+def _checked(
+    artefacts: _Artefacts, spec: LossSpec, route: str, backend: str, case: Case, refs: References
+) -> CaseResult:
+    try:
+        return check(artefacts.runner(spec, route, case.layout, backend), case, refs)
+    except SmoothL1DeployError as exc:
+        # A backend that fails on one case is a red case, not the end of the run.
+        return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
+
+
+def _prepare_worker() -> None:
+    import signal
+
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)
+
+
+def _outcomes(units: Sequence[_Unit], workers: int) -> Iterator[_Outcome]:
+    if workers <= 1:
+        yield from map(_run_unit, units)
+        return
+    # spawn: torch's and ONNX Runtime's threads don't survive a fork.
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_prepare_worker
+    )
+    try:
+        for future in as_completed([pool.submit(_run_unit, unit) for unit in units]):
+            yield future.result()
+    finally:
+        # After an interrupt the units that have not begun are dropped; the others take seconds.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run_matrix(
+    matrix: Matrix,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Run the matrix.
+
+    Args:
+        matrix: which part of it.
+        workers: processes; 1 runs everything in this one.
+        progress: called with the units done and their number, at the start and after each.
+
+    Returns:
+        The report, its cells in the order of the matrix, whatever order they finished in.
+    """
+    started = time.perf_counter()
+    units = matrix.units()
+    results: dict[_Key, list[CaseResult]] = {}
+    refused: dict[_Key, str] = {}
+    builds: list[Build] = []
+    progress(0, len(units))
+    for done, outcome in enumerate(_outcomes(units, workers), 1):
+        for key, more in outcome.results.items():
+            results.setdefault(key, []).extend(more)
+        refused |= outcome.refused
+        builds += outcome.builds
+        progress(done, len(units))
+
+    cells = [cell_of(*key, found) for key, found in results.items()]
+    cells += [Cell(*key, refused=reason) for key, reason in refused.items()]
+
+    def order(item: Cell | Build) -> tuple[object, ...]:
+        spec, backend = item.spec, getattr(item, "backend", None)
+        return (
+            is_extended(spec),
+            DTYPES.index(spec.dtype),
+            getattr(item, "beta", spec.beta),
+            REDUCTIONS.index(spec.reduction),
+            spec.name,
+            ROUTES.index(item.route),
+            matrix.backends.index(backend) if backend else 0,
+        )
+
+    return Report(
+        tuple(sorted(cells, key=order)),
+        tuple(sorted(builds, key=order)),
+        environment(),
+        matrix.seed,
+        time.perf_counter() - started,
+        matrix.notes(),
+    )

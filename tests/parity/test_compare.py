@@ -1,0 +1,113 @@
+"""The verdict: each rule of the tolerance, from both sides."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.floats import Array
+from smoothl1_deploy.parity.compare import Verdict, compare
+
+NONE = LossSpec(reduction="none")
+MEAN = LossSpec(reduction="mean")
+
+
+def f32(*values: float) -> Array:
+    return np.array(values, np.float32)
+
+
+def up(values: Array, steps: int) -> Array:
+    for _ in range(steps):
+        values = np.nextafter(values, np.asarray(np.inf, values.dtype))
+    return values
+
+
+def judge(
+    spec: LossSpec, ours: Array, torch: Array, oracle: Array, data: Array | None = None
+) -> Verdict:
+    data = np.ones_like(oracle) if data is None else data
+    return compare(spec, ours, torch, oracle, data, data)
+
+
+def test_equal_is_green_and_measures_nothing() -> None:
+    verdict = judge(NONE, f32(1, 2), f32(1, 2), f32(1, 2))
+    assert (verdict.ok, verdict.ulp, verdict.torch_ulp, verdict.allowed) == (True, 0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "torch_steps", "ok"), [(1, 0, True), (2, 0, False), (3, 2, True), (4, 2, False)]
+)
+def test_none_may_be_one_ulp_further_than_pytorch(steps: int, torch_steps: int, ok: bool) -> None:
+    truth = f32(1, 2, 3)
+    verdict = judge(NONE, up(truth, steps), up(truth, torch_steps), truth)
+    assert verdict.ok is ok
+    assert (verdict.ulp, verdict.torch_ulp) == (steps, torch_steps)
+    assert ok or f"{steps} ULP > {torch_steps + 1}" in verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("steps", "torch_steps", "ok"), [(2, 0, True), (3, 0, False), (8, 7, True), (9, 7, False)]
+)
+def test_reductions_have_a_floor_of_two(steps: int, torch_steps: int, ok: bool) -> None:
+    truth = np.asarray(np.float32(0.77))
+    assert judge(MEAN, up(truth, steps), up(truth, torch_steps), truth).ok is ok
+
+
+@pytest.mark.parametrize(
+    ("ours", "truth"),
+    [(0.0, np.nan), (np.nan, 0.0), (np.inf, 1.0), (-np.inf, np.inf), (-0.0, 0.0), (0.0, -0.0)],
+)
+def test_a_wrong_class_is_red_even_where_a_difference_would_not_show(
+    ours: float, truth: float
+) -> None:
+    verdict = judge(NONE, f32(1, ours), f32(1, truth), f32(1, truth))
+    assert not verdict.ok
+    assert (verdict.wrong_class, verdict.worst) == (1, 1)
+    assert "1 of 2 in a wrong class; at (1,)" in verdict.detail
+
+
+def test_nan_equals_nan_and_infinity_itself() -> None:
+    values = f32(np.nan, np.inf, -np.inf)
+    assert judge(NONE, values, values, values, np.full(3, np.nan, np.float32)).ok
+
+
+@pytest.mark.parametrize("torch", [np.inf, np.nan, 0.0])
+def test_right_where_pytorch_is_not_is_better_than_pytorch(torch: float) -> None:
+    verdict = judge(NONE, f32(125, 1), f32(torch, 1), f32(125, 1))
+    assert verdict.ok
+    assert verdict.better == 1
+
+
+def test_nan_from_input_that_is_not_finite_is_the_contract() -> None:
+    bad_input = f32(np.inf)
+    assert not judge(NONE, f32(1), f32(np.nan), f32(1), bad_input).ok
+    assert judge(NONE, f32(1), f32(np.nan), f32(1), f32(1)).ok
+
+
+def test_neither_pytorch_nor_the_oracle_is_red() -> None:
+    assert not judge(NONE, f32(0), f32(np.inf), f32(125)).ok
+
+
+def test_agreeing_with_pytorch_where_the_oracle_differs_is_green() -> None:
+    verdict = judge(NONE, f32(np.inf), f32(np.inf), f32(125))
+    assert verdict.ok
+    assert verdict.better == 0
+
+
+def test_an_overflow_in_pytorch_is_no_licence_for_the_rest() -> None:
+    truth = f32(125, 1)
+    assert not judge(NONE, up(truth, 3), f32(np.inf, 1), truth).ok
+
+
+@pytest.mark.parametrize(
+    "result", [np.ones(3, np.float32), np.ones((2, 1), np.float32), np.ones(2, np.float64)]
+)
+def test_shape_and_dtype_count(result: Array) -> None:
+    verdict = judge(NONE, result, f32(1, 1), f32(1, 1))
+    assert not verdict.ok
+    assert f"got {result.dtype}{result.shape}, expected float32(2,)" in verdict.detail
+
+
+def test_nothing_to_compare_is_green() -> None:
+    assert judge(NONE, f32(), f32(), f32()).ok

@@ -1,0 +1,204 @@
+"""The matrix: complete, reproducible, and able to turn red."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import smoothl1_deploy
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.backends import base
+from smoothl1_deploy.backends.ort_cpu import OrtCpuBackend
+from smoothl1_deploy.errors import InvalidInputError
+from smoothl1_deploy.floats import Array
+from smoothl1_deploy.parity.cases import LAYOUTS, Case
+from smoothl1_deploy.parity.families import FAMILIES
+from smoothl1_deploy.parity.matrix import EXTENSIONS, Matrix, run_matrix
+from smoothl1_deploy.parity.report import extension_table, matrix_table, repeat_command
+
+SMALL = Matrix(
+    ("ort-cpu", "onnx-reference"),
+    betas=(0.0, 0.5),
+    dtypes=("float32",),
+    extensions=False,
+    quick=True,
+)
+
+
+def test_a_small_matrix_is_complete_and_green() -> None:
+    seen: list[tuple[int, int]] = []
+    report = run_matrix(SMALL, progress=lambda done, total: seen.append((done, total)))
+    assert report
+    assert {(c.spec, c.route, c.backend) for c in report.cells} == {
+        (LossSpec(beta, reduction, "float32"), route, backend)
+        for beta in (0.0, 0.5)
+        for reduction in ("none", "mean", "sum")
+        for route in ("function", "inlined", "torch")
+        for backend in ("ort-cpu", "onnx-reference")
+    }
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    for cell in report.cells:
+        assert set(cell.families) == set(FAMILIES)
+        expected = (
+            {n for n in LAYOUTS if "^" not in n} if cell.route != "torch" else {"matrix", "no-rows"}
+        )
+        assert set(cell.layouts) == expected
+
+
+def test_the_report_is_strict_json_that_repeats_itself() -> None:
+    matrix = Matrix(
+        ("ort-cpu",),
+        betas=(float("inf"),),
+        dtypes=("bfloat16",),
+        routes=("function",),
+        extensions=False,
+        quick=True,
+    )
+    one, two = (json.loads(run_matrix(matrix).to_json()) for _ in range(2))
+    assert one["cells"] == two["cells"]
+    assert one["summary"]["cells"] == 3 and one["summary"]["red"] == 0
+    assert one["cells"][0]["spec"]["beta"] == "inf"
+    assert one["environment"]["packages"]["onnxruntime"]
+    assert one["notes"]
+
+
+def test_worker_processes_find_the_same() -> None:
+    matrix = Matrix(
+        ("ort-cpu",), betas=(0.0, 1.0), dtypes=("float32",), routes=("inlined",), quick=True
+    )
+    alone, together = run_matrix(matrix, workers=1), run_matrix(matrix, workers=2)
+    assert alone.to_dict()["cells"] == together.to_dict()["cells"]
+
+
+def test_the_extensions_are_cells_of_their_own() -> None:
+    matrix = Matrix(
+        ("ort-cpu", "trt-network"),
+        betas=(0.0, 0.1),
+        dtypes=("bfloat16",),
+        routes=("function", "torch"),
+        plain=False,
+    )
+    report = run_matrix(matrix)
+    assert report, report.red
+    assert {cell.route for cell in report.cells} == {"function"}
+    assert {cell.beta for cell in report.cells} == {0.0, 0.1}
+    found = {replace(cell.spec, beta=1.0, dtype="float32") for cell in report.cells}
+    assert found == set(EXTENSIONS)
+    table = extension_table(report)
+    assert table is not None and table.row_count == len(EXTENSIONS)
+
+
+class _Planted(OrtCpuBackend):
+    """The real backend with a fault put into its answers."""
+
+    def load(self, model: onnx.ModelProto) -> base.Runner:
+        runner = super().load(model)
+        honest = runner._execute
+
+        def faulty(feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
+            outputs = honest(feeds, shape)
+            if feeds["input"].size == 0:
+                raise InvalidInputError("a planted refusal")
+            if np.isnan(feeds["input"]).any():
+                return {"loss": np.nan_to_num(outputs["loss"])}
+            return outputs
+
+        runner._execute = faulty  # type: ignore[method-assign]
+        return runner
+
+
+def test_wrong_answers_and_errors_are_red_cells_with_a_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import smoothl1_deploy.backends.ort_cpu as module
+
+    monkeypatch.setattr(module, "OrtCpuBackend", _Planted)
+    matrix = Matrix(
+        ("ort-cpu",),
+        betas=(0.5,),
+        reductions=("mean",),
+        dtypes=("float32",),
+        routes=("function",),
+        extensions=False,
+        seed=7,
+        quick=True,
+    )
+    report = run_matrix(matrix)
+    assert not report
+    (cell,) = report.red
+    found = {(f.case.family, f.case.layout): f.verdict.detail for f in cell.failures}
+    assert set(found) == {
+        ("nan", "matrix"), ("nan", "odd"), ("normal", "empty"), ("normal", "no-rows"),
+    }  # fmt: skip
+    assert "wrong class" in found["nan", "matrix"] and "oracle" in found["nan", "matrix"]
+    assert "InvalidInputError: a planted refusal" in found["normal", "empty"]
+    assert {f.case.seed for f in cell.failures} == {7}
+    assert repeat_command(cell, report.seed) == (
+        "smoothl1-deploy parity --beta 0.5 --reduction mean --dtype float32 "
+        "--route function --backend ort-cpu --no-extensions --seed 7 --no-engines"
+    )
+    assert matrix_table(report).row_count == 1
+
+
+#: name of a fault -> what to replace in the source of the functions, by what.
+FAULTS = {
+    "a constant": [("half = op.Constant(value_float=0.5)", "half = op.Constant(value_float=0.6)")],
+    "a bound": [
+        ("core = op.Clip(difference, op.Neg(beta), beta)\n    excess",
+         "core = op.Clip(difference, beta, beta)\n    excess"),
+    ],
+    "a magnitude": [("op.Abs(op.Sub(difference, core))", "op.Sub(difference, core)")],
+    "float32 sums": [
+        ("op.Reshape(op.Cast(losses, to=11),", "op.Reshape(losses,"),
+        ("return op.ReduceSum(flat, op.Constant(value_ints=[0]), keepdims=0)",
+         "return op.Cast(op.ReduceSum(flat, op.Constant(value_ints=[0]), keepdims=0), to=11)"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_breaking_the_graph_code_turns_the_matrix_red(tmp_path: Path, fault: str) -> None:
+    """On a copy of the package, in a process of its own."""
+    package = tmp_path / "smoothl1_deploy"
+    shutil.copytree(Path(smoothl1_deploy.__file__).parent, package)
+    source = package / "graph" / "functions.py"
+    text = source.read_text()
+    for good, bad in FAULTS[fault]:
+        assert text.count(good) == 1
+        text = text.replace(good, bad)
+    source.write_text(text)
+    program = (
+        "from smoothl1_deploy.parity.matrix import *\n"
+        "m = Matrix(('ort-cpu',), betas=(0.5,), dtypes=('float32',), routes=('function',))\n"
+        "r = run_matrix(m); print(len(r.red)); raise SystemExit(0 if r else 1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert int(done.stdout) >= 1, done.stderr
+
+
+def test_the_inputs_depend_on_nothing_but_the_case() -> None:
+    case = Case.of("normal", "matrix", seed=5)
+    spec = LossSpec(0.1, dtype="float16")
+    checksum = hash(case.arrays(spec)[0].tobytes())
+    assert (
+        hash(
+            Case.of("normal", "matrix", seed=5).arrays(LossSpec(0.1, "sum", "float16"))[0].tobytes()
+        )
+        == checksum
+    )
