@@ -154,6 +154,18 @@ def test_a_half_format_is_rounded_once() -> None:
         assert got.tolist() == [125.0, 180.0]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("beta", [0.1, 7.7])
+def test_half_formats_are_computed_in_float32(dtype: str, beta: float) -> None:
+    """In the half format itself every second result would be off."""
+    spec = LossSpec(beta, "none", dtype)
+    a, b = pair(spec, (100, 100))
+    for route in PLAIN_ROUTES:
+        distance = ulp_distance(load(export(spec, route)).run(a, b)["loss"], oracle(spec, a, b))
+        assert distance.max() <= 1
+        assert (distance > 0).mean() < 0.001
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_half_sum_does_not_saturate(dtype: str, reduction: str) -> None:
