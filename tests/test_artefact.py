@@ -89,6 +89,7 @@ def test_a_path_that_can_not_be(path: str) -> None:
     ],
     ids=repr,
 )
+@pytest.mark.filterwarnings("ignore:The onnxtxt format is experimental")
 @pytest.mark.parametrize("suffix", [".onnx", ".txt", ".json", ".textproto", ".onnxtxt", ""])
 def test_a_file_of_another_format(content: bytes, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"loss{suffix}"
