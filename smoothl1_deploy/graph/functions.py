@@ -14,7 +14,7 @@ PyTorch. Why this form of the branch-free ones (bench/NOTES.md has their speeds)
 * Nothing overflows that PyTorch keeps finite: `core / beta` is at most 1. Dividing by
   `2 * beta` would save an operator and overflow for the largest betas.
 * NaN survives a runtime whose Clip drops it (NVIDIA/TensorRT#4758), because `d` is a term.
-* Halving the core first is exact where halving the product, in the subnormal range, isn't.
+* Halving the core first loses less than halving the product where that is subnormal.
 * Zero is +0, as PyTorch's is; `(core / beta) * (d - core / 2)` gives -0 for d = -0.
 
 The functions that have no attribute and call no other can also be called while
