@@ -143,18 +143,19 @@ class Assembly:
     def _gradient(
         self, losses: str, weights: str | None, summed_axes: tuple[int, ...] | None
     ) -> None:
+        """In float64 and rounded once: rounded before, terms of either sign that are summed back
+        show by cancellation what they lost, and subnormal ones round up to what they aren't.
+        """
         spec = self._spec
         assert self._scalars is not None
-        pair = [self._data["input"], self._data["target"]]
-        slope = self._call("SmoothL1GradientTerms", [*pair, *self._scalars], "slope")
-        # Terms of either sign are summed back: what they lose before that, cancellation shows.
-        element = self._element if summed_axes == () else TensorProto.DOUBLE
-        slope = self._in(element, slope)
+        terms = [self._data["input"], self._data["target"], *self._scalars]
+        slope = self._call("SmoothL1GradientTerms", [*map(self._double, terms)], "slope")
         if spec.weight:
-            weight = self._in(element, self._data["weight"])
+            weight = self._double(self._data["weight"])
             slope = self._add("Mul", [slope, weight], "slope_weighted")
         if spec.reduction == "mean":
-            divisor = self._add("Cast", [self._count(losses, weights)], "mean_divisor", to=element)
+            count = self._count(losses, weights)
+            divisor = self._add("Cast", [count], "mean_divisor", to=TensorProto.DOUBLE)
             slope = self._add("Div", [slope, divisor], "slope_mean")
         if summed_axes is None:
             slope = self._call("SumToShape", [slope, self._data["input"]], "slope_summed")
@@ -165,10 +166,10 @@ class Assembly:
             slope = self._add("Reshape", [total, shape], "slope_summed", allowzero=1)
         self._rounded(slope, "grad_input")
 
-    def _in(self, element: int, tensor: str) -> str:
-        if element == self._element:
+    def _double(self, tensor: str) -> str:
+        if self._element == TensorProto.DOUBLE:
             return tensor
-        return self._add("Cast", [tensor], f"{tensor}_double", to=element)
+        return self._add("Cast", [tensor], f"{tensor}_double", to=TensorProto.DOUBLE)
 
     def _count(self, losses: str, weights: str | None) -> str:
         """What the loss of an element was divided by, in a shape that broadcasts with it."""

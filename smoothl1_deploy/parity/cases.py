@@ -18,7 +18,7 @@ from ..spec import LossSpec
 from .compare import Verdict, compare
 from .families import branch_shares, generate
 
-__all__ = ["LAYOUTS", "Case", "CaseResult", "Layout", "References", "check"]
+__all__ = ["LAYOUTS", "Case", "CaseResult", "Layout", "References", "check", "with_beta"]
 
 Shape = tuple[int, ...]
 
@@ -133,6 +133,13 @@ class References:
             exact,
             branch_shares(spec, input, target),
         )
+
+
+def with_beta(spec: LossSpec, beta: float) -> LossSpec:
+    """What an artefact of `spec` computes when it is fed `beta`, which it takes as a float32."""
+    if not spec.runtime_beta:
+        return replace(spec, beta=beta)
+    return replace(spec, beta=LossSpec(beta).effective_beta, runtime_beta=False)
 
 
 @lru_cache(maxsize=64)  # the three reductions of one beta and dtype share their inputs

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ..floats import CLASS_NAMES, Array, ieee_class, ulp_distance
@@ -66,12 +67,28 @@ def _torch_lost_it(
     if beta_overflowed or not (torch_class == _NAN).any():
         return True
     finite: Array = np.isfinite(input) & np.isfinite(target)
+    if spec.reduction != "none" and torch_class.ndim < finite.ndim:
+        finite = finite | _overflowed_rows(spec, input, target)
     if spec.per_sample and not per_element:
         finite = np.asarray(finite.all(axis=tuple(range(1, finite.ndim))))
     elif not per_element or finite.shape != torch_class.shape:
         finite = np.asarray(finite.all())
     not_nan: Array = torch_class != _NAN
     return np.asarray(not_nan | finite)
+
+
+def _overflowed_rows(spec: LossSpec, input: Array, target: Array) -> Array:
+    """Where a finite difference's square overflows PyTorch's dtype, the whole row or tensor.
+
+    A weight of 0 makes NaN of that infinity, whatever else there is in the row.
+    """
+    with np.errstate(all="ignore"):
+        d = np.subtract(input, target, dtype=np.longdouble)
+        squares = 0.5 * d * d
+    largest = float(ml_dtypes.finfo(input.dtype).max)  # type: ignore[no-untyped-call]
+    overflowed = np.isfinite(d) & (squares > largest) & (abs(d) < spec.effective_beta)
+    axes = tuple(range(1 if spec.per_sample else 0, overflowed.ndim))
+    return np.asarray(overflowed.any(axis=axes, keepdims=True))
 
 
 def _distances(values: Array, oracle: Array, comparable: Array) -> Array:
