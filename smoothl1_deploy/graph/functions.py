@@ -117,7 +117,10 @@ def CompensatedSum(losses: DOUBLE) -> DOUBLE:
     two_53 = op.Cast(op.Constant(value_float=9007199254740992.0), to=11)
     scaled = op.Mul(naive, two_53)
     power = op.Abs(op.Sub(op.Add(scaled, naive), scaled))
-    scale = op.Mul(power, op.Cast(op.Constant(value_float=4.0), to=11))
+    # Of a naive sum that is itself a power of two, the tie above rounds to 0 (NextPowerTwo's last
+    # step): without Max nothing is split, and [1, 2^-54, 2^-54, ...] loses its tail.
+    bounded = op.Max(power, naive)
+    scale = op.Mul(bounded, op.Cast(op.Constant(value_float=4.0), to=11))
     high = op.Sub(op.Add(flat, scale), scale)
     low = op.Sub(flat, high)
     exact = op.Add(op.ReduceSum(high, axis, keepdims=0), op.ReduceSum(low, axis, keepdims=0))
