@@ -11,7 +11,7 @@ from .. import __version__
 from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 
-__all__ = ["content_hash", "read_route", "read_spec", "stamp"]
+__all__ = ["content_hash", "forget_hash", "read_route", "read_spec", "stamp"]
 
 _PREFIX = "smoothl1_deploy."
 SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
@@ -23,12 +23,16 @@ def _properties(model: onnx.ModelProto) -> dict[str, str]:
 
 def content_hash(model: onnx.ModelProto) -> str:
     """sha256 (hex) of the serialised model without its own hash entry."""
+    return hashlib.sha256(_unhashed(model).SerializeToString(deterministic=True)).hexdigest()
+
+
+def _unhashed(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     kept = [entry for entry in copy.metadata_props if entry.key != HASH]
     del copy.metadata_props[:]
     copy.metadata_props.extend(kept)
-    return hashlib.sha256(copy.SerializeToString(deterministic=True)).hexdigest()
+    return copy
 
 
 def stamp(model: onnx.ModelProto, spec: LossSpec, route: str, shapes: str) -> None:
@@ -77,3 +81,13 @@ def read_spec(model: onnx.ModelProto) -> LossSpec | None:
             "entries to treat it as a model of your own"
         )
     return spec
+
+
+def forget_hash(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of `model` to be changed on purpose: the same metadata, less the content hash.
+
+    Raises:
+        ArtefactError: when the model was changed before; a copy must not hide it.
+    """
+    read_spec(model)
+    return _unhashed(model)
