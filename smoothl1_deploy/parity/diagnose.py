@@ -21,7 +21,7 @@ from ..backends.base import Runner
 from ..floats import dtype_name
 from ..spec import LossSpec
 from .cases import CaseResult
-from .drift import DriftPoint
+from .artefact_drift import DriftPoint
 from .faults.arithmetic import accumulation, narrow_format
 from .faults.evidence import SHOWN, clearest, evidence_of
 from .faults.fit import Hypothesis, find, nearest, right
@@ -49,7 +49,7 @@ def diagnose(
         runner: of the model in question.
         spec: what it ought to compute.
         failures: red cases, where there are any: what no fault accounts for is said.
-        drift: the points of `measure_drift`, for faults of accumulation.
+        drift: the points of `artefact_drift`, for faults of accumulation.
 
     Returns:
         Nothing for a model that answers every probe rightly and has no red case.

@@ -16,7 +16,7 @@ from ..errors import ArtefactError, SmoothL1DeployError, UnsupportedError
 from ..spec import LossSpec
 from .cases import LAYOUTS, Case, CaseResult, References, check
 from .diagnose import diagnose
-from .drift import DriftPoint, measure_drift
+from .artefact_drift import DriftPoint, artefact_drift
 from .families import BRANCHES, FAMILIES
 from .faults.names import Diagnosis
 from .shapes import ShapePlan
@@ -158,7 +158,7 @@ def verify(
     if reason:
         raise UnsupportedError(reason)
     results = tuple(_checked(runner, expected, c) for c in _cases(runner.signature, expected, seed))
-    points = measure_drift(runner, expected, seed=seed, large=large) if drift else ()
+    points = artefact_drift(runner, expected, seed=seed, large=large) if drift else ()
     found = Verification(
         original.graph.name,
         sha256(original.SerializeToString(deterministic=True)),

@@ -23,7 +23,7 @@ from smoothl1_deploy.artefact import select_ports, signature
 from smoothl1_deploy.backends.base import load
 from smoothl1_deploy.errors import ArtefactError
 from smoothl1_deploy.parity.bounds import bound
-from smoothl1_deploy.parity.drift import FAMILIES, SIZES, drift_table
+from smoothl1_deploy.parity.artefact_drift import FAMILIES, SIZES, drift_table
 from smoothl1_deploy.parity.faults.names import Fault
 from smoothl1_deploy.parity.verify import verify_table
 

@@ -12,7 +12,7 @@ from ...backends.base import Runner
 from ...floats import NUMPY_DTYPE, round_to, wide_dtype
 from ...spec import LossSpec
 from ..bounds import UNIT_ROUNDOFF, accumulation_error
-from ..drift import DriftPoint
+from ..artefact_drift import DriftPoint
 from ..shapes import ShapePlan
 from .evidence import SHOWN, evidence_of
 from .fit import count_of, explains, narrower, right

@@ -26,7 +26,7 @@ from .families import branch_shares
 from .faults.names import json_number
 from .shapes import ShapePlan, elements
 
-__all__ = ["FAMILIES", "SIZES", "DriftPoint", "drift_table", "measure_drift"]
+__all__ = ["FAMILIES", "SIZES", "DriftPoint", "drift_table", "artefact_drift"]
 
 FAMILIES = ("constant", "normal")
 SIZES = tuple(1 << power for power in (10, 14, 16, 18, 20, 22))
@@ -127,7 +127,7 @@ def _cases(plan: ShapePlan, sizes: Sequence[int], seed: int) -> Iterator[Case]:
             yield Case(family, layout, *shapes, seed)
 
 
-def measure_drift(
+def artefact_drift(
     runner: Runner, spec: LossSpec, *, seed: int = 0, large: bool = False
 ) -> tuple[DriftPoint, ...]:
     """The error of a reduction at 2^10 to 2^22 elements, with `large` at 2^24 too.
