@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from .graph.export import export as export
     from .parity.verify import verify as verify
     from .reference.module import SmoothL1Loss as SmoothL1Loss
+    from .tensorrt.builder import build_engine as build_engine
 
 #: public name -> module that defines it, imported on first use.
 _LAZY = {
     "SmoothL1Loss": ".reference.module",
+    "build_engine": ".tensorrt.builder",
     "export": ".graph.export",
     "load": ".backends.base",
     "verify": ".parity.verify",

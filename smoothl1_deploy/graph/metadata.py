@@ -11,7 +11,7 @@ from .. import __version__
 from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 
-__all__ = ["content_hash", "forget_hash", "read_route", "read_spec", "stamp"]
+__all__ = ["content_hash", "read_route", "read_spec", "stamp"]
 
 _PREFIX = "smoothl1_deploy."
 SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
@@ -23,16 +23,12 @@ def _properties(model: onnx.ModelProto) -> dict[str, str]:
 
 def content_hash(model: onnx.ModelProto) -> str:
     """sha256 (hex) of the serialised model without its own hash entry."""
-    return hashlib.sha256(_unhashed(model).SerializeToString(deterministic=True)).hexdigest()
-
-
-def _unhashed(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     kept = [entry for entry in copy.metadata_props if entry.key != HASH]
     del copy.metadata_props[:]
     copy.metadata_props.extend(kept)
-    return copy
+    return hashlib.sha256(copy.SerializeToString(deterministic=True)).hexdigest()
 
 
 def stamp(model: onnx.ModelProto, spec: LossSpec, route: str, shapes: str) -> None:
@@ -64,30 +60,21 @@ def read_spec(model: onnx.ModelProto) -> LossSpec | None:
     """The spec `model` carries, or None for a model of other origin.
 
     Raises:
-        ArtefactError: when the entry is damaged, or the content no longer fits the hash.
+        ArtefactError: when the entry is damaged, or the content no longer fits the hash (a
+            model cut off on its way, for instance, has lost it).
     """
     properties = _properties(model)
     if SPEC not in properties:
         return None
     try:
         spec = LossSpec.from_dict(json.loads(properties[SPEC]))
-    except (ValueError, TypeError, AttributeError) as exc:
+    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
         kind = "" if isinstance(exc, SpecError) else "damaged "
         raise ArtefactError(f"the model's {kind}metadata entry {SPEC}: {exc}") from exc
-    if HASH in properties and properties[HASH] != content_hash(model):
+    if properties.get(HASH) != content_hash(model):
         raise ArtefactError(
             "the model was changed after it was exported: its content does not match its own "
-            f"metadata entry {HASH}. Export it again, or delete the smoothl1_deploy.* metadata "
-            "entries to treat it as a model of your own"
+            f"metadata entry {HASH}, or has lost that entry. Export it again, or delete the "
+            "smoothl1_deploy.* metadata entries to treat it as a model of your own"
         )
     return spec
-
-
-def forget_hash(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of `model` to be changed on purpose: the same metadata, less the content hash.
-
-    Raises:
-        ArtefactError: when the model was changed before; a copy must not hide it.
-    """
-    read_spec(model)
-    return _unhashed(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -16,17 +16,17 @@ from rich.text import Text
 
 from ..backends.base import Runner
 from ..errors import SmoothL1DeployError
-from ..floats import Array
 from ..reference.oracle import oracle
 from ..spec import LossSpec
 from .bounds import bound
-from .cases import Case, CaseResult, References
-from .compare import compare
+from .cases import Case, CaseResult
+from .compare import Verdict, compare
 from .families import branch_shares
 from .faults.names import json_number
+from .faults.probes import run_spec
 from .shapes import ShapePlan, elements
 
-__all__ = ["FAMILIES", "SIZES", "DriftPoint", "drift_table", "artefact_drift"]
+__all__ = ["FAMILIES", "SIZES", "DriftPoint", "artefact_drift", "drift_table"]
 
 FAMILIES = ("constant", "normal")
 SIZES = tuple(1 << power for power in (10, 14, 16, 18, 20, 22))
@@ -86,36 +86,31 @@ def _relative(value: float | None, truth: float) -> float | None:
 
 
 def _measure(runner: Runner, spec: LossSpec, case: Case) -> DriftPoint:
+    from ..reference.module import eager_outputs
+
     # Not References.of, whose cache would keep gigabytes of inputs.
     input, target = case.arrays(spec)
-    from ..reference.module import eager
-
-    refs = References(
-        input,
-        target,
-        eager(spec, input, target),
-        oracle(spec, input, target),
-        branch_shares(spec, input, target),
-    )
+    weight = case.weights(spec) if spec.weight else None
+    exact = oracle(spec, input, target, weight)
+    torch = eager_outputs(spec, input, target, weight)["loss"]
+    shares = branch_shares(spec, input, target)
     count = elements((input.shape, target.shape))
-    loss: Array | None = None
+    value: float | None = None
     try:
-        loss = runner.run(input, target)[runner.signature.loss.name]
+        loss = run_spec(runner, spec, input, target, weight)[runner.signature.loss.name]
         if loss.size == 1:  # a rank that PyTorch's result doesn't have is judged elsewhere
-            loss = loss.reshape(refs.oracle.shape)
-        verdict = compare(spec, loss, refs.torch, refs.oracle, input, target)
-        result = CaseResult(case, verdict, refs.shares)
+            loss, value = loss.reshape(exact.shape), float(loss.reshape(-1)[0])
+        verdict = compare(spec, loss, torch, exact, input, target)
     except SmoothL1DeployError as exc:  # an answer that doesn't come is a wrong answer
-        result = CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
-    value = None if loss is None or loss.size != 1 else float(loss.reshape(-1)[0])
-    truth = float(refs.oracle)
+        verdict = Verdict(False, 0, 0, 0, 1, wrong_class=1, detail=f"{type(exc).__name__}: {exc}")
+    truth = float(exact)
     return DriftPoint(
         count,
-        result,
+        CaseResult(case, verdict, shares),
         value,
         truth,
         _relative(value, truth),
-        _relative(float(refs.torch), truth),
+        _relative(float(torch), truth),
         bound(spec, count),
     )
 
@@ -133,11 +128,13 @@ def artefact_drift(
     """The error of a reduction at 2^10 to 2^22 elements, with `large` at 2^24 too.
 
     Of an artefact whose axes are all fixed, at its one size, if that is as large. Nothing is
-    measured of `none`, which does not add up.
+    measured of `none`, which does not add up, nor per sample, whose rows the first axis leaves
+    as they are. The gradient is not looked at.
     """
     plan = ShapePlan.of(runner.signature)
     sizes = (*SIZES, LARGE) if large else SIZES
-    if spec.reduction == "none" or elements(plan.of_size(sizes[0])) < sizes[0]:
+    spec = replace(spec, gradient=False)
+    if spec.reduction == "none" or spec.per_sample or elements(plan.of_size(sizes[0])) < sizes[0]:
         return ()
     return tuple(_measure(runner, spec, case) for case in _cases(plan, sizes, seed))
 

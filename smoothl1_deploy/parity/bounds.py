@@ -19,14 +19,16 @@ The sum of n elements >= 0:
    is off by at most gamma(n - 1, u) n u sigma; sigma is at most 8 times the naive sum; adding the
    two is one rounding (Rump, Ogita, Oishi, "Accurate floating-point summation part I", 2008).
 
-`mean` divides once more, in float64. A result that is not yet in the output dtype is rounded to
-it, by way of float32 for the half formats.
+A weight is one product more an element; a mean that divides by the sum of the weights carries the
+error of that sum as well. `mean` divides once more, in float64. A result that is not yet in the
+output dtype is rounded to it, by way of float32 for the half formats.
 
 From a relative error r to ULP: between x and x (1 + r), each rounded to nearest, lie at most
 `r / (u (1 - r) (1 - 2 u)) + 1` steps of the output format. The oracle's own error is counted too.
 
-What the bound assumes: IEEE arithmetic, no overflow, and no underflow within the loss of an element
-(a difference whose square, over beta, is subnormal, loses bits that no sum can give back).
+What the bound assumes: IEEE arithmetic, weights >= 0, no overflow, and no underflow within the loss
+of an element (a difference whose square, over beta, is subnormal, loses bits that no sum can give
+back).
 """
 
 from __future__ import annotations
@@ -80,14 +82,15 @@ def _sum_error(spec: LossSpec, count: int) -> float:
 def _oracle_error(spec: LossSpec, count: int) -> float:
     """It computes elements in float64, or long double for float64, and sums in long double."""
     long_double = float(np.finfo(np.longdouble).eps) / 2
-    element = gamma(_ELEMENT, long_double if spec.dtype == "float64" else _WIDE)
+    element = gamma(_ELEMENT + 1, long_double if spec.dtype == "float64" else _WIDE)
     if spec.reduction == "none":
         return element
-    return element + gamma(_ORACLE_DEPTH + count // _ORACLE_CHUNK, long_double)
+    # Twice: the sum of the weights may be the divisor.
+    return element + 2 * gamma(_ORACLE_DEPTH + count // _ORACLE_CHUNK, long_double)
 
 
 def bound(spec: LossSpec, count: int) -> float:
-    """The largest distance to the oracle, in ULP of the output, that our graphs can have.
+    """The largest distance to the oracle, in ULP of the loss, that our graphs can have.
 
     Args:
         spec: dtype and reduction; the bound does not depend on beta.
@@ -103,10 +106,11 @@ def bound(spec: LossSpec, count: int) -> float:
     if count < 0:
         raise ValueError(f"count must be >= 0, got {count}")
     unit = UNIT_ROUNDOFF[spec.dtype]
-    relative = gamma(_ELEMENT, UNIT_ROUNDOFF[spec.compute_dtype])
+    steps = _ELEMENT + (1 if spec.weight else 0)
+    relative = gamma(steps, UNIT_ROUNDOFF[spec.compute_dtype])
     rounded = spec.dtype == spec.compute_dtype  # the last operation is in the output dtype already
     if spec.reduction != "none":
-        relative += _sum_error(spec, count)
+        relative += _sum_error(spec, count) * (2 if spec.weight == "weights" else 1)
         if spec.reduction == "mean":
             relative += _WIDE
         if spec.compute_dtype != spec.dtype:

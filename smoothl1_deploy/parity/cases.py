@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from ..backends.base import Runner
-from ..floats import Array
+from ..floats import NUMPY_DTYPE, Array
 from ..graph import shapes as graph_shapes
-from ..reference.oracle import oracle
+from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
 from .compare import Verdict, compare
 from .families import branch_shares, generate
@@ -68,12 +68,21 @@ class Case:
         return cls(family, layout, shapes.input, shapes.target, seed)
 
     def arrays(self, spec: LossSpec) -> tuple[Array, Array]:
-        """Input and target. They depend on beta and dtype, so that each branch is reached, and
-        not on the reduction.
-        """
-        text = f"{self.family} {self.input_shape} {self.target_shape} {spec.beta!r} {spec.dtype}"
-        rng = np.random.default_rng([self.seed, zlib.crc32(text.encode())])
+        """Input and target; a function of beta and dtype, and not of the reduction."""
+        rng = self._generator(spec, "")
         return generate(self.family, spec, self.input_shape, self.target_shape, rng)
+
+    def weights(self, spec: LossSpec) -> Array:
+        """Weights of the target's shape, as detection heads use them: some 0, most up to 2."""
+        rng = self._generator(spec, " weight")
+        weights = rng.uniform(0.1, 2.0, self.target_shape)
+        kept = rng.random(self.target_shape) > 0.2
+        return np.asarray(np.where(kept, weights, 0.0)).astype(NUMPY_DTYPE[spec.dtype])
+
+    def _generator(self, spec: LossSpec, what: str) -> np.random.Generator:
+        shapes = f"{self.input_shape} {self.target_shape}"
+        text = f"{self.family} {shapes} {spec.beta!r} {spec.dtype}{what}"
+        return np.random.default_rng([self.seed, zlib.crc32(text.encode())])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -88,25 +97,40 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """A case's arrays with both references' answers, computed once for every route and backend."""
+    """A case's arrays with both references' answers, computed once for every route and backend.
 
+    Attributes:
+        spec: what the references computed; beta is a number here, also for `runtime_beta`.
+        torch: PyTorch's array for each output of the spec.
+        oracle: the exact one.
+        shares: how much of each branch the case reaches.
+    """
+
+    spec: LossSpec
     input: Array
     target: Array
-    torch: Array
-    oracle: Array
+    weight: Array | None
+    torch: Mapping[str, Array]
+    oracle: Mapping[str, Array]
     shares: Mapping[str, float]
 
     @classmethod
     def of(cls, spec: LossSpec, case: Case) -> References:
         """Generate the case's arrays and ask both references."""
-        from ..reference.module import eager
+        from ..reference.module import eager_outputs
 
         input, target = _arrays(case, spec.beta, spec.dtype)
+        weight = case.weights(spec) if spec.weight else None
+        exact = {"loss": oracle(spec, input, target, weight)}
+        if spec.gradient:
+            exact["grad_input"] = oracle_gradient(spec, input, target, weight)
         return cls(
+            spec,
             input,
             target,
-            eager(spec, input, target),
-            oracle(spec, input, target),
+            weight,
+            eager_outputs(spec, input, target, weight),
+            exact,
             branch_shares(spec, input, target),
         )
 
@@ -127,7 +151,7 @@ class CaseResult:
     @classmethod
     def failed(cls, case: Case, refs: References, detail: str) -> CaseResult:
         """The result of a case that gave an error instead of an answer."""
-        count = refs.oracle.size
+        count = refs.oracle["loss"].size
         return cls(
             case, Verdict(False, 0, 0, 0, count, wrong_class=count, detail=detail), refs.shares
         )
@@ -137,10 +161,17 @@ class CaseResult:
         return {**self.case.to_dict(), **self.verdict.to_dict(), "shares": dict(self.shares)}
 
 
-def check(runner: Runner, spec: LossSpec, case: Case, refs: References | None = None) -> CaseResult:
-    """Run one case and judge the answer."""
-    refs = References.of(spec, case) if refs is None else refs
-    outputs = runner.run(refs.input, refs.target)
-    loss = outputs.get("loss", next(iter(outputs.values())))
-    verdict = compare(spec, loss, refs.torch, refs.oracle, refs.input, refs.target)
-    return CaseResult(case, verdict, refs.shares)
+def check(runner: Runner, case: Case, refs: References) -> CaseResult:
+    """Run one case and judge every output; the verdict is that of the worst."""
+    spec = refs.spec
+    beta = spec.effective_beta if "beta" in runner.signature.inputs else None
+    outputs = runner.run(refs.input, refs.target, weight=refs.weight, beta=beta)
+    if len(refs.oracle) == 1:
+        outputs = {"loss": outputs.get("loss", next(iter(outputs.values())))}
+    verdicts = [
+        compare(spec, outputs[name], refs.torch[name], exact, refs.input, refs.target, name)
+        for name, exact in refs.oracle.items()
+    ]
+    worst = max(verdicts, key=lambda v: (not v.ok, v.wrong_class, v.ulp - v.allowed))
+    better = sum(verdict.better for verdict in verdicts)
+    return CaseResult(case, replace(worst, better=better), refs.shares)

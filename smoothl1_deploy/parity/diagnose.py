@@ -20,8 +20,8 @@ import numpy as np
 from ..backends.base import Runner
 from ..floats import dtype_name
 from ..spec import LossSpec
-from .cases import CaseResult
 from .artefact_drift import DriftPoint
+from .cases import CaseResult
 from .faults.arithmetic import accumulation, narrow_format
 from .faults.evidence import SHOWN, clearest, evidence_of
 from .faults.fit import Hypothesis, find, nearest, right
@@ -168,12 +168,13 @@ def _accounts(fault: Fault, case: CaseResult) -> bool:
 def _rest(found: Sequence[Diagnosis], failures: Sequence[CaseResult]) -> Iterator[Diagnosis]:
     """What stays red after every fault that was found."""
     left = [c for c in failures if not any(_accounts(item.fault, c) for item in found)]
-    for fault, text in (
-        (Fault.RANGE, "right on ordinary numbers, wrong where squares over- or underflow"),
-        (Fault.UNKNOWN, "right on every probe, but these cases are red and nothing explains them"),
-    ):
-        cases = [case for case in left if fault is Fault.UNKNOWN or _accounts(fault, case)]
-        left = [case for case in left if case not in cases]
-        if cases:
-            families = ", ".join(dict.fromkeys(case.case.family for case in cases))
-            yield Diagnosis(fault, f"{text}: {families}; first: {cases[0].verdict.detail}")
+    if not left:
+        return
+    fault, text = (
+        Fault.UNKNOWN,
+        "right on every probe, but these cases are red, and nothing says why",
+    )
+    if all(_accounts(Fault.RANGE, case) for case in left):
+        fault, text = Fault.RANGE, "right on ordinary numbers, wrong where squares leave the range"
+    families = ", ".join(dict.fromkeys(case.case.family for case in left))
+    yield Diagnosis(fault, f"{text}: {families}; first: {left[0].verdict.detail}")

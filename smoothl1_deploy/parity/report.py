@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -23,7 +23,9 @@ __all__ = [
     "Report",
     "backend_table",
     "cell_of",
+    "extension_table",
     "families_table",
+    "is_extended",
     "matrix_table",
     "repeat_command",
 ]
@@ -36,6 +38,7 @@ class Cell:
     """One combination of spec, route and backend over all its cases.
 
     Attributes:
+        beta: what was computed with: the spec's, or with `runtime_beta` the one that was fed.
         ulp, torch_ulp, allowed: of the worst case: the failing one, or the one with the largest
             distance to the oracle.
         better: elements, over all cases, that are right where PyTorch isn't.
@@ -46,6 +49,7 @@ class Cell:
     """
 
     spec: LossSpec
+    beta: float
     route: str
     backend: str
     cases: int = 0
@@ -68,6 +72,7 @@ class Cell:
         """JSON-ready."""
         return {
             "spec": self.spec.to_dict(),
+            "beta": "inf" if math.isinf(self.beta) else self.beta,
             "route": self.route,
             "backend": self.backend,
             "ok": self.ok,
@@ -88,7 +93,14 @@ def _mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {branch: fmean(each[branch] for each in shares) for branch in shares[0]}
 
 
-def cell_of(spec: LossSpec, route: str, backend: str, results: Sequence[CaseResult]) -> Cell:
+def is_extended(spec: LossSpec) -> bool:
+    """Whether the spec is more than `torch.nn.SmoothL1Loss`."""
+    return spec != LossSpec(spec.beta, spec.reduction, spec.dtype)
+
+
+def cell_of(
+    spec: LossSpec, beta: float, route: str, backend: str, results: Sequence[CaseResult]
+) -> Cell:
     """Sum up the cases (at least one) of one combination."""
     failures = tuple(result for result in results if not result.verdict.ok)
     worst = max(failures or results, key=lambda r: (r.verdict.wrong_class > 0, r.verdict.ulp))
@@ -99,6 +111,7 @@ def cell_of(spec: LossSpec, route: str, backend: str, results: Sequence[CaseResu
     families = {family: _mean_shares(shares) for family, shares in by_family.items()}
     return Cell(
         spec,
+        beta,
         route,
         backend,
         cases=len(results),
@@ -198,8 +211,9 @@ class Report:
 def repeat_command(cell: Cell, seed: int) -> str:
     """The command that runs this cell, and only it, on the same inputs."""
     spec = cell.spec
-    words = ["smoothl1-deploy", "parity", "--beta", repr(spec.beta), "--reduction", spec.reduction]
+    words = ["smoothl1-deploy", "parity", "--beta", repr(cell.beta), "--reduction", spec.reduction]
     words += ["--dtype", spec.dtype, "--route", cell.route, "--backend", cell.backend]
+    words += ["--extensions-only"] if is_extended(spec) else ["--no-extensions"]
     return shlex.join([*words, "--seed", str(seed), "--no-engines"])
 
 
@@ -221,7 +235,7 @@ def _entry(cells: Sequence[Cell]) -> Text:
 
 def matrix_table(report: Report) -> Table:
     """beta × reduction for each dtype, the worst over routes and backends in each place."""
-    cells = report.cells
+    cells = [cell for cell in report.cells if not is_extended(cell.spec)]
     columns = list(dict.fromkeys((cell.spec.dtype, cell.spec.reduction) for cell in cells))
     table = Table(
         title="ULP to the oracle / allowed, the worst of every route and backend",
@@ -232,13 +246,38 @@ def matrix_table(report: Report) -> Table:
     table.add_column("beta", justify="right")
     for dtype, reduction in columns:
         table.add_column(f"{dtype}\n{reduction}", justify="right")
-    for beta in dict.fromkeys(cell.spec.beta for cell in cells):
+    for beta in dict.fromkeys(cell.beta for cell in cells):
         places = (
             [c for c in cells if c.spec == LossSpec(beta, reduction, dtype)]
             for dtype, reduction in columns
         )
         table.add_row(_beta(beta), *map(_entry, places))
     return table
+
+
+def extension_table(report: Report) -> Table | None:
+    """beta × dtype for each extended spec, likewise; None where there is none."""
+    cells = [cell for cell in report.cells if is_extended(cell.spec)]
+    if not cells:
+        return None
+    betas = sorted({cell.beta for cell in cells})
+    table = Table(title="the extensions, likewise", title_justify="left")
+    table.add_column("extension")
+    table.add_column("dtype")
+    for beta in betas:
+        table.add_column(_beta(beta), justify="right")
+    for spec in dict.fromkeys(replace(cell.spec, beta=1.0) for cell in cells):
+        row = [cell for cell in cells if replace(cell.spec, beta=1.0) == spec]
+        entries = (_entry([cell for cell in row if cell.beta == beta]) for beta in betas)
+        table.add_row(_extensions(spec), spec.dtype, *entries)
+    return table
+
+
+def _extensions(spec: LossSpec) -> str:
+    """`mean per_sample weight=count`."""
+    words = [name for name in ("per_sample", "gradient", "runtime_beta") if getattr(spec, name)]
+    words += [f"weight={spec.weight}"] if spec.weight else []
+    return " ".join([spec.reduction, *words])
 
 
 def backend_table(report: Report) -> Table:
@@ -272,7 +311,7 @@ def backend_table(report: Report) -> Table:
 
 def families_table(report: Report) -> Table:
     """The share of elements in each branch, by family; a branch never reached is marked."""
-    cells = [cell for cell in report.cells if 0 < cell.spec.beta < math.inf]
+    cells = [cell for cell in report.cells if 0 < cell.beta < math.inf]
     names = list(dict.fromkeys(family for cell in cells for family in cell.families))
     table = Table(
         title="share of elements in each branch, a mean over 0 < beta < inf", title_justify="left"

@@ -14,9 +14,9 @@ from ..backends.base import Runner, get_backend
 from ..environment import environment
 from ..errors import ArtefactError, SmoothL1DeployError, UnsupportedError
 from ..spec import LossSpec
+from .artefact_drift import DriftPoint, artefact_drift
 from .cases import LAYOUTS, Case, CaseResult, References, check
 from .diagnose import diagnose
-from .artefact_drift import DriftPoint, artefact_drift
 from .families import BRANCHES, FAMILIES
 from .faults.names import Diagnosis
 from .shapes import ShapePlan
@@ -102,7 +102,7 @@ def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
 def _checked(runner: Runner, spec: LossSpec, case: Case) -> CaseResult:
     refs = References.of(spec, case)
     try:
-        return check(runner, spec, case, refs)
+        return check(runner, case, refs)
     except SmoothL1DeployError as exc:  # an answer that doesn't come is a wrong answer
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
 

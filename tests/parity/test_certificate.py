@@ -180,12 +180,10 @@ def test_a_missing_artefact(tmp_path: Path, green: Verification) -> None:
 def test_a_folder_that_can_t_be_written_leaves_nothing(
     artefact: Path, green: Verification, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import tempfile
-
-    def refuse(*args: object, **kwargs: object) -> None:
+    def refuse(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    monkeypatch.setattr("smoothl1_deploy.artefact.os.replace", refuse)
     with pytest.raises(OutputError, match=r"can't write .*certificate\.json"):
         certify(green, artefact)
     assert list(artefact.parent.iterdir()) == [artefact]

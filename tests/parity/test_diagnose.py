@@ -404,6 +404,59 @@ def test_nothing_is_named_on_a_right_model(
     assert diagnose(load(export(spec, "inlined", shape)), spec) == ()
 
 
+EXTENSIONS = [
+    LossSpec(beta, reduction, dtype, **extension)  # type: ignore[arg-type]
+    for beta in (0.0, 0.5)
+    for reduction in ("mean", "sum")
+    for dtype in ("float32", "bfloat16", "float64")
+    for extension in (
+        {"per_sample": True},
+        {"gradient": True},
+        {"gradient": True, "per_sample": True},
+        {"weight": "count", "gradient": True},
+    )
+]
+
+
+@pytest.mark.parametrize("spec", EXTENSIONS, ids=lambda spec: spec.name)
+def test_nothing_is_named_on_a_right_extension(spec: LossSpec) -> None:
+    assert diagnose(load(export(spec, "inlined", ("N", 3))), spec) == ()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "faults"),
+    [
+        ({"per_sample": True, "reduction": "sum"}, {"per_sample": True}, [Fault.SUM_FOR_MEAN]),
+        ({}, {"per_sample": True}, [Fault.REDUCED]),
+        ({"per_sample": True, "beta": 0.25}, {"per_sample": True}, [Fault.WRONG_BETA]),
+        ({"weight": "count", "beta": 0.25}, {"weight": "count"}, [Fault.WRONG_BETA]),
+        (
+            {"weight": "count", "reduction": "sum"},
+            {"weight": "count"},
+            [Fault.SUM_FOR_MEAN],
+        ),
+    ],
+)
+def test_faults_of_the_extensions(
+    theirs: dict[str, object], ours: dict[str, object], faults: list[Fault]
+) -> None:
+    model = export(LossSpec(**{"beta": 0.5, **theirs}), shape=("N", 3))  # type: ignore[arg-type]
+    spec = LossSpec(**{"beta": 0.5, **ours})  # type: ignore[arg-type]
+    assert [diagnosis.fault for diagnosis in diagnose(load(model), spec)] == faults
+
+
+def test_what_the_weights_alone_get_wrong_is_unknown() -> None:
+    """Probes have weights of 1: where those are right, the red cases speak."""
+    model = export(LossSpec(0.5, weight="count"), shape=("N", 3))
+    result = verify(model, spec=LossSpec(0.5, weight="weights"), drift=False)
+    (diagnosis,) = result.diagnoses
+    assert diagnosis.fault is Fault.UNKNOWN
+    assert (
+        "right on every probe, but these cases are red, and nothing says why"
+        in diagnosis.explanation
+    )
+
+
 def test_a_green_verification_is_not_diagnosed() -> None:
     result = verify(planted(), spec=LossSpec(0.5))
     assert result and result.diagnoses == ()
@@ -439,6 +492,13 @@ def test_the_gradient_shows_swapped_inputs() -> None:
     assert swapped.fault is Fault.SWAPPED_INPUTS
     (scaled,) = diagnose(load(gradient_model(divided=False)), spec)
     assert scaled.fault is Fault.GRADIENT_SCALE and "not divided" in scaled.explanation
+
+
+def test_verify_names_swapped_inputs_in_the_gradient() -> None:
+    spec = LossSpec(0.5, gradient=True)
+    assert verify(gradient_model(), spec=spec, drift=False)
+    result = verify(gradient_model(negated=True), spec=spec, drift=False)
+    assert [diagnosis.fault for diagnosis in result.diagnoses] == [Fault.SWAPPED_INPUTS]
 
 
 def test_swapped_inputs_are_right_for_the_loss_alone() -> None:

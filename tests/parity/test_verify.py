@@ -22,8 +22,8 @@ from smoothl1_deploy import LossSpec, export, verify
 from smoothl1_deploy.artefact import select_ports, signature
 from smoothl1_deploy.backends.base import load
 from smoothl1_deploy.errors import ArtefactError
-from smoothl1_deploy.parity.bounds import bound
 from smoothl1_deploy.parity.artefact_drift import FAMILIES, SIZES, drift_table
+from smoothl1_deploy.parity.bounds import bound
 from smoothl1_deploy.parity.faults.names import Fault
 from smoothl1_deploy.parity.verify import verify_table
 
@@ -261,10 +261,12 @@ def test_an_output_called_loss_is_found_among_others() -> None:
     assert list(outputs) == ["loss"]
 
 
-def test_other_outputs_of_our_own_artefact_are_kept() -> None:
-    model = export(LossSpec(0.5), shape=("N",))
+def test_our_own_artefact_is_taken_by_its_names() -> None:
+    model = export(LossSpec(0.5, gradient=True), shape=("N",))
     assert select_ports(model) is model
     assert select_ports(model, "input", "target", "loss") is model
+    with pytest.raises(ArtefactError, match="exported by smoothl1-deploy, and its inputs"):
+        select_ports(model, output_name="grad_input")
 
 
 def test_an_artefact_that_was_changed_is_not_excused_by_a_name() -> None:
@@ -272,6 +274,24 @@ def test_an_artefact_that_was_changed_is_not_excused_by_a_name() -> None:
     model.graph.output.append(model.graph.input[0])
     with pytest.raises(ArtefactError, match="changed after it was exported"):
         select_ports(model, output_name="loss")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LossSpec(0.5, per_sample=True),
+        LossSpec(0.5, "none", gradient=True),
+        LossSpec(0.5, "sum", gradient=True, per_sample=True),
+        LossSpec(runtime_beta=True),
+        LossSpec(0.5, weight="count"),
+        LossSpec(0.5, weight="weights", dtype="float16"),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_the_extensions_are_green(spec: LossSpec) -> None:
+    result = verify(export(spec, shape=("N", 5)))
+    assert result, result.failures
+    assert bool(result.drift) is not (spec.per_sample or spec.reduction == "none")
 
 
 def test_inputs_of_two_dtypes_are_refused() -> None:

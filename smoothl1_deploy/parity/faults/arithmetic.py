@@ -11,8 +11,8 @@ import numpy as np
 from ...backends.base import Runner
 from ...floats import NUMPY_DTYPE, round_to, wide_dtype
 from ...spec import LossSpec
-from ..bounds import UNIT_ROUNDOFF, accumulation_error
 from ..artefact_drift import DriftPoint
+from ..bounds import UNIT_ROUNDOFF, accumulation_error
 from ..shapes import ShapePlan
 from .evidence import SHOWN, evidence_of
 from .fit import count_of, explains, narrower, right
@@ -26,7 +26,8 @@ def _fits_format(spec: LossSpec, answer: Answer, dtype: str) -> bool:
     """Whether every number of the answer, or it times the count, is one of a narrower format."""
     if answer.got is None:
         return False
-    got, count = answer.got.astype(wide_dtype(spec.dtype)), count_of(answer)
+    got = answer.got.astype(wide_dtype(spec.dtype))
+    count = count_of(answer) // max(got.size, 1)
     if np.array_equal(round_to(got, dtype).astype(got.dtype), got):
         return True
     # A sum in the narrow format, divided in the wide one.

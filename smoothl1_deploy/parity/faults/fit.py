@@ -242,7 +242,7 @@ def _scales(spec: LossSpec, own: Reduction, answers: Sequence[Answer]) -> Iterat
             lambda x, a, b, f=factor: np.asarray(own.apply(x, a, b) * f),  # type: ignore[misc]
             factor,
         )
-    if spec.reduction == "none" or len(factors) == 1:
+    if spec.reduction == "none" or spec.per_sample or len(factors) == 1:
         return
     # Not one factor: a divisor that depends on the size.
     divisors = {n: (n if spec.reduction == "mean" else 1) / f for n, f in factors.items()}

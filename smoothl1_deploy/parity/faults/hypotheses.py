@@ -15,7 +15,7 @@ from ...floats import Array
 from ...spec import LossSpec
 from .names import Fault
 
-__all__ = ["FORMS", "Form", "Reduction", "gradient", "reductions", "smooth_l1"]
+__all__ = ["FORMS", "Form", "Reduction", "reductions", "smooth_l1"]
 
 #: Losses of the elements, from input, target (broadcast, wide) and beta.
 Elements = Callable[[Array, Array, float], Array]
@@ -131,83 +131,100 @@ FORMS: tuple[Form, ...] = (
 )
 
 
+#: From the losses and the shapes of input and target: a reduction, and a count.
+Apply = Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]
+Count = Callable[[Array, tuple[int, ...], tuple[int, ...]], int]
+
+
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """A way to sum up; `fault` is None for the spec's own.
+    """A way to sum up.
 
     Attributes:
+        fault: None for the spec's own.
+        explanation: what it does, in words.
         apply: from the losses and the shapes of input and target.
+        estimate: a number that was inferred for it.
     """
 
     fault: Fault | None
     explanation: str
-    apply: Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]
+    apply: Apply
     estimate: float | None = None
 
 
-def _over(
-    divisor: Callable[[Array, tuple[int, ...], tuple[int, ...]], int],
-) -> Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]:
-    def apply(x: Array, a: tuple[int, ...], b: tuple[int, ...]) -> Array:
-        return np.asarray(x.sum() / divisor(x, a, b))
+_MISTAKEN = {
+    ("mean", "sum"): Fault.SUM_FOR_MEAN,
+    ("sum", "mean"): Fault.MEAN_FOR_SUM,
+    ("none", "mean"): Fault.REDUCED,
+    ("none", "sum"): Fault.REDUCED,
+    ("mean", "none"): Fault.NOT_REDUCED,
+    ("sum", "none"): Fault.NOT_REDUCED,
+}
 
-    return apply
+_COUNTS: tuple[tuple[str, Count], ...] = (
+    ("the size of the first axis (the batch)", lambda x, a, b: x.shape[0] if x.ndim else 1),
+    (
+        "the number of elements in one row (all axes but the first)",
+        lambda x, a, b: math.prod(x.shape[1:]),
+    ),
+    ("the size of the last axis", lambda x, a, b: x.shape[-1] if x.ndim else 1),
+    ("the number of all elements", lambda x, a, b: x.size),
+    ("the number of elements of the input, before broadcasting", lambda x, a, b: math.prod(a)),
+    ("the number of elements of the target, before broadcasting", lambda x, a, b: math.prod(b)),
+    ("the number of elements less 1", lambda x, a, b: max(x.size - 1, 1)),
+)
+
+
+def _total(x: Array) -> Array:
+    return np.asarray(x.sum())
+
+
+def _row_totals(x: Array) -> Array:
+    return np.asarray(x.reshape(x.shape[0], -1).sum(axis=1) if x.ndim else x)
+
+
+def _row_length(x: Array) -> int:
+    return math.prod(x.shape[1:])
+
+
+def _divided(total: Callable[[Array], Array], count: Count) -> Apply:
+    return lambda x, a, b: np.asarray(total(x) / max(count(x, a, b), 1))
+
+
+def _of_axis(operator: Callable[..., Array], axis: int) -> Apply:
+    return lambda x, a, b: operator(x, axis=axis) if x.ndim else x
 
 
 def reductions(spec: LossSpec) -> tuple[Reduction, ...]:
     """The spec's own first, then what it could be taken for."""
-    plain = {
+    total, length = (_row_totals, _row_length) if spec.per_sample else (_total, np.size)
+    plain: dict[str, Apply] = {
         "none": lambda x, a, b: x,
-        "mean": _over(lambda x, a, b: max(x.size, 1)),
-        "sum": lambda x, a, b: np.asarray(x.sum()),
-    }
-    mistaken = {
-        ("mean", "sum"): Fault.SUM_FOR_MEAN,
-        ("sum", "mean"): Fault.MEAN_FOR_SUM,
-        ("none", "mean"): Fault.REDUCED,
-        ("none", "sum"): Fault.REDUCED,
-        ("mean", "none"): Fault.NOT_REDUCED,
-        ("sum", "none"): Fault.NOT_REDUCED,
+        "mean": _divided(total, lambda x, a, b: length(x)),
+        "sum": lambda x, a, b: total(x),
     }
     found = [Reduction(None, "the reduction is right", plain[spec.reduction])]
     for other, apply in plain.items():
         if other != spec.reduction:
             why = f"the reduction is {other!r}, the spec says {spec.reduction!r}"
-            found.append(Reduction(mistaken[spec.reduction, other], why, apply))
+            found.append(Reduction(_MISTAKEN[spec.reduction, other], why, apply))
     if spec.reduction == "none":
         return tuple(found)
-
-    def count(why: str, divisor: Callable[[Array, tuple[int, ...], tuple[int, ...]], int]) -> None:
-        text = f"the sum is divided by {why}, not by the number of elements after broadcasting"
-        if spec.reduction == "sum":
-            text = f"the sum is divided by {why}; the spec says 'sum'"
-        found.append(Reduction(Fault.WRONG_COUNT, text, _over(divisor)))
-
-    count("the size of the first axis (the batch)", lambda x, a, b: x.shape[0] if x.ndim else 1)
-    count(
-        "the number of elements in one row (all axes but the first)",
-        lambda x, a, b: math.prod(x.shape[1:]),
-    )
-    count("the size of the last axis", lambda x, a, b: x.shape[-1] if x.ndim else 1)
-    count("the number of elements of the input, before broadcasting", lambda x, a, b: math.prod(a))
-    count("the number of elements of the target, before broadcasting", lambda x, a, b: math.prod(b))
-    count("the number of elements less 1", lambda x, a, b: max(x.size - 1, 1))
-    for operator in (np.mean, np.sum):
-        for axis, name in ((0, "first"), (-1, "last")):
-            found.append(
-                Reduction(
-                    Fault.SOME_AXES,
-                    f"only the {name} axis is reduced, by its {operator.__name__}",
-                    lambda x, a, b, op=operator, axis=axis: (  # type: ignore[misc]
-                        op(x, axis=axis) if x.ndim else x
-                    ),
-                )
-            )
+    if spec.per_sample:
+        why = "all rows are reduced to one number, the spec says one for each"
+        found += [
+            Reduction(Fault.REDUCED, why, apply)
+            for apply in (_divided(_total, lambda x, a, b: x.size), lambda x, a, b: _total(x))
+        ]
+    for name, count in _COUNTS:
+        text = f"the sum is divided by {name}; the spec says {spec.reduction!r}"
+        if spec.per_sample:
+            text += " of each row"
+        found.append(Reduction(Fault.WRONG_COUNT, text, _divided(total, count)))
+    if not spec.per_sample:
+        for operator in (np.mean, np.sum):
+            for axis, name in ((0, "first"), (-1, "last")):
+                text = f"only the {name} axis is reduced, by its {operator.__name__}"
+                found.append(Reduction(Fault.SOME_AXES, text, _of_axis(operator, axis)))
     return tuple(found)
-
-
-def gradient(spec: LossSpec, a: Array, b: Array) -> Array:
-    """d loss / d input, wide, for an incoming gradient of ones."""
-    d, beta = a - b, spec.effective_beta
-    slope = np.sign(d) if beta == 0 else np.clip(d, -beta, beta) / d.dtype.type(beta)
-    return np.asarray(slope / max(d.size, 1) if spec.reduction == "mean" else slope)

@@ -25,6 +25,7 @@ __all__ = [
     "boundary_probe",
     "formula_probes",
     "narrow_probe",
+    "run_spec",
     "special_probes",
 ]
 
@@ -64,11 +65,20 @@ class Answer:
     error: str = ""
 
 
+def run_spec(
+    runner: Runner, spec: LossSpec, input: Array, target: Array, weight: Array | None = None
+) -> dict[str, Array]:
+    """Run with what the artefact takes beside its pair: weights, and beta where it is an input."""
+    beta = spec.effective_beta if "beta" in runner.signature.inputs else None
+    return runner.run(input, target, weight=weight, beta=beta)
+
+
 def ask(runner: Runner, spec: LossSpec, probe: Probe) -> Answer:
-    """Run one probe."""
-    expected = oracle(spec, probe.input, probe.target)
+    """Run one probe; weights are all 1, which leaves every formula as it is."""
+    weight = np.ones_like(probe.target) if spec.weight else None
+    expected = oracle(spec, probe.input, probe.target, weight)
     try:
-        outputs = runner.run(probe.input, probe.target)
+        outputs = run_spec(runner, spec, probe.input, probe.target, weight)
     except SmoothL1DeployError as exc:
         return Answer(probe, expected, None, error=f"{type(exc).__name__}: {exc}")
     got = outputs[runner.signature.loss.name]

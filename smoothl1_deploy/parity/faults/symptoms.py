@@ -8,12 +8,12 @@ import numpy as np
 
 from ...backends.base import Runner
 from ...floats import CLASS_NAMES, Array, ieee_class, wide_dtype
+from ...reference.oracle import oracle_gradient
 from ...spec import LossSpec
 from ..bounds import UNIT_ROUNDOFF
 from ..shapes import ShapePlan
 from .evidence import SHOWN, evidence_of, number
 from .fit import explains, right
-from .hypotheses import gradient
 from .names import Diagnosis, Evidence, Fault
 from .probes import Answer, Probe, ask, ask_all, boundary_probe, formula_probes, special_probes
 
@@ -122,7 +122,8 @@ def gradient_output(runner: Runner, spec: LossSpec, plan: ShapePlan) -> Iterator
         probe, got = answer.probe, answer.gradient
         if got is None or probe.input.shape != probe.target.shape or got.shape != probe.input.shape:
             continue
-        exact = gradient(spec, probe.input.astype(wide), probe.target.astype(wide))
+        weight = np.ones_like(probe.target) if spec.weight else None
+        exact = oracle_gradient(spec, probe.input, probe.target, weight).astype(wide)
         asked.append((probe, got.astype(wide), exact))
 
     def holds(change: Callable[[Array], Array]) -> bool:
