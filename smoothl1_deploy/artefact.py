@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import onnx
 
 from .errors import ArtefactError, OutputError
 from .graph.elements import DTYPE_OF_ELEMENT
+from .graph.metadata import read_spec
 from .graph.shapes import Shape, describe
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Port",
     "Signature",
     "read_model",
+    "select_ports",
     "sha256",
     "signature",
     "write_atomic",
@@ -135,6 +137,11 @@ class Signature:
         """What it is compared with."""
         return self.inputs["target"]
 
+    @property
+    def loss(self) -> Port:
+        """The output that is the loss: the one of that name, or the first."""
+        return next((port for port in self.outputs if port.name == "loss"), self.outputs[0])
+
 
 def _port(value: onnx.ValueInfoProto) -> Port:
     tensor = value.type.tensor_type
@@ -156,21 +163,145 @@ def _port(value: onnx.ValueInfoProto) -> Port:
     return Port(value.name, dtype, tuple(dims))
 
 
+#: Names that say of one of two inputs, declared in any order, that it is the target.
+_TARGET_NAMES = {"target", "targets", "label", "labels", "y_true", "gt", "ground_truth"}
+#: Outputs that mean something here; a loss beside others is found by its name.
+_OUTPUT_NAMES = ("loss", "grad_input")
+
+
+def _fed(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
+    """The inputs that a caller must give; old models list their constants among the inputs."""
+    constants = {initializer.name for initializer in graph.initializer}
+    return {value.name: value for value in graph.input if value.name not in constants}
+
+
+def _roles(names: Iterable[str]) -> dict[str, str]:
+    """Role -> name of the graph input that plays it."""
+    known = list(names)
+    if {"input", "target"} <= set(known) <= set(ROLES):
+        return {role: role for role in ROLES if role in known}
+    if len(known) != 2:
+        raise ArtefactError(
+            f"the model has {len(known)} inputs ({_listed(known)}); a loss artefact has two, or "
+            f"inputs called {', '.join(ROLES)}. Say which of them are compared with input_name= "
+            "and target_name=, on the command line --input-name and --target-name"
+        )
+    return dict(zip(ROLES, known, strict=False))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
 def signature(model: onnx.ModelProto) -> Signature:
     """The signature of a loss artefact: inputs called by their roles, or just two inputs.
 
     Raises:
-        ArtefactError: when it can't be told which inputs are which.
+        ArtefactError: when it can't be told which inputs are which, or they differ in dtype.
     """
-    constants = {initializer.name for initializer in model.graph.initializer}
-    values = [value for value in model.graph.input if value.name not in constants]
-    by_role = {value.name: value for value in values}
-    if not ({"input", "target"} <= set(by_role) <= set(ROLES)):
-        if len(values) != 2:
-            raise ArtefactError(
-                f"the model has {len(values)} inputs ({', '.join(by_role) or 'none'}); "
-                f"a loss artefact has two, or inputs called {', '.join(ROLES)}"
-            )
-        by_role = dict(zip(ROLES, values, strict=False))
-    inputs = {role: _port(by_role[role]) for role in ROLES if role in by_role}
+    fed = _fed(model.graph)
+    inputs = {role: _port(fed[name]) for role, name in _roles(fed).items()}
+    input, target = inputs["input"], inputs["target"]
+    if input.dtype != target.dtype:
+        raise ArtefactError(
+            f"the model takes {input.name!r} as {input.dtype} and {target.name!r} as "
+            f"{target.dtype}; a loss artefact takes both in one dtype"
+        )
     return Signature(inputs, tuple(_port(value) for value in model.graph.output))
+
+
+def select_ports(
+    model: onnx.ModelProto,
+    input_name: str | None = None,
+    target_name: str | None = None,
+    output_name: str | None = None,
+) -> onnx.ModelProto:
+    """`model` with its inputs in the order input, target, and no output but those compared.
+
+    A model that is so already comes back as it is, and so does one that carries its spec: its
+    names are its roles. Otherwise the result is a copy, so that every backend finds the same
+    inputs and outputs without being told.
+
+    Args:
+        model: anyone's.
+        input_name: of a graph input; None takes the one called `input`, or the first of two,
+            or the second where the first has a target's name (`label`, `y_true`, ...).
+        target_name: likewise.
+        output_name: of the loss; None takes the one called `loss`, or the only one.
+
+    Raises:
+        ArtefactError: on a name the graph doesn't have, and where a name is missing to choose.
+    """
+    graph = model.graph
+    fed, outputs = _fed(graph), {value.name: value for value in graph.output}
+    for option, name, known in (
+        ("input_name", input_name, fed),
+        ("target_name", target_name, fed),
+        ("output_name", output_name, outputs),
+    ):
+        if name is not None and name not in known:
+            kind = "output" if known is outputs else "input"
+            raise ArtefactError(
+                f"{option}={name!r} is no {kind} of the model; it has {_listed(known)}"
+            )
+    if read_spec(model) is not None:
+        named = (input_name or "input", target_name or "target", output_name or "loss")
+        if named != ("input", "target", "loss"):
+            raise ArtefactError(
+                "the model was exported by smoothl1-deploy, and its inputs and outputs are called "
+                "by what they are; leave input_name, target_name and output_name out"
+            )
+        return model
+    pair = _choose_pair(list(fed), input_name, target_name)
+    chosen = _choose_outputs(list(outputs), output_name)
+    if [name for name in fed if name in pair] == pair and chosen == list(outputs):
+        return model
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    values = {value.name: value for value in graph.input}
+    order = [*pair, *(name for name in values if name not in pair)]
+    del copy.graph.input[:], copy.graph.output[:]
+    copy.graph.input.extend(values[name] for name in order)
+    copy.graph.output.extend(outputs[name] for name in chosen)
+    return copy
+
+
+def _choose_pair(names: list[str], input_name: str | None, target_name: str | None) -> list[str]:
+    if input_name is None and target_name is None:
+        roles = _roles(names)
+        pair = [roles["input"], roles["target"]]
+        is_target = [name.lower() in _TARGET_NAMES for name in pair]
+        return pair[::-1] if is_target == [True, False] else pair
+    if input_name == target_name:
+        raise ArtefactError(f"input_name and target_name are both {input_name!r}; give two inputs")
+    others = [name for name in names if name not in (input_name, target_name)]
+    if input_name is None or target_name is None:
+        if len(others) != 1:
+            raise ArtefactError(
+                f"besides {input_name or target_name!r} the model has {len(others)} inputs "
+                f"({_listed(others)}); give input_name= and target_name= both"
+            )
+        return [input_name or others[0], target_name or others[0]]
+    if (input_name, target_name) == ("target", "input"):
+        raise ArtefactError(
+            "the model's inputs are called 'input' and 'target' and are taken by these names; "
+            "leave input_name and target_name out"
+        )
+    if others and not {input_name, target_name, *others} <= set(ROLES):
+        raise ArtefactError(
+            f"beside its input and target the model takes {_listed(others)}, which nothing here "
+            "can feed; make it a constant, or cut the loss out with onnx.utils.extract_model"
+        )
+    return [input_name, target_name]
+
+
+def _choose_outputs(names: list[str], output_name: str | None) -> list[str]:
+    if output_name is not None:
+        return [output_name]
+    if len(names) > 1 and "loss" not in names:
+        raise ArtefactError(
+            f"the model has {len(names)} outputs ({_listed(names)}); say which one is the loss "
+            "with output_name=, on the command line --output-name"
+        )
+    return [name for name in names if name in _OUTPUT_NAMES] if len(names) > 1 else names

@@ -325,12 +325,13 @@ def test_signature_refuses_another_number_of_inputs(count: int) -> None:
     model = two_input_model(*values) if count > 1 else two_input_model(values[0], values[0])
     if count == 1:
         del model.graph.input[1:]
-    listed = ", ".join(v.name for v in values)
+    listed = ", ".join(repr(v.name) for v in values)
     with pytest.raises(ArtefactError) as caught:
         signature(model)
     assert str(caught.value) == (
         f"the model has {count} inputs ({listed}); a loss artefact has two, or inputs called "
-        "input, target, weight, beta"
+        "input, target, weight, beta. Say which of them are compared with input_name= and "
+        "target_name=, on the command line --input-name and --target-name"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx
 
-from ..artefact import ModelSource, Port, Signature, read_model, signature
+from ..artefact import ModelSource, Port, Signature, read_model, select_ports, signature
 from ..errors import InvalidInputError, MissingDependencyError, SpecError
 from ..floats import Array
 from ..graph.metadata import read_spec
@@ -141,12 +141,23 @@ def get_backend(name: str, threads: int = 0) -> Backend:
     return backend
 
 
-def load(model: ModelSource, backend: str = "ort-cpu") -> Runner:
+def load(
+    model: ModelSource,
+    backend: str = "ort-cpu",
+    *,
+    input_name: str | None = None,
+    target_name: str | None = None,
+    output_name: str | None = None,
+) -> Runner:
     """Load an artefact into a backend.
 
     Args:
         model: an `onnx.ModelProto`, its bytes, or the path of a file.
         backend: one of `BACKENDS`.
+        input_name: of the graph input to feed `input` to, in a model of other origin; by
+            default the one called so, or the first of two.
+        target_name: likewise.
+        output_name: of the loss, where the model has several outputs and none is called `loss`.
 
     Raises:
         ArtefactError: when `model` is no loss artefact.
@@ -155,7 +166,7 @@ def load(model: ModelSource, backend: str = "ort-cpu") -> Runner:
         UnsupportedError: when the backend can't run the model.
     """
     chosen = get_backend(backend)
-    return chosen.load(read_model(model))
+    return chosen.load(select_ports(read_model(model), input_name, target_name, output_name))
 
 
 def missing(name: str) -> str | None:
