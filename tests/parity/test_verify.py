@@ -294,6 +294,23 @@ def test_the_extensions_are_green(spec: LossSpec) -> None:
     assert bool(result.drift) is not (spec.per_sample or spec.reduction == "none")
 
 
+def test_per_sample_of_any_rank_has_no_case_without_rows() -> None:
+    result = verify(export(LossSpec(0.5, per_sample=True)))
+    assert result and all(case.case.input_shape for case in result.results)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (LossSpec(weight="count"), "takes input, target, the spec input, target, weight"),
+        (LossSpec(gradient=True), "no output called grad_input"),
+    ],
+)
+def test_a_spec_with_more_ports_than_the_model(spec: LossSpec, message: str) -> None:
+    with pytest.raises(ArtefactError, match=message):
+        verify(theirs(), spec=spec)
+
+
 def test_inputs_of_two_dtypes_are_refused() -> None:
     model = theirs("float[N] y_hat, double[N] y")
     with pytest.raises(ArtefactError, match="'y_hat' as float32 and 'y' as float64"):

@@ -62,7 +62,9 @@ def _linear(d: Array, beta: float) -> Array:
     return np.asarray(np.abs(d) - 0.5 * beta)
 
 
-smooth_l1: Elements = _parts(_quadratic, _linear)
+def smooth_l1(a: Array, b: Array, beta: float) -> Array:
+    """The right formula, of elements in a wide format."""
+    return _parts(_quadratic, _linear)(a, b, beta)
 
 
 def _truncated_inputs(a: Array, b: Array, beta: float) -> Array:
