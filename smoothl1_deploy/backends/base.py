@@ -69,6 +69,11 @@ class Runner(ABC):
         self._check_given({**given, "beta": beta})
         arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
         shape = check_shapes(arrays, self.signature.inputs)
+        if self.spec is not None and self.spec.per_sample and not shape:
+            raise InvalidInputError(
+                "the artefact gives one loss per sample, and input and target have no axis of "
+                "samples; give them one, as in input[None]"
+            )
         feeds = promote(arrays, self.signature.input.dtype)
         if beta is not None:
             feeds["beta"] = as_beta(beta)
