@@ -17,6 +17,7 @@ from ..reference.oracle import oracle
 from ..spec import LossSpec
 from .compare import Verdict, compare
 from .families import branch_shares, generate
+from .samples import Sample, sample_of
 
 __all__ = ["LAYOUTS", "Case", "CaseResult", "Layout", "References", "check"]
 
@@ -118,23 +119,29 @@ def _arrays(case: Case, beta: float, dtype: str) -> tuple[Array, Array]:
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """The verdict on one case, and how much of each branch it reached."""
+    """The verdict on one case, how much of each branch it reached, and its worst element."""
 
     case: Case
     verdict: Verdict
     shares: Mapping[str, float]
+    sample: Sample | None = None
 
     @classmethod
     def failed(cls, case: Case, refs: References, detail: str) -> CaseResult:
         """The result of a case that gave an error instead of an answer."""
         count = refs.oracle.size
-        return cls(
-            case, Verdict(False, 0, 0, 0, count, wrong_class=count, detail=detail), refs.shares
-        )
+        sample = sample_of(refs.input, refs.target, None, refs.torch, refs.oracle, 0)
+        verdict = Verdict(False, 0, 0, 0, count, wrong_class=count, detail=detail)
+        return cls(case, verdict, refs.shares, sample)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**self.case.to_dict(), **self.verdict.to_dict(), "shares": dict(self.shares)}
+        return {
+            **self.case.to_dict(),
+            **self.verdict.to_dict(),
+            "shares": dict(self.shares),
+            "sample": self.sample.to_dict() if self.sample else None,
+        }
 
 
 def check(runner: Runner, spec: LossSpec, case: Case, refs: References | None = None) -> CaseResult:
@@ -143,4 +150,5 @@ def check(runner: Runner, spec: LossSpec, case: Case, refs: References | None = 
     outputs = runner.run(refs.input, refs.target)
     loss = outputs.get("loss", next(iter(outputs.values())))
     verdict = compare(spec, loss, refs.torch, refs.oracle, refs.input, refs.target)
-    return CaseResult(case, verdict, refs.shares)
+    sample = sample_of(refs.input, refs.target, loss, refs.torch, refs.oracle, verdict.worst)
+    return CaseResult(case, verdict, refs.shares, sample)

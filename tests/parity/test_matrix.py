@@ -22,7 +22,8 @@ from smoothl1_deploy.floats import Array
 from smoothl1_deploy.parity.cases import LAYOUTS, Case
 from smoothl1_deploy.parity.families import FAMILIES
 from smoothl1_deploy.parity.matrix import Matrix, run_matrix
-from smoothl1_deploy.parity.report import matrix_table, repeat_command
+from smoothl1_deploy.parity.report import repeat_command
+from smoothl1_deploy.parity.views.terminal import matrix_table
 
 SMALL = Matrix(("ort-cpu", "onnx-reference"), betas=(0.0, 0.5), dtypes=("float32",), quick=True)
 
