@@ -17,7 +17,8 @@ __all__ = [
     "clean",
     "distance_text",
     "family_shares",
-    "is_wrong_class",
+    "finding",
+    "measured_text",
     "plural",
     "representative",
     "variant",
@@ -67,9 +68,24 @@ def distance_text(ulp: int) -> str:
     return f"{ulp:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
-def is_wrong_class(cell: Cell) -> bool:
-    """Whether the worst case has an element of a wrong class, or no answer at all."""
-    return cell.worst is not None and cell.worst.verdict.wrong_class > 0
+def finding(cell: Cell) -> str:
+    """What the worst case is: `""` (green, or not run), `"class"`, `"error"` or `"distance"`.
+
+    `"error"` is an exception in place of an answer; the detail says which.
+    """
+    if cell.ok or cell.worst is None:
+        return ""
+    verdict, sample = cell.worst.verdict, cell.worst.sample
+    no_answer = sample is not None and not sample.got
+    if no_answer or (not verdict.wrong_class and verdict.ulp <= verdict.allowed):
+        return "error"
+    return "class" if verdict.wrong_class else "distance"
+
+
+def measured_text(cell: Cell) -> str:
+    """What stands in the cell's place of a table: the distance, or `class` or `error`."""
+    found = finding(cell)
+    return found if found in ("class", "error") else distance_text(cell.ulp)
 
 
 def representative(cells: Iterable[Cell]) -> Cell | None:
@@ -77,7 +93,8 @@ def representative(cells: Iterable[Cell]) -> Cell | None:
     run = [cell for cell in cells if cell.refused is None]
     if not run:
         return None
-    return max(run, key=lambda cell: (not cell.ok, is_wrong_class(cell), cell.ulp - cell.allowed))
+    order = ("", "distance", "class", "error")
+    return max(run, key=lambda cell: (order.index(finding(cell)), cell.ulp - cell.allowed))
 
 
 def family_shares(report: Report) -> dict[str, dict[str, float]]:
@@ -108,9 +125,11 @@ class BackendRow:
 
 
 def backend_rows(report: Report) -> Sequence[BackendRow]:
-    """One row a backend and route, in the order of the report; `ulp` is the largest of all."""
+    """One row a backend and route, a backend's routes together; `ulp` is the largest of all."""
     rows = []
-    for backend, route in dict.fromkeys((cell.backend, cell.route) for cell in report.cells):
+    pairs = dict.fromkeys((cell.backend, cell.route) for cell in report.cells)
+    backends = list(dict.fromkeys(backend for backend, _ in pairs))
+    for backend, route in sorted(pairs, key=lambda pair: backends.index(pair[0])):
         cells = [c for c in report.cells if c.backend == backend and c.route == route]
         run = [cell for cell in cells if cell.refused is None]
         rows.append(

@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 
 from ...spec import LossSpec
 from ..report import Build, Cell, Report, repeat_command
-from .common import beta_text, clean, is_wrong_class, plural, variant
+from .common import beta_text, clean, finding, plural, variant
 
 __all__ = ["render"]
 
@@ -41,10 +41,9 @@ def _cell(suite: ET.Element, cell: Cell, seed: int) -> None:
             f"{f.case.family} {f.case.layout} seed {f.case.seed}: {f.verdict.detail}"
             for f in cell.failures
         ]
-        kind = "wrong-class" if is_wrong_class(cell) else "distance"
         message = f"{plural(len(lines), 'red case')} of {cell.cases}; {lines[0]}"
         text = "\n".join([*lines, f"repeat: {repeat_command(cell, seed)}"])
-        _child(case, "failure", text, message=message, type=kind)
+        _child(case, "failure", text, message=message, type=finding(cell))
     else:
         measured = (
             f"{plural(cell.cases, 'case')}; at the worst {cell.ulp} ULP to the oracle, "

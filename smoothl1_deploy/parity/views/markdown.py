@@ -13,7 +13,7 @@ from .common import (
     beta_text,
     clean,
     distance_text,
-    is_wrong_class,
+    measured_text,
     plural,
     representative,
     variant,
@@ -26,11 +26,11 @@ _RED_SHOWN = 20
 
 
 def _code(text: str) -> str:
-    """A code span: nothing in it is markup, a mention or a link; a pipe would end a table cell."""
+    """A code span: nothing in it is markup, a mention or a link."""
     text = " ".join(clean(text).split())
     fence = "`" * (1 + max((len(run) for run in _backticks(text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{text}{pad}{fence}".replace("|", "\\|")
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def _backticks(text: str) -> list[str]:
@@ -41,7 +41,9 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> 
     """`align` has a letter a column: l or r."""
     rule = ("---:" if letter == "r" else "---" for letter in align)
     lines = (header, list(rule), *rows)
-    return ["", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    # A pipe ends a table cell, inside a code span too.
+    escaped = ([entry.replace("|", "\\|") for entry in line] for line in lines)
+    return ["", *(f"| {' | '.join(line)} |" for line in escaped), ""]
 
 
 def _cut(text: str, limit: int = 300) -> str:
@@ -63,8 +65,7 @@ def _entry(cells: Sequence[Cell]) -> str:
     if worst is None:
         return "–"
     star = "\\*" if any(cell.better for cell in cells) else ""
-    measured = "class" if is_wrong_class(worst) else distance_text(worst.ulp)
-    text = f"{measured}/{distance_text(worst.allowed)}{star}"
+    text = f"{measured_text(worst)}/{distance_text(worst.allowed)}{star}"
     return text if worst.ok else f"❌ **{text}**"
 
 

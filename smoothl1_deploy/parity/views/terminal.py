@@ -14,7 +14,7 @@ from .common import (
     beta_text,
     distance_text,
     family_shares,
-    is_wrong_class,
+    measured_text,
     representative,
     variant,
 )
@@ -29,8 +29,7 @@ def _entry(cells: Sequence[Cell]) -> Text:
         return Text("-", style="dim")
     star = "*" if any(cell.better for cell in cells) else ""
     style = "green" if worst.ok else "bold white on red"
-    measured = "class" if is_wrong_class(worst) else distance_text(worst.ulp)
-    return Text(f"{measured}/{distance_text(worst.allowed)}{star}", style=style)
+    return Text(f"{measured_text(worst)}/{distance_text(worst.allowed)}{star}", style=style)
 
 
 def matrix_table(report: Report) -> Table:
