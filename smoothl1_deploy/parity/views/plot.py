@@ -97,7 +97,6 @@ def curves_svg(drift: Drift) -> dict[str, str]:
         MissingDependencyError: without matplotlib.
     """
     matplotlib = require("matplotlib", "report", "the plot of error against size")
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     drawn = {}
@@ -111,7 +110,7 @@ def curves_svg(drift: Drift) -> dict[str, str]:
             _draw(axes, [curve for curve in drift.curves if curve.data == data])
             buffer = io.StringIO()
             nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
+            figure.savefig(buffer, format="svg", metadata=nothing)
         drawn[data] = _tidy(buffer.getvalue())
     return drawn
 
