@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from .. import __version__
@@ -104,9 +105,13 @@ def repro_script(
         run = run.format(feeds=f"{{{feeds}}}")
     elif error:
         run = f"raise SystemExit({f'recorded on {backend}: {error}'!r})\n"
+    title = (
+        f"Smooth L1, beta={spec.beta!r}, {spec.reduction}, {spec.dtype}: "
+        f"family {case.family}, layout {case.layout}, seed {case.seed}, on {backend}."
+    )
     return _SCRIPT.format(
-        title=f"Smooth L1, beta={spec.beta!r}, {spec.reduction}, {spec.dtype}: "
-        f"family {case.family}, layout {case.layout}, seed {case.seed}, on {backend}.",
+        # A layout may hold axis names of a model that anyone made: no quote, no new line.
+        title=re.sub(r"[^A-Za-z0-9_ .,:=^+-]", "?", title),
         version=__version__,
         needs=", ".join(filter(None, ("numpy", "torch", package))),
         imports=imports + "import numpy as np\nimport torch\n",

@@ -171,4 +171,4 @@ def render(report: Report, drift: Drift | None = None, contract: Contract | None
         script=markupsafe.Markup(script),
         script_hash=digest,
     )
-    return document
+    return document.lstrip() + "\n"

@@ -91,7 +91,7 @@ def _power_of_ten(value: float, _: int) -> str:
 
 
 def curves_svg(drift: Drift) -> dict[str, str]:
-    """Kind of data -> an `<svg>` element, 460 × 350 units, of relative error against size.
+    """Kind of data -> an `<svg>` element, as wide as its place, of relative error against size.
 
     Raises:
         MissingDependencyError: without matplotlib.
@@ -103,7 +103,7 @@ def curves_svg(drift: Drift) -> dict[str, str]:
     for data in dict.fromkeys(curve.data for curve in drift.curves):
         # The salt keeps the ids of the two pictures apart, and the bytes the same every time.
         with matplotlib.rc_context({**_STYLE, "svg.hashsalt": data}):
-            figure = Figure(figsize=(4.6, 3.5), layout="constrained")
+            figure = Figure(figsize=(5.4, 4.0), layout="constrained")
             figure.patch.set_alpha(0)
             axes = figure.add_subplot()
             axes.patch.set_alpha(0)
@@ -119,6 +119,7 @@ def _tidy(document: str) -> str:
     """The element alone, sized by the page, its colours the page's."""
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would style the whole page
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # figure_1 and the like, in both pictures
     svg = re.sub(r'(<svg [^>]*?)\s*width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg [^>]*?)\s*height="[^"]*"', r"\1", svg, count=1)
     for colour, variable in _VARIABLES.items():
