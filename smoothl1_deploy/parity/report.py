@@ -7,12 +7,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..spec import LossSpec
 from .cases import CaseResult
-from .contract import Contract
-from .drift import Drift
+
+if TYPE_CHECKING:
+    from .contract import Contract
+    from .drift import Drift
 
 __all__ = ["FORMAT", "Build", "Cell", "Report", "cell_of", "mean_shares", "repeat_command"]
 

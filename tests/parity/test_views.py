@@ -26,10 +26,11 @@ from smoothl1_deploy.parity.views.common import beta_text, clean, distance_text,
 
 
 def test_names_of_numbers() -> None:
-    assert [beta_text(b) for b in (0.0, 1e-3, 1e4, float("inf"), 1.00001)] == [
-        "0", "0.001", "10000", "inf", "1.00001",
+    assert [beta_text(b) for b in (0.0, 0.5, 1e-3, 1e4, 10.0, float("inf"))] == [
+        "0", "0.5", "1e-3", "1e4", "10", "inf",
     ]  # fmt: skip
     assert beta_text(1.0000001) == "1.0000001"  # 1 to six digits, and another beta
+    assert beta_text(0.1 + 0.2) == "0.30000000000000004"
     distances = [distance_text(n) for n in (0, 9999, 10_000, 2_500_000, 2**63)]
     assert distances == ["0", "9999", "10k", "2M", "9e18"]
     assert variant(LossSpec(reduction="sum")) == "sum"

@@ -42,8 +42,10 @@ def beta_text(beta: float) -> str:
     """The shortest text that is this beta and no other."""
     if math.isinf(beta):
         return "inf"
-    short = f"{beta:g}"
-    return short if float(short) == beta else repr(beta)
+    digits, exponent = f"{beta:e}".split("e")
+    scientific = f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+    exact = [text for text in (f"{beta:g}", scientific, repr(beta)) if float(text) == beta]
+    return min(exact, key=len)
 
 
 def variant(spec: LossSpec) -> str:
