@@ -15,13 +15,17 @@ from .spec import LossSpec
 
 if TYPE_CHECKING:
     from .backends.base import load as load
+    from .graph.attach import attach as attach
     from .graph.export import export as export
     from .parity.verify import verify as verify
     from .reference.module import SmoothL1Loss as SmoothL1Loss
+    from .tensorrt.builder import build_engine as build_engine
 
 #: public name -> module that defines it, imported on first use.
 _LAZY = {
     "SmoothL1Loss": ".reference.module",
+    "build_engine": ".tensorrt.builder",
+    "attach": ".graph.attach",
     "export": ".graph.export",
     "load": ".backends.base",
     "verify": ".parity.verify",

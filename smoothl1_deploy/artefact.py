@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,23 @@ import onnx
 
 from .errors import ArtefactError, OutputError
 from .graph.elements import DTYPE_OF_ELEMENT
+from .graph.metadata import read_spec
 from .graph.shapes import Shape, describe
 
-__all__ = ["ModelSource", "Port", "Signature", "read_model", "sha256", "signature", "write_atomic"]
+__all__ = [
+    "ROLES",
+    "ModelSource",
+    "Port",
+    "Signature",
+    "read_model",
+    "select_ports",
+    "sha256",
+    "signature",
+    "write_atomic",
+]
+
+#: What an input of a loss artefact can be for.
+ROLES = ("input", "target", "weight", "beta")
 
 ModelSource = onnx.ModelProto | bytes | str | os.PathLike[str]
 
@@ -37,9 +51,9 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
     if isinstance(source, bytes):
         what = f"{len(source)} bytes"
     elif isinstance(source, (str, os.PathLike)):
-        what = str(source)
-        if not Path(source).is_file():
-            kind = "is a folder" if Path(source).is_dir() else "does not exist"
+        what = os.fspath(source)
+        if not os.path.isfile(what):  # unlike Path.is_file, False for every impossible name
+            kind = "is a folder" if os.path.isdir(what) else "does not exist"
             raise ArtefactError(f"{what} {kind}; give the path of an .onnx file")
     else:
         raise ArtefactError(
@@ -49,7 +63,7 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
         if isinstance(source, bytes):
             model = onnx.load_model_from_string(source)
         else:
-            model = onnx.load(os.fspath(source))
+            model = onnx.load(what)
     except Exception as exc:  # protobuf, the checker and the file system each raise their own
         raise ArtefactError(
             f"{what} can't be read as an ONNX model ({exc}); it is damaged, or of another format"
@@ -67,16 +81,15 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
         OutputError: when the folder is missing or can't be written.
     """
     path = Path(path)
+    # Not tempfile: it makes files for the owner alone, and to learn the umask one has to change
+    # it, which two threads must not do at once. open() applies it by itself.
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files for the owner alone
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -104,18 +117,38 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a loss artefact takes and gives."""
+    """What a loss artefact takes and gives.
 
-    input: Port
-    target: Port
+    Attributes:
+        inputs: role (`input`, `target`, `weight`, `beta`) -> the graph input that plays it.
+        outputs: in the order of the graph.
+    """
+
+    inputs: Mapping[str, Port]
     outputs: tuple[Port, ...]
+
+    @property
+    def input(self) -> Port:
+        """The prediction."""
+        return self.inputs["input"]
+
+    @property
+    def target(self) -> Port:
+        """What it is compared with."""
+        return self.inputs["target"]
+
+    @property
+    def loss(self) -> Port:
+        """The output that is the loss: the one of that name, or the first."""
+        return next((port for port in self.outputs if port.name == "loss"), self.outputs[0])
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
     tensor = value.type.tensor_type
     dtype = DTYPE_OF_ELEMENT.get(tensor.elem_type)
     if dtype is None:
-        element = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        known = onnx.TensorProto.DataType.DESCRIPTOR.values_by_number.get(tensor.elem_type)
+        element = known.name if known else tensor.elem_type
         raise ArtefactError(
             f"{value.name!r} has the element type {element}; "
             f"a loss artefact takes and gives {', '.join(DTYPE_OF_ELEMENT.values())}"
@@ -123,28 +156,152 @@ def _port(value: onnx.ValueInfoProto) -> Port:
     if not tensor.HasField("shape"):
         return Port(value.name, dtype, None)
     dims = (
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"axis_{i}"
+        # An axis without a name is like no other, not even one of the same position.
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}_axis_{i}"
         for i, dim in enumerate(tensor.shape.dim)
     )
     return Port(value.name, dtype, tuple(dims))
 
 
+#: Names that say of one of two inputs, declared in any order, that it is the target.
+_TARGET_NAMES = {"target", "targets", "label", "labels", "y_true", "gt", "ground_truth"}
+#: Outputs that mean something here; a loss beside others is found by its name.
+_OUTPUT_NAMES = ("loss", "grad_input")
+
+
+def _fed(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
+    """The inputs that a caller must give; old models list their constants among the inputs."""
+    constants = {initializer.name for initializer in graph.initializer}
+    return {value.name: value for value in graph.input if value.name not in constants}
+
+
+def _roles(names: Iterable[str]) -> dict[str, str]:
+    """Role -> name of the graph input that plays it."""
+    known = list(names)
+    if {"input", "target"} <= set(known) <= set(ROLES):
+        return {role: role for role in ROLES if role in known}
+    if len(known) != 2:
+        raise ArtefactError(
+            f"the model has {len(known)} inputs ({_listed(known)}); a loss artefact has two, or "
+            f"inputs called {', '.join(ROLES)}. Say which of them are compared with input_name= "
+            "and target_name=, on the command line --input-name and --target-name"
+        )
+    return dict(zip(ROLES, known, strict=False))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
 def signature(model: onnx.ModelProto) -> Signature:
-    """The signature of a loss artefact: inputs called `input` and `target`, or just two inputs.
+    """The signature of a loss artefact: inputs called by their roles, or just two inputs.
 
     Raises:
-        ArtefactError: when it can't be told which inputs are which.
+        ArtefactError: when it can't be told which inputs are which, or they differ in dtype.
     """
-    constants = {initializer.name for initializer in model.graph.initializer}
-    values = [value for value in model.graph.input if value.name not in constants]
-    by_name = {value.name: value for value in values}
-    pair: Sequence[onnx.ValueInfoProto] = values
-    if {"input", "target"} <= set(by_name):
-        pair = [by_name["input"], by_name["target"]]
-    if len(pair) != 2:
+    fed = _fed(model.graph)
+    inputs = {role: _port(fed[name]) for role, name in _roles(fed).items()}
+    input, target = inputs["input"], inputs["target"]
+    if input.dtype != target.dtype:
         raise ArtefactError(
-            f"the model has {len(values)} inputs ({', '.join(by_name) or 'none'}); "
-            "a loss artefact has two, input and target"
+            f"the model takes {input.name!r} as {input.dtype} and {target.name!r} as "
+            f"{target.dtype}; a loss artefact takes both in one dtype"
         )
-    outputs = tuple(_port(value) for value in model.graph.output)
-    return Signature(_port(pair[0]), _port(pair[1]), outputs)
+    return Signature(inputs, tuple(_port(value) for value in model.graph.output))
+
+
+def select_ports(
+    model: onnx.ModelProto,
+    input_name: str | None = None,
+    target_name: str | None = None,
+    output_name: str | None = None,
+) -> onnx.ModelProto:
+    """`model` with its inputs in the order input, target, and no output but those compared.
+
+    A model that is so already comes back as it is, and so does one that carries its spec: its
+    names are its roles. Otherwise the result is a copy, so that every backend finds the same
+    inputs and outputs without being told.
+
+    Args:
+        model: anyone's.
+        input_name: of a graph input; None takes the one called `input`, or the first of two,
+            or the second where the first has a target's name (`label`, `y_true`, ...).
+        target_name: likewise.
+        output_name: of the loss; None takes the one called `loss`, or the only one.
+
+    Raises:
+        ArtefactError: on a name the graph doesn't have, and where a name is missing to choose.
+    """
+    graph = model.graph
+    fed, outputs = _fed(graph), {value.name: value for value in graph.output}
+    for option, name, known in (
+        ("input_name", input_name, fed),
+        ("target_name", target_name, fed),
+        ("output_name", output_name, outputs),
+    ):
+        if name is not None and name not in known:
+            kind = "output" if known is outputs else "input"
+            raise ArtefactError(
+                f"{option}={name!r} is no {kind} of the model; it has {_listed(known)}"
+            )
+    if read_spec(model) is not None:
+        named = (input_name or "input", target_name or "target", output_name or "loss")
+        if named != ("input", "target", "loss"):
+            raise ArtefactError(
+                "the model was exported by smoothl1-deploy, and its inputs and outputs are called "
+                "by what they are; leave input_name, target_name and output_name out"
+            )
+        return model
+    pair = _choose_pair(list(fed), input_name, target_name)
+    chosen = _choose_outputs(list(outputs), output_name)
+    if [name for name in fed if name in pair] == pair and chosen == list(outputs):
+        return model
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    values = {value.name: value for value in graph.input}
+    order = [*pair, *(name for name in values if name not in pair)]
+    del copy.graph.input[:], copy.graph.output[:]
+    copy.graph.input.extend(values[name] for name in order)
+    copy.graph.output.extend(outputs[name] for name in chosen)
+    return copy
+
+
+def _choose_pair(names: list[str], input_name: str | None, target_name: str | None) -> list[str]:
+    if input_name is None and target_name is None:
+        roles = _roles(names)
+        pair = [roles["input"], roles["target"]]
+        is_target = [name.lower() in _TARGET_NAMES for name in pair]
+        return pair[::-1] if is_target == [True, False] else pair
+    if input_name == target_name:
+        raise ArtefactError(f"input_name and target_name are both {input_name!r}; give two inputs")
+    others = [name for name in names if name not in (input_name, target_name)]
+    if input_name is None or target_name is None:
+        if len(others) != 1:
+            raise ArtefactError(
+                f"besides {input_name or target_name!r} the model has {len(others)} inputs "
+                f"({_listed(others)}); give input_name= and target_name= both"
+            )
+        return [input_name or others[0], target_name or others[0]]
+    if (input_name, target_name) == ("target", "input"):
+        raise ArtefactError(
+            "the model's inputs are called 'input' and 'target' and are taken by these names; "
+            "leave input_name and target_name out"
+        )
+    if others and not {input_name, target_name, *others} <= set(ROLES):
+        raise ArtefactError(
+            f"beside its input and target the model takes {_listed(others)}, which nothing here "
+            "can feed; make it a constant, or cut the loss out with onnx.utils.extract_model"
+        )
+    return [input_name, target_name]
+
+
+def _choose_outputs(names: list[str], output_name: str | None) -> list[str]:
+    if output_name is not None:
+        return [output_name]
+    if len(names) > 1 and "loss" not in names:
+        raise ArtefactError(
+            f"the model has {len(names)} outputs ({_listed(names)}); say which one is the loss "
+            "with output_name=, on the command line --output-name"
+        )
+    return [name for name in names if name in _OUTPUT_NAMES] if len(names) > 1 else names

@@ -73,7 +73,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as exc:
+    except (ImportError, OSError) as exc:  # a package may load its own libraries by ctypes
         command = "torch==2.13.0" if extra == "torch" else f"'smoothl1-deploy[{extra}]'"
         raise MissingDependencyError(
             f"{purpose} needs the package {module!r}, which can't be imported ({exc}). "

@@ -55,7 +55,7 @@ def round_to(values: Array, dtype: str) -> Array:
     Melquiond, "Emulation of FMA and correctly rounded sums", 2008: two extra bits suffice).
     """
     values = np.asarray(values)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         if dtype not in ("float16", "bfloat16"):
             return values.astype(NUMPY_DTYPE[dtype])
         nearest = values.astype(np.float32)

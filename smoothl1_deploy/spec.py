@@ -17,9 +17,19 @@ from typing import Any
 
 from .errors import SpecError
 
-__all__ = ["COMPUTE_DTYPE", "DTYPES", "REDUCTIONS", "LossSpec", "resolve_reduction"]
+__all__ = [
+    "COMPUTE_DTYPE",
+    "DTYPES",
+    "NORMALIZERS",
+    "REDUCTIONS",
+    "LossSpec",
+    "resolve_reduction",
+]
 
 REDUCTIONS = ("none", "mean", "sum")
+
+#: What a weighted mean is divided by.
+NORMALIZERS = ("count", "weights")
 
 #: dtype of input, target and loss -> dtype the arithmetic is done in. The two half formats are
 #: computed in float32 and rounded once at the end, as PyTorch's own decomposition does.
@@ -66,22 +76,26 @@ def _valid_beta(beta: object) -> float:
         )
     try:
         value = float(beta)
-    except OverflowError:
-        raise SpecError(f"beta={beta!r} does not fit a float; {remedy}") from None
+    except OverflowError:  # its digits would be the whole message, or too many for Python to print
+        raise SpecError(
+            f"beta is a {type(beta).__name__} that no float can hold; {remedy}"
+        ) from None
     if math.isnan(value):
         raise SpecError(f"beta must not be NaN; {remedy}")
-    if value < 0:
+    if beta < 0:  # not `value`: a Fraction may be negative and round to -0.0
         raise SpecError(f"beta must not be negative, got {value!r}; {remedy}")
     return value + 0.0  # -0.0 becomes 0.0, so that equal specs have equal names
 
 
 def _valid_choice(kind: str, value: object, choices: tuple[str, ...]) -> str:
-    # torch.float32 and numpy.dtype("float32") name themselves; nothing is imported to see it.
-    name = value if isinstance(value, str) else str(getattr(value, "__name__", value))
-    name = name.removeprefix("torch.") if kind == "dtype" else name
+    name = value if isinstance(value, str) else ""
+    if kind == "dtype":
+        # torch.float32 and numpy.dtype("float32") name themselves; nothing is imported to see it.
+        name = name or str(getattr(value, "__name__", value))
+        name = name.removeprefix("torch.")
     if name not in choices:
         raise SpecError(f"unknown {kind} {value!r}; choose one of {', '.join(choices)}")
-    return name
+    return choices[choices.index(name)]  # the plain str of a numpy.str_ or an enumeration
 
 
 def _round_to_float32(value: float) -> float:
@@ -101,6 +115,14 @@ class LossSpec:
             the number of elements after broadcasting) or `"sum"` (both rank 0).
         dtype: of input, target and loss: `"float32"`, `"float16"`, `"bfloat16"`, `"float64"`,
             or the torch or numpy dtype of that name.
+        per_sample: reduce every axis but axis 0: one score per row; needs `mean` or `sum`.
+        gradient: a second output `grad_input`, the gradient of the sum of the loss with respect
+            to input, in the shape of input.
+        runtime_beta: beta is a third input (float32, rank 0), one artefact for every beta; the
+            field `beta` stays at its default. A negative or NaN beta gives NaN.
+        weight: a further input `weight` that broadcasts with the element losses and multiplies
+            them before the reduction. `"count"`: a mean divides by the number of elements, as
+            without weights. `"weights"`: it divides by the sum of the (broadcast) weights.
 
     Raises:
         SpecError: a `ValueError` that names the value and the remedy.
@@ -114,6 +136,10 @@ class LossSpec:
     beta: float = 1.0
     reduction: str = "mean"
     dtype: str = "float32"
+    per_sample: bool = False
+    gradient: bool = False
+    runtime_beta: bool = False
+    weight: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "beta", _valid_beta(self.beta))
@@ -121,6 +147,29 @@ class LossSpec:
             self, "reduction", _valid_choice("reduction", self.reduction, REDUCTIONS)
         )
         object.__setattr__(self, "dtype", _valid_choice("dtype", self.dtype, DTYPES))
+        self._check_extensions()
+
+    def _check_extensions(self) -> None:
+        for name in ("per_sample", "gradient", "runtime_beta"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.weight is not None:
+            object.__setattr__(self, "weight", _valid_choice("weight", self.weight, NORMALIZERS))
+        if self.per_sample and self.reduction == "none":
+            raise SpecError(
+                "per_sample reduces every axis but 0, and reduction='none' reduces nothing; "
+                "use reduction='mean' or 'sum' with it"
+            )
+        if self.weight == "weights" and self.reduction != "mean":
+            raise SpecError(
+                f"weight='weights' divides a mean by the sum of the weights, and reduction="
+                f"{self.reduction!r} is no mean; use weight='count' or reduction='mean'"
+            )
+        if self.runtime_beta and self.beta != 1.0:
+            raise SpecError(
+                f"runtime_beta takes beta as an input at run time, so beta={self.beta!r} would be "
+                "ignored; leave beta at its default"
+            )
 
     @classmethod
     def from_legacy(
@@ -152,7 +201,14 @@ class LossSpec:
                 f"expected a torch.nn.SmoothL1Loss, got {type(module).__name__}; "
                 "write LossSpec(beta=..., reduction=...) for anything else"
             )
-        beta = module.beta.item() if isinstance(module.beta, torch.Tensor) else module.beta
+        beta = module.beta
+        if isinstance(beta, torch.Tensor):
+            if beta.numel() != 1:
+                raise SpecError(
+                    f"beta must be one number, got a tensor of shape {tuple(beta.shape)}; "
+                    "export one loss for each beta"
+                )
+            beta = beta.item()
         return cls(beta=beta, reduction=module.reduction, dtype=dtype)
 
     @property
@@ -168,13 +224,38 @@ class LossSpec:
     @property
     def name(self) -> str:
         """A name that no other spec has; used for graphs, networks and files."""
-        return f"smooth_l1_loss_beta_{self.beta!r}_{self.reduction}_{self.dtype}"
+        beta = "runtime" if self.runtime_beta else repr(self.beta)
+        parts = ["smooth_l1_loss", "beta", beta, self.reduction]
+        if self.per_sample:
+            parts.append("per_sample")
+        if self.weight:
+            parts.append(f"weight_by_{self.weight}")
+        if self.gradient:
+            parts.append("gradient")
+        return "_".join([*parts, self.dtype])
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the graph's inputs."""
+        names = ["input", "target"]
+        names += ["weight"] if self.weight else []
+        names += ["beta"] if self.runtime_beta else []
+        return tuple(names)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the graph's outputs."""
+        return ("loss", "grad_input") if self.gradient else ("loss",)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, JSON-ready: an infinite beta is the string `"inf"`."""
+        """The fields, JSON-ready: an infinite beta is `"inf"`; extensions not used are left out."""
         fields = asdict(self)
         fields["beta"] = "inf" if math.isinf(self.beta) else self.beta
-        return fields
+        return {
+            name: value
+            for name, value in fields.items()
+            if name in ("beta", "reduction", "dtype") or value
+        }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LossSpec:
@@ -183,7 +264,9 @@ class LossSpec:
         Raises:
             SpecError: on an unknown field (a newer version wrote it) or a bad value.
         """
-        unknown = sorted(set(fields) - set(cls.__slots__))
+        if not isinstance(fields, Mapping):
+            raise SpecError(f"a loss spec is a mapping of its fields, got {fields!r}")
+        unknown = sorted(str(key) for key in set(fields) - set(cls.__slots__))
         if unknown:
             raise SpecError(
                 f"unknown field(s) {', '.join(unknown)} in a loss spec; "

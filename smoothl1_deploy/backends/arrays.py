@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from ..artefact import Port
 from ..errors import InvalidInputError
 from ..floats import NUMPY_DTYPE, Array, dtype_name
 
-__all__ = ["as_array", "check_shapes", "promote"]
+__all__ = ["as_array", "as_beta", "check_shapes", "promote"]
 
 
 def as_array(value: Any, what: str) -> Array:
@@ -20,6 +21,11 @@ def as_array(value: Any, what: str) -> Array:
     Raises:
         InvalidInputError: for anything that isn't a numeric array on the CPU.
     """
+    if isinstance(value, np.ma.MaskedArray):
+        raise InvalidInputError(
+            f"{what} is a masked array, and a loss knows no mask; fill it or select what counts: "
+            f"{what}.filled(...) or {what}.compressed()"
+        )
     if isinstance(value, (np.ndarray, np.generic)):
         array = np.asarray(value)
     elif hasattr(value, "__dlpack__"):
@@ -34,14 +40,14 @@ def as_array(value: Any, what: str) -> Array:
 
 def _from_dlpack(value: Any, what: str) -> Array:
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        value = value.detach()
-        # numpy's DLPack knows no bfloat16: carry the bits.
-        if value.dtype == torch.bfloat16 and value.device.type == "cpu":
-            return np.asarray(value.contiguous().view(torch.int16).numpy()).view(
-                NUMPY_DTYPE["bfloat16"]
-            )
     try:
+        if torch is not None and isinstance(value, torch.Tensor):
+            # DLPack hands out the memory of a lazily negated tensor without its sign.
+            value = value.detach().resolve_neg()
+            # numpy's DLPack knows no bfloat16: carry the bits.
+            if value.dtype == torch.bfloat16 and value.device.type == "cpu":
+                bits = value.contiguous().view(torch.int16).numpy()
+                return np.asarray(bits).view(NUMPY_DTYPE["bfloat16"])
         return np.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as exc:
         raise InvalidInputError(
@@ -57,8 +63,8 @@ def _kind(array: Array) -> str:
     return {"i": "integer", "u": "integer", "b": "bool"}.get(array.dtype.kind, "other")
 
 
-def promote(input: Array, target: Array, dtype: str) -> tuple[Array, Array]:
-    """Both arrays in the artefact's dtype, where PyTorch's promotion has that result.
+def promote(arrays: dict[str, Array], dtype: str) -> dict[str, Array]:
+    """All arrays in the artefact's dtype, where PyTorch's promotion has that result.
 
     ================  ================  =======================================
     input             target            result
@@ -69,42 +75,57 @@ def promote(input: Array, target: Array, dtype: str) -> tuple[Array, Array]:
     anything else                       refused
     ================  ================  =======================================
 
-    float16 beside bfloat16 promotes to float32. Source: `torch.promote_types`; the rank of the
-    arrays plays no part, as after the explicit broadcast in `torch.nn.functional`.
+    float16 beside bfloat16 promotes to float32; a weight counts like a target. Source:
+    `torch.promote_types`; the rank of the arrays plays no part, as after the explicit broadcast
+    in `torch.nn.functional`.
 
     Raises:
         InvalidInputError: where the result would be another dtype.
     """
-    kinds = _kind(input), _kind(target)
-    for what, array, kind in (("input", input, kinds[0]), ("target", target, kinds[1])):
+    kinds = {name: _kind(array) for name, array in arrays.items()}
+    for name, kind in kinds.items():
         if kind == "other":
             raise InvalidInputError(
-                f"{what} has the dtype {array.dtype}, which is not a number format of a loss"
+                f"{name} has the dtype {arrays[name].dtype}, which is not a number format of a loss"
             )
-    floats = {
-        dtype_name(a.dtype)
-        for a, kind in zip((input, target), kinds, strict=True)
-        if kind == "float"
-    }
-    if not floats:
+    floats = {dtype_name(arrays[name].dtype) for name, kind in kinds.items() if kind == "float"}
+    if "float" not in (kinds["input"], kinds["target"]):
         raise InvalidInputError(
-            f"input and target are both integral ({input.dtype}, {target.dtype}); PyTorch refuses "
-            f"that too. Convert one of them: input.astype({dtype!r})"
+            f"input and target are both integral ({arrays['input'].dtype}, "
+            f"{arrays['target'].dtype}); PyTorch refuses that too. Convert one of them: "
+            f"input.astype({dtype!r})"
         )
     result = max(floats, key=lambda name: NUMPY_DTYPE[name].itemsize)
-    if floats == {"float16", "bfloat16"}:
+    if {"float16", "bfloat16"} <= floats and NUMPY_DTYPE[result].itemsize == 2:
         result = "float32"
     if result != dtype:
+        given = " and ".join(f"{name} {dtype_name(array.dtype)}" for name, array in arrays.items())
         raise InvalidInputError(
-            f"input {dtype_name(input.dtype)} and target {dtype_name(target.dtype)} promote to "
-            f"{result}, but the artefact is {dtype}; convert them, or export with dtype={result!r}"
+            f"{given} promote to {result}, but the artefact is {dtype}; convert them, or export "
+            f"with dtype={result!r}"
         )
     wanted = NUMPY_DTYPE[dtype]
-    return input.astype(wanted, copy=False), target.astype(wanted, copy=False)
+    with np.errstate(all="ignore"):  # 70000 is inf in float16, in PyTorch without a word
+        return {name: array.astype(wanted, copy=False) for name, array in arrays.items()}
 
 
-def check_shapes(arrays: dict[str, Array], ports: dict[str, Port]) -> tuple[int, ...]:
-    """The broadcast shape, after every array has been held against its port.
+def as_beta(value: Any) -> Array:
+    """A run-time beta as the float32 of rank 0 that artefacts take.
+
+    Raises:
+        InvalidInputError: for anything but one number.
+    """
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("a string")
+        with np.errstate(over="ignore"):
+            return np.asarray(np.float32(float(value)))
+    except (TypeError, ValueError, OverflowError) as exc:
+        raise InvalidInputError(f"beta must be one number, got {value!r} ({exc})") from exc
+
+
+def check_shapes(arrays: Mapping[str, Array], ports: Mapping[str, Port]) -> tuple[int, ...]:
+    """The broadcast shape of all arrays, after each has been held against its port.
 
     Raises:
         InvalidInputError: on a rank, a fixed axis or a repeated axis name that doesn't fit.
@@ -125,10 +146,8 @@ def check_shapes(arrays: dict[str, Array], ports: dict[str, Port]) -> tuple[int,
                 f"({', '.join(map(str, port.shape))}){where}; reshape it, or export with another "
                 "shape (target_shape= for a target that broadcasts)"
             )
-    shapes = [array.shape for array in arrays.values()]
     try:
-        return np.broadcast_shapes(*shapes)
+        return np.broadcast_shapes(*(array.shape for array in arrays.values()))
     except ValueError:
-        raise InvalidInputError(
-            f"input {shapes[0]} and target {shapes[1]} can't be broadcast to one shape"
-        ) from None
+        given = " and ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise InvalidInputError(f"{given} can't be broadcast to one shape") from None

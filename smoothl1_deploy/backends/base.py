@@ -14,12 +14,12 @@ from typing import Any
 
 import onnx
 
-from ..artefact import ModelSource, Signature, read_model, signature
-from ..errors import MissingDependencyError, SpecError
+from ..artefact import ModelSource, Port, Signature, read_model, select_ports, signature
+from ..errors import InvalidInputError, MissingDependencyError, SpecError
 from ..floats import Array
 from ..graph.metadata import read_spec
 from ..spec import LossSpec
-from .arrays import as_array, check_shapes, promote
+from .arrays import as_array, as_beta, check_shapes, promote
 
 __all__ = ["BACKENDS", "Backend", "Runner", "get_backend", "load"]
 
@@ -28,6 +28,7 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "torch": ("torch_eager", "TorchBackend"),
     "onnx-reference": ("onnx_reference", "ReferenceBackend"),
     "ort-cpu": ("ort_cpu", "OrtCpuBackend"),
+    "trt-network": ("trt_network", "TrtNetworkBackend"),
 }
 
 
@@ -43,30 +44,67 @@ class Runner(ABC):
         self.signature: Signature = signature(model)
         self.spec: LossSpec | None = read_spec(model)
 
-    def run(self, input: Any, target: Any) -> dict[str, Array]:
+    def run(
+        self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
+    ) -> dict[str, Array]:
         """The loss of `input` and `target`.
 
         Args:
             input: a numpy array (ml_dtypes for bfloat16) or anything with `__dlpack__`, of the
                 artefact's dtype, or of one that promotes to it.
             target: likewise; it broadcasts with `input` where the artefact's shapes allow it.
+            weight: likewise, where the artefact takes one.
+            beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
+                float32. A negative or NaN beta gives NaN.
 
         Returns:
             `{"loss": array}` in the artefact's dtype: the broadcast shape for `none`, rank 0
-            for `mean` and `sum`.
+            for `mean` and `sum`, [N] per sample; and `"grad_input"`, in the shape of `input`,
+            where the artefact has it.
 
         Raises:
             InvalidInputError: on arrays that don't fit; the message says what would.
         """
-        ports = {"input": self.signature.input, "target": self.signature.target}
-        arrays = {"input": as_array(input, "input"), "target": as_array(target, "target")}
-        shape = check_shapes(arrays, ports)
-        pair = promote(arrays["input"], arrays["target"], self.signature.input.dtype)
-        return self._execute(*pair, shape)
+        given = {"input": input, "target": target, "weight": weight}
+        self._check_given({**given, "beta": beta})
+        arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
+        shape = check_shapes(arrays, self.signature.inputs)
+        if self.spec is not None and self.spec.per_sample and not shape:
+            raise InvalidInputError(
+                "the artefact gives one loss per sample, and input and target have no axis of "
+                "samples; give them one, as in input[None]"
+            )
+        feeds = promote(arrays, self.signature.input.dtype)
+        if beta is not None:
+            feeds["beta"] = as_beta(beta)
+        return self._execute(feeds, shape)
+
+    def _check_given(self, given: Mapping[str, Any]) -> None:
+        for name, value in given.items():
+            if (value is not None) == (name in self.signature.inputs):
+                continue
+            takes = ", ".join(self.signature.inputs)
+            if value is None:
+                raise InvalidInputError(f"{name} is missing; the artefact takes {takes}")
+            raise InvalidInputError(f"the artefact takes {takes}, and no {name}; leave it out")
 
     @abstractmethod
-    def _execute(self, input: Array, target: Array, shape: tuple[int, ...]) -> dict[str, Array]:
-        """Compute on checked, contiguous arrays of the artefact's dtype; `shape` is broadcast."""
+    def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
+        """Compute on checked, contiguous arrays of the artefact's dtype.
+
+        `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0);
+        `shape` is the one that they broadcast to.
+        """
+
+    def _output_shape(self, port: Port, feeds: dict[str, Array], shape: tuple[int, ...]) -> Any:
+        """The shape an output will have, told from the spec or, without one, from its port."""
+        if port.name == "grad_input":
+            return feeds["input"].shape
+        if self.spec is None:
+            return shape if port.shape is None or port.shape else ()
+        if self.spec.per_sample:
+            return shape[:1]
+        return shape if self.spec.reduction == "none" else ()
 
 
 class Backend(ABC):
@@ -75,11 +113,13 @@ class Backend(ABC):
     Attributes:
         name: its key in `BACKENDS`.
         any_rank: whether it runs an artefact exported without a shape.
+        has_float64: whether its accumulators are float64, as the artefacts ask for.
         threads: for the operators of one call; 0 means every core. Set before `load`.
     """
 
     name: str
     any_rank: bool = True
+    has_float64: bool = True
     threads: int = 0
 
     def refuses(self, spec: LossSpec) -> str | None:
@@ -106,12 +146,23 @@ def get_backend(name: str, threads: int = 0) -> Backend:
     return backend
 
 
-def load(model: ModelSource, backend: str = "ort-cpu") -> Runner:
+def load(
+    model: ModelSource,
+    backend: str = "ort-cpu",
+    *,
+    input_name: str | None = None,
+    target_name: str | None = None,
+    output_name: str | None = None,
+) -> Runner:
     """Load an artefact into a backend.
 
     Args:
         model: an `onnx.ModelProto`, its bytes, or the path of a file.
         backend: one of `BACKENDS`.
+        input_name: of the graph input to feed `input` to, in a model of other origin; by
+            default the one called so, or the first of two.
+        target_name: likewise.
+        output_name: of the loss, where the model has several outputs and none is called `loss`.
 
     Raises:
         ArtefactError: when `model` is no loss artefact.
@@ -120,7 +171,7 @@ def load(model: ModelSource, backend: str = "ort-cpu") -> Runner:
         UnsupportedError: when the backend can't run the model.
     """
     chosen = get_backend(backend)
-    return chosen.load(read_model(model))
+    return chosen.load(select_ports(read_model(model), input_name, target_name, output_name))
 
 
 def missing(name: str) -> str | None:

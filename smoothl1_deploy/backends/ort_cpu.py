@@ -32,16 +32,16 @@ class OrtRunner(Runner):
         except Exception as exc:  # pybind raises a class of its own for each status code
             raise UnsupportedError(f"ONNX Runtime can't load the model: {exc}") from exc
         self._ort = ort
-        ports = (self.signature.input, self.signature.target, *self.signature.outputs)
+        ports = (*self.signature.inputs.values(), *self.signature.outputs)
         # numpy has no bfloat16 that ONNX Runtime's Python interface would take.
         self._by_address = any(port.dtype == "bfloat16" for port in ports)
 
-    def _execute(self, input: Array, target: Array, shape: tuple[int, ...]) -> dict[str, Array]:
-        feeds = {self.signature.input.name: input, self.signature.target.name: target}
+    def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         try:
             if self._by_address:
                 return self._run_bound(feeds, shape)
-            values = self._session.run(None, feeds)
+            named = {self.signature.inputs[role].name: array for role, array in feeds.items()}
+            values = self._session.run(None, named)
         except Exception as exc:
             raise InvalidInputError(f"ONNX Runtime refused the inputs: {exc}") from exc
         ports = self.signature.outputs
@@ -50,12 +50,12 @@ class OrtRunner(Runner):
     def _run_bound(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         binding = self._session.io_binding()
         outputs: dict[str, Array] = {}
-        for name, array in feeds.items():
-            element = ELEMENT_TYPE["bfloat16"]
-            binding.bind_input(name, "cpu", 0, element, array.shape, array.ctypes.data)
+        for role, array in feeds.items():
+            port = self.signature.inputs[role]
+            element = ELEMENT_TYPE[port.dtype]
+            binding.bind_input(port.name, "cpu", 0, element, array.shape, array.ctypes.data)
         for port in self.signature.outputs:
-            out_shape = shape if port.shape is None or port.shape else ()
-            out = np.empty(out_shape, NUMPY_DTYPE[port.dtype])
+            out = np.empty(self._output_shape(port, feeds, shape), NUMPY_DTYPE[port.dtype])
             element = ELEMENT_TYPE[port.dtype]
             binding.bind_output(port.name, "cpu", 0, element, out.shape, out.ctypes.data)
             outputs[port.name] = out

@@ -22,11 +22,11 @@ class TorchRunner(Runner):
                 "none; use a backend that runs the graph, such as ort-cpu"
             )
 
-    def _execute(self, input: Array, target: Array, shape: tuple[int, ...]) -> dict[str, Array]:
-        from ..reference.module import eager
+    def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
+        from ..reference.module import eager_outputs
 
         assert self.spec is not None
-        return {"loss": eager(self.spec, input, target)}
+        return eager_outputs(self.spec, **feeds)
 
 
 class TorchBackend(Backend):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
 
-from ..errors import SpecError
+from ..errors import SpecError, require
 from ..spec import LossSpec
-from .elements import ELEMENT_TYPE, loss_scalars
+from .elements import ELEMENT_TYPE
 from .metadata import stamp
-from .shapes import Dim, Shape, broadcast, check_shape, describe
+from .shapes import Dim, Shape, broadcast, check_shape, describe, summed_axes
 
 __all__ = ["ROUTES", "export"]
 
@@ -28,8 +26,12 @@ def export(
     shape: Sequence[Dim] | None = None,
     *,
     target_shape: Sequence[Dim] | None = None,
+    weight_shape: Sequence[Dim] | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of a spec: inputs `input` and `target`, output `loss`.
+
+    With the extensions of the spec, `weight` and `beta` (float32, rank 0) are inputs too, and
+    `grad_input` is a second output.
 
     The same arguments give the same bytes. float16 and bfloat16 are computed in float32 and
     rounded once; reductions accumulate in float64.
@@ -43,9 +45,11 @@ def export(
         shape: of `input`: integers, and names for dynamic axes. None means any rank, which
             ONNX Runtime takes and TensorRT doesn't.
         target_shape: of `target` where it differs; it must broadcast with `shape`.
+        weight_shape: of `weight` where it differs, likewise.
 
     Raises:
-        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`).
+        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`); by the
+            `torch` route also when a dynamic axis would have to broadcast with anything but 1.
         MissingDependencyError: for the `torch` route without torch.
     """
     if not isinstance(spec, LossSpec):
@@ -54,126 +58,89 @@ def export(
         )
     if route not in ROUTES:
         raise SpecError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
-    input_shape = check_shape(shape)
-    other_shape = check_shape(target_shape, "target_shape")
-    if target_shape is None:
-        other_shape = input_shape
-    elif input_shape is None:
-        raise SpecError("target_shape without shape: an export of any rank takes any target")
+    shapes = _checked_shapes(spec, shape, target_shape, weight_shape)
 
     if route == "torch":
+        require("torch", "torch", "the torch route")
         from .torch_route import torch_model
 
-        if input_shape is None or other_shape is None:
-            raise SpecError(
-                "the torch route can't export any rank; give a shape such as ('N', 16), "
-                "or use route='function'"
-            )
-        model = torch_model(spec, input_shape, other_shape)
+        model = torch_model(spec, shapes["input"], shapes["target"])
     else:
-        model = _function_model(spec, input_shape, other_shape)
+        model = _function_model(spec, shapes)
         if route == "inlined":
             from .plain import inline
 
             model = inline(model)
 
     model.ir_version = _IR_VERSION
-    shapes = describe(input_shape)
-    if other_shape != input_shape:
-        shapes += f"_{describe(other_shape)}"
-    stamp(model, spec, route, shapes)
+    different = [name for name in ("target", "weight") if name in spec.inputs]
+    different = [name for name in different if shapes[name] != shapes["input"]]
+    described = [describe(shapes["input"]), *(f"{n}_{describe(shapes[n])}" for n in different)]
+    stamp(model, spec, route, "-".join(described))  # which no identifier holds
     onnx.checker.check_model(_with_any_rank_hidden(model), full_check=True)
     return model
 
 
-def _function_model(
-    spec: LossSpec, shape: Shape | None, target_shape: Shape | None
-) -> onnx.ModelProto:
-    """[Cast, Cast,] SmoothL1Loss [, Sum or Mean] [, Cast]: one node a step of the computation."""
+def _checked_shapes(
+    spec: LossSpec,
+    shape: Sequence[Dim] | None,
+    target_shape: Sequence[Dim] | None,
+    weight_shape: Sequence[Dim] | None,
+) -> dict[str, Shape | None]:
+    given = check_shape(shape)
+    others = {"target_shape": target_shape, "weight_shape": weight_shape}
+    checked = {name: check_shape(other, name) for name, other in others.items()}
+    for name, other in checked.items():
+        if other is not None and given is None:
+            raise SpecError(f"{name} without shape: an export of any rank takes any {name[:6]}")
+    if weight_shape is not None and not spec.weight:
+        raise SpecError("weight_shape for a spec without weight; write LossSpec(weight='count')")
+    target, weight = (given if other is None else other for other in checked.values())
+    return _shapes(spec, given, target, weight if spec.weight else None)
+
+
+def _shapes(
+    spec: LossSpec, shape: Shape | None, target: Shape | None, weight: Shape | None
+) -> dict[str, Shape | None]:
+    """The shape of every input and output; refuses what can't be broadcast."""
+    losses = None if shape is None or target is None else broadcast(shape, target)
+    if losses is not None and weight is not None:
+        losses = broadcast(losses, weight)
+    loss: Shape | None = losses
+    if spec.per_sample:
+        if losses == ():
+            raise SpecError("per_sample needs an axis of samples; the shapes have rank 0")
+        loss = ("samples",) if losses is None else losses[:1]
+    elif spec.reduction != "none":
+        loss = ()
+    shapes = {"input": shape, "target": target, "weight": weight, "beta": ()}
+    return {**shapes, "loss": loss, "grad_input": shape}
+
+
+def _function_model(spec: LossSpec, shapes: dict[str, Shape | None]) -> onnx.ModelProto:
+    """The assembly as a graph of its own, every tensor called what the spec calls it."""
     from . import functions as f
+    from .assemble import Assembly, function_closure
 
-    nodes: list[onnx.NodeProto] = []
-    used: list[str] = []
+    names = {name: name for name in (*spec.inputs, *spec.outputs)}
+    given = [shapes[name] for name in ("input", "target", "weight") if name in spec.inputs]
+    assembly = Assembly(spec, names, summed_axes=summed_axes(*given))
 
-    def add(op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any) -> str:
-        nodes.append(
-            helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes)
-        )
-        if domain:
-            used.append(op)
-        return output
+    def value(name: str) -> onnx.ValueInfoProto:
+        element = TensorProto.FLOAT if name == "beta" else ELEMENT_TYPE[spec.dtype]
+        return helper.make_tensor_value_info(name, element, shapes[name])
 
-    input, target = "input", "target"
-    if spec.compute_dtype != spec.dtype:
-        compute = ELEMENT_TYPE[spec.compute_dtype]
-        input = add("Cast", [input], "input_wide", to=compute)
-        target = add("Cast", [target], "target_wide", to=compute)
-
-    last = spec.reduction == "none" and spec.compute_dtype == spec.dtype
-    losses = "loss" if last else "losses"
-    if spec.dtype == "float64":  # an attribute would round beta to float32
-        scalars = loss_scalars(spec.beta)
-        for name, value in scalars:
-            tensor = helper.make_tensor(name, TensorProto.DOUBLE, [], [value])
-            nodes.append(helper.make_node("Constant", [], [name], name=name, value=tensor))
-        names = [name for name, _ in scalars]
-        add("SmoothL1LossTerms", [input, target, *names], losses, domain=f.DOMAIN)
-    else:
-        add("SmoothL1Loss", [input, target], losses, domain=f.DOMAIN, beta=spec.effective_beta)
-
-    if spec.reduction != "none":
-        reduce = ("Compensated" if spec.dtype == "float64" else "Wide") + spec.reduction.title()
-        add(reduce, [losses], "loss" if spec.dtype == "float64" else "total", domain=f.DOMAIN)
-    if nodes[-1].output[0] != "loss":
-        add("Cast", [nodes[-1].output[0]], "loss", to=ELEMENT_TYPE[spec.dtype])
-
-    element = ELEMENT_TYPE[spec.dtype]
-    out_shape: Shape | None = ()
-    if spec.reduction == "none":
-        out_shape = (
-            None if shape is None or target_shape is None else broadcast(shape, target_shape)
-        )
-    elif shape is not None and target_shape is not None:
-        broadcast(shape, target_shape)  # refuses what can't be broadcast
     graph = helper.make_graph(
-        nodes,
-        spec.name,
-        [_value("input", element, shape), _value("target", element, target_shape)],
-        [_value("loss", element, out_shape)],
+        assembly.nodes, spec.name, [*map(value, spec.inputs)], [*map(value, spec.outputs)]
     )
     return helper.make_model(
         graph,
-        functions=_closure(used),
+        functions=function_closure(assembly.used),
         opset_imports=[
             helper.make_opsetid("", f.OPSET),
             helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION),
         ],
     )
-
-
-def _closure(names: list[str]) -> list[onnx.FunctionProto]:
-    """The functions called `names` and every function they call, callees first."""
-    from . import functions as f
-
-    found: dict[str, onnx.FunctionProto] = {}
-
-    def visit(name: str) -> None:
-        if name in found:
-            return
-        proto = f.FUNCTIONS[name].to_function_proto()
-        proto.doc_string = inspect.cleandoc(f.FUNCTIONS[name].function.__doc__ or "")
-        for node in proto.node:
-            if node.domain == f.DOMAIN:
-                visit(node.op_type)
-        found[name] = proto
-
-    for name in names:
-        visit(name)
-    return list(found.values())
-
-
-def _value(name: str, element: int, shape: Shape | None) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, element, shape)
 
 
 def _with_any_rank_hidden(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -7,14 +7,14 @@ With `core = clip(d, -beta, beta)` the loss is the linear excess plus the quadra
     l = |d - core| + (0.5 * core) * (core / beta)
 
 There is no branch on `|d| < beta`, and each element sees at most one rounding more than
-PyTorch. Why this form of the branch-free ones (bench/NOTES.md has the timings):
+PyTorch. Why this form of the branch-free ones (bench/NOTES.md has their speeds):
 
 * Every beta >= 0 is right. At beta = 0 the core vanishes and `|d|` remains; only the divisor,
   a scalar, needs a guard. `(core / beta) * (d - core / 2)` divides zero by zero there.
 * Nothing overflows that PyTorch keeps finite: `core / beta` is at most 1. Dividing by
   `2 * beta` would save an operator and overflow for the largest betas.
 * NaN survives a runtime whose Clip drops it (NVIDIA/TensorRT#4758), because `d` is a term.
-* Halving the core first is exact where halving the product, in the subnormal range, isn't.
+* Halving the core first loses less than halving the product where that is subnormal.
 * Zero is +0, as PyTorch's is; `(core / beta) * (d - core / 2)` gives -0 for d = -0.
 
 The functions that have no attribute and call no other can also be called while
@@ -34,11 +34,20 @@ __all__ = [
     "DOMAIN_VERSION",
     "FUNCTIONS",
     "OPSET",
+    "BetaDivisor",
     "CompensatedMean",
+    "CompensatedRowMean",
+    "CompensatedRowSum",
     "CompensatedSum",
+    "RowCount",
+    "RowsLike",
+    "SmoothL1GradientTerms",
     "SmoothL1Loss",
     "SmoothL1LossTerms",
+    "SumToShape",
     "WideMean",
+    "WideRowMean",
+    "WideRowSum",
     "WideSum",
 ]
 
@@ -46,11 +55,13 @@ DOMAIN = "smoothl1_deploy"
 DOMAIN_VERSION = 1
 OPSET = 18  # the lowest that every route, the parser of TensorRT and torch.onnx.export share
 _domain = Opset(DOMAIN, DOMAIN_VERSION)
+_NAN = float("nan")
 
 # onnxscript 0.7 knows a Union as a bound, neither constraints nor `FLOAT | DOUBLE`. The return
 # annotations matter: torch.onnx.export counts the outputs of a function call by them.
 T = TypeVar("T", bound=Union[FLOAT, DOUBLE])
 TNarrow = TypeVar("TNarrow", bound=Union[FLOAT, FLOAT16, BFLOAT16])
+TAny = TypeVar("TAny", bound=Union[FLOAT, DOUBLE, FLOAT16, BFLOAT16])
 
 
 @script(_domain)
@@ -68,6 +79,15 @@ def SmoothL1LossTerms(input: T, target: T, beta: T, half: T, divisor: T) -> T:
 
 
 @script(_domain)
+def BetaDivisor(beta: FLOAT) -> FLOAT:
+    """The divisor that `SmoothL1LossTerms` takes: beta, 1 for 0, NaN for what is no beta."""
+    zero = op.Constant(value_float=0.0)
+    one = op.Constant(value_float=1.0)
+    otherwise = op.Where(op.Equal(beta, zero), one, op.Constant(value_float=_NAN))
+    return op.Where(op.Greater(beta, zero), beta, otherwise)
+
+
+@script(_domain)
 def SmoothL1Loss(input: FLOAT, target: FLOAT, beta: float = 1.0) -> FLOAT:
     """Smooth L1 of each element of float32 tensors; `beta` >= 0 is an attribute.
 
@@ -75,9 +95,29 @@ def SmoothL1Loss(input: FLOAT, target: FLOAT, beta: float = 1.0) -> FLOAT:
     attribute would round beta to float32; use SmoothL1LossTerms.
     """
     threshold = op.Constant(value_float=beta)
-    is_l1 = op.Equal(threshold, op.Constant(value_float=0.0))
-    divisor = op.Where(is_l1, op.Constant(value_float=1.0), threshold)
-    return SmoothL1LossTerms(input, target, threshold, op.Constant(value_float=0.5), divisor)
+    half = op.Constant(value_float=0.5)
+    return SmoothL1LossTerms(input, target, threshold, half, BetaDivisor(threshold))
+
+
+@script(_domain)
+def SmoothL1GradientTerms(input: T, target: T, beta: T, half: T, divisor: T) -> T:
+    """d(loss)/d(input) of each element; the arguments are those of `SmoothL1LossTerms`.
+
+    `clip(d, -beta, beta) / beta`, and the sign of d for beta = 0, as PyTorch's CPU kernels have
+    it: 0 for d = 0 (the subgradient is any of [-1, 1]) and, for beta = 0 alone, 0 for d = NaN.
+    Source: smooth_l1_loss_backward and l1_loss of torch 2.13, and tests/graph/test_extensions.py.
+    """
+    difference = op.Sub(input, target)
+    core = op.Clip(difference, op.Neg(beta), beta)
+    zero = op.Sub(half, half)
+    is_l1 = op.Equal(beta, zero)
+    # Only beta = inf lets an infinite core through: inf / inf is no slope. A beta that is none
+    # has the divisor NaN, which has to come out of every branch.
+    unit = op.Where(op.IsNaN(divisor), divisor, op.Add(half, half))
+    slope = op.Where(op.IsInf(core), op.Mul(op.Sign(core), unit), op.Div(core, divisor))
+    smooth = op.Where(op.IsNaN(difference), difference, slope)
+    sign = op.Where(op.IsNaN(difference), zero, op.Sign(difference))
+    return op.Where(is_l1, sign, smooth)
 
 
 @script(_domain)
@@ -99,30 +139,67 @@ def WideMean(losses: TNarrow) -> DOUBLE:
 
 
 @script(_domain)
-def CompensatedSum(losses: DOUBLE) -> DOUBLE:
-    """The sum of float64 elements >= 0, as if accumulated in twice the precision.
+def WideRowSum(losses: TNarrow) -> DOUBLE:
+    """The sum of each row, over every axis but 0, as `WideSum` accumulates it; rank 1 at least."""
+    rows = op.Flatten(op.Cast(losses, to=11), axis=1)
+    return op.ReduceSum(rows, op.Constant(value_ints=[1]), keepdims=0)
+
+
+@script(_domain)
+def RowCount(losses: TAny) -> DOUBLE:
+    """The number of elements in a row: the product of every axis but 0."""
+    # Of every opset from 13 on, unlike Shape's start and ReduceProd's axes as an input.
+    columns = op.Gather(op.Shape(op.Flatten(losses, axis=1)), op.Constant(value_int=1))
+    return op.Cast(columns, to=11)
+
+
+@script(_domain)
+def WideRowMean(losses: TNarrow) -> DOUBLE:
+    """`WideRowSum` over the number of elements in a row."""
+    return op.Div(WideRowSum(losses), RowCount(losses))
+
+
+@script(_domain)
+def CompensatedRowSum(losses: DOUBLE) -> DOUBLE:
+    """The sum of each row (every axis but 0) of float64 elements, as if in twice the precision.
 
     A runtime that adds up float64 in one pass is thousands of ULP off at 2^24 elements. Here
-    `scale`, a power of two of at least twice the naive sum, splits each element into a multiple
-    of ulp(scale), whose sum is exact in any order, and a rest whose sum is tiny. One split
-    suffices up to 2^26 elements.
+    `scale`, a power of two of at least twice the sum of magnitudes, splits each element into a
+    multiple of ulp(scale), whose sum is exact in any order, and a rest whose sum is tiny. One
+    split suffices up to 2^26 elements.
 
     Source: Rump, Ogita, Oishi, "Accurate floating-point summation part I", 2008 (ExtractVector
     and NextPowerTwo).
     """
-    flat = op.Reshape(losses, op.Constant(value_ints=[-1]))
-    axis = op.Constant(value_ints=[0])
-    naive = op.ReduceSum(flat, axis, keepdims=0)
-    # 2^53 as a product of float32 constants: an attribute can't hold a float64.
+    rows = op.Flatten(losses, axis=1)
+    axis = op.Constant(value_ints=[1])
+    magnitude = op.ReduceSum(op.Abs(rows), axis, keepdims=1)
+    # 2^53 as a float32: an attribute can't hold a float64.
     two_53 = op.Cast(op.Constant(value_float=9007199254740992.0), to=11)
-    scaled = op.Mul(naive, two_53)
-    power = op.Abs(op.Sub(op.Add(scaled, naive), scaled))
-    scale = op.Mul(power, op.Cast(op.Constant(value_float=4.0), to=11))
-    high = op.Sub(op.Add(flat, scale), scale)
-    low = op.Sub(flat, high)
+    scaled = op.Mul(magnitude, two_53)
+    power = op.Abs(op.Sub(op.Add(scaled, magnitude), scaled))
+    # Of a sum that is itself a power of two, the tie above rounds to 0 (NextPowerTwo's last
+    # step): without Max nothing is split, and [1, 2^-54, 2^-54, ...] loses its tail.
+    bounded = op.Max(power, magnitude)
+    scale = op.Mul(bounded, op.Cast(op.Constant(value_float=4.0), to=11))
+    high = op.Sub(op.Add(rows, scale), scale)
+    low = op.Sub(rows, high)
     exact = op.Add(op.ReduceSum(high, axis, keepdims=0), op.ReduceSum(low, axis, keepdims=0))
     # NaN and infinite elements, and sums near the overflow limit, make the split NaN.
-    return op.Where(op.IsNaN(exact), naive, exact)
+    return op.Where(op.IsNaN(exact), op.ReduceSum(rows, axis, keepdims=0), exact)
+
+
+@script(_domain)
+def CompensatedRowMean(losses: DOUBLE) -> DOUBLE:
+    """`CompensatedRowSum` over the number of elements in a row."""
+    return op.Div(CompensatedRowSum(losses), RowCount(losses))
+
+
+@script(_domain)
+def CompensatedSum(losses: DOUBLE) -> DOUBLE:
+    """The sum of all float64 elements: `CompensatedRowSum` of them as one row."""
+    row = op.Reshape(losses, op.Constant(value_ints=[1, -1]))
+    return op.Squeeze(CompensatedRowSum(row), op.Constant(value_ints=[0]))
 
 
 @script(_domain)
@@ -131,14 +208,51 @@ def CompensatedMean(losses: DOUBLE) -> DOUBLE:
     return op.Div(CompensatedSum(losses), op.Cast(op.Size(losses), to=11))
 
 
+@script(_domain)
+def RowsLike(rows: DOUBLE, like: TAny) -> DOUBLE:
+    """`rows` [N] in the shape [N, 1, ...] that broadcasts with `like` [N, ...]."""
+    first = op.Constant(value_ints=[1])
+    end = op.Constant(value_ints=[9223372036854775807])
+    ones = op.Expand(first, op.Shape(op.Slice(op.Shape(like), first, end)))
+    return op.Reshape(rows, op.Concat(op.Shape(rows), ones, axis=0), allowzero=1)
+
+
+@script(_domain)
+def SumToShape(values: TAny, like: TAny) -> DOUBLE:
+    """`values` summed over the axes along which `like` was broadcast to them, in `like`'s shape.
+
+    What autograd does to the gradient of a broadcast input; accumulated in float64.
+    """
+    wide = op.Cast(values, to=11)
+    shape, full = op.Shape(like), op.Shape(values)
+    one = op.Constant(value_ints=[1])
+    missing = op.Sub(op.Size(full), op.Size(shape))
+    padding = op.Expand(one, op.Unsqueeze(missing, op.Constant(value_ints=[0])))
+    aligned = op.Concat(padding, shape, axis=0)
+    was_one = op.And(op.Equal(aligned, one), op.Not(op.Equal(full, one)))
+    axes = op.Reshape(op.NonZero(was_one), op.Constant(value_ints=[-1]))
+    # Without axes there is nothing to sum; ReduceSum would else sum everything.
+    summed = op.ReduceSum(wide, axes, keepdims=1, noop_with_empty_axes=1)
+    return op.Reshape(summed, shape, allowzero=1)
+
+
 FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
     f.name: f
     for f in (
+        BetaDivisor,
+        CompensatedMean,
+        CompensatedRowMean,
+        CompensatedRowSum,
+        CompensatedSum,
+        RowCount,
+        RowsLike,
+        SmoothL1GradientTerms,
         SmoothL1Loss,
         SmoothL1LossTerms,
-        WideSum,
+        SumToShape,
         WideMean,
-        CompensatedSum,
-        CompensatedMean,
+        WideRowMean,
+        WideRowSum,
+        WideSum,
     )
 }

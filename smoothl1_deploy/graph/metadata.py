@@ -11,7 +11,7 @@ from .. import __version__
 from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 
-__all__ = ["content_hash", "read_route", "read_spec", "stamp"]
+__all__ = ["content_hash", "forget_spec", "read_route", "read_spec", "stamp"]
 
 _PREFIX = "smoothl1_deploy."
 SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
@@ -60,20 +60,28 @@ def read_spec(model: onnx.ModelProto) -> LossSpec | None:
     """The spec `model` carries, or None for a model of other origin.
 
     Raises:
-        ArtefactError: when the entry is damaged, or the content no longer fits the hash.
+        ArtefactError: when the entry is damaged, or the content no longer fits the hash (a
+            model cut off on its way, for instance, has lost it).
     """
     properties = _properties(model)
     if SPEC not in properties:
         return None
     try:
         spec = LossSpec.from_dict(json.loads(properties[SPEC]))
-    except (ValueError, TypeError, AttributeError) as exc:
+    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
         kind = "" if isinstance(exc, SpecError) else "damaged "
         raise ArtefactError(f"the model's {kind}metadata entry {SPEC}: {exc}") from exc
-    if HASH in properties and properties[HASH] != content_hash(model):
+    if properties.get(HASH) != content_hash(model):
         raise ArtefactError(
             "the model was changed after it was exported: its content does not match its own "
-            f"metadata entry {HASH}. Export it again, or delete the smoothl1_deploy.* metadata "
-            "entries to treat it as a model of your own"
+            f"metadata entry {HASH}, or has lost that entry. Export it again, or delete the "
+            "smoothl1_deploy.* metadata entries to treat it as a model of your own"
         )
     return spec
+
+
+def forget_spec(model: onnx.ModelProto) -> None:
+    """Drop from `model` what it says of itself as a loss artefact: it is about to be another."""
+    kept = [entry for entry in model.metadata_props if entry.key not in (SPEC, ROUTE, HASH)]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)

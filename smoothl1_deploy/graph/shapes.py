@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import SpecError
 
-__all__ = ["Dim", "Shape", "broadcast", "check_shape", "describe"]
+__all__ = ["Dim", "Shape", "broadcast", "check_shape", "describe", "summed_axes"]
 
 Dim = int | str
 Shape = tuple[Dim, ...]
@@ -60,8 +60,41 @@ def broadcast(a: Shape, b: Shape) -> Shape:
     return tuple(out)
 
 
+def summed_axes(shape: Shape | None, *others: Shape | None) -> tuple[int, ...] | None:
+    """The axes of the broadcast result along which `shape` was repeated.
+
+    None where only the sizes at run time tell: an unknown rank, or a dynamic axis that meets one
+    of another name or size.
+
+    >>> summed_axes(("N", 16), ("N", 16))
+    ()
+    >>> summed_axes((1, 16), (4, "N", 16))
+    (0, 1)
+    """
+    full = shape
+    for other in others:
+        full = None if full is None or other is None else broadcast(full, other)
+    if shape is None or full is None:
+        return None
+    missing = len(full) - len(shape)
+    kept = list(zip(shape, full[missing:], strict=True))
+    if any(own != whole and own != 1 for own, whole in kept):
+        return None
+    repeated = [missing + i for i, (own, whole) in enumerate(kept) if own != whole]
+    return (*range(missing), *repeated)
+
+
 def describe(shape: Shape | None) -> str:
-    """`"Nx16"`, `"scalar"` or `"any"`: for graph names and messages."""
+    """`"Nx16"`, `"scalar"` or `"any"`: for graph names and messages, no two shapes alike.
+
+    >>> describe(("Nx16",))
+    '<Nx16>'
+    """
     if shape is None:
         return "any"
-    return "x".join(map(str, shape)) or "scalar"
+
+    def text(dim: Dim) -> str:
+        ambiguous = isinstance(dim, str) and ("x" in dim or dim in ("scalar", "any"))
+        return f"<{dim}>" if ambiguous else str(dim)
+
+    return "x".join(map(text, shape)) or "scalar"

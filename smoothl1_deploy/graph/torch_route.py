@@ -19,6 +19,7 @@ import torch
 from onnx import TensorProto, helper
 from onnxscript import opset18 as op
 
+from ..errors import SpecError, UnsupportedError
 from ..reference.module import SmoothL1Loss
 from ..spec import LossSpec
 from . import functions as f
@@ -50,7 +51,11 @@ def _loss(input: Any, target: Any, reduction: int, beta: float) -> Any:
     losses = f.SmoothL1LossTerms(input, target, *scalars)
     if _REDUCTION[reduction] == "none":
         return losses if element == compute else op.Cast(losses, to=element)
-    total = f.CompensatedSum(losses) if wide else f.WideSum(losses)
+    if wide:
+        row = op.Reshape(losses, op.Constant(value_ints=[1, -1]))
+        total = op.Squeeze(f.CompensatedRowSum(row), op.Constant(value_ints=[0]))
+    else:
+        total = f.WideSum(losses)
     if _REDUCTION[reduction] == "mean":
         total = op.Div(total, op.Cast(op.Size(losses), to=TensorProto.DOUBLE))
     return total if wide else op.Cast(total, to=element)
@@ -103,8 +108,30 @@ def _restore_dtype(graph: onnx.GraphProto, element: int) -> None:
     output.type.tensor_type.elem_type = element
 
 
-def torch_model(spec: LossSpec, shape: Shape, target_shape: Shape) -> onnx.ModelProto:
-    """The model that torch.onnx.export makes of the reference module, tidied and nameless."""
+def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None) -> onnx.ModelProto:
+    """The model that torch.onnx.export makes of the reference module, tidied and nameless.
+
+    Raises:
+        SpecError: without a shape, and when a dynamic axis meets another axis that isn't 1:
+            torch.export has to know how the two broadcast.
+        UnsupportedError: for the extensions of a spec.
+    """
+    if spec != LossSpec(spec.beta, spec.reduction, spec.dtype):
+        raise UnsupportedError(
+            "the torch route exports torch.nn.SmoothL1Loss as it is, which knows no per_sample, "
+            "gradient, runtime_beta or weight; use route='function' or 'inlined'"
+        )
+    if shape is None or target_shape is None:
+        raise SpecError(
+            "the torch route can't export any rank; give a shape such as ('N', 16), "
+            "or use route='function'"
+        )
+    for x, y in zip(reversed(shape), reversed(target_shape), strict=False):
+        if x != y and 1 not in (x, y) and (isinstance(x, str) or isinstance(y, str)):
+            raise SpecError(
+                f"the torch route can't broadcast the axis {x!r} with {y!r}; give both the same "
+                "name, or one of them the size 1, or use route='function'"
+            )
     names = sorted({d for d in (*shape, *target_shape) if isinstance(d, str)})
     # Distinct sizes above 1: the exporter specialises on 0 and 1, and on axes that are equal.
     sizes = {name: 3 + 2 * i for i, name in enumerate(names)}

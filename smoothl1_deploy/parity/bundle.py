@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from ..floats import Array, dtype_name
 from ..graph.export import export
 from ..graph.metadata import read_spec
 from ..spec import LossSpec
-from .cases import LAYOUTS, Case, CaseResult, References
-from .compare import Verdict, compare
+from .cases import LAYOUTS, Case, CaseResult, References, check, with_beta
+from .compare import Verdict
 from .report import Cell, repeat_command
 from .repro_script import repro_script
 
@@ -72,25 +73,34 @@ def _matrix_model(cell: Cell, case: Case) -> onnx.ModelProto:
             f"the case's layout {case.layout!r} is not one of the matrix's "
             f"({', '.join(LAYOUTS)}), so its artefact can't be exported again; give the model"
         )
+    spec = cell.spec
     axes, target = artefact_axes(cell.route, case.layout, get_backend(cell.backend).any_rank)
-    return export(cell.spec, cell.route, axes, target_shape=target if target != axes else None)
+    target = target if target != axes else None
+    weight = target if spec.weight else None
+    return export(spec, cell.route, axes, target_shape=target, weight_shape=weight)
 
 
 def _stored(array: Array) -> Array:
     return array.view(np.uint16) if dtype_name(array.dtype) == "bfloat16" else array
 
 
-def _run_again(
-    model: onnx.ModelProto, spec: LossSpec, refs: References, backend: str
-) -> tuple[Array | None, Verdict | None, str]:
-    """The answer, its verdict, or the error in their place."""
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """The case, run once more."""
+
+    outputs: Mapping[str, Array]
+    result: CaseResult | None
+    error: str
+
+
+def _run_again(model: onnx.ModelProto, case: Case, refs: References, backend: str) -> _Again:
     try:
         runner = get_backend(backend, threads=1).load(model)
-        outputs = runner.run(refs.input, refs.target)
+        beta = refs.spec.effective_beta if "beta" in runner.signature.inputs else None
+        outputs = runner.run(refs.input, refs.target, weight=refs.weight, beta=beta)
+        return _Again(outputs, check(runner, case, refs), "")
     except SmoothL1DeployError as exc:
-        return None, None, f"{type(exc).__name__}: {exc}"
-    got = outputs.get("loss", next(iter(outputs.values())))
-    return got, compare(spec, got, refs.torch, refs.oracle, refs.input, refs.target), ""
+        return _Again({}, None, f"{type(exc).__name__}: {exc}")
 
 
 def write_bundle(
@@ -105,7 +115,8 @@ def write_bundle(
 
     Args:
         found: a cell of the matrix (its worst case is taken), or one case of `verify`.
-        model: the artefact it was run with; None for a cell: exported again, as the matrix did.
+        model: the artefact it was run with (of several inputs, as `select_ports` leaves it); None
+            for a cell: exported again, as the matrix did.
         folder: made where it is missing; its parent must exist.
         spec: what is computed; needed only for a case whose model doesn't say so.
         backend: what ran a case; a cell knows its own.
@@ -134,9 +145,18 @@ def write_bundle(
                 "the model does not say what it computes; say it with spec=LossSpec(...)"
             )
     case = result.case
-    refs = References.of(spec, case)
-    got, verdict, error = _run_again(proto, spec, refs, backend)
-    arrays = {"input": refs.input, "target": refs.target, **({} if got is None else {"got": got})}
+    number = with_beta(spec, found.beta if isinstance(found, Cell) else spec.beta)
+    refs = References.of(number, case)
+    again = _run_again(proto, case, refs, backend)
+    sample = (again.result and again.result.sample) or result.sample
+    output, at = (sample.output, sample.index) if sample else ("loss", ())
+    arrays = {"input": refs.input, "target": refs.target, "exact": refs.oracle[output]}
+    if refs.weight is not None:
+        arrays["weight"] = refs.weight
+    if spec.runtime_beta:
+        arrays["beta"] = np.asarray(number.effective_beta, np.float32)
+    if again.outputs:
+        arrays["got"] = again.outputs.get(output, next(iter(again.outputs.values())))
     packed = io.BytesIO()
     np.savez_compressed(packed, **{key: _stored(array) for key, array in arrays.items()})  # type: ignore[arg-type]
     artefact = proto.SerializeToString(deterministic=True)
@@ -148,11 +168,20 @@ def write_bundle(
         "artefact_sha256": sha256(artefact),
         "arrays": {key: f"{a.dtype}{list(a.shape)}" for key, a in arrays.items()},
         "bfloat16_as": "uint16 bits",
-        "again": verdict.to_dict() if verdict else {"error": error},
+        "exact": "the oracle's answer: long double, rounded once",
+        "again": again.result.to_dict() if again.result else {"error": again.error},
         "environment": environment(),
     }
-    allowed = result.verdict.allowed
-    script = repro_script(spec, case, signature(proto), backend, allowed, error)
+    script = repro_script(
+        number,
+        case,
+        signature(proto),
+        backend,
+        output=output,
+        at=at,
+        allowed=result.verdict.allowed,
+        error=again.error,
+    )
     files = {
         "inputs.npz": packed.getvalue(),
         "artefact.onnx": artefact,
@@ -169,4 +198,5 @@ def write_bundle(
         ) from exc
     for name, content in files.items():
         write_atomic(folder / name, content)
-    return Bundle(folder, tuple(files), verdict, error)
+    verdict = again.result.verdict if again.result else None
+    return Bundle(folder, tuple(files), verdict, again.error)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from ..backends.base import Runner
-from ..floats import Array
+from ..floats import NUMPY_DTYPE, Array
 from ..graph import shapes as graph_shapes
-from ..reference.oracle import oracle
+from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
 from .compare import Verdict, compare
 from .families import branch_shares, generate
 from .samples import Sample, sample_of
 
-__all__ = ["LAYOUTS", "Case", "CaseResult", "Layout", "References", "check"]
+__all__ = ["LAYOUTS", "Case", "CaseResult", "Layout", "References", "check", "with_beta"]
 
 Shape = tuple[int, ...]
 
@@ -69,12 +69,21 @@ class Case:
         return cls(family, layout, shapes.input, shapes.target, seed)
 
     def arrays(self, spec: LossSpec) -> tuple[Array, Array]:
-        """Input and target. They depend on beta and dtype, so that each branch is reached, and
-        not on the reduction.
-        """
-        text = f"{self.family} {self.input_shape} {self.target_shape} {spec.beta!r} {spec.dtype}"
-        rng = np.random.default_rng([self.seed, zlib.crc32(text.encode())])
+        """Input and target; a function of beta and dtype, and not of the reduction."""
+        rng = self._generator(spec, "")
         return generate(self.family, spec, self.input_shape, self.target_shape, rng)
+
+    def weights(self, spec: LossSpec) -> Array:
+        """Weights of the target's shape, as detection heads use them: some 0, most up to 2."""
+        rng = self._generator(spec, " weight")
+        weights = rng.uniform(0.1, 2.0, self.target_shape)
+        kept = rng.random(self.target_shape) > 0.2
+        return np.asarray(np.where(kept, weights, 0.0)).astype(NUMPY_DTYPE[spec.dtype])
+
+    def _generator(self, spec: LossSpec, what: str) -> np.random.Generator:
+        shapes = f"{self.input_shape} {self.target_shape}"
+        text = f"{self.family} {shapes} {spec.beta!r} {spec.dtype}{what}"
+        return np.random.default_rng([self.seed, zlib.crc32(text.encode())])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -89,27 +98,49 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """A case's arrays with both references' answers, computed once for every route and backend."""
+    """A case's arrays with both references' answers, computed once for every route and backend.
 
+    Attributes:
+        spec: what the references computed; beta is a number here, also for `runtime_beta`.
+        torch: PyTorch's array for each output of the spec.
+        oracle: the exact one.
+        shares: how much of each branch the case reaches.
+    """
+
+    spec: LossSpec
     input: Array
     target: Array
-    torch: Array
-    oracle: Array
+    weight: Array | None
+    torch: Mapping[str, Array]
+    oracle: Mapping[str, Array]
     shares: Mapping[str, float]
 
     @classmethod
     def of(cls, spec: LossSpec, case: Case) -> References:
         """Generate the case's arrays and ask both references."""
-        from ..reference.module import eager
+        from ..reference.module import eager_outputs
 
         input, target = _arrays(case, spec.beta, spec.dtype)
+        weight = case.weights(spec) if spec.weight else None
+        exact = {"loss": oracle(spec, input, target, weight)}
+        if spec.gradient:
+            exact["grad_input"] = oracle_gradient(spec, input, target, weight)
         return cls(
+            spec,
             input,
             target,
-            eager(spec, input, target),
-            oracle(spec, input, target),
+            weight,
+            eager_outputs(spec, input, target, weight),
+            exact,
             branch_shares(spec, input, target),
         )
+
+
+def with_beta(spec: LossSpec, beta: float) -> LossSpec:
+    """What an artefact of `spec` computes when it is fed `beta`, which it takes as a float32."""
+    if not spec.runtime_beta:
+        return replace(spec, beta=beta)
+    return replace(spec, beta=LossSpec(beta).effective_beta, runtime_beta=False)
 
 
 @lru_cache(maxsize=64)  # the three reductions of one beta and dtype share their inputs
@@ -129,10 +160,9 @@ class CaseResult:
     @classmethod
     def failed(cls, case: Case, refs: References, detail: str) -> CaseResult:
         """The result of a case that gave an error instead of an answer."""
-        count = refs.oracle.size
-        sample = sample_of(refs.input, refs.target, None, refs.torch, refs.oracle, 0)
-        verdict = Verdict(False, 0, 0, 0, count, wrong_class=count, detail=detail)
-        return cls(case, verdict, refs.shares, sample)
+        exact = refs.oracle["loss"]
+        verdict = Verdict(False, 0, 0, 0, exact.size, wrong_class=exact.size, detail=detail)
+        return cls(case, verdict, refs.shares, _sample(refs, "loss", None, 0))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -144,11 +174,29 @@ class CaseResult:
         }
 
 
-def check(runner: Runner, spec: LossSpec, case: Case, refs: References | None = None) -> CaseResult:
-    """Run one case and judge the answer."""
-    refs = References.of(spec, case) if refs is None else refs
-    outputs = runner.run(refs.input, refs.target)
-    loss = outputs.get("loss", next(iter(outputs.values())))
-    verdict = compare(spec, loss, refs.torch, refs.oracle, refs.input, refs.target)
-    sample = sample_of(refs.input, refs.target, loss, refs.torch, refs.oracle, verdict.worst)
-    return CaseResult(case, verdict, refs.shares, sample)
+def check(runner: Runner, case: Case, refs: References) -> CaseResult:
+    """Run one case and judge every output; the verdict is that of the worst."""
+    spec = refs.spec
+    beta = spec.effective_beta if "beta" in runner.signature.inputs else None
+    outputs = runner.run(refs.input, refs.target, weight=refs.weight, beta=beta)
+    if len(refs.oracle) == 1:
+        outputs = {"loss": outputs.get("loss", next(iter(outputs.values())))}
+    verdicts = {
+        name: compare(spec, outputs[name], refs.torch[name], exact, refs.input, refs.target, name)
+        for name, exact in refs.oracle.items()
+    }
+    name = max(verdicts, key=lambda n: _badness(verdicts[n]))
+    better = sum(verdict.better for verdict in verdicts.values())
+    sample = _sample(refs, name, outputs[name], verdicts[name].worst)
+    return CaseResult(case, replace(verdicts[name], better=better), refs.shares, sample)
+
+
+def _badness(verdict: Verdict) -> tuple[bool, int, int]:
+    return not verdict.ok, verdict.wrong_class, verdict.ulp - verdict.allowed
+
+
+def _sample(refs: References, output: str, got: Array | None, worst: int | None) -> Sample | None:
+    arrays = {"input": refs.input, "target": refs.target}
+    if refs.weight is not None:
+        arrays["weight"] = refs.weight
+    return sample_of(output, arrays, got, refs.torch[output], refs.oracle[output], worst)

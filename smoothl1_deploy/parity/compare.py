@@ -3,8 +3,8 @@
 1. The class (NaN, +inf, -inf, finite, +0, -0) of every element equals PyTorch's, or the
    oracle's where PyTorch itself overflowed, underflowed, or made NaN of finite input ("better
    than PyTorch").
-2. `none`: the largest ULP distance to the oracle is at most PyTorch's own plus 1.
-3. `mean`, `sum`: at most PyTorch's own plus 1, or 2.
+2. `none`, and the gradient: the largest ULP distance to the oracle is at most PyTorch's own plus 1.
+3. `mean`, `sum`, per sample: at most PyTorch's own plus 1, or 2.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ..floats import CLASS_NAMES, Array, ieee_class, ulp_distance
@@ -55,7 +56,9 @@ class Verdict:
         return asdict(self)
 
 
-def _torch_lost_it(spec: LossSpec, torch_class: Array, input: Array, target: Array) -> Array | bool:
+def _torch_lost_it(
+    spec: LossSpec, torch_class: Array, input: Array, target: Array, per_element: bool
+) -> Array | bool:
     """Where PyTorch's class may be put right: everywhere but at NaN from non-finite input."""
     beta_overflowed = bool(
         np.isinf(np.asarray(spec.effective_beta).astype(input.dtype))
@@ -64,16 +67,50 @@ def _torch_lost_it(spec: LossSpec, torch_class: Array, input: Array, target: Arr
     if beta_overflowed or not (torch_class == _NAN).any():
         return True
     finite: Array = np.isfinite(input) & np.isfinite(target)
-    if spec.reduction != "none":
+    if spec.reduction != "none" and torch_class.ndim < finite.ndim:
+        finite = finite | _overflowed_rows(spec, input, target)
+    if spec.per_sample and not per_element:
+        finite = np.asarray(finite.all(axis=tuple(range(1, finite.ndim))))
+    elif not per_element or finite.shape != torch_class.shape:
         finite = np.asarray(finite.all())
     not_nan: Array = torch_class != _NAN
-    return not_nan | finite
+    return np.asarray(not_nan | finite)
+
+
+def _overflowed_rows(spec: LossSpec, input: Array, target: Array) -> Array:
+    """Where a finite difference's square overflows PyTorch's dtype, the whole row or tensor.
+
+    A weight of 0 makes NaN of that infinity, whatever else there is in the row.
+    """
+    with np.errstate(all="ignore"):
+        d = np.subtract(input, target, dtype=np.longdouble)
+        squares = 0.5 * d * d
+    largest = float(ml_dtypes.finfo(input.dtype).max)  # type: ignore[no-untyped-call]
+    overflowed = np.isfinite(d) & (squares > largest) & (abs(d) < spec.effective_beta)
+    axes = tuple(range(1 if spec.per_sample else 0, overflowed.ndim))
+    return np.asarray(overflowed.any(axis=axes, keepdims=True))
+
+
+def _distances(values: Array, oracle: Array, comparable: Array) -> Array:
+    """ULP to the oracle where `comparable`, else 0; most elements are equal and cost nothing."""
+    distances = np.zeros(values.shape, np.uint64)
+    differs = comparable & (values != oracle)
+    if differs.any():
+        distances[differs] = ulp_distance(values[differs], oracle[differs])
+    return distances
 
 
 def compare(
-    spec: LossSpec, result: Array, torch: Array, oracle: Array, input: Array, target: Array
+    spec: LossSpec,
+    result: Array,
+    torch: Array,
+    oracle: Array,
+    input: Array,
+    target: Array,
+    output: str = "loss",
 ) -> Verdict:
-    """Judge `result` by PyTorch's and the oracle's answer to the same `input` and `target`."""
+    """Judge one output by PyTorch's and the oracle's answer to the same `input` and `target`."""
+    per_element = spec.reduction == "none" or output == "grad_input"
     if result.dtype != oracle.dtype or result.shape != oracle.shape:
         return Verdict(
             False, 0, 0, 0, result.size, wrong_class=result.size,
@@ -83,17 +120,18 @@ def compare(
         return Verdict(True, 0, 0, 0, 0)
 
     ours, theirs, truth = (ieee_class(values) for values in (result, torch, oracle))
-    healed = (ours == truth) & (theirs != truth) & _torch_lost_it(spec, theirs, input, target)
+    lost = _torch_lost_it(spec, theirs, input, target, per_element)
+    healed = np.asarray((ours == truth) & (theirs != truth) & lost)
     allowed_class = (ours == theirs) | healed
     better = int(healed.sum())
     wrong = int(allowed_class.size - allowed_class.sum())
 
     finite = np.isfinite(oracle)
-    ours_at = np.where(finite & (ours == truth), ulp_distance(result, oracle), 0)
-    torch_at = np.where(finite & (theirs == truth), ulp_distance(torch, oracle), 0)
+    ours_at = _distances(result, oracle, finite & (ours == truth))
+    torch_at = _distances(torch, oracle, finite & (theirs == truth))
     ulp, torch_ulp = int(ours_at.max()), int(torch_at.max())
     allowed = torch_ulp + 1
-    if spec.reduction != "none" or better:
+    if not per_element or better:
         # Where PyTorch left the class its own distance is unbounded, and no measure.
         allowed = max(allowed, REDUCTION_FLOOR)
 

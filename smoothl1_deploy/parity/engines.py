@@ -32,6 +32,7 @@ def build_engines(
         except SmoothL1DeployError as exc:
             builds.append(Build(spec, route, flavour, error=f"{type(exc).__name__}: {exc}"))
         else:
+            assert engine.sidecar is not None  # built just now
             seconds = time.perf_counter() - started
             size = path.stat().st_size
             builds.append(Build(spec, route, engine.sidecar.flavour, seconds, size))

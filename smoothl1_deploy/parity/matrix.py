@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -23,20 +23,36 @@ from ..environment import environment
 from ..errors import SmoothL1DeployError
 from ..graph.export import ROUTES, export
 from ..graph.shapes import Shape as Axes
+from ..graph.shapes import summed_axes
 from ..spec import DTYPES, REDUCTIONS, LossSpec
-from .cases import LAYOUTS, Case, CaseResult, References, check
+from .cases import LAYOUTS, Case, CaseResult, References, check, with_beta
 from .engines import build_engines
 from .families import FAMILIES
-from .report import Build, Cell, Report, cell_of
+from .report import Build, Cell, Report, cell_of, is_extended
 
-__all__ = ["BETAS", "Matrix", "artefact_axes", "run_matrix"]
+__all__ = ["BETAS", "EXTENSIONS", "Matrix", "artefact_axes", "run_matrix"]
 
 BETAS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4, math.inf)
 _QUICK_BETAS = (0.0, 0.5, 1.0, math.inf)
 
+#: The extensions alone and together; with beta and dtype of the unit.
+EXTENSIONS = (
+    LossSpec(per_sample=True),
+    LossSpec(reduction="sum", per_sample=True),
+    LossSpec(reduction="none", gradient=True),
+    LossSpec(gradient=True),
+    LossSpec(runtime_beta=True),
+    LossSpec(weight="count"),
+    LossSpec(weight="weights"),
+    LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
+    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights"),
+)
+
 #: Layouts by how an artefact meets them. Every family is fed to the first group.
 _FAMILY_LAYOUTS = ("matrix", "odd")
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
+#: What an extension could get wrong beyond what the plain losses show.
+_EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
 #: The torch route takes about a second an export: one fixed rank, this one, serves it.
 _TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
 
@@ -47,6 +63,8 @@ class Matrix:
 
     Attributes:
         backends: names; those that can't be used here must be left out by the caller.
+        plain: what `torch.nn.SmoothL1Loss` itself computes.
+        extensions: also the variants of `EXTENSIONS` (one of them with `quick`).
         quick: fewer betas, no large layouts, the torch route for float32 only.
         engines: a folder to leave a TensorRT engine of every artefact in; None builds none.
         flavour: of those engines.
@@ -57,6 +75,8 @@ class Matrix:
     reductions: tuple[str, ...] = REDUCTIONS
     dtypes: tuple[str, ...] = DTYPES
     routes: tuple[str, ...] = ROUTES
+    plain: bool = True
+    extensions: bool = True
     seed: int = 0
     quick: bool = False
     engines: Path | None = None
@@ -73,6 +93,7 @@ class Matrix:
         # The one cell of 2^24 elements takes memory more than time: it comes alone.
         if (
             not self.quick
+            and self.plain
             and 1.0 in self.betas
             and {"mean", "float32"} <= {*self.reductions, *self.dtypes}
         ):
@@ -83,10 +104,20 @@ class Matrix:
         """What is sampled, for the report."""
         layouts = [name for name in _TORCH_LAYOUTS if not (self.quick and name == "2^20")]
         notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(layouts)}"]
+        if self.extensions and "trt-network" in self.backends:
+            notes.append("trt-network: no gradient of a broadcast input, summed back in float32")
+        if self.extensions:
+            notes.append(
+                "float64 and trt-network: no weighted gradient of subnormal differences, which no "
+                "wider format is there for"
+            )
         if self.quick:
             notes.append("quick: torch route for float32 only, no layout of 2^20 or 2^24 elements")
+            notes.append("quick: of the extensions only all together")
         else:
             notes.append("layout 2^24: beta 1, mean, float32, families normal and constant")
+            if self.engines is not None and self.extensions:
+                notes.append(f"engines of the extensions: beta {self.betas[0]:g} only")
         return tuple(notes)
 
 
@@ -100,21 +131,37 @@ class _Unit:
     huge: bool = False
 
     def specs(self) -> list[LossSpec]:
-        reductions = ("mean",) if self.huge else self.matrix.reductions
-        return [LossSpec(self.beta, reduction, self.dtype) for reduction in reductions]
+        """What the artefacts compute; with `runtime_beta`, the unit's beta is fed to them."""
+        if self.huge:
+            return [LossSpec(self.beta, "mean", self.dtype)]
+        reductions = self.matrix.reductions if self.matrix.plain else ()
+        specs = [LossSpec(self.beta, reduction, self.dtype) for reduction in reductions]
+        if self.matrix.extensions:
+            chosen = EXTENSIONS[-1:] if self.matrix.quick else EXTENSIONS
+            specs += [
+                replace(e, dtype=self.dtype, beta=e.beta if e.runtime_beta else self.beta)
+                for e in chosen
+                if e.reduction in self.matrix.reductions
+            ]
+        return specs
 
-    def cases(self) -> list[Case]:
+    def cases(self, spec: LossSpec) -> list[Case]:
         of = partial(Case.of, seed=self.matrix.seed)
         if self.huge:
             return [of("normal", "2^24"), of("constant", "2^24")]
+        if is_extended(spec):
+            cases = [of(family, "matrix") for family in FAMILIES]
+            return cases + [of("normal", layout) for layout in _EXTENSION_LAYOUTS]
         cases = [of(family, layout) for layout in _FAMILY_LAYOUTS for family in FAMILIES]
         cases += [of("normal", layout) for layout in _SHAPE_LAYOUTS]
         if not self.matrix.quick:
-            cases += [of("normal", "2^20"), of("constant", "2^20")]
+            cases.append(of("normal", "2^20"))
+            if spec.reduction != "none":  # what a sum of equal numbers drifts to
+                cases.append(of("constant", "2^20"))
         return cases
 
-    def routes(self) -> list[str]:
-        skip_torch = self.matrix.quick and self.dtype != "float32"
+    def routes(self, spec: LossSpec) -> list[str]:
+        skip_torch = is_extended(spec) or (self.matrix.quick and self.dtype != "float32")
         return [route for route in self.matrix.routes if not (skip_torch and route == "torch")]
 
 
@@ -144,7 +191,10 @@ class _Artefacts:
         key = (spec, route, axes)
         if key not in self._models:
             target = axes[1] if axes[1] != axes[0] else None
-            self._models[key] = export(spec, route, axes[0], target_shape=target)
+            weight = target if spec.weight else None
+            self._models[key] = export(
+                spec, route, axes[0], target_shape=target, weight_shape=weight
+            )
         return self._models[key]
 
     def runner(self, spec: LossSpec, route: str, layout: str, backend: str) -> Runner:
@@ -156,8 +206,8 @@ class _Artefacts:
         return self._runners[key]
 
 
-#: A combination, as (spec, route, backend).
-_Key = tuple[LossSpec, str, str]
+#: A combination, as (spec, beta, route, backend).
+_Key = tuple[LossSpec, float, str, str]
 
 
 @dataclass(slots=True)
@@ -175,9 +225,10 @@ def _run_unit(unit: _Unit) -> _Outcome:
     artefacts = _Artefacts(backends)
     outcome = _Outcome({}, {}, [])
     for spec in unit.specs():
-        refs = {case: References.of(spec, case) for case in unit.cases()}
-        for route, name in product(unit.routes(), names):
-            key = (spec, route, name)
+        number = with_beta(spec, unit.beta)
+        refs = {case: References.of(number, case) for case in unit.cases(spec)}
+        for route, name in product(unit.routes(spec), names):
+            key = (spec, unit.beta, route, name)
             reason = backends[name].refuses(spec)
             if reason:
                 outcome.refused[key] = reason
@@ -185,12 +236,32 @@ def _run_unit(unit: _Unit) -> _Outcome:
             outcome.results[key] = [
                 _checked(artefacts, spec, route, name, case, ref)
                 for case, ref in refs.items()
-                if route != "torch" or unit.huge or case.layout in _TORCH_LAYOUTS
+                if (route != "torch" or unit.huge or case.layout in _TORCH_LAYOUTS)
+                and not _needs_wider(spec, case, backends[name].has_float64)
             ]
         if unit.matrix.engines is not None and not unit.huge:
-            models = {route: artefacts.model(spec, route, "matrix") for route in unit.routes()}
+            if is_extended(spec) and unit.beta != unit.matrix.betas[0]:
+                continue  # an engine of each extension, not of each with every beta
+            models = {r: artefacts.model(spec, r, "matrix") for r in unit.routes(spec)}
             outcome.builds += build_engines(spec, models, unit.matrix.engines, unit.matrix.flavour)
     return outcome
+
+
+def _needs_wider(spec: LossSpec, case: Case, has_float64: bool) -> bool:
+    """Whether a gradient can only be right in a format wider than the one at hand.
+
+    Summed back to a broadcast input, terms of either sign cancel; weighted and divided, a
+    subnormal slope is rounded three times. How far PyTorch itself, which computes in the
+    output's format, is off in either case is a matter of luck, and no measure.
+    """
+    if not spec.gradient:
+        return False
+    layout = LAYOUTS[case.layout]
+    sums_back = summed_axes(layout.input_axes, layout.target_axes) != ()
+    rounds_thrice = spec.weight is not None and case.family == "subnormals"
+    if spec.dtype == "float64":
+        return rounds_thrice
+    return not has_float64 and (sums_back or rounds_thrice)
 
 
 #: The others take minutes or gigabytes at 2^24 elements.
@@ -201,10 +272,9 @@ def _checked(
     artefacts: _Artefacts, spec: LossSpec, route: str, backend: str, case: Case, refs: References
 ) -> CaseResult:
     try:
-        return check(artefacts.runner(spec, route, case.layout, backend), spec, case, refs)
-    except (
-        SmoothL1DeployError
-    ) as exc:  # a backend that fails on one case is a red case, not a crash
+        return check(artefacts.runner(spec, route, case.layout, backend), case, refs)
+    except SmoothL1DeployError as exc:
+        # A backend that fails on one case is a red case, not the end of the run.
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
 
 
@@ -268,9 +338,11 @@ def run_matrix(
     def order(item: Cell | Build) -> tuple[object, ...]:
         spec, backend = item.spec, getattr(item, "backend", None)
         return (
+            is_extended(spec),
             DTYPES.index(spec.dtype),
-            spec.beta,
+            getattr(item, "beta", spec.beta),
             REDUCTIONS.index(spec.reduction),
+            spec.name,
             ROUTES.index(item.route),
             matrix.backends.index(backend) if backend else 0,
         )

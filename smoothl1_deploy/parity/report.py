@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,16 @@ if TYPE_CHECKING:
     from .contract import Contract
     from .drift import Drift
 
-__all__ = ["FORMAT", "Build", "Cell", "Report", "cell_of", "mean_shares", "repeat_command"]
+__all__ = [
+    "FORMAT",
+    "Build",
+    "Cell",
+    "Report",
+    "cell_of",
+    "is_extended",
+    "mean_shares",
+    "repeat_command",
+]
 
 FORMAT = 1  # of the JSON; raised when a reader would have to change
 
@@ -26,6 +36,7 @@ class Cell:
     """One combination of spec, route and backend over all its cases.
 
     Attributes:
+        beta: what was computed with: the spec's, or with `runtime_beta` the one that was fed.
         ulp, torch_ulp, allowed: of the worst case: the failing one, or the one with the largest
             distance to the oracle.
         better: elements, over all cases, that are right where PyTorch isn't.
@@ -36,6 +47,7 @@ class Cell:
     """
 
     spec: LossSpec
+    beta: float
     route: str
     backend: str
     cases: int = 0
@@ -58,6 +70,7 @@ class Cell:
         """JSON-ready."""
         return {
             "spec": self.spec.to_dict(),
+            "beta": "inf" if math.isinf(self.beta) else self.beta,
             "route": self.route,
             "backend": self.backend,
             "ok": self.ok,
@@ -79,7 +92,14 @@ def mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {branch: fmean(each[branch] for each in shares) for branch in shares[0]}
 
 
-def cell_of(spec: LossSpec, route: str, backend: str, results: Sequence[CaseResult]) -> Cell:
+def is_extended(spec: LossSpec) -> bool:
+    """Whether the spec is more than `torch.nn.SmoothL1Loss`."""
+    return spec != LossSpec(spec.beta, spec.reduction, spec.dtype)
+
+
+def cell_of(
+    spec: LossSpec, beta: float, route: str, backend: str, results: Sequence[CaseResult]
+) -> Cell:
     """Sum up the cases (at least one) of one combination."""
     failures = tuple(result for result in results if not result.verdict.ok)
     worst = max(failures or results, key=lambda r: (r.verdict.wrong_class > 0, r.verdict.ulp))
@@ -90,6 +110,7 @@ def cell_of(spec: LossSpec, route: str, backend: str, results: Sequence[CaseResu
     families = {family: mean_shares(shares) for family, shares in by_family.items()}
     return Cell(
         spec,
+        beta,
         route,
         backend,
         cases=len(results),
@@ -198,6 +219,7 @@ class Report:
 def repeat_command(cell: Cell, seed: int) -> str:
     """The command that runs this cell, and only it, on the same inputs."""
     spec = cell.spec
-    words = ["smoothl1-deploy", "parity", "--beta", repr(spec.beta), "--reduction", spec.reduction]
+    words = ["smoothl1-deploy", "parity", "--beta", repr(cell.beta), "--reduction", spec.reduction]
     words += ["--dtype", spec.dtype, "--route", cell.route, "--backend", cell.backend]
+    words += ["--extensions-only"] if is_extended(spec) else ["--no-extensions"]
     return shlex.join([*words, "--seed", str(seed), "--no-engines"])

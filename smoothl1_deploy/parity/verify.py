@@ -1,33 +1,46 @@
-"""`verify`: one artefact, on one backend, against PyTorch and the oracle."""
+"""`verify`: one artefact, anyone's, on one backend, against PyTorch and the oracle."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from ..artefact import ModelSource, Signature, read_model, sha256
-from ..backends.base import get_backend
+from ..artefact import ModelSource, Signature, read_model, select_ports, sha256
+from ..backends.base import Runner, get_backend
 from ..environment import environment
 from ..errors import ArtefactError, SmoothL1DeployError, UnsupportedError
-from ..graph.shapes import Shape
 from ..spec import LossSpec
+from .artefact_drift import DriftPoint, artefact_drift
 from .cases import LAYOUTS, Case, CaseResult, References, check
+from .diagnose import diagnose
 from .families import BRANCHES, FAMILIES
+from .faults.names import Diagnosis
+from .shapes import ShapePlan
 
-__all__ = ["Verification", "verify", "verify_table"]
+__all__ = ["Verification", "diagnosis_table", "verify", "verify_table"]
 
-_ROWS = 64  # size of a dynamic axis for the families
-_LARGE = 1 << 20  # elements of the largest case
+_LARGE = 1 << 20  # elements of the largest case of a loss that isn't reduced
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify` found. True where every case is green."""
+    """What `verify` found. True where every case is green.
+
+    Attributes:
+        name: of the graph.
+        sha256: of the model as it was read.
+        spec: what it was held against.
+        backend: what ran it.
+        results: one a case.
+        environment: versions and hardware.
+        seed: of the inputs.
+        drift: the error of a reduction by size; empty for `none`, and for fixed shapes.
+        diagnoses: what is wrong, the likeliest first; empty where every case is green.
+    """
 
     name: str
     sha256: str
@@ -35,108 +48,163 @@ class Verification:
     backend: str
     results: tuple[CaseResult, ...]
     environment: Mapping[str, Any]
+    seed: int = 0
+    drift: tuple[DriftPoint, ...] = ()
+    diagnoses: tuple[Diagnosis, ...] = ()
 
     def __bool__(self) -> bool:
-        return all(result.verdict.ok for result in self.results)
+        return not self.failures
 
     @property
     def failures(self) -> tuple[CaseResult, ...]:
-        """The red cases."""
-        return tuple(result for result in self.results if not result.verdict.ok)
+        """The red cases, those of the drift among them."""
+        results = (*self.results, *(point.result for point in self.drift))
+        return tuple(result for result in results if not result.verdict.ok)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Strict JSON."""
         return {
             "ok": bool(self),
             "name": self.name,
             "sha256": self.sha256,
             "spec": self.spec.to_dict(),
             "backend": self.backend,
+            "seed": self.seed,
             "cases": [result.to_dict() for result in self.results],
+            "drift": [point.to_dict() for point in self.drift],
+            "diagnoses": [diagnosis.to_dict() for diagnosis in self.diagnoses],
             "environment": dict(self.environment),
         }
 
 
-def _instantiate(shape: Shape, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
-
-
-def _cases(signature: Signature, seed: int) -> Iterator[Case]:
-    """Every family once, then nothing and a million elements where the shapes allow it."""
-    a, b = signature.input.shape, signature.target.shape
-    if a is None or b is None:
+def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
+    """Every family once, then nothing at all; a million elements where the drift has none."""
+    if signature.input.shape is None or signature.target.shape is None:
         for name in LAYOUTS:
             if name == "matrix":
                 yield from (Case.of(family, name, seed) for family in FAMILIES)
-            elif name != "2^24":
+            elif "^" not in name and (LAYOUTS[name].input or not spec.per_sample):
                 yield Case.of("normal", name, seed)
-        yield Case.of("constant", "2^20", seed)
+        if spec.reduction == "none":
+            yield Case.of("normal", "2^20", seed)
         return
-    names = [dim for dim in dict.fromkeys((*a, *b)) if isinstance(dim, str)]
+    plan = ShapePlan.of(signature)
+    usual = plan.usual()
+    layout = ",".join(map(str, usual[0])) or "scalar"
+    yield from (Case(family, layout, *usual, seed) for family in FAMILIES)
+    if plan.growing is not None:
+        yield Case("normal", f"{plan.growing}=0", *plan.empty(), seed)
+        if spec.reduction == "none":
+            large = plan.of_size(_LARGE)
+            yield Case("normal", ",".join(map(str, large[0])), *large, seed)
 
-    def case(family: str, layout: str, sizes: Mapping[str, int]) -> Case:
-        return Case(family, layout, _instantiate(a, sizes), _instantiate(b, sizes), seed)
 
-    usual = dict.fromkeys(names, _ROWS)
-    shape = ",".join(map(str, _instantiate(a, usual))) or "scalar"
-    yield from (case(family, shape, usual) for family in FAMILIES)
-    if names:
-        others = math.prod(_instantiate(a, {**usual, names[0]: 1}))
-        large = {**usual, names[0]: max(_ROWS, _LARGE // max(others, 1))}
-        yield case("normal", f"{names[0]}=0", {**usual, names[0]: 0})
-        yield case("normal", f"{names[0]}={large[names[0]]}", large)
-        yield case("constant", f"{names[0]}={large[names[0]]}", large)
+def _checked(runner: Runner, spec: LossSpec, case: Case) -> CaseResult:
+    refs = References.of(spec, case)
+    try:
+        return check(runner, case, refs)
+    except SmoothL1DeployError as exc:  # an answer that doesn't come is a wrong answer
+        return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
+
+
+def _check_ports(signature: Signature, spec: LossSpec) -> None:
+    if signature.input.dtype != spec.dtype:
+        raise ArtefactError(f"the model takes {signature.input.dtype}, the spec says {spec.dtype}")
+    if set(signature.inputs) != set(spec.inputs):
+        raise ArtefactError(
+            f"the model takes {', '.join(signature.inputs)}, the spec {', '.join(spec.inputs)}; "
+            "give the spec of what the model computes"
+        )
+    if spec.gradient and all(port.name != "grad_input" for port in signature.outputs):
+        raise ArtefactError("the spec has a gradient, and the model no output called grad_input")
 
 
 def verify(
-    model: ModelSource, backend: str = "ort-cpu", *, spec: LossSpec | None = None, seed: int = 0
+    model: ModelSource,
+    backend: str = "ort-cpu",
+    *,
+    spec: LossSpec | None = None,
+    seed: int = 0,
+    input_name: str | None = None,
+    target_name: str | None = None,
+    output_name: str | None = None,
+    drift: bool = True,
+    large: bool = False,
 ) -> Verification:
-    """Hold one artefact against PyTorch and the oracle, on every input family.
+    """Hold one artefact against PyTorch and the oracle, and say what is wrong where it is red.
 
     Args:
-        model: an `onnx.ModelProto`, its bytes, or a path.
+        model: an `onnx.ModelProto`, its bytes, or a path; of this tool's making or anyone's.
         backend: what runs it.
         spec: what it ought to compute; by default what its metadata say.
         seed: of the inputs.
+        input_name: of the graph input, where it is not clear which of several it is.
+        target_name: likewise.
+        output_name: of the loss, where there are several outputs and none is called `loss`.
+        drift: measure the error of a reduction at 2^10 to 2^22 elements.
+        large: at 2^24 as well, with up to 2 GB of memory.
 
     Returns:
         A `Verification`: true where every case is green; `to_dict()` for JSON.
 
     Raises:
-        ArtefactError: when the model carries no spec and none is given.
+        ArtefactError: when the model carries no spec and none is given; when it can't be told
+            which of its inputs and outputs to compare.
         UnsupportedError: when the backend can't carry out the spec faithfully.
         MissingDependencyError: when torch or the backend is not installed.
     """
-    proto = read_model(model)
+    original = read_model(model)
     chosen = get_backend(backend)
-    runner = chosen.load(proto)
+    runner = chosen.load(select_ports(original, input_name, target_name, output_name))
     expected = spec if spec is not None else runner.spec
     if expected is None:
         raise ArtefactError(
             "the model does not say what it computes (it was not exported by smoothl1-deploy); "
             "say it with spec=LossSpec(...), on the command line --beta and --reduction"
         )
-    if runner.signature.input.dtype != expected.dtype:
-        raise ArtefactError(
-            f"the model takes {runner.signature.input.dtype}, the spec says {expected.dtype}"
-        )
+    _check_ports(runner.signature, expected)
     reason = chosen.refuses(expected)
     if reason:
         raise UnsupportedError(reason)
-    results = []
-    for case in _cases(runner.signature, seed):
-        refs = References.of(expected, case)
-        try:
-            results.append(check(runner, expected, case, refs))
-        except SmoothL1DeployError as exc:  # an answer that doesn't come is a wrong answer
-            results.append(CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}"))
-    digest = sha256(proto.SerializeToString(deterministic=True))
-    return Verification(proto.graph.name, digest, expected, backend, tuple(results), environment())
+    results = tuple(_checked(runner, expected, c) for c in _cases(runner.signature, expected, seed))
+    points = artefact_drift(runner, expected, seed=seed, large=large) if drift else ()
+    found = Verification(
+        original.graph.name,
+        sha256(original.SerializeToString(deterministic=True)),
+        expected,
+        backend,
+        results,
+        environment(),
+        seed,
+        points,
+    )
+    if found:
+        return found
+    failures = found.failures
+    return replace(found, diagnoses=diagnose(runner, expected, failures=failures, drift=points))
+
+
+def diagnosis_table(verification: Verification) -> Table:
+    """One row a fault: its name, what it does, and the answers that speak for it."""
+    table = Table(title="most likely what is wrong", title_justify="left", show_lines=True)
+    for column in ("fault", "why", "evidence"):
+        table.add_column(column)
+    for diagnosis in verification.diagnoses:
+        name = Text(diagnosis.fault.value, style="bold red")
+        evidence = Text("\n".join(map(str, diagnosis.evidence)))
+        table.add_row(name, Text(diagnosis.explanation), evidence)
+    return table
 
 
 def verify_table(verification: Verification) -> Table:
     """One row a case: distance to the oracle, PyTorch's own, what is allowed, branches reached."""
-    table = Table(title=f"{verification.name} on {verification.backend}", title_justify="left")
+    likely = ", ".join(item.fault.value for item in verification.diagnoses)
+    table = Table(
+        title=f"{verification.name} on {verification.backend}",
+        title_justify="left",
+        caption=f"most likely: {likely}" if likely else None,
+        caption_justify="left",
+    )
     for column in ("family", "shape"):
         table.add_column(column)
     for column in ("ULP", "PyTorch's", "allowed", *BRANCHES):

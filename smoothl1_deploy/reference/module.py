@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from ..floats import NUMPY_DTYPE, Array
 from ..spec import LossSpec
 
-__all__ = ["SmoothL1Loss", "eager", "from_torch", "to_torch"]
+__all__ = ["SmoothL1Loss", "eager", "eager_outputs", "from_torch", "to_torch"]
 
 
 class SmoothL1Loss(torch.nn.SmoothL1Loss):
@@ -65,3 +68,61 @@ def eager(spec: LossSpec, input: Array, target: Array) -> Array:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
         return from_torch(SmoothL1Loss.from_spec(spec)(to_torch(input), to_torch(target)))
+
+
+def eager_outputs(
+    spec: LossSpec,
+    input: Array,
+    target: Array,
+    weight: Array | None = None,
+    beta: Array | None = None,
+) -> dict[str, Array]:
+    """What PyTorch eager and its autograd compute on the CPU for every output of a spec.
+
+    Per sample, that is a loop over the rows (vectorised above 1024 of them).
+    """
+    if beta is not None and not beta >= 0:
+        return _no_beta(spec, input, target, weight)
+    number = spec.beta if beta is None else float(beta)
+    x = to_torch(input).clone().requires_grad_(spec.gradient)
+    tensors = [x, to_torch(target), *([] if weight is None else [to_torch(weight)])]
+    with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradient):
+        warnings.filterwarnings("ignore", message="Using a target size")
+        loss = _eager_loss(spec, number, *tensors)
+        outputs = {"loss": from_torch(loss)}
+        if spec.gradient:
+            (gradient,) = torch.autograd.grad(loss.sum(), x)
+            outputs["grad_input"] = from_torch(gradient)
+    return outputs
+
+
+def _eager_loss(spec: LossSpec, beta: float, *tensors: torch.Tensor) -> torch.Tensor:
+    """The loss of input, target and, where the spec has one, weight."""
+    x, t, *weights = tensors
+    if not weights and not spec.per_sample:
+        return SmoothL1Loss(reduction=spec.reduction, beta=beta).forward(x, t)
+    if spec.per_sample:
+        rows: Sequence[torch.Tensor] = torch.functional.broadcast_tensors(*tensors)  # type: ignore[no-untyped-call]
+        if 0 < len(rows[0]) <= 1024:
+            alone = replace(spec, per_sample=False)
+            return torch.stack([_eager_loss(alone, beta, *row) for row in zip(*rows, strict=True)])
+        x, t, *weights = rows
+    losses = SmoothL1Loss(reduction="none", beta=beta).forward(x, t)
+    for weight in weights:
+        losses = losses * weight
+    if spec.reduction == "none":
+        return losses
+    first = 1 if spec.per_sample else 0
+    total = losses.flatten(first).sum(first) if losses.ndim > first else losses
+    if spec.reduction == "sum":
+        return total
+    if spec.weight == "weights":
+        parts = weights[0].expand_as(losses)
+        return total / (parts.flatten(first).sum(first) if parts.ndim > first else parts)
+    return total / math.prod(losses.shape[first:])
+
+
+def _no_beta(spec: LossSpec, input: Array, target: Array, weight: Array | None) -> dict[str, Array]:
+    """PyTorch raises on a negative beta; an artefact, which can't, answers NaN everywhere."""
+    outputs = eager_outputs(replace(spec, runtime_beta=False), input, target, weight)
+    return {name: np.full_like(array, np.nan) for name, array in outputs.items()}

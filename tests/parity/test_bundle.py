@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from smoothl1_deploy.errors import ArtefactError, OutputError
 from smoothl1_deploy.floats import NUMPY_DTYPE
 from smoothl1_deploy.parity.bundle import Bundle, write_bundle
 from smoothl1_deploy.parity.cases import Case, CaseResult, References, check
+from smoothl1_deploy.parity.matrix import Matrix, run_matrix
 from smoothl1_deploy.parity.report import Report
 
 FILES = {"inputs.npz", "artefact.onnx", "repro.py", "environment.json"}
@@ -36,7 +38,7 @@ def run(bundle: Bundle, tmp_path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def result_of(model: onnx.ModelProto, spec: LossSpec, case: Case, backend: str) -> CaseResult:
-    return check(get_backend(backend, 1).load(model), spec, case)
+    return check(get_backend(backend, 1).load(model), case, References.of(spec, case))
 
 
 @pytest.mark.parametrize(
@@ -64,8 +66,13 @@ def test_the_script_shows_a_planted_fault(
     done = run(bundle, tmp_path)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    got, torch, exact = (line.split()[1] for line in done.stdout.splitlines()[:3])
-    assert float(got) != float(exact) == pytest.approx(float(torch), rel=1e-2)
+    numbers = re.fullmatch(
+        r"loss at \(.*\): got (\S+), PyTorch (\S+), PyTorch in float64 (\S+), exact (\S+)",
+        done.stdout.splitlines()[0],
+    )
+    assert numbers
+    got, torch, wide, exact = map(float, numbers.groups())
+    assert got != exact == pytest.approx(torch, rel=1e-2) == pytest.approx(wide, rel=1e-2)
     assert f"ULP from the exact value, {red.verdict.allowed} allowed" in done.stdout
 
 
@@ -75,6 +82,65 @@ def test_the_script_is_content_with_a_right_artefact(tmp_path: Path) -> None:
     green = result_of(model, spec, Case.of("inf-minus-inf", "matrix"), "ort-cpu")
     bundle = write_bundle(green, model, tmp_path / "case")
     assert not bundle.reproduced
+    done = run(bundle, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+#: An artefact of the second spec is wrong where the first is meant.
+EXTENDED = {
+    "per sample": (
+        LossSpec(0.5, "sum", per_sample=True), LossSpec(0.625, "sum", per_sample=True)
+    ),
+    "gradient": (
+        LossSpec(0.5, "none", gradient=True), LossSpec(0.625, "none", gradient=True)
+    ),
+    "gradient alone": (
+        LossSpec(0.5, "mean", gradient=True), LossSpec(0.5, "mean", gradient=True)
+    ),
+    "weight": (LossSpec(0.5, weight="count"), LossSpec(0.625, weight="count")),
+    "all": (
+        LossSpec(0.5, dtype="bfloat16", per_sample=True, gradient=True, weight="weights"),
+        LossSpec(0.625, dtype="bfloat16", per_sample=True, gradient=True, weight="weights"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXTENDED)
+@pytest.mark.parametrize("backend", ["ort-cpu", "onnx-reference"])
+def test_the_extensions_are_repeated_too(tmp_path: Path, name: str, backend: str) -> None:
+    spec, wrong = EXTENDED[name]
+    model = export(wrong, shape=("N", 16))
+    if name == "gradient alone":
+        _spoil_gradient(model)
+    found = result_of(model, spec, Case.of("normal", "matrix"), backend)
+    assert not found.verdict.ok and found.sample is not None
+    done = run(write_bundle(found, model, tmp_path / "x", spec=spec, backend=backend), tmp_path)
+    assert done.returncode == 1 and done.stdout.startswith(found.sample.output), done.stderr
+    if name == "gradient alone":
+        assert found.sample.output == "grad_input"
+    right = export(spec, shape=("N", 16))
+    green = result_of(right, spec, Case.of("normal", "matrix"), backend)
+    done = run(write_bundle(green, right, tmp_path / "y", spec=spec, backend=backend), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _spoil_gradient(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if "grad_input" in node.output)
+    node.output[list(node.output).index("grad_input")] = "right"
+    model.graph.node.append(onnx.helper.make_node("Neg", ["right"], ["grad_input"]))
+    del model.metadata_props[:]
+
+
+def test_a_beta_that_is_fed_is_in_the_bundle(tmp_path: Path) -> None:
+    matrix = Matrix(
+        ("ort-cpu",), betas=(0.1,), dtypes=("float16",), routes=("function",), plain=False,
+        quick=True,
+    )  # fmt: skip
+    (cell,) = run_matrix(matrix).cells
+    assert cell.spec.runtime_beta
+    bundle = write_bundle(cell, None, tmp_path / "x")
+    assert not bundle.reproduced and bundle.verdict is not None
+    assert np.load(bundle.folder / "inputs.npz")["beta"] == np.float32(0.1)
     done = run(bundle, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -107,7 +173,7 @@ def test_what_is_in_the_files(tmp_path: Path) -> None:
     folder = write_bundle(result, model, tmp_path / "case").folder
     stored = np.load(folder / "inputs.npz")
     refs = References.of(spec, case)
-    assert set(stored.files) == {"input", "target", "got"}
+    assert set(stored.files) == {"input", "target", "got", "exact"}
     assert stored["input"].dtype == np.uint16
     assert stored["input"].view(NUMPY_DTYPE["bfloat16"]).tobytes() == refs.input.tobytes()
     facts = json.loads((folder / "environment.json").read_text())
@@ -123,17 +189,17 @@ def test_what_is_in_the_files(tmp_path: Path) -> None:
 
 def test_a_cell_of_the_matrix_brings_its_own_artefact(red: Report, tmp_path: Path) -> None:
     """The fault was planted in the backend: the artefact itself is found to be right."""
-    cell = next(c for c in red.red if (c.spec.beta, c.spec.reduction) == (1.0, "mean"))
+    cell = next(c for c in red.red if (c.beta, c.spec.reduction) == (1.0, "mean"))
     bundle = write_bundle(cell, None, tmp_path / "cell")
     assert not bundle.reproduced
     facts = json.loads((bundle.folder / "environment.json").read_text())
-    assert facts["repeat"].endswith("--backend ort-cpu --seed 7 --no-engines")
+    assert facts["repeat"].endswith("--backend ort-cpu --no-extensions --seed 7 --no-engines")
     assert facts["case"]["ok"] is False and facts["again"]["ok"] is True
     assert run(bundle, tmp_path).returncode == 0
 
 
 def test_every_layout_of_the_matrix_can_be_bundled(red: Report, tmp_path: Path) -> None:
-    cell = next(c for c in red.red if c.spec.beta == 1.0)
+    cell = next(c for c in red.red if c.beta == 1.0)
     from smoothl1_deploy.parity.cases import LAYOUTS
 
     for layout in (name for name in LAYOUTS if "^" not in name):

@@ -15,7 +15,7 @@ from smoothl1_deploy.parity.drift import Drift
 from smoothl1_deploy.parity.report import Cell, Report, repeat_command
 from smoothl1_deploy.parity.views import html
 from smoothl1_deploy.parity.views.common import clean
-from smoothl1_deploy.parity.views.heatmap import STEPS, cell_ids, maps_by_dtype, overview, step
+from smoothl1_deploy.parity.views.heatmap import STEPS, cell_ids, maps_by_dtype, overviews, step
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -72,23 +72,41 @@ def test_every_cell_has_a_place_and_a_panel(full: str, green: Report) -> None:
     panels = [attributes["id"] for attributes, _ in document.all("article", "panel")]
     assert panels == list(ids.values())
     places = [attributes["href"][1:] for attributes, _ in document.all("a", "place")]
-    extra = sum(p is not None for row in overview(green, ids).rows for p in row.places)
+    maps = overviews(green, ids)
+    extra = sum(p is not None for m in maps for row in m.rows for p in row.places)
     assert len(places) == len(green.cells) + extra
     assert set(places) == set(panels)
 
 
-def test_the_maps_are_beta_by_reduction(green: Report) -> None:
+def test_the_maps_are_beta_by_reduction_and_extension_by_beta(green: Report) -> None:
     maps = maps_by_dtype(green, cell_ids(green.cells))
     assert list(maps) == ["float32", "bfloat16"]
-    for drawn in maps["float32"]:
-        assert drawn.columns == ("none", "mean", "sum")
-        assert [row.beta for row in drawn.rows] == ["0.5", "inf"]
+    for number, drawn in enumerate(maps["float32"]):
+        if number < 4:
+            assert (drawn.corner, drawn.columns) == ("beta", ("none", "mean", "sum"))
+            assert [row.label for row in drawn.rows] == ["0.5", "inf"]
+        else:
+            assert (drawn.corner, drawn.columns) == ("extension", ("0.5", "inf"))
+            assert [row.label for row in drawn.rows] == [
+                "mean per sample gradient runtime beta weight=weights"
+            ]
     titles = [(m.subtitle, m.title) for m in maps["float32"]]
-    assert titles == [
+    assert titles == 2 * [
         (backend, route)
         for backend in ("ort-cpu", "onnx-reference")
         for route in ("function", "inlined")
     ]
+
+
+def test_the_overviews_take_the_worst(red: Report, green: Report) -> None:
+    (drawn,) = overviews(red, cell_ids(red.cells))
+    assert drawn.groups == (("float32", 3), ("float64", 3))
+    kinds = {row.label: [p and p.text for p in row.places] for row in drawn.rows}
+    assert kinds["0.5"] == ["error"] * 3 + ["–"] * 3
+    assert kinds["2"][0] == "class" and kinds["0"][0] == "0"
+    plain, extended = overviews(green, cell_ids(green.cells))
+    assert plain.corner == "beta" and extended.corner == "extension"
+    assert extended.columns == ("float32", "bfloat16")
 
 
 def test_the_colour_is_a_step_of_the_scale() -> None:
@@ -128,7 +146,7 @@ def test_a_panel_holds_the_worst_case_and_its_command(red_page: str, red: Report
         for failure in cell.failures:
             assert " ".join(clean(failure.verdict.detail).split()) in text
         if sample is not None:
-            for number in (*sample.input, *sample.target, sample.torch, sample.oracle):
+            for number in (*sum(sample.inputs.values(), ()), sample.torch, sample.oracle):
                 assert number in text
             assert (sample.got or "no answer") in text
 

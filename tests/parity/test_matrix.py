@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,17 @@ from smoothl1_deploy.errors import InvalidInputError
 from smoothl1_deploy.floats import Array
 from smoothl1_deploy.parity.cases import LAYOUTS, Case
 from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.parity.matrix import Matrix, run_matrix
+from smoothl1_deploy.parity.matrix import EXTENSIONS, Matrix, run_matrix
 from smoothl1_deploy.parity.report import repeat_command
-from smoothl1_deploy.parity.views.terminal import matrix_table
+from smoothl1_deploy.parity.views.terminal import extension_table, matrix_table
 
-SMALL = Matrix(("ort-cpu", "onnx-reference"), betas=(0.0, 0.5), dtypes=("float32",), quick=True)
+SMALL = Matrix(
+    ("ort-cpu", "onnx-reference"),
+    betas=(0.0, 0.5),
+    dtypes=("float32",),
+    extensions=False,
+    quick=True,
+)
 
 
 def test_a_small_matrix_is_complete_and_green() -> None:
@@ -50,7 +57,12 @@ def test_a_small_matrix_is_complete_and_green() -> None:
 
 def test_the_report_is_strict_json_that_repeats_itself() -> None:
     matrix = Matrix(
-        ("ort-cpu",), betas=(float("inf"),), dtypes=("bfloat16",), routes=("function",), quick=True
+        ("ort-cpu",),
+        betas=(float("inf"),),
+        dtypes=("bfloat16",),
+        routes=("function",),
+        extensions=False,
+        quick=True,
     )
     one, two = (json.loads(run_matrix(matrix).to_json()) for _ in range(2))
     assert one["cells"] == two["cells"]
@@ -68,6 +80,24 @@ def test_worker_processes_find_the_same() -> None:
     assert alone.to_dict()["cells"] == together.to_dict()["cells"]
 
 
+def test_the_extensions_are_cells_of_their_own() -> None:
+    matrix = Matrix(
+        ("ort-cpu", "trt-network"),
+        betas=(0.0, 0.1),
+        dtypes=("bfloat16",),
+        routes=("function", "torch"),
+        plain=False,
+    )
+    report = run_matrix(matrix)
+    assert report, report.red
+    assert {cell.route for cell in report.cells} == {"function"}
+    assert {cell.beta for cell in report.cells} == {0.0, 0.1}
+    found = {replace(cell.spec, beta=1.0, dtype="float32") for cell in report.cells}
+    assert found == set(EXTENSIONS)
+    table = extension_table(report)
+    assert table is not None and table.row_count == len(EXTENSIONS)
+
+
 class _Planted(OrtCpuBackend):
     """The real backend with a fault put into its answers."""
 
@@ -75,11 +105,11 @@ class _Planted(OrtCpuBackend):
         runner = super().load(model)
         honest = runner._execute
 
-        def faulty(input: Array, target: Array, shape: tuple[int, ...]) -> dict[str, Array]:
-            outputs = honest(input, target, shape)
-            if input.size == 0:
+        def faulty(feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
+            outputs = honest(feeds, shape)
+            if feeds["input"].size == 0:
                 raise InvalidInputError("a planted refusal")
-            if np.isnan(input).any():
+            if np.isnan(feeds["input"]).any():
                 return {"loss": np.nan_to_num(outputs["loss"])}
             return outputs
 
@@ -99,6 +129,7 @@ def test_wrong_answers_and_errors_are_red_cells_with_a_command(
         reductions=("mean",),
         dtypes=("float32",),
         routes=("function",),
+        extensions=False,
         seed=7,
         quick=True,
     )
@@ -114,15 +145,18 @@ def test_wrong_answers_and_errors_are_red_cells_with_a_command(
     assert {f.case.seed for f in cell.failures} == {7}
     assert repeat_command(cell, report.seed) == (
         "smoothl1-deploy parity --beta 0.5 --reduction mean --dtype float32 "
-        "--route function --backend ort-cpu --seed 7 --no-engines"
+        "--route function --backend ort-cpu --no-extensions --seed 7 --no-engines"
     )
     assert matrix_table(report).row_count == 1
 
 
 #: name of a fault -> what to replace in the source of the functions, by what.
 FAULTS = {
-    "a constant": [("value_float=0.5), divisor", "value_float=0.5001), divisor")],
-    "a bound": [("op.Neg(beta), beta)", "beta, beta)")],
+    "a constant": [("half = op.Constant(value_float=0.5)", "half = op.Constant(value_float=0.6)")],
+    "a bound": [
+        ("core = op.Clip(difference, op.Neg(beta), beta)\n    excess",
+         "core = op.Clip(difference, beta, beta)\n    excess"),
+    ],
     "a magnitude": [("op.Abs(op.Sub(difference, core))", "op.Sub(difference, core)")],
     "float32 sums": [
         ("op.Reshape(op.Cast(losses, to=11),", "op.Reshape(losses,"),

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import warnings
+from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from smoothl1_deploy import LossSpec, export, verify
+from smoothl1_deploy.artefact import select_ports, signature
+from smoothl1_deploy.backends.base import load
 from smoothl1_deploy.errors import ArtefactError
+from smoothl1_deploy.parity.artefact_drift import FAMILIES, SIZES, drift_table
+from smoothl1_deploy.parity.bounds import bound
+from smoothl1_deploy.parity.faults.names import Fault
 from smoothl1_deploy.parity.verify import verify_table
+
+
+def shown(table: Table) -> str:
+    console = Console(file=StringIO(), width=200)
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
 @pytest.mark.parametrize("shape", [None, ("N", 16), ("N", "M"), (), (4,), (0, 3)])
@@ -23,9 +42,11 @@ def test_our_artefacts_are_green(shape: tuple[int | str, ...] | None, route: str
     assert result.spec == LossSpec(0.5)
     layouts = {case.case.layout for case in result.results}
     if shape == ("N", 16):
-        assert layouts == {"64,16", "N=0", "N=65536"}
+        assert layouts == {"64,16", "N=0"}
+        assert [point.elements for point in result.drift] == [n for n in SIZES for _ in FAMILIES]
     assert verify_table(result).row_count == len(result.results)
     assert result.to_dict()["ok"] is True
+    assert result.diagnoses == ()
 
 
 def test_a_spec_that_is_not_the_model_s_is_red() -> None:
@@ -62,9 +83,60 @@ def test_the_plain_exporter_s_drift_and_its_empty_mean_are_found(
     plain_export: onnx.ModelProto,
 ) -> None:
     result = verify(plain_export, spec=LossSpec())
-    failed = {(f.case.family, f.case.layout.split("=")[-1]) for f in result.failures}
-    assert ("constant", "65536") in failed  # the sum of 2^20 equal float32 drifts
-    assert ("normal", "0") in failed  # 0.0 where PyTorch has NaN
+    failed = {(f.case.family, f.case.layout) for f in result.failures}
+    assert ("constant", "65536,16") in failed  # the sum of 2^20 equal float32 drifts
+    assert ("normal", "N=0") in failed  # 0.0 where PyTorch has NaN
+    assert [item.fault for item in result.diagnoses] == [
+        Fault.FLOAT32_ACCUMULATION,
+        Fault.EMPTY_MEAN,
+    ]
+
+
+def test_the_drift_is_a_curve_beside_pytorch_s_and_the_bound(
+    plain_export: onnx.ModelProto,
+) -> None:
+    result = verify(plain_export, spec=LossSpec())
+    curve = {p.elements: p for p in result.drift if p.family == "constant"}
+    assert list(curve) == [1 << power for power in (10, 14, 16, 18, 20, 22)]
+    errors = [point.relative or 0.0 for point in curve.values()]
+    assert errors == sorted(errors) and errors[-1] > 1e-3
+    assert all((point.torch_relative or 0.0) < 1e-6 for point in curve.values())
+    last = result.to_dict()["drift"][-2]
+    assert last["elements"] == 1 << 22 and last["case"]["family"] == "constant"
+    assert last["case"]["ulp"] > 10_000 > last["case"]["allowed"] and last["ok"] is False
+    assert last["bound_ulp"] == bound(LossSpec(), 1 << 22)
+    assert 1e-3 < abs(last["value"] / last["oracle"] - 1) < 1e-2
+    table = shown(drift_table(result.drift))
+    assert "4,194,304" in table and "bound" in table and f"{errors[-1]:.1e}" in table
+
+
+def test_2_to_24_elements_stay_below_2_gigabytes(
+    plain_export: onnx.ModelProto, tmp_path: Path
+) -> None:
+    path = tmp_path / "plain.onnx"
+    onnx.save(plain_export, path)
+    program = (
+        "import resource, sys; from smoothl1_deploy import LossSpec, verify\n"
+        f"v = verify({str(path)!r}, spec=LossSpec(), large=True)\n"
+        "print(v.drift[-2].elements, v.drift[-2].relative)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    elements, error, memory = done.stdout.split()
+    assert int(elements) == 1 << 24 and float(error) > 1e-2
+    assert int(memory) < 2e9
+
+
+def test_drift_can_be_left_out_and_is_empty_where_nothing_adds_up() -> None:
+    assert verify(export(LossSpec(), shape=("N",)), drift=False).drift == ()
+    assert verify(export(LossSpec(reduction="none"), shape=("N",))).drift == ()
+    assert verify(export(LossSpec(), shape=(4,))).drift == ()
 
 
 def test_a_model_of_other_origin_needs_a_spec(plain_export: onnx.ModelProto) -> None:
@@ -84,3 +156,168 @@ def test_the_seed_decides_the_inputs() -> None:
     one, two = verify(model, seed=1), verify(model, seed=2)
     assert one and two
     assert np.any([a.shares != b.shares for a, b in zip(one.results, two.results, strict=True)])
+
+
+def theirs(
+    inputs: str = "float[rows, cols] y_hat, float[n, 3] y",
+    outputs: str = "float out",
+    call: tuple[str, str] = ("y_hat", "y"),
+    more: str = "",
+) -> onnx.ModelProto:
+    """Anyone's mean for beta 1, right for small counts."""
+    return onnx.parser.parse_model(f"""
+<ir_version: 10, opset_import: ["" : 18]>
+their_loss ({inputs}) => ({outputs})
+<float half = {{0.5}}, float one = {{1.0}}, float unused_default = {{1.0}}> {{
+    d = Sub({call[0]}, {call[1]})
+    a = Abs(d)
+    below = Less(a, one)
+    s = Mul(d, d)
+    q = Mul(half, s)
+    l = Sub(a, half)
+    each = Where(below, q, l)
+    wide = Cast<to=11>(each)
+    total = ReduceSum<keepdims=0>(wide)
+    count = Size(each)
+    n64 = Cast<to=11>(count)
+    mean64 = Div(total, n64)
+    out = Cast<to=1>(mean64)
+    {more}
+}}""")
+
+
+def test_any_names_and_symbolic_axes_will_do() -> None:
+    result = verify(theirs(), spec=LossSpec())
+    assert result, result.failures
+    assert {case.case.input_shape for case in result.results} == {(64, 3), (0, 3)}
+    assert {case.case.target_shape for case in result.results} == {(64, 3), (0, 3)}
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        "float[s0, s1, s2, s3] y_hat, float[s0, s1, s2, s3] y",
+        "float[?, 3] y_hat, float[?, 3] y",
+        "float[batch, 1] y_hat, float[1, cols] y",
+        "float[batch, 5, 7] y_hat, float[time, features] y",
+        "float[3, 4] y_hat, float[4] y",
+        "float[N, 80, 80, 80] y_hat, float[N, 80, 80, 80] y",
+    ],
+)
+def test_all_sorts_of_shapes(inputs: str) -> None:
+    result = verify(theirs(inputs), spec=LossSpec(), drift=False)
+    assert result, result.failures[0].verdict.detail
+
+
+def test_the_inputs_are_taken_by_name() -> None:
+    model = theirs("float[N, 4] gt, float[N, 4] boxes, float[N, 4] weights", call=("boxes", "gt"))
+    with pytest.raises(ArtefactError, match=r"3 inputs \('gt', 'boxes', 'weights'\).*--input-name"):
+        verify(model, spec=LossSpec())
+    with pytest.raises(ArtefactError, match=r"takes 'weights', which nothing here can feed"):
+        verify(model, spec=LossSpec(), input_name="boxes", target_name="gt")
+    with pytest.raises(ArtefactError, match=r"besides 'boxes' the model has 2 inputs"):
+        verify(model, spec=LossSpec(), input_name="boxes")
+    two = theirs("float[N, 4] gt, float[N, 4] boxes", call=("boxes", "gt"))
+    for names in (
+        {},
+        {"input_name": "boxes"},
+        {"target_name": "gt"},
+        {"input_name": "boxes", "target_name": "gt"},
+    ):
+        assert signature(select_ports(two, **names)).input.name == "boxes"
+    assert signature(select_ports(two, "gt", "boxes")).input.name == "gt"
+    assert two.graph.input[0].name == "gt"  # the caller's model is as it was
+    assert verify(two, spec=LossSpec(), target_name="gt", drift=False)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"input_name": "x"}, r"input_name='x' is no input of the model; it has 'y_hat', 'y'"),
+        ({"target_name": "x"}, r"target_name='x' is no input of the model"),
+        ({"output_name": "x"}, r"output_name='x' is no output of the model; it has 'out'"),
+        ({"input_name": "y", "target_name": "y"}, r"are both 'y'; give two inputs"),
+    ],
+)
+def test_names_that_are_not_there(names: dict[str, str], message: str) -> None:
+    with pytest.raises(ArtefactError, match=message):
+        verify(theirs(), spec=LossSpec(), **names)  # type: ignore[arg-type]
+
+
+def test_one_of_several_outputs() -> None:
+    model = theirs(outputs="int64 count, float out, float[rows, cols] each")
+    with pytest.raises(ArtefactError, match=r"3 outputs \('count', 'out', 'each'\).*--output-name"):
+        verify(model, spec=LossSpec())
+    assert verify(model, spec=LossSpec(), output_name="out", drift=False)
+    assert verify(model, spec=LossSpec(reduction="none"), output_name="each", drift=False)
+    with pytest.raises(ArtefactError, match="'count' has the element type INT64"):
+        verify(model, spec=LossSpec(), output_name="count")
+
+
+def test_an_output_called_loss_is_found_among_others() -> None:
+    model = theirs(outputs="int64 count, float loss", more="loss = Identity(out)")
+    assert verify(model, spec=LossSpec(), drift=False)
+    outputs = load(model).run(np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32))
+    assert list(outputs) == ["loss"]
+
+
+def test_our_own_artefact_is_taken_by_its_names() -> None:
+    model = export(LossSpec(0.5, gradient=True), shape=("N",))
+    assert select_ports(model) is model
+    assert select_ports(model, "input", "target", "loss") is model
+    with pytest.raises(ArtefactError, match="exported by smoothl1-deploy, and its inputs"):
+        select_ports(model, output_name="grad_input")
+
+
+def test_an_artefact_that_was_changed_is_not_excused_by_a_name() -> None:
+    model = export(LossSpec(0.5), "inlined", shape=("N",))
+    model.graph.output.append(model.graph.input[0])
+    with pytest.raises(ArtefactError, match="changed after it was exported"):
+        select_ports(model, output_name="loss")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LossSpec(0.5, per_sample=True),
+        LossSpec(0.5, "none", gradient=True),
+        LossSpec(0.5, "sum", gradient=True, per_sample=True),
+        LossSpec(runtime_beta=True),
+        LossSpec(0.5, weight="count"),
+        LossSpec(0.5, weight="weights", dtype="float16"),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_the_extensions_are_green(spec: LossSpec) -> None:
+    result = verify(export(spec, shape=("N", 5)))
+    assert result, result.failures
+    assert bool(result.drift) is not (spec.per_sample or spec.reduction == "none")
+
+
+def test_per_sample_of_any_rank_has_no_case_without_rows() -> None:
+    result = verify(export(LossSpec(0.5, per_sample=True)))
+    assert result and all(case.case.input_shape for case in result.results)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (LossSpec(weight="count"), "takes input, target, the spec input, target, weight"),
+        (LossSpec(gradient=True), "no output called grad_input"),
+    ],
+)
+def test_a_spec_with_more_ports_than_the_model(spec: LossSpec, message: str) -> None:
+    with pytest.raises(ArtefactError, match=message):
+        verify(theirs(), spec=spec)
+
+
+def test_inputs_of_two_dtypes_are_refused() -> None:
+    model = theirs("float[N] y_hat, double[N] y")
+    with pytest.raises(ArtefactError, match="'y_hat' as float32 and 'y' as float64"):
+        verify(model, spec=LossSpec())
+
+
+def test_a_target_s_name_decides_between_two_inputs() -> None:
+    for first in ("target", "Labels", "y_true"):
+        model = theirs(f"float[N] {first}, float[N] x", call=("x", first))
+        assert signature(select_ports(model)).target.name == first

@@ -18,7 +18,7 @@ from smoothl1_deploy import LossSpec
 from smoothl1_deploy.errors import InvalidInputError, MissingDependencyError
 from smoothl1_deploy.parity.contract import Contract
 from smoothl1_deploy.parity.drift import Drift
-from smoothl1_deploy.parity.report import Report, repeat_command
+from smoothl1_deploy.parity.report import Report, is_extended, repeat_command
 from smoothl1_deploy.parity.views import junit, markdown, schema, terminal
 from smoothl1_deploy.parity.views.common import beta_text, clean, distance_text, finding, variant
 
@@ -34,11 +34,13 @@ def test_names_of_numbers() -> None:
     distances = [distance_text(n) for n in (0, 9999, 10_000, 2_500_000, 2**63)]
     assert distances == ["0", "9999", "10k", "2M", "9e18"]
     assert variant(LossSpec(reduction="sum")) == "sum"
+    extended = LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights")
+    assert variant(extended) == "mean per sample gradient runtime beta weight=weights"
     assert clean("a\x00\x1bb\ud800\n") == "a\ufffd\ufffdb\ufffd\n"
 
 
 def test_a_finding_says_what_kind_of_red_it_is(red: Report, green: Report) -> None:
-    kinds = {(c.spec.beta, c.spec.reduction): finding(c) for c in red.cells if c.refused is None}
+    kinds = {(c.beta, c.spec.reduction): finding(c) for c in red.cells if c.refused is None}
     assert {kinds[0.5, r] for r in ("none", "mean", "sum")} == {"error"}
     assert kinds[1.0, "mean"] == "distance"
     assert kinds[2.0, "none"] == "class"
@@ -84,7 +86,7 @@ def _nodes(node: object) -> Iterator[dict[str, object]]:
 
 
 def test_every_field_of_a_spec_is_in_the_schema() -> None:
-    """Whoever extends `LossSpec` extends the schema, so that an old reader is told."""
+    """Whoever extends `LossSpec` extends the schema too."""
     described = set(schema.schema()["$defs"]["spec"]["properties"])
     assert described == {field.name for field in dataclasses.fields(LossSpec)}
 
@@ -115,14 +117,18 @@ def test_the_worst_element_is_told_with_its_inputs(green: Report, red: Report) -
     for cell in green.cells:
         assert cell.worst is not None and cell.worst.sample is not None
         sample, verdict = cell.worst.sample, cell.worst.verdict
-        assert (sample.behind == 1) == (cell.spec.reduction == "none")
-        assert len(sample.input) == len(sample.target) == min(4, sample.behind)
+        if not is_extended(cell.spec):
+            assert (sample.behind == 1) == (cell.spec.reduction == "none")
+        names = [*("input", "target"), *(["weight"] if cell.spec.weight else [])]
+        assert list(sample.inputs) == names
+        assert {len(x) for x in sample.inputs.values()} == {min(4, sample.behind)}
         if verdict.ulp == 0:
             assert sample.got == sample.oracle
-    (cell,) = (c for c in red.cells if (c.spec.beta, c.spec.reduction) == (2.0, "none") and c.worst)
+    (cell,) = (c for c in red.cells if (c.beta, c.spec.reduction) == (2.0, "none") and c.worst)
     assert cell.worst is not None and cell.worst.sample is not None
     sample = cell.worst.sample
-    assert "nan" in (*sample.input, *sample.target)
+    assert "nan" in (*sample.inputs["input"], *sample.inputs["target"])
+    assert (sample.output, sample.behind, len(sample.index)) == ("loss", 1, 2)
     assert (sample.got, sample.torch, sample.oracle) == ("0.0", "nan", "nan")
 
 
@@ -208,12 +214,14 @@ def test_markdown_tables_are_rectangular(
     report: Report = dataclasses.replace(
         request.getfixturevalue(name), drift=drift, contract=contract
     )
-    matrix, backends, drifts, edges = tables(markdown.render(report))
-    for table in (matrix, backends, drifts, edges):
+    matrix, *extensions, backends, drifts, edges = tables(markdown.render(report))
+    for table in (matrix, *extensions, backends, drifts, edges):
         assert {len(row) for row in table} == {len(table[0])}
         assert all(re.fullmatch(r"-{3}:?", cell) for cell in table[1])
-    betas = {cell.spec.beta for cell in report.cells}
+    betas = {cell.beta for cell in report.cells}
     assert [row[0] for row in matrix[2:]] == [beta_text(beta) for beta in sorted(betas)]
+    variants = {variant(cell.spec) for cell in report.cells if is_extended(cell.spec)}
+    assert {row[0] for table in extensions for row in table[2:]} == variants
     assert len(backends) - 2 == len({(c.backend, c.route) for c in report.cells})
     assert len(drifts) - 2 == len(drift.curves)
     assert edges[0][1:] == [f"`{column}`" for column in contract.columns]
@@ -250,12 +258,15 @@ def test_terminal_tables(green: Report, red: Report) -> None:
 
     for report in (green, red):
         console = Console(width=200, record=True, file=io.StringIO())
+        extensions = terminal.extension_table(report)
+        assert (extensions is not None) == (report is green)
         for table in (
             terminal.matrix_table(report),
+            extensions,
             terminal.backend_table(report),
             terminal.families_table(report),
         ):
-            console.print(table)
+            console.print(table or "")
         text = console.export_text()
         assert "float32" in text and "quadratic" in text
         assert ("error/" in text) == ("class/" in text) == (report is red)

@@ -104,7 +104,7 @@ def family_shares(report: Report) -> dict[str, dict[str, float]]:
 
     At beta = 0 and beta = inf one branch can't be reached, which says nothing of a family.
     """
-    cells = [cell for cell in report.cells if 0 < cell.spec.beta < math.inf]
+    cells = [cell for cell in report.cells if 0 < cell.beta < math.inf]
     names = dict.fromkeys(family for cell in cells for family in cell.families)
     return {
         name: mean_shares([cell.families[name] for cell in cells if name in cell.families])

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ..report import Cell, Report
+from ..report import Cell, Report, is_extended
 from .common import beta_text, distance_text, finding, measured_text, representative, variant
 
-__all__ = ["STEPS", "Map", "Place", "Row", "cell_ids", "maps_by_dtype", "overview", "step"]
+__all__ = ["STEPS", "Map", "Place", "Row", "cell_ids", "maps_by_dtype", "overviews", "step"]
 
 #: The steps of the colour scale, as (largest distance in ULP, label); the last is open.
 STEPS: tuple[tuple[int | None, str], ...] = (
@@ -55,18 +55,19 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One beta: a place, or None for a combination that is not in the matrix, a column."""
+    """One row's label and places; None for a combination that is not in the matrix."""
 
-    beta: str
+    label: str
     places: tuple[Place | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """beta × columns, where a column is a reduction, or a dtype with a reduction."""
+    """Rows × columns, `groups` spanning the columns; `corner` says what the rows are."""
 
     title: str
     subtitle: str
+    corner: str
     groups: tuple[tuple[str, int], ...]
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -78,7 +79,7 @@ def cell_ids(cells: Iterable[Cell]) -> dict[int, str]:
     found: dict[int, str] = {}
     for cell in cells:
         spec = cell.spec
-        words = [spec.dtype, cell.route, cell.backend, variant(spec), "beta", beta_text(spec.beta)]
+        words = [spec.dtype, cell.route, cell.backend, variant(spec), "beta", beta_text(cell.beta)]
         slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(words))
         name, number = slug, 2
         while name in taken:
@@ -90,7 +91,7 @@ def cell_ids(cells: Iterable[Cell]) -> dict[int, str]:
 
 def _label(cell: Cell) -> str:
     spec = cell.spec
-    where = f"{spec.dtype}, {cell.route} on {cell.backend}, beta {beta_text(spec.beta)}, "
+    where = f"{spec.dtype}, {cell.route} on {cell.backend}, beta {beta_text(cell.beta)}, "
     where += f"{variant(spec)}: "
     if cell.refused is not None:
         return f"{where}not run, {cell.refused}"
@@ -115,59 +116,96 @@ def _place(cell: Cell, ids: dict[int, str], better: bool) -> Place:
     )
 
 
+#: What a cell's row and column are called: (group, name) for a column.
+_Rows = Callable[[Cell], str]
+_Columns = Callable[[Cell], tuple[str, str]]
+
+
+def _by_beta(cell: Cell) -> str:
+    return beta_text(cell.beta)
+
+
+def _by_variant(cell: Cell) -> str:
+    return variant(cell.spec)
+
+
 def _map(
-    title: str,
-    subtitle: str,
     cells: Sequence[Cell],
-    betas: Sequence[float],
-    columns: Sequence[tuple[str, str]],
-    column_of: Callable[[Cell], tuple[str, str]],
     ids: dict[int, str],
+    rows: _Rows,
+    columns: _Columns,
+    *,
+    corner: str,
+    title: str = "",
+    subtitle: str = "",
 ) -> Map:
     """Cells sorted into places; where several share one, the representative stands for them."""
-    places: dict[tuple[float, tuple[str, str]], list[Cell]] = {}
+    places: dict[tuple[str, tuple[str, str]], list[Cell]] = {}
     for cell in cells:
-        places.setdefault((cell.spec.beta, column_of(cell)), []).append(cell)
+        places.setdefault((rows(cell), columns(cell)), []).append(cell)
 
-    def entry(beta: float, column: tuple[str, str]) -> Place | None:
-        there = places.get((beta, column), [])
+    def entry(row: str, column: tuple[str, str]) -> Place | None:
+        there = places.get((row, column), [])
         shown = representative(there) or (there[0] if there else None)
         return _place(shown, ids, any(c.better for c in there)) if shown else None
 
-    rows = tuple(Row(beta_text(beta), tuple(entry(beta, c) for c in columns)) for beta in betas)
-    spans = {group: sum(g == group for g, _ in columns) for group, _ in columns}
-    return Map(title, subtitle, tuple(spans.items()), tuple(name for _, name in columns), rows)
+    found = list(dict.fromkeys(columns(cell) for cell in cells))
+    groups = list(dict.fromkeys(group for group, _ in found))
+    order = sorted(found, key=lambda column: groups.index(column[0]))
+    spans = tuple((group, sum(g == group for g, _ in order)) for group in groups)
+    return Map(
+        title,
+        subtitle,
+        corner,
+        spans,
+        tuple(name for _, name in order),
+        tuple(
+            Row(row, tuple(entry(row, column) for column in order))
+            for row in dict.fromkeys(rows(cell) for cell in cells)
+        ),
+    )
 
 
-def _betas(report: Report) -> list[float]:
-    return sorted({cell.spec.beta for cell in report.cells})
+def _sorted(report: Report, extended: bool) -> list[Cell]:
+    """The plain cells or those of the extensions, by beta; the rest of the order is kept."""
+    cells = (cell for cell in report.cells if is_extended(cell.spec) == extended)
+    return sorted(cells, key=lambda cell: cell.beta)
 
 
-def overview(report: Report, ids: dict[int, str]) -> Map:
-    """Every dtype and reduction in one map, the worst of every route and backend in each place."""
-
-    def column(cell: Cell) -> tuple[str, str]:
-        return cell.spec.dtype, variant(cell.spec)
-
-    found = list(dict.fromkeys(map(column, report.cells)))
-    dtypes = list(dict.fromkeys(dtype for dtype, _ in found))
-    columns = sorted(found, key=lambda c: dtypes.index(c[0]))
-    return _map("", "", report.cells, _betas(report), columns, column, ids)
+def overviews(report: Report, ids: dict[int, str]) -> list[Map]:
+    """One map of all that is plain, one of all extensions; the worst of what shares a place."""
+    maps = []
+    plain, extended = _sorted(report, False), _sorted(report, True)
+    if plain:
+        maps.append(
+            _map(plain, ids, _by_beta, lambda c: (c.spec.dtype, _by_variant(c)), corner="beta")
+        )
+    if extended:
+        maps.append(
+            _map(extended, ids, _by_variant, lambda c: ("", c.spec.dtype), corner="extension")
+        )
+    return maps
 
 
 def maps_by_dtype(report: Report, ids: dict[int, str]) -> dict[str, list[Map]]:
-    """dtype -> one map a backend and route, a backend's routes together."""
+    """dtype -> one map a backend and route, a backend's routes together, extensions after."""
     maps: dict[str, list[Map]] = {}
     for dtype in dict.fromkeys(cell.spec.dtype for cell in report.cells):
-        of_dtype = [cell for cell in report.cells if cell.spec.dtype == dtype]
-        columns = [("", name) for name in dict.fromkeys(variant(c.spec) for c in of_dtype)]
-        backends = list(dict.fromkeys(cell.backend for cell in of_dtype))
-        pairs = dict.fromkeys((cell.backend, cell.route) for cell in of_dtype)
-        for backend, route in sorted(pairs, key=lambda pair: backends.index(pair[0])):
-            cells = [c for c in of_dtype if (c.backend, c.route) == (backend, route)]
-            here = [c for c in columns if any(variant(cell.spec) == c[1] for cell in cells)]
-            drawn = _map(
-                route, backend, cells, _betas(report), here, lambda c: ("", variant(c.spec)), ids
-            )
-            maps.setdefault(dtype, []).append(drawn)
+        for extended in (False, True):
+            cells = [cell for cell in _sorted(report, extended) if cell.spec.dtype == dtype]
+            pairs = dict.fromkeys((cell.backend, cell.route) for cell in cells)
+            backends = list(dict.fromkeys(backend for backend, _ in pairs))
+            for backend, route in sorted(pairs, key=lambda pair: backends.index(pair[0])):
+                here = [c for c in cells if (c.backend, c.route) == (backend, route)]
+                rows = _by_variant if extended else _by_beta
+                drawn = _map(
+                    here,
+                    ids,
+                    rows,
+                    (lambda c: ("", _by_beta(c))) if extended else (lambda c: ("", _by_variant(c))),
+                    corner="extension" if extended else "beta",
+                    title=route,
+                    subtitle=backend,
+                )
+                maps.setdefault(dtype, []).append(drawn)
     return maps

@@ -30,7 +30,7 @@ from .common import (
     plural,
     variant,
 )
-from .heatmap import STEPS, cell_ids, maps_by_dtype, overview
+from .heatmap import STEPS, cell_ids, maps_by_dtype, overviews
 from .plot import curves_svg
 
 __all__ = ["render"]
@@ -56,7 +56,7 @@ def _panels(report: Report, ids: Mapping[int, str]) -> list[_Panel]:
         _Panel(
             ids[id(cell)],
             cell,
-            beta_text(cell.spec.beta),
+            beta_text(cell.beta),
             variant(cell.spec),
             measured_text(cell) if finding(cell) in ("class", "error") else f"{cell.ulp:,}",
             repeat_command(cell, report.seed),
@@ -151,7 +151,7 @@ def render(report: Report, drift: Drift | None = None, contract: Contract | None
         summary=report.summary,
         panels=panels,
         red=[panel for panel in panels if not panel.cell.ok],
-        overview=overview(report, ids),
+        overviews=overviews(report, ids),
         maps=maps_by_dtype(report, ids),
         steps=[label for _, label in STEPS],
         backends=backend_rows(report),

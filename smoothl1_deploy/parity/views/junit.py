@@ -20,8 +20,8 @@ from .common import beta_text, clean, finding, plural, variant
 __all__ = ["render"]
 
 
-def _name(spec: LossSpec) -> str:
-    return f"beta={beta_text(spec.beta)} {variant(spec)}"
+def _name(spec: LossSpec, beta: float | None) -> str:
+    return f"beta={'runtime' if beta is None else beta_text(beta)} {variant(spec)}"
 
 
 def _child(parent: ET.Element, tag: str, text: str = "", **attributes: str) -> ET.Element:
@@ -33,7 +33,7 @@ def _child(parent: ET.Element, tag: str, text: str = "", **attributes: str) -> E
 
 def _cell(suite: ET.Element, cell: Cell, seed: int) -> None:
     classname = f"parity.{cell.backend}.{cell.route}.{cell.spec.dtype}"
-    case = _child(suite, "testcase", name=_name(cell.spec), classname=classname)
+    case = _child(suite, "testcase", name=_name(cell.spec, cell.beta), classname=classname)
     if cell.refused is not None:
         _child(case, "skipped", message=cell.refused)
     elif not cell.ok:
@@ -53,9 +53,13 @@ def _cell(suite: ET.Element, cell: Cell, seed: int) -> None:
 
 
 def _build(suite: ET.Element, build: Build) -> None:
-    classname = f"engines.{build.flavour}.{build.route}.{build.spec.dtype}"
+    spec = build.spec
     case = _child(
-        suite, "testcase", name=_name(build.spec), classname=classname, time=f"{build.seconds:.3f}"
+        suite,
+        "testcase",
+        name=_name(spec, None if spec.runtime_beta else spec.beta),
+        classname=f"engines.{build.flavour}.{build.route}.{spec.dtype}",
+        time=f"{build.seconds:.3f}",
     )
     if build.refused is not None:
         _child(case, "skipped", message=build.refused)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..contract import Contract
 from ..drift import Drift
-from ..report import Cell, Report, repeat_command
+from ..report import Cell, Report, is_extended, repeat_command
 from .common import (
     backend_rows,
     beta_text,
@@ -69,22 +69,40 @@ def _entry(cells: Sequence[Cell]) -> str:
     return text if worst.ok else f"❌ **{text}**"
 
 
-def _matrix(report: Report) -> list[str]:
-    columns = list(dict.fromkeys((cell.spec.dtype, variant(cell.spec)) for cell in report.cells))
-    rows = []
-    for beta in dict.fromkeys(cell.spec.beta for cell in report.cells):
-        row = [cell for cell in report.cells if cell.spec.beta == beta]
-        places = (
-            [cell for cell in row if (cell.spec.dtype, variant(cell.spec)) == column]
-            for column in columns
-        )
-        rows.append([beta_text(beta), *map(_entry, places)])
-    header = ["beta", *(f"{dtype} {name}" for dtype, name in columns)]
-    return [
-        "ULP to the oracle / allowed, the worst of every route and backend "
-        "(\\* right where PyTorch itself overflows, underflows or makes NaN):",
-        *_table(header, rows, "r" * len(header)),
+def _grid(
+    corner: str, cells: Sequence[Cell], row: Callable[[Cell], str], column: Callable[[Cell], str]
+) -> list[str]:
+    """A table of the worst cell of each row and column, both in the order of `cells`."""
+    columns = list(dict.fromkeys(map(column, cells)))
+    rows = [
+        [name, *(_entry([c for c in cells if (row(c), column(c)) == (name, x)]) for x in columns)]
+        for name in dict.fromkeys(map(row, cells))
     ]
+    return _table([corner, *columns], rows, "r" * (1 + len(columns)))
+
+
+def _matrix(report: Report) -> list[str]:
+    lines = [
+        "ULP to the oracle / allowed, the worst of every route and backend "
+        "(\\* right where PyTorch itself overflows, underflows or makes NaN):"
+    ]
+    plain = [cell for cell in report.cells if not is_extended(cell.spec)]
+    if plain:
+        lines += _grid(
+            "beta",
+            plain,
+            lambda cell: beta_text(cell.beta),
+            lambda cell: f"{cell.spec.dtype} {cell.spec.reduction}",
+        )
+    extended = [cell for cell in report.cells if is_extended(cell.spec)]
+    if extended:
+        lines += _grid(
+            "extension, every beta",
+            extended,
+            lambda cell: variant(cell.spec),
+            lambda cell: cell.spec.dtype,
+        )
+    return lines
 
 
 def _red(report: Report) -> list[str]:
@@ -93,7 +111,7 @@ def _red(report: Report) -> list[str]:
         lines.append("### Red cells")
     for cell in report.red[:_RED_SHOWN]:
         spec, first = cell.spec, cell.failures[0]
-        where = f"{spec.dtype}, beta {beta_text(spec.beta)}, {variant(spec)}"
+        where = f"{spec.dtype}, beta {beta_text(cell.beta)}, {variant(spec)}"
         lines += [
             f"- {_code(f'{where}; {cell.route} on {cell.backend}')}: "
             f"{plural(len(cell.failures), 'red case')} of {cell.cases}. "

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..families import BRANCHES
-from ..report import Cell, Report
+from ..report import Cell, Report, is_extended
 from .common import (
     backend_rows,
     beta_text,
@@ -19,7 +19,7 @@ from .common import (
     variant,
 )
 
-__all__ = ["backend_table", "families_table", "matrix_table"]
+__all__ = ["backend_table", "extension_table", "families_table", "matrix_table"]
 
 
 def _entry(cells: Sequence[Cell]) -> Text:
@@ -32,9 +32,14 @@ def _entry(cells: Sequence[Cell]) -> Text:
     return Text(f"{measured_text(worst)}/{distance_text(worst.allowed)}{star}", style=style)
 
 
+def _betas(cells: Sequence[Cell]) -> list[float]:
+    return sorted({cell.beta for cell in cells})
+
+
 def matrix_table(report: Report) -> Table:
     """beta × reduction for each dtype, the worst over routes and backends in each place."""
-    columns = list(dict.fromkeys((cell.spec.dtype, variant(cell.spec)) for cell in report.cells))
+    cells = [cell for cell in report.cells if not is_extended(cell.spec)]
+    columns = list(dict.fromkeys((cell.spec.dtype, cell.spec.reduction) for cell in cells))
     table = Table(
         title="ULP to the oracle / allowed, the worst of every route and backend",
         title_justify="left",
@@ -42,15 +47,32 @@ def matrix_table(report: Report) -> Table:
         caption_justify="left",
     )
     table.add_column("beta", justify="right")
-    for dtype, name in columns:
-        table.add_column(f"{dtype}\n{name}", justify="right")
-    for beta in dict.fromkeys(cell.spec.beta for cell in report.cells):
-        row = [cell for cell in report.cells if cell.spec.beta == beta]
+    for dtype, reduction in columns:
+        table.add_column(f"{dtype}\n{reduction}", justify="right")
+    for beta in _betas(cells):
+        row = [cell for cell in cells if cell.beta == beta]
         places = (
-            [cell for cell in row if (cell.spec.dtype, variant(cell.spec)) == column]
+            [cell for cell in row if (cell.spec.dtype, cell.spec.reduction) == column]
             for column in columns
         )
         table.add_row(beta_text(beta), *map(_entry, places))
+    return table
+
+
+def extension_table(report: Report) -> Table | None:
+    """beta × dtype for each extended spec, likewise; None where there is none."""
+    cells = [cell for cell in report.cells if is_extended(cell.spec)]
+    if not cells:
+        return None
+    table = Table(title="the extensions, likewise", title_justify="left")
+    table.add_column("extension")
+    table.add_column("dtype")
+    for beta in _betas(cells):
+        table.add_column(beta_text(beta), justify="right")
+    for name, dtype in dict.fromkeys((variant(cell.spec), cell.spec.dtype) for cell in cells):
+        row = [c for c in cells if (variant(c.spec), c.spec.dtype) == (name, dtype)]
+        entries = (_entry([cell for cell in row if cell.beta == beta]) for beta in _betas(cells))
+        table.add_row(name, dtype, *entries)
     return table
 
 

@@ -1,0 +1,98 @@
+"""The command line: `main` decides how a run ends, `registry` what commands there are.
+
+Exit codes:
+
+====  ==========================================================================================
+0     done
+1     a check failed (`verify`, `parity`)
+2     bad usage or bad input; the message says what would be right
+3     something needed is not installed or can't run here; the message says what to install
+70    a bug in smoothl1-deploy (EX_SOFTWARE of sysexits.h)
+130   interrupted
+141   whoever read the output stopped reading
+====  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import SmoothL1DeployError
+
+__all__ = ["main"]
+
+_BUG = 70
+_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+_DEBUG = "SMOOTHL1_DEPLOY_DEBUG"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; every way it can end is turned into an exit code and one message.
+
+    Args:
+        argv: without the program's name; None takes those of the process.
+
+    Returns:
+        One of the exit codes in this module's docstring.
+    """
+    try:
+        status = _invoke(argv)
+        sys.stdout.flush()  # a broken pipe may show only here
+        return status
+    except SmoothL1DeployError as exc:
+        return _fail(str(exc), exc.exit_code)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        from .registry import BROKEN_PIPE
+
+        # The interpreter flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except MemoryError as exc:
+        return _fail(f"not enough memory for this ({exc}); use smaller arrays", 2)
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").startswith("smoothl1_deploy"):
+            return _report_bug(exc)
+        return _fail(
+            f"{exc}: an installation of smoothl1-deploy brings that package. "
+            "Repair it with: pip install --force-reinstall smoothl1-deploy",
+            3,
+        )
+    except Exception as exc:  # whatever is left is a bug, and users get no traceback
+        return _report_bug(exc)
+
+
+def _invoke(argv: Sequence[str] | None) -> int:
+    from .registry import root_command
+
+    arguments = None if argv is None else list(argv)
+    try:
+        root_command().main(args=arguments, prog_name="smoothl1-deploy")
+    except SystemExit as exc:  # typer ends every run this way, usage errors (2) included
+        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    from .console import print_error
+
+    print_error(message)
+    return status
+
+
+def _report_bug(exc: Exception) -> int:
+    debug = os.environ.get(_DEBUG) == "1"
+    if debug:
+        import traceback
+
+        traceback.print_exception(exc)
+    hint = "the traceback is above" if debug else f"{_DEBUG}=1 shows the traceback"
+    return _fail(
+        f"this is a bug in smoothl1-deploy ({type(exc).__name__}: {exc}). Please report it with "
+        f"the command that you ran; {hint}",
+        _BUG,
+    )

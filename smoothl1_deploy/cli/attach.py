@@ -1,0 +1,146 @@
+"""`smoothl1-deploy attach`: the loss inside somebody's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import OutputError
+from .console import human_size, print_fields
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["EXAMPLE", "attach"]
+
+EXAMPLE = (
+    "smoothl1-deploy attach detector.onnx --prediction boxes --target boxes_gt --per-sample "
+    "-o scored.onnx"
+)
+
+_PROTOBUF_LIMIT = 2**31 - 2**20  # with room for what is written around the weights
+
+
+def attach(
+    model: Annotated[Path, typer.Argument(help="An ONNX file of opset 13 or newer.")],
+    prediction: Annotated[
+        str, typer.Option(help="A tensor of it: an output, an input, or one in between.")
+    ],
+    target: Annotated[
+        str, typer.Option(help="Another tensor, a new input's name, or a .npy file (a constant).")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The model to write.")],
+    beta: Annotated[float, typer.Option(help="Where the quadratic part ends.")] = 1.0,
+    reduction: Annotated[str, typer.Option(help="none, mean or sum.")] = "mean",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the loss; the prediction's by default.")
+    ] = None,
+    per_sample: Annotated[bool, typer.Option("--per-sample", help="One score per row.")] = False,
+    gradient: Annotated[
+        bool, typer.Option("--gradient", help="A second output, grad_input.")
+    ] = False,
+    runtime_beta: Annotated[
+        bool, typer.Option("--runtime-beta", help="beta becomes an input.")
+    ] = False,
+    weight: Annotated[
+        str | None, typer.Option(help="Weights of the elements; like --target.")
+    ] = None,
+    normalizer: Annotated[
+        str, typer.Option(help="What a weighted mean is divided by: count or weights.")
+    ] = "count",
+    loss_name: Annotated[str, typer.Option(help="Of the output.")] = "loss",
+    only_loss: Annotated[
+        bool, typer.Option("--only-loss", help="Drop the other outputs and what only they need.")
+    ] = False,
+    route: Annotated[str, typer.Option(help="function or inlined.")] = "function",
+    convert_opset: Annotated[
+        bool, typer.Option("--convert-opset", help="Convert a model that is too old.")
+    ] = False,
+) -> None:
+    """Graft the loss onto any ONNX model; what was there before stays bit-identical.
+
+    Run it again on the result to attach another loss.
+    """
+    import onnx
+
+    from ..artefact import read_model
+    from ..graph.attach import attach as graft
+    from ..spec import LossSpec
+
+    external = _has_external_data(model)
+    # Weights beside the model may stay there, if the result lies there too.
+    if external and output.resolve().parent == model.resolve().parent:
+        proto = onnx.load(str(model), load_external_data=False)
+    else:
+        proto = read_model(model)
+    spec = LossSpec(
+        beta=beta,
+        reduction=reduction,
+        dtype=dtype or _dtype_of(proto, prediction),
+        per_sample=per_sample,
+        gradient=gradient,
+        runtime_beta=runtime_beta,
+        weight=normalizer if weight is not None else None,
+    )
+    grafted = graft(
+        proto,
+        prediction,
+        _operand(target),
+        spec,
+        weight=None if weight is None else _operand(weight),
+        loss_name=loss_name,
+        only_loss=only_loss,
+        route=route,
+        convert_opset=convert_opset,
+    )
+    _save(grafted, output)
+    print_fields(
+        {
+            "wrote": f"{output}, {human_size(output.stat().st_size)}",
+            "inputs": ", ".join(value.name for value in grafted.graph.input),
+            "outputs": ", ".join(value.name for value in grafted.graph.output),
+        }
+    )
+
+
+def _has_external_data(path: Path) -> bool:
+    import onnx
+
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception:  # read_model says what is wrong with the file
+        return False
+    return any(tensor.external_data for tensor in proto.graph.initializer)
+
+
+def _dtype_of(model: onnx.ModelProto, prediction: str) -> str:
+    """The prediction's, or float32 where attach will say that there is no such tensor."""
+    from ..graph.attach import float_dtype_of
+
+    return float_dtype_of(model, prediction) or "float32"
+
+
+def _operand(given: str) -> Any:
+    """A tensor's name, or the array of a .npy file."""
+    if not given.endswith(".npy"):
+        return given
+    from .npy import read_array
+
+    return read_array(Path(given), "float32")
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    """In one file, written whole or not at all; beyond protobuf's limit with the weights beside."""
+    import onnx
+
+    from ..artefact import write_atomic
+
+    if model.ByteSize() < _PROTOBUF_LIMIT:
+        write_atomic(path, model.SerializeToString(deterministic=True))
+        return
+    try:
+        onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
+    except OSError as exc:
+        raise OutputError(f"can't write {path}: {exc.strerror or exc}; choose another -o") from exc

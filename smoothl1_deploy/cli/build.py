@@ -1,0 +1,199 @@
+"""`smoothl1-deploy build`: an ONNX file to a TensorRT engine and its sidecar."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import SpecError
+from .console import human_size, open_console, print_fields, print_json, print_note
+
+if TYPE_CHECKING:
+    from ..tensorrt.engine import Engine
+    from ..tensorrt.progress import BuildProgress
+
+__all__ = ["EXAMPLE", "build"]
+
+EXAMPLE = "smoothl1-deploy build loss.onnx -o loss.engine --profile input=1x16,64x16,4096x16"
+
+_GPU = "GPU and flavour"
+_CACHE = "Cache"
+
+
+@contextlib.contextmanager
+def _spinner(name: str) -> Iterator[Callable[[BuildProgress], None] | None]:
+    """Elapsed time beside a spinner, on a terminal; TensorRT reports next to no progress."""
+    console = open_console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status(f"building {name}") as status:
+
+        def show(progress: BuildProgress) -> None:
+            text = f"building {name}, {progress.elapsed:.1f} s"
+            if progress.expected is not None:
+                text += f" (the last build took {progress.expected:.1f} s)"
+            if progress.phase is not None:
+                text += f": {progress.phase}"
+            status.update(text)
+
+        yield show
+
+
+def build(
+    model: Annotated[Path, typer.Argument(help="An ONNX file, exported with --shape.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The engine to write; the model's name with .engine by default."
+        ),
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MIN,OPT,MAX",
+            help="Shapes of an input with dynamic axes, as in input=1x16,64x16,4096x16; one shape "
+            "stands for all three. Repeat for more inputs; target follows input. "
+            "Default: 1, 64, 4096 for every dynamic axis.",
+        ),
+    ] = None,
+    flavour: Annotated[
+        str,
+        typer.Option(
+            help="tensorrt, tensorrt_rtx, or auto for the first that can be used.",
+            rich_help_panel=_GPU,
+        ),
+    ] = "auto",
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X.Y",
+            help="GPU to build for, as in 8.6, or current; repeat for more (tensorrt_rtx only).",
+            rich_help_panel=_GPU,
+        ),
+    ] = None,
+    hardware_compatibility: Annotated[
+        str | None,
+        typer.Option(
+            help="none, ampere_plus or same_compute_capability (tensorrt only).",
+            rich_help_panel=_GPU,
+        ),
+    ] = None,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="Let later runtimes of the same major version run the engine.",
+            rich_help_panel=_GPU,
+        ),
+    ] = False,
+    strict_nans: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict-nans/--no-strict-nans",
+            show_default=False,
+            help="Keep NaN as IEEE 754 has it. Default: wherever the flavour can.",
+        ),
+    ] = None,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Allow float32 products with 10 bits of mantissa.")
+    ] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Let weights be replaced later; needs a GPU to build.")
+    ] = False,
+    strip_plan: Annotated[
+        bool, typer.Option("--strip-plan", help="Leave the weights out, to be refitted.")
+    ] = False,
+    workspace_mb: Annotated[
+        int | None,
+        typer.Option(metavar="MIB", help="Limit of scratch memory. Default: TensorRT's own."),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of kernel timings to read and update (tensorrt only).",
+            rich_help_panel=_CACHE,
+        ),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of an engine cache. Default: one in your cache folder.",
+            rich_help_panel=_CACHE,
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Build without a cache.", rich_help_panel=_CACHE),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Build a TensorRT engine from an ONNX file.
+
+    The engine's sidecar, NAME.engine.json, ties it to its model; the two belong together. An
+    equal request is served from the cache; where it differs, what changed is named.
+    """
+    if no_cache and cache_dir is not None:
+        raise SpecError("--no-cache and --cache-dir exclude each other; give one of them")
+
+    from ..tensorrt.builder import build_engine
+    from ..tensorrt.cache import EngineCache
+    from ..tensorrt.options import BuildOptions
+
+    options = BuildOptions(
+        compute_capabilities=tuple(compute_capability or ()),
+        hardware_compatibility=hardware_compatibility,
+        version_compatible=version_compatible,
+        tf32=tf32,
+        strict_nans=strict_nans,
+        refit=refit,
+        strip_plan=strip_plan,
+        workspace=None if workspace_mb is None else workspace_mb << 20,
+        timing_cache=None if timing_cache is None else str(timing_cache),
+    )
+    path = output or model.with_suffix(".engine")
+    with _spinner(model.name) as on_progress:
+        engine = build_engine(
+            str(model),
+            path,
+            flavour,
+            profile,
+            options=options,
+            cache_dir=None if no_cache else EngineCache(cache_dir),
+            on_progress=on_progress,
+        )
+    if as_json:
+        print_json(engine.to_dict())
+    else:
+        _show(engine)
+
+
+def _show(engine: Engine) -> None:
+    from ..tensorrt.sidecar import sidecar_path
+
+    sidecar = engine.sidecar
+    assert sidecar is not None
+    assert engine.path is not None  # built just now, and written
+    capabilities = ", ".join(sidecar.options.compute_capabilities) or "those of the flavour"
+    print_fields(
+        {
+            "wrote": f"{engine.path}, {human_size(sidecar.engine_bytes)}",
+            "sidecar": sidecar_path(engine.path),
+            "sha256": engine.sha256,
+            "flavour": f"{sidecar.flavour} {sidecar.version}",
+            "compute capabilities": capabilities,
+            "profile": sidecar.profile,
+            "flags": ", ".join(sidecar.flags) or "none",
+            "built": "earlier, taken from the cache"
+            if engine.cached
+            else f"in {sidecar.build_seconds:.2f} s",
+        }
+    )
+    for change in engine.changed:
+        print_note(f"changed since the last build: {change}")
+    for note in sidecar.notes:
+        print_note(note)

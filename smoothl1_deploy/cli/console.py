@@ -1,0 +1,109 @@
+"""What the commands print: results for people or as JSON on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "human_size",
+    "json_number",
+    "open_console",
+    "print_error",
+    "print_fields",
+    "print_json",
+    "print_lines",
+    "print_note",
+    "print_table",
+]
+
+
+def open_console(stderr: bool = False) -> Console:
+    """A console on the stream of this moment.
+
+    Markup is off: install commands such as pip install 'smoothl1-deploy[cpu]' are no markup.
+    """
+    from rich.console import Console
+
+    class QuietConsole(Console):
+        def on_broken_pipe(self) -> NoReturn:
+            raise BrokenPipeError  # rich would exit with 1, which means a failed check here
+
+    stream = sys.stderr if stderr else sys.stdout
+    # A file or pipe has no width; rich would take it for 80 columns and cut names short.
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 160
+    return QuietConsole(
+        stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width
+    )
+
+
+def print_error(message: str) -> None:
+    """One message on stderr, never wrapped, so that it can be searched and pasted."""
+    try:
+        from rich.text import Text
+
+        text = Text.assemble(("error: ", "bold red"), (message, "red"))
+        open_console(stderr=True).print(text)
+    except ModuleNotFoundError:  # rich itself may be what is missing
+        print(f"error: {message}", file=sys.stderr)
+
+
+def print_note(message: str) -> None:
+    """A remark on stderr."""
+    from rich.text import Text
+
+    open_console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), message))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines on stdout, never wrapped."""
+    console = open_console()
+    for line in lines:
+        console.print(line)
+
+
+def print_fields(fields: Mapping[str, object]) -> None:
+    """One `name  value` line each."""
+    from rich.text import Text
+
+    console = open_console()
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        console.print(Text.assemble((f"{name:<{width}}  ", "bold"), str(value)))
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:
+    """A table; keep its cells short, since they wrap on a narrow terminal."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    open_console().print(table)
+
+
+def print_json(value: object) -> None:
+    """Strict JSON on stdout: numbers that JSON lacks must have gone through `json_number`."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def json_number(value: Any) -> float | str:
+    """A float, or `"nan"`, `"inf"`, `"-inf"`, which JSON has no numbers for."""
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def human_size(count: int) -> str:
+    """`1,234 bytes`, from a megabyte on with MiB."""
+    return f"{count:,} bytes" + (f" ({count / 2**20:.1f} MiB)" if count >= 2**20 else "")

@@ -1,0 +1,123 @@
+"""`smoothl1-deploy doctor`: what is installed, what can run here, and what to install."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import SmoothL1DeployError
+from .console import print_fields, print_json, print_lines, print_table
+
+__all__ = ["EXAMPLE", "Checkup", "Part", "doctor", "examine"]
+
+EXAMPLE = "smoothl1-deploy doctor --json"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A backend or a flavour; `reason` says why it can't be used here and what to install."""
+
+    kind: str
+    name: str
+    reason: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"name": self.name, "available": self.reason is None, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """What `doctor` found; `environment` is `smoothl1_deploy.environment.environment()`."""
+
+    environment: dict[str, Any]
+    gpu: dict[str, Any] | None
+    parts: tuple[Part, ...]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            **self.environment,
+            "gpu": self.gpu,
+            "backends": [part.to_dict() for part in self.parts if part.kind == "backend"],
+            "flavours": [part.to_dict() for part in self.parts if part.kind == "flavour"],
+            "warnings": list(self.warnings),
+        }
+
+
+def _reason(kind: str, name: str, use: Callable[[str], object]) -> Part:
+    try:
+        use(name)
+    except SmoothL1DeployError as exc:
+        return Part(kind, name, str(exc))
+    except Exception as exc:  # a broken installation is what a doctor is for
+        return Part(kind, name, f"importing it fails ({type(exc).__name__}: {exc}); reinstall it")
+    return Part(kind, name, None)
+
+
+def examine() -> Checkup:
+    """Look at packages, backends, flavours and GPU; a backend is tried by importing it."""
+    from ..backends.base import BACKENDS, get_backend
+    from ..environment import environment
+    from ..tensorrt.flavour import FLAVOURS, get_flavour
+    from ..tensorrt.gpu import current_gpu
+
+    facts = environment()
+    gpu = current_gpu()
+    packages = facts["packages"]
+    warnings = []
+    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
+        warnings.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. "
+            "Keep one: pip uninstall onnxruntime onnxruntime-gpu, then install the one you want"
+        )
+    return Checkup(
+        facts,
+        None if gpu is None else gpu.to_dict(),
+        tuple(
+            [_reason("backend", name, get_backend) for name in BACKENDS]
+            + [_reason("flavour", name, get_flavour) for name in FLAVOURS]
+        ),
+        tuple(warnings),
+    )
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is installed, what can run here, and what to install.
+
+    Ends with 0 whatever it finds.
+    """
+    found = examine()
+    if as_json:
+        print_json(found.to_dict())
+        return
+    facts, gpu = found.environment, found.gpu
+    print_fields(
+        {
+            "smoothl1-deploy": facts["smoothl1_deploy"],
+            "python": facts["python"],
+            "platform": facts["platform"],
+            "processor": f"{facts['processor']}, {facts['cores']} cores",
+            "gpu": "none"
+            if gpu is None
+            else f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
+            f"driver {gpu['driver']}",
+        }
+    )
+    print_table(
+        ("package", "version"),
+        [(name, version or "not installed") for name, version in facts["packages"].items()],
+    )
+    print_table(
+        ("backend or flavour", "kind", "here"),
+        [(p.name, p.kind, "available" if p.reason is None else "no") for p in found.parts],
+    )
+    # Below the table and not in it: an install command must not be cut by a column.
+    print_lines([f"{part.name}: {part.reason}" for part in found.parts if part.reason])
+    print_lines([f"warning: {warning}" for warning in found.warnings])

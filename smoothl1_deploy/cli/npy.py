@@ -1,0 +1,122 @@
+"""Arrays from files of numpy's own formats, read without trust, and written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..artefact import write_atomic
+from ..errors import InvalidInputError, OutputError
+from ..floats import NUMPY_DTYPE, Array
+
+__all__ = ["check_output", "read_archive", "read_array", "write_arrays"]
+
+_REQUIRED = ("input", "target")
+_REMEDY = "write it with numpy.save(path, array)"
+
+
+def read_array(path: Path, dtype: str) -> Array:
+    """The array of a .npy file, mapped into memory instead of read.
+
+    Args:
+        path: of the file.
+        dtype: of the artefact; where it is bfloat16, raw items of two bytes are taken as that,
+            because numpy writes bfloat16 without its name.
+
+    Raises:
+        InvalidInputError: for a file that is missing, truncated, pickled or of another format.
+    """
+    _check_file(path, b"\x93NUMPY", f"a .npy file; {_REMEDY}, or use --data for an .npz file")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as exc:  # damage comes to light in numpy, tokenize or the file system
+        if "Python objects" in str(exc):
+            raise InvalidInputError(
+                f"{path} holds Python objects, which are not loaded (a pickle can run any code); "
+                "convert it: numpy.save(path, array.astype('float32'))"
+            ) from exc
+        raise InvalidInputError(f"{path} is truncated or damaged ({exc}); {_REMEDY}") from exc
+    return _named(array, str(path), dtype)
+
+
+def read_archive(path: Path, dtype: str) -> dict[str, Array]:
+    """The arrays called `input`, `target` and, where there is one, `weight` of an .npz file.
+
+    Raises:
+        InvalidInputError: as for `read_array`, and where one of the first two is missing.
+    """
+    remedy = "write it with numpy.savez(path, input=..., target=...)"
+    _check_file(path, b"PK", f"an .npz file; {remedy}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            absent = [name for name in _REQUIRED if name not in archive.files]
+            if absent:
+                raise InvalidInputError(
+                    f"{path} has no array called {' or '.join(absent)}, only "
+                    f"{', '.join(archive.files) or 'nothing'}; {remedy}"
+                )
+            names = [*_REQUIRED, *({"weight"} & {*archive.files})]
+            arrays = {name: archive[name] for name in names}
+    except (InvalidInputError, MemoryError):
+        raise
+    except Exception as exc:  # or in zipfile and the decompressors, each with classes of its own
+        raise InvalidInputError(f"{path} is truncated or damaged ({exc}); {remedy}") from exc
+    return {name: _named(array, f"{name} in {path}", dtype) for name, array in arrays.items()}
+
+
+def _check_file(path: Path, magic: bytes, expected: str) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(magic))
+    except OSError as exc:
+        raise InvalidInputError(
+            f"{path} can't be read ({exc.strerror}); give the path of {expected}"
+        ) from exc
+    if start[:1] == b"\x80":
+        expected += ". It looks like a pickle, which is not loaded: it can run any code"
+    if start != magic:
+        raise InvalidInputError(f"{path} is not {expected}")
+
+
+def _named(array: Any, what: str, dtype: str) -> Array:
+    """`array` with bfloat16 where the file says no more than two raw bytes an element."""
+    if not isinstance(array, np.ndarray):
+        raise InvalidInputError(f"{what} is not an array of numpy; {_REMEDY}")
+    if array.dtype != np.dtype("V2"):
+        return array
+    if dtype != "bfloat16":
+        raise InvalidInputError(
+            f"{what} holds raw items of two bytes, which is how numpy writes bfloat16, but the "
+            f"artefact is {dtype}; convert it: numpy.save(path, array.astype({dtype!r}))"
+        )
+    return array.view(NUMPY_DTYPE["bfloat16"])
+
+
+def check_output(path: Path, outputs: int) -> None:
+    """Refuse, before anything is computed, a file name that `write_arrays` can't serve.
+
+    Raises:
+        OutputError: on another suffix, or .npy for more than one output.
+    """
+    if path.suffix not in (".npy", ".npz"):
+        raise OutputError(f"can't write {path}: choose a name that ends in .npy or .npz")
+    if path.suffix == ".npy" and outputs != 1:
+        raise OutputError(f"can't write {outputs} outputs to {path}; choose a name with .npz")
+
+
+def write_arrays(path: Path, arrays: dict[str, Array]) -> Path:
+    """Write the one array to .npy, or all by their names to .npz.
+
+    Raises:
+        OutputError: as `artefact.write_atomic`.
+    """
+    buffer = io.BytesIO()
+    if path.suffix == ".npy":
+        (array,) = arrays.values()
+        np.save(buffer, array, allow_pickle=False)
+    else:
+        np.savez(buffer, allow_pickle=False, **arrays)
+    return write_atomic(path, buffer.getvalue())

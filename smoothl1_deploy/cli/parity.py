@@ -1,0 +1,224 @@
+"""`smoothl1-deploy parity`: the whole matrix, or a part of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import OutputError, SpecError
+from .console import open_console, print_lines, print_note
+
+if TYPE_CHECKING:
+    from ..parity.matrix import Matrix
+    from ..parity.report import Report
+
+__all__ = ["EXAMPLE", "parity"]
+
+EXAMPLE = "smoothl1-deploy parity --quick -o out/parity"
+
+_PART = "Which part of the matrix"
+_SHOWN = 10  # red cells that are printed one by one
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A live progress bar on stderr; nothing where stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    console = open_console(stderr=True)
+    columns = (TextColumn("parity"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, Remaining(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("parity", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def parity(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for report.json and the engines.")
+    ] = Path("out/parity"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer betas and sizes: half a minute at most.")
+    ] = False,
+    beta: Annotated[
+        list[float] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)
+    ] = None,
+    reduction: Annotated[
+        list[str] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)
+    ] = None,
+    route: Annotated[
+        list[str] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat for more; all that can be used here.", rich_help_panel=_PART),
+    ] = None,
+    extensions: Annotated[
+        bool,
+        typer.Option(
+            help="Also per_sample, gradient, runtime_beta, weight.", rich_help_panel=_PART
+        ),
+    ] = True,
+    extensions_only: Annotated[
+        bool, typer.Option("--extensions-only", help="Only those.", rich_help_panel=_PART)
+    ] = False,
+    engines: Annotated[
+        bool, typer.Option(help="Build a TensorRT engine of every artefact, with its sidecar.")
+    ] = True,
+    flavour: Annotated[str, typer.Option(help="Of those engines.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core, at most 8.")] = 0,
+) -> None:
+    """Check every beta, reduction, dtype, route and backend against PyTorch and the exact loss.
+
+    Exits with 1 where a cell is red, and prints the command that repeats it.
+    """
+    from ..parity.matrix import run_matrix
+
+    _make_folder(output)
+    matrix = _matrix(
+        quick, seed, backend, beta=beta, reduction=reduction, dtype=dtype, route=route,
+        extensions=extensions, extensions_only=extensions_only,
+        engines=output / "engines" if engines and not quick else None, flavour=flavour,
+    )  # fmt: skip
+    with _bar() as progress:
+        report = run_matrix(
+            matrix, workers=workers or min(os.cpu_count() or 1, 8), progress=progress
+        )
+    _show(report)
+    _write(report, output)
+    if not report:
+        raise typer.Exit(1)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(
+            f"can't make the folder {folder}: {exc.strerror or exc}; choose another with -o"
+        ) from exc
+
+
+def _matrix(
+    quick: bool, seed: int, backends: list[str] | None, *, engines: Path | None, flavour: str,
+    extensions: bool, extensions_only: bool, **part: list[str] | list[float] | None,
+) -> Matrix:  # fmt: skip
+    """The part of the matrix that the options name; a bad name is an error here, not in a cell."""
+    from dataclasses import replace
+
+    from ..backends.base import BACKENDS, get_backend
+    from ..graph.export import ROUTES
+    from ..parity.matrix import Matrix
+    from ..spec import DTYPES, REDUCTIONS, LossSpec
+
+    known = {"reduction": REDUCTIONS, "dtype": DTYPES, "route": ROUTES}
+    for name, choices in known.items():
+        for value in part[name] or ():
+            if value not in choices:
+                raise SpecError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+    for beta in part["beta"] or ():
+        LossSpec(beta=float(beta))
+    if backends is None:
+        chosen = _usable_backends()
+    else:
+        chosen = tuple(dict.fromkeys(backends))
+        for name in chosen:
+            get_backend(name)  # raises where it can't be used
+    assert all(name in BACKENDS for name in chosen)
+    matrix = Matrix.quickly(chosen, seed) if quick else Matrix(chosen, seed=seed)
+    given = {f"{name}s": tuple(dict.fromkeys(values)) for name, values in part.items() if values}
+    if engines is not None:
+        engines = _engine_folder(engines, flavour)
+    return replace(
+        matrix,
+        engines=engines,
+        flavour=flavour,
+        extensions=extensions or extensions_only,
+        plain=not extensions_only,
+        **given,  # type: ignore[arg-type]
+    )
+
+
+def _usable_backends() -> tuple[str, ...]:
+    """Every backend but PyTorch, which is what they are compared with."""
+    from ..backends.base import BACKENDS, missing
+
+    reasons = {name: missing(name) for name in BACKENDS if name != "torch"}
+    for name, reason in reasons.items():
+        if reason:
+            print_note(f"{name} is left out: {reason}")
+    return tuple(name for name, reason in reasons.items() if not reason)
+
+
+def _engine_folder(folder: Path, flavour: str) -> Path | None:
+    """The folder, made; None, said aloud, where no engine can be built here."""
+    from ..errors import BackendUnavailableError, MissingDependencyError
+    from ..tensorrt.flavour import get_flavour
+
+    try:
+        get_flavour(flavour)
+    except (MissingDependencyError, BackendUnavailableError) as exc:
+        print_note(f"no engines are built: {exc}")
+        return None
+    _make_folder(folder)
+    return folder
+
+
+def _show(report: Report) -> None:
+    from ..parity.report import repeat_command
+    from ..parity.views.terminal import (
+        backend_table,
+        extension_table,
+        families_table,
+        matrix_table,
+    )
+
+    console = open_console()
+    for view in (matrix_table, extension_table, backend_table, families_table):
+        table = view(report)
+        if table is not None and table.row_count:
+            console.print(table)
+            console.print()
+    for note in report.notes:
+        print_lines([f"sampled: {note}"])
+    for cell in report.red[:_SHOWN]:
+        failure = cell.failures[0]
+        print_lines(
+            [
+                "",
+                f"red: {cell.spec.name} (beta {cell.beta!r}), {cell.route} on {cell.backend}, "
+                f"{len(cell.failures)} of {cell.cases} cases",
+                f"  {failure.case.family}, {failure.case.layout}, seed {failure.case.seed}: "
+                f"{failure.verdict.detail}",
+                f"  repeat it: {repeat_command(cell, report.seed)}",
+            ]
+        )
+    if len(report.red) > _SHOWN:
+        print_lines([f"and {len(report.red) - _SHOWN} more red cells, in report.json"])
+    for build in report.red_builds[:_SHOWN]:
+        print_lines([f"red: engine of {build.spec.name}, {build.route}: {build.error}"])
+
+
+def _write(report: Report, folder: Path) -> None:
+    from ..artefact import write_atomic
+
+    path = write_atomic(folder / "report.json", report.to_json().encode())
+    summary = report.to_dict()["summary"]
+    built = f", {summary['builds']} engines built ({summary['red_builds']} red)"
+    print_lines(
+        [
+            "",
+            f"{summary['cells']} cells, {summary['cases']} cases in {summary['seconds']:.0f} s: "
+            f"{summary['red']} red{built if report.builds else ''}",
+            f"wrote {path}",
+        ]
+    )

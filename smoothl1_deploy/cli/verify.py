@@ -1,0 +1,117 @@
+"""`smoothl1-deploy verify`: one artefact against PyTorch and the exact loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import open_console, print_json, print_lines
+
+if TYPE_CHECKING:
+    import onnx
+
+    from ..spec import LossSpec
+
+__all__ = ["EXAMPLE", "verify"]
+
+EXAMPLE = "smoothl1-deploy verify loss.onnx --backend ort-cpu"
+
+_OTHERS = "A model of other origin"
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    backend: Annotated[
+        str, typer.Option(help="What runs it; smoothl1-deploy doctor lists them.")
+    ] = "ort-cpu",
+    beta: Annotated[
+        float | None,
+        typer.Option(help="What it ought to compute with.", rich_help_panel=_OTHERS),
+    ] = None,
+    reduction: Annotated[
+        str | None, typer.Option(help="none, mean or sum.", rich_help_panel=_OTHERS)
+    ] = None,
+    input_name: Annotated[
+        str | None, typer.Option(help="Which input is the prediction.", rich_help_panel=_OTHERS)
+    ] = None,
+    target_name: Annotated[
+        str | None, typer.Option(help="Which input is the target.", rich_help_panel=_OTHERS)
+    ] = None,
+    output_name: Annotated[
+        str | None, typer.Option(help="Which output is the loss.", rich_help_panel=_OTHERS)
+    ] = None,
+    drift: Annotated[
+        bool, typer.Option(help="Measure the error of a reduction at 2^10 to 2^22 elements.")
+    ] = True,
+    large: Annotated[
+        bool, typer.Option("--large", help="At 2^24 as well; takes up to 2 GB of memory.")
+    ] = False,
+    certificate: Annotated[
+        bool, typer.Option("--certificate", help="Write what was found beside the model.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Hold one artefact against PyTorch and the exact loss, on every input family.
+
+    Exits with 1 where a case is red, and names the likeliest fault. What the artefact computes is
+    read from its metadata; a model of other origin needs --beta and --reduction.
+    """
+    from ..artefact import read_model, select_ports
+    from ..parity.artefact_drift import drift_table
+    from ..parity.certificate import certify
+    from ..parity.verify import diagnosis_table, verify_table
+    from ..parity.verify import verify as hold_against_references
+
+    proto = read_model(model)
+    ports = select_ports(proto, input_name, target_name, output_name)
+    spec = _given_spec(ports, beta, reduction)
+    result = hold_against_references(
+        proto,
+        backend,
+        spec=spec,
+        seed=seed,
+        input_name=input_name,
+        target_name=target_name,
+        output_name=output_name,
+        drift=drift,
+        large=large,
+    )
+    written = certify(result, model) if certificate else None
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        console = open_console()
+        console.print(verify_table(result))
+        if result.drift:
+            console.print(drift_table(result.drift))
+        if result.diagnoses:
+            console.print(diagnosis_table(result))
+        red, cases = len(result.failures), len(result.results) + len(result.drift)
+        print_lines([f"{cases - red} of {cases} cases equal to PyTorch, or nearer to the truth"])
+        if written is not None:
+            print_lines([f"wrote {written}"])
+    if not result:
+        raise typer.Exit(1)
+
+
+def _given_spec(
+    proto: onnx.ModelProto, beta: float | None, reduction: str | None
+) -> LossSpec | None:
+    """What the options say, completed by the model's metadata and dtype; None without options."""
+    if beta is None and reduction is None:
+        return None
+    from dataclasses import replace
+
+    from ..artefact import signature
+    from ..graph.metadata import read_spec
+    from ..spec import LossSpec
+
+    known = read_spec(proto) or LossSpec(dtype=signature(proto).input.dtype)
+    return replace(
+        known,
+        beta=known.beta if beta is None else beta,
+        reduction=known.reduction if reduction is None else reduction,
+    )

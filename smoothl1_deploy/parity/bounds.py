@@ -1,0 +1,122 @@
+"""How far from the oracle the graphs of this package can be at most: a bound that is proved.
+
+Notation: `u` is the unit roundoff of a format (2^-24 for float32), `gamma(n, u) = n u / (1 - n u)`;
+a product of n factors `1 + delta`, |delta| <= u, is within `1 +- gamma(n, u)` (Higham, Accuracy and
+Stability of Numerical Algorithms, 2nd edition, 2002, Lemma 3.1).
+
+Each element, in the compute dtype: gamma(4, u). `d` is rounded once, and because the elasticity
+`d l'(d) / l(d)` is 2 below beta and at most 2 above it, `l` moves by at most (1 + u)^2. Below
+beta the rest is one division and one product (halving is exact, and 0 is added exactly). Above it
+`core / beta` is exactly 1, and the rest is one subtraction and one addition of positive numbers.
+Where rounding `d` carries it over the knee nothing is lost: the loss is continuous there.
+
+The sum of n elements >= 0:
+
+1. float16, bfloat16, float32: in float64, in whatever order: gamma(n - 1, 2^-53), relative,
+   because no term is negative (Higham, section 4.2).
+2. float64, `CompensatedSum`: `u + 8 n^2 u^2` and smaller terms, u = 2^-53. The split makes
+   multiples of `2 u sigma`, whose sum is exact, and n rests of at most `u sigma` each, whose sum
+   is off by at most gamma(n - 1, u) n u sigma; sigma is at most 8 times the naive sum; adding the
+   two is one rounding (Rump, Ogita, Oishi, "Accurate floating-point summation part I", 2008).
+
+A weight is one product more an element; a mean that divides by the sum of the weights carries the
+error of that sum as well. `mean` divides once more, in float64. A result that is not yet in the
+output dtype is rounded to it, by way of float32 for the half formats.
+
+From a relative error r to ULP: between x and x (1 + r), each rounded to nearest, lie at most
+`r / (u (1 - r) (1 - 2 u)) + 1` steps of the output format. The oracle's own error is counted too.
+
+What the bound assumes: IEEE arithmetic, weights >= 0, no overflow, and no underflow within the loss
+of an element (a difference whose square, over beta, is subnormal, loses bits that no sum can give
+back).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..spec import LossSpec
+
+__all__ = ["UNIT_ROUNDOFF", "accumulation_error", "bound", "gamma"]
+
+#: 2^-p for p bits of significand.
+UNIT_ROUNDOFF: Mapping[str, float] = {
+    "float64": 2.0**-53,
+    "float32": 2.0**-24,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+}
+_WIDE = UNIT_ROUNDOFF["float64"]
+_ELEMENT = 4  # roundings that reach an element of the loss, as derived above
+_SPLIT_LIMIT = 1 << 26  # elements that one split of CompensatedSum serves
+_ORACLE_CHUNK = 1 << 20  # elements the oracle adds up at a time
+_ORACLE_DEPTH = 256  # additions that an element passes through within a chunk, at most
+
+
+def gamma(count: int, unit: float) -> float:
+    """`count u / (1 - count u)`; infinite where it means nothing."""
+    product = count * unit
+    return product / (1 - product) if product < 1 else float("inf")
+
+
+def accumulation_error(dtype: str, count: int) -> float:
+    """The relative error of adding up `count` elements >= 0 in `dtype`, in any order, at most.
+
+    What a graph that is not ours may do: 2^24 float32 elements added up in float32 can be off by
+    everything. Source: Higham, section 4.2.
+    """
+    return gamma(max(count - 1, 0), UNIT_ROUNDOFF[dtype])
+
+
+def _sum_error(spec: LossSpec, count: int) -> float:
+    if spec.dtype != "float64":
+        return accumulation_error("float64", count)
+    if count > _SPLIT_LIMIT:
+        return accumulation_error("float64", count) + _WIDE
+    naive = accumulation_error("float64", count)
+    return _WIDE + (1 + _WIDE) * naive * count * _WIDE * 8 * (1 + naive)
+
+
+def _oracle_error(spec: LossSpec, count: int) -> float:
+    """It computes elements in float64, or long double for float64, and sums in long double."""
+    long_double = float(np.finfo(np.longdouble).eps) / 2
+    element = gamma(_ELEMENT + 1, long_double if spec.dtype == "float64" else _WIDE)
+    if spec.reduction == "none":
+        return element
+    # Twice: the sum of the weights may be the divisor.
+    return element + 2 * gamma(_ORACLE_DEPTH + count // _ORACLE_CHUNK, long_double)
+
+
+def bound(spec: LossSpec, count: int) -> float:
+    """The largest distance to the oracle, in ULP of the loss, that our graphs can have.
+
+    Args:
+        spec: dtype and reduction; the bound does not depend on beta.
+        count: elements that go into one number of the output; `none` disregards it.
+
+    Returns:
+        A real number: a distance is a whole number at most that. About 5 for float32 at any
+        count up to 2^24, 1 for the half formats, 7 for float64.
+
+    Raises:
+        ValueError: for a negative count.
+    """
+    if count < 0:
+        raise ValueError(f"count must be >= 0, got {count}")
+    unit = UNIT_ROUNDOFF[spec.dtype]
+    steps = _ELEMENT + (1 if spec.weight else 0)
+    relative = gamma(steps, UNIT_ROUNDOFF[spec.compute_dtype])
+    rounded = spec.dtype == spec.compute_dtype  # the last operation is in the output dtype already
+    if spec.reduction != "none":
+        relative += _sum_error(spec, count) * (2 if spec.weight == "weights" else 1)
+        if spec.reduction == "mean":
+            relative += _WIDE
+        if spec.compute_dtype != spec.dtype:
+            relative += UNIT_ROUNDOFF["float32"]  # a cast may go by way of float32
+        rounded = spec.dtype == "float64"
+    relative *= 1 + 2 * relative  # the products of the terms above
+    relative += _oracle_error(spec, count)
+    # The oracle rounds once, by half an ULP; the graph's last cast by another half.
+    return relative / (unit * (1 - relative) * (1 - 2 * unit)) + (0.5 if rounded else 1.0)

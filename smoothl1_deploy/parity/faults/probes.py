@@ -1,0 +1,233 @@
+"""Small inputs whose answers tell one fault from another, and the asking of a runner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from ...backends.base import Runner
+from ...errors import SmoothL1DeployError
+from ...floats import NUMPY_DTYPE, Array, round_to, wide_dtype
+from ...reference.oracle import oracle
+from ...spec import LossSpec
+from ..bounds import UNIT_ROUNDOFF
+from ..shapes import Pair, ShapePlan, elements
+
+__all__ = [
+    "Answer",
+    "Probe",
+    "ask",
+    "ask_all",
+    "boundary_probe",
+    "formula_probes",
+    "narrow_probe",
+    "run_spec",
+    "special_probes",
+]
+
+#: Differences around every knee, and around none: the response of a model is read off these.
+_TIMES_BETA = (0.125, 0.5, 0.75, 1.0, 1.25, 2.0, 8.0)
+_ABSOLUTE = (2.0**-6, 0.125, 0.75, 1.0, 3.0, 8.0, 64.0, 1024.0)
+#: Pairs whose parts and difference an integer can't hold.
+_FRACTIONS = ((2.75, 0.5), (-1.5, 1.25), (0.75, 0.5), (3.5, -0.75))
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One input pair; `kind` says what it is for, `text` what it is."""
+
+    kind: str
+    text: str
+    input: Array
+    target: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said, beside the oracle.
+
+    Attributes:
+        got: in the shape of `expected` where the counts agree; None where an error came.
+        shape: as it came.
+        gradient: the output `grad_input`, where there is one.
+        error: in words; empty where there was none.
+    """
+
+    probe: Probe
+    expected: Array
+    got: Array | None
+    shape: tuple[int, ...] = ()
+    gradient: Array | None = None
+    error: str = ""
+
+
+def run_spec(
+    runner: Runner, spec: LossSpec, input: Array, target: Array, weight: Array | None = None
+) -> dict[str, Array]:
+    """Run with what the artefact takes beside its pair: weights, and beta where it is an input."""
+    beta = spec.effective_beta if "beta" in runner.signature.inputs else None
+    return runner.run(input, target, weight=weight, beta=beta)
+
+
+def ask(runner: Runner, spec: LossSpec, probe: Probe) -> Answer:
+    """Run one probe; weights are all 1, which leaves every formula as it is."""
+    weight = np.ones_like(probe.target) if spec.weight else None
+    expected = oracle(spec, probe.input, probe.target, weight)
+    try:
+        outputs = run_spec(runner, spec, probe.input, probe.target, weight)
+    except SmoothL1DeployError as exc:
+        return Answer(probe, expected, None, error=f"{type(exc).__name__}: {exc}")
+    got = outputs[runner.signature.loss.name]
+    shape = got.shape
+    if got.size == expected.size:
+        got = got.reshape(expected.shape)
+    return Answer(probe, expected, got, shape, outputs.get("grad_input"))
+
+
+def ask_all(runner: Runner, spec: LossSpec, probes: Sequence[Probe]) -> list[Answer]:
+    """Run several."""
+    return [ask(runner, spec, probe) for probe in probes]
+
+
+def _full(spec: LossSpec, shapes: Pair, a: float, b: float = 0.0) -> tuple[Array, Array]:
+    dtype = NUMPY_DTYPE[spec.dtype]
+    with np.errstate(over="ignore"):
+        return np.full(shapes[0], a).astype(dtype), np.full(shapes[1], b).astype(dtype)
+
+
+def _range(spec: LossSpec) -> tuple[float, float]:
+    info = ml_dtypes.finfo(NUMPY_DTYPE[spec.dtype])  # type: ignore[no-untyped-call]
+    return float(info.tiny), float(info.max)
+
+
+def _usable(spec: LossSpec, d: float, count: int) -> bool:
+    """Whether any sane order of evaluation stays in the range of the dtype.
+
+    A square that over- or underflows is a matter of rounding and range, not of the formula.
+    """
+    tiny, largest = _range(spec)
+    beta = spec.effective_beta
+    if not tiny < abs(d) < largest / 4:
+        return False
+    if abs(d) <= beta:
+        return tiny < d * d < largest / (2 * count) and 0.5 * d * d / beta > tiny
+    return abs(d) * count < largest / 4
+
+
+def _differences(spec: LossSpec) -> list[float]:
+    beta = spec.effective_beta
+    values = list(_ABSOLUTE)
+    if 0 < beta < math.inf:
+        values += [factor * beta for factor in _TIMES_BETA]
+    with np.errstate(over="ignore"):
+        rounded = round_to(np.asarray(values, wide_dtype(spec.dtype)), spec.dtype)
+    differences = {float(value) for value in rounded.astype(np.float64)}
+    # Where the dtype can't hold beta, a model's own rounding decides which side of it is which.
+    blurred = 0.0 if beta in differences else 4 * UNIT_ROUNDOFF[spec.dtype] * beta
+    return sorted(d for d in differences if not abs(d - beta) < blurred)
+
+
+def _knee(spec: LossSpec) -> float:
+    """A size of differences for which the branches mix, if they can."""
+    return min(max(spec.effective_beta, 2.0**-6), 32.0)
+
+
+def _mixed(spec: LossSpec, shapes: Pair) -> Iterator[Probe]:
+    """All elements different, in the dtype's full precision; inputs and targets of unlike sign."""
+    rng = np.random.default_rng(20)
+    dtype = NUMPY_DTYPE[spec.dtype]
+    for scale in (0.4, 1.0, 4.0):
+        size = _knee(spec) * scale
+        left = rng.uniform(0.3, 1.0, shapes[0]) * size
+        right = rng.uniform(-1.0, -0.3, shapes[1]) * size
+        sign = rng.choice([-1.0, 1.0])
+        probe = Probe(
+            "mixed",
+            f"random differences of {0.6 * size:g} to {2 * size:g}, shapes {shapes[0]} and "
+            f"{shapes[1]}",
+            (left * sign).astype(dtype),
+            (right * sign).astype(dtype),
+        )
+        wide = np.abs(probe.input.astype(np.float64) - probe.target.astype(np.float64))
+        if all(_usable(spec, float(d), max(wide.size, 1)) for d in (wide.min(), wide.max())):
+            yield probe
+
+
+def formula_probes(spec: LossSpec, plan: ShapePlan, any_rank: bool) -> list[Probe]:
+    """Ordinary numbers: what they give depends on the formula and the reduction alone."""
+    probes: list[Probe] = []
+    first, second = plan.small(3), plan.small(5)
+    if not elements(first):
+        return []
+    for d in _differences(spec):
+        for sign in (1, -1):
+            if _usable(spec, d, elements(first)):
+                text = f"d = {sign * d:g} in all {elements(first)} elements"
+                probes.append(Probe("constant", text, *_full(spec, first, sign * d)))
+    for a, b in _FRACTIONS:
+        if _usable(spec, a - b, elements(first)):
+            text = f"input {a:g}, target {b:g} in all {elements(first)} elements"
+            probes.append(Probe("fraction", text, *_full(spec, first, a, b)))
+    others = [first, second] if second != first else [first]
+    if any_rank:
+        others.append(((3, 1), (1, 4)))
+    for shapes in others:
+        probes += _mixed(spec, shapes)
+        if shapes != first:
+            for d in _differences(spec)[::3]:
+                if _usable(spec, d, elements(shapes)):
+                    text = f"d = {d:g}, shapes {shapes[0]} and {shapes[1]}"
+                    probes.append(Probe("constant", text, *_full(spec, shapes, d)))
+    return probes
+
+
+def narrow_probe(spec: LossSpec, plan: ShapePlan, bits: int) -> Probe | None:
+    """A difference of 4.25 that is 4 where the inputs keep only `bits` of significand."""
+    shapes = plan.small()
+    base = 2.0**bits
+    _, largest = _range(spec)
+    if not elements(shapes) or base >= largest:
+        return None
+    text = f"input {base:g} + 0.25, target {base:g} - 4"
+    return Probe("narrow", text, *_full(spec, shapes, base + 0.25, base - 4))
+
+
+def boundary_probe(spec: LossSpec, plan: ShapePlan) -> Probe | None:
+    """|d| exactly beta, where the two formulas agree unless a square leaves the range."""
+    beta, shapes = spec.effective_beta, plan.small()
+    tiny, largest = _range(spec)
+    if not elements(shapes) or not tiny < beta < largest / (4 * elements(shapes)):
+        return None
+    dtype = NUMPY_DTYPE[spec.dtype]
+    if float(np.asarray(beta).astype(dtype)) != beta:
+        return None  # no difference of this dtype is exactly beta
+    return Probe("boundary", f"d = beta = {beta:g}", *_full(spec, shapes, beta))
+
+
+def special_probes(spec: LossSpec, plan: ShapePlan) -> list[Probe]:
+    """NaN, infinities, zeros, and nothing at all."""
+    shapes = plan.small()
+    probes: list[Probe] = []
+    if elements(shapes):
+        for kind, text, a, b in (
+            ("nan", "one NaN in the input", math.nan, None),
+            ("nan", "one NaN in the target", None, math.nan),
+            ("inf", "one +inf in the input", math.inf, None),
+            ("inf", "one -inf in the input", -math.inf, None),
+            ("inf", "one +inf in the target", None, math.inf),
+            ("inf-inf", "+inf in input and target at the same place", math.inf, math.inf),
+        ):
+            input, target = _full(spec, shapes, 0.5)
+            for array, value in ((input, a), (target, b)):
+                if value is not None:
+                    array.reshape(-1)[0] = value
+            probes.append(Probe(kind, text, input, target))
+        probes.append(Probe("zero", "input equal to target", *_full(spec, shapes, 0.5, 0.5)))
+        probes.append(Probe("zero", "input -0, target +0", *_full(spec, shapes, -0.0, 0.0)))
+    if plan.free:
+        probes.append(Probe("empty", "no elements", *_full(spec, plan.empty(), 0.0)))
+    return probes

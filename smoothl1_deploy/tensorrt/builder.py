@@ -1,0 +1,209 @@
+"""`build_engine`: an ONNX model to a TensorRT engine and its sidecar.
+
+`tensorrt_rtx` builds on a machine without a GPU, and the same model and options give the same
+bytes there. `tensorrt` measures kernels on the GPU while it builds; that path is written against
+the attribute names of 10.0 to 11.4 and has not been run by this package's authors.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from .. import __version__
+from ..artefact import ModelSource, read_model, sha256
+from ..errors import BuildError, OutputError, SpecError, UnsupportedError
+from ..graph.metadata import read_spec
+from ..spec import LossSpec
+from .cache import EngineCache
+from .engine import Engine, write_engine
+from .flavour import Flavour, get_flavour
+from .gpu import current_gpu
+from .key import BuildKey
+from .options import BuildOptions, configure
+from .parse import ParsedNetwork, parse
+from .prepare import prepare
+from .profile import Profile, ProfileRequest, input_shapes, resolve_profile
+from .progress import BuildCancelledError, BuildProgress, BuildWatch, run_watched
+from .sidecar import Sidecar
+from .timing_cache import attach_timing_cache, save_timing_cache
+
+__all__ = ["build_engine"]
+
+
+def build_engine(
+    model: ModelSource,
+    path: str | Path | None = None,
+    flavour: str | Flavour = "auto",
+    profile: ProfileRequest = None,
+    *,
+    options: BuildOptions | None = None,
+    cache_dir: str | Path | EngineCache | None = None,
+    cancel: Callable[[], bool] | None = None,
+    on_progress: Callable[[BuildProgress], None] | None = None,
+) -> Engine:
+    """Build an engine, or take it from a cache.
+
+    Args:
+        model: an `onnx.ModelProto`, its bytes, or the path of a file; float64 is refused, all
+            but the accumulators of our own reductions (the sidecar's notes name them).
+        path: where to write the engine; its sidecar goes to `<path>.json`. None writes nothing
+            outside the cache.
+        flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.
+        profile: the range of every dynamic axis; see `profile`. Default: 1, 64, 4096.
+        options: see `BuildOptions`.
+        cache_dir: folder of an engine cache (`default_cache_dir()` for the user's), or an
+            `EngineCache`; None builds without.
+        cancel: asked about 20 times a second; true stops the build at its next step.
+        on_progress: called in this thread about 20 times a second while a build runs.
+
+    Returns:
+        The engine, written to `path` if one was given. `cached` says whether a cache had it, else
+        `changed` what differs from the nearest engine of the same graph name that it has.
+
+    Raises:
+        ArtefactError: when `model` can't be read, or was changed since it was exported.
+        SpecError: for a profile or option that makes no sense.
+        UnsupportedError: for what TensorRT or the flavour can't do faithfully.
+        BuildError: when TensorRT refuses; BuildCancelledError, one of them, when it was stopped.
+        OutputError: when `path` or the cache can't be written; `path` is checked first.
+        MissingDependencyError, BackendUnavailableError: when TensorRT can't be used here.
+    """
+    target = _checked_path(path)
+    loaded = read_model(model)
+    spec = read_spec(loaded)
+    options = options or BuildOptions()
+    if not isinstance(options, BuildOptions):
+        raise SpecError(f"options must be BuildOptions, got {type(options).__name__}")
+    chosen = get_flavour(flavour)
+    prepare(loaded)  # refuse what can't be built before a cache is asked or a thread started
+    wanted = resolve_profile(profile, input_shapes(loaded))
+    data = loaded.SerializeToString(deterministic=True)
+    graph_name = loaded.graph.name or f"graph_{sha256(data)[:16]}"
+    key = BuildKey.of(sha256(data), graph_name, chosen, options, wanted)
+    watch = BuildWatch(cancel)
+
+    def build(expected: float | None) -> tuple[bytes, Sidecar]:
+        def work() -> tuple[bytes, Sidecar]:
+            return _build(loaded, spec, chosen, key, watch)
+
+        return run_watched(work, watch, on_progress, expected)
+
+    if cache_dir is None:
+        built, sidecar = build(None)
+        engine = Engine(target, sidecar.engine_sha256, sidecar, built)
+    else:
+        cache = cache_dir if isinstance(cache_dir, EngineCache) else EngineCache(cache_dir)
+        engine = cache.get_or_build(key, build, watch.poll)
+    if target is None:
+        return engine
+    write_engine(target, engine.data, engine.sidecar)
+    return Engine(target, engine.sha256, engine.sidecar, engine.data, engine.cached, engine.changed)
+
+
+def _checked_path(path: str | Path | None) -> Path | None:
+    if path is None:
+        return None
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        problem = "is a folder" if target.is_dir() else "lies in a folder that doesn't exist"
+        raise OutputError(f"can't write the engine: {target} {problem}; give a file name")
+    return target
+
+
+def _build(
+    model: onnx.ModelProto,
+    spec: LossSpec | None,
+    flavour: Flavour,
+    key: BuildKey,
+    watch: BuildWatch,
+) -> tuple[bytes, Sidecar]:
+    """Parse, configure, build; the work of the building thread."""
+    start = time.monotonic()
+    options = key.options
+    parsed = parse(model, flavour, network_name=key.graph_name)
+    config = parsed.builder.create_builder_config()
+    with flavour.capture() as log:
+        flags = configure(config, options, flavour)
+        _add_profile(config, parsed, key.profile)
+        unused = attach_timing_cache(config, options.timing_cache, flavour)
+        config.progress_monitor = watch.monitor(flavour.trt)
+        memory = parsed.builder.build_serialized_network(parsed.network, config)
+    if watch.stopped:
+        seconds = time.monotonic() - start
+        raise BuildCancelledError(
+            f"the build of {key.graph_name!r} was cancelled after {seconds:.1f} s; "
+            "nothing was written"
+        )
+    if memory is None:
+        raise BuildError(
+            f"{flavour} can't build {key.graph_name!r}: {log.reason()}{_hint(options)}"
+        )
+    data = bytes(memory)
+    save_timing_cache(config, options.timing_cache)
+    notes = [*parsed.notes, *([unused] if unused else [])]
+    if options.strict_nans is None and "STRICT_NANS" not in flags:
+        notes.append(f"{flavour} has no STRICT_NANS: it may reorder operations on NaN")
+    if options.strip_plan:
+        notes.append("the weights were left out: refit the engine before it runs")
+    gpu = current_gpu()
+    sidecar = Sidecar(
+        engine_sha256=sha256(data),
+        engine_bytes=len(data),
+        onnx_sha256=key.onnx_sha256,
+        spec=spec,
+        graph_name=key.graph_name,
+        flavour=flavour.name,
+        version=flavour.version,
+        options=key.options,
+        flags=flags,
+        profile=key.profile,
+        inputs=parsed.inputs,
+        outputs=parsed.outputs,
+        notes=tuple(notes),
+        gpu=gpu,
+        gpu_dependent=key.gpu is not None,
+        build_seconds=round(time.monotonic() - start, 3),
+        built_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        tool_version=__version__,
+    )
+    return data, sidecar
+
+
+def _add_profile(config: Any, parsed: ParsedNetwork, profile: Profile) -> None:
+    """One optimization profile for all dynamic inputs; TensorRT reports a bad one in three ways."""
+    for index in range(parsed.network.num_inputs):
+        tensor = parsed.network.get_input(index)
+        if tensor.is_shape_tensor:
+            raise UnsupportedError(
+                f"the input {tensor.name!r} sets the shape of another tensor, which needs a range "
+                "of values; make it a constant of the model"
+            )
+    if not profile.ranges:
+        return
+    with parsed.flavour.capture() as log:
+        made = parsed.builder.create_optimization_profile()
+        try:
+            for name, (low, usual, high) in profile.ranges.items():
+                made.set_shape(name, low, usual, high)
+            accepted = config.add_optimization_profile(made) >= 0
+        except ValueError as exc:
+            raise SpecError(f"{parsed.flavour} refused the profile {profile}: {exc}") from exc
+    if not accepted:
+        raise SpecError(f"{parsed.flavour} refused the profile {profile}: {log.reason()}")
+
+
+def _hint(options: BuildOptions) -> str:
+    """What in the options is known to make a build fail where it could work otherwise."""
+    if options.refit:
+        return "; refit needs a GPU to build: build there, or without it"
+    if options.version_compatible:
+        return "; version_compatible needs the lean runtime library, which not every package holds"
+    if "current" in options.compute_capabilities:
+        return "; compute capability 'current' needs a GPU: name one, as in '8.6'"
+    return ""

@@ -1,0 +1,295 @@
+"""`EngineCache`: engines by the hash of everything they depend on.
+
+    <root>/engines/<key>.engine, <key>.engine.json     written by `write_engine`
+    <root>/locks/<key>.lock                            held while the key is built or removed
+    <root>/durations.json                              seconds of the last build of a key
+
+The time of last use is the engine file's modification time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import platformdirs
+
+from ..artefact import write_atomic
+from ..errors import ArtefactError, OutputError, SpecError
+from .engine import Engine, read_verified, write_engine
+from .key import BuildKey
+from .sidecar import Sidecar, sidecar_path
+
+__all__ = ["CacheEntry", "EngineCache", "default_cache_dir"]
+
+_DURATIONS_KEPT = 1000
+_ABANDONED = 3600  # seconds after which nobody is writing a file any more
+_WAIT = 0.1  # seconds between two looks at a lock
+
+# One lock a key and process in front of the file lock: threads then sleep instead of polling.
+_key_locks: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_key_locks_guard = threading.Lock()
+
+
+class _KeyLock:
+    """A lock that a WeakValueDictionary can hold."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+def default_cache_dir() -> Path:
+    """The folder for engines in the user's cache folder."""
+    return platformdirs.user_cache_path("smoothl1-deploy") / "engines"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """An engine in the cache.
+
+    Attributes:
+        key: hex digest, the name of the engine.
+        bytes: of the engine and its sidecar.
+        last_used: seconds since the epoch.
+        sidecar: None for a damaged entry.
+    """
+
+    key: str
+    path: Path
+    bytes: int
+    last_used: float
+    sidecar: Sidecar | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "key": self.key,
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "last_used": self.last_used,
+            "sidecar": None if self.sidecar is None else self.sidecar.to_dict(),
+        }
+
+
+class EngineCache:
+    """A folder of engines, safe for many threads and processes.
+
+    Args:
+        root: the folder; made when missing. Default: `default_cache_dir()`.
+        max_bytes: what the engines may take together; the least recently used go first.
+
+    Raises:
+        OutputError: when the folder can't be made.
+        SpecError: for a size that is no number of bytes.
+    """
+
+    def __init__(self, root: str | Path | None = None, max_bytes: int = 1 << 30) -> None:
+        self.root = default_cache_dir() if root is None else Path(root)
+        self.max_bytes = _size(max_bytes)
+        try:
+            for folder in (self._engines, self._locks):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise OutputError(
+                f"can't use {self.root} as an engine cache ({exc.strerror}); choose a folder that "
+                "you may write to, or build without a cache"
+            ) from exc
+
+    @property
+    def _engines(self) -> Path:
+        return self.root / "engines"
+
+    @property
+    def _locks(self) -> Path:
+        return self.root / "locks"
+
+    def path(self, key: BuildKey) -> Path:
+        """Where the engine of `key` stands, or would."""
+        return self._engines / f"{key.digest}.engine"
+
+    def get(self, key: BuildKey) -> Engine | None:
+        """The engine of `key`, None where there is none or what there is is damaged."""
+        path = self.path(key)
+        try:
+            engine = read_verified(path)
+        except ArtefactError:
+            return None
+        if engine.sidecar.key.digest != key.digest:
+            return None  # a sound engine under a false name
+        with contextlib.suppress(OSError):  # pruned since: the bytes are in memory
+            os.utime(path)
+        return replace(engine, cached=True)
+
+    def get_or_build(
+        self,
+        key: BuildKey,
+        build: Callable[[float | None], tuple[bytes, Sidecar]],
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Engine:
+        """The engine of `key`, built by `build` where the cache has none.
+
+        Of all threads and processes that ask for one key at a time, one builds; the others wait
+        and take its engine.
+
+        Args:
+            key: what is asked for.
+            build: gets the seconds the last build took (None where unknown), returns the engine
+                and its sidecar.
+            cancelled: asked while another builds the key; true stops waiting and calls `build`,
+                which is to raise.
+        """
+        found = self.get(key)
+        if found is not None:
+            return found
+        path = self.path(key)
+        with self._locked(key.digest, cancelled=cancelled):
+            found = self.get(key)
+            if found is not None:
+                return found
+            damaged = path.exists()
+            near = self.nearest(key)
+            expected = self.duration(key)
+            if expected is None and near is not None:
+                expected = near.build_seconds
+            data, sidecar = build(expected)
+            write_engine(path, data, sidecar)
+            self._remember(key, sidecar.build_seconds)
+        with contextlib.suppress(OutputError):  # the engine is there; the next prune tries again
+            self.prune(self.max_bytes, keep=key.digest)
+        changed = () if near is None else key.changes(near.key)
+        if damaged:
+            changed = ("the cached engine was damaged",)
+        return Engine(path, sidecar.engine_sha256, sidecar, data, changed=changed)
+
+    def nearest(self, key: BuildKey) -> Sidecar | None:
+        """The entry for the same graph name whose key differs least; the latest of equals."""
+        candidates = [
+            (len(key.changes(entry.sidecar.key)), -entry.last_used, entry.key, entry.sidecar)
+            for entry in self.list()
+            if entry.sidecar is not None and entry.sidecar.graph_name == key.graph_name
+        ]
+        return min(candidates, key=lambda c: c[:3])[3] if candidates else None
+
+    def list(self) -> tuple[CacheEntry, ...]:
+        """All entries, the most recently used first."""
+        entries = []
+        for path in self._engines.glob("*.engine"):
+            try:
+                stat = path.stat()
+            except OSError:  # pruned by another process since
+                continue
+            sidecar, size = None, stat.st_size
+            with contextlib.suppress(OSError):
+                size += sidecar_path(path).stat().st_size
+            with contextlib.suppress(ArtefactError):
+                sidecar = Sidecar.read(sidecar_path(path))
+            entries.append(CacheEntry(path.stem, path, size, stat.st_mtime, sidecar))
+        return tuple(sorted(entries, key=lambda entry: (-entry.last_used, entry.key)))
+
+    def prune(self, max_bytes: int, *, keep: str | None = None) -> tuple[CacheEntry, ...]:
+        """Remove the least recently used entries until the rest takes at most `max_bytes`.
+
+        Entries that are being built are left alone, and so is the one whose key is `keep`.
+
+        Returns:
+            What was removed.
+
+        Raises:
+            SpecError: for a size that is no number of bytes.
+            OutputError: when an entry can't be removed.
+        """
+        self._sweep()
+        entries = self.list()
+        excess = sum(entry.bytes for entry in entries) - _size(max_bytes)
+        removed = []
+        for entry in reversed(entries):
+            if excess <= 0:
+                break
+            if entry.key == keep:
+                continue
+            with contextlib.suppress(filelock.Timeout), self._locked(entry.key, wait=False):
+                try:
+                    # The sidecar first: an engine without one is never taken for sound.
+                    sidecar_path(entry.path).unlink(missing_ok=True)
+                    entry.path.unlink(missing_ok=True)
+                except OSError as exc:
+                    raise OutputError(f"can't remove {entry.path}: {exc.strerror}") from exc
+                excess -= entry.bytes
+                removed.append(entry)
+        return tuple(removed)
+
+    def _sweep(self) -> None:
+        """Remove the unfinished files of writers that died."""
+        for path in self._engines.glob(".*.engine*"):
+            with contextlib.suppress(OSError):  # its writer, or another sweep, was quicker
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
+
+    def duration(self, key: BuildKey) -> float | None:
+        """Seconds the last build of `key` took here, None where it is not known."""
+        value = self._durations().get(key.digest)
+        return float(value) if isinstance(value, (int, float)) else None
+
+    def _durations(self) -> dict[str, Any]:
+        try:
+            content = json.loads((self.root / "durations.json").read_bytes())
+        except (OSError, ValueError):  # a lost estimate is no reason to fail
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _remember(self, key: BuildKey, seconds: float) -> None:
+        with self._locked("durations"):
+            durations = self._durations()
+            durations.pop(key.digest, None)  # the newest stand last
+            durations[key.digest] = round(seconds, 3)
+            kept = dict([*durations.items()][-_DURATIONS_KEPT:])
+            write_atomic(self.root / "durations.json", json.dumps(kept, indent=1).encode())
+
+    @contextlib.contextmanager
+    def _locked(
+        self, name: str, *, wait: bool = True, cancelled: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
+        """Hold the lock of `name` against threads and processes; filelock.Timeout if not `wait`.
+
+        Goes on without the lock when `cancelled`.
+        """
+        path = self._locks / f"{name}.lock"
+        with _key_locks_guard:
+            own = _key_locks.setdefault(str(path.absolute()), _KeyLock())
+        with contextlib.ExitStack() as held:
+            try:
+                while not own.lock.acquire(timeout=_WAIT):
+                    if not wait:
+                        raise filelock.Timeout(str(path))
+                    if cancelled():
+                        break
+                else:
+                    held.callback(own.lock.release)
+                    file_lock = filelock.FileLock(path)
+                    while not cancelled():
+                        try:
+                            held.enter_context(file_lock.acquire(timeout=_WAIT))
+                            break
+                        except filelock.Timeout:
+                            if not wait:
+                                raise
+            except OSError as exc:
+                if isinstance(exc, filelock.Timeout):
+                    raise
+                raise OutputError(f"can't lock {path}: {exc.strerror or exc}") from exc
+            yield
+
+
+def _size(max_bytes: object) -> int:
+    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
+        raise SpecError(f"max_bytes must be a number of bytes >= 0, got {max_bytes!r}")
+    return max_bytes

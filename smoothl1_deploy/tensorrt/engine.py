@@ -1,0 +1,214 @@
+"""Engines on disk: written with their sidecar, read only when everything fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from ..artefact import sha256, write_atomic
+from ..errors import ArtefactError, BackendUnavailableError, MissingDependencyError
+from .flavour import Flavour, available_flavours, get_flavour
+from .sidecar import Sidecar, sidecar_path
+
+__all__ = [
+    "Engine",
+    "UnverifiedEngine",
+    "diagnose",
+    "read_engine",
+    "read_verified",
+    "write_engine",
+]
+
+#: Diagnostics about the file itself; the others are about the machine.
+_OF_THE_FILE = ("MALFORMED_ENGINE", "VERSION_MISMATCH")
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A built engine that fits its sidecar.
+
+    Attributes:
+        path: of the file; None for an engine that was never written.
+        sha256: of `data`.
+        sidecar: where it comes from and what it takes.
+        data: the bytes that were verified; deserialise these, the file may have changed since.
+        cached: True when a cache had it.
+        changed: where a cache had only a near relative, what differs from that one's key.
+    """
+
+    path: Path | None
+    sha256: str
+    sidecar: Sidecar
+    data: bytes = field(repr=False)
+    cached: bool = False
+    changed: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the bytes."""
+        return {
+            "path": None if self.path is None else str(self.path),
+            "sha256": self.sha256,
+            "sidecar": self.sidecar.to_dict(),
+            "cached": self.cached,
+            "changed": list(self.changed),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class UnverifiedEngine:
+    """An engine whose origin nothing vouches for; `problem` says why."""
+
+    path: Path
+    sha256: str
+    data: bytes = field(repr=False)
+    problem: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the bytes."""
+        return {"path": str(self.path), "sha256": self.sha256, "problem": self.problem}
+
+
+def write_engine(path: Path, data: bytes, sidecar: Sidecar) -> None:
+    """Write an engine, then its sidecar, each whole or not at all.
+
+    Whatever is interrupted in between, a new engine beside an old sidecar doesn't match it and is
+    refused by `read_engine`.
+
+    Raises:
+        OutputError: when the folder is missing or can't be written.
+    """
+    write_atomic(path, data)
+    write_atomic(sidecar_path(path), sidecar.dumps())
+
+
+@overload
+def read_engine(
+    path: str | Path, allow_unverified: Literal[False] = False, flavour: str | Flavour = "auto"
+) -> Engine: ...
+
+
+@overload
+def read_engine(
+    path: str | Path, allow_unverified: bool, flavour: str | Flavour = "auto"
+) -> Engine | UnverifiedEngine: ...
+
+
+def read_engine(
+    path: str | Path, allow_unverified: bool = False, flavour: str | Flavour = "auto"
+) -> Engine | UnverifiedEngine:
+    """Read an engine and check it against its sidecar and the TensorRT that is installed.
+
+    Args:
+        path: of the engine; its sidecar is `<path>.json`.
+        allow_unverified: take the engine also where the sidecar is missing or doesn't fit it.
+            An engine is executable code: only for files you trust. A sidecar that fits
+            is held to its flavour and version all the same.
+        flavour: that is to run the engine; `"auto"` is the one its sidecar names.
+
+    Returns:
+        An `Engine`; an `UnverifiedEngine` only with `allow_unverified`.
+
+    Raises:
+        ArtefactError: when the engine or its sidecar is missing, damaged or changed, when they
+            don't belong together, or when the engine is of another flavour or version.
+        MissingDependencyError: when no TensorRT is installed.
+    """
+    path = Path(path)
+    data = _read(path)
+    try:
+        engine = _verified(path, data)
+    except ArtefactError as exc:
+        if not allow_unverified:
+            raise
+        _check_file(data, get_flavour(flavour), path)
+        return UnverifiedEngine(path, sha256(data), data, str(exc))
+    _check_file(data, _runtime_flavour(path, engine.sidecar, flavour), path)
+    return engine
+
+
+def read_verified(path: Path) -> Engine:
+    """Read an engine that fits its sidecar, whatever flavour it is of.
+
+    Raises:
+        ArtefactError: as `read_engine` does for the files.
+    """
+    return _verified(path, _read(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        raise ArtefactError(
+            f"{path} can't be read as an engine ({exc.strerror}); give the path of a built engine"
+        ) from exc
+    if not data:
+        raise ArtefactError(f"{path} is empty; build the engine again")
+    return data
+
+
+def _verified(path: Path, data: bytes) -> Engine:
+    sidecar = Sidecar.read(sidecar_path(path))
+    remedy = "copy both files again, or build the engine again"
+    if len(data) < sidecar.engine_bytes:
+        raise ArtefactError(
+            f"{path} is truncated, or not the engine its sidecar describes: it has {len(data)} "
+            f"bytes, not {sidecar.engine_bytes}; {remedy}"
+        )
+    digest = sha256(data)
+    if digest != sidecar.engine_sha256:
+        raise ArtefactError(
+            f"{path} is not the engine its sidecar describes: its sha256 is {digest[:12]}..., not "
+            f"{sidecar.engine_sha256[:12]}...; it was damaged or replaced: {remedy}"
+        )
+    return Engine(path, digest, sidecar, data)
+
+
+def _runtime_flavour(path: Path, sidecar: Sidecar, asked: str | Flavour) -> Flavour:
+    """The installed flavour that is to run the engine; refuses one that can't."""
+    built = f"{path} was built with {sidecar.flavour} {sidecar.version}"
+    remedy = "build it again here"
+    if asked != "auto":
+        here = get_flavour(asked)
+        if here.name != sidecar.flavour:
+            raise ArtefactError(f"{built}, and {here} can't run it; {remedy}")
+    else:
+        try:
+            here = get_flavour(sidecar.flavour)
+        except (MissingDependencyError, BackendUnavailableError) as exc:
+            others = available_flavours()
+            if not others:
+                raise
+            listed = ", ".join(map(str, others))
+            raise ArtefactError(
+                f"{built}, which can't be used here, and {listed} can't run it; {remedy}. {exc}"
+            ) from exc
+    # An engine runs on the version that built it; a version-compatible one on later minors too.
+    parts = 1 if sidecar.options.version_compatible else 3
+    if here.version.split(".")[:parts] != sidecar.version.split(".")[:parts]:
+        raise ArtefactError(f"{built}, here is {here}, and engines don't carry over; {remedy}")
+    return here
+
+
+def diagnose(data: bytes, flavour: Flavour) -> tuple[str, ...]:
+    """What the runtime holds against an engine on this machine, by its own names.
+
+    For instance `"UNSUPPORTED_CC"`; empty where nothing does, or where it can't be asked. On a
+    machine without a GPU a sound engine too is INVALID, with no diagnostics, so only these say
+    anything. Payload damage is not seen (tried with tensorrt_rtx 1.7.1).
+    """
+    if flavour.member("Runtime", "get_engine_validity") is None:
+        return ()
+    _, diagnostics = flavour.trt.Runtime(flavour.logger).get_engine_validity(data)
+    names = flavour.trt.EngineInvalidityDiagnostics.__members__
+    return tuple(sorted(name for name, bit in names.items() if int(diagnostics) & int(bit)))
+
+
+def _check_file(data: bytes, flavour: Flavour, path: Path) -> None:
+    """Refuse what is wrong with the file; that this machine's GPU is another is no such thing."""
+    found = [name for name in diagnose(data, flavour) if name in _OF_THE_FILE]
+    if found:
+        raise ArtefactError(
+            f"{path} is no engine of {flavour}: {', '.join(found)}; build it again for this version"
+        )

@@ -1,0 +1,238 @@
+"""`parse`: an ONNX model through NVIDIA's own parser, checked on the way in and on the way out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from ..errors import ArtefactError, BuildError, UnsupportedError
+from .flavour import Flavour
+from .logger import tidy
+from .prepare import prepare
+
+__all__ = ["NetworkPort", "ParsedNetwork", "parse", "prepare"]
+
+#: ONNX element type -> the name of TensorRT's DataType.
+_DATA_TYPE: dict[int, str] = {
+    TensorProto.FLOAT: "FLOAT",
+    TensorProto.FLOAT16: "HALF",
+    TensorProto.BFLOAT16: "BF16",
+    TensorProto.INT8: "INT8",
+    TensorProto.UINT8: "UINT8",
+    TensorProto.INT32: "INT32",
+    TensorProto.INT64: "INT64",
+    TensorProto.BOOL: "BOOL",
+    TensorProto.FLOAT8E4M3FN: "FP8",
+    TensorProto.INT4: "INT4",
+    TensorProto.FLOAT4E2M1: "FP4",
+}
+
+
+#: The names of TensorRT's DataType that differ from numpy's by more than case.
+_NUMPY_NAME = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkPort:
+    """An input or output of the network.
+
+    Attributes:
+        dtype: for instance `"float32"`, `"bfloat16"`, `"int64"`.
+        shape: -1 for a dynamic axis.
+        names: the dimension names of the ONNX graph, None for an axis without one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    names: tuple[str | None, ...]
+
+    def __str__(self) -> str:
+        dims = ", ".join(n or str(d) for n, d in zip(self.names, self.shape, strict=True))
+        return f"{self.name}: {self.dtype}[{dims}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; the inverse of `from_dict`."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "names": list(self.names),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> NetworkPort:
+        """The inverse of `to_dict`; raises KeyError, TypeError or ValueError on other content."""
+        return cls(
+            str(fields["name"]),
+            str(fields["dtype"]),
+            tuple(int(size) for size in fields["shape"]),
+            tuple(None if name is None else str(name) for name in fields["names"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedNetwork:
+    """A network and what must outlive it.
+
+    A parser whose network was dropped ends the process with a segmentation fault, so builder,
+    network and parser stay in one object.
+
+    Attributes:
+        trt: the flavour's module.
+        notes: what `prepare` changed, each a sentence.
+        inputs, outputs: the ports, in the order of the ONNX graph.
+    """
+
+    trt: Any = field(repr=False)
+    builder: Any = field(repr=False)
+    network: Any = field(repr=False)
+    parser: Any = field(repr=False)
+    flavour: Flavour
+    notes: tuple[str, ...]
+    inputs: tuple[NetworkPort, ...]
+    outputs: tuple[NetworkPort, ...]
+
+
+def parse(
+    model: onnx.ModelProto, flavour: Flavour, *, network_name: str | None = None
+) -> ParsedNetwork:
+    """Parse `model` into a strongly typed network of `flavour`.
+
+    Args:
+        model: prepared by `prepare` first; give it as it was exported.
+        flavour: whose parser.
+        network_name: of the network; the graph's name by default. TensorRT numbers nameless
+            networks, and two builds of one model then differ in a byte.
+
+    Raises:
+        UnsupportedError: for what `prepare` refuses, and where the network's inputs or outputs
+            differ from the graph's in number, element type, rank or size.
+        BuildError: when the parser refuses; names the node, its operator and the remedy.
+        BackendUnavailableError: when TensorRT can't be used here.
+    """
+    prepared, notes = prepare(model)
+    data = _serialized(prepared)
+    trt = flavour.trt
+    # Types are fixed by the graph in every version: 10.x wants the flag, 11.x ignores it.
+    typed = flavour.need(
+        "NetworkDefinitionCreationFlag", "STRONGLY_TYPED", "a strongly typed network"
+    )
+    builder = flavour.builder()
+    with flavour.capture() as log:
+        network = builder.create_network(1 << int(typed))
+        if network is None:
+            raise BuildError(f"{flavour} can't create a network: {log.reason()}")
+        parser = trt.OnnxParser(network, flavour.logger)
+        parsed = parser.parse(data)
+        if not parsed or parser.num_errors:
+            raise _parser_error(parser, flavour, log.reason())
+    network.name = (
+        network_name or model.graph.name or f"graph_{hashlib.sha256(data).hexdigest()[:16]}"
+    )
+    constants = {tensor.name for tensor in prepared.graph.initializer}
+    inputs = [value for value in prepared.graph.input if value.name not in constants]
+    return ParsedNetwork(
+        trt,
+        builder,
+        network,
+        parser,
+        flavour,
+        notes,
+        _checked("input", inputs, [network.get_input(i) for i in range(network.num_inputs)]),
+        _checked(
+            "output",
+            prepared.graph.output,
+            [network.get_output(i) for i in range(network.num_outputs)],
+        ),
+    )
+
+
+def _serialized(model: onnx.ModelProto) -> bytes:
+    try:
+        data: bytes = model.SerializeToString(deterministic=True)
+    except ValueError as exc:  # protobuf's limit of 2 GiB
+        raise ArtefactError(f"the model can't be serialised for TensorRT's parser: {exc}") from exc
+    return data
+
+
+def _parser_error(parser: Any, flavour: Flavour, logged: str) -> BuildError:
+    if not parser.num_errors:
+        return BuildError(f"{flavour} can't parse the model: {logged}")
+    parts = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        stack = error.local_function_stack() if error.local_function_stack_size() else []
+        inside = f", inside {' / '.join(stack)}" if stack else ""
+        where = (
+            f"node {error.node_name() or error.node()!r} (operator {error.node_operator()}{inside})"
+        )
+        if error.node() < 0:
+            where = "before any node"
+        parts.append(f"{where}: {error.code().name}: {tidy(str(error.desc()))}")
+    remedy = "Express the node in operators TensorRT supports"
+    if "at least 1 dimensions" in "".join(parts):
+        remedy = "TensorRT can't reduce a tensor of rank 0: Reshape it to (-1,) first"
+    elif "must have same input types" in "".join(parts):
+        remedy = "TensorRT promotes nothing: cast both inputs of the node to one dtype"
+    return BuildError(
+        f"{flavour} can't parse the model: {'; '.join(dict.fromkeys(parts))}. {remedy}, "
+        "or run the model on ONNX Runtime (backend='ort-cpu')"
+    )
+
+
+def _rank(tensor: Any) -> tuple[int, ...] | None:
+    try:
+        return tuple(tensor.shape)
+    except ValueError:  # the bindings' answer for a rank that is not known
+        return None
+
+
+def _checked(kind: str, values: Any, tensors: list[Any]) -> tuple[NetworkPort, ...]:
+    """The network's ports; TensorRT's parser ignores a declaration it doesn't follow."""
+    wanted, got = [value.name for value in values], [tensor.name for tensor in tensors]
+    if wanted != got:
+        raise UnsupportedError(
+            f"the graph's {kind}s are {wanted}, those of the network TensorRT made of it are "
+            f"{got}; the model is damaged, or has an {kind} that TensorRT drops"
+        )
+    return tuple(_port(kind, *pair) for pair in zip(values, tensors, strict=True))
+
+
+def _port(kind: str, value: onnx.ValueInfoProto, tensor: Any) -> NetworkPort:
+    declared = value.type.tensor_type
+    dtype = tensor.dtype.name
+    if _DATA_TYPE.get(declared.elem_type) != dtype:
+        element = TensorProto.DataType.Name(declared.elem_type)
+        raise UnsupportedError(
+            f"the graph declares the {kind} {value.name!r} as {element}, TensorRT made it {dtype}; "
+            "export the model with an element type TensorRT has, and declare what it computes"
+        )
+    shape = _rank(tensor)
+    dims = list(declared.shape.dim) if declared.HasField("shape") else None
+    names = tuple(dim.dim_param or None for dim in dims or ())
+    if dims is None:
+        names = (None,) * len(shape or ())
+    differs = shape is None or (
+        dims is not None
+        and (
+            len(dims) != len(shape)
+            or any(
+                d.HasField("dim_value") and d.dim_value != n != -1
+                for d, n in zip(dims, shape, strict=True)
+            )
+        )
+    )
+    if differs or shape is None:
+        asked = [d.dim_param or d.dim_value for d in dims or ()]
+        raise UnsupportedError(
+            f"the graph declares the {kind} {value.name!r} with the shape {asked}, TensorRT made "
+            f"it {'of unknown rank' if shape is None else list(shape)}; declare the shape the "
+            "graph computes (onnx.shape_inference.infer_shapes finds it)"
+        )
+    return NetworkPort(value.name, _NUMPY_NAME.get(dtype, dtype.lower()), shape, names)

@@ -1,0 +1,240 @@
+"""`prepare`: an ONNX model made fit for TensorRT, or refused with the reason.
+
+TensorRT has no float64. Its parser narrows float64 inputs, outputs, constants and casts to
+float32 without a message, reads an input of unknown rank as rank 0, and takes a call of a local
+function that lacks a required attribute (each tried with tensorrt_rtx 1.7.1). What loses nothing
+but width inside an accumulation is narrowed here, in plain sight; the rest is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from ..errors import ArtefactError, UnsupportedError
+from ..graph.metadata import HASH, ROUTE, SPEC, VERSION
+
+__all__ = ["prepare"]
+
+_REMEDY = (
+    "TensorRT has no float64 and would silently compute in float32. Export with "
+    "dtype='float32', or run this model on ONNX Runtime (backend='ort-cpu')"
+)
+_OF_THE_EXPORT = frozenset({SPEC, ROUTE, VERSION, HASH})
+#: Attributes of standard operators that hold the element type of an output.
+_TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "stash_type"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """The nodes of one graph or function, and where they stand."""
+
+    where: str
+    nodes: list[onnx.NodeProto]
+    initializers: list[TensorProto]
+    values: list[onnx.ValueInfoProto]
+
+    @classmethod
+    def of(cls, graph: onnx.GraphProto, where: str = "") -> _Scope:
+        values = [*graph.input, *graph.output, *graph.value_info]
+        return cls(where, list(graph.node), list(graph.initializer), values)
+
+
+def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """`model` as TensorRT is to see it, and notes on what that changed.
+
+    Internal casts to float64 (the accumulators of `WideSum` and `WideMean`) become casts to
+    float32, in functions and subgraphs too, and scalar float64 constants that float32 holds
+    exactly become float32.
+
+    Returns:
+        `model` itself where nothing had to change, else a changed copy without what the export
+        says about itself (read the spec from `model`); and the notes, each a sentence.
+
+    Raises:
+        UnsupportedError: for any other float64, and for inputs of unknown rank.
+        ArtefactError: for a model without outputs, for external data that was not loaded, and for
+            a call of a local function without a required attribute.
+    """
+    _check_complete(model)
+    _check_ports(model)
+    if any(a.ref_attr_name for scope in _scopes(model) for _, a in _element_types(scope)):
+        from onnx.inliner import inline_local_functions
+
+        # The element type stands at the caller: put the bodies where it can be seen.
+        model = inline_local_functions(model)
+    for scope in _scopes(model):
+        _check_constants(scope)
+        _check_nodes(scope)
+    if not any(_has_double(scope) for scope in _scopes(model)):
+        return model, ()
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    notes = _narrow(copy)
+    return copy, notes
+
+
+def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
+    casts: list[str] = []
+    constants: list[str] = []
+    for scope in _scopes(model):
+        for node, element in _element_types(scope):
+            if element.i == TensorProto.DOUBLE:  # of a Cast: the others were refused
+                element.i = TensorProto.FLOAT
+                casts.append(f"{scope.where}{_label(node)}")
+        for tensor, where in _tensors(scope):
+            if tensor.data_type == TensorProto.DOUBLE:
+                value = numpy_helper.to_array(tensor).astype(np.float32)
+                tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+                constants.append(where)
+        for value in scope.values:
+            if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
+                value.type.tensor_type.elem_type = TensorProto.FLOAT
+    # They speak for the model as it was exported; with the rest gone, the hash would be refused.
+    kept = [entry for entry in model.metadata_props if entry.key not in _OF_THE_EXPORT]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    notes = []
+    if casts:
+        notes.append(
+            "accumulates in float32 on TensorRT, which has no float64: "
+            f"Cast to float32 instead of float64 in {', '.join(casts)}"
+        )
+    if constants:
+        notes.append(f"float64 scalars, exact in float32, became float32: {', '.join(constants)}")
+    return tuple(notes)
+
+
+def _scopes(model: onnx.ModelProto) -> Iterator[_Scope]:
+    """The graph, every subgraph, every function and its subgraphs."""
+
+    def subgraphs(where: str, nodes: list[onnx.NodeProto]) -> Iterator[_Scope]:
+        for node in nodes:
+            for attribute in node.attribute:
+                graphs = [attribute.g] if attribute.HasField("g") else []
+                for graph in (*graphs, *attribute.graphs):
+                    inner = f"{where}{_label(node)}/"
+                    yield _Scope.of(graph, inner)
+                    yield from subgraphs(inner, list(graph.node))
+
+    yield _Scope.of(model.graph)
+    yield from subgraphs("", list(model.graph.node))
+    for function in model.functions:
+        where = f"{function.name}/"
+        yield _Scope(where, list(function.node), [], list(function.value_info))
+        yield from subgraphs(where, list(function.node))
+
+
+def _label(node: onnx.NodeProto) -> str:
+    return node.name or (node.output[0] if node.output else node.op_type)
+
+
+def _element_types(scope: _Scope) -> Iterator[tuple[onnx.NodeProto, onnx.AttributeProto]]:
+    """The attributes that set an element type, with their nodes."""
+    for node in scope.nodes:
+        for attribute in node.attribute:
+            if node.domain in ("", "ai.onnx") and attribute.name in _TYPE_ATTRIBUTES:
+                yield node, attribute
+
+
+def _tensors(scope: _Scope) -> Iterator[tuple[TensorProto, str]]:
+    for tensor in scope.initializers:
+        yield tensor, f"{scope.where}{tensor.name}"
+    for node in scope.nodes:
+        for attribute in node.attribute:
+            tensors = [attribute.t] if attribute.HasField("t") else []
+            for tensor in (*tensors, *attribute.tensors):
+                yield tensor, f"{scope.where}{_label(node)}"
+
+
+def _has_double(scope: _Scope) -> bool:
+    return any(e.i == TensorProto.DOUBLE for _, e in _element_types(scope)) or any(
+        tensor.data_type == TensorProto.DOUBLE for tensor, _ in _tensors(scope)
+    )
+
+
+def _check_constants(scope: _Scope) -> None:
+    for tensor, where in _tensors(scope):
+        if tensor.data_type != TensorProto.DOUBLE:
+            continue
+        if tensor.dims:
+            raise UnsupportedError(
+                f"the constant {where!r} is float64 of shape {tuple(tensor.dims)}. {_REMEDY}"
+            )
+        value = numpy_helper.to_array(tensor)
+        with np.errstate(over="ignore"):
+            exact = np.float64(value.astype(np.float32)) == value or np.isnan(value)
+        if not exact:
+            raise UnsupportedError(
+                f"the constant {where!r} is the float64 {float(value)!r}, "
+                f"which float32 can't hold. {_REMEDY}"
+            )
+
+
+def _check_nodes(scope: _Scope) -> None:
+    found = [
+        (node, attribute)
+        for node, attribute in _element_types(scope)
+        if attribute.i == TensorProto.DOUBLE and node.op_type != "Cast"
+    ]
+    found += [
+        (node, attribute)
+        for node in scope.nodes
+        for attribute in node.attribute
+        if attribute.sparse_tensor.values.data_type == TensorProto.DOUBLE
+    ]
+    for node, attribute in found:
+        raise UnsupportedError(
+            f"the node {scope.where}{_label(node)!r} ({node.op_type}) makes float64 "
+            f"(attribute {attribute.name}). {_REMEDY}"
+        )
+
+
+def _check_ports(model: onnx.ModelProto) -> None:
+    graph = model.graph
+    if not graph.output:
+        raise ArtefactError("the model has no outputs; it is empty, damaged, or of another format")
+    for sparse in graph.sparse_initializer:
+        if sparse.values.data_type == TensorProto.DOUBLE:
+            raise UnsupportedError(f"the constant {sparse.values.name!r} is float64. {_REMEDY}")
+    constants = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in constants]
+    for kind, values in (("input", inputs), ("output", graph.output)):
+        for value in values:
+            if not value.type.HasField("tensor_type"):
+                raise UnsupportedError(
+                    f"the graph {kind} {value.name!r} is no tensor, and TensorRT takes and gives "
+                    "nothing else; unpack it in the graph"
+                )
+            if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
+                raise UnsupportedError(f"the graph {kind} {value.name!r} is float64. {_REMEDY}")
+    for value in inputs:
+        if not value.type.tensor_type.HasField("shape"):
+            raise UnsupportedError(
+                f"the graph input {value.name!r} has an unknown rank, which TensorRT would take "
+                "for rank 0. Export with a shape, as in shape=('N', 16): a name makes an axis "
+                "dynamic"
+            )
+
+
+def _check_complete(model: onnx.ModelProto) -> None:
+    needs = {(f.domain, f.name, f.overload): set(f.attribute) for f in model.functions}
+    for scope in _scopes(model):
+        for tensor, where in _tensors(scope):
+            if tensor.data_location == TensorProto.EXTERNAL:
+                raise ArtefactError(
+                    f"the data of {where!r} lie in another file and were not loaded; "
+                    "read the model with onnx.load(path), or give its path"
+                )
+        for node in scope.nodes:
+            needed = needs.get((node.domain, node.op_type, node.overload), set())
+            lacking = sorted(needed - {attribute.name for attribute in node.attribute})
+            if lacking:
+                raise ArtefactError(
+                    f"the node {scope.where}{_label(node)!r} calls {node.op_type} without the "
+                    f"attribute(s) {', '.join(lacking)}, which TensorRT would not notice"
+                )

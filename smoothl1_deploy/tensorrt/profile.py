@@ -1,0 +1,248 @@
+"""Optimization profiles: the smallest, the usual and the largest shape of every dynamic input.
+
+A request takes one of these forms, each checked before TensorRT sees it:
+
+    "input=1x16,64x16,4096x16"                      min, opt, max; a list of such strings
+    "input=64x16"                                   one shape for all three
+    {"input": (1, 64, 4096)}                        values of the only dynamic axis
+    {"input": ((1, 16), (64, 16), (4096, 16))}      three shapes
+
+What the request leaves open is filled in: `target` follows `input` where their shapes are the
+same, an axis follows another of the same name, and what remains takes `DEFAULT_RANGE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+
+from ..errors import ArtefactError, SpecError
+
+__all__ = [
+    "DEFAULT_RANGE",
+    "InputShape",
+    "Profile",
+    "ProfileRequest",
+    "input_shapes",
+    "resolve_profile",
+]
+
+#: min, opt and max of a dynamic axis that no request mentions.
+DEFAULT_RANGE = (1, 64, 4096)
+
+Sizes = tuple[int, ...]
+Range = tuple[Sizes, Sizes, Sizes]
+ProfileRequest = str | Sequence[str] | Mapping[str, Any] | None
+
+_FORMS = (
+    "write 'input=1x16,64x16,4096x16' (min, opt, max), {'input': (1, 64, 4096)} for its only "
+    "dynamic axis, or {'input': ((1, 16), (64, 16), (4096, 16))}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class InputShape:
+    """The shape of a graph input: an int is fixed, a name dynamic, None dynamic without a name."""
+
+    name: str
+    dims: tuple[int | str | None, ...]
+
+    @property
+    def dynamic(self) -> tuple[int, ...]:
+        """The indices of the dynamic axes."""
+        return tuple(i for i, dim in enumerate(self.dims) if not isinstance(dim, int))
+
+    def __str__(self) -> str:
+        return f"{self.name}[{', '.join('?' if d is None else str(d) for d in self.dims)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The ranges of all dynamic inputs; static inputs need none.
+
+    Attributes:
+        ranges: input -> (min, opt, max), each a shape.
+        defaults: the axes that took `DEFAULT_RANGE`, for instance `"N"` or `"x[0]"`.
+    """
+
+    ranges: Mapping[str, Range]
+    defaults: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; the inverse of `from_dict`."""
+        return {
+            "ranges": {k: [list(shape) for shape in v] for k, v in sorted(self.ranges.items())},
+            "defaults": list(self.defaults),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Profile:
+        """The inverse of `to_dict`; raises KeyError, TypeError or ValueError on other content."""
+        ranges: dict[str, Range] = {}
+        for name, (low, usual, high) in fields["ranges"].items():
+            ranges[name] = (_sizes(low), _sizes(usual), _sizes(high))
+        return cls(ranges, tuple(str(axis) for axis in fields["defaults"]))
+
+    def __str__(self) -> str:
+        text = " ".join(
+            f"{name}={','.join('x'.join(map(str, shape)) for shape in shapes)}"
+            for name, shapes in sorted(self.ranges.items())
+        )
+        if self.defaults:
+            low, usual, high = DEFAULT_RANGE
+            text += f" (default {low}, {usual}, {high} for {', '.join(self.defaults)})"
+        return text or "static"
+
+
+def input_shapes(model: onnx.ModelProto) -> tuple[InputShape, ...]:
+    """The shapes of the graph inputs, in order, constants left out."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for value in model.graph.input:
+        if value.name in constants:
+            continue
+        if not value.type.tensor_type.HasField("shape"):
+            raise ArtefactError(f"the graph input {value.name!r} has no shape; export with one")
+        dims = (
+            dim.dim_value
+            if dim.HasField("dim_value") and dim.dim_value >= 0
+            else dim.dim_param or None
+            for dim in value.type.tensor_type.shape.dim
+        )
+        found.append(InputShape(value.name, tuple(dims)))
+    return tuple(found)
+
+
+def resolve_profile(request: ProfileRequest, inputs: Sequence[InputShape]) -> Profile:
+    """The profile of `inputs` that `request` asks for; None asks for the defaults.
+
+    Raises:
+        SpecError: for an input the model doesn't have, a shape of another rank, a fixed axis of
+            another size, sizes that don't satisfy 0 <= min <= opt <= max, and for one dimension
+            name under two ranges.
+    """
+    by_name = {shape.name: shape for shape in inputs}
+    given: dict[str, Range] = {}
+    for name, value in _parsed(request).items():
+        if name not in by_name:
+            known = ", ".join(str(shape) for shape in inputs) or "none"
+            raise SpecError(f"the profile names the input {name!r}; the model's inputs are {known}")
+        given[name] = _checked(by_name[name], _shapes_of(by_name[name], value))
+    pair = by_name.get("input"), by_name.get("target")
+    if pair[0] and pair[1] and pair[0].dims == pair[1].dims:
+        for name, other in (("input", "target"), ("target", "input")):
+            if name in given:
+                given.setdefault(other, given[name])
+
+    named: dict[str, tuple[str, Sizes]] = {}  # dimension name -> where it was set, its range
+    for shape in inputs:
+        for axis in shape.dynamic if shape.name in given else ():
+            dim, sizes = shape.dims[axis], tuple(s[axis] for s in given[shape.name])
+            if dim is None:
+                continue
+            where, before = named.setdefault(str(dim), (shape.name, sizes))
+            if before != sizes:
+                raise SpecError(
+                    f"the dimension {dim!r} has the range {before} through {where!r} and {sizes} "
+                    f"through {shape.name!r}; one name is one size: give both inputs one range"
+                )
+
+    ranges: dict[str, Range] = {}
+    defaults: list[str] = []
+    for shape in inputs:
+        if not shape.dynamic:
+            continue
+        if shape.name not in given:
+            axes: list[Sizes] = []
+            for axis, dim in enumerate(shape.dims):
+                if isinstance(dim, int):
+                    axes.append((dim, dim, dim))
+                elif dim is not None and dim in named:
+                    axes.append(named[dim][1])
+                else:
+                    axes.append(DEFAULT_RANGE)
+                    defaults.append(dim or f"{shape.name}[{axis}]")
+            low, usual, high = zip(*axes, strict=True)
+            given[shape.name] = (low, usual, high)
+        ranges[shape.name] = given[shape.name]
+    return Profile(ranges, tuple(dict.fromkeys(defaults)))
+
+
+def _parsed(request: ProfileRequest) -> dict[str, Any]:
+    if request is None:
+        return {}
+    if isinstance(request, Mapping):
+        return dict(request)
+    texts: Sequence[Any] = [request] if isinstance(request, str) else request
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, shapes = text.partition("=") if isinstance(text, str) else ("", "", "")
+        if not (name and equals and shapes):
+            raise SpecError(f"can't read the profile {text!r}; {_FORMS}")
+        if name in found:
+            raise SpecError(f"two profiles for the input {name!r}; give one")
+        try:
+            sizes = tuple(tuple(int(n) for n in shape.split("x")) for shape in shapes.split(","))
+        except ValueError:
+            raise SpecError(f"can't read the shapes of the profile {text!r}; {_FORMS}") from None
+        if len(sizes) not in (1, 3):
+            raise SpecError(f"the profile {text!r} has {len(sizes)} shapes, not 1 or 3; {_FORMS}")
+        found[name.strip()] = sizes * 3 if len(sizes) == 1 else sizes
+    return found
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _sizes(values: Sequence[Any]) -> Sizes:
+    if not all(_is_size(value) for value in values):
+        raise ValueError(f"not a shape: {values!r}")
+    return tuple(values)
+
+
+def _shapes_of(shape: InputShape, value: Any) -> Range:
+    """min, opt and max from three shapes, or from three values of the only dynamic axis."""
+    problem = SpecError(f"can't read the profile {value!r} of the input {shape.name!r}; {_FORMS}")
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
+        raise problem
+    if all(_is_size(size) for size in value):
+        if len(shape.dynamic) != 1:
+            raise SpecError(
+                f"the profile {tuple(value)} of {shape} gives one axis, and {len(shape.dynamic)} "
+                "of its axes are dynamic; give three shapes, as in ((1, 16), (64, 16), (4096, 16))"
+                if shape.dynamic
+                else f"{shape} has no dynamic axis; leave it out of the profile"
+            )
+        value = [[n if i in shape.dynamic else d for i, d in enumerate(shape.dims)] for n in value]
+    try:
+        low, usual, high = (_sizes(sizes) for sizes in value)
+    except (TypeError, ValueError):
+        raise problem from None
+    return low, usual, high
+
+
+def _checked(shape: InputShape, shapes: Range) -> Range:
+    texts = ", ".join("x".join(map(str, sizes)) for sizes in shapes)
+    for sizes in shapes:
+        if len(sizes) != len(shape.dims):
+            raise SpecError(
+                f"the profile {texts} has a shape of rank {len(sizes)}, "
+                f"and {shape} is of rank {len(shape.dims)}"
+            )
+        for axis, (size, dim) in enumerate(zip(sizes, shape.dims, strict=True)):
+            if isinstance(dim, int) and size != dim:
+                raise SpecError(
+                    f"the profile {texts} has the size {size} on axis {axis}, which {shape} fixes "
+                    f"at {dim}; export with a name for that axis to make it dynamic"
+                )
+    for axis, (low, usual, high) in enumerate(zip(*shapes, strict=True)):
+        if not 0 <= low <= usual <= high:
+            raise SpecError(
+                f"the profile {texts} of {shape} has {low}, {usual}, {high} on axis {axis}; "
+                "0 <= min <= opt <= max must hold"
+            )
+    return shapes

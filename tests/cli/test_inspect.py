@@ -1,0 +1,159 @@
+"""`inspect`: what a file holds, what speaks against it, and that engines are not executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from conftest_cli import Done, model
+from onnx import TensorProto, helper
+
+from smoothl1_deploy.backends.base import BACKENDS
+
+
+def _json(cli: Callable[..., Done], path: str) -> dict[str, object]:
+    done = cli("inspect", path, "--json")
+    assert done.code == 0, done.err
+    return json.loads(done.out)  # type: ignore[no-any-return]
+
+
+def test_an_artefact(cli: Callable[..., Done]) -> None:
+    path = model(beta=0.5, dtype="float16")
+    found = _json(cli, path)
+    assert found["kind"] == "onnx"
+    assert found["spec"] == {"beta": 0.5, "reduction": "mean", "dtype": "float16"}
+    assert found["route"] == "function"
+    assert found["sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert found["inputs"][0] == {"name": "input", "dtype": "float16", "shape": ["N", 16]}
+    assert found["opsets"] == {"ai.onnx": 18, "smoothl1_deploy": 1}
+    assert "SmoothL1Loss" in found["operators"]["graph"]
+    assert found["problems"] == []
+    assert set(BACKENDS) <= set(found["runs"])
+    assert found["runs"]["ort-cpu"] is None
+    text = cli("inspect", path).out
+    assert "beta=0.5, reduction=mean, dtype=float16" in text
+    assert "input: float16[N, 16], target: float16[N, 16]" in text
+    assert "ort-cpu: can run it here" in text
+
+
+def test_the_layers_of_the_network_tensorrt_makes_of_it(cli: Callable[..., Done]) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    found = _json(cli, model(reduction="none"))
+    assert found["runs"]["build with tensorrt_rtx"] is None
+    assert found["operators"]["tensorrt_rtx network"]["ELEMENTWISE"] > 3
+    found = _json(cli, model("f64.onnx", dtype="float64"))
+    assert "is float64" in found["runs"]["build with tensorrt_rtx"]
+    assert "tensorrt_rtx network" not in found["operators"]
+
+
+def test_a_model_that_was_changed_since(cli: Callable[..., Done]) -> None:
+    path = model()
+    changed = onnx.load(path)
+    changed.graph.node[0].name = "another"
+    onnx.save(changed, path)
+    found = _json(cli, path)
+    assert found["spec"] is None
+    assert "the model was changed after it was exported" in found["problems"][0]
+    assert "problem: the model was changed" in cli("inspect", path).out
+
+
+def test_a_model_of_other_origin(cli: Callable[..., Done]) -> None:
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, shape)
+        for name, shape in (("a", ["N", None]), ("b", None), ("c", []))
+    ]
+    node = helper.make_node("Max", ["a", "b"], ["c"])
+    constant = helper.make_tensor("b", TensorProto.INT64, [1], [3])
+    graph = helper.make_graph([node], "maximum", ports[:2], ports[2:], [constant])
+    onnx.save(helper.make_model(graph, producer_name="someone"), "other.onnx")
+    found = _json(cli, "other.onnx")
+    assert (found["spec"], found["route"], found["producer"]) == (None, None, "someone")
+    assert found["inputs"] == [{"name": "a", "dtype": "int64", "shape": ["N", -1]}]
+    assert found["operators"]["graph"] == {"Max": 1}
+    assert found["runs"]["ort-cpu"] is not None
+
+
+def test_an_engine_is_not_deserialised(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert cli("build", model(), "--flavour", "tensorrt_rtx").code == 0
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("an engine is executable code")
+
+    monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", refuse)
+    found = _json(cli, "loss.engine")
+    data = Path("loss.engine").read_bytes()
+    assert found["kind"] == "engine"
+    assert found["sha256"] == hashlib.sha256(data).hexdigest()
+    assert found["onnx_sha256"] == hashlib.sha256(Path("loss.onnx").read_bytes()).hexdigest()
+    assert found["flavour"] == f"tensorrt_rtx {trt.__version__}"
+    assert found["inputs"][0] == {"name": "input", "dtype": "float32", "shape": ["N", 16]}
+    assert found["problems"] == []
+    text = cli("inspect", "loss.engine").out
+    assert "input=1x16,64x16,4096x16" in text
+    assert "flags          STRICT_NANS" in text
+
+
+def test_an_engine_without_a_gpu_here(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    import smoothl1_deploy.tensorrt.gpu as gpu
+
+    cli("build", model(), "--flavour", "tensorrt_rtx", "--compute-capability", "8.6")
+    monkeypatch.setattr(gpu, "current_gpu", lambda: None)
+    runs = _json(cli, "loss.engine")["runs"]
+    assert runs == {"tensorrt_rtx": "this machine has no NVIDIA GPU whose driver answers"}
+    monkeypatch.setattr(gpu, "current_gpu", lambda: gpu.Gpu("H100", "9.0", "580"))
+    runs = _json(cli, "loss.engine")["runs"]
+    assert runs["tensorrt_rtx"] == (
+        "it was built for compute capability 8.6, the GPU here (H100) has 9.0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda e, s: s.unlink(), "loss.engine.json, the engine's sidecar, can't be read"),
+        (lambda e, s: s.write_text("{}"), "loss.engine.json was damaged or changed"),
+        (lambda e, s: e.write_bytes(e.read_bytes()[:-5]), "loss.engine is truncated"),
+        (
+            lambda e, s: e.write_bytes(e.read_bytes()[:-1] + b"?"),
+            "loss.engine is not the engine its sidecar describes",
+        ),
+        (lambda e, s: e.write_bytes(b""), "loss.engine is empty"),
+    ],
+)
+def test_what_speaks_against_an_engine(
+    cli: Callable[..., Done], damage: Callable[[Path, Path], object], problem: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    cli("build", model(), "--flavour", "tensorrt_rtx")
+    damage(Path("loss.engine"), Path("loss.engine.json"))
+    found = _json(cli, "loss.engine")
+    assert problem in found["problems"][0]
+    assert all(reason is not None for reason in found["runs"].values())
+    assert f"problem: {problem}" in cli("inspect", "loss.engine").out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nope", "nope can't be read (No such file or directory); give the path of an .onnx file"),
+        (".", ". can't be read (Is a directory)"),
+        ("text.onnx", "text.onnx"),
+        ("empty.onnx", "empty.onnx holds no ONNX graph"),
+    ],
+)
+def test_files_that_are_neither(cli: Callable[..., Done], name: str, message: str) -> None:
+    Path("text.onnx").write_text("beta: 0.5\n")
+    Path("empty.onnx").write_bytes(b"")
+    done = cli("inspect", name)
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err

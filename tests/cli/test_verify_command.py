@@ -1,0 +1,84 @@
+"""`smoothl1-deploy verify` and `parity`, as a person runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+
+from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy.cli import main
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "loss.onnx"
+    onnx.save(export(LossSpec(0.5), "inlined", ("N", 4)), path)
+    return path
+
+
+def test_a_good_model_and_its_certificate(model: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["verify", str(model), "--certificate"]) == 0
+    out = capsys.readouterr().out
+    assert "equal to PyTorch, or nearer to the truth" in out
+    certificate = json.loads(Path(f"{model}.certificate.json").read_text())
+    assert certificate["verdict"] == "green"
+
+
+def test_a_wrong_beta_is_red_and_named(model: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["verify", str(model), "--beta", "0.25", "--no-drift", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert found["diagnoses"][0]["fault"] == "wrong beta"
+
+
+def test_a_model_of_other_origin(model: Path, capsys: pytest.CaptureFixture) -> None:
+    proto = onnx.load(model)
+    del proto.metadata_props[:]
+    (add,) = (node for node in proto.graph.node if node.op_type == "Add")
+    add.op_type = "Sub"  # a planted fault: the excess less the quadratic part
+    onnx.save(proto, model)
+    assert main(["verify", str(model)]) == 2
+    assert "--beta and --reduction" in capsys.readouterr().err
+    options = ["--beta", "0.5", "--reduction", "mean", "--no-drift"]
+    assert main(["verify", str(model), *options]) == 1
+    assert main(["verify", str(model), *options, "--input-name", "inptu"]) == 2
+    assert "no input of the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        (["--beta", "-1"], 2, "beta must not be negative"),
+        (["--beta", "x"], 2, "Invalid value"),
+        (["--dtype", "float8"], 2, "unknown dtype 'float8'"),
+        (["--route", "onnx"], 2, "unknown route 'onnx'"),
+        (["--backend", "gpu"], 2, "unknown backend 'gpu'"),
+    ],
+)
+def test_parity_refuses_bad_usage(
+    words: list[str], status: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["parity", *words, "-o", str(tmp_path / "out")]) == status
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_parity_of_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--beta", "0.5", "--reduction", "mean", "--dtype", "float16", "--route", "function"]
+    words += ["--backend", "ort-cpu", "--no-extensions", "--no-engines", "--workers", "1"]
+    assert main(["parity", *words, "-o", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["summary"]["cells"] == 1 and report["ok"] is True
+    assert "1 cells, " in capsys.readouterr().out
+
+
+def test_parity_into_a_folder_that_cannot_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["parity", "--quick", "-o", str(tmp_path / "file" / "out")]) == 2
+    assert "can't make the folder" in capsys.readouterr().err

@@ -1,0 +1,193 @@
+"""per_sample, gradient, runtime_beta, weight: against PyTorch, at the points that matter."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from smoothl1_deploy import LossSpec, export, load
+from smoothl1_deploy.errors import InvalidInputError, SpecError, UnsupportedError
+from smoothl1_deploy.floats import NUMPY_DTYPE, ieee_class, ulp_distance
+from smoothl1_deploy.parity.cases import Case, References, check
+
+ROUTES = ("function", "inlined")
+BACKENDS = ("ort-cpu", "onnx-reference")
+
+
+def pair(shape_a: tuple[int, ...], shape_b: tuple[int, ...], dtype: str = "float32") -> list:
+    rng = np.random.default_rng(5)
+    return [
+        np.asarray(rng.standard_normal(s) * 2).astype(NUMPY_DTYPE[dtype])
+        for s in (shape_a, shape_b)
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, math.inf])
+def test_the_gradient_at_every_kind_of_point_is_autograd_s(beta: float, backend: str) -> None:
+    points = [0.0, -0.0, beta, -beta, 0.3, -0.3, 1e30, math.inf, -math.inf, math.nan]
+    x = np.array(points, np.float32)
+    y = np.zeros_like(x)
+    tensor = torch.tensor(x, requires_grad=True)
+    torch.nn.SmoothL1Loss(beta=beta, reduction="sum")(tensor, torch.zeros(len(x))).backward()
+    assert tensor.grad is not None
+    got = load(export(LossSpec(beta, "sum", gradient=True)), backend).run(x, y)["grad_input"]
+    expected = tensor.grad.numpy()
+    assert ieee_class(got).tolist() == ieee_class(expected).tolist()
+    finite = np.isfinite(expected)
+    assert ulp_distance(got[finite], expected[finite]).max() <= 1
+
+
+BROADCASTS = [
+    ((16,), (4, 16)),
+    ((3, 1, 5), (7, 5)),
+    ((), (3,)),
+    ((4, 16), (16,)),
+    ((1, 1), (3,)),
+    ((0,), (0,)),
+    ((1,), (0,)),
+]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(("a", "b"), BROADCASTS)
+def test_the_gradient_of_a_broadcast_input_has_its_shape(
+    a: tuple[int, ...], b: tuple[int, ...], reduction: str
+) -> None:
+    x, y = pair(a, b, "float64")
+    tensor = torch.from_numpy(x.copy()).requires_grad_()
+    torch.nn.SmoothL1Loss(reduction=reduction)(tensor, torch.from_numpy(y)).sum().backward()
+    assert tensor.grad is not None
+    spec = LossSpec(reduction=reduction, dtype="float64", gradient=True)
+    for shape in (None, a):
+        got = load(export(spec, shape=shape, target_shape=None if shape is None else b)).run(x, y)
+        assert got["grad_input"].shape == a
+        np.testing.assert_allclose(got["grad_input"], tensor.grad.numpy(), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_gradient_is_the_finite_difference(dtype: str) -> None:
+    runner = load(export(LossSpec(0.7, "sum", "float64", gradient=True)))
+    x, y = pair((40,), (40,), "float64")
+    step = 1e-6
+    for i in range(40):
+        up, down = x.copy(), x.copy()
+        up[i] += step
+        down[i] -= step
+        slope = (runner.run(up, y)["loss"] - runner.run(down, y)["loss"]) / (2 * step)
+        assert abs(slope - runner.run(x, y)["grad_input"][i]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(5, 7), (4, 3, 2, 2), (6,), (0, 4), (3, 0), (0, 0)])
+def test_per_sample_is_a_loop_over_the_rows(
+    shape: tuple[int, ...], reduction: str, route: str, backend: str
+) -> None:
+    x, y = pair(shape, shape)
+    loss = torch.nn.SmoothL1Loss(reduction=reduction)
+    rows = [loss(a, b).item() for a, b in zip(*map(torch.from_numpy, (x, y)), strict=True)]
+    got = load(export(LossSpec(reduction=reduction, per_sample=True), route), backend).run(x, y)
+    assert got["loss"].shape == shape[:1] and got["loss"].dtype == np.float32
+    np.testing.assert_allclose(got["loss"], np.array(rows, np.float32), rtol=3e-7)
+
+
+def test_rows_of_nothing() -> None:
+    x = np.zeros((3, 0), np.float32)
+    mean = load(export(LossSpec(per_sample=True))).run(x, x)["loss"]
+    total = load(export(LossSpec(reduction="sum", per_sample=True))).run(x, x)["loss"]
+    assert np.isnan(mean).all() and mean.shape == (3,)
+    assert total.tolist() == [0, 0, 0]
+
+
+def test_per_sample_without_an_axis_of_samples() -> None:
+    with pytest.raises(SpecError, match="needs an axis of samples"):
+        export(LossSpec(per_sample=True), shape=())
+    runner = load(export(LossSpec(per_sample=True)))
+    with pytest.raises(InvalidInputError, match="no axis of samples"):
+        runner.run(np.float32(1), np.float32(0))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_one_artefact_for_every_beta(dtype: str, backend: str) -> None:
+    runner = load(export(LossSpec(reduction="none", dtype=dtype, runtime_beta=True)), backend)
+    for beta in (0.0, 1e-3, 0.5, 7.0, math.inf):
+        case = Case.of("normal", "odd")
+        refs = References.of(LossSpec(float(np.float32(beta)), "none", dtype), case)
+        assert check(runner, case, refs).verdict.ok, beta
+    x, y = refs.input, refs.target
+    for beta in (-1.0, -1e-40, math.nan, -math.inf):
+        assert np.isnan(runner.run(x, y, beta=beta)["loss"].astype(np.float64)).all(), beta
+    with pytest.raises(InvalidInputError, match="beta is missing"):
+        runner.run(x, y)
+    with pytest.raises(InvalidInputError, match="beta must be one number, got 'x'"):
+        runner.run(x, y, beta="x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize("shape", [(4, 6), (6,), (4, 1), ()])
+def test_a_weighted_mean_by_count_and_by_weights(shape: tuple[int, ...], dtype: str) -> None:
+    x, y = pair((4, 6), (4, 6), dtype)
+    weight = np.asarray(np.random.default_rng(1).uniform(0.5, 2, shape)).astype(dtype)
+    wide = [a.astype(np.float64) for a in (x, y, weight)]
+    d = np.abs(wide[0] - wide[1])
+    losses = np.where(d < 1, 0.5 * d * d, d - 0.5) * wide[2]
+    expected = {
+        "count": losses.sum() / losses.size,
+        "weights": losses.sum() / np.broadcast_to(wide[2], losses.shape).sum(),
+    }
+    for normalizer, value in expected.items():
+        spec = LossSpec(dtype=dtype, weight=normalizer)
+        got = load(export(spec)).run(x, y, weight=weight)["loss"]
+        assert ulp_distance(got, np.asarray(value).astype(dtype)) <= 2
+    with pytest.raises(
+        InvalidInputError, match="weight is missing; the artefact takes input, target, weight"
+    ):
+        load(export(spec)).run(x, y)
+
+
+def test_weights_of_one_change_nothing() -> None:
+    x, y = pair((9, 3), (9, 3))
+    plain = load(export(LossSpec())).run(x, y)["loss"]
+    for normalizer in ("count", "weights"):
+        runner = load(export(LossSpec(weight=normalizer)))
+        assert runner.run(x, y, weight=np.ones(3, np.float32))["loss"] == plain
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"per_sample": True, "reduction": "none"}, "reduction='none' reduces nothing"),
+        ({"weight": "weights", "reduction": "sum"}, "is no mean"),
+        ({"weight": "area"}, "unknown weight 'area'; choose one of count, weights"),
+        ({"runtime_beta": True, "beta": 0.5}, "beta=0.5 would be ignored"),
+        ({"gradient": 1}, "gradient must be True or False, got 1"),
+    ],
+)
+def test_nonsensical_combinations_are_refused(fields: dict, text: str) -> None:
+    with pytest.raises(SpecError, match=text):
+        LossSpec(**fields)
+
+
+def test_the_torch_route_says_that_it_knows_none_of_them() -> None:
+    with pytest.raises(UnsupportedError, match=r"use route='function' or 'inlined'"):
+        export(LossSpec(gradient=True), "torch", ("N",))
+
+
+def test_specs_survive_the_metadata_and_names_differ() -> None:
+    specs = [
+        LossSpec(per_sample=True),
+        LossSpec(gradient=True),
+        LossSpec(runtime_beta=True),
+        LossSpec(weight="count"),
+        LossSpec(weight="weights"),
+        LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights"),
+    ]
+    models = [export(spec) for spec in specs]
+    assert [load(model).spec for model in models] == specs
+    assert len({model.graph.name for model in models}) == len(specs)

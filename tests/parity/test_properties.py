@@ -1,0 +1,262 @@
+"""Metamorphic relations: they hold for Smooth L1 whatever the truth is, so no oracle is asked.
+
+Each relation is either exact, because every operation of the graph respects it, or holds within a
+bound that is derived where it is used. `u` is the unit roundoff of the dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from smoothl1_deploy import LossSpec, export, load
+from smoothl1_deploy.backends.base import Runner
+from smoothl1_deploy.floats import NUMPY_DTYPE, Array, ulp_distance
+from smoothl1_deploy.parity.bounds import UNIT_ROUNDOFF, gamma
+from smoothl1_deploy.reference.module import from_torch, to_torch
+from smoothl1_deploy.spec import DTYPES
+
+BETAS = (1e-3, 0.1, 0.5, 1.0, 3.0, 1e3)
+#: Examples of every relation, times its parameters.
+PLANNED: list[int] = []
+
+
+def relation(examples: int, *dtypes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a property on so many examples for each dtype."""
+    PLANNED.append(examples * len(dtypes))
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        slow = [HealthCheck.too_slow]  # a machine that does other work as well
+        limited = settings(max_examples=examples, deadline=None, suppress_health_check=slow)(test)
+        marked: Callable[..., None] = pytest.mark.parametrize("dtype", dtypes)(limited)
+        return marked
+
+    return decorate
+
+
+@cache
+def runner(spec: LossSpec) -> Runner:
+    return load(export(spec, "inlined"))
+
+
+def losses(beta: float, dtype: str, a: Array, b: Array) -> Array:
+    return runner(LossSpec(beta, "none", dtype)).run(a, b)["loss"]
+
+
+def reduced(beta: float, reduction: str, dtype: str, a: Array, b: Array) -> float:
+    return float(runner(LossSpec(beta, reduction, dtype)).run(a, b)["loss"])
+
+
+def apart(dtype: str, x: float, y: float) -> int:
+    a, b = (np.asarray(value, NUMPY_DTYPE[dtype]) for value in (x, y))
+    return int(ulp_distance(a, b))
+
+
+def same(x: Array, y: Array) -> bool:
+    """Equal to the sign of zero; a NaN is a NaN."""
+    nan = np.isnan(x)
+    return bool(
+        np.array_equal(x, y, equal_nan=True) and (np.signbit(x) == np.signbit(y))[~nan].all()
+    )
+
+
+def pairs(dtype: str, elements: st.SearchStrategy[float], size: int = 16) -> st.SearchStrategy[Any]:
+    """Two arrays of one length, from 1."""
+
+    def cast(both: Array) -> tuple[Array, ...]:
+        with np.errstate(over="ignore"):
+            return tuple(np.ascontiguousarray(x) for x in both.astype(NUMPY_DTYPE[dtype]))
+
+    shapes = st.integers(1, size).map(lambda n: (2, n))
+    return hnp.arrays(np.float64, shapes, elements=elements).map(cast)
+
+
+#: Everything there is, and the numbers at which something happens.
+ANY = st.floats(width=32) | st.sampled_from(
+    [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, 0.5, 1e-45, 3e38, 6e4]
+)
+#: No rounding in sums and differences: multiples of 2^-10 up to 2^10.
+GRID = st.integers(-(1 << 20), 1 << 20).map(lambda n: n * 2.0**-10)
+#: No over- or underflow in squares and quotients.
+TAME = st.floats(-(2.0**30), 2.0**30, width=32).map(lambda x: x if abs(x) > 2.0**-30 else 0.0)
+BETA = st.sampled_from(BETAS)
+ANY_BETA = st.sampled_from((0.0, *BETAS, math.inf))
+
+
+@relation(150, "float32", "float64")
+@given(data=st.data(), beta=BETA)
+def test_smooth_l1_is_huber_over_beta(dtype: str, data: Any, beta: float) -> None:
+    """Within 9 u: ours is within gamma(4), Huber over beta within gamma(5).
+
+    In Huber's linear part the difference moves the loss by 2 u, and a subtraction, a product
+    and the division by beta round once each.
+    """
+    a, b = data.draw(pairs(dtype, TAME))
+    spec = LossSpec(beta, "none", dtype)
+    huber = torch.nn.functional.huber_loss(
+        to_torch(a), to_torch(b), reduction="none", delta=spec.effective_beta
+    )
+    over = from_torch(huber / torch.tensor(spec.effective_beta, dtype=huber.dtype))
+    ours = losses(beta, dtype, a, b)
+    unit = UNIT_ROUNDOFF[dtype]
+    assert ulp_distance(ours, over).max() <= (gamma(4, unit) + gamma(5, unit)) / unit * (1 + 1e-5)
+
+
+@relation(60, *DTYPES)
+@given(data=st.data())
+def test_beta_0_is_l1(dtype: str, data: Any) -> None:
+    """Exactly: one subtraction in the compute dtype, and one rounding of the half formats."""
+    a, b = data.draw(pairs(dtype, ANY))
+    compute = NUMPY_DTYPE[LossSpec(dtype=dtype).compute_dtype]
+    with np.errstate(all="ignore"):
+        l1 = np.abs(a.astype(compute) - b.astype(compute)).astype(a.dtype)
+    assert same(losses(0.0, dtype, a, b), l1)
+
+
+@relation(60, *DTYPES)
+@given(data=st.data(), beta=ANY_BETA)
+def test_input_and_target_are_symmetric(dtype: str, data: Any, beta: float) -> None:
+    """Exactly, and in the mean as well."""
+    a, b = data.draw(pairs(dtype, ANY))
+    assert same(losses(beta, dtype, a, b), losses(beta, dtype, b, a))
+    ours, swapped = (reduced(beta, "mean", dtype, x, y) for x, y in ((a, b), (b, a)))
+    assert ours == swapped or (math.isnan(ours) and math.isnan(swapped))
+
+
+@relation(100, "float32", "float64")
+@given(data=st.data(), beta=BETA)
+def test_the_sum_is_the_mean_times_the_count(dtype: str, data: Any, beta: float) -> None:
+    """Within 2 u of the sum: each is the same float64 number, rounded once."""
+    a, b = data.draw(pairs(dtype, TAME, 40))
+    total = reduced(beta, "sum", dtype, a, b)
+    mean = reduced(beta, "mean", dtype, a, b)
+    assert abs(Fraction(total) - Fraction(mean) * a.size) <= total * 2.001 * UNIT_ROUNDOFF[dtype]
+
+
+@relation(100, "float32", "float64")
+@given(data=st.data(), beta=BETA)
+def test_shards_add_up(dtype: str, data: Any, beta: float) -> None:
+    """Within u (S + S1 + S2): three sums, each within u and a little of what it stands for."""
+    a, b = data.draw(pairs(dtype, TAME, 40))
+    cut = data.draw(st.integers(0, a.size))
+    whole = reduced(beta, "sum", dtype, a, b)
+    shards = ((a[:cut], b[:cut]), (a[cut:], b[cut:]))
+    parts = [reduced(beta, "sum", dtype, *shard) for shard in shards]
+    apart = abs(Fraction(whole) - sum(map(Fraction, parts)))
+    assert apart <= (whole + sum(parts)) * UNIT_ROUNDOFF[dtype] * 1.001
+
+
+@relation(100, "float32", "float64")
+@given(data=st.data(), beta=BETA)
+def test_the_order_of_the_elements_does_not_matter(dtype: str, data: Any, beta: float) -> None:
+    """Sums that are neighbours at most, which the division of the mean can put 3 ULP apart."""
+    a, b = data.draw(pairs(dtype, TAME, 40))
+    order = np.random.default_rng(data.draw(st.integers(0, 99))).permutation(a.size)
+    one = reduced(beta, "mean", dtype, a, b)
+    two = reduced(beta, "mean", dtype, a[order], b[order])
+    assert apart(dtype, one, two) <= 3
+
+
+@relation(100, "float32", "float64")
+@given(data=st.data(), beta=BETA, times=st.integers(1, 3000))
+def test_repeating_the_elements_leaves_the_mean(
+    dtype: str, data: Any, beta: float, times: int
+) -> None:
+    """Within 3 ULP again, whatever the count: a naive sum of equal numbers drifts away."""
+    a, b = data.draw(pairs(dtype, TAME))
+    once = reduced(beta, "mean", dtype, a, b)
+    often = reduced(beta, "mean", dtype, np.tile(a, times), np.tile(b, times))
+    assert apart(dtype, once, often) <= 3
+
+
+@relation(100, "float32", "float64")
+@given(data=st.data(), beta=ANY_BETA, shift=GRID)
+def test_translation_changes_nothing(dtype: str, data: Any, beta: float, shift: float) -> None:
+    """Exactly, where the shifted numbers are representable: the difference is the same."""
+    a, b = data.draw(pairs(dtype, GRID))
+    moved = (x + x.dtype.type(shift) for x in (a, b))
+    assert same(losses(beta, dtype, a, b), losses(beta, dtype, *moved))
+
+
+@relation(60, *DTYPES)
+@given(data=st.data(), beta=ANY_BETA)
+def test_the_loss_grows_with_the_difference(dtype: str, data: Any, beta: float) -> None:
+    """Exactly: each operation of the graph is monotone, and so is rounding."""
+    values, _ = data.draw(pairs(dtype, st.floats(0, 2.0**127, width=32), 32))
+    d = np.sort(np.abs(values))
+    d = d[np.isfinite(d)]
+    loss = losses(beta, dtype, d, np.zeros_like(d))
+    assert (loss[1:] >= loss[:-1]).all()
+    assert same(loss, losses(beta, dtype, -d, np.zeros_like(d)))
+
+
+@relation(120, "float32", "float64")
+@given(
+    data=st.data(),
+    beta=BETA,
+    exponent=st.sampled_from([-20, -7, -1, 1, 3, 20]),
+)
+def test_scaling_by_a_power_of_two(dtype: str, data: Any, beta: float, exponent: int) -> None:
+    """l(k d; k beta) = k l(d; beta), exactly, where nothing over- or underflows."""
+    a, b = data.draw(pairs(dtype, TAME))
+    k = a.dtype.type(2.0**exponent)
+    scaled_beta = LossSpec(beta, "none", dtype).effective_beta * float(k)
+    assert same(losses(scaled_beta, dtype, k * a, k * b), k * losses(beta, dtype, a, b))
+
+
+@relation(100, "float32", "float64")
+@given(data=st.data(), beta=BETA)
+def test_above_beta_half_of_beta_lies_between_it_and_l1(dtype: str, data: Any, beta: float) -> None:
+    """Within 2 u |d|: both are of the same difference, and two roundings are left."""
+    a, b = data.draw(pairs(dtype, TAME))
+    half = LossSpec(beta, "none", dtype).effective_beta / 2
+    l1, smooth = (losses(x, dtype, a, b).astype(np.longdouble) for x in (0.0, beta))
+    above = l1 >= 2 * half
+    off = np.abs(l1 - smooth - half)[above]
+    assert (off <= 2.001 * UNIT_ROUNDOFF[dtype] * l1[above]).all()
+
+
+@relation(100, "float32", "float64")
+@given(data=st.data(), beta=BETA)
+def test_never_negative_and_zero_where_equal(dtype: str, data: Any, beta: float) -> None:
+    a, b = data.draw(pairs(dtype, GRID))
+    b = np.where(data.draw(hnp.arrays(bool, a.size)), a, b)
+    loss = losses(beta, dtype, a, b)
+    assert not np.signbit(loss).any()
+    assert np.array_equal(loss == 0, a == b)
+
+
+@relation(50, *DTYPES)
+@given(data=st.data(), beta=st.sampled_from((0.0, *BETAS)))
+def test_nan_where_the_difference_is_and_nowhere_else(dtype: str, data: Any, beta: float) -> None:
+    a, b = data.draw(pairs(dtype, ANY))
+    with np.errstate(all="ignore"):
+        d = a.astype(np.float64) - b.astype(np.float64)
+    assert np.array_equal(np.isnan(losses(beta, dtype, a, b)), np.isnan(d))
+    assert math.isnan(reduced(beta, "sum", dtype, a, b)) == bool(np.isnan(d).any())
+
+
+@relation(50, *DTYPES)
+@given(data=st.data(), beta=BETA)
+def test_broadcasting_is_repeating(dtype: str, data: Any, beta: float) -> None:
+    """Exactly; the mean divides by the number of elements after broadcasting."""
+    row, column = data.draw(pairs(dtype, TAME, 9))
+    column = column[: data.draw(st.integers(1, column.size)), None]
+    full = tuple(np.ascontiguousarray(x) for x in np.broadcast_arrays(row, column))
+    assert same(losses(beta, dtype, row, column), losses(beta, dtype, *full))
+    one, two = (reduced(beta, "mean", dtype, *both) for both in ((row, column), full))
+    assert one == two or (math.isnan(one) and math.isnan(two))
+
+
+def test_there_are_enough_examples() -> None:
+    assert sum(PLANNED) >= 2000

@@ -1,0 +1,184 @@
+"""`SmoothL1Loss`: torch's own module in every respect, that refuses nonsense when it is made."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import math
+import pickle
+import warnings
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.errors import SpecError
+from smoothl1_deploy.floats import NUMPY_DTYPE
+from smoothl1_deploy.reference.module import SmoothL1Loss, eager, from_torch, to_torch
+from smoothl1_deploy.spec import DTYPES, REDUCTIONS
+
+
+def test_signature_is_that_of_torch() -> None:
+    assert issubclass(SmoothL1Loss, torch.nn.SmoothL1Loss)
+
+    def shape(cls: type) -> list[tuple[object, ...]]:
+        parameters = inspect.signature(cls).parameters.values()
+        return [(p.name, p.kind, p.default) for p in parameters]
+
+    assert shape(SmoothL1Loss) == shape(torch.nn.SmoothL1Loss)
+    assert SmoothL1Loss.forward is torch.nn.SmoothL1Loss.forward
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("beta", [0.0, 0.5, 2])
+def test_values_and_gradients_are_those_of_torch(reduction: str, beta: float) -> None:
+    a = torch.linspace(-3, 3, 24).reshape(4, 6)
+    b = torch.ones(4, 6) / 3
+    results = []
+    for module in (SmoothL1Loss, torch.nn.SmoothL1Loss):
+        x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
+        loss = module(reduction=reduction, beta=beta)(x, y)
+        loss.sum().backward()
+        results.append((loss.detach(), x.grad, y.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    gradient = results[0][1]
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+def test_gradient_is_correct_by_finite_differences() -> None:
+    x = torch.tensor([-2.0, -0.3, 0.1, 0.4, 1.7], dtype=torch.float64, requires_grad=True)
+    y = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(SmoothL1Loss(beta=0.5), (x, y))
+
+
+def _warned(cls: type, *args: object, **kwargs: object) -> tuple[object, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = cls(*args, **kwargs)
+    return module, [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize(
+    "args", [(), (False,), (True, False), (None, True), (None, None, "sum", 2.0)]
+)
+def test_deprecated_and_positional_arguments(args: tuple[object, ...]) -> None:
+    ours, our_warnings = _warned(SmoothL1Loss, *args)
+    theirs, their_warnings = _warned(torch.nn.SmoothL1Loss, *args)
+    assert (ours.reduction, ours.beta) == (theirs.reduction, theirs.beta)  # type: ignore[attr-defined]
+    assert our_warnings == their_warnings
+    assert repr(ours) == repr(theirs)
+
+
+@pytest.mark.parametrize("beta", [-1.0, -1e-30, -math.inf, math.nan, "1", None, True, 1j])
+def test_a_nonsensical_beta_is_refused_when_the_module_is_made(beta: object) -> None:
+    with pytest.raises(SpecError, match="^beta must "):
+        SmoothL1Loss(beta=beta)  # type: ignore[arg-type]
+
+
+def test_an_unknown_reduction_is_refused_when_the_module_is_made() -> None:
+    with pytest.raises(SpecError, match="unknown reduction 'avg'; choose one of none, mean, sum"):
+        SmoothL1Loss(reduction="avg")
+
+
+def test_a_beta_changed_later_is_refused_by_the_spec() -> None:
+    module = SmoothL1Loss()
+    module.beta = -2.0
+    with pytest.raises(SpecError, match=r"got -2\.0"):
+        module.spec()
+
+
+def _pickled(module: SmoothL1Loss) -> SmoothL1Loss:
+    return pickle.loads(pickle.dumps(module))  # type: ignore[no-any-return]
+
+
+def _saved(module: SmoothL1Loss) -> SmoothL1Loss:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("trip", [_pickled, _saved, copy.copy, copy.deepcopy])
+def test_survives_a_trip(trip: object) -> None:
+    module = SmoothL1Loss(reduction="sum", beta=0.25)
+    again = trip(module)  # type: ignore[operator]
+    assert type(again) is SmoothL1Loss
+    assert again.spec() == module.spec() == LossSpec(0.25, "sum")
+    x = torch.arange(4.0)
+    assert torch.equal(again(x, x / 2), module(x, x / 2))
+
+
+def test_state_dict_is_interchangeable_with_that_of_torch() -> None:
+    module = SmoothL1Loss()
+    assert module.state_dict() == torch.nn.SmoothL1Loss().state_dict() == {}
+    module.load_state_dict(torch.nn.SmoothL1Loss().state_dict())
+    torch.nn.SmoothL1Loss().load_state_dict(module.state_dict())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("beta", [0.0, 0.1, math.inf])
+def test_spec_and_module_are_inverse(dtype: str, reduction: str, beta: float) -> None:
+    spec = LossSpec(beta, reduction, dtype)
+    assert SmoothL1Loss.from_spec(spec).spec(dtype) == spec
+    assert SmoothL1Loss.from_spec(spec).spec(getattr(torch, dtype)) == spec
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
+def test_to_torch_and_back(dtype: str, shape: tuple[int, ...]) -> None:
+    array = np.linspace(0, 2, math.prod(shape)).reshape(shape).astype(NUMPY_DTYPE[dtype])
+    tensor = to_torch(array)
+    assert tensor.dtype == getattr(torch, dtype)
+    assert tuple(tensor.shape) == shape
+    assert tensor.double().numpy().tolist() == array.astype(np.float64).tolist()
+    again = from_torch(tensor)
+    assert (again.dtype, again.shape) == (array.dtype, shape)
+    assert again.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_to_torch_shares_memory(dtype: str) -> None:
+    array = np.zeros(3, NUMPY_DTYPE[dtype])
+    to_torch(array).fill_(2)
+    assert (array.astype(np.float64) == 2).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_read_only_and_strided_arrays(dtype: str) -> None:
+    array = np.arange(6).reshape(2, 3).astype(NUMPY_DTYPE[dtype]).T
+    array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tensor = to_torch(array)
+    assert from_torch(tensor).tolist() == array.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_from_torch_of_a_tensor_that_requires_grad(dtype: str) -> None:
+    tensor = torch.ones(2, 3, dtype=getattr(torch, dtype), requires_grad=True)
+    assert from_torch(tensor.T).shape == (3, 2)
+    assert from_torch(tensor.T).dtype == NUMPY_DTYPE[dtype]
+
+
+def test_eager_is_torch() -> None:
+    a, b = np.linspace(-2, 2, 7, dtype=np.float32), np.zeros(7, np.float32)
+    for reduction in REDUCTIONS:
+        expected = torch.nn.functional.smooth_l1_loss(
+            torch.from_numpy(a), torch.from_numpy(b), reduction=reduction, beta=0.3
+        )
+        assert (eager(LossSpec(0.3, reduction), a, b) == expected.numpy()).all()
+
+
+def test_eager_broadcasts_without_a_warning_and_gives_the_dtype_of_the_spec() -> None:
+    a, b = np.ones((2, 3), ml_dtypes.bfloat16), np.zeros(3, ml_dtypes.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss = eager(LossSpec(1.0, "none", "bfloat16"), a, b)
+    assert (loss.shape, loss.dtype) == ((2, 3), ml_dtypes.bfloat16)
+    assert (loss.astype(np.float64) == 0.5).all()

@@ -1,0 +1,281 @@
+"""The oracle against rational arithmetic, and against PyTorch where IEEE 754 has special values."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from exact import FORMATS, error_in_ulp, exact_loss, exact_reduction, round_fraction, to_array
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.floats import NUMPY_DTYPE, ieee_class
+from smoothl1_deploy.reference import oracle as oracle_module
+from smoothl1_deploy.reference.module import eager
+from smoothl1_deploy.reference.oracle import oracle
+from smoothl1_deploy.spec import DTYPES, REDUCTIONS
+
+every_format = pytest.mark.parametrize("dtype", DTYPES)
+BETAS = (0.0, 1e-45, 1e-9, 2e-8, 1e-3, 0.1, 0.5, 1 - 1e-6, 1.0, 1 + 1e-6, 7.7, 1e3, 3e38, math.inf)
+
+#: How close to a tie the wide format can't tell (the oracle's docstring), in ULP.
+DOUBT = {"float32": 2**-26, "float16": 2**-26, "bfloat16": 2**-26, "float64": 2**-9}
+DOUBT_OF_SUMS = {**DOUBT, "float64": 2**-5}
+
+
+def check(got: np.ndarray, exact: Fraction, dtype: str, doubt: float) -> None:
+    """`got` is `exact` rounded to nearest, ties to even; or on the other side of a near tie."""
+    value = float(got)
+    assert not math.copysign(1, value) < 0
+    if value == round_fraction(exact, dtype):
+        return
+    assert math.isfinite(value), (value, exact)
+    assert error_in_ulp(value, exact, dtype) <= Fraction(1, 2) + Fraction(doubt), (value, exact)
+
+
+@st.composite
+def numbers(draw: st.DrawFn, dtype: str) -> float:
+    """Any finite number of the format, by its bits; small integers and fractions half the time."""
+    f = FORMATS[dtype]
+    if draw(st.booleans()):
+        return draw(st.integers(-64, 64)) / 16
+    size = f.dtype.itemsize
+    bits = draw(st.integers(0, 2 ** (8 * size) - 1))
+    value = float(np.array([bits], f"u{size}").view(f.dtype)[0])
+    return value if math.isfinite(value) else 1.0
+
+
+betas = st.one_of(
+    st.sampled_from(BETAS), st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+)
+
+
+@every_format
+@given(data=st.data())
+def test_elements_are_rounded_once(dtype: str, data: st.DataObject) -> None:
+    a = data.draw(numbers(dtype))
+    # Half of the targets lie near: their difference meets beta, and cancels.
+    near = data.draw(st.booleans())
+    b = data.draw(numbers(dtype)) if not near else a + data.draw(st.integers(-8, 8)) / 8
+    spec = LossSpec(data.draw(betas), "none", dtype)
+    with np.errstate(over="ignore"):
+        x, y = to_array([a], dtype), to_array([b], dtype)
+    if not (np.isfinite(x) & np.isfinite(y)).all():
+        return
+    exact = exact_loss(float(x[0]), float(y[0]), spec.effective_beta)
+    check(oracle(spec, x, y)[0], exact, dtype, DOUBT[dtype])
+
+
+@every_format
+@pytest.mark.parametrize("beta", BETAS)
+def test_random_elements(dtype: str, beta: float) -> None:
+    generator = np.random.default_rng(7)
+    scale = generator.choice([1e-4, 0.1, 1.0, 100.0], 150)
+    a = (generator.standard_normal(150) * scale).astype(NUMPY_DTYPE[dtype])
+    b = (generator.standard_normal(150) * scale).astype(NUMPY_DTYPE[dtype])
+    spec = LossSpec(beta, "none", dtype)
+    for got, x, y in zip(oracle(spec, a, b), a, b, strict=True):
+        check(got, exact_loss(float(x), float(y), spec.effective_beta), dtype, DOUBT[dtype])
+
+
+@every_format
+@pytest.mark.parametrize("beta", [0.25, 1.0, 2.0])
+def test_around_the_boundary(dtype: str, beta: float) -> None:
+    """|d| = beta and its neighbours, from both sides: exact, and beta / 2 in the middle."""
+    at = to_array([beta], dtype)
+    down, up = np.nextafter(at, 0 * at), np.nextafter(at, 2 * at)
+    d = np.concatenate([down, at, up, -down, -at, -up])
+    spec = LossSpec(beta, "none", dtype)
+    losses = oracle(spec, d, np.zeros_like(d))
+    for got, x in zip(losses, d, strict=True):
+        check(got, exact_loss(float(x), 0.0, beta), dtype, DOUBT[dtype])
+    assert float(losses[1]) == beta / 2
+    assert (losses[:3] == losses[3:]).all()
+    assert losses[0] <= losses[1] <= losses[2]
+
+
+@pytest.mark.parametrize(
+    ("d", "beta", "loss"),
+    [
+        (0.0, 1.0, 0.0),
+        (0.5, 1.0, 0.125),
+        (1.0, 1.0, 0.5),
+        (2.0, 1.0, 1.5),
+        (0.5, 0.0, 0.5),
+        (0.5, 0.25, 0.375),
+        (3.0, 4.0, 1.125),
+        (500.0, 1000.0, 125.0),  # eager float16 on the CPU has inf here: it squares 500 first
+        (1.0, 1e-50, 1.0),  # beta underflows in every compute dtype but float64's
+        (7.0, math.inf, 0.0),
+    ],
+)
+@every_format
+def test_known_values(d: float, beta: float, loss: float, dtype: str) -> None:
+    spec = LossSpec(beta, "none", dtype)
+    for x, y in ((d, 0.0), (0.0, d), (-d, 0.0), (d / 2, -d / 2)):
+        assert float(oracle(spec, *(to_array([v], dtype) for v in (x, y)))[0]) == loss
+
+
+@every_format
+def test_ends_of_the_format(dtype: str) -> None:
+    f = FORMATS[dtype]
+    largest = float(f.largest)
+    smallest = math.ldexp(1.0, f.emin - f.precision + 1)
+    pairs = [
+        (largest, 0.0),
+        (largest, largest),
+        (largest, -smallest),
+        (smallest, 0.0),
+        (2 * smallest, -smallest),
+        (smallest, smallest),
+    ]
+    for beta in (0.0, smallest, 3 * smallest, 1.0, largest, 1e39, math.inf):
+        spec = LossSpec(beta, "none", dtype)
+        for a, b in pairs:
+            got = oracle(spec, to_array([a], dtype), to_array([b], dtype))[0]
+            check(got, exact_loss(a, b, spec.effective_beta), dtype, DOUBT[dtype])
+
+
+@every_format
+def test_overflow_is_infinite_only_where_the_result_is(dtype: str) -> None:
+    largest = to_array([float(FORMATS[dtype].largest)], dtype)
+    assert oracle(LossSpec(1.0, "none", dtype), largest, -largest)[0] == np.inf
+    # d itself overflows in the format, and its loss does not.
+    spec = LossSpec(4 * float(largest[0]), "none", dtype)
+    if math.isfinite(spec.effective_beta):
+        assert float(oracle(spec, largest, -largest)[0]) == float(largest[0]) / 2
+    # The sum overflows, the mean of the same losses doesn't.
+    pair, zero = np.concatenate([largest, largest]), to_array([0.0, 0.0], dtype)
+    assert oracle(LossSpec(0.0, "sum", dtype), pair, zero) == np.inf
+    assert oracle(LossSpec(0.0, "mean", dtype), pair, zero) == largest[0]
+
+
+SPECIAL = (0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan)
+
+
+@every_format
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, math.inf])
+def test_special_values_are_those_of_pytorch(dtype: str, beta: float) -> None:
+    a, b = (to_array(list(v), dtype) for v in np.meshgrid(SPECIAL, SPECIAL))
+    a, b = a.reshape(-1), b.reshape(-1)
+    spec = LossSpec(beta, "none", dtype)
+    got, expected = oracle(spec, a, b), eager(spec, a, b)
+    assert ieee_class(got).tolist() == ieee_class(expected).tolist()
+    assert (ieee_class(got) != 2).all()  # never -0
+
+
+@every_format
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("values", [(1.0, math.nan), (1.0, math.inf), (math.inf, math.nan)])
+def test_special_values_reach_the_reduction(
+    dtype: str, reduction: str, values: tuple[float, ...]
+) -> None:
+    spec = LossSpec(1.0, reduction, dtype)
+    a = to_array(list(values), dtype)
+    got, expected = oracle(spec, a, np.zeros_like(a)), eager(spec, a, np.zeros_like(a))
+    assert ieee_class(got) == ieee_class(expected) != 0
+
+
+@every_format
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@given(data=st.data())
+def test_reductions_are_rounded_once(dtype: str, reduction: str, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 12))
+    pairs = [(data.draw(numbers(dtype)), data.draw(numbers(dtype))) for _ in range(count)]
+    spec = LossSpec(data.draw(betas), reduction, dtype)
+    exact = exact_reduction([exact_loss(a, b, spec.effective_beta) for a, b in pairs], reduction)
+    x, y = (to_array(list(column), dtype) for column in zip(*pairs, strict=True))
+    check(oracle(spec, x, y), exact, dtype, DOUBT_OF_SUMS[dtype])
+
+
+@every_format
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_long_reduction(dtype: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of numbers between 2^-20 and 2^20, in chunks of 1000: naive float32 loses most of it."""
+    monkeypatch.setattr(oracle_module, "_CHUNK", 1000)
+    generator = np.random.default_rng(3)
+    a = (generator.standard_normal(4321) * 2.0 ** generator.integers(-14, 5, 4321)).astype(
+        NUMPY_DTYPE[dtype]
+    )
+    spec = LossSpec(0.1, reduction, dtype)
+    losses = [exact_loss(float(x), 0.0, spec.effective_beta) for x in a]
+    got = oracle(spec, a, np.zeros_like(a))
+    check(got, exact_reduction(losses, reduction), dtype, DOUBT_OF_SUMS[dtype])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_chunks_change_nothing(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = np.arange(20, dtype=np.float32).reshape(4, 5)
+    b = np.full((4, 5), 3, np.float32)
+    spec = LossSpec(2.0, reduction)
+    whole = oracle(spec, a, b)
+    for size in (1, 7, 19, 20, 21):
+        monkeypatch.setattr(oracle_module, "_CHUNK", size)
+        assert (oracle(spec, a, b) == whole).all()
+
+
+SHAPES = [
+    ((), ()),
+    ((3,), ()),
+    ((), (3,)),
+    ((2, 3), (3,)),
+    ((2, 1), (1, 3)),
+    ((2, 1, 4), (3, 1)),
+    ((0,), (1,)),
+    ((2, 0), (2, 1)),
+    ((1,), (1,)),
+]
+
+
+@every_format
+@pytest.mark.parametrize(("a_shape", "b_shape"), SHAPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_broadcasting(
+    dtype: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...], reduction: str
+) -> None:
+    a = np.linspace(0, 2, math.prod(a_shape)).reshape(a_shape).astype(NUMPY_DTYPE[dtype])
+    b = np.linspace(1, 5, math.prod(b_shape)).reshape(b_shape).astype(NUMPY_DTYPE[dtype])
+    spec = LossSpec(1.0, reduction, dtype)
+    got, expected = oracle(spec, a, b), eager(spec, a, b)
+    assert isinstance(got, np.ndarray)
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    rtol = 0.02 if FORMATS[dtype].dtype.itemsize == 2 else 1e-6
+    np.testing.assert_allclose(got.astype(float), expected.astype(float), rtol=rtol)
+
+
+@every_format
+def test_nothing_has_a_mean_of_nan_and_a_sum_of_zero(dtype: str) -> None:
+    empty = np.empty((0, 3), NUMPY_DTYPE[dtype])
+    mean = oracle(LossSpec(reduction="mean", dtype=dtype), empty, empty)
+    total = oracle(LossSpec(reduction="sum", dtype=dtype), empty, empty)
+    assert mean.shape == total.shape == ()
+    assert np.isnan(mean)
+    assert total.tobytes() == bytes(total.nbytes)  # +0
+
+
+def test_strided_input_is_read_and_left_as_it_was() -> None:
+    base = np.arange(24, dtype=np.float32).reshape(4, 6)
+    a, b = base.T[::2], base.T[1::2, ::-1]
+    spec = LossSpec(3.0, "none")
+    expected = oracle(spec, a.copy(), b.copy())
+    base.flags.writeable = False
+    assert (oracle(spec, a, b) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [("float64", "float32"), ("float32", "float16"), ("int32", "int32")]
+)
+def test_another_dtype_is_refused(a: str, b: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        oracle(LossSpec(), np.ones(2, a), np.ones(2, b))
+    assert str(caught.value).endswith(f"takes float32, got {a} and {b}")
+
+
+def test_is_silent_about_what_ieee_754_defines() -> None:
+    a = np.array([np.inf, np.nan, 3e38], np.float32)
+    with np.errstate(all="raise"):
+        for reduction in REDUCTIONS:
+            oracle(LossSpec(0.0, reduction), a, -a)

@@ -1,0 +1,56 @@
+"""Fixtures: the real TensorRT for RTX where it is installed, fakes of the other versions."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy.tensorrt.flavour import Flavour, get_flavour
+
+
+def _load_fake() -> Any:
+    # Under --import-mode=importlib test modules can't import one another.
+    path = Path(__file__).with_name("fake_trt.py")
+    spec = importlib.util.spec_from_file_location("smoothl1_deploy_fake_trt", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def fake_trt() -> Any:
+    """The module fake_trt."""
+    return _load_fake()
+
+
+@pytest.fixture
+def fake(fake_trt: Any) -> Callable[[str], Flavour]:
+    """`fake("10.16.1")`: a flavour whose module is a fake of that version."""
+
+    def make(version: str) -> Flavour:
+        name = "tensorrt_rtx" if version.startswith("rtx") else "tensorrt"
+        module = fake_trt.FakeTensorRT(version)
+        return Flavour(name, module.__version__, module)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Flavour:
+    """TensorRT for RTX, or a skip."""
+    pytest.importorskip(
+        "tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'smoothl1-deploy[rtx]'"
+    )
+    return get_flavour("tensorrt_rtx")
+
+
+@pytest.fixture(scope="session")
+def mean_model() -> onnx.ModelProto:
+    """The mean of float32 with a dynamic first axis."""
+    return export(LossSpec(beta=0.5, reduction="mean"), shape=("N", 16))

@@ -1,0 +1,287 @@
+"""Engine files and their sidecars: nothing damaged, foreign or replaced is taken for sound."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+
+import pytest
+
+from smoothl1_deploy import build_engine
+from smoothl1_deploy.artefact import sha256, write_atomic
+from smoothl1_deploy.errors import ArtefactError, MissingDependencyError, OutputError
+from smoothl1_deploy.tensorrt import engine as module
+from smoothl1_deploy.tensorrt import flavour as flavour_module
+from smoothl1_deploy.tensorrt.engine import (
+    UnverifiedEngine,
+    diagnose,
+    read_engine,
+    write_engine,
+)
+from smoothl1_deploy.tensorrt.options import BuildOptions
+from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
+
+
+@pytest.fixture(scope="module")
+def built(rtx, mean_model):
+    return build_engine(mean_model, flavour=rtx)
+
+
+@pytest.fixture
+def pair(built, tmp_path):
+    """An engine and its sidecar on disk, fresh for each test."""
+    path = tmp_path / "loss.engine"
+    write_engine(path, built.data, built.sidecar)
+    return path
+
+
+def edit(path, **entries):
+    """Change entries of a sidecar file and keep its own sha256 right: a careful forger."""
+    content = json.loads(sidecar_path(path).read_text())
+    content.update(entries)
+    del content["sha256"]
+    text = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+    content["sha256"] = sha256(text)
+    sidecar_path(path).write_text(json.dumps(content))
+
+
+def test_round_trip(built, pair):
+    engine = read_engine(pair)
+    assert (engine.data, engine.sidecar, engine.sha256) == (built.data, built.sidecar, built.sha256)
+    assert Sidecar.from_dict(built.sidecar.to_dict()) == built.sidecar
+    assert read_engine(str(pair), allow_unverified=True) == engine
+    assert json.loads(json.dumps(engine.to_dict()))["sidecar"]["spec"]["beta"] == 0.5
+
+
+# --- files that are missing, damaged, replaced -----------------------------------------------
+
+
+def refused(path, message, **kwargs):
+    with pytest.raises(ArtefactError, match=message) as caught:
+        read_engine(path, **kwargs)
+    return caught.value
+
+
+def test_no_engine(tmp_path):
+    refused(tmp_path / "none.engine", r"can't be read as an engine \(No such file")
+    refused(tmp_path, r"can't be read as an engine \(Is a directory\)")
+
+
+def test_an_empty_engine(pair):
+    pair.write_bytes(b"")
+    refused(pair, r"is empty; build the engine again")
+
+
+def test_no_sidecar(pair):
+    sidecar_path(pair).unlink()
+    refused(pair, r"sidecar, can't be read.*executable code.*allow_unverified=True if you trust it")
+
+
+def test_a_truncated_engine(pair, built):
+    pair.write_bytes(built.data[:1000])
+    refused(pair, rf"is truncated, or not .*: it has 1000 bytes, not {len(built.data)}")
+
+
+def test_a_tampered_engine(pair, built):
+    pair.write_bytes(built.data[:-1] + bytes([built.data[-1] ^ 1]))
+    refused(pair, "is not the engine its sidecar describes: its sha256 is .*damaged or replaced")
+
+
+def test_an_engine_with_something_appended(pair, built):
+    pair.write_bytes(built.data + b"x")
+    refused(pair, "is not the engine its sidecar describes")
+
+
+def test_a_sidecar_that_is_no_json(pair):
+    sidecar_path(pair).write_text("{")
+    refused(pair, r"engine\.json is no JSON")
+    sidecar_path(pair).write_text("[" * 100_000)
+    refused(pair, r"engine\.json is no JSON")
+    sidecar_path(pair).write_text("[]")
+    refused(pair, r"holds no JSON object")
+
+
+def test_a_carelessly_edited_sidecar(pair):
+    text = sidecar_path(pair).read_text()
+    assert '"beta": 0.5' in text
+    sidecar_path(pair).write_text(text.replace('"beta": 0.5', '"beta": 0.25'))
+    refused(pair, "was damaged or changed: its content doesn't match its own sha256")
+
+
+def test_a_reformatted_sidecar_is_the_same_sidecar(pair, built):
+    content = json.loads(sidecar_path(pair).read_text())
+    sidecar_path(pair).write_text(json.dumps(content, indent=8))
+    assert read_engine(pair).sidecar == built.sidecar
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"format": 2}, "has the format 2, this version of smoothl1-deploy reads 1"),
+        ({"flavour": "onnx"}, "makes no sense .*unknown flavour 'onnx'"),
+        ({"spec": {"beta": -1}}, "makes no sense .*beta must not be negative"),
+        ({"spec": {"beta": 1, "gamma": 2}}, r"unknown field\(s\) gamma"),
+        ({"options": {"turbo": True}}, r"unknown build option\(s\) turbo"),
+        ({"profile": {"ranges": {"input": [[1, 2]]}, "defaults": []}}, "makes no sense"),
+        ({"inputs": [1]}, "makes no sense"),
+        ({"inputs": [{"name": "x"}]}, "makes no sense .*dtype"),
+        ({"gpu": {"nmae": "x"}}, "makes no sense .*nmae"),
+        ({"engine_bytes": float("inf")}, "makes no sense .*OverflowError"),
+        ({"engine_bytes": "many"}, "makes no sense .*many"),
+        ({"notes": None}, "makes no sense"),
+    ],
+)
+def test_a_sidecar_that_makes_no_sense(pair, entries, message):
+    edit(pair, **entries)
+    refused(pair, message)
+
+
+def test_a_sidecar_that_lacks_an_entry(built):
+    for name in built.sidecar.to_dict():
+        fields = built.sidecar.to_dict()
+        del fields[name]
+        with pytest.raises(ArtefactError, match=f"'{name}'|format None"):
+            Sidecar.from_dict(fields)
+
+
+def test_a_hundred_random_damages(built, tmp_path):
+    rng = random.Random(20)
+    path = tmp_path / "loss.engine"
+    for number in range(100):
+        path.write_bytes(built.data)
+        sidecar_path(path).write_bytes(built.sidecar.dumps())
+        victim = rng.choice([path, sidecar_path(path)])
+        content = bytearray(victim.read_bytes())
+        kind = rng.choice(["flip", "cut", "insert", "zero", "swap", "delete", "noise"])
+        solid = [i for i, byte in enumerate(content) if byte not in b" \n"]  # JSON's white space
+        at = rng.choice(solid)
+        if kind == "flip":
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == "cut":
+            del content[at:]
+        elif kind == "insert":
+            content.insert(at, rng.randrange(33, 127))
+        elif kind == "zero":
+            content[at : at + 16] = bytes(len(content[at : at + 16]))
+        elif kind == "swap":
+            other = rng.choice([i for i in solid if content[i] != content[at]])
+            content[at], content[other] = content[other], content[at]
+        elif kind == "delete":
+            del content[at]
+        else:
+            content = bytearray(rng.randbytes(len(content)))
+        if victim.read_bytes() == bytes(content):
+            continue
+        victim.write_bytes(content)
+        with pytest.raises(ArtefactError) as caught:
+            read_engine(path)
+        assert "engine" in str(caught.value), (number, kind, victim)
+
+
+@pytest.mark.parametrize("what", ["engine", "sidecar"])
+def test_a_crash_between_the_two_files(pair, built, mean_model, rtx, monkeypatch, what):
+    """Whichever write fails, what is left is refused or is the old pair."""
+    new = build_engine(mean_model, flavour=rtx, profile={"input": (1, 2, 3)})
+
+    def fails(path, data):
+        if path.name.endswith(".json") == (what == "sidecar"):
+            raise OutputError("the disk is full")
+        return write_atomic(path, data)
+
+    monkeypatch.setattr(module, "write_atomic", fails)
+    with pytest.raises(OutputError, match="disk is full"):
+        write_engine(pair, new.data, new.sidecar)
+    if what == "engine":
+        assert read_engine(pair).data == built.data
+    else:
+        refused(pair, "not the engine its sidecar describes")
+
+
+# --- unverified ------------------------------------------------------------------------------
+
+
+def test_unverified_on_request(pair, built):
+    sidecar_path(pair).unlink()
+    engine = read_engine(pair, allow_unverified=True)
+    assert isinstance(engine, UnverifiedEngine)
+    assert (engine.data, engine.sha256) == (built.data, built.sha256)
+    assert "sidecar, can't be read" in engine.problem
+    assert engine.to_dict()["problem"] == engine.problem
+
+
+def test_unverified_is_still_an_engine(pair, rtx):
+    pair.write_bytes(b"x" * 300)
+    refused(
+        pair,
+        r"is no engine of tensorrt_rtx .*: MALFORMED_ENGINE; build it again",
+        allow_unverified=True,
+        flavour=rtx,
+    )
+
+
+# --- flavour and version ---------------------------------------------------------------------
+
+
+def test_another_version(pair):
+    edit(pair, version="1.6.0.12")
+    refused(pair, r"built with tensorrt_rtx 1\.6\.0\.12, here is tensorrt_rtx .*don't carry over")
+    refused(pair, "don't carry over", allow_unverified=True)
+
+
+def test_a_later_build_of_the_same_version_carries_over(pair, rtx):
+    edit(pair, version=".".join(rtx.version.split(".")[:3]) + ".9999")
+    assert read_engine(pair).data
+
+
+def test_a_version_compatible_engine(pair, built, rtx):
+    major = rtx.version.split(".")[0]
+    options = dataclasses.replace(built.sidecar.options, version_compatible=True).to_dict()
+    edit(pair, options=options, version=f"{major}.999.0")
+    assert read_engine(pair).data
+    edit(pair, version="999.0.0")
+    refused(pair, "don't carry over")
+
+
+def test_another_flavour(pair, fake):
+    full = fake("10.16.1")
+    refused(pair, r"built with tensorrt_rtx .*, and tensorrt 10\.16\.1 can't run it", flavour=full)
+
+
+def test_a_flavour_that_is_not_installed(pair, rtx, monkeypatch):
+    edit(pair, flavour="tensorrt", version="10.16.1")
+    monkeypatch.setattr(flavour_module, "_usable", {"tensorrt_rtx": rtx})
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    refused(
+        pair,
+        r"tensorrt 10\.16\.1, which can't be used here, and tensorrt_rtx .* can't run it",
+    )
+
+
+def test_no_flavour_at_all(pair, monkeypatch):
+    monkeypatch.setattr(flavour_module, "_usable", {})
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+    with pytest.raises(MissingDependencyError, match=r"smoothl1-deploy\[rtx\]"):
+        read_engine(pair)
+
+
+def test_the_runtime_s_diagnostics(fake, mean_model, tmp_path):
+    flavour = fake("rtx-1.7.1")
+    path = tmp_path / "loss.engine"
+    data = build_engine(mean_model, path, flavour).data
+    assert read_engine(path, flavour=flavour).data  # INVALID without a bit says nothing
+    assert diagnose(data, flavour) == ()
+    flavour.trt.diagnostics = 2 | 4  # of this machine: the file can be read all the same
+    assert diagnose(data, flavour) == ("OLD_CUDA_DRIVER", "UNSUPPORTED_CC")
+    assert read_engine(path, flavour=flavour).data
+    flavour.trt.diagnostics = 1 | 2 | 32
+    refused(path, r"is no engine of .*: MALFORMED_ENGINE, VERSION_MISMATCH; build", flavour=flavour)
+
+
+def test_tensorrt_has_no_validity_to_ask(fake, mean_model, tmp_path):
+    flavour = fake("10.16.1")
+    path = tmp_path / "loss.engine"
+    build_engine(mean_model, path, flavour, options=BuildOptions(workspace=1))
+    assert read_engine(path, flavour=flavour).sidecar.options.workspace == 1
+    assert diagnose(b"anything", flavour) == ()

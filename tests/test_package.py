@@ -1,0 +1,149 @@
+"""The package as a whole: what an import brings along, and that every public name is documented."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smoothl1_deploy
+from smoothl1_deploy.errors import MissingDependencyError
+
+ROOT = Path(smoothl1_deploy.__file__).parent
+HEAVY = ("numpy", "ml_dtypes", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt")
+HEAVY += ("tensorrt_rtx", "typer", "rich")
+
+MODULES = sorted(
+    info.name for info in pkgutil.walk_packages([str(ROOT)], "smoothl1_deploy.") if not info.ispkg
+)
+
+
+def imported_by(code: str) -> set[str]:
+    """Which of HEAVY a fresh interpreter has imported after `code`."""
+    script = f"{code}\nimport sys\nprint(*(m for m in {HEAVY!r} if m in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT.parent, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import smoothl1_deploy",
+        "from smoothl1_deploy import LossSpec; LossSpec(0.5).to_dict()",
+        "import smoothl1_deploy; dir(smoothl1_deploy)",
+        "import smoothl1_deploy.errors, smoothl1_deploy.spec",
+    ],
+)
+def test_the_package_imports_nothing_heavy(code: str) -> None:
+    assert imported_by(code) == set()
+
+
+@pytest.mark.parametrize("route", ["function", "inlined"])
+def test_export_without_torch_route_never_imports_torch(route: str) -> None:
+    code = "from smoothl1_deploy import LossSpec, export\n"
+    code += f"export(LossSpec(0.5, 'mean', 'bfloat16'), {route!r}, ('N', 4))"
+    assert imported_by(code) & {"torch", "onnxruntime", "tensorrt", "tensorrt_rtx"} == set()
+
+
+def test_the_onnx_backends_never_import_torch() -> None:
+    code = (
+        "import numpy as np\n"
+        "from smoothl1_deploy import LossSpec, export\n"
+        "from smoothl1_deploy.backends.base import load\n"
+        "x = np.ones(3, np.float32)\n"
+        "for backend in ('ort-cpu', 'onnx-reference'):\n"
+        "    load(export(LossSpec()), backend).run(x, x)\n"
+    )
+    assert "torch" not in imported_by(code)
+
+
+def test_the_oracle_imports_numpy_and_no_more() -> None:
+    code = "import smoothl1_deploy.reference.oracle"
+    assert imported_by(code) == {"numpy", "ml_dtypes"}
+
+
+def test_every_public_name_resolves() -> None:
+    for name in smoothl1_deploy.__all__:
+        assert getattr(smoothl1_deploy, name) is not None
+        assert name in dir(smoothl1_deploy)
+    assert len(set(smoothl1_deploy.__all__)) == len(smoothl1_deploy.__all__)
+
+
+def test_star_import_brings_the_public_names() -> None:
+    names: dict[str, object] = {}
+    exec("from smoothl1_deploy import *", names)
+    assert set(smoothl1_deploy.__all__) <= set(names)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'smoothl1_deploy' has no attribute 'huber'"):
+        smoothl1_deploy.huber  # noqa: B018
+
+
+def _module(name: str) -> object:
+    try:
+        return importlib.import_module(name)
+    except MissingDependencyError as exc:  # an optional dependency; the message says which
+        pytest.skip(str(exc))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_says_what_it_is_and_what_is_public(name: str) -> None:
+    module = _module(name)
+    assert (module.__doc__ or "").strip()
+    public = getattr(module, "__all__", None)
+    if name.rpartition(".")[2].startswith("__main__"):
+        return
+    assert public is not None, f"{name} has no __all__"
+    for item in public:
+        assert hasattr(module, item), f"{name}.__all__ names {item}, which it doesn't have"
+
+
+def _undocumented(name: str) -> list[str]:
+    """The public classes, functions and methods that `name` defines without a docstring."""
+    module = _module(name)
+    found = []
+    for item in getattr(module, "__all__", ()):
+        thing = getattr(module, item)
+        if not (inspect.isclass(thing) or inspect.isfunction(thing)) or thing.__module__ != name:
+            continue
+        if not inspect.getdoc(thing) or (thing.__doc__ or "").startswith(f"{item}("):
+            found.append(item)  # a dataclass without a docstring gets its signature for one
+        for attribute, member in vars(thing).items() if inspect.isclass(thing) else ():
+            member = getattr(member, "__func__", getattr(member, "fget", member))
+            public = inspect.isfunction(member) and not attribute.startswith("_")
+            # inspect.getdoc finds the docstring of the method that this one overrides.
+            if public and not inspect.getdoc(getattr(thing, attribute)):
+                found.append(f"{item}.{attribute}")
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_has_a_docstring(name: str) -> None:
+    assert _undocumented(name) == []
+
+
+def test_the_check_for_docstrings_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smoothl1_deploy.spec import LossSpec, resolve_reduction
+
+    monkeypatch.setattr(resolve_reduction, "__doc__", None)
+    monkeypatch.setattr(LossSpec.to_dict, "__doc__", None)
+    assert _undocumented("smoothl1_deploy.spec") == ["LossSpec.to_dict", "resolve_reduction"]
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning")
+@pytest.mark.parametrize("name", MODULES)
+def test_documented_examples_work(name: str) -> None:
+    result = doctest.testmod(_module(name))  # type: ignore[arg-type]
+    assert result.failed == 0
+    if name == "smoothl1_deploy.spec":
+        assert result.attempted >= 5  # doctest finds none where a module is loaded in a new way

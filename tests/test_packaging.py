@@ -1,0 +1,119 @@
+"""What is shipped: pins that fit, no trace of one machine, rules that hold."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import smoothl1_deploy
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = [
+    line
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def _files() -> list[Path]:
+    """The committed files, or those of the package where this is no clone."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        return [*ROOT.glob("smoothl1_deploy/**/*.py"), *ROOT.glob("*.t*")]
+    return [path for n in listed.stdout.decode().split("\0") if n and (path := ROOT / n).is_file()]
+
+
+def test_every_pin_is_exact() -> None:
+    for pin in PINS:
+        assert re.fullmatch(r"[\w.-]+==[\d.]+", pin), pin
+    assert "torch==2.13.0" in PINS
+
+
+@pytest.mark.parametrize("extra", [None, "cpu", "rtx", "torch", "examples", "test"])
+def test_what_the_scripts_install_is_pinned_to_a_version_that_fits(extra: str | None) -> None:
+    pins = {canonicalize_name(name): pin for name, pin in (pin.split("==") for pin in PINS)}
+    wanted = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
+    for requirement in map(Requirement, wanted):
+        version = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement} against {version}"
+
+
+def test_runtimes_that_exclude_each_other_are_in_extras_of_their_own() -> None:
+    extras = PROJECT["optional-dependencies"]
+    names = {extra: {Requirement(text).name for text in extras[extra]} for extra in extras}
+    names["core"] = {Requirement(text).name for text in PROJECT["dependencies"]}
+    for runtime in ("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "torch"):
+        assert sum(runtime in found for found in names.values()) == 1, runtime
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert PROJECT["dynamic"] == ["version"]
+    assert setuptools["dynamic"]["version"]["attr"] == "smoothl1_deploy.__version__"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", smoothl1_deploy.__version__)
+
+
+def test_the_licence_is_whole() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in text
+    assert "9. Accepting Warranty or Additional Liability." in text
+    assert PROJECT["license"] == "Apache-2.0"
+
+
+def test_torch_is_installed_first_and_by_its_exact_spelling() -> None:
+    script = (ROOT / "scripts" / "_env").read_text()
+    assert script.index("install --quiet torch==2.13.0\n") < script.index("constraints.txt -e")
+
+
+@pytest.mark.parametrize("name", ["scripts/test", "scripts/demo", ".ci/run"])
+def test_scripts_are_executable_and_parse(name: str) -> None:
+    path = ROOT / name
+    assert path.stat().st_mode & 0o111 == 0o111
+    assert path.read_text().startswith("#!/usr/bin/env bash\n")
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_no_committed_file_names_a_registry_or_this_machine() -> None:
+    # Written apart, so that this file doesn't name them either.
+    patterns = ["/" + "opt/venv", "/" + "work/", "/" + "root/", "/tmp" + "/wt", "py" + "pi.org"]
+    patterns += ["pythonhosted" + ".org", "npmjs" + ".org", "deb." + "debian.org"]
+    found = []
+    for path in _files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{path.relative_to(ROOT)}: {word}" for word in patterns if word in text]
+    assert found == []
+
+
+def _ruff(name: str, code: str) -> str:
+    pytest.importorskip("ruff")
+    command = [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "--no-cache"]
+    command += ["--stdin-filename", name, "-"]
+    done = subprocess.run(
+        command, input=f'"""A module."""\n\n{code}\n', capture_output=True, text=True, cwd=ROOT
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", ["torch", "onnxruntime", "tensorrt", "tensorrt_rtx"])
+def test_the_lint_rule_against_heavy_imports_bites(module: str) -> None:
+    top = f"import {module}\n\nprint({module})"
+    inside = f"def use() -> None:\n    import {module}\n\n    print({module})"
+    assert "TID253" in _ruff("smoothl1_deploy/backends/new.py", top)
+    assert "TID253" not in _ruff("smoothl1_deploy/backends/new.py", inside)
+    assert "TID253" not in _ruff("tests/test_new.py", top)
+
+
+def test_the_modules_that_live_on_torch_may_import_it() -> None:
+    for name in ("reference/module.py", "graph/torch_route.py"):
+        assert "TID253" not in _ruff(f"smoothl1_deploy/{name}", "import torch\n\nprint(torch)")
