@@ -174,12 +174,12 @@ def _engine_folder(folder: Path, flavour: str) -> Path | None:
 
 
 def _show(report: Report) -> None:
-    from ..parity.report import (
+    from ..parity.report import repeat_command
+    from ..parity.views.terminal import (
         backend_table,
         extension_table,
         families_table,
         matrix_table,
-        repeat_command,
     )
 
     console = open_console()

@@ -27,7 +27,7 @@ from .elements import ELEMENT_TYPE, loss_scalars
 from .plain import fold_scalars
 from .shapes import Shape
 
-__all__ = ["torch_model", "translation_table"]
+__all__ = ["quiet", "torch_model", "translation_table"]
 
 _REDUCTION = ("none", "mean", "sum")  # PyTorch's enumeration at::Reduction
 
@@ -81,7 +81,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter reports its progress and the absence of torchvision on every call."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -141,7 +141,7 @@ def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None)
         return {i: dims[d] for i, d in enumerate(axes) if isinstance(d, str)}
 
     dtype = getattr(torch, spec.dtype)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             SmoothL1Loss.from_spec(spec).eval(),
             (_example(shape, dtype, sizes), _example(target_shape, dtype, sizes)),

@@ -17,6 +17,7 @@ from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
 from .compare import Verdict, compare
 from .families import branch_shares, generate
+from .samples import Sample, sample_of
 
 __all__ = ["LAYOUTS", "Case", "CaseResult", "Layout", "References", "check", "with_beta"]
 
@@ -149,23 +150,28 @@ def _arrays(case: Case, beta: float, dtype: str) -> tuple[Array, Array]:
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """The verdict on one case, and how much of each branch it reached."""
+    """The verdict on one case, how much of each branch it reached, and its worst element."""
 
     case: Case
     verdict: Verdict
     shares: Mapping[str, float]
+    sample: Sample | None = None
 
     @classmethod
     def failed(cls, case: Case, refs: References, detail: str) -> CaseResult:
         """The result of a case that gave an error instead of an answer."""
-        count = refs.oracle["loss"].size
-        return cls(
-            case, Verdict(False, 0, 0, 0, count, wrong_class=count, detail=detail), refs.shares
-        )
+        exact = refs.oracle["loss"]
+        verdict = Verdict(False, 0, 0, 0, exact.size, wrong_class=exact.size, detail=detail)
+        return cls(case, verdict, refs.shares, _sample(refs, "loss", None, 0))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**self.case.to_dict(), **self.verdict.to_dict(), "shares": dict(self.shares)}
+        return {
+            **self.case.to_dict(),
+            **self.verdict.to_dict(),
+            "shares": dict(self.shares),
+            "sample": self.sample.to_dict() if self.sample else None,
+        }
 
 
 def check(runner: Runner, case: Case, refs: References) -> CaseResult:
@@ -175,10 +181,22 @@ def check(runner: Runner, case: Case, refs: References) -> CaseResult:
     outputs = runner.run(refs.input, refs.target, weight=refs.weight, beta=beta)
     if len(refs.oracle) == 1:
         outputs = {"loss": outputs.get("loss", next(iter(outputs.values())))}
-    verdicts = [
-        compare(spec, outputs[name], refs.torch[name], exact, refs.input, refs.target, name)
+    verdicts = {
+        name: compare(spec, outputs[name], refs.torch[name], exact, refs.input, refs.target, name)
         for name, exact in refs.oracle.items()
-    ]
-    worst = max(verdicts, key=lambda v: (not v.ok, v.wrong_class, v.ulp - v.allowed))
-    better = sum(verdict.better for verdict in verdicts)
-    return CaseResult(case, replace(worst, better=better), refs.shares)
+    }
+    name = max(verdicts, key=lambda n: _badness(verdicts[n]))
+    better = sum(verdict.better for verdict in verdicts.values())
+    sample = _sample(refs, name, outputs[name], verdicts[name].worst)
+    return CaseResult(case, replace(verdicts[name], better=better), refs.shares, sample)
+
+
+def _badness(verdict: Verdict) -> tuple[bool, int, int]:
+    return not verdict.ok, verdict.wrong_class, verdict.ulp - verdict.allowed
+
+
+def _sample(refs: References, output: str, got: Array | None, worst: int | None) -> Sample | None:
+    arrays = {"input": refs.input, "target": refs.target}
+    if refs.weight is not None:
+        arrays["weight"] = refs.weight
+    return sample_of(output, arrays, got, refs.torch[output], refs.oracle[output], worst)

@@ -22,6 +22,7 @@ from ..backends.base import Backend, Runner, get_backend
 from ..environment import environment
 from ..errors import SmoothL1DeployError
 from ..graph.export import ROUTES, export
+from ..graph.shapes import Shape as Axes
 from ..graph.shapes import summed_axes
 from ..spec import DTYPES, REDUCTIONS, LossSpec
 from .cases import LAYOUTS, Case, CaseResult, References, check, with_beta
@@ -29,7 +30,7 @@ from .engines import build_engines
 from .families import FAMILIES
 from .report import Build, Cell, Report, cell_of, is_extended
 
-__all__ = ["BETAS", "EXTENSIONS", "Matrix", "run_matrix"]
+__all__ = ["BETAS", "EXTENSIONS", "Matrix", "artefact_axes", "run_matrix"]
 
 BETAS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4, math.inf)
 _QUICK_BETAS = (0.0, 0.5, 1.0, math.inf)
@@ -165,6 +166,16 @@ class _Unit:
         return [route for route in self.matrix.routes if not (skip_torch and route == "torch")]
 
 
+def artefact_axes(route: str, layout: str, any_rank: bool) -> tuple[Axes | None, Axes | None]:
+    """The axes of input and target that the matrix exports for a layout; None for any rank.
+
+    Fixed rank for the layouts of two axes, any rank for the others where the backend runs it.
+    """
+    if route == "torch" or not any_rank or layout in _TORCH_LAYOUTS:
+        return LAYOUTS[layout].input_axes, LAYOUTS[layout].target_axes
+    return None, None
+
+
 class _Artefacts:
     """The exports and loaded runners of one unit, each made once."""
 
@@ -173,13 +184,11 @@ class _Artefacts:
         self._models: dict[tuple[object, ...], onnx.ModelProto] = {}
         self._runners: dict[tuple[object, ...], Runner] = {}
 
-    def model(self, spec: LossSpec, route: str, layout: str | None) -> onnx.ModelProto:
-        """The export for a layout's axes; None: of any rank."""
-        axes = (
-            (None, None)
-            if layout is None
-            else (LAYOUTS[layout].input_axes, LAYOUTS[layout].target_axes)
-        )
+    def model(
+        self, spec: LossSpec, route: str, layout: str, any_rank: bool = False
+    ) -> onnx.ModelProto:
+        """The export for a layout."""
+        axes = artefact_axes(route, layout, any_rank)
         key = (spec, route, axes)
         if key not in self._models:
             target = axes[1] if axes[1] != axes[0] else None
@@ -190,9 +199,8 @@ class _Artefacts:
         return self._models[key]
 
     def runner(self, spec: LossSpec, route: str, layout: str, backend: str) -> Runner:
-        """Fixed rank for the layouts of two axes, any rank for the others where possible."""
-        fixed = route == "torch" or not self._backends[backend].any_rank or layout in _TORCH_LAYOUTS
-        model = self.model(spec, route, layout if fixed else None)
+        """The loaded export for a layout."""
+        model = self.model(spec, route, layout, self._backends[backend].any_rank)
         key = (model.graph.name, backend)
         if key not in self._runners:
             self._runners[key] = self._backends[backend].load(model)

@@ -1,4 +1,4 @@
-"""The result of a matrix: cells, builds, environment; JSON and tables are views of it."""
+"""The result of a matrix: cells, builds, environment. What a person reads is in `views`."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
-
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from ..spec import LossSpec
 from .cases import CaseResult
-from .families import BRANCHES
+
+if TYPE_CHECKING:
+    from .contract import Contract
+    from .drift import Drift
 
 __all__ = [
+    "FORMAT",
     "Build",
     "Cell",
     "Report",
-    "backend_table",
     "cell_of",
-    "extension_table",
-    "families_table",
     "is_extended",
-    "matrix_table",
+    "mean_shares",
     "repeat_command",
 ]
 
@@ -89,7 +87,8 @@ class Cell:
         }
 
 
-def _mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of several (at least one) cases' shares, branch by branch."""
     return {branch: fmean(each[branch] for each in shares) for branch in shares[0]}
 
 
@@ -108,7 +107,7 @@ def cell_of(
     for result in results:
         if any(result.shares.values()):  # an empty case has none to count
             by_family.setdefault(result.case.family, []).append(result.shares)
-    families = {family: _mean_shares(shares) for family, shares in by_family.items()}
+    families = {family: mean_shares(shares) for family, shares in by_family.items()}
     return Cell(
         spec,
         beta,
@@ -167,6 +166,8 @@ class Report:
     seed: int
     seconds: float
     notes: tuple[str, ...] = ()
+    drift: Drift | None = None
+    contract: Contract | None = None
 
     def __bool__(self) -> bool:
         return all(cell.ok for cell in self.cells) and all(build.ok for build in self.builds)
@@ -181,26 +182,33 @@ class Report:
         """The engines that could not be built."""
         return tuple(build for build in self.builds if not build.ok)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The counts."""
         run = [cell for cell in self.cells if cell.refused is None]
+        return {
+            "cells": len(run),
+            "red": len(self.red),
+            "refused": len(self.cells) - len(run),
+            "cases": sum(cell.cases for cell in run),
+            "builds": sum(build.refused is None for build in self.builds),
+            "red_builds": len(self.red_builds),
+            "seconds": round(self.seconds, 2),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, and as `views/schema.json` says."""
         return {
             "format": FORMAT,
             "ok": bool(self),
-            "summary": {
-                "cells": len(run),
-                "red": len(self.red),
-                "refused": len(self.cells) - len(run),
-                "cases": sum(cell.cases for cell in run),
-                "builds": sum(build.refused is None for build in self.builds),
-                "red_builds": len(self.red_builds),
-                "seconds": round(self.seconds, 2),
-            },
+            "summary": self.summary,
             "seed": self.seed,
             "notes": list(self.notes),
             "environment": dict(self.environment),
             "cells": [cell.to_dict() for cell in self.cells],
             "builds": [build.to_dict() for build in self.builds],
+            "drift": self.drift.to_dict() if self.drift else None,
+            "contract": self.contract.to_dict() if self.contract else None,
         }
 
     def to_json(self) -> str:
@@ -215,117 +223,3 @@ def repeat_command(cell: Cell, seed: int) -> str:
     words += ["--dtype", spec.dtype, "--route", cell.route, "--backend", cell.backend]
     words += ["--extensions-only"] if is_extended(spec) else ["--no-extensions"]
     return shlex.join([*words, "--seed", str(seed), "--no-engines"])
-
-
-def _beta(beta: float) -> str:
-    return "inf" if math.isinf(beta) else f"{beta:g}"
-
-
-def _entry(cells: Sequence[Cell]) -> Text:
-    """`ulp/allowed`, green or red, a star where we are right and PyTorch isn't."""
-    run = [cell for cell in cells if cell.refused is None]
-    if not run:
-        return Text("-", style="dim")
-    worst = max(run, key=lambda cell: (not cell.ok, cell.ulp - cell.allowed))
-    star = "*" if any(cell.better for cell in run) else ""
-    style = "green" if all(cell.ok for cell in run) else "bold white on red"
-    wrong = worst.worst is not None and worst.worst.verdict.wrong_class > 0
-    return Text(f"{'class' if wrong else worst.ulp}/{worst.allowed}{star}", style=style)
-
-
-def matrix_table(report: Report) -> Table:
-    """beta × reduction for each dtype, the worst over routes and backends in each place."""
-    cells = [cell for cell in report.cells if not is_extended(cell.spec)]
-    columns = list(dict.fromkeys((cell.spec.dtype, cell.spec.reduction) for cell in cells))
-    table = Table(
-        title="ULP to the oracle / allowed, the worst of every route and backend",
-        title_justify="left",
-        caption="* right where PyTorch itself overflows, underflows or makes NaN",
-        caption_justify="left",
-    )
-    table.add_column("beta", justify="right")
-    for dtype, reduction in columns:
-        table.add_column(f"{dtype}\n{reduction}", justify="right")
-    for beta in dict.fromkeys(cell.beta for cell in cells):
-        places = (
-            [c for c in cells if c.spec == LossSpec(beta, reduction, dtype)]
-            for dtype, reduction in columns
-        )
-        table.add_row(_beta(beta), *map(_entry, places))
-    return table
-
-
-def extension_table(report: Report) -> Table | None:
-    """beta × dtype for each extended spec, likewise; None where there is none."""
-    cells = [cell for cell in report.cells if is_extended(cell.spec)]
-    if not cells:
-        return None
-    betas = sorted({cell.beta for cell in cells})
-    table = Table(title="the extensions, likewise", title_justify="left")
-    table.add_column("extension")
-    table.add_column("dtype")
-    for beta in betas:
-        table.add_column(_beta(beta), justify="right")
-    for spec in dict.fromkeys(replace(cell.spec, beta=1.0) for cell in cells):
-        row = [cell for cell in cells if replace(cell.spec, beta=1.0) == spec]
-        entries = (_entry([cell for cell in row if cell.beta == beta]) for beta in betas)
-        table.add_row(_extensions(spec), spec.dtype, *entries)
-    return table
-
-
-def _extensions(spec: LossSpec) -> str:
-    """`mean per_sample weight=count`."""
-    words = [name for name in ("per_sample", "gradient", "runtime_beta") if getattr(spec, name)]
-    words += [f"weight={spec.weight}"] if spec.weight else []
-    return " ".join([spec.reduction, *words])
-
-
-def backend_table(report: Report) -> Table:
-    """One row a backend and route: cells, cases, refusals."""
-    table = Table()
-    for column, justify in (
-        ("backend", "left"),
-        ("route", "left"),
-        ("cells", "right"),
-        ("cases", "right"),
-        ("red", "right"),
-        ("not run", "left"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for backend, route in dict.fromkeys((cell.backend, cell.route) for cell in report.cells):
-        cells = [c for c in report.cells if c.backend == backend and c.route == route]
-        run = [cell for cell in cells if cell.refused is None]
-        red = sum(not cell.ok for cell in run)
-        refused = dict.fromkeys(cell.refused for cell in cells if cell.refused)
-        reasons = f"{len(cells) - len(run)}: {'; '.join(map(str, refused))}" if refused else ""
-        table.add_row(
-            backend,
-            route,
-            str(len(run)),
-            str(sum(cell.cases for cell in run)),
-            Text(str(red), style="bold red" if red else "green"),
-            reasons,
-        )
-    return table
-
-
-def families_table(report: Report) -> Table:
-    """The share of elements in each branch, by family; a branch never reached is marked."""
-    cells = [cell for cell in report.cells if 0 < cell.beta < math.inf]
-    names = list(dict.fromkeys(family for cell in cells for family in cell.families))
-    table = Table(
-        title="share of elements in each branch, a mean over 0 < beta < inf", title_justify="left"
-    )
-    table.add_column("family")
-    for branch in BRANCHES:
-        table.add_column(branch, justify="right")
-    for name in names:
-        shares = _mean_shares([cell.families[name] for cell in cells if name in cell.families])
-        table.add_row(
-            name,
-            *(
-                Text("never", style="yellow") if share == 0 else Text(f"{share:.1%}")
-                for share in (shares[branch] for branch in BRANCHES)
-            ),
-        )
-    return table

@@ -23,7 +23,8 @@ from smoothl1_deploy.floats import Array
 from smoothl1_deploy.parity.cases import LAYOUTS, Case
 from smoothl1_deploy.parity.families import FAMILIES
 from smoothl1_deploy.parity.matrix import EXTENSIONS, Matrix, run_matrix
-from smoothl1_deploy.parity.report import extension_table, matrix_table, repeat_command
+from smoothl1_deploy.parity.report import repeat_command
+from smoothl1_deploy.parity.views.terminal import extension_table, matrix_table
 
 SMALL = Matrix(
     ("ort-cpu", "onnx-reference"),

@@ -1,0 +1,1 @@
+"""One file a view of a `Report`: terminal, HTML, Markdown, JUnit XML, and the JSON's schema."""

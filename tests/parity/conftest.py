@@ -1,0 +1,93 @@
+"""Reports to look at: a green one, and a red one full of text that must be escaped."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+
+import smoothl1_deploy.backends.ort_cpu as ort_cpu
+from smoothl1_deploy.backends.base import Runner
+from smoothl1_deploy.backends.ort_cpu import OrtCpuBackend
+from smoothl1_deploy.errors import InvalidInputError
+from smoothl1_deploy.floats import Array
+from smoothl1_deploy.parity.contract import Contract, probe_contract
+from smoothl1_deploy.parity.drift import Drift, measure_drift
+from smoothl1_deploy.parity.matrix import Matrix, run_matrix
+from smoothl1_deploy.parity.report import Build, Report
+from smoothl1_deploy.spec import LossSpec
+
+#: Ends an HTML element, an attribute, a table cell, a code span; holds what XML can't.
+HOSTILE = "<script>alert('x')</script> \"& ]]> | `` @someone \x00\x1b[31m {{ 7*7 }} {% raw %}"
+
+
+@pytest.fixture(scope="session")
+def hostile() -> str:
+    return HOSTILE
+
+
+@pytest.fixture(scope="session")
+def drift() -> Drift:
+    return measure_drift([2**10, 2**14, 2**18])
+
+
+@pytest.fixture(scope="session")
+def contract() -> Contract:
+    return probe_contract(("ort-cpu",))
+
+
+@pytest.fixture(scope="session")
+def green() -> Report:
+    matrix = Matrix(
+        ("ort-cpu", "onnx-reference"), betas=(0.5, float("inf")), dtypes=("float32", "bfloat16"),
+        routes=("function", "inlined"), quick=True,
+    )  # fmt: skip
+    return run_matrix(matrix)
+
+
+class Planted(OrtCpuBackend):
+    """beta 0.5: an error; beta 1, mean: 1e-4 too large; beta 2: NaN lost; float64: refused."""
+
+    def refuses(self, spec: LossSpec) -> str | None:
+        return f"no float64 here {HOSTILE}" if spec.dtype == "float64" else None
+
+    def load(self, model: onnx.ModelProto) -> Runner:
+        runner = super().load(model)
+        assert runner.spec is not None
+        spec, honest = runner.spec, runner._execute
+
+        def faulty(feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
+            outputs, input = honest(feeds, shape), feeds["input"]
+            if spec.beta == 0.5 and input.size == 0:
+                raise InvalidInputError(f"a planted refusal {HOSTILE}")
+            if spec.beta == 1.0 and spec.reduction == "mean":
+                return {"loss": np.asarray(outputs["loss"] * np.float32(1.0001))}
+            if spec.beta == 2.0 and np.isnan(input).any():
+                return {"loss": np.nan_to_num(outputs["loss"])}
+            return outputs
+
+        runner._execute = faulty  # type: ignore[method-assign]
+        return runner
+
+
+@pytest.fixture(scope="session")
+def red() -> Report:
+    matrix = Matrix(
+        ("ort-cpu",), betas=(0.0, 0.5, 1.0, 2.0), dtypes=("float32", "float64"),
+        routes=("function",), extensions=False, seed=7, quick=True,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ort_cpu, "OrtCpuBackend", Planted)
+        report = run_matrix(matrix)
+    spec = LossSpec(0.5)
+    builds = (
+        Build(spec, "function", "tensorrt_rtx", 0.25, 20_000),
+        Build(LossSpec(dtype="float64"), "function", "auto", refused=f"no float64 {HOSTILE}"),
+        Build(LossSpec(2.0), "function", "auto", error=f"BuildError: planted {HOSTILE}"),
+    )
+    environment = {**report.environment, "processor": HOSTILE}
+    return dataclasses.replace(
+        report, builds=builds, environment=environment, notes=(*report.notes, HOSTILE)
+    )

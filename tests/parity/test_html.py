@@ -1,0 +1,265 @@
+"""The HTML report, parsed: complete, self-contained, and safe with hostile text."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from smoothl1_deploy.parity.contract import Contract
+from smoothl1_deploy.parity.drift import Drift
+from smoothl1_deploy.parity.report import Cell, Report, repeat_command
+from smoothl1_deploy.parity.views import html
+from smoothl1_deploy.parity.views.common import clean
+from smoothl1_deploy.parity.views.heatmap import STEPS, cell_ids, maps_by_dtype, overviews, step
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Document(HTMLParser):
+    """Elements with their attributes and text; fails on tags that don't nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str], list[str]]] = []
+        self.open: list[int] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, [self.elements[i][0] for i in self.open]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}, []))
+        if tag not in VOID:
+            self.open.append(len(self.elements) - 1)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}, []))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag == self.elements[self.open[-1]][0], f"</{tag}> at {self.getpos()}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        for index in self.open:
+            self.elements[index][2].append(data)
+
+    def all(self, tag: str, cls: str | None = None) -> list[tuple[dict[str, str], str]]:
+        return [
+            (attributes, " ".join("".join(text).split()))
+            for name, attributes, text in self.elements
+            if name == tag and (cls is None or cls in attributes.get("class", "").split())
+        ]
+
+
+@pytest.fixture(scope="module")
+def full(green: Report, drift: Drift, contract: Contract) -> str:
+    return html.render(green, drift=drift, contract=contract)
+
+
+@pytest.fixture(scope="module")
+def red_page(red: Report) -> str:
+    return html.render(red)
+
+
+def test_every_cell_has_a_place_and_a_panel(full: str, green: Report) -> None:
+    document = Document(full)
+    ids = cell_ids(green.cells)
+    assert len(set(ids.values())) == len(green.cells)
+    panels = [attributes["id"] for attributes, _ in document.all("article", "panel")]
+    assert panels == list(ids.values())
+    places = [attributes["href"][1:] for attributes, _ in document.all("a", "place")]
+    maps = overviews(green, ids)
+    extra = sum(p is not None for m in maps for row in m.rows for p in row.places)
+    assert len(places) == len(green.cells) + extra
+    assert set(places) == set(panels)
+
+
+def test_the_maps_are_beta_by_reduction_and_extension_by_beta(green: Report) -> None:
+    maps = maps_by_dtype(green, cell_ids(green.cells))
+    assert list(maps) == ["float32", "bfloat16"]
+    for number, drawn in enumerate(maps["float32"]):
+        if number < 4:
+            assert (drawn.corner, drawn.columns) == ("beta", ("none", "mean", "sum"))
+            assert [row.label for row in drawn.rows] == ["0.5", "inf"]
+        else:
+            assert (drawn.corner, drawn.columns) == ("extension", ("0.5", "inf"))
+            assert [row.label for row in drawn.rows] == [
+                "mean per sample gradient runtime beta weight=weights"
+            ]
+    titles = [(m.subtitle, m.title) for m in maps["float32"]]
+    assert titles == 2 * [
+        (backend, route)
+        for backend in ("ort-cpu", "onnx-reference")
+        for route in ("function", "inlined")
+    ]
+
+
+def test_the_overviews_take_the_worst(red: Report, green: Report) -> None:
+    (drawn,) = overviews(red, cell_ids(red.cells))
+    assert drawn.groups == (("float32", 3), ("float64", 3))
+    kinds = {row.label: [p and p.text for p in row.places] for row in drawn.rows}
+    assert kinds["0.5"] == ["error"] * 3 + ["–"] * 3
+    assert kinds["2"][0] == "class" and kinds["0"][0] == "0"
+    plain, extended = overviews(green, cell_ids(green.cells))
+    assert plain.corner == "beta" and extended.corner == "extension"
+    assert extended.columns == ("float32", "bfloat16")
+
+
+def test_the_colour_is_a_step_of_the_scale() -> None:
+    assert [step(n) for n in (0, 1, 2, 3, 4, 5, 16, 17, 256, 257, 2**64)] == [
+        0, 1, 2, 3, 3, 4, 4, 5, 5, 6, 6,
+    ]  # fmt: skip
+    assert len(STEPS) == 7
+
+
+def test_a_place_shows_ours_pytorch_s_and_the_limit(full: str, green: Report) -> None:
+    document = Document(full)
+    by_id: dict[str, Cell] = {cell_ids(green.cells)[id(cell)]: cell for cell in green.cells}
+    for attributes, text in document.all("a", "place"):
+        cell = by_id[attributes["href"][1:]]
+        assert text.startswith(f"{cell.ulp}{cell.torch_ulp}")
+        assert f"≤{cell.allowed}" in text
+        assert {f"s{step(cell.ulp)}", f"t{step(cell.torch_ulp)}"} <= set(
+            attributes["class"].split()
+        )
+        assert f"PyTorch {cell.torch_ulp}, allowed {cell.allowed}" in attributes["aria-label"]
+
+
+def test_a_panel_holds_the_worst_case_and_its_command(red_page: str, red: Report) -> None:
+    panels = dict(
+        (attributes["id"], text) for attributes, text in Document(red_page).all("article")
+    )
+    ids = cell_ids(red.cells)
+    for cell in red.cells:
+        text = panels[ids[id(cell)]]
+        assert repeat_command(cell, 7) in text
+        if cell.refused is not None:
+            assert "not run" in text
+            continue
+        assert cell.worst is not None
+        case, sample = cell.worst.case, cell.worst.sample
+        assert f"family {case.family} · layout {case.layout} · seed 7" in text
+        for failure in cell.failures:
+            assert " ".join(clean(failure.verdict.detail).split()) in text
+        if sample is not None:
+            for number in (*sum(sample.inputs.values(), ()), sample.torch, sample.oracle):
+                assert number in text
+            assert (sample.got or "no answer") in text
+
+
+def test_the_headline_is_the_verdict(full: str, red_page: str, green: Report, red: Report) -> None:
+    assert full.startswith("<!DOCTYPE html>")
+    ((attributes, text),) = Document(full).all("h1")
+    assert text == f"✓ All {len(green.cells)} cells agree with PyTorch"
+    assert attributes["class"] == "good"
+    ((attributes, text),) = Document(red_page).all("h1")
+    run = sum(cell.refused is None for cell in red.cells)
+    assert text == f"✕ {len(red.red)} of {run} cells red, 1 engine failed"
+    assert attributes["class"] == "bad"
+    listed = [text for _, text in Document(red_page).all("ul", "red-list")]
+    assert "BuildError: planted" in " ".join(listed)
+    assert len(red.red) == len(re.findall(r"\d+ of \d+ cases", " ".join(listed)))
+
+
+def test_one_file_and_no_network(full: str, red_page: str) -> None:
+    for page in (full, red_page):
+        document = Document(page)
+        names = {tag for tag, _, _ in document.elements}
+        assert not names & {"link", "img", "iframe", "object", "base"}
+        for tag, attributes, _ in document.elements:
+            assert "src" not in attributes
+            target = attributes.get("href", attributes.get("xlink:href", "#"))
+            assert target.startswith("#"), (tag, target)
+        addresses = set(re.findall(r"https?://[^\s\"'<]+", page))
+        assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+        assert not re.search(r"url\((?!#)|@import", page)
+
+
+def test_links_and_ids(full: str, red_page: str) -> None:
+    for page in (full, red_page):
+        document = Document(page)
+        ids = [attributes["id"] for _, attributes, _ in document.elements if "id" in attributes]
+        assert len(ids) == len(set(ids))
+        targets = {a["href"][1:] for a, _ in document.all("a")}
+        assert targets - set(ids) == {"closed"}  # an id that no element has closes the panel
+
+
+def test_hostile_text_stays_text(red_page: str, hostile: str) -> None:
+    document = Document(red_page)
+    assert len(document.all("script")) == 1
+    assert "\x00" not in red_page
+    assert "49" not in [text for _, text in document.all("li")]  # {{ 7*7 }} was not evaluated
+    assert clean(hostile) in [text for _, text in document.all("li")]
+    assert " ".join(clean(hostile).split()) in [text for _, text in document.all("td")]
+    assert not [a for _, a, _ in document.elements if any(key.startswith("on") for key in a)]
+
+
+def test_names_from_elsewhere_are_escaped_too(green: Report, hostile: str) -> None:
+    cells = [
+        dataclasses.replace(cell, route=f"{cell.route}{hostile}", backend=hostile)
+        for cell in green.cells
+    ]
+    document = Document(html.render(dataclasses.replace(green, cells=tuple(cells))))
+    assert len(document.all("script")) == 1
+    ids = [a["id"] for a, _ in document.all("article")]
+    assert len(set(ids)) == len(cells)
+    assert all(re.fullmatch(r"[A-Za-z0-9.+-]+", name) for name in ids)
+
+
+def test_the_policy_allows_this_script_alone(full: str) -> None:
+    document = Document(full)
+    (policy,) = (a["content"] for a, _ in document.all("meta") if "http-equiv" in a)
+    script = re.search(r"<script>(.*?)</script>", full, re.DOTALL)
+    assert script
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    )
+
+
+def test_the_curves_follow_the_theme(full: str, drift: Drift) -> None:
+    svgs = re.findall(r"<svg.*?</svg>", full, re.DOTALL)
+    assert len(svgs) == 2
+    for svg in svgs:
+        assert "var(--series-1)" in svg and "var(--ink-2)" in svg
+        assert "#0a0b" not in svg and "#01020" not in svg
+        assert not re.search(r'<svg[^>]* (width|height)="', svg)
+        for way in ("smoothl1-deploy", "torch.onnx.export", "PyTorch eager"):
+            assert way in svg
+    numbers = Document(full).all("table", "numbers")[0][1]
+    for curve in drift.curves:
+        assert f"{curve.relative_error[-1]:.1e} {curve.ulp[-1]:,} ULP" in numbers
+
+
+def test_the_same_report_gives_the_same_bytes(
+    full: str, green: Report, drift: Drift, contract: Contract
+) -> None:
+    assert html.render(dataclasses.replace(green, drift=drift, contract=contract)) == full
+
+
+def test_the_contract_table_is_whole(full: str, contract: Contract) -> None:
+    ((_, text),) = Document(full).all("table", "edges")
+    for edge in contract.edges:
+        assert edge.name in text and edge.question in text
+        for answer in edge.answers:
+            assert answer.text[:40] in text
+
+
+def test_sections_without_content_are_left_out(red_page: str, green: Report) -> None:
+    sections = {a["id"] for a, _ in Document(red_page).all("section")}
+    assert sections == {"red", "maps", "branches", "engines", "environment"}
+    sections = {a["id"] for a, _ in Document(html.render(green)).all("section")}
+    assert sections == {"maps", "branches", "environment"}
+
+
+def test_environment_and_engines(red_page: str, red: Report) -> None:
+    text = " ".join(" ".join(Document(red_page).elements[0][2]).split())
+    for package, version in red.environment["packages"].items():
+        assert f"{package} {version or 'not installed'}" in text
+    tables = Document(red_page).all("table", "plain")
+    engines = next(text for _, text in tables if text.startswith("routebuiltfailed"))
+    assert "function1✕ 110.25 s20 kBtensorrt_rtx" in engines  # built 1, failed 1, refused 1

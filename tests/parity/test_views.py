@@ -1,0 +1,306 @@
+"""Every view is parsed back: the same report, nothing lost, nothing that escapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+import smoothl1_deploy
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.errors import InvalidInputError, MissingDependencyError
+from smoothl1_deploy.parity.contract import Contract
+from smoothl1_deploy.parity.drift import Drift
+from smoothl1_deploy.parity.report import Report, is_extended, repeat_command
+from smoothl1_deploy.parity.views import junit, markdown, schema, terminal
+from smoothl1_deploy.parity.views.common import beta_text, clean, distance_text, finding, variant
+
+# --- what the views share
+
+
+def test_names_of_numbers() -> None:
+    assert [beta_text(b) for b in (0.0, 0.5, 1e-3, 1e4, 10.0, float("inf"))] == [
+        "0", "0.5", "1e-3", "1e4", "10", "inf",
+    ]  # fmt: skip
+    assert beta_text(1.0000001) == "1.0000001"  # 1 to six digits, and another beta
+    assert beta_text(0.1 + 0.2) == "0.30000000000000004"
+    distances = [distance_text(n) for n in (0, 9999, 10_000, 2_500_000, 2**63)]
+    assert distances == ["0", "9999", "10k", "2M", "9e18"]
+    assert variant(LossSpec(reduction="sum")) == "sum"
+    extended = LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights")
+    assert variant(extended) == "mean per sample gradient runtime beta weight=weights"
+    assert clean("a\x00\x1bb\ud800\n") == "a\ufffd\ufffdb\ufffd\n"
+
+
+def test_a_finding_says_what_kind_of_red_it_is(red: Report, green: Report) -> None:
+    kinds = {(c.beta, c.spec.reduction): finding(c) for c in red.cells if c.refused is None}
+    assert {kinds[0.5, r] for r in ("none", "mean", "sum")} == {"error"}
+    assert kinds[1.0, "mean"] == "distance"
+    assert kinds[2.0, "none"] == "class"
+    assert kinds[1.0, "none"] == kinds[0.0, "sum"] == ""
+    assert {finding(cell) for cell in green.cells} == {""}
+
+
+# --- JSON
+
+
+def parsed(report: Report) -> dict[str, object]:
+    loaded: dict[str, object] = json.loads(report.to_json())
+    return loaded
+
+
+def test_the_json_fits_its_schema(
+    green: Report, red: Report, drift: Drift, contract: Contract
+) -> None:
+    for report in (green, red, dataclasses.replace(green, drift=drift, contract=contract)):
+        schema.validate(parsed(report))
+
+
+def test_the_schema_is_a_valid_and_a_strict_one() -> None:
+    import jsonschema
+
+    text = schema.schema()
+    jsonschema.Draft202012Validator.check_schema(text)
+    objects = [node for node in _nodes(text) if node.get("type") == "object"]
+    assert len(objects) > 10
+    for node in objects:  # nothing more, or, in a map, values of one kind
+        assert node["additionalProperties"] is False or isinstance(
+            node["additionalProperties"], dict
+        )
+
+
+def _nodes(node: object) -> Iterator[dict[str, object]]:
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _nodes(child)
+
+
+def test_every_field_of_a_spec_is_in_the_schema() -> None:
+    """Whoever extends `LossSpec` extends the schema too."""
+    described = set(schema.schema()["$defs"]["spec"]["properties"])
+    assert described == {field.name for field in dataclasses.fields(LossSpec)}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "place"),
+    [
+        (("cells", 0, "surprise"), 1, r"\$\.cells\[0\].*surprise"),
+        (("cells", 0, "ulp"), -1, r"\$\.cells\[0\]\.ulp.*minimum"),
+        (("cells", 0, "spec", "beta"), "lots", r"\$\.cells\[0\]\.spec\.beta"),
+        (("cells", 0, "worst"), None, r"\$\.cells\[0\]\.worst"),
+        (("format",), 2, r"\$\.format.*1 was expected"),
+    ],
+)
+def test_a_report_that_was_changed_is_refused(
+    green: Report, path: tuple[str | int, ...], value: object, place: str
+) -> None:
+    report = parsed(green)
+    node: object = report
+    for step in path[:-1]:
+        node = node[step]  # type: ignore[index]
+    node[path[-1]] = value  # type: ignore[index]
+    with pytest.raises(InvalidInputError, match=place):
+        schema.validate(report)
+
+
+def test_the_worst_element_is_told_with_its_inputs(green: Report, red: Report) -> None:
+    for cell in green.cells:
+        assert cell.worst is not None and cell.worst.sample is not None
+        sample, verdict = cell.worst.sample, cell.worst.verdict
+        if not is_extended(cell.spec):
+            assert (sample.behind == 1) == (cell.spec.reduction == "none")
+        names = [*("input", "target"), *(["weight"] if cell.spec.weight else [])]
+        assert list(sample.inputs) == names
+        assert {len(x) for x in sample.inputs.values()} == {min(4, sample.behind)}
+        if verdict.ulp == 0:
+            assert sample.got == sample.oracle
+    (cell,) = (c for c in red.cells if (c.beta, c.spec.reduction) == (2.0, "none") and c.worst)
+    assert cell.worst is not None and cell.worst.sample is not None
+    sample = cell.worst.sample
+    assert "nan" in (*sample.inputs["input"], *sample.inputs["target"])
+    assert (sample.output, sample.behind, len(sample.index)) == ("loss", 1, 2)
+    assert (sample.got, sample.torch, sample.oracle) == ("0.0", "nan", "nan")
+
+
+# --- JUnit
+
+#: element -> (attributes it must have, those it may have, children). Source: Apache Ant's schema.
+JUNIT = {
+    "testsuites": (
+        {"name", "tests", "failures", "errors", "skipped", "time"}, set(), {"testsuite"}
+    ),
+    "testsuite": (
+        {"name", "tests", "failures", "errors", "skipped"}, set(), {"properties", "testcase"}
+    ),
+    "properties": (set(), set(), {"property"}),
+    "property": ({"name", "value"}, set(), set()),
+    "testcase": ({"name", "classname"}, {"time"}, {"failure", "skipped", "system-out"}),
+    "failure": ({"message", "type"}, set(), set()),
+    "skipped": ({"message"}, set(), set()),
+    "system-out": (set(), set(), set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["green", "red"])
+def test_junit_has_the_structure_that_ci_systems_read(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    report: Report = request.getfixturevalue(name)
+    root = ET.fromstring(junit.render(report))
+    assert root.tag == "testsuites"
+    for element in root.iter():
+        must, may, children = JUNIT[element.tag]
+        assert must <= set(element.attrib) <= must | may, element.tag
+        assert {child.tag for child in element} <= children
+    cases = root.findall("testsuite/testcase")
+    names = [(case.get("classname"), case.get("name")) for case in cases]
+    assert len(names) == len(set(names)) == len(report.cells) + len(report.builds)
+    for element in (root, *root.findall("testsuite")):
+        inside = list(element.iter("testcase"))
+        assert int(element.get("tests", "")) == len(inside)
+        for total, tag in (("failures", "failure"), ("skipped", "skipped")):
+            assert int(element.get(total, "")) == sum(c.find(tag) is not None for c in inside)
+
+
+def test_junit_is_green_or_red_as_the_report_is(green: Report, red: Report) -> None:
+    assert ET.fromstring(junit.render(green)).get("failures") == "0"
+    root = ET.fromstring(junit.render(red))
+    assert root.get("failures") == str(len(red.red) + len(red.red_builds))
+    failures = {f.get("type"): f for f in root.iter("failure")}
+    assert set(failures) == {"error", "distance", "class", "build"}
+    (cell,) = (c for c in red.red if finding(c) == "distance")
+    text = failures["distance"].text or ""
+    assert repeat_command(cell, 7) in text and "ULP >" in text
+    assert len(text.splitlines()) == len(cell.failures) + 1
+
+
+def test_junit_keeps_hostile_text_as_text(red: Report, hostile: str) -> None:
+    document = junit.render(red)
+    assert "\x00" not in document and "<script" not in document
+    messages = [e.get("message") or "" for e in ET.fromstring(document).iter("skipped")]
+    assert f"no float64 here {clean(hostile)}" in messages
+
+
+# --- Markdown
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Tables of a GitHub-flavoured document, as rows of cells; an escaped pipe is none."""
+    found: list[list[list[str]]] = []
+    previous = ""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            if not previous.startswith("|"):
+                found.append([])
+            found[-1].append([c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]])
+        previous = line
+    return found
+
+
+@pytest.mark.parametrize("name", ["green", "red"])
+def test_markdown_tables_are_rectangular(
+    name: str, request: pytest.FixtureRequest, drift: Drift, contract: Contract
+) -> None:
+    report: Report = dataclasses.replace(
+        request.getfixturevalue(name), drift=drift, contract=contract
+    )
+    matrix, *extensions, backends, drifts, edges = tables(markdown.render(report))
+    for table in (matrix, *extensions, backends, drifts, edges):
+        assert {len(row) for row in table} == {len(table[0])}
+        assert all(re.fullmatch(r"-{3}:?", cell) for cell in table[1])
+    betas = {cell.beta for cell in report.cells}
+    assert [row[0] for row in matrix[2:]] == [beta_text(beta) for beta in sorted(betas)]
+    variants = {variant(cell.spec) for cell in report.cells if is_extended(cell.spec)}
+    assert {row[0] for table in extensions for row in table[2:]} == variants
+    assert len(backends) - 2 == len({(c.backend, c.route) for c in report.cells})
+    assert len(drifts) - 2 == len(drift.curves)
+    assert edges[0][1:] == [f"`{column}`" for column in contract.columns]
+
+
+def test_markdown_says_green_or_red(green: Report, red: Report) -> None:
+    text = markdown.render(green)
+    assert text.startswith("## ✅") and "❌" not in text
+    text = markdown.render(red)
+    assert text.startswith(f"## ❌ Smooth L1 parity: {len(red.red)} red cells and 1 failed engine")
+    assert all(repeat_command(cell, 7) in text for cell in red.red)
+    assert text.count("❌ **error/") == 3 and text.count("❌ **class/") == 3
+
+
+def test_markdown_puts_hostile_text_into_code(red: Report) -> None:
+    text = markdown.render(red)
+    outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", text, flags=re.DOTALL)
+    assert "someone" in text
+    assert "someone" not in outside and "<script" not in outside and "\x00" not in text
+
+
+def test_markdown_of_many_red_cells_stays_short(red: Report) -> None:
+    many = dataclasses.replace(red, cells=red.cells * 40)
+    text = markdown.render(many)
+    assert len(text) < 60_000  # GitHub's limit for a comment is 65,536
+    assert f"and {len(many.red) - 20} more" in text
+
+
+# --- the terminal
+
+
+def test_terminal_tables(green: Report, red: Report) -> None:
+    from rich.console import Console
+
+    for report in (green, red):
+        console = Console(width=200, record=True, file=io.StringIO())
+        extensions = terminal.extension_table(report)
+        assert (extensions is not None) == (report is green)
+        for table in (
+            terminal.matrix_table(report),
+            extensions,
+            terminal.backend_table(report),
+            terminal.families_table(report),
+        ):
+            console.print(table or "")
+        text = console.export_text()
+        assert "float32" in text and "quadratic" in text
+        assert ("error/" in text) == ("class/" in text) == (report is red)
+
+
+# --- packaging
+
+
+def test_every_file_of_the_package_is_packaged() -> None:
+    package = Path(smoothl1_deploy.__file__).parent
+    settings = tomllib.loads((package.parent / "pyproject.toml").read_text())
+    data = settings["tool"]["setuptools"]["package-data"]
+    packaged = {
+        path
+        for name, patterns in data.items()
+        for pattern in patterns
+        for path in package.joinpath(*name.split(".")[1:]).glob(pattern)
+    }
+    others = {
+        path
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and "__pycache__" not in path.parts
+    }
+    assert others == packaged
+
+
+def test_a_missing_package_is_a_sentence(green: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from smoothl1_deploy.parity.views import html
+
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'smoothl1-deploy\[report\]'"):
+        schema.validate(parsed(green))
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingDependencyError, match=r"the HTML report needs .*'jinja2'"):
+        html.render(green)
