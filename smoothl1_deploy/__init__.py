@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+from .errors import require
 from .spec import LossSpec
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ __all__ = ["LossSpec", "__version__", *sorted(_LAZY)]
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "SmoothL1Loss":
+        require("torch", "torch", "SmoothL1Loss")
     value = getattr(importlib.import_module(_LAZY[name], __name__), name)
     globals()[name] = value
     return value

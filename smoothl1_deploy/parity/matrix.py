@@ -20,7 +20,7 @@ import onnx
 
 from ..backends.base import Backend, Runner, get_backend
 from ..environment import environment
-from ..errors import SmoothL1DeployError
+from ..errors import SmoothL1DeployError, require
 from ..graph.export import ROUTES, export
 from ..graph.shapes import Shape as Axes
 from ..graph.shapes import summed_axes
@@ -327,6 +327,7 @@ def run_matrix(
     Returns:
         The report, its cells in the order of the matrix, whatever order they finished in.
     """
+    require("torch", "torch", "the matrix, which compares with PyTorch,")
     started = time.perf_counter()
     units = matrix.units()
     results: dict[_Key, list[CaseResult]] = {}

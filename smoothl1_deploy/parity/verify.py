@@ -12,7 +12,7 @@ from rich.text import Text
 from ..artefact import ModelSource, Signature, read_model, select_ports, sha256
 from ..backends.base import Runner, get_backend
 from ..environment import environment
-from ..errors import ArtefactError, SmoothL1DeployError, UnsupportedError
+from ..errors import ArtefactError, SmoothL1DeployError, UnsupportedError, require
 from ..spec import LossSpec
 from .artefact_drift import DriftPoint, artefact_drift
 from .cases import LAYOUTS, Case, CaseResult, References, check
@@ -154,6 +154,7 @@ def verify(
         MissingDependencyError: when torch or the backend is not installed.
     """
     original = read_model(model)
+    require("torch", "torch", "verify, which compares with PyTorch,")
     chosen = get_backend(backend)
     runner = chosen.load(select_ports(original, input_name, target_name, output_name))
     expected = spec if spec is not None else runner.spec

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from conftest_cli import spawn
 
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.cli import main
@@ -82,3 +83,13 @@ def test_parity_into_a_folder_that_cannot_be_made(
     (tmp_path / "file").write_text("")
     assert main(["parity", "--quick", "-o", str(tmp_path / "file" / "out")]) == 2
     assert "can't make the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["verify", "parity"])
+def test_without_pytorch_they_say_what_to_install(
+    command: str, model: Path, tmp_path: Path
+) -> None:
+    words = ["verify", model] if command == "verify" else ["parity", "--quick", "-o", tmp_path]
+    done = spawn(*words, *(["--workers", "1"] if command == "parity" else []), without="torch")
+    assert done.code == 3
+    assert "pip install torch==2.13.0" in done.err
