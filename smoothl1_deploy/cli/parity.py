@@ -74,6 +74,12 @@ def parity(
         bool, typer.Option(help="Build a TensorRT engine of every artefact, with its sidecar.")
     ] = True,
     flavour: Annotated[str, typer.Option(help="Of those engines.")] = "auto",
+    html: Annotated[
+        bool, typer.Option(help="Also write report.html, with the drift and the contract measured.")
+    ] = True,
+    bundle: Annotated[
+        bool, typer.Option("--bundle", help="Write a reproduction of each red cell (10 at most).")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core, at most 8.")] = 0,
 ) -> None:
@@ -94,9 +100,39 @@ def parity(
             matrix, workers=workers or min(os.cpu_count() or 1, 8), progress=progress
         )
     _show(report)
-    _write(report, output)
+    # Of a part of the matrix the whole picture would say little.
+    whole = not (quick or any((beta, reduction, dtype, route, backend)) or extensions_only)
+    if html and whole:
+        report = _measured(report, matrix.backends)
+    _write(report, output, html)
+    if bundle:
+        _bundle(report, output / "bundles")
     if not report:
         raise typer.Exit(1)
+
+
+def _measured(report: Report, backends: tuple[str, ...]) -> Report:
+    """The report with what takes some seconds more: the drift by size, and the contract's edges."""
+    from dataclasses import replace
+
+    from ..parity.contract import probe_contract
+    from ..parity.drift import measure_drift
+
+    with _bar() as progress:
+        drift = measure_drift(progress=progress)
+    with _bar() as progress:
+        contract = probe_contract(backends, progress=progress)
+    return replace(report, drift=drift, contract=contract)
+
+
+def _bundle(report: Report, folder: Path) -> None:
+    from ..parity.bundle import write_bundle
+
+    for number, cell in enumerate(report.red[:_SHOWN], 1):
+        _make_folder(folder)
+        name = f"{number:02d}-{cell.spec.name}-{cell.route}-{cell.backend}"
+        write_bundle(cell, None, folder / name)
+        print_lines([f"wrote {folder / name}"])
 
 
 def _make_folder(folder: Path) -> None:
@@ -208,10 +244,23 @@ def _show(report: Report) -> None:
         print_lines([f"red: engine of {build.spec.name}, {build.route}: {build.error}"])
 
 
-def _write(report: Report, folder: Path) -> None:
+def _write(report: Report, folder: Path, html: bool) -> None:
+    """The views of the report: JSON, JUnit XML, Markdown, and HTML where it can be made."""
     from ..artefact import write_atomic
+    from ..errors import MissingDependencyError
+    from ..parity.views import junit, markdown
+    from ..parity.views.html import render
 
-    path = write_atomic(folder / "report.json", report.to_json().encode())
+    paths = [
+        write_atomic(folder / "report.json", report.to_json().encode()),
+        write_atomic(folder / "junit.xml", junit.render(report).encode()),
+        write_atomic(folder / "report.md", markdown.render(report).encode()),
+    ]
+    if html:
+        try:
+            paths.append(write_atomic(folder / "report.html", render(report).encode()))
+        except MissingDependencyError as exc:
+            print_note(f"no report.html: {exc}")
     summary = report.to_dict()["summary"]
     built = f", {summary['builds']} engines built ({summary['red_builds']} red)"
     print_lines(
@@ -219,6 +268,6 @@ def _write(report: Report, folder: Path) -> None:
             "",
             f"{summary['cells']} cells, {summary['cases']} cases in {summary['seconds']:.0f} s: "
             f"{summary['red']} red{built if report.builds else ''}",
-            f"wrote {path}",
+            f"wrote {', '.join(map(str, paths))}",
         ]
     )
