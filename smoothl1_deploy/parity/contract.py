@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from ..backends.base import get_backend
-from ..errors import SmoothL1DeployError, SpecError
+from ..errors import SmoothL1DeployError, UnsupportedError
 from ..floats import Array, dtype_name
 from ..graph.export import export
 from ..graph.shapes import Shape
@@ -209,7 +209,7 @@ def _ours(probe: _Probe, backend: str, route: str) -> Array:
     chosen = get_backend(backend, threads=1)
     reason = chosen.refuses(spec)
     if reason:
-        raise SpecError(reason)
+        raise UnsupportedError(reason)
     shape, target_shape = probe.axes
     model = export(spec, route, shape, target_shape=target_shape)
     return chosen.load(model).run(*probe.arrays())["loss"]

@@ -240,6 +240,14 @@ def red_file(red: Report, drift: Drift, tmp_path_factory: pytest.TempPathFactory
     return path
 
 
+@pytest.fixture(scope="module")
+def green_file(green: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with maps of the extensions, all of them unfolded."""
+    path = tmp_path_factory.mktemp("report") / "green.html"
+    path.write_text(html.render(green).replace("<details>", "<details open>"), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def page(browser: Browser, red_file: Path) -> Iterator[Page]:
     opened = browser.open(red_file)
@@ -320,12 +328,18 @@ def test_hostile_text_runs_nowhere(page: Page, hostile: str) -> None:
     assert "<script>alert('x')</script>" in page.run("document.body.innerText")
 
 
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", ["red_file", "green_file"])
 def test_it_fits_and_reads_at_every_width_in_both_themes(
-    browser: Browser, red_file: Path, tmp_path: Path, width: int, dark: bool
+    request: pytest.FixtureRequest,
+    browser: Browser,
+    tmp_path: Path,
+    name: str,
+    width: int,
+    dark: bool,
 ) -> None:
-    page = browser.open(red_file, width, 844, dark)
+    page = browser.open(request.getfixturevalue(name), width, 844, dark)
     assert page.run("document.documentElement.scrollWidth") == width
     assert page.run(CLIPPED) == []
     assert page.run(CONTRASTS) == []
@@ -337,11 +351,13 @@ def test_it_fits_and_reads_at_every_width_in_both_themes(
 #: Texts that stick out of their cell or tile, where they would be cut off.
 CLIPPED = """(() => {
   const cut = [];
-  for (const text of document.querySelectorAll(".place b, .place small, .tiles b, h1, .scale li")) {
+  const texts = ".place b, .place small, .map th, .tiles b, h1, .scale li";
+  for (const text of document.querySelectorAll(texts)) {
     if (!text.checkVisibility()) continue;
     const range = document.createRange();
     range.selectNodeContents(text);
-    const inner = range.getBoundingClientRect(), outer = text.parentElement.getBoundingClientRect();
+    const box = text.matches("th, li") ? text : text.parentElement;
+    const inner = range.getBoundingClientRect(), outer = box.getBoundingClientRect();
     if (inner.left < outer.left - 1 || inner.right > outer.right + 1 ||
         inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1) cut.push(text.innerText);
   }

@@ -72,6 +72,11 @@ class Map:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
 
+    @property
+    def red(self) -> bool:
+        """Whether any place is."""
+        return any(place and place.kind == "red" for row in self.rows for place in row.places)
+
 
 def cell_ids(cells: Iterable[Cell]) -> dict[int, str]:
     """`id(cell)` -> an HTML id that says which cell it is; unique in the report."""
