@@ -15,7 +15,12 @@ from typing import Any
 import onnx
 
 from ..artefact import ModelSource, Port, Signature, read_model, select_ports, signature
-from ..errors import InvalidInputError, MissingDependencyError, SpecError
+from ..errors import (
+    BackendUnavailableError,
+    InvalidInputError,
+    MissingDependencyError,
+    SpecError,
+)
 from ..floats import Array
 from ..graph.metadata import read_spec
 from ..spec import LossSpec
@@ -178,6 +183,6 @@ def missing(name: str) -> str | None:
     """Why the backend `name` can't be used on this machine; None where it can."""
     try:
         get_backend(name)
-    except MissingDependencyError as exc:
+    except (MissingDependencyError, BackendUnavailableError) as exc:
         return str(exc)
     return None

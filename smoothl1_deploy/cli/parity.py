@@ -261,7 +261,7 @@ def _write(report: Report, folder: Path, html: bool) -> None:
             paths.append(write_atomic(folder / "report.html", render(report).encode()))
         except MissingDependencyError as exc:
             print_note(f"no report.html: {exc}")
-    summary = report.to_dict()["summary"]
+    summary = report.summary
     built = f", {summary['builds']} engines built ({summary['red_builds']} red)"
     print_lines(
         [

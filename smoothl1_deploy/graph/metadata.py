@@ -21,13 +21,17 @@ def _properties(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
+def _drop(model: onnx.ModelProto, *keys: str) -> None:
+    kept = [entry for entry in model.metadata_props if entry.key not in keys]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+
+
 def content_hash(model: onnx.ModelProto) -> str:
     """sha256 (hex) of the serialised model without its own hash entry."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    kept = [entry for entry in copy.metadata_props if entry.key != HASH]
-    del copy.metadata_props[:]
-    copy.metadata_props.extend(kept)
+    _drop(copy, HASH)
     return hashlib.sha256(copy.SerializeToString(deterministic=True)).hexdigest()
 
 
@@ -82,6 +86,4 @@ def read_spec(model: onnx.ModelProto) -> LossSpec | None:
 
 def forget_spec(model: onnx.ModelProto) -> None:
     """Drop from `model` what it says of itself as a loss artefact: it is about to be another."""
-    kept = [entry for entry in model.metadata_props if entry.key not in (SPEC, ROUTE, HASH)]
-    del model.metadata_props[:]
-    model.metadata_props.extend(kept)
+    _drop(model, SPEC, ROUTE, HASH)
