@@ -149,7 +149,7 @@ def write_bundle(
     refs = References.of(number, case)
     again = _run_again(proto, case, refs, backend)
     sample = (again.result and again.result.sample) or result.sample
-    output, at = (sample.output, sample.index) if sample else ("loss", ())
+    output, at = (sample.output, sample.index) if sample else ("loss", None)
     arrays = {"input": refs.input, "target": refs.target, "exact": refs.oracle[output]}
     if refs.weight is not None:
         arrays["weight"] = refs.weight
