@@ -164,8 +164,8 @@ class CaseResult:
     @classmethod
     def failed(cls, case: Case, refs: References, detail: str) -> CaseResult:
         """The result of a case that gave an error instead of an answer."""
-        exact = refs.oracle["loss"]
-        verdict = Verdict(False, 0, 0, 0, exact.size, wrong_class=exact.size, detail=detail)
+        size = refs.oracle["loss"].size
+        verdict = Verdict(False, 0, 0, 0, size, wrong_class=max(size, 1), detail=detail)
         return cls(case, verdict, refs.shares, _sample(refs, "loss", None, 0))
 
     def to_dict(self) -> dict[str, Any]:
