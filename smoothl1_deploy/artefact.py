@@ -12,9 +12,10 @@ from pathlib import Path
 
 import onnx
 
-from .errors import ArtefactError, OutputError
+from .errors import ArtefactError, OutputError, reason_of
 from .graph.elements import DTYPE_OF_ELEMENT
 from .graph.metadata import read_spec
+from .graph.nesting import check_nesting
 from .graph.shapes import Shape, describe
 
 __all__ = [
@@ -44,10 +45,15 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
     """An ONNX model from a `ModelProto`, its bytes, or a path.
 
     Raises:
-        ArtefactError: when there is no such file or its content is no ONNX model.
+        ArtefactError: when there is no such file or its content is no ONNX model, and for one that
+            nests without end.
     """
-    if isinstance(source, onnx.ModelProto):
-        return source
+    model = source if isinstance(source, onnx.ModelProto) else _read(source)
+    check_nesting(model)
+    return model
+
+
+def _read(source: bytes | str | os.PathLike[str]) -> onnx.ModelProto:
     if isinstance(source, bytes):
         what = f"{len(source)} bytes"
     elif isinstance(source, (str, os.PathLike)):
@@ -78,9 +84,14 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write beside the target, then rename: the file is there whole, or as it was before.
 
     Raises:
-        OutputError: when the folder is missing or can't be written.
+        OutputError: when the folder is missing or can't be written, and for what is no file: a
+            rename would put one in the place of a device.
     """
     path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputError(
+            f"can't write {path}: it is a folder or a device; choose the name of a file"
+        )
     # Not tempfile: it makes files for the owner alone, and to learn the umask one has to change
     # it, which two threads must not do at once. open() applies it by itself.
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
@@ -95,9 +106,9 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise OutputError(
-            f"can't write {path}: {exc.strerror or exc}; choose a file in a folder that exists "
+            f"can't write {path}: {reason_of(exc)}; choose a file in a folder that exists "
             "and that you may write to"
         ) from exc
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,7 +72,7 @@ def attach(
 
     external = _has_external_data(model)
     # Weights beside the model may stay there, if the result lies there too.
-    if external and output.resolve().parent == model.resolve().parent:
+    if external and _folder(output) == _folder(model):
         proto = onnx.load(str(model), load_external_data=False)
     else:
         proto = read_model(model)
@@ -103,6 +104,10 @@ def attach(
             "outputs": ", ".join(value.name for value in grafted.graph.output),
         }
     )
+
+
+def _folder(path: Path) -> str:
+    return os.path.dirname(os.path.realpath(path))  # unlike Path.resolve, for a ring of links too
 
 
 def _has_external_data(path: Path) -> bool:

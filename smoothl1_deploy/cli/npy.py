@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..artefact import write_atomic
-from ..errors import InvalidInputError, OutputError
+from ..errors import InvalidInputError, OutputError, reason_of
 from ..floats import NUMPY_DTYPE, Array
 
 __all__ = ["check_output", "read_archive", "read_array", "write_arrays"]
@@ -69,11 +70,13 @@ def read_archive(path: Path, dtype: str) -> dict[str, Array]:
 
 def _check_file(path: Path, magic: bytes, expected: str) -> None:
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(0, "it is a folder, a pipe or a device")  # a pipe would wait for ever
         with path.open("rb") as file:
             start = file.read(len(magic))
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise InvalidInputError(
-            f"{path} can't be read ({exc.strerror}); give the path of {expected}"
+            f"{path} can't be read ({reason_of(exc)}); give the path of {expected}"
         ) from exc
     if start[:1] == b"\x80":
         expected += ". It looks like a pickle, which is not loaded: it can run any code"
