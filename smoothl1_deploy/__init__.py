@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .graph.export import export as export
     from .parity.verify import verify as verify
     from .reference.module import SmoothL1Loss as SmoothL1Loss
+    from .scoring.score import loss_over as loss_over
     from .tensorrt.builder import build_engine as build_engine
 
 #: public name -> module that defines it, imported on first use.
@@ -29,6 +30,7 @@ _LAZY = {
     "attach": ".graph.attach",
     "export": ".graph.export",
     "load": ".backends.base",
+    "loss_over": ".scoring.score",
     "verify": ".parity.verify",
 }
 

@@ -123,7 +123,7 @@ def run(
         )
 
     from ..backends.base import load
-    from .npy import check_output, read_archive, read_array, write_arrays
+    from ..npy import check_output, read_archive, read_array, write_arrays
 
     runner = load(str(model), backend)
     if output is not None:
