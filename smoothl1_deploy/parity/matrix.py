@@ -53,6 +53,8 @@ _FAMILY_LAYOUTS = ("matrix", "odd")
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
 #: What an extension could get wrong beyond what the plain losses show.
 _EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
+#: Backends whose accumulators are float32; `Backend.has_float64` of each says so.
+_NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
 #: The torch route takes about a second an export: one fixed rank, this one, serves it.
 _TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
 
@@ -68,6 +70,7 @@ class Matrix:
         quick: fewer betas, no large layouts, the torch route for float32 only.
         engines: a folder to leave a TensorRT engine of every artefact in; None builds none.
         flavour: of those engines.
+        absent: what is left out because it can't run here: `"<backend> not available: <reason>"`.
     """
 
     backends: tuple[str, ...]
@@ -81,6 +84,7 @@ class Matrix:
     quick: bool = False
     engines: Path | None = None
     flavour: str = "auto"
+    absent: tuple[str, ...] = ()
 
     @classmethod
     def quickly(cls, backends: tuple[str, ...], seed: int = 0) -> Matrix:
@@ -104,12 +108,16 @@ class Matrix:
         """What is sampled, for the report."""
         layouts = [name for name in _TORCH_LAYOUTS if not (self.quick and name == "2^20")]
         notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(layouts)}"]
-        if self.extensions and "trt-network" in self.backends:
-            notes.append("trt-network: no gradient of a broadcast input, summed back in float32")
-        if self.extensions:
+        narrow = [name for name in _NO_FLOAT64 if name in self.backends]
+        if self.extensions and narrow:
             notes.append(
-                "float64 and trt-network: no weighted gradient of subnormal differences, which no "
-                "wider format is there for"
+                f"{', '.join(narrow)}: no gradient of a broadcast input, summed back in float32"
+            )
+        if self.extensions:
+            formats = " and ".join(["float64", *narrow])
+            notes.append(
+                f"{formats}: no weighted gradient of subnormal differences, which no wider format "
+                "is there for"
             )
         if self.quick:
             notes.append("quick: torch route for float32 only, no layout of 2^20 or 2^24 elements")
@@ -119,7 +127,7 @@ class Matrix:
             notes.append("layout 2^24: beta 1, mean, float32, families normal and constant")
             if self.engines is not None and self.extensions:
                 notes.append(f"engines of the extensions: beta {self.betas[0]:g} only")
-        return tuple(notes)
+        return (*notes, *self.absent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +281,7 @@ def _needs_wider(spec: LossSpec, case: Case, has_float64: bool) -> bool:
 
 
 #: The others take minutes or gigabytes at 2^24 elements.
-_HUGE_BACKENDS = ("ort-cpu",)
+_HUGE_BACKENDS = ("ort-cpu", "torch-cuda", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
 
 
 def _checked(
