@@ -62,6 +62,10 @@ class OrtGpuRunner(GpuRunner):
         except SmoothL1DeployError:
             raise
         except Exception as exc:  # pybind raises a class of its own for each status code
+            if type(exc) is RuntimeError:  # no status: the provider's own libraries are missing
+                raise BackendUnavailableError(
+                    f"ONNX Runtime {ort.__version__} can't use its {provider} here: {exc}"
+                ) from exc
             raise UnsupportedError(f"{provider} can't load the model: {exc}") from exc
         if provider not in self._session.get_providers():
             raise BackendUnavailableError(
