@@ -64,10 +64,8 @@ def from_torch(tensor: torch.Tensor) -> Array:
 
 
 def eager(spec: LossSpec, input: Array, target: Array) -> Array:
-    """What PyTorch eager computes on the CPU, in the spec's dtype."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
-        return from_torch(SmoothL1Loss.from_spec(spec)(to_torch(input), to_torch(target)))
+    """The loss that PyTorch eager computes on the CPU, in the spec's dtype."""
+    return eager_outputs(replace(spec, gradient=False), input, target)["loss"]
 
 
 def eager_outputs(
@@ -99,10 +97,12 @@ def eager_tensors(
     if beta is not None and not beta >= 0:
         return _no_beta(spec, input, target, weight)
     number = spec.beta if beta is None else float(beta)
-    x = input.detach().clone().requires_grad_(True) if spec.gradient else input
+    x = input
+    if spec.gradient:
+        x = x.detach().clone().requires_grad_()  # a leaf that nobody else holds
     tensors = [x, target, *([] if weight is None else [weight])]
     with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradient):
-        warnings.filterwarnings("ignore", message="Using a target size")
+        warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
         loss = _eager_loss(spec, number, *tensors)
         outputs = {"loss": loss.detach()}
         if spec.gradient:
