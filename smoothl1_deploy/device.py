@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .errors import BackendUnavailableError, InvalidInputError, require
-from .floats import NUMPY_DTYPE, Array
+
+if TYPE_CHECKING:
+    from .floats import Array
 
 __all__ = ["Captured", "Device", "find_device", "is_on_device"]
 
@@ -96,7 +98,7 @@ class Device:
     def upload(self, array: Array) -> Any:
         """A copy of a numpy array in the memory of the device."""
         torch = self._torch
-        if array.dtype == NUMPY_DTYPE["bfloat16"]:
+        if array.dtype.name == "bfloat16":  # which torch can't read from numpy
             return torch.tensor(array.view("int16"), device=self._place).view(torch.bfloat16)
         return torch.tensor(array, device=self._place)
 
@@ -104,6 +106,8 @@ class Device:
         """A copy as a numpy array; waits for the tensor."""
         tensor = tensor.detach().cpu()
         if tensor.dtype == self._torch.bfloat16:
+            from .floats import NUMPY_DTYPE
+
             bits: Array = tensor.view(self._torch.int16).numpy()
             return bits.view(NUMPY_DTYPE["bfloat16"])
         array: Array = tensor.numpy()

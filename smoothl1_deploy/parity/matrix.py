@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import onnx
@@ -28,6 +26,7 @@ from ..spec import DTYPES, REDUCTIONS, LossSpec
 from .cases import LAYOUTS, Case, CaseResult, References, check, with_beta
 from .engines import build_engines
 from .families import FAMILIES
+from .pool import each
 from .report import Build, Cell, Report, cell_of, is_extended
 
 __all__ = ["BETAS", "EXTENSIONS", "Matrix", "artefact_axes", "run_matrix"]
@@ -300,36 +299,12 @@ def _checked(
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
 
 
-def _prepare_worker() -> None:
-    import signal
-
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)
-
-
-def _outcomes(units: Sequence[_Unit], workers: int) -> Iterator[_Outcome]:
-    if workers <= 1:
-        yield from map(_run_unit, units)
-        return
-    # spawn: torch's and ONNX Runtime's threads don't survive a fork.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_prepare_worker
-    )
-    try:
-        for future in as_completed([pool.submit(_run_unit, unit) for unit in units]):
-            yield future.result()
-    finally:
-        # After an interrupt the units that have not begun are dropped; the others take seconds.
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def run_matrix(
     matrix: Matrix,
     *,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    seconds: float = math.inf,
 ) -> Report:
     """Run the matrix.
 
@@ -337,6 +312,8 @@ def run_matrix(
         matrix: which part of it.
         workers: processes; 1 runs everything in this one.
         progress: called with the units done and their number, at the start and after each.
+        seconds: after which no unit is begun and, with several workers, those at work are ended;
+            the report's notes name what is left out.
 
     Returns:
         The report, its cells in the order of the matrix, whatever order they finished in.
@@ -348,7 +325,10 @@ def run_matrix(
     refused: dict[_Key, str] = {}
     builds: list[Build] = []
     progress(0, len(units))
-    for done, outcome in enumerate(_outcomes(units, workers), 1):
+    undone = dict.fromkeys(units)
+    found = each(_run_unit, units, workers, time.monotonic() + seconds)
+    for done, (unit, outcome) in enumerate(found, 1):
+        del undone[unit]
         for key, more in outcome.results.items():
             results.setdefault(key, []).extend(more)
         refused |= outcome.refused
@@ -376,5 +356,10 @@ def run_matrix(
         environment(),
         matrix.seed,
         time.perf_counter() - started,
-        matrix.notes(),
+        (*matrix.notes(), *_left_out(undone, seconds)),
     )
+
+
+def _left_out(units: Iterable[_Unit], seconds: float) -> list[str]:
+    names = [f"{u.dtype} beta {u.beta:g}{' at 2^24' if u.huge else ''}" for u in units]
+    return [f"left out after {seconds:.0f} s: {', '.join(names)}"] if names else []
