@@ -52,7 +52,7 @@ _FAMILY_LAYOUTS = ("matrix", "odd")
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
 #: What an extension could get wrong beyond what the plain losses show.
 _EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
-#: Backends whose accumulators are float32; `Backend.has_float64` of each says so.
+#: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
 _NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
 #: The torch route takes about a second an export: one fixed rank, this one, serves it.
 _TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
@@ -262,7 +262,7 @@ def _is_run(case: Case, route: str, backend: str) -> bool:
     return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
 
 
-def _needs_wider(spec: LossSpec, case: Case, has_float64: bool) -> bool:
+def _needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """Whether a gradient can only be right in a format wider than the one at hand.
 
     Summed back to a broadcast input, terms of either sign cancel; weighted and divided, a
@@ -276,7 +276,7 @@ def _needs_wider(spec: LossSpec, case: Case, has_float64: bool) -> bool:
     rounds_thrice = spec.weight is not None and case.family == "subnormals"
     if spec.dtype == "float64":
         return rounds_thrice
-    return not has_float64 and (sums_back or rounds_thrice)
+    return not wide and (sums_back or rounds_thrice)
 
 
 #: The others take minutes or gigabytes at 2^24 elements.
