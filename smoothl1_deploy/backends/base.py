@@ -34,6 +34,8 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "onnx-reference": ("onnx_reference", "ReferenceBackend"),
     "ort-cpu": ("ort_cpu", "OrtCpuBackend"),
     "trt-network": ("trt_network", "TrtNetworkBackend"),
+    "triton-http": ("triton", "TritonHttpBackend"),
+    "triton-grpc": ("triton", "TritonGrpcBackend"),
 }
 
 

@@ -288,12 +288,16 @@ class Server:
             raise ServerError(f"the model {model!r} is not served: {answer.get('error', status)}")
         return dict(answer)
 
-    def stop(self) -> None:
-        """End the server and its children, and remove what they left; may be called twice."""
+    def stop(self, at_once: bool = False) -> None:
+        """End the server and its children, and remove what they left; may be called twice.
+
+        Args:
+            at_once: don't wait for requests in flight.
+        """
         process, self._process = self._process, None
         self._http.clear()  # the server waits for open connections
         if process is not None:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
             try:
                 process.wait(_EXIT_SECONDS + 5)
             except subprocess.TimeoutExpired:
