@@ -135,13 +135,14 @@ class Backend(ABC):
     Attributes:
         name: its key in `BACKENDS`.
         any_rank: whether it runs an artefact exported without a shape.
-        has_float64: whether its accumulators are float64, as the artefacts ask for.
+        accumulator: the dtype it adds up in where an artefact asks for float64; None where it
+            does not run the artefact's own operators.
         threads: for the operators of one call; 0 means every core. Set before `load`.
     """
 
     name: str
     any_rank: bool = True
-    has_float64: bool = True
+    accumulator: str | None = "float64"
     threads: int = 0
 
     def refuses(self, spec: LossSpec) -> str | None:

@@ -35,6 +35,7 @@ class TorchBackend(Backend):
     """PyTorch eager."""
 
     name = "torch"
+    accumulator = None
 
     def __init__(self) -> None:
         require("torch", "torch", "the torch backend")

@@ -235,10 +235,10 @@ def _run_unit(unit: _Unit) -> _Outcome:
                 outcome.refused[key] = reason
                 continue
             outcome.results[key] = [
-                _checked(artefacts, spec, route, name, case, ref)
+                _checked(artefacts, spec, route, backends[name], case, ref)
                 for case, ref in refs.items()
                 if _is_run(case, route, name)
-                and not _needs_wider(spec, case, backends[name].has_float64)
+                and not _needs_wider(spec, case, backends[name].accumulator != "float32")
             ]
         if unit.matrix.engines is not None and not unit.huge:
             if is_extended(spec) and unit.beta != unit.matrix.betas[0]:
@@ -277,10 +277,16 @@ _HUGE_BACKENDS = ("ort-cpu",)
 
 
 def _checked(
-    artefacts: _Artefacts, spec: LossSpec, route: str, backend: str, case: Case, refs: References
+    artefacts: _Artefacts,
+    spec: LossSpec,
+    route: str,
+    backend: Backend,
+    case: Case,
+    refs: References,
 ) -> CaseResult:
     try:
-        return check(artefacts.runner(spec, route, case.layout, backend), case, refs)
+        runner = artefacts.runner(spec, route, case.layout, backend.name)
+        return check(runner, case, refs, backend.accumulator)
     except SmoothL1DeployError as exc:
         # A backend that fails on one case is a red case, not the end of the run.
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")

@@ -64,10 +64,8 @@ def from_torch(tensor: torch.Tensor) -> Array:
 
 
 def eager(spec: LossSpec, input: Array, target: Array) -> Array:
-    """What PyTorch eager computes on the CPU, in the spec's dtype."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
-        return from_torch(SmoothL1Loss.from_spec(spec)(to_torch(input), to_torch(target)))
+    """The loss that PyTorch eager computes on the CPU, in the spec's dtype."""
+    return eager_outputs(replace(spec, gradient=False), input, target)["loss"]
 
 
 def eager_outputs(
@@ -84,10 +82,12 @@ def eager_outputs(
     if beta is not None and not beta >= 0:
         return _no_beta(spec, input, target, weight)
     number = spec.beta if beta is None else float(beta)
-    x = to_torch(input).clone().requires_grad_(spec.gradient)
+    x = to_torch(input)
+    if spec.gradient:
+        x = x.clone().requires_grad_()  # a leaf that nobody else holds
     tensors = [x, to_torch(target), *([] if weight is None else [to_torch(weight)])]
     with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradient):
-        warnings.filterwarnings("ignore", message="Using a target size")
+        warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
         loss = _eager_loss(spec, number, *tensors)
         outputs = {"loss": from_torch(loss)}
         if spec.gradient:
