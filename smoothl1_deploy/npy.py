@@ -118,5 +118,5 @@ def write_arrays(path: Path, arrays: dict[str, Array]) -> Path:
         (array,) = arrays.values()
         np.save(buffer, array, allow_pickle=False)
     else:
-        np.savez(buffer, allow_pickle=False, **arrays)
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return write_atomic(path, buffer.getvalue())

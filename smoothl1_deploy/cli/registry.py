@@ -42,6 +42,7 @@ COMMANDS: dict[str, Entry] = {
     "score": Entry("Compute the loss of data larger than memory.", "score", "score"),
     "verify": Entry("Hold one artefact against PyTorch and the exact loss.", "verify", "verify"),
     "parity": Entry("Check a whole matrix of specs, routes and backends.", "parity", "parity"),
+    "serve": Entry("Serve a model repository with a real Triton.", "serve", "serve"),
     "inspect": Entry("Show what is inside an ONNX file or an engine.", "inspect", "inspect"),
     "cache": Entry("Look into the engine cache, and make room in it.", "cache", "cache"),
     "doctor": Entry(
