@@ -14,7 +14,7 @@ from ..spec import DTYPES, NORMALIZERS, LossSpec
 from .console import json_number, open_console, print_fields, print_json, print_note
 
 if TYPE_CHECKING:
-    from ..scoring.score import Progress, Score
+    from ..scoring.score import Engine, Progress, Score
     from ..scoring.scorer import Job
 
 __all__ = ["EXAMPLE", "score"]
@@ -90,8 +90,30 @@ def score(
             rich_help_panel=_RESUME,
         ),
     ] = False,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray for many machines.", rich_help_panel=_ENGINE)
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Of a Ray cluster; 'auto' finds one. Default: one is started on this machine.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Actors of the ray engine. Default: every CPU.", rich_help_panel=_ENGINE
+        ),
+    ] = None,
     threads: Annotated[
-        int, typer.Option(min=0, help="Of one session; 0: every core.", rich_help_panel=_ENGINE)
+        int,
+        typer.Option(
+            min=0,
+            help="Of one session. Default: every core; with ray, one.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -105,6 +127,7 @@ def score(
     from ..scoring.scorer import make_job
     from ..scoring.shards import float_dtype, locate
 
+    chosen = _engine(engine, ray_address, workers)
     paths = {"input": input, "target": target, "weight": weight}
     names = {"input": input_name, "target": target_name, "weight": weight_name}
     given = {role: path for role, path in paths.items() if path is not None}
@@ -142,6 +165,7 @@ def score(
                 journal=journal,
                 restart=restart,
                 batch=batch,
+                engine=chosen,
                 on_progress=tell,
             )
         except KeyboardInterrupt:
@@ -186,6 +210,22 @@ def _job_of_model(
     return make_job(spec, proto, backend=backend, beta=given, threads=threads)
 
 
+def _engine(name: str, address: str | None, workers: int | None) -> Engine:
+    if name not in ("local", "ray"):
+        raise SpecError(f"unknown engine {name!r}; choose one of local, ray")
+    if name == "local":
+        if address is not None or workers is not None:
+            raise SpecError("--ray-address and --workers are for --engine ray; give that too")
+        from ..scoring.engine import score_locally
+
+        return score_locally
+    from ..errors import require
+    from ..scoring.ray_engine import RayEngine
+
+    require("ray.data", "ray", "--engine ray")
+    return RayEngine(address, workers)
+
+
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[Progress], None]]:
     """A bar with rate and time left on a terminal; nothing elsewhere."""
@@ -209,9 +249,17 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
             bar.update(task, completed=progress.done, total=progress.total, shard=progress.shard)
             speed = bar.tasks[0].speed
             if speed:
-                bar.update(task, rate=f"{speed / 1e6:,.0f} M elements/s")
+                bar.update(task, rate=f"{_rate(speed)} elements/s")
 
         yield show
+
+
+def _rate(speed: float) -> str:
+    """`12 k`, `3.4 M`: of elements a second."""
+    for unit, factor in (("M", 1e6), ("k", 1e3)):
+        if speed >= factor:
+            return f"{speed / factor:.3g} {unit}"
+    return f"{speed:.3g}"
 
 
 def _show(result: Score, as_json: bool) -> None:
@@ -222,7 +270,7 @@ def _show(result: Score, as_json: bool) -> None:
         "loss": json_number(result.loss),
         "elements": f"{result.count:,} in {result.shards} shard(s)",
         "spec": ", ".join(f"{name}={value}" for name, value in result.spec.to_dict().items()),
-        "time": f"{result.seconds:.1f} s, {result.rate / 1e6:,.0f} M elements/s",
+        "time": f"{result.seconds:.1f} s, {_rate(result.rate)} elements/s",
     }
     if result.output is not None:
         fields["wrote"] = result.output

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -79,6 +81,34 @@ def killed(moment: str, sign: str = "SIGKILL", *options: str) -> subprocess.Comp
     command = [sys.executable, "-c", _KILLED, moment, sign, "score", *(options or OPTIONS)]
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    code = (
+        "import sys, time\n"
+        "from smoothl1_deploy.scoring import journal, shards\n"
+        "shards.BATCH_ELEMENTS, shards.PIECE_ELEMENTS = 4, 12\n"
+        "add = journal.Journal.add\n"
+        "journal.Journal.add = lambda *a: (time.sleep(0.02), add(*a))\n"
+        "from smoothl1_deploy.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "TERM": "xterm", "COLUMNS": "100"}
+    command = [sys.executable, "-c", code, "score", *FILES, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment) as child:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of the other side
+            while part := os.read(ours, 1 << 16):
+                shown += part
+        assert child.stdout is not None
+        assert json.loads(child.stdout.read())["count"] == PIECES * 12
+    os.close(ours)
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.decode())  # without colours
+    assert re.search(r"\d+%.* [\d.]+ [kM]? ?elements/s.* 0:00:0\d.* p\.npy", text), text
 
 
 def whole(cli: Callable[..., Done]) -> dict[str, Any]:

@@ -220,6 +220,8 @@ def test_loss_over_takes_mappings_and_says_which_batch_is_wrong() -> None:
         (["-o", "s.npy"], "s.npy is for one score a row; give --per-sample"),
         (["--per-sample", "-o", "s.csv"], "choose a name that ends in .npy or .parquet"),
         (["--per-sample", "-o", "no/s.npy"], "can't write no/.s.npy.part: No such file"),
+        (["--engine", "spark"], "unknown engine 'spark'; choose one of local, ray"),
+        (["--workers", "2"], "--ray-address and --workers are for --engine ray; give that too"),
         (["--batch", "0"], "a batch of 0 rows; give at least one"),
         (["--dtype", "float16"], "promote to float32, but the artefact is float16"),
         (["--target", "none.npy"], "--target none.npy does not exist; give a file or a folder"),
