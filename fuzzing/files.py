@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec, build_engine, export
 from smoothl1_deploy.artefact import sha256
-from smoothl1_deploy.cli.npy import read_archive, read_array
+from smoothl1_deploy.npy import read_archive, read_array
 from smoothl1_deploy.parity.certificate import certificate_path, read_certificate
 from smoothl1_deploy.tensorrt.cache import EngineCache
 from smoothl1_deploy.tensorrt.engine import read_engine
