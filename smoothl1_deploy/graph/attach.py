@@ -93,6 +93,7 @@ def attach(
     if opset < 13 and convert_opset:
         grafted = onnx.version_converter.convert_version(grafted, 18)
         opset = 18
+    _check_name("loss", loss_name)
     graft = _Graft(grafted, prediction, spec)
     roles = {"input": graft.prediction, "target": graft.operand("target", target)}
     if graft.spec.weight:
@@ -106,6 +107,15 @@ def attach(
         names = [(function.domain, function.name) for function in functions]
         grafted = onnx.inliner.inline_selected_functions(grafted, names)
     return grafted
+
+
+def _check_name(what: str, name: Any) -> None:
+    try:
+        size = len(name.encode()) if isinstance(name, str) else 0
+    except UnicodeEncodeError:  # a lone surrogate: a file name that is no text, for instance
+        size = 0
+    if not size:
+        raise SpecError(f"the {what} can't be called {name!r}; give a name of Unicode characters")
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -154,8 +164,7 @@ class _Graft:
         if isinstance(given, str):
             if given in self._tensors:
                 return self._in_dtype(what, self._tensors[given])
-            if not given:
-                raise SpecError(f"the {what} has an empty name")
+            _check_name(what, given)
             element, shape = ELEMENT_TYPE[self.spec.dtype], self._prediction.shape
             self.model.graph.input.append(helper.make_tensor_value_info(given, element, shape))
             self._taken.add(given)
