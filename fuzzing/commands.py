@@ -114,6 +114,10 @@ _SOUND = {
         "other.onnx --data pair.npz --backend onnx-reference",
     ],
     "inspect": ["loss.onnx --json", "other.onnx"],
+    "score": [
+        "--input input.npy --target target.npy --json",
+        "--input pair.npz --target pair.npz --per-sample -o out.npy --journal journal",
+    ],
     "verify": ["loss.onnx --backend x --no-drift", "bad.onnx --no-drift --certificate"],
 }
 

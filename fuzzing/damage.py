@@ -9,7 +9,7 @@ import onnx
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy import LossSpec, attach, export
 from smoothl1_deploy.graph.metadata import HASH, content_hash, forget_spec
 
 from .values import NAMES
@@ -68,7 +68,7 @@ def damaged_bytes(data: bytes) -> st.SearchStrategy[bytes]:
 
 @functools.cache
 def bases() -> tuple[onnx.ModelProto, ...]:
-    """Sound models: ours by two routes and several specs, and one of other origin."""
+    """Sound models: ours by two routes and several specs, and two of other origin."""
     spec, shape = LossSpec(0.5), ("N", 16)
     weighted = LossSpec(0.5, "mean", weight="weights", gradient=True)
     return (
@@ -79,6 +79,7 @@ def bases() -> tuple[onnx.ModelProto, ...]:
         export(LossSpec(2.0, "mean", "float64", per_sample=True), shape=shape),
         export(weighted, shape=shape),
         export(LossSpec(reduction="sum", runtime_beta=True)),
+        attach(foreign(), "hidden", "hidden_gt", LossSpec(reduction="none")),
         foreign(),
     )
 

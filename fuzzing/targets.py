@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from . import commands, files, models, specs
+from . import commands, files, models, scoring, specs
 
 __all__ = ["TARGETS"]
 
 _SLOW = ("torch-route", "verify", "build", "command")
 TARGETS = sorted(
-    (*specs.TARGETS, *models.TARGETS, *files.TARGETS, *commands.TARGETS),
+    (*specs.TARGETS, *models.TARGETS, *files.TARGETS, *scoring.TARGETS, *commands.TARGETS),
     key=lambda target: _SLOW.index(target.name) if target.name in _SLOW else len(_SLOW),
 )

@@ -19,7 +19,7 @@ from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE
 from .metadata import forget_spec
-from .nesting import check_nesting
+from .nesting import MODEL_ERRORS, check_nesting
 from .shapes import Shape, broadcast, summed_axes
 
 __all__ = ["ATTACHED", "attach", "float_dtype_of"]
@@ -283,10 +283,25 @@ class _Graft:
 
     def _note(self, names: dict[str, str], outputs: dict[str, str]) -> None:
         properties = {entry.key: entry.value for entry in self.model.metadata_props}
-        attached = json.loads(properties.get(ATTACHED, "[]"))
+        attached = _attached(properties.get(ATTACHED, "[]"))
         attached.append({"spec": self.spec.to_dict(), "inputs": names, "outputs": outputs})
         properties[ATTACHED] = json.dumps(attached, sort_keys=True)
         helper.set_model_props(self.model, properties)
+
+
+def _attached(text: str) -> list[Any]:
+    """What an earlier attachment noted; the model may be anyone's."""
+    try:
+        noted = json.loads(text)
+        if isinstance(noted, list):
+            return noted
+        reason = f"{type(noted).__name__} instead of a list"
+    except (ValueError, RecursionError) as exc:
+        reason = str(exc)
+    raise ArtefactError(
+        f"the model's metadata entry {ATTACHED} is damaged ({reason}); delete it, or attach to the "
+        "model as it was"
+    )
 
 
 def _broadcast(roles: dict[str, _Tensor]) -> Shape | None:
@@ -347,7 +362,7 @@ def _tensors(model: onnx.ModelProto) -> dict[str, _Tensor]:
     skeleton = _skeleton(model)
     try:
         graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+    except (*MODEL_ERRORS, RuntimeError, ValueError):
         graph = skeleton.graph  # custom operators, or a model that contradicts itself
     found: dict[str, _Tensor] = {}
     for value in (*graph.input, *graph.value_info, *graph.output):

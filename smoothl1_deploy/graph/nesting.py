@@ -12,11 +12,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import onnx
+import onnx.checker
+import onnx.shape_inference
 
 from ..errors import ArtefactError
 
-__all__ = ["check_nesting", "tensors"]
+__all__ = ["MODEL_ERRORS", "check_nesting", "tensors"]
 
+#: What onnx raises for a model that contradicts itself.
+MODEL_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 _DEEPEST = 24  # graphs in one another; protobuf's own limit of 100 messages is reached about there
 _MOST_NODES = 1_000_000  # of all functions put in the places where they are called
 

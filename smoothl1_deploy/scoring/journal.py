@@ -132,7 +132,15 @@ class Journal:
     def _open(self) -> None:
         lines = [_line({**self._head, "files": self._before})]
         if self.path.exists():
-            lines += self._resume(self.path.read_bytes().splitlines(keepends=True))
+            try:
+                lines += self._resume(self.path.read_bytes().splitlines(keepends=True))
+            except InvalidInputError:
+                raise
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as exc:
+                raise InvalidInputError(
+                    f"the journal {self.path} makes no sense ({type(exc).__name__}: {exc}), though "
+                    f"it was written whole; {_AGAIN}"
+                ) from exc
         write_atomic(self.path, b"".join(lines))
         self._file = self.path.open("ab")
         self._ours = True
@@ -162,6 +170,8 @@ class Journal:
                 break
             sums[fields["piece"]] = fields["checksums"]
             kept.append(line)
+        if not set(sums) <= set(range(len(self._plan.pieces))):
+            raise ValueError("it names a piece that the data don't have")
         self._check_content(head["files"], sums)
         return kept
 

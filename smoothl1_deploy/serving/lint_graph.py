@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 import onnx
 import onnx.inliner
 
+from ..graph.nesting import MODEL_ERRORS
 from .ports import onnx_ports
 from .served_graph import Loss
 
@@ -44,7 +45,7 @@ class _Graph:
         self.constants = {tensor.name for tensor in model.graph.initializer}
         try:
             inferred = onnx.shape_inference.infer_shapes(model).graph
-        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        except (*MODEL_ERRORS, RuntimeError, ValueError):
             inferred = model.graph
         values = (*inferred.input, *inferred.value_info, *inferred.output)
         self._shapes: Mapping[str, list[int]] = {

@@ -7,6 +7,7 @@ import onnx.utils
 
 from ..errors import ArtefactError
 from ..graph.metadata import read_spec, stamp
+from ..graph.nesting import MODEL_ERRORS
 from .served_graph import Loss, rename_uses
 
 __all__ = ["loss_part"]
@@ -23,10 +24,10 @@ def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
     if read_spec(model) is not None:
         return model
     names = [loss.inputs[role] for role in loss.spec.inputs]
-    inferred = onnx.shape_inference.infer_shapes(model)  # the new inputs need their types
     try:
+        inferred = onnx.shape_inference.infer_shapes(model)  # the new inputs need their types
         part = onnx.utils.Extractor(inferred).extract_model(names, list(loss.outputs.values()))
-    except ValueError as exc:
+    except (*MODEL_ERRORS, ValueError) as exc:
         raise ArtefactError(f"the loss can't be cut out of the model: {exc}") from exc
     del part.graph.value_info[:]
     for role, tensor in {**loss.inputs, **loss.outputs}.items():

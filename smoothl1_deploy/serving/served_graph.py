@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 from ..errors import ArtefactError, UnsupportedError
 from ..graph.attach import ATTACHED
 from ..graph.metadata import SERVED, is_served, read_route, read_spec, stamp
+from ..graph.nesting import MODEL_ERRORS
 from ..graph.shapes import describe
 from ..spec import LossSpec
 from .ports import ModelPorts, onnx_ports
@@ -117,7 +118,10 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
         stamp(copy, spec, route or "unknown", f"served_{describe(shape)}", served=True)
     else:
         _note_served(copy)
-    onnx.checker.check_model(copy, full_check=True)
+    try:
+        onnx.checker.check_model(copy, full_check=True)
+    except MODEL_ERRORS as exc:
+        raise ArtefactError(f"the model is damaged, and can't be served: {exc}") from exc
     return ServedGraph(copy, losses, unbatched)
 
 
@@ -162,7 +166,7 @@ class _Editor:
             )
         try:
             graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        except (*MODEL_ERRORS, RuntimeError, ValueError):
             graph = model.graph  # custom operators, or a model beyond protobuf's limit
         self._values = {
             value.name: value for value in (*graph.value_info, *graph.input, *graph.output)
