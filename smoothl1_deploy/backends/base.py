@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import onnx
 
 from ..artefact import ModelSource, Port, Signature, read_model, select_ports, signature
@@ -21,12 +22,15 @@ from ..errors import (
     MissingDependencyError,
     SpecError,
 )
-from ..floats import Array
+from ..floats import NUMPY_DTYPE, Array
 from ..graph.metadata import read_spec
 from ..spec import LossSpec
 from .arrays import as_array, as_beta, check_shapes, promote
 
-__all__ = ["BACKENDS", "Backend", "Runner", "get_backend", "load"]
+__all__ = ["BACKENDS", "PROVING", "TILE", "Backend", "Runner", "get_backend", "load"]
+
+#: Elements of a tile, into which `load` lets a backend cut large arrays; see bench/NOTES.md.
+TILE = 1 << 17
 
 #: name -> (module of this package that holds it, its class).
 BACKENDS: Mapping[str, tuple[str, str]] = {
@@ -34,6 +38,11 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "onnx-reference": ("onnx_reference", "ReferenceBackend"),
     "ort-cpu": ("ort_cpu", "OrtCpuBackend"),
     "trt-network": ("trt_network", "TrtNetworkBackend"),
+}
+
+#: Backends that the matrix checks beside those of `BACKENDS`, and that nobody needs elsewhere.
+PROVING: Mapping[str, tuple[str, str]] = {
+    "ort-cpu-tiled": ("ort_cpu", "OrtTiledBackend"),  # of ort-cpu, what it does to large arrays
 }
 
 
@@ -48,6 +57,9 @@ class Runner(ABC):
     def __init__(self, model: onnx.ModelProto) -> None:
         self.signature: Signature = signature(model)
         self.spec: LossSpec | None = read_spec(model)
+        self._dtype = NUMPY_DTYPE[self.signature.input.dtype]
+        self._takes_a_pair = list(self.signature.inputs) == ["input", "target"]
+        self._good_shape: tuple[int, ...] | None = None
 
     def run(
         self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
@@ -70,6 +82,16 @@ class Runner(ABC):
         Raises:
             InvalidInputError: on arrays that don't fit; the message says what would.
         """
+        # A loop over batches of one shape, as nearly every caller's is, checks the shape once.
+        if (
+            type(input) is type(target) is np.ndarray
+            and input.shape == target.shape == self._good_shape
+            and input.dtype == target.dtype == self._dtype
+            and input.flags.c_contiguous
+            and target.flags.c_contiguous
+            and weight is beta is None
+        ):
+            return self._execute({"input": input, "target": target}, input.shape)
         given = {"input": input, "target": target, "weight": weight}
         self._check_given({**given, "beta": beta})
         arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
@@ -82,6 +104,8 @@ class Runner(ABC):
         feeds = promote(arrays, self.signature.input.dtype)
         if beta is not None:
             feeds["beta"] = as_beta(beta)
+        if self._takes_a_pair and arrays["input"].shape == arrays["target"].shape:
+            self._good_shape = shape
         return self._execute(feeds, shape)
 
     def _check_given(self, given: Mapping[str, Any]) -> None:
@@ -119,13 +143,16 @@ class Backend(ABC):
         name: its key in `BACKENDS`.
         any_rank: whether it runs an artefact exported without a shape.
         has_float64: whether its accumulators are float64, as the artefacts ask for.
-        threads: for the operators of one call; 0 means every core. Set before `load`.
+        threads: for one call; 0 leaves the number to the backend. Set before `load`.
+        tile: elements of the tiles that a backend may cut large arrays into; 0 to run the
+            artefact's own graph at every size, which is what parity checks. Set before `load`.
     """
 
     name: str
     any_rank: bool = True
     has_float64: bool = True
     threads: int = 0
+    tile: int = 0
 
     def refuses(self, spec: LossSpec) -> str | None:
         """Why this backend can't carry out `spec` faithfully; None where it can."""
@@ -137,15 +164,18 @@ class Backend(ABC):
 
 
 def get_backend(name: str, threads: int = 0) -> Backend:
-    """The backend called `name`, to use `threads` cores a call (0: all).
+    """The backend called `name`, to use `threads` threads a call (0: as many as it thinks fit).
 
     Raises:
-        SpecError: for an unknown name.
+        SpecError: for an unknown name, or a negative number of threads.
         MissingDependencyError: when what it lives on is not installed.
     """
-    if name not in BACKENDS:
+    known = {**BACKENDS, **PROVING}
+    if name not in known:
         raise SpecError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    module, cls = BACKENDS[name]
+    if threads < 0:
+        raise SpecError(f"threads must be 1 or more, or 0 for the default, got {threads}")
+    module, cls = known[name]
     backend: Backend = getattr(importlib.import_module(f".{module}", __package__), cls)()
     backend.threads = threads
     return backend
@@ -155,6 +185,7 @@ def load(
     model: ModelSource,
     backend: str = "ort-cpu",
     *,
+    threads: int = 0,
     input_name: str | None = None,
     target_name: str | None = None,
     output_name: str | None = None,
@@ -164,6 +195,8 @@ def load(
     Args:
         model: an `onnx.ModelProto`, its bytes, or the path of a file.
         backend: one of `BACKENDS`.
+        threads: for one call; 0 leaves the number to the backend (`ort-cpu`: every core this
+            process may run on, 8 at most).
         input_name: of the graph input to feed `input` to, in a model of other origin; by
             default the one called so, or the first of two.
         target_name: likewise.
@@ -175,7 +208,9 @@ def load(
         MissingDependencyError: when the backend's packages are not installed.
         UnsupportedError: when the backend can't run the model.
     """
-    chosen = get_backend(backend)
+    chosen = get_backend(backend, threads)
+    if backend not in PROVING:
+        chosen.tile = TILE
     return chosen.load(select_ports(read_model(model), input_name, target_name, output_name))
 
 

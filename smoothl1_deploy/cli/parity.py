@@ -151,7 +151,7 @@ def _matrix(
     """The part of the matrix that the options name; a bad name is an error here, not in a cell."""
     from dataclasses import replace
 
-    from ..backends.base import BACKENDS, get_backend
+    from ..backends.base import get_backend
     from ..graph.export import ROUTES
     from ..parity.matrix import Matrix
     from ..spec import DTYPES, REDUCTIONS, LossSpec
@@ -169,7 +169,6 @@ def _matrix(
         chosen = tuple(dict.fromkeys(backends))
         for name in chosen:
             get_backend(name)  # raises where it can't be used
-    assert all(name in BACKENDS for name in chosen)
     matrix = Matrix.quickly(chosen, seed) if quick else Matrix(chosen, seed=seed)
     given = {f"{name}s": tuple(dict.fromkeys(values)) for name, values in part.items() if values}
     if engines is not None:
@@ -186,9 +185,9 @@ def _matrix(
 
 def _usable_backends() -> tuple[str, ...]:
     """Every backend but PyTorch, which is what they are compared with."""
-    from ..backends.base import BACKENDS, missing
+    from ..backends.base import BACKENDS, PROVING, missing
 
-    reasons = {name: missing(name) for name in BACKENDS if name != "torch"}
+    reasons = {name: missing(name) for name in (*BACKENDS, *PROVING) if name != "torch"}
     for name, reason in reasons.items():
         if reason:
             print_note(f"{name} is left out: {reason}")
