@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
 import numpy as np
 import onnx
 
+from ..artefact import Port
 from ..errors import InvalidInputError, UnsupportedError, require
 from ..floats import NUMPY_DTYPE, Array
 from ..graph.elements import ELEMENT_TYPE
 from ..graph.tiles import why_not_tiled
 from .base import Backend, Runner
-from .tiles import Tiles, default_threads
+from .crew import Crew, default_threads
+from .slots import Slots
+from .sums import Sums, has_sums
+from .tiles import Tiles
 
 __all__ = ["OrtCpuBackend", "OrtTiledBackend"]
 
 _ERROR = 3  # ONNX Runtime's logging level
+
+#: Elements up to which a sum is quickest by the artefact's own graph; see bench/NOTES.md.
+_FEW = 1 << 12
 
 
 class OrtRunner(Runner):
@@ -39,10 +47,25 @@ class OrtRunner(Runner):
         ports = (*self.signature.inputs.values(), *self.signature.outputs)
         # numpy has no bfloat16 that ONNX Runtime's Python interface would take.
         self._by_address = any(port.dtype == "bfloat16" for port in ports)
-        can_tile = self.spec is not None and why_not_tiled(self.spec) is None
-        self._tile = tile if can_tile else 0
-        self._tiles: Tiles | None = None
+        self._input_names = [port.name for port in self.signature.inputs.values()]
+        self._output_names = [port.name for port in self.signature.outputs]
+        self._tile = tile
+        self._crew = Crew(threads)
         self._lock = threading.Lock()
+        self._tiles: Tiles | None = None
+        self._sums: Sums | None = None
+        self._has_sums = self.spec is not None and has_sums(self.spec)
+        # Up to so many elements the artefact's own graph is what runs.
+        self._few: float = min(tile, _FEW) if self._has_sums else tile
+        if not tile or self.spec is None or why_not_tiled(self.spec):
+            self._few = math.inf
+        pair = [self.signature.input, self.signature.target]
+        # Of another's model the shapes of the outputs aren't known.
+        self._slots = Slots(self._session, pair, self._shapes) if self.spec else None
+
+    def _shapes(self, shape: tuple[int, ...]) -> dict[Port, tuple[int, ...]]:
+        feeds = {"input": np.empty(shape)}
+        return {port: self._output_shape(port, feeds, shape) for port in self.signature.outputs}
 
     def _open(self, model: bytes, threads: int) -> Any:
         options = self._ort.SessionOptions()
@@ -57,26 +80,58 @@ class OrtRunner(Runner):
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         try:
-            if 0 < self._tile < feeds["input"].size and _of_one_shape(feeds, shape):
-                return self._tiled().run(feeds, shape)
-            if self._by_address:
-                return self._run_bound(feeds, shape)
-            named = {self.signature.inputs[role].name: array for role, array in feeds.items()}
-            values = self._session.run(None, named)
+            many = feeds["input"].size > self._few and _of_one_shape(feeds, shape)
+            if many and self._has_sums:
+                loss = self._prepared_sums().run(feeds["input"], feeds["target"])
+                if loss is not None:
+                    return {"loss": loss}
+            return self._by_its_own_graph(feeds, shape, many)
         except Exception as exc:
             raise InvalidInputError(f"ONNX Runtime refused the inputs: {exc}") from exc
-        ports = self.signature.outputs
-        return {port.name: np.asarray(v) for port, v in zip(ports, values, strict=True)}
 
-    def _tiled(self) -> Tiles:
-        """The tiles, prepared when they are first needed: small calls never pay for them."""
+    def _execute_pair(self, input: Array, target: Array) -> dict[str, Array]:
+        feeds = {"input": input, "target": target}
+        try:
+            if self._slots is not None and 0 < input.size <= min(_FEW, self._few):
+                return self._slots.run(input, target)
+            many = input.size > self._few
+            if many and self._sums is not None:
+                loss = self._sums.run(input, target)
+                if loss is not None:
+                    return {"loss": loss}
+            return self._by_its_own_graph(feeds, input.shape, many)
+        except Exception as exc:
+            raise InvalidInputError(f"ONNX Runtime refused the inputs: {exc}") from exc
+
+    def _by_its_own_graph(
+        self, feeds: dict[str, Array], shape: tuple[int, ...], many: bool
+    ) -> dict[str, Array]:
+        if many and feeds["input"].size > self._tile:
+            return self._prepared_tiles().run(feeds, shape)
+        if self._by_address:
+            return self._run_bound(feeds, shape)
+        named = dict(zip(self._input_names, feeds.values(), strict=True))
+        values = self._session.run(self._output_names, named)
+        return dict(zip(self._output_names, map(np.asarray, values), strict=True))
+
+    # Prepared when first needed: a caller with few elements never pays for them.
+
+    def _prepared_sums(self) -> Sums:
+        with self._lock:
+            if self._sums is None:
+                assert self.spec is not None
+                self._sums = Sums(self.spec, self._open_tile, self._tile, self._crew)
+            return self._sums
+
+    def _prepared_tiles(self) -> Tiles:
         with self._lock:
             if self._tiles is None:
                 assert self.spec is not None
-                self._tiles = Tiles(
-                    self.spec, lambda model: self._open(model, 1), self._tile, self._threads
-                )
+                self._tiles = Tiles(self.spec, self._open_tile, self._tile, self._crew)
             return self._tiles
+
+    def _open_tile(self, model: bytes) -> Any:
+        return self._open(model, 1)
 
     def _run_bound(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         binding = self._session.io_binding()

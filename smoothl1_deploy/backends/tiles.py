@@ -15,11 +15,7 @@ float64 roundings within a tile.
 from __future__ import annotations
 
 import math
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -28,22 +24,11 @@ from ..floats import NUMPY_DTYPE, Array, round_to
 from ..graph.elements import ELEMENT_TYPE
 from ..graph.tiles import COUNT, WEIGHT_TOTAL, is_summed, tile_model
 from ..spec import LossSpec
+from .crew import Crew
 
-__all__ = ["Tiles", "default_threads"]
+__all__ = ["Tiles", "finished"]
 
 _ALIGNED = 64
-
-#: Of a large machine one loss takes a part: beyond it Python hands out tiles no faster.
-_MOST_THREADS = 8
-
-
-def default_threads() -> int:
-    """Every core this process may run on, but `_MOST_THREADS` at most."""
-    try:
-        found = len(os.sched_getaffinity(0))
-    except AttributeError:  # not every system has affinities
-        found = os.cpu_count() or 1
-    return min(found, _MOST_THREADS)
 
 
 class Tiles:
@@ -53,39 +38,29 @@ class Tiles:
         spec: of the artefact; `why_not_tiled` has no objection.
         open_session: opens an ONNX Runtime session on the bytes of a model, for one thread.
         tile: elements of a tile.
-        threads: that work on a call, the calling one included.
+        crew: whose threads share the tiles.
 
     `run` may be called from many threads at once.
     """
 
     def __init__(
-        self, spec: LossSpec, open_session: Callable[[bytes], Any], tile: int, threads: int
+        self, spec: LossSpec, open_session: Callable[[bytes], Any], tile: int, crew: Crew
     ) -> None:
         self._spec = spec
         self._session = open_session(tile_model(spec).SerializeToString())
         self._names = [port.name for port in self._session.get_outputs()]
         self._tile = tile
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(max(1, threads - 1), "smoothl1-tile")
+        self._crew = crew
 
     def run(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         """The artefact's outputs for checked arrays, all of `shape` (but beta)."""
         call = _Call(self._spec, self._session, self._names, feeds, shape, self._tile)
-        helpers = [self._pool.submit(call.work) for _ in range(min(self._threads, call.tiles) - 1)]
-        try:
-            call.work()
-        finally:
-            call.stop()  # after an error the others need not go on
-            started = [helper for helper in helpers if not helper.cancel()]
-            errors = [helper.exception() for helper in started]
-        for error in errors:
-            if error is not None:
-                raise error
+        self._crew.share(call.tiles, call.begin)
         return call.outputs()
 
 
 class _Call:
-    """One call of `Tiles.run`: which tiles are left, and where their answers go."""
+    """One call of `Tiles.run`: what its tiles are, and where their answers go."""
 
     def __init__(
         self,
@@ -104,8 +79,6 @@ class _Call:
         self._units = self._size // columns
         self._step = _step(self._units, max(1, tile // columns))
         self.tiles = -(-self._units // self._step)
-        self._next = count()
-        self._stopped = threading.Event()
 
         self._scalars = {}
         if "beta" in feeds:
@@ -128,14 +101,13 @@ class _Call:
                 self._whole[name] = np.empty(shape, dtype)
                 self._outputs.append(_Cut(name, self._whole[name], cell))
 
-    def work(self) -> None:
-        """Compute tiles until none is left."""
+    def begin(self) -> Callable[[int], None]:
+        """What a thread needs of its own; gives the function that computes a tile."""
         binding = self._session.io_binding()
         for name, scalar in self._scalars.items():
             binding.bind_input(*_Cut(name, scalar, None).part(0, 0, 1))
-        for index in self._next:  # a tile goes to one thread: next() is one step of the interpreter
-            if index >= self.tiles or self._stopped.is_set():
-                return
+
+        def do(index: int) -> None:
             start = index * self._step
             part = (index, start, min(self._step, self._units - start))
             for cut in self._inputs:
@@ -144,9 +116,7 @@ class _Call:
                 binding.bind_output(*cut.part(*part))
             self._session.run_with_iobinding(binding)
 
-    def stop(self) -> None:
-        """Take no further tile."""
-        self._stopped.set()
+        return do
 
     def outputs(self) -> dict[str, Array]:
         """The artefact's outputs, once every tile is done."""
@@ -156,13 +126,17 @@ class _Call:
         return found
 
     def _total(self) -> Array:
-        total = np.float64(_exact_sum(self._whole["loss"]))
-        with np.errstate(all="ignore"):  # weights may add up to 0
-            if self._spec.weight == "weights":
-                total = total / np.float64(_exact_sum(self._whole[WEIGHT_TOTAL]))
-            elif self._spec.reduction == "mean":
-                total = total / np.float64(self._size)
-        return round_to(np.asarray(total), self._spec.dtype)
+        total = _exact_sum(self._whole["loss"])
+        if self._spec.weight == "weights":
+            return finished(self._spec, total, _exact_sum(self._whole[WEIGHT_TOTAL]))
+        return finished(self._spec, total, self._size)
+
+
+def finished(spec: LossSpec, total: float, divisor: float) -> Array:
+    """The loss, rank 0, from the sum of all element losses and what a mean divides it by."""
+    with np.errstate(all="ignore"):  # weights may add up to 0
+        loss = np.float64(total) / divisor if spec.reduction == "mean" else total
+    return round_to(np.asarray(loss), spec.dtype)
 
 
 class _Cut:
