@@ -41,6 +41,7 @@ COMMANDS: dict[str, Entry] = {
     "run": Entry("Compute the loss of two arrays with an artefact.", "run", "run"),
     "verify": Entry("Hold one artefact against PyTorch and the exact loss.", "verify", "verify"),
     "parity": Entry("Check a whole matrix of specs, routes and backends.", "parity", "parity"),
+    "bench": Entry("Time the loss beside what people would run instead.", "bench", "bench"),
     "inspect": Entry("Show what is inside an ONNX file or an engine.", "inspect", "inspect"),
     "cache": Entry("Look into the engine cache, and make room in it.", "cache", "cache"),
     "doctor": Entry(
