@@ -25,7 +25,7 @@ from ..errors import (
     UnsupportedError,
 )
 from ..floats import Array
-from ..graph.metadata import read_spec
+from ..graph.metadata import is_served, read_spec
 from ..spec import LossSpec
 from .arrays import as_array, as_beta, check_shapes, promote
 
@@ -42,6 +42,8 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "ort-tensorrt": ("ort_tensorrt", "OrtTensorrtBackend"),
     "ort-tensorrt-rtx": ("ort_tensorrt", "OrtTensorrtRtxBackend"),
     "trt": ("trt", "TrtBackend"),
+    "triton-http": ("triton", "TritonHttpBackend"),
+    "triton-grpc": ("triton", "TritonGrpcBackend"),
 }
 
 #: Of files that `load` takes for TensorRT engines.
@@ -57,11 +59,13 @@ class Runner(ABC):
     Attributes:
         signature: names, dtypes and shapes of the inputs and outputs.
         spec: what is computed, or None for a model of other origin.
+        served: whether the graph has a server's shapes; `run` takes and gives the spec's.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.signature: Signature = signature(model)
         self.spec: LossSpec | None = read_spec(model)
+        self.served = self.spec is not None and is_served(model)
 
     def run(
         self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
@@ -90,8 +94,13 @@ class Runner(ABC):
         shape = self._broadcast(arrays)
         feeds = promote(arrays, self.signature.input.dtype)
         if beta is not None:
-            feeds["beta"] = as_beta(beta)
-        return self._execute(feeds, shape)
+            feeds["beta"] = as_beta(beta).reshape((1,) if self.served else ())
+        outputs = self._execute(feeds, shape)
+        if self.served:  # a loss of any other shape stays as it is, for a comparison to see it
+            wanted = self._loss_shape(shape)
+            if outputs["loss"].shape == self._served_shape(wanted):
+                outputs["loss"] = outputs["loss"].reshape(wanted)
+        return outputs
 
     def _broadcast(self, arrays: Mapping[str, Any]) -> tuple[int, ...]:
         """The shape that the arrays broadcast to; refuses what the artefact can't take."""
@@ -116,8 +125,8 @@ class Runner(ABC):
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         """Compute on checked, contiguous arrays of the artefact's dtype.
 
-        `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0);
-        `shape` is the one that they broadcast to.
+        `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0, or
+        [1] of a served graph); `shape` is the one that the others broadcast to.
         """
 
     def _output_shape(self, port: Port, feeds: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
@@ -126,9 +135,19 @@ class Runner(ABC):
             return feeds["input"].shape
         if self.spec is None:
             return shape if port.shape is None or port.shape else ()
+        loss = self._loss_shape(shape)
+        return self._served_shape(loss) if self.served else loss
+
+    def _loss_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        assert self.spec is not None
         if self.spec.per_sample:
             return shape[:1]
         return shape if self.spec.reduction == "none" else ()
+
+    def _served_shape(self, loss: tuple[int, ...]) -> tuple[int, ...]:
+        """A server knows no rank 0, and a batch of scores is [N, 1] to it."""
+        assert self.spec is not None
+        return loss if self.spec.reduction == "none" else (*loss, 1)
 
 
 class Backend(ABC):

@@ -41,7 +41,7 @@ class _EngineBackend(OrtGpuBackend):
     """
 
     any_rank = False
-    has_float64 = False
+    accumulator = "float32"
     prefix: str  # of the names of its options
 
     def __init__(

@@ -42,6 +42,7 @@ class TorchCudaBackend(GpuBackend):
     """PyTorch eager on the GPU."""
 
     name = "torch-cuda"
+    accumulator = None
 
     def load(self, model: onnx.ModelProto) -> TorchCudaRunner:
         """Read the spec that `model` carries."""

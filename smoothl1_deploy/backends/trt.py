@@ -94,7 +94,7 @@ class TrtBackend(GpuBackend):
 
     name = "trt"
     any_rank = False
-    has_float64 = False
+    accumulator = "float32"
 
     def __init__(
         self,

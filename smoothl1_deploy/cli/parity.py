@@ -117,11 +117,13 @@ def _measured(report: Report, backends: tuple[str, ...]) -> Report:
 
     from ..parity.contract import probe_contract
     from ..parity.drift import measure_drift
+    from ..parity.matrix import OVER_THE_WIRE
 
     with _bar() as progress:
         drift = measure_drift(progress=progress)
     with _bar() as progress:
-        contract = probe_contract(backends, progress=progress)
+        local = [name for name in backends if name not in OVER_THE_WIRE]
+        contract = probe_contract(local, progress=progress)
     return replace(report, drift=drift, contract=contract)
 
 

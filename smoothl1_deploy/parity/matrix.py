@@ -29,7 +29,7 @@ from .families import FAMILIES
 from .pool import each
 from .report import Build, Cell, Report, cell_of, is_extended
 
-__all__ = ["BETAS", "EXTENSIONS", "Matrix", "artefact_axes", "run_matrix"]
+__all__ = ["BETAS", "EXTENSIONS", "OVER_THE_WIRE", "Matrix", "artefact_axes", "run_matrix"]
 
 BETAS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4, math.inf)
 _QUICK_BETAS = (0.0, 0.5, 1.0, math.inf)
@@ -52,8 +52,11 @@ _FAMILY_LAYOUTS = ("matrix", "odd")
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
 #: What an extension could get wrong beyond what the plain losses show.
 _EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
-#: Backends whose accumulators are float32; `Backend.has_float64` of each says so.
+#: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
 _NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
+#: A process for each artefact, half a second of time: a sample of the matrix goes this way.
+OVER_THE_WIRE = ("triton-http", "triton-grpc")
+_WIRE_LAYOUTS = ("matrix", "no-rows")
 #: The torch route takes about a second an export: one fixed rank, this one, serves it.
 _TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
 
@@ -117,6 +120,11 @@ class Matrix:
             notes.append(
                 f"{formats}: no weighted gradient of subnormal differences, which no wider format "
                 "is there for"
+            )
+        if {*OVER_THE_WIRE} & {*self.backends}:
+            notes.append(
+                "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
+                f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
             )
         if self.quick:
             notes.append("quick: torch route for float32 only, no layout of 2^20 or 2^24 elements")
@@ -236,6 +244,8 @@ def _run_unit(unit: _Unit) -> _Outcome:
         number = with_beta(spec, unit.beta)
         refs = {case: References.of(number, case) for case in unit.cases(spec)}
         for route, name in product(unit.routes(spec), names):
+            if name in OVER_THE_WIRE and not _is_asked(unit, spec, route):
+                continue
             key = (spec, unit.beta, route, name)
             reason = backends[name].refuses(spec)
             if reason:
@@ -255,14 +265,26 @@ def _run_unit(unit: _Unit) -> _Outcome:
     return outcome
 
 
+def _is_asked(unit: _Unit, spec: LossSpec, route: str) -> bool:
+    """Whether a combination is among those that go over the wire; see `Matrix.notes`."""
+    matrix = unit.matrix
+    beta = 1.0 if 1.0 in matrix.betas else matrix.betas[0]
+    chosen = "inlined" if "inlined" in matrix.routes else matrix.routes[0]
+    if is_extended(spec) and not (unit.dtype == "float32" or len(matrix.dtypes) == 1):
+        return False
+    return unit.beta == beta and route == chosen
+
+
 def _is_run(case: Case, route: str, backend: str) -> bool:
     """Whether the layout is among those a route and backend are sampled at; see `Matrix.notes`."""
+    if backend in OVER_THE_WIRE:
+        return case.layout in _WIRE_LAYOUTS
     if case.layout == "2^20" and backend != "ort-cpu":
         return route == "function"
     return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
 
 
-def _needs_wider(spec: LossSpec, case: Case, has_float64: bool) -> bool:
+def _needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """Whether a gradient can only be right in a format wider than the one at hand.
 
     Summed back to a broadcast input, terms of either sign cancel; weighted and divided, a
@@ -276,7 +298,7 @@ def _needs_wider(spec: LossSpec, case: Case, has_float64: bool) -> bool:
     rounds_thrice = spec.weight is not None and case.family == "subnormals"
     if spec.dtype == "float64":
         return rounds_thrice
-    return not has_float64 and (sums_back or rounds_thrice)
+    return not wide and (sums_back or rounds_thrice)
 
 
 #: The others take minutes or gigabytes at 2^24 elements.
