@@ -83,7 +83,9 @@ def _backend_names() -> list[str]:
 def run(
     model: Annotated[
         Path,
-        typer.Argument(help="An artefact of smoothl1-deploy export; with --url a model's name."),
+        typer.Argument(
+            help="A .onnx file, or an .engine with --backend trt; with --url a model's name."
+        ),
     ],
     input: Annotated[
         Path | None, typer.Option("--input", help="A .npy file; big ones are mapped, not read.")
