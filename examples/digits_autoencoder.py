@@ -28,9 +28,8 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from smoothl1_deploy import LossSpec, SmoothL1Loss, export, load, verify
+from smoothl1_deploy import LossSpec, SmoothL1Loss, export, load, translation_table, verify
 from smoothl1_deploy.floats import ulp_distance
-from smoothl1_deploy.graph.torch_route import translation_table
 
 BETA = 0.1  # in units of a pixel, which is 0 (paper) to 1 (ink)
 

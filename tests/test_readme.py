@@ -81,7 +81,7 @@ def test_the_routes_it_names_are_the_routes(route: str) -> None:
 
 
 def test_the_backends_it_names_are_the_backends() -> None:
-    from smoothl1_deploy.backends.base import BACKENDS
+    from smoothl1_deploy.backends.base import BACKENDS, REFERENCES
 
     named = set(re.findall(r"^\| `([a-z-]+)` \|", README, re.MULTILINE))
-    assert {name for name in BACKENDS if name != "torch"} <= named
+    assert {*BACKENDS} - {*REFERENCES} <= named

@@ -8,8 +8,10 @@ it in `BACKENDS`.
 from __future__ import annotations
 
 import importlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -20,13 +22,14 @@ from ..errors import (
     InvalidInputError,
     MissingDependencyError,
     SpecError,
+    UnsupportedError,
 )
 from ..floats import Array
 from ..graph.metadata import is_served, read_spec
 from ..spec import LossSpec
 from .arrays import as_array, as_beta, check_shapes, promote
 
-__all__ = ["BACKENDS", "Backend", "Runner", "get_backend", "load"]
+__all__ = ["BACKENDS", "ENGINE_SUFFIXES", "REFERENCES", "Backend", "Runner", "get_backend", "load"]
 
 #: name -> (module of this package that holds it, its class).
 BACKENDS: Mapping[str, tuple[str, str]] = {
@@ -34,7 +37,20 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "onnx-reference": ("onnx_reference", "ReferenceBackend"),
     "ort-cpu": ("ort_cpu", "OrtCpuBackend"),
     "trt-network": ("trt_network", "TrtNetworkBackend"),
+    "torch-cuda": ("torch_cuda", "TorchCudaBackend"),
+    "ort-cuda": ("ort_gpu", "OrtCudaBackend"),
+    "ort-tensorrt": ("ort_tensorrt", "OrtTensorrtBackend"),
+    "ort-tensorrt-rtx": ("ort_tensorrt", "OrtTensorrtRtxBackend"),
+    "trt": ("trt", "TrtBackend"),
+    "triton-http": ("triton", "TritonHttpBackend"),
+    "triton-grpc": ("triton", "TritonGrpcBackend"),
 }
+
+#: Of files that `load` takes for TensorRT engines.
+ENGINE_SUFFIXES = (".engine", ".plan")
+
+#: Backends that are PyTorch itself: what the others are compared with.
+REFERENCES = ("torch", "torch-cuda")
 
 
 class Runner(ABC):
@@ -75,12 +91,7 @@ class Runner(ABC):
         given = {"input": input, "target": target, "weight": weight}
         self._check_given({**given, "beta": beta})
         arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
-        shape = check_shapes(arrays, self.signature.inputs)
-        if self.spec is not None and self.spec.per_sample and not shape:
-            raise InvalidInputError(
-                "the artefact gives one loss per sample, and input and target have no axis of "
-                "samples; give them one, as in input[None]"
-            )
+        shape = self._broadcast(arrays)
         feeds = promote(arrays, self.signature.input.dtype)
         if beta is not None:
             feeds["beta"] = as_beta(beta).reshape((1,) if self.served else ())
@@ -90,6 +101,16 @@ class Runner(ABC):
             if outputs["loss"].shape == self._served_shape(wanted):
                 outputs["loss"] = outputs["loss"].reshape(wanted)
         return outputs
+
+    def _broadcast(self, arrays: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape that the arrays broadcast to; refuses what the artefact can't take."""
+        shape = check_shapes(arrays, self.signature.inputs)
+        if self.spec is not None and self.spec.per_sample and not shape:
+            raise InvalidInputError(
+                "the artefact gives one loss per sample, and input and target have no axis of "
+                "samples; give them one, as in input[None]"
+            )
+        return shape
 
     def _check_given(self, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
@@ -108,7 +129,7 @@ class Runner(ABC):
         [1] of a served graph); `shape` is the one that the others broadcast to.
         """
 
-    def _output_shape(self, port: Port, feeds: dict[str, Array], shape: tuple[int, ...]) -> Any:
+    def _output_shape(self, port: Port, feeds: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
         """The shape an output will have, told from the spec or, without one, from its port."""
         if port.name == "grad_input":
             return feeds["input"].shape
@@ -153,6 +174,13 @@ class Backend(ABC):
     def load(self, model: onnx.ModelProto) -> Runner:
         """Prepare `model` to be run."""
 
+    def load_engine(self, path: Path) -> Runner:
+        """Prepare a TensorRT engine to be run, where the backend runs engines."""
+        raise UnsupportedError(
+            f"{path} is a TensorRT engine, and the backend {self.name} runs ONNX models; "
+            "use backend='trt', or give the model it was built from"
+        )
+
 
 def get_backend(name: str, threads: int = 0) -> Backend:
     """The backend called `name`, to use `threads` cores a call (0: all).
@@ -180,7 +208,8 @@ def load(
     """Load an artefact into a backend.
 
     Args:
-        model: an `onnx.ModelProto`, its bytes, or the path of a file.
+        model: an `onnx.ModelProto`, its bytes, or the path of a file; the backend `trt` takes an
+            `.engine` file too.
         backend: one of `BACKENDS`.
         input_name: of the graph input to feed `input` to, in a model of other origin; by
             default the one called so, or the first of two.
@@ -194,6 +223,8 @@ def load(
         UnsupportedError: when the backend can't run the model.
     """
     chosen = get_backend(backend)
+    if isinstance(model, (str, os.PathLike)) and Path(model).suffix in ENGINE_SUFFIXES:
+        return chosen.load_engine(Path(model))
     return chosen.load(select_ports(read_model(model), input_name, target_name, output_name))
 
 

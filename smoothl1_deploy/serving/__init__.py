@@ -1,1 +1,7 @@
-"""Serving: Triton model repositories, and what is said about and to the server of one."""
+"""Serving: Triton model repositories, a server of one, and a client that asks it."""
+
+from __future__ import annotations
+
+from .client import Client
+
+__all__ = ["Client"]

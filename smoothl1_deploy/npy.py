@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..artefact import write_atomic
-from ..errors import InvalidInputError, OutputError
-from ..floats import NUMPY_DTYPE, Array
+from .artefact import write_atomic
+from .errors import InvalidInputError, OutputError
+from .floats import NUMPY_DTYPE, Array
 
 __all__ = ["check_output", "read_archive", "read_array", "write_arrays"]
 
