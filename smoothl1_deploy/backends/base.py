@@ -94,12 +94,23 @@ class Runner(ABC):
         shape = self._broadcast(arrays)
         feeds = promote(arrays, self.signature.input.dtype)
         if beta is not None:
-            feeds["beta"] = as_beta(beta).reshape((1,) if self.served else ())
-        outputs = self._execute(feeds, shape)
-        if self.served:  # a loss of any other shape stays as it is, for a comparison to see it
-            wanted = self._loss_shape(shape)
-            if outputs["loss"].shape == self._served_shape(wanted):
-                outputs["loss"] = outputs["loss"].reshape(wanted)
+            feeds["beta"] = self._beta_port(as_beta(beta))
+        return self._of_the_spec(self._execute(feeds, shape), shape)
+
+    def _beta_port(self, beta: Any) -> Any:
+        """beta, of rank 0, in the shape of the graph's input."""
+        return beta.reshape((1,) if self.served else ())
+
+    def _of_the_spec(self, outputs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """The outputs of a served graph in the shapes of its spec.
+
+        A loss of any other shape stays as it is, for a comparison to see it.
+        """
+        if not self.served:
+            return outputs
+        wanted = self._loss_shape(shape)
+        if tuple(outputs["loss"].shape) == self._served_shape(wanted):
+            outputs["loss"] = outputs["loss"].reshape(wanted)
         return outputs
 
     def _broadcast(self, arrays: Mapping[str, Any]) -> tuple[int, ...]:

@@ -50,7 +50,8 @@ class GpuRunner(Runner):
         given = {"input": input, "target": target, "weight": weight}
         if not any(is_on_device(value) for value in given.values()):
             return super().run(input, target, weight=weight, beta=beta)
-        return self._compute(*self._adopted(given, beta))
+        feeds, shape = self._adopted(given, beta)
+        return self._of_the_spec(self._compute(feeds, shape), shape)
 
     def capture(
         self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
@@ -83,7 +84,7 @@ class GpuRunner(Runner):
                     f"contiguous torch tensor of {self.signature.input.dtype} on the GPU"
                 )
         compute = self._recordable()
-        return self.device.capture(lambda: compute(feeds, shape))
+        return self.device.capture(lambda: self._of_the_spec(compute(feeds, shape), shape))
 
     def _adopted(
         self, given: dict[str, Any], beta: float | None
@@ -106,7 +107,7 @@ class GpuRunner(Runner):
         check_promotion(names, dtype)
         feeds = {name: self.device.convert(x, dtype) for name, x in tensors.items()}
         if beta is not None:
-            feeds["beta"] = self.device.filled(float(as_beta(beta)), "float32")
+            feeds["beta"] = self._beta_port(self.device.filled(float(as_beta(beta)), "float32"))
         return feeds, shape
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
