@@ -50,7 +50,13 @@ class Runner(ABC):
         self.spec: LossSpec | None = read_spec(model)
 
     def run(
-        self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
+        self,
+        input: Any,
+        target: Any,
+        *,
+        weight: Any = None,
+        beta: float | None = None,
+        grad_output: Any = None,
     ) -> dict[str, Array]:
         """The loss of `input` and `target`.
 
@@ -61,6 +67,8 @@ class Runner(ABC):
             weight: likewise, where the artefact takes one.
             beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
                 float32. A negative or NaN beta gives NaN.
+            grad_output: an array in the shape of the loss, where the artefact takes one
+                (`upstream`).
 
         Returns:
             `{"loss": array}` in the artefact's dtype: the broadcast shape for `none`, rank 0
@@ -71,7 +79,7 @@ class Runner(ABC):
             InvalidInputError: on arrays that don't fit; the message says what would.
         """
         given = {"input": input, "target": target, "weight": weight}
-        self._check_given({**given, "beta": beta})
+        self._check_given({**given, "beta": beta, "grad_output": grad_output})
         arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
         shape = check_shapes(arrays, self.signature.inputs)
         if self.spec is not None and self.spec.per_sample and not shape:
@@ -79,10 +87,24 @@ class Runner(ABC):
                 "the artefact gives one loss per sample, and input and target have no axis of "
                 "samples; give them one, as in input[None]"
             )
+        if grad_output is not None:
+            arrays["grad_output"] = self._upstream(grad_output, arrays, shape)
         feeds = promote(arrays, self.signature.input.dtype)
         if beta is not None:
             feeds["beta"] = as_beta(beta)
         return self._execute(feeds, shape)
+
+    def _upstream(
+        self, grad_output: Any, arrays: dict[str, Array], shape: tuple[int, ...]
+    ) -> Array:
+        array = as_array(grad_output, "grad_output")
+        expected = self._output_shape(self.signature.loss, arrays, shape)
+        if array.shape != tuple(expected):
+            raise InvalidInputError(
+                f"grad_output has the shape {array.shape}, and the loss {tuple(expected)}; give "
+                "one number for each of the loss"
+            )
+        return array
 
     def _check_given(self, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
@@ -97,7 +119,8 @@ class Runner(ABC):
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         """Compute on checked, contiguous arrays of the artefact's dtype.
 
-        `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0);
+        `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0;
+        grad_output: the shape of the loss);
         `shape` is the one that they broadcast to.
         """
 

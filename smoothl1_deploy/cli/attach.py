@@ -41,6 +41,9 @@ def attach(
     gradient: Annotated[
         bool, typer.Option("--gradient", help="A second output, grad_input.")
     ] = False,
+    upstream: Annotated[
+        bool, typer.Option("--upstream", help="The gradient is multiplied by a new input.")
+    ] = False,
     runtime_beta: Annotated[
         bool, typer.Option("--runtime-beta", help="beta becomes an input.")
     ] = False,
@@ -81,6 +84,7 @@ def attach(
         dtype=dtype or _dtype_of(proto, prediction),
         per_sample=per_sample,
         gradient=gradient,
+        upstream=upstream,
         runtime_beta=runtime_beta,
         weight=normalizer if weight is not None else None,
     )

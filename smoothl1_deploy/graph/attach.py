@@ -64,7 +64,7 @@ def attach(
         target: another tensor of it; or the name of an input to add, in the prediction's shape;
             or an array, to be a constant. Integers and narrower floats become the spec's dtype.
         spec: None means the mean with beta 1 in the prediction's dtype. An input `beta` is added
-            for `runtime_beta`.
+            for `runtime_beta`, an input `grad_output` for `upstream`.
         weight: for a spec with a weight; like `target`.
         loss_name: of the output (`grad_input` for the gradient); numbered where it is taken.
         only_loss: drop the other outputs, and the nodes and inputs that only they need.
@@ -204,6 +204,12 @@ class _Graft:
             names["beta"] = self._free("beta")
             beta = helper.make_tensor_value_info(names["beta"], TensorProto.FLOAT, ())
             graph.input.append(beta)
+        reduced = self._reduced_shape(losses)
+        if spec.upstream:
+            names["grad_output"] = self._free("grad_output")
+            element = ELEMENT_TYPE[spec.dtype]
+            value = helper.make_tensor_value_info(names["grad_output"], element, reduced)
+            graph.input.append(value)
         outputs = {"loss": self._free(loss_name)}
         if spec.gradient:
             outputs["grad_input"] = self._free("grad_input")
@@ -222,7 +228,7 @@ class _Graft:
             self.model.opset_import.append(helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION))
         self.model.ir_version = max(self.model.ir_version, 8)  # the first with functions
         graph.node.extend([*self._nodes, *assembly.nodes])
-        self._add_outputs(outputs, losses, only_loss)
+        self._add_outputs(outputs, reduced, only_loss)
         self._note(names, outputs)
         return functions
 
@@ -245,13 +251,14 @@ class _Graft:
                 if entry.domain == "":
                     entry.version = opset
 
-    def _add_outputs(self, outputs: dict[str, str], losses: Shape | None, only: bool) -> None:
+    def _reduced_shape(self, losses: Shape | None) -> Shape | None:
+        """The shape of the loss, where that of the element losses is `losses`."""
+        if self.spec.per_sample:
+            return None if losses is None else losses[:1]
+        return losses if self.spec.reduction == "none" else ()
+
+    def _add_outputs(self, outputs: dict[str, str], shape: Shape | None, only: bool) -> None:
         spec, graph = self.spec, self.model.graph
-        shape: Shape | None = losses
-        if spec.per_sample:
-            shape = None if losses is None else losses[:1]
-        elif spec.reduction != "none":
-            shape = ()
         if only:
             del graph.output[:]
         element = ELEMENT_TYPE[spec.dtype]

@@ -97,7 +97,9 @@ def _run_again(model: onnx.ModelProto, case: Case, refs: References, backend: st
     try:
         runner = get_backend(backend, threads=1).load(model)
         beta = refs.spec.effective_beta if "beta" in runner.signature.inputs else None
-        outputs = runner.run(refs.input, refs.target, weight=refs.weight, beta=beta)
+        outputs = runner.run(
+            refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output
+        )
         return _Again(outputs, check(runner, case, refs), "")
     except SmoothL1DeployError as exc:
         return _Again({}, None, f"{type(exc).__name__}: {exc}")
@@ -153,6 +155,8 @@ def write_bundle(
     arrays = {"input": refs.input, "target": refs.target, "exact": refs.oracle[output]}
     if refs.weight is not None:
         arrays["weight"] = refs.weight
+    if refs.grad_output is not None:
+        arrays["grad_output"] = refs.grad_output
     if spec.runtime_beta:
         arrays["beta"] = np.asarray(number.effective_beta, np.float32)
     if again.outputs:

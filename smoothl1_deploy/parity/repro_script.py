@@ -141,7 +141,7 @@ def repro_script(
         names=", ".join(names),
         quoted=tuple(names),
         loss=_indented(_loss(spec)),
-        pytorch=_indented(_answer(names, output)),
+        pytorch=_indented(_answer(names, output, spec.upstream)),
         dtype=spec.dtype,
         output=output,
         at=at,
@@ -183,11 +183,17 @@ def _loss(spec: LossSpec) -> list[str]:
     return [*lines, f"losses = {call} * weight", f"return {reduced}"]
 
 
-def _answer(names: list[str], output: str) -> list[str]:
+def _answer(names: list[str], output: str, upstream: bool) -> list[str]:
     """The body of `pytorch` after the tensors are made."""
     given = ", ".join(names)
     if output == "loss":
         return [f"return loss({given})"]
+    if upstream:
+        grad_output = 'tensor(data["grad_output"]).to(dtype)'
+        return [
+            "input.requires_grad_()",
+            f"return torch.autograd.grad(loss({given}), input, {grad_output})[0]",
+        ]
     return [
         "input.requires_grad_()",
         f"return torch.autograd.grad(loss({given}).sum(), input)[0]",

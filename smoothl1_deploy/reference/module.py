@@ -76,6 +76,7 @@ def eager_outputs(
     target: Array,
     weight: Array | None = None,
     beta: Array | None = None,
+    grad_output: Array | None = None,
 ) -> dict[str, Array]:
     """What PyTorch eager and its autograd compute on the CPU for every output of a spec.
 
@@ -91,7 +92,8 @@ def eager_outputs(
         loss = _eager_loss(spec, number, *tensors)
         outputs = {"loss": from_torch(loss)}
         if spec.gradient:
-            (gradient,) = torch.autograd.grad(loss.sum(), x)
+            upstream = torch.ones_like(loss) if grad_output is None else to_torch(grad_output)
+            (gradient,) = torch.autograd.grad(loss, x, upstream)
             outputs["grad_input"] = from_torch(gradient)
     return outputs
 
