@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .parity.verify import verify as verify
     from .reference.module import SmoothL1Loss as SmoothL1Loss
+    from .scoring.score import loss_over as loss_over
     from .tensorrt.builder import build_engine as build_engine
 
 #: public name -> module that defines it, imported on first use.
@@ -33,6 +34,7 @@ _LAZY = {
     "attach": ".graph.attach",
     "export": ".graph.export",
     "load": ".backends.base",
+    "loss_over": ".scoring.score",
     "register_torchscript_symbolic": ".graph.torchscript",
     "translation_table": ".graph.torch_table",
     "verify": ".parity.verify",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx
 
-from .errors import ArtefactError, OutputError
+from .errors import ArtefactError
+from .files import write_atomic
 from .graph.elements import DTYPE_OF_ELEMENT
 from .graph.metadata import read_spec
 from .graph.shapes import Shape, describe
@@ -72,35 +70,6 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
     if not model.ir_version or not model.graph.output:
         raise ArtefactError(f"{what} holds no ONNX graph; it is damaged, or of another format")
     return model
-
-
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write beside the target, then rename: the file is there whole, or as it was before.
-
-    Raises:
-        OutputError: when the folder is missing or can't be written.
-    """
-    path = Path(path)
-    # Not tempfile: it makes files for the owner alone, and to learn the umask one has to change
-    # it, which two threads must not do at once. open() applies it by itself.
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except OSError as exc:
-        raise OutputError(
-            f"can't write {path}: {exc.strerror or exc}; choose a file in a folder that exists "
-            "and that you may write to"
-        ) from exc
-    return path
 
 
 @dataclass(frozen=True, slots=True)

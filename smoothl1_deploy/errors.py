@@ -16,6 +16,7 @@ __all__ = [
     "InvalidInputError",
     "MissingDependencyError",
     "OutputError",
+    "ServerError",
     "SmoothL1DeployError",
     "SpecError",
     "UnsupportedError",
@@ -57,6 +58,10 @@ class BackendUnavailableError(SmoothL1DeployError):
     """A backend that is installed but can't run here (for instance, no GPU)."""
 
     exit_code = 3
+
+
+class ServerError(BackendUnavailableError):
+    """A server that can't be reached, did not answer in time, or failed while it answered."""
 
 
 class MissingDependencyError(SmoothL1DeployError, ImportError):

@@ -160,7 +160,7 @@ def _operand(given: str) -> Any:
     """A tensor's name, or the array of a .npy file."""
     if not given.endswith(".npy"):
         return given
-    from .npy import read_array
+    from ..npy import read_array
 
     return read_array(Path(given), "float32")
 

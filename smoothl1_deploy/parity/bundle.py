@@ -95,12 +95,14 @@ class _Again:
 
 def _run_again(model: onnx.ModelProto, case: Case, refs: References, backend: str) -> _Again:
     try:
-        runner = get_backend(backend, threads=1).load(model)
+        chosen = get_backend(backend, threads=1)
+        runner = chosen.load(model)
+        accumulator = chosen.accumulator if runner.spec is not None else None
         beta = refs.spec.effective_beta if "beta" in runner.signature.inputs else None
         outputs = runner.run(
             refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output
         )
-        return _Again(outputs, check(runner, case, refs), "")
+        return _Again(outputs, check(runner, case, refs, accumulator), "")
     except SmoothL1DeployError as exc:
         return _Again({}, None, f"{type(exc).__name__}: {exc}")
 
@@ -151,7 +153,7 @@ def write_bundle(
     refs = References.of(number, case)
     again = _run_again(proto, case, refs, backend)
     sample = (again.result and again.result.sample) or result.sample
-    output, at = (sample.output, sample.index) if sample else ("loss", ())
+    output, at = (sample.output, sample.index) if sample else ("loss", None)
     arrays = {"input": refs.input, "target": refs.target, "exact": refs.oracle[output]}
     if refs.weight is not None:
         arrays["weight"] = refs.weight

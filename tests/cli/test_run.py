@@ -16,8 +16,8 @@ from conftest_cli import Done, model
 
 from smoothl1_deploy import load
 from smoothl1_deploy.backends.base import BACKENDS
-from smoothl1_deploy.cli.npy import read_archive, read_array
 from smoothl1_deploy.errors import InvalidInputError
+from smoothl1_deploy.npy import read_archive, read_array
 
 Pair = tuple[np.ndarray, np.ndarray]
 FILES = ("--input", "input.npy", "--target", "target.npy")

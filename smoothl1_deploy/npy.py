@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..artefact import write_atomic
-from ..errors import InvalidInputError, OutputError
-from ..floats import NUMPY_DTYPE, Array
+from .artefact import write_atomic
+from .errors import InvalidInputError, OutputError
+from .floats import NUMPY_DTYPE, Array
 
 __all__ = ["check_output", "read_archive", "read_array", "write_arrays"]
 
@@ -119,5 +119,5 @@ def write_arrays(path: Path, arrays: dict[str, Array]) -> Path:
         (array,) = arrays.values()
         np.save(buffer, array, allow_pickle=False)
     else:
-        np.savez(buffer, allow_pickle=False, **arrays)
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return write_atomic(path, buffer.getvalue())
