@@ -68,7 +68,13 @@ class Runner(ABC):
         self.served = self.spec is not None and is_served(model)
 
     def run(
-        self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
+        self,
+        input: Any,
+        target: Any,
+        *,
+        weight: Any = None,
+        beta: float | None = None,
+        grad_output: Any = None,
     ) -> dict[str, Array]:
         """The loss of `input` and `target`.
 
@@ -79,6 +85,8 @@ class Runner(ABC):
             weight: likewise, where the artefact takes one.
             beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
                 float32. A negative or NaN beta gives NaN.
+            grad_output: an array in the shape of the loss, where the artefact takes one
+                (`upstream`).
 
         Returns:
             `{"loss": array}` in the artefact's dtype: the broadcast shape for `none`, rank 0
@@ -89,9 +97,12 @@ class Runner(ABC):
             InvalidInputError: on arrays that don't fit; the message says what would.
         """
         given = {"input": input, "target": target, "weight": weight}
-        self._check_given({**given, "beta": beta})
+        self._check_given({**given, "beta": beta, "grad_output": grad_output})
         arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
         shape = self._broadcast(arrays)
+        if grad_output is not None:
+            arrays["grad_output"] = as_array(grad_output, "grad_output")
+            self._check_upstream(arrays["grad_output"].shape, shape)
         feeds = promote(arrays, self.signature.input.dtype)
         if beta is not None:
             feeds["beta"] = self._beta_port(as_beta(beta))
@@ -123,6 +134,15 @@ class Runner(ABC):
             )
         return shape
 
+    def _check_upstream(self, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Whether `grad_output` has the shape of the loss of arrays that broadcast to `shape`."""
+        expected = tuple(self._output_shape(self.signature.loss, {}, shape))
+        if given != expected:
+            raise InvalidInputError(
+                f"grad_output has the shape {given}, and the loss {expected}; give one number for "
+                "each of the loss"
+            )
+
     def _check_given(self, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
             if (value is not None) == (name in self.signature.inputs):
@@ -137,7 +157,8 @@ class Runner(ABC):
         """Compute on checked, contiguous arrays of the artefact's dtype.
 
         `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0, or
-        [1] of a served graph); `shape` is the one that the others broadcast to.
+        [1] of a served graph; grad_output: the shape of the loss); `shape` is the one that the
+        others broadcast to.
         """
 
     def _output_shape(self, port: Port, feeds: Mapping[str, Any], shape: tuple[int, ...]) -> Any:

@@ -55,7 +55,8 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     Raises:
         ArtefactError: when the rank of an input or output can't be told, metadata are damaged, or
             the graph is no valid one.
-        UnsupportedError: on an opset older than 13, and on a model of 2 GiB or more.
+        UnsupportedError: on an opset older than 13, on a model of 2 GiB or more, and on a loss with
+            an upstream gradient.
     """
     if model.ByteSize() >= _PROTOBUF_LIMIT:
         raise UnsupportedError(
@@ -63,6 +64,11 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
             "weights outside and write its folder by hand, then check it with repository --lint"
         )
     losses = read_losses(model)
+    if any(loss.spec.upstream for loss in losses):
+        raise UnsupportedError(
+            "a server has no gradient to pass back, and grad_output, in the shape of the loss, no "
+            "rows of a request; serve the loss without upstream"
+        )
     spec, route, done = read_spec(model), read_route(model), is_served(model)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
