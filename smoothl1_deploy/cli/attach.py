@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,13 +119,17 @@ def _read(path: Path) -> onnx.ModelProto:
     return bare if external_locations(bare) else read_model(path)
 
 
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, for a ring of links too
+
+
 def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
     """Copy the files that the model's weights are in to where it goes."""
     from ..graph.tensors import external_locations
 
     for location in external_locations(model):
-        old, new = (source / location).resolve(), (target / location).resolve()
-        if not old.is_relative_to(source.resolve()) or not new.is_relative_to(target.resolve()):
+        old, new = _real(source / location), _real(target / location)
+        if not old.is_relative_to(_real(source)) or not new.is_relative_to(_real(target)):
             raise ArtefactError(
                 f"the model's weights are in {location!r}, outside of its folder; that is not read"
             )

@@ -17,6 +17,7 @@ from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE
 from .metadata import forget_spec
+from .nesting import check_nesting
 from .shapes import Shape, broadcast, summed_axes
 from .tensors import Tensor, all_names, main_tensors
 
@@ -71,6 +72,13 @@ def attach(
     """
     if route not in ("function", "inlined"):
         raise SpecError(f"unknown route {route!r} to attach by; choose function or inlined")
+    if not isinstance(model, onnx.ModelProto):
+        raise ArtefactError(
+            f"expected an onnx.ModelProto, got {type(model).__name__}; read it with onnx.load(path)"
+        )
+    if spec is not None and not isinstance(spec, LossSpec):
+        raise SpecError(f"spec must be a LossSpec, got {type(spec).__name__}")
+    check_nesting(model)
     grafted = onnx.ModelProto()
     grafted.CopyFrom(model)
     forget_spec(grafted)
@@ -134,6 +142,8 @@ class _Graft:
         self.prediction = self._in_dtype("prediction", found)
 
     def _known(self, what: str, name: str) -> Tensor:
+        if not isinstance(name, str):
+            raise SpecError(f"the {what} must be the name of a tensor, got {name!r}")
         if name in self._tensors:
             return self._tensors[name]
         names = list(self._tensors)

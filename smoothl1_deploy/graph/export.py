@@ -11,7 +11,7 @@ from ..errors import SpecError, require
 from ..spec import LossSpec
 from .elements import ELEMENT_TYPE
 from .metadata import stamp
-from .shapes import Dim, Shape, broadcast, check_shape, describe, summed_axes
+from .shapes import Dim, Shape, broadcast, check_shape, check_size, describe, summed_axes
 
 __all__ = ["ROUTES", "export"]
 
@@ -106,6 +106,8 @@ def _shapes(
     losses = None if shape is None or target is None else broadcast(shape, target)
     if losses is not None and weight is not None:
         losses = broadcast(losses, weight)
+    if losses is not None:
+        check_size(losses, "the broadcast shape")
     loss: Shape | None = losses
     if spec.per_sample:
         if losses == ():

@@ -19,7 +19,7 @@ import onnx
 from ..artefact import ModelSource, read_model, sha256, signature, write_atomic
 from ..backends.base import get_backend
 from ..environment import environment
-from ..errors import ArtefactError, OutputError, SmoothL1DeployError
+from ..errors import ArtefactError, OutputError, SmoothL1DeployError, reason_of
 from ..floats import Array, dtype_name
 from ..graph.export import export
 from ..graph.metadata import read_spec
@@ -197,9 +197,9 @@ def write_bundle(
     folder = Path(folder)
     try:
         folder.mkdir(exist_ok=True)
-    except OSError as exc:
+    except (OSError, ValueError) as exc:
         raise OutputError(
-            f"can't make the folder {folder}: {exc.strerror or exc}; choose one whose parent "
+            f"can't make the folder {folder}: {reason_of(exc)}; choose one whose parent "
             "exists and that you may write to"
         ) from exc
     for name, content in files.items():
