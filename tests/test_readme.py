@@ -20,7 +20,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"<!-- before\n(.*?)-->|```(console|python)\n(.*?)```", re.DOTALL)
 #: What a page needs beyond the core, told by what stands on it.
-NEEDS = {"smoothl1-deploy build": "tensorrt_rtx", "smoothl1-deploy serve": "tritonclient"}
+NEEDS = {
+    "smoothl1-deploy build": "tensorrt_rtx",
+    "smoothl1-deploy serve": "tritonclient",
+    "table.parquet": "pyarrow",
+}
 
 
 def _script(page: str) -> str:

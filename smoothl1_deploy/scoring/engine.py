@@ -7,7 +7,7 @@ in any order. Partial results are exact, so the order doesn't show in the result
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,9 @@ class PieceScorer:
         self._open.close()
 
 
-def score_locally(job: Job, plan: Plan, pieces: Iterable[Piece]) -> Iterator[PieceResult]:
+def score_locally(
+    job: Job, plan: Plan, pieces: Iterable[Piece]
+) -> Generator[PieceResult, None, None]:
     """Score `pieces` one after the other in this process."""
     scorer = PieceScorer(job)
     try:

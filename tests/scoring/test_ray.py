@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,8 @@ import pytest
 
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.errors import InvalidInputError
-from smoothl1_deploy.scoring import shards
+from smoothl1_deploy.scoring import ray_engine, shards
+from smoothl1_deploy.scoring.engine import PieceResult, PieceScorer, score_locally
 from smoothl1_deploy.scoring.ray_engine import RayEngine
 from smoothl1_deploy.scoring.score import Progress, Score, score_files
 from smoothl1_deploy.scoring.scorer import make_job
@@ -82,6 +84,36 @@ def test_a_killed_worker_changes_nothing(
     assert Path("ray.npy").read_bytes() == Path("local.npy").read_bytes()
     assert len(workers) == PIECES  # each piece once
     assert workers[0] in workers and len({*workers}) >= 3  # two, and the one in the killed's place
+
+
+@pytest.mark.parametrize(("failures", "works"), [(2, True), (3, False)])
+def test_a_piece_that_fails_is_tried_three_times(
+    located: dict[str, dict[str, shards.Location]],
+    monkeypatch: pytest.MonkeyPatch,
+    failures: int,
+    works: bool,
+) -> None:
+    score, left = PieceScorer.score, failures
+
+    def flaky(self: PieceScorer, piece: shards.Piece, shard: shards.Shard) -> PieceResult:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError("the network")
+        return score(self, piece, shard)
+
+    monkeypatch.setattr(PieceScorer, "score", flaky)
+    plan = shards.make_plan(located, flat=True)
+    actor = ray_engine._Actor(make_job(LossSpec()), plan)
+    (done,) = (
+        pickle.loads(actor({"task": pickle.dumps([plan.pieces[0]])})["done"]) if works else [0]
+    )
+    if works:
+        (expected,) = score_locally(make_job(LossSpec()), plan, [plan.pieces[0]])
+        assert done.partial == expected.partial and done.worker.endswith(f":{os.getpid()}")
+    else:
+        with pytest.raises(OSError, match="the network"):
+            actor({"task": pickle.dumps([plan.pieces[0]])})
 
 
 def test_an_error_names_the_shard_and_the_worker(
