@@ -1,7 +1,9 @@
 """A trained autoencoder and its Smooth L1 reconstruction error, from PyTorch to ONNX Runtime.
 
-Trains on scikit-learn's bundled digits (a few seconds on a CPU), then exports two artefacts:
+Trains on scikit-learn's bundled digits (a few seconds on a CPU), then exports three models:
 
+* `digits_autoencoder.onnx`: the autoencoder alone; one such file, trained once, lies beside this
+  one, because another machine trains other weights, and models/ is made of it byte for byte;
 * `digits_loss.onnx`: the loss alone, `LossSpec(beta, reduction="none")`;
 * `digits_scorer.onnx`: autoencoder and loss in one graph, one score a digit.
 
@@ -21,6 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -44,7 +47,7 @@ class Autoencoder(nn.Sequential):
 class Scorer(nn.Module):
     """One score a digit: the mean Smooth L1 distance to its reconstruction."""
 
-    def __init__(self, autoencoder: nn.Module) -> None:
+    def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.loss = SmoothL1Loss(reduction="none", beta=BETA)
@@ -85,6 +88,29 @@ def train(digits: torch.Tensor, epochs: int = 60) -> Autoencoder:
     return model.eval()
 
 
+def as_onnx(model: Autoencoder) -> onnx.ModelProto:
+    """`digits` float32 [N, 64] to `reconstruction`; the same weights give the same bytes."""
+    nodes, weights, tensor = [], [], "digits"
+    for i, layer in enumerate(model):
+        inputs, output = [tensor], "reconstruction" if i == len(model) - 1 else f"hidden_{i}"
+        for name, parameter in layer.named_parameters():
+            inputs.append(f"{i}.{name}")
+            weights.append(numpy_helper.from_array(parameter.detach().numpy(), inputs[-1]))
+        linear = isinstance(layer, nn.Linear)
+        kind, options = ("Gemm", {"transB": 1}) if linear else ("Relu", {})
+        nodes.append(helper.make_node(kind, inputs, [output], name=output, **options))
+        tensor = output
+    digits, reconstruction = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 64])
+        for name in ("digits", tensor)
+    )
+    graph = helper.make_graph(nodes, "digits_autoencoder", [digits], [reconstruction], weights)
+    opset = helper.make_opsetid("", 18)
+    exported = helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    onnx.checker.check_model(exported, full_check=True)
+    return exported
+
+
 def main(folder: Path) -> Outcome:
     """Train, export, run, compare."""
     pixels = (load_digits().data / 16).astype(np.float32)
@@ -94,7 +120,9 @@ def main(folder: Path) -> Outcome:
     scorer = Scorer(train(torch.from_numpy(training))).eval()
 
     folder.mkdir(parents=True, exist_ok=True)
-    loss_file, scorer_file = folder / "digits_loss.onnx", folder / "digits_scorer.onnx"
+    names = ("digits_autoencoder.onnx", "digits_loss.onnx", "digits_scorer.onnx")
+    autoencoder_file, loss_file, scorer_file = (folder / name for name in names)
+    onnx.save(as_onnx(scorer.autoencoder), autoencoder_file)
     onnx.save(export(LossSpec.from_module(scorer.loss), shape=("N", 64)), loss_file)
     torch.onnx.export(
         scorer, (torch.from_numpy(held_out),), scorer_file,
@@ -119,7 +147,7 @@ def main(folder: Path) -> Outcome:
         auc=float(roc_auc_score(truth, np.concatenate([scores, shuffled_scores]))),
         loss_ulp=int(ulp_distance(exported_loss, eager_loss).max()),
         score_error=float(np.max(np.abs(scores - eager_scores) / eager_scores)),
-        files=(loss_file, scorer_file),
+        files=(autoencoder_file, loss_file, scorer_file),
     )
 
 

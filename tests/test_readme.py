@@ -22,6 +22,7 @@ BLOCK = re.compile(r"<!-- before\n(.*?)-->|```(console|python)\n(.*?)```", re.DO
 #: What a page needs beyond the core, told by what stands on it.
 NEEDS = {
     "smoothl1-deploy build": "tensorrt_rtx",
+    "smoothl1-deploy repository": "tritonclient",
     "smoothl1-deploy serve": "tritonclient",
     "table.parquet": "pyarrow",
 }

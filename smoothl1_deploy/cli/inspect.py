@@ -62,6 +62,16 @@ def _spec_facts(spec: LossSpec | None) -> dict[str, Any]:
     return {"spec": None if spec is None else spec.to_dict()}
 
 
+def _certificate(path: Path, problems: list[str]) -> dict[str, Any]:
+    """What the certificate beside a file says; one that speaks against the file is a problem."""
+    from ..parity.certificate import read_certificate
+
+    status = read_certificate(path)
+    if status.state not in ("absent", "matches"):
+        problems.append(f"{status.state} certificate: {status.message}")
+    return status.to_dict()
+
+
 def inspect_model(path: Path) -> Inspection:
     """Look into an ONNX file; a model of other origin is shown as far as it goes.
 
@@ -94,6 +104,7 @@ def inspect_model(path: Path) -> Inspection:
         "opsets": opsets,
         "inputs": inputs,
         "outputs": outputs,
+        "certificate": _certificate(path, problems),
     }
     operators = {"graph": dict(Counter(node.op_type for node in graph.node))}
     for function in model.functions:
@@ -153,7 +164,11 @@ def inspect_engine(path: Path) -> Inspection:
     except ArtefactError as exc:
         problems.append(str(exc))
     data = path.read_bytes()
-    facts: dict[str, Any] = {"bytes": len(data), "sha256": sha256(data)}
+    facts: dict[str, Any] = {
+        "bytes": len(data),
+        "sha256": sha256(data),
+        "certificate": _certificate(path, problems),
+    }
     try:
         sidecar = Sidecar.read(sidecar_path(path))
     except ArtefactError:
@@ -275,6 +290,8 @@ def _text(name: str, value: Any) -> str:
         return show_ports(value)
     if name == "bytes":
         return human_size(value)
+    if name == "certificate":
+        return f"{value['state']}: {value['message']}"
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

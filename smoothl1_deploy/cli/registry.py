@@ -44,6 +44,9 @@ COMMANDS: dict[str, Entry] = {
     "parity": Entry("Check a whole matrix of specs, routes and backends.", "parity", "parity"),
     "serve": Entry("Serve a model repository with a real Triton.", "serve", "serve"),
     "inspect": Entry("Show what is inside an ONNX file or an engine.", "inspect", "inspect"),
+    "repository": Entry(
+        "Write models for a Triton server, or check its repository.", "repository", "repository"
+    ),
     "cache": Entry("Look into the engine cache, and make room in it.", "cache", "cache"),
     "doctor": Entry(
         "Show what is installed, what can run here, and what to install.", "doctor", "doctor"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from ..artefact import ROLES
 from ..backends.arrays import as_array, as_beta, promote
 from ..errors import ArtefactError, InvalidInputError
 from ..floats import Array
@@ -75,6 +76,21 @@ class Client:
             self._known = self._transport.metadata(self.model, self.version)
         return self._known
 
+    @property
+    def dtype(self) -> str:
+        """Of the model's input, such as `"bfloat16"`.
+
+        Raises:
+            ArtefactError: for a model that takes no `input` and `target`, and as `metadata`.
+            ServerError: when there is no answer.
+        """
+        kind = self._inputs()["input"]
+        if kind not in _DTYPES:
+            raise ArtefactError(
+                f"the model {self.model!r} takes {kind}, which is no number format of a loss"
+            )
+        return _DTYPES[kind]
+
     def loss(
         self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
     ) -> Array:
@@ -96,35 +112,25 @@ class Client:
 
         Returns:
             Name -> array of the model's dtype. A loss that the server gives as [1] has rank 0
-            here, and one score a row, [N, 1] there, has the shape [N], where the input has more
-            than one column.
+            here; one score a row, [N, 1] there, has the shape [N], unless the input is [N, 1] too.
 
         Raises:
             InvalidInputError: for arrays that don't fit; the server's own words where it refused.
             ArtefactError: when the server has no such model, or it takes something else.
             ServerError: when there is no answer, or the model failed.
         """
-        ports = {port["name"]: port for port in self.metadata()["inputs"]}
         given = {"input": input, "target": target, "weight": weight, "beta": beta}
-        self._check_given(ports, given)
+        self._check_given(given)
         arrays = {
             name: as_array(value, name)
             for name, value in given.items()
             if value is not None and name != "beta"
         }
-        feeds = promote(arrays, self._dtype(ports["input"]))
+        feeds = promote(arrays, self.dtype)
         if beta is not None:
             feeds["beta"] = as_beta(beta).reshape(1)
         outputs = self.infer(feeds)
-        rows = len(feeds["input"]) if feeds["input"].ndim else 0
-        for name, array in outputs.items():
-            if name == "grad_input" or array.shape == feeds["input"].shape != (1,):
-                continue
-            if array.shape == (1,) and self._has_shape(name, 1):
-                outputs[name] = array.reshape(())
-            elif array.shape == (rows, 1):
-                outputs[name] = array.reshape(rows)
-        return outputs
+        return {name: self._narrowed(name, array) for name, array in outputs.items()}
 
     def infer(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Send arrays as they are, by the names of the model's inputs; every output comes back.
@@ -138,12 +144,18 @@ class Client:
         """Give the connections back."""
         self._transport.close()
 
-    def _check_given(self, ports: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-        if not {"input", "target"} <= set(ports) <= set(given):
+    def _inputs(self) -> dict[str, str]:
+        """Name -> data type of the model's inputs, those of a loss."""
+        inputs = {port["name"]: str(port["datatype"]) for port in self.metadata()["inputs"]}
+        if not {"input", "target"} <= set(inputs) <= set(ROLES):
             raise ArtefactError(
-                f"the model {self.model!r} takes {', '.join(ports)}; a loss takes input and "
+                f"the model {self.model!r} takes {', '.join(inputs)}; a loss takes input and "
                 "target. Send the arrays by these names, with infer()"
             )
+        return inputs
+
+    def _check_given(self, given: Mapping[str, Any]) -> None:
+        ports = self._inputs()
         for name, value in given.items():
             if value is None and name in ports:
                 raise InvalidInputError(f"{name} is missing; the model takes {', '.join(ports)}")
@@ -152,15 +164,15 @@ class Client:
                     f"the model takes {', '.join(ports)}, and no {name}; leave it out"
                 )
 
-    def _dtype(self, port: Mapping[str, Any]) -> str:
-        if port["datatype"] not in _DTYPES:
-            raise ArtefactError(
-                f"the model {self.model!r} takes {port['datatype']}, which is no number format of "
-                "a loss"
-            )
-        return _DTYPES[port["datatype"]]
-
-    def _has_shape(self, name: str, size: int) -> bool:
-        """Whether the model's output has one axis of a fixed size."""
-        (port,) = (port for port in self.metadata()["outputs"] if port["name"] == name)
-        return [int(dim) for dim in port["shape"]] == [size]
+    def _narrowed(self, name: str, array: Array) -> Array:
+        """An output without the axis that a server needs and a loss doesn't have."""
+        known = self.metadata()
+        declared = {
+            port["name"]: [int(dim) for dim in port["shape"]]
+            for port in (*known["inputs"], *known["outputs"])
+        }
+        if name != "loss" or declared[name] == declared["input"]:
+            return array
+        if declared[name] == [1]:
+            return array.reshape(())
+        return array.reshape(len(array)) if declared[name][1:] == [1] else array

@@ -16,7 +16,7 @@ __all__ = ["LOGGER", "JsonFormatter", "open_log", "record"]
 #: Its records carry `fields`, a mapping; whoever uses the package may add handlers of their own.
 LOGGER = logging.getLogger("smoothl1_deploy.serving")
 
-_WARNINGS = ("canary_failed", "reload_failed")
+_WARNINGS = ("canary_failed", "reload_failed", "version_refused")
 
 
 class JsonFormatter(logging.Formatter):

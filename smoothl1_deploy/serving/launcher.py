@@ -23,6 +23,7 @@ from urllib.parse import quote
 from ..errors import ArtefactError, OutputError, ServerError, SpecError, require
 from . import onnxruntime_backend
 from .install import Triton, find_triton
+from .model_config import CONFIG_FILE, read_config
 
 __all__ = ["ADMIN_HEADER", "Addresses", "Server"]
 
@@ -251,14 +252,27 @@ class Server:
             raise ServerError(f"the Triton server does not answer ({exc})") from exc
         return response.status, data
 
-    def load(self, model: str) -> None:
+    def load(self, model: str, version: str = "") -> None:
         """Load a model, or load it anew; the old one serves until the new one can.
+
+        Args:
+            model: its name.
+            version: the one to serve; empty for what its config says, as a rule the newest.
 
         Raises:
             ArtefactError: when the server refuses it, with the server's reason.
             ServerError: when the server doesn't answer.
         """
-        self._manage(model, "load", {})
+        self._manage(model, "load", self._pinned(model, version) if version else {})
+
+    def _pinned(self, model: str, version: str) -> dict[str, Any]:
+        """A load request that overrides the version policy; it takes a whole config."""
+        json_format = require("google.protobuf.json_format", "serve", "serving")
+        config = read_config((self.repository / model / CONFIG_FILE).read_bytes())
+        config.ClearField("version_policy")
+        config.version_policy.specific.versions.append(int(version))
+        text = json_format.MessageToJson(config, preserving_proto_field_name=True, indent=None)
+        return {"parameters": {"config": text}}
 
     def unload(self, model: str) -> None:
         """Take a model out of service; nothing is said of one that was not in it.

@@ -22,11 +22,12 @@ from onnx import TensorProto, helper
 
 from ..errors import ArtefactError, UnsupportedError
 from ..graph.attach import ATTACHED
-from ..graph.metadata import is_served, read_route, read_spec, stamp
+from ..graph.metadata import SERVED, is_served, read_route, read_spec, stamp
 from ..graph.shapes import describe
 from ..spec import LossSpec
+from .ports import ModelPorts, onnx_ports
 
-__all__ = ["Loss", "ServedGraph", "read_losses", "serve"]
+__all__ = ["Loss", "ServedGraph", "read_losses", "rename_uses", "serve", "why_unbatched"]
 
 _ALLOWZERO = 14  # the first opset whose Reshape takes a size of 0 as it is
 _AXES_AS_INPUT = 13
@@ -39,6 +40,11 @@ class Loss:
     spec: LossSpec
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
+
+    @classmethod
+    def of(cls, spec: LossSpec) -> Loss:
+        """That of an artefact, whose tensors are called what the spec calls them."""
+        return cls(spec, {name: name for name in spec.inputs}, {n: n for n in spec.outputs})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ def read_losses(model: onnx.ModelProto) -> tuple[Loss, ...]:
     """
     spec = read_spec(model)
     if spec is not None:
-        return (Loss(spec, {n: n for n in spec.inputs}, {n: n for n in spec.outputs}),)
+        return (Loss.of(spec),)
     properties = {entry.key: entry.value for entry in model.metadata_props}
     try:
         return tuple(
@@ -91,7 +97,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     editor = _Editor(copy)
-    unbatched = _unbatched(losses, editor)
+    unbatched = why_unbatched(losses, onnx_ports(copy))
     if done:
         return ServedGraph(copy, losses, unbatched)
     for loss in losses:
@@ -116,13 +122,12 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
 
 
 def _note_served(model: onnx.ModelProto) -> None:
-    from ..graph.metadata import SERVED
-
     properties = {entry.key: entry.value for entry in model.metadata_props}
     helper.set_model_props(model, {**properties, SERVED: "1"})
 
 
-def _unbatched(losses: Iterable[Loss], editor: _Editor) -> str | None:
+def why_unbatched(losses: Iterable[Loss], ports: ModelPorts) -> str | None:
+    """Why the rows of two requests must not go into one batch; None where they may."""
     for loss in losses:
         spec = loss.spec
         if spec.reduction != "none" and not spec.per_sample:
@@ -132,13 +137,14 @@ def _unbatched(losses: Iterable[Loss], editor: _Editor) -> str | None:
             )
         if spec.runtime_beta:
             return "beta is one number for a whole batch, and two requests may differ in it"
-    for kind, values in (("input", editor.inputs), ("output", editor.model.graph.output)):
-        for value in values:
-            dims = editor.dims(value.name)
-            if not dims or isinstance(dims[0], int):
-                return f"the {kind} {value.name} has no axis of rows"
-            if kind == "input" and len(dims) == 1:
-                return f"the input {value.name} has no axis beside its rows"
+    for kind, given in (("input", ports.inputs), ("output", ports.outputs)):
+        for port in given:
+            if port.dims is None:
+                continue
+            if not port.dims or port.dims[0] != -1:
+                return f"the {kind} {port.name} has no axis of rows"
+            if kind == "input" and len(port.dims) == 1:
+                return f"the input {port.name} has no axis beside its rows"
     return None
 
 
@@ -194,10 +200,11 @@ class _Editor:
     def guard(self, tensor: str, like: str) -> None:
         """Make an error of a `tensor` whose rows aren't those of `like`, its declared equal.
 
-        One that is declared to broadcast is left as it is.
+        One that is declared to broadcast is left as it is. Names of axes don't count: inference
+        invents them.
         """
-        dims = self._known(like)
-        if tensor == like or dims is None or self._known(tensor) != dims:
+        dims, own = (self._known(name) for name in (like, tensor))
+        if tensor == like or dims is None or own is None or _sizes(dims) != _sizes(own):
             return
         nodes = self.model.graph.node
         made = {name: i for i, node in enumerate(nodes) for name in node.output}
@@ -211,7 +218,7 @@ class _Editor:
             shape = added[-1].output[0]
         zero: dict[str, Any] = {"allowzero": 1} if self._opset >= _ALLOWZERO else {}
         added.append(helper.make_node("Reshape", [tensor, shape], [guarded], name=guarded, **zero))
-        _rename_uses(users, tensor, guarded)
+        rename_uses(users, tensor, guarded)
         del nodes[start:]
         nodes.extend([*added, *users])
 
@@ -233,7 +240,7 @@ class _Editor:
         """From rank 0 to [1]."""
         scalar, axes = f"{value.name}/scalar", self._axes(value.name, 0)
         nodes = list(self.model.graph.node)
-        _rename_uses(nodes, value.name, scalar)
+        rename_uses(nodes, value.name, scalar)
         squeeze = helper.make_node("Squeeze", [value.name, axes], [scalar], name=scalar)
         del self.model.graph.node[:]
         self.model.graph.node.extend([squeeze, *nodes])
@@ -243,7 +250,7 @@ class _Editor:
         """From rank 0 to [1], from [N] to [N, 1]."""
         narrow, axes = f"{value.name}/narrow", self._axes(value.name, len(dims))
         nodes = self.model.graph.node
-        _rename_uses(nodes, value.name, narrow)
+        rename_uses(nodes, value.name, narrow)
         for node in nodes:
             for i, name in enumerate(node.output):
                 if name == value.name:
@@ -258,6 +265,10 @@ class _Editor:
         tensor = helper.make_tensor(f"{name}/axes", TensorProto.INT64, [1], [axis])
         self.model.graph.initializer.append(tensor)
         return str(tensor.name)
+
+
+def _sizes(dims: tuple[int | str, ...]) -> list[int]:
+    return [-1 if isinstance(dim, str) else dim for dim in dims]
 
 
 def _declare(value: onnx.ValueInfoProto, dims: list[Any]) -> None:
@@ -275,7 +286,8 @@ def _every_node(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from _every_node(graph.node)
 
 
-def _rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+def rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    """Let every node that reads the tensor `old` read `new`, in subgraphs too."""
     for node in _every_node(nodes):
         for i, name in enumerate(node.input):
             if name == old:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..parity.certificate import CertificateStatus, read_certificate
 from .canary import Canary, make_canary
 from .launcher import Server
 from .model_config import CONFIG_FILE, read_config
+from .stubs import is_alive, stubs_of
 from .transport import Transport, open_transport
 
 __all__ = ["Model", "Supervisor", "models_of"]
@@ -30,6 +31,7 @@ class Model:
         platform: Triton's.
         canary: None where the right answer can't be told; such a model is only loaded.
         certificate: what is beside the file that is served.
+        processes: those that run it, under the embedded server.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Model:
     platform: str
     canary: Canary | None
     certificate: CertificateStatus
+    processes: frozenset[int] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -133,13 +136,23 @@ class Supervisor:
         if platform == "tensorrt_plan":  # the ONNX model beside it has the same answers
             source = self._file(name.removesuffix("_trt"), version, "")
         canary = make_canary(source, name, version) if source.exists() else None
-        return Model(name, version, platform, canary, read_certificate(file))
+        model = Model(name, version, platform, canary, read_certificate(file))
+        return replace(model, processes=self._processes(model))
+
+    def _processes(self, model: Model) -> frozenset[int]:
+        if not self._server.triton.embedded:
+            return frozenset()
+        folder = self._server.repository / model.name / model.version
+        return stubs_of(self._server.pid, folder)
 
     def _file(self, name: str, version: str, platform: str) -> Path:
         folder = self._server.repository / name
         return folder / version / _FILES.get(platform, "model.onnx")
 
     def _check(self, model: Model) -> None:
+        # One of a former load may have lived on for a moment when these were noted.
+        if not all(map(is_alive, model.processes)) and not self._processes(model):
+            raise ServerError(f"the process of {model.name!r} has died")
         if model.canary is not None:
             model.canary.check(self._transport)
 
@@ -179,7 +192,7 @@ class Supervisor:
         try:
             # Loading alone does nothing for a model whose files didn't change.
             self._server.unload(name)
-            self._server.load(name)
+            self._load_newest(name)
             self.models[name] = self._model(name)
             self._check(self.models[name])
         except (ArtefactError, InvalidInputError, ServerError) as exc:
@@ -187,6 +200,15 @@ class Supervisor:
             return False
         self._record("reloaded", model=name, seconds=time.perf_counter() - started)
         return True
+
+    def _load_newest(self, name: str) -> None:
+        """Load what the config asks for; the version that served before where that is broken."""
+        try:
+            self._server.load(name)
+        except ArtefactError as exc:
+            version = self.models[name].version
+            self._record("version_refused", model=name, instead=version, reason=str(exc))
+            self._server.load(name, version)
 
     def close(self) -> None:
         """Give the connection back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,23 @@ def test_the_layers_of_the_network_tensorrt_makes_of_it(cli: Callable[..., Done]
     found = _json(cli, model("f64.onnx", dtype="float64"))
     assert "is float64" in found["runs"]["build with tensorrt_rtx"]
     assert "tensorrt_rtx network" not in found["operators"]
+
+
+def test_the_certificate_beside_it(cli: Callable[..., Done]) -> None:
+    path = model()
+    absent = "absent: no certificate; smoothl1-deploy verify --certificate writes one"
+    assert f"certificate     {absent}" in cli("inspect", path).out
+    assert cli("verify", path, "--no-drift", "--certificate").code == 0
+    found = _json(cli, path)["certificate"]
+    assert (found["state"], found["verdict"]) == ("matches", "green")  # type: ignore[index]
+    assert re.search(r"certificate     matches: \d+ cases green on", cli("inspect", path).out)
+
+    model(beta=0.5)  # another artefact of that name
+    found = _json(cli, path)
+    assert found["certificate"]["state"] == "stale"  # type: ignore[index]
+    problem = "stale certificate: the artefact changed since it was certified on"
+    assert problem in found["problems"][0]  # type: ignore[index]
+    assert f"problem: {problem}" in cli("inspect", path).out
 
 
 def test_a_model_that_was_changed_since(cli: Callable[..., Done]) -> None:

@@ -28,3 +28,6 @@ def test_the_scores_separate_digits_from_noise_and_equal_pytorch(
     assert outcome.score_error < 1e-5
     for path in outcome.files:
         onnx.checker.check_model(onnx.load(path))
+    kept, trained = (onnx.load(path) for path in (_FILE.with_suffix(".onnx"), outcome.files[0]))
+    assert [node.op_type for node in kept.graph.node] == [n.op_type for n in trained.graph.node]
+    assert [t.dims for t in kept.graph.initializer] == [t.dims for t in trained.graph.initializer]
