@@ -20,7 +20,7 @@ from smoothl1_deploy.scoring.ray_engine import RayEngine
 from smoothl1_deploy.scoring.score import Progress, Score, score_files
 from smoothl1_deploy.scoring.scorer import make_job
 
-PIECES = 60
+PIECES = 40
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +116,17 @@ def test_a_piece_that_fails_is_tried_three_times(
             actor({"task": pickle.dumps([plan.pieces[0]])})
 
 
-def test_an_error_names_the_shard_and_the_worker(
+def test_an_error_names_shard_and_worker_and_this_machine_finishes(
     cluster: None, located: dict[str, dict[str, shards.Location]]
 ) -> None:
-    damaged = bytearray(Path("t/b.npz").read_bytes())
+    job, whole = make_job(LossSpec()), Path("t/b.npz").read_bytes()
+    expected = score_files(job, located)
+    damaged = bytearray(whole)
     damaged[len(damaged) // 2] ^= 1
     Path("t/b.npz").write_bytes(damaged)
     with pytest.raises(InvalidInputError, match=r"^shard b.npz.* damaged .*\(on [^)]+:\d+\)$"):
-        score_files(make_job(LossSpec()), located, engine=RayEngine(), journal=Path("j"))
+        score_files(job, located, engine=RayEngine(), journal=Path("j"))
+    Path("t/b.npz").write_bytes(whole)
+    resumed = score_files(job, located, journal=Path("j"))
+    assert 0 < resumed.scored < resumed.count  # the pieces of the other shard were kept
+    assert same(replace(resumed, scored=expected.scored), expected)
