@@ -13,6 +13,7 @@ from .errors import ArtefactError
 from .files import write_atomic
 from .graph.elements import DTYPE_OF_ELEMENT
 from .graph.metadata import read_spec
+from .graph.nesting import check_nesting
 from .graph.shapes import Shape, describe
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 #: What an input of a loss artefact can be for.
-ROLES = ("input", "target", "weight", "beta")
+ROLES = ("input", "target", "weight", "beta", "grad_output")
 
 ModelSource = onnx.ModelProto | bytes | str | os.PathLike[str]
 
@@ -42,10 +43,15 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
     """An ONNX model from a `ModelProto`, its bytes, or a path.
 
     Raises:
-        ArtefactError: when there is no such file or its content is no ONNX model.
+        ArtefactError: when there is no such file or its content is no ONNX model, and for one that
+            nests without end.
     """
-    if isinstance(source, onnx.ModelProto):
-        return source
+    model = source if isinstance(source, onnx.ModelProto) else _read(source)
+    check_nesting(model)
+    return model
+
+
+def _read(source: bytes | str | os.PathLike[str]) -> onnx.ModelProto:
     if isinstance(source, bytes):
         what = f"{len(source)} bytes"
     elif isinstance(source, (str, os.PathLike)):
@@ -89,7 +95,7 @@ class Signature:
     """What a loss artefact takes and gives.
 
     Attributes:
-        inputs: role (`input`, `target`, `weight`, `beta`) -> the graph input that plays it.
+        inputs: role (one of `ROLES`) -> the graph input that plays it.
         outputs: in the order of the graph.
     """
 

@@ -7,7 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import OutputError, reason_of
 
 __all__ = ["write_atomic"]
 
@@ -16,9 +16,14 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write beside the target, then rename: the file is there whole, or as it was before.
 
     Raises:
-        OutputError: when the folder is missing or can't be written.
+        OutputError: when the folder is missing or can't be written, and for what is no file: a
+            rename would put one in the place of a device.
     """
     path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputError(
+            f"can't write {path}: it is a folder or a device; choose the name of a file"
+        )
     # Not tempfile: it makes files for the owner alone, and to learn the umask one has to change
     # it, which two threads must not do at once. open() applies it by itself.
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
@@ -33,9 +38,9 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise OutputError(
-            f"can't write {path}: {exc.strerror or exc}; choose a file in a folder that exists "
+            f"can't write {path}: {reason_of(exc)}; choose a file in a folder that exists "
             "and that you may write to"
         ) from exc
     return path

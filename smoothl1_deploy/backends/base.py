@@ -68,7 +68,13 @@ class Runner(ABC):
         self.served = self.spec is not None and is_served(model)
 
     def run(
-        self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
+        self,
+        input: Any,
+        target: Any,
+        *,
+        weight: Any = None,
+        beta: float | None = None,
+        grad_output: Any = None,
     ) -> dict[str, Array]:
         """The loss of `input` and `target`.
 
@@ -79,6 +85,8 @@ class Runner(ABC):
             weight: likewise, where the artefact takes one.
             beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
                 float32. A negative or NaN beta gives NaN.
+            grad_output: an array in the shape of the loss, where the artefact takes one
+                (`upstream`).
 
         Returns:
             `{"loss": array}` in the artefact's dtype: the broadcast shape for `none`, rank 0
@@ -89,17 +97,31 @@ class Runner(ABC):
             InvalidInputError: on arrays that don't fit; the message says what would.
         """
         given = {"input": input, "target": target, "weight": weight}
-        self._check_given({**given, "beta": beta})
+        self._check_given({**given, "beta": beta, "grad_output": grad_output})
         arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
         shape = self._broadcast(arrays)
+        if grad_output is not None:
+            arrays["grad_output"] = as_array(grad_output, "grad_output")
+            self._check_upstream(arrays["grad_output"].shape, shape)
         feeds = promote(arrays, self.signature.input.dtype)
         if beta is not None:
-            feeds["beta"] = as_beta(beta).reshape((1,) if self.served else ())
-        outputs = self._execute(feeds, shape)
-        if self.served:  # a loss of any other shape stays as it is, for a comparison to see it
-            wanted = self._loss_shape(shape)
-            if outputs["loss"].shape == self._served_shape(wanted):
-                outputs["loss"] = outputs["loss"].reshape(wanted)
+            feeds["beta"] = self._beta_port(as_beta(beta))
+        return self._of_the_spec(self._execute(feeds, shape), shape)
+
+    def _beta_port(self, beta: Any) -> Any:
+        """beta, of rank 0, in the shape of the graph's input."""
+        return beta.reshape((1,) if self.served else ())
+
+    def _of_the_spec(self, outputs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """The outputs of a served graph in the shapes of its spec.
+
+        A loss of any other shape stays as it is, for a comparison to see it.
+        """
+        if not self.served:
+            return outputs
+        wanted = self._loss_shape(shape)
+        if tuple(outputs["loss"].shape) == self._served_shape(wanted):
+            outputs["loss"] = outputs["loss"].reshape(wanted)
         return outputs
 
     def _broadcast(self, arrays: Mapping[str, Any]) -> tuple[int, ...]:
@@ -111,6 +133,15 @@ class Runner(ABC):
                 "samples; give them one, as in input[None]"
             )
         return shape
+
+    def _check_upstream(self, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Whether `grad_output` has the shape of the loss of arrays that broadcast to `shape`."""
+        expected = tuple(self._output_shape(self.signature.loss, {}, shape))
+        if given != expected:
+            raise InvalidInputError(
+                f"grad_output has the shape {given}, and the loss {expected}; give one number for "
+                "each of the loss"
+            )
 
     def _check_given(self, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
@@ -126,7 +157,8 @@ class Runner(ABC):
         """Compute on checked, contiguous arrays of the artefact's dtype.
 
         `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0, or
-        [1] of a served graph); `shape` is the one that the others broadcast to.
+        [1] of a served graph; grad_output: the shape of the loss); `shape` is the one that the
+        others broadcast to.
         """
 
     def _output_shape(self, port: Port, feeds: Mapping[str, Any], shape: tuple[int, ...]) -> Any:

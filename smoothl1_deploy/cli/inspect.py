@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ArtefactError, InvalidInputError, SmoothL1DeployError
+from ..errors import ArtefactError, InvalidInputError, SmoothL1DeployError, reason_of
 from .console import human_size, print_fields, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
@@ -240,14 +241,16 @@ def _cannot_run(path: Path, sidecar: Sidecar) -> str | None:
 
 def _is_engine(path: Path) -> bool:
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(0, "it is a folder, a pipe or a device")  # a pipe would wait for ever
         with path.open("rb") as file:
             start = file.read(4)
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise InvalidInputError(
-            f"{path} can't be read ({exc.strerror}); give the path of an .onnx file or an engine"
+            f"{path} can't be read ({reason_of(exc)}); give the path of an .onnx file or an engine"
         ) from exc
     beside = path.with_name(path.name + ".json")
-    return start in _ENGINE_MAGIC or path.suffix in (".engine", ".plan") or beside.is_file()
+    return start in _ENGINE_MAGIC or path.suffix in (".engine", ".plan") or os.path.isfile(beside)
 
 
 def inspect(

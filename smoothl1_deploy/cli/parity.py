@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import OutputError, SpecError
+from ..errors import OutputError, SpecError, reason_of
 from .console import open_console, print_lines, print_note
 
 if TYPE_CHECKING:
@@ -140,9 +140,9 @@ def _bundle(report: Report, folder: Path) -> None:
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
+    except (OSError, ValueError) as exc:
         raise OutputError(
-            f"can't make the folder {folder}: {exc.strerror or exc}; choose another with -o"
+            f"can't make the folder {folder}: {reason_of(exc)}; choose another with -o"
         ) from exc
 
 

@@ -40,11 +40,13 @@ EXTENSIONS = (
     LossSpec(reduction="sum", per_sample=True),
     LossSpec(reduction="none", gradient=True),
     LossSpec(gradient=True),
+    LossSpec(gradient=True, upstream=True),
+    LossSpec(reduction="none", gradient=True, upstream=True),
     LossSpec(runtime_beta=True),
     LossSpec(weight="count"),
     LossSpec(weight="weights"),
     LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
-    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights"),
+    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
 )
 
 #: Layouts by how an artefact meets them. Every family is fed to the first group.
@@ -117,9 +119,10 @@ class Matrix:
             )
         if self.extensions:
             formats = " and ".join(["float64", *narrow])
+            notes.append("float64: no gradient of a broadcast input with an upstream one")
             notes.append(
-                f"{formats}: no weighted gradient of subnormal differences, which no wider format "
-                "is there for"
+                f"{formats}: no weighted gradient, and none with an upstream one, of subnormal "
+                "differences, which no wider format is there for"
             )
         if {*OVER_THE_WIRE} & {*self.backends}:
             notes.append(
@@ -287,7 +290,8 @@ def _is_run(case: Case, route: str, backend: str) -> bool:
 def _needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """Whether a gradient can only be right in a format wider than the one at hand.
 
-    Summed back to a broadcast input, terms of either sign cancel; weighted and divided, a
+    Summed back to a broadcast input, terms of either sign cancel; weighted (or multiplied by an
+    upstream gradient) and divided, a
     subnormal slope is rounded three times. How far PyTorch itself, which computes in the
     output's format, is off in either case is a matter of luck, and no measure.
     """
@@ -295,9 +299,10 @@ def _needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         return False
     layout = LAYOUTS[case.layout]
     sums_back = summed_axes(layout.input_axes, layout.target_axes) != ()
-    rounds_thrice = spec.weight is not None and case.family == "subnormals"
+    scaled = spec.weight is not None or spec.upstream
+    rounds_thrice = scaled and case.family == "subnormals"
     if spec.dtype == "float64":
-        return rounds_thrice
+        return rounds_thrice or (sums_back and spec.upstream)
     return not wide and (sums_back or rounds_thrice)
 
 

@@ -184,7 +184,7 @@ def test_what_speaks_against_an_engine(
     ("name", "message"),
     [
         ("nope", "nope can't be read (No such file or directory); give the path of an .onnx file"),
-        (".", ". can't be read (Is a directory)"),
+        (".", ". can't be read (it is a folder, a pipe or a device)"),
         ("text.onnx", "text.onnx"),
         ("empty.onnx", "empty.onnx holds no ONNX graph"),
     ],
