@@ -20,6 +20,7 @@ __all__ = [
     "SmoothL1DeployError",
     "SpecError",
     "UnsupportedError",
+    "reason_of",
     "require",
 ]
 
@@ -68,6 +69,11 @@ class MissingDependencyError(SmoothL1DeployError, ImportError):
     """A package that the request needs and that is not installed."""
 
     exit_code = 3
+
+
+def reason_of(exc: OSError | ValueError) -> str:
+    """Why a file can't be used; a ValueError is of a name that no file can have."""
+    return str(getattr(exc, "strerror", None) or exc)
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

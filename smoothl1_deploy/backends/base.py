@@ -8,8 +8,10 @@ it in `BACKENDS`.
 from __future__ import annotations
 
 import importlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -20,13 +22,14 @@ from ..errors import (
     InvalidInputError,
     MissingDependencyError,
     SpecError,
+    UnsupportedError,
 )
 from ..floats import Array
 from ..graph.metadata import is_served, read_spec
 from ..spec import LossSpec
 from .arrays import as_array, as_beta, check_shapes, promote
 
-__all__ = ["BACKENDS", "Backend", "Runner", "get_backend", "load"]
+__all__ = ["BACKENDS", "ENGINE_SUFFIXES", "REFERENCES", "Backend", "Runner", "get_backend", "load"]
 
 #: name -> (module of this package that holds it, its class).
 BACKENDS: Mapping[str, tuple[str, str]] = {
@@ -34,9 +37,20 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "onnx-reference": ("onnx_reference", "ReferenceBackend"),
     "ort-cpu": ("ort_cpu", "OrtCpuBackend"),
     "trt-network": ("trt_network", "TrtNetworkBackend"),
+    "torch-cuda": ("torch_cuda", "TorchCudaBackend"),
+    "ort-cuda": ("ort_gpu", "OrtCudaBackend"),
+    "ort-tensorrt": ("ort_tensorrt", "OrtTensorrtBackend"),
+    "ort-tensorrt-rtx": ("ort_tensorrt", "OrtTensorrtRtxBackend"),
+    "trt": ("trt", "TrtBackend"),
     "triton-http": ("triton", "TritonHttpBackend"),
     "triton-grpc": ("triton", "TritonGrpcBackend"),
 }
+
+#: Of files that `load` takes for TensorRT engines.
+ENGINE_SUFFIXES = (".engine", ".plan")
+
+#: Backends that are PyTorch itself: what the others are compared with.
+REFERENCES = ("torch", "torch-cuda")
 
 
 class Runner(ABC):
@@ -54,7 +68,13 @@ class Runner(ABC):
         self.served = self.spec is not None and is_served(model)
 
     def run(
-        self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
+        self,
+        input: Any,
+        target: Any,
+        *,
+        weight: Any = None,
+        beta: float | None = None,
+        grad_output: Any = None,
     ) -> dict[str, Array]:
         """The loss of `input` and `target`.
 
@@ -65,6 +85,8 @@ class Runner(ABC):
             weight: likewise, where the artefact takes one.
             beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
                 float32. A negative or NaN beta gives NaN.
+            grad_output: an array in the shape of the loss, where the artefact takes one
+                (`upstream`).
 
         Returns:
             `{"loss": array}` in the artefact's dtype: the broadcast shape for `none`, rank 0
@@ -75,23 +97,51 @@ class Runner(ABC):
             InvalidInputError: on arrays that don't fit; the message says what would.
         """
         given = {"input": input, "target": target, "weight": weight}
-        self._check_given({**given, "beta": beta})
+        self._check_given({**given, "beta": beta, "grad_output": grad_output})
         arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
+        shape = self._broadcast(arrays)
+        if grad_output is not None:
+            arrays["grad_output"] = as_array(grad_output, "grad_output")
+            self._check_upstream(arrays["grad_output"].shape, shape)
+        feeds = promote(arrays, self.signature.input.dtype)
+        if beta is not None:
+            feeds["beta"] = self._beta_port(as_beta(beta))
+        return self._of_the_spec(self._execute(feeds, shape), shape)
+
+    def _beta_port(self, beta: Any) -> Any:
+        """beta, of rank 0, in the shape of the graph's input."""
+        return beta.reshape((1,) if self.served else ())
+
+    def _of_the_spec(self, outputs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """The outputs of a served graph in the shapes of its spec.
+
+        A loss of any other shape stays as it is, for a comparison to see it.
+        """
+        if not self.served:
+            return outputs
+        wanted = self._loss_shape(shape)
+        if tuple(outputs["loss"].shape) == self._served_shape(wanted):
+            outputs["loss"] = outputs["loss"].reshape(wanted)
+        return outputs
+
+    def _broadcast(self, arrays: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape that the arrays broadcast to; refuses what the artefact can't take."""
         shape = check_shapes(arrays, self.signature.inputs)
         if self.spec is not None and self.spec.per_sample and not shape:
             raise InvalidInputError(
                 "the artefact gives one loss per sample, and input and target have no axis of "
                 "samples; give them one, as in input[None]"
             )
-        feeds = promote(arrays, self.signature.input.dtype)
-        if beta is not None:
-            feeds["beta"] = as_beta(beta).reshape((1,) if self.served else ())
-        outputs = self._execute(feeds, shape)
-        if self.served:  # a loss of any other shape stays as it is, for a comparison to see it
-            wanted = self._loss_shape(shape)
-            if outputs["loss"].shape == self._served_shape(wanted):
-                outputs["loss"] = outputs["loss"].reshape(wanted)
-        return outputs
+        return shape
+
+    def _check_upstream(self, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Whether `grad_output` has the shape of the loss of arrays that broadcast to `shape`."""
+        expected = tuple(self._output_shape(self.signature.loss, {}, shape))
+        if given != expected:
+            raise InvalidInputError(
+                f"grad_output has the shape {given}, and the loss {expected}; give one number for "
+                "each of the loss"
+            )
 
     def _check_given(self, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
@@ -107,10 +157,11 @@ class Runner(ABC):
         """Compute on checked, contiguous arrays of the artefact's dtype.
 
         `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0, or
-        [1] of a served graph); `shape` is the one that the others broadcast to.
+        [1] of a served graph; grad_output: the shape of the loss); `shape` is the one that the
+        others broadcast to.
         """
 
-    def _output_shape(self, port: Port, feeds: dict[str, Array], shape: tuple[int, ...]) -> Any:
+    def _output_shape(self, port: Port, feeds: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
         """The shape an output will have, told from the spec or, without one, from its port."""
         if port.name == "grad_input":
             return feeds["input"].shape
@@ -155,6 +206,13 @@ class Backend(ABC):
     def load(self, model: onnx.ModelProto) -> Runner:
         """Prepare `model` to be run."""
 
+    def load_engine(self, path: Path) -> Runner:
+        """Prepare a TensorRT engine to be run, where the backend runs engines."""
+        raise UnsupportedError(
+            f"{path} is a TensorRT engine, and the backend {self.name} runs ONNX models; "
+            "use backend='trt', or give the model it was built from"
+        )
+
 
 def get_backend(name: str, threads: int = 0) -> Backend:
     """The backend called `name`, to use `threads` cores a call (0: all).
@@ -182,7 +240,8 @@ def load(
     """Load an artefact into a backend.
 
     Args:
-        model: an `onnx.ModelProto`, its bytes, or the path of a file.
+        model: an `onnx.ModelProto`, its bytes, or the path of a file; the backend `trt` takes an
+            `.engine` file too.
         backend: one of `BACKENDS`.
         input_name: of the graph input to feed `input` to, in a model of other origin; by
             default the one called so, or the first of two.
@@ -196,6 +255,8 @@ def load(
         UnsupportedError: when the backend can't run the model.
     """
     chosen = get_backend(backend)
+    if isinstance(model, (str, os.PathLike)) and Path(model).suffix in ENGINE_SUFFIXES:
+        return chosen.load_engine(Path(model))
     return chosen.load(select_ports(read_model(model), input_name, target_name, output_name))
 
 

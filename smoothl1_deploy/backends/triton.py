@@ -20,6 +20,7 @@ import onnx
 
 from ..errors import ArtefactError, UnsupportedError, require
 from ..floats import Array
+from ..spec import LossSpec
 from .base import Backend, Runner
 
 if TYPE_CHECKING:
@@ -131,6 +132,10 @@ class _TritonBackend(Backend):
 
         require("tritonclient.grpc", "serve", f"the {self.name} backend")
         find_triton()
+
+    def refuses(self, spec: LossSpec) -> str | None:
+        """An upstream gradient, which no request has."""
+        return "a server has no gradient to pass back" if spec.upstream else None
 
     def load(self, model: onnx.ModelProto) -> TritonRunner:
         """The served graph of `model`; the server loads it at the first run.

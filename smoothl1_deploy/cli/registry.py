@@ -39,6 +39,7 @@ COMMANDS: dict[str, Entry] = {
     "attach": Entry("Graft the loss onto a model that has the prediction.", "attach", "attach"),
     "build": Entry("Build a TensorRT engine from an ONNX file.", "build", "build"),
     "run": Entry("Compute the loss of two arrays with an artefact.", "run", "run"),
+    "score": Entry("Compute the loss of data larger than memory.", "score", "score"),
     "verify": Entry("Hold one artefact against PyTorch and the exact loss.", "verify", "verify"),
     "parity": Entry("Check a whole matrix of specs, routes and backends.", "parity", "parity"),
     "serve": Entry("Serve a model repository with a real Triton.", "serve", "serve"),

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import onnx
@@ -28,6 +26,7 @@ from ..spec import DTYPES, REDUCTIONS, LossSpec
 from .cases import LAYOUTS, Case, CaseResult, References, check, with_beta
 from .engines import build_engines
 from .families import FAMILIES
+from .pool import each
 from .report import Build, Cell, Report, cell_of, is_extended
 
 __all__ = ["BETAS", "EXTENSIONS", "OVER_THE_WIRE", "Matrix", "artefact_axes", "run_matrix"]
@@ -41,11 +40,13 @@ EXTENSIONS = (
     LossSpec(reduction="sum", per_sample=True),
     LossSpec(reduction="none", gradient=True),
     LossSpec(gradient=True),
+    LossSpec(gradient=True, upstream=True),
+    LossSpec(reduction="none", gradient=True, upstream=True),
     LossSpec(runtime_beta=True),
     LossSpec(weight="count"),
     LossSpec(weight="weights"),
     LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
-    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights"),
+    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
 )
 
 #: Layouts by how an artefact meets them. Every family is fed to the first group.
@@ -53,6 +54,8 @@ _FAMILY_LAYOUTS = ("matrix", "odd")
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
 #: What an extension could get wrong beyond what the plain losses show.
 _EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
+#: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
+_NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
 #: A process for each artefact, half a second of time: a sample of the matrix goes this way.
 OVER_THE_WIRE = ("triton-http", "triton-grpc")
 _WIRE_LAYOUTS = ("matrix", "no-rows")
@@ -71,6 +74,7 @@ class Matrix:
         quick: fewer betas, no large layouts, the torch route for float32 only.
         engines: a folder to leave a TensorRT engine of every artefact in; None builds none.
         flavour: of those engines.
+        absent: what is left out because it can't run here: `"<backend> not available: <reason>"`.
     """
 
     backends: tuple[str, ...]
@@ -84,6 +88,7 @@ class Matrix:
     quick: bool = False
     engines: Path | None = None
     flavour: str = "auto"
+    absent: tuple[str, ...] = ()
 
     @classmethod
     def quickly(cls, backends: tuple[str, ...], seed: int = 0) -> Matrix:
@@ -107,12 +112,17 @@ class Matrix:
         """What is sampled, for the report."""
         layouts = [name for name in _TORCH_LAYOUTS if not (self.quick and name == "2^20")]
         notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(layouts)}"]
-        if self.extensions and "trt-network" in self.backends:
-            notes.append("trt-network: no gradient of a broadcast input, summed back in float32")
-        if self.extensions:
+        narrow = [name for name in _NO_FLOAT64 if name in self.backends]
+        if self.extensions and narrow:
             notes.append(
-                "float64 and trt-network: no weighted gradient of subnormal differences, which no "
-                "wider format is there for"
+                f"{', '.join(narrow)}: no gradient of a broadcast input, summed back in float32"
+            )
+        if self.extensions:
+            formats = " and ".join(["float64", *narrow])
+            notes.append("float64: no gradient of a broadcast input with an upstream one")
+            notes.append(
+                f"{formats}: no weighted gradient, and none with an upstream one, of subnormal "
+                "differences, which no wider format is there for"
             )
         if {*OVER_THE_WIRE} & {*self.backends}:
             notes.append(
@@ -127,7 +137,7 @@ class Matrix:
             notes.append("layout 2^24: beta 1, mean, float32, families normal and constant")
             if self.engines is not None and self.extensions:
                 notes.append(f"engines of the extensions: beta {self.betas[0]:g} only")
-        return tuple(notes)
+        return (*notes, *self.absent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,10 +287,11 @@ def _is_run(case: Case, route: str, backend: str) -> bool:
     return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
 
 
-def _needs_wider(spec: LossSpec, case: Case, has_float64: bool) -> bool:
+def _needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """Whether a gradient can only be right in a format wider than the one at hand.
 
-    Summed back to a broadcast input, terms of either sign cancel; weighted and divided, a
+    Summed back to a broadcast input, terms of either sign cancel; weighted (or multiplied by an
+    upstream gradient) and divided, a
     subnormal slope is rounded three times. How far PyTorch itself, which computes in the
     output's format, is off in either case is a matter of luck, and no measure.
     """
@@ -288,14 +299,15 @@ def _needs_wider(spec: LossSpec, case: Case, has_float64: bool) -> bool:
         return False
     layout = LAYOUTS[case.layout]
     sums_back = summed_axes(layout.input_axes, layout.target_axes) != ()
-    rounds_thrice = spec.weight is not None and case.family == "subnormals"
+    scaled = spec.weight is not None or spec.upstream
+    rounds_thrice = scaled and case.family == "subnormals"
     if spec.dtype == "float64":
-        return rounds_thrice
-    return not has_float64 and (sums_back or rounds_thrice)
+        return rounds_thrice or (sums_back and spec.upstream)
+    return not wide and (sums_back or rounds_thrice)
 
 
 #: The others take minutes or gigabytes at 2^24 elements.
-_HUGE_BACKENDS = ("ort-cpu",)
+_HUGE_BACKENDS = ("ort-cpu", "torch-cuda", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
 
 
 def _checked(
@@ -314,36 +326,12 @@ def _checked(
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
 
 
-def _prepare_worker() -> None:
-    import signal
-
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)
-
-
-def _outcomes(units: Sequence[_Unit], workers: int) -> Iterator[_Outcome]:
-    if workers <= 1:
-        yield from map(_run_unit, units)
-        return
-    # spawn: torch's and ONNX Runtime's threads don't survive a fork.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_prepare_worker
-    )
-    try:
-        for future in as_completed([pool.submit(_run_unit, unit) for unit in units]):
-            yield future.result()
-    finally:
-        # After an interrupt the units that have not begun are dropped; the others take seconds.
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def run_matrix(
     matrix: Matrix,
     *,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    seconds: float = math.inf,
 ) -> Report:
     """Run the matrix.
 
@@ -351,6 +339,8 @@ def run_matrix(
         matrix: which part of it.
         workers: processes; 1 runs everything in this one.
         progress: called with the units done and their number, at the start and after each.
+        seconds: after which no unit is begun and, with several workers, those at work are ended;
+            the report's notes name what is left out.
 
     Returns:
         The report, its cells in the order of the matrix, whatever order they finished in.
@@ -362,7 +352,10 @@ def run_matrix(
     refused: dict[_Key, str] = {}
     builds: list[Build] = []
     progress(0, len(units))
-    for done, outcome in enumerate(_outcomes(units, workers), 1):
+    undone = dict.fromkeys(units)
+    found = each(_run_unit, units, workers, time.monotonic() + seconds)
+    for done, (unit, outcome) in enumerate(found, 1):
+        del undone[unit]
         for key, more in outcome.results.items():
             results.setdefault(key, []).extend(more)
         refused |= outcome.refused
@@ -390,5 +383,10 @@ def run_matrix(
         environment(),
         matrix.seed,
         time.perf_counter() - started,
-        matrix.notes(),
+        (*matrix.notes(), *_left_out(undone, seconds)),
     )
+
+
+def _left_out(units: Iterable[_Unit], seconds: float) -> list[str]:
+    names = [f"{u.dtype} beta {u.beta:g}{' at 2^24' if u.huge else ''}" for u in units]
+    return [f"left out after {seconds:.0f} s: {', '.join(names)}"] if names else []

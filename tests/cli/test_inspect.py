@@ -135,6 +135,26 @@ def test_an_engine_without_a_gpu_here(
     )
 
 
+def test_the_layers_of_an_engine_that_runs_here(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    import smoothl1_deploy.tensorrt.gpu as gpu
+    import smoothl1_deploy.tensorrt.layers as layers
+
+    cli("build", model(), "--flavour", "tensorrt_rtx", "--compute-capability", "8.6")
+    without = gpu.current_gpu() is None
+    monkeypatch.setattr(gpu, "current_gpu", lambda: gpu.Gpu("A10", "8.6", "580"))
+    if without:  # the runtime itself says that there is none
+        runs = _json(cli, "loss.engine")["runs"]
+        assert "tensorrt_rtx 1." in str(runs) and "can't run the engine of 'smooth" in str(runs)
+    monkeypatch.setattr(layers, "engine_layers", lambda engine, flavour: ["one", "two (Reduce)"])
+    found = _json(cli, "loss.engine")
+    assert found["layers"] == ["one", "two (Reduce)"]
+    assert found["runs"] == {"tensorrt_rtx": None}
+    assert "one, two (Reduce)" in cli("inspect", "loss.engine").out
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
@@ -164,7 +184,7 @@ def test_what_speaks_against_an_engine(
     ("name", "message"),
     [
         ("nope", "nope can't be read (No such file or directory); give the path of an .onnx file"),
-        (".", ". can't be read (Is a directory)"),
+        (".", ". can't be read (it is a folder, a pipe or a device)"),
         ("text.onnx", "text.onnx"),
         ("empty.onnx", "empty.onnx holds no ONNX graph"),
     ],
