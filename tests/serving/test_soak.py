@@ -29,7 +29,7 @@ def soak() -> ModuleType:
 def test_no_wrong_answer_under_faults(
     soak: ModuleType, triton: Triton, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = soak.main(["--seconds", "8", "--clients", "4", "--kill-every", "2", "--json"])
+    code = soak.main(["--seconds", "6", "--clients", "4", "--kill-every", "2", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert code == 0, found
     assert found["wrong"] == 0 and found["must_not_happen"] == []
