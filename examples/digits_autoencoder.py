@@ -1,9 +1,11 @@
 """A trained autoencoder and its Smooth L1 reconstruction error, from PyTorch to ONNX Runtime.
 
-Trains on scikit-learn's bundled digits (a few seconds on a CPU), then exports two artefacts:
+Trains on scikit-learn's bundled digits (a few seconds on a CPU), then exports three models:
 
+* `digits_autoencoder.onnx`: the autoencoder alone; one such file, trained once, lies beside this
+  one, because another machine trains other weights, and models/ is made of it byte for byte;
 * `digits_loss.onnx`: the loss alone, `LossSpec(beta, reduction="none")`;
-* `digits_scorer.onnx`: autoencoder and loss in one graph, one score a digit.
+* `digits_scorer.onnx`: autoencoder and loss in one graph, one score a digit, by `attach`.
 
 Both run under ONNX Runtime on held-out digits and on the same digits with their pixels
 shuffled, and every number is held against PyTorch's.
@@ -21,13 +23,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from smoothl1_deploy import LossSpec, SmoothL1Loss, export, load, verify
+from smoothl1_deploy import LossSpec, SmoothL1Loss, attach, export, load, verify
 from smoothl1_deploy.floats import ulp_distance
-from smoothl1_deploy.graph.torch_route import translation_table
 
 BETA = 0.1  # in units of a pixel, which is 0 (paper) to 1 (ink)
 
@@ -40,19 +42,6 @@ class Autoencoder(nn.Sequential):
             nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 16), nn.ReLU(),
             nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 64),
         )  # fmt: skip
-
-
-class Scorer(nn.Module):
-    """One score a digit: the mean Smooth L1 distance to its reconstruction."""
-
-    def __init__(self, autoencoder: nn.Module) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.loss = SmoothL1Loss(reduction="none", beta=BETA)
-
-    def forward(self, digits: torch.Tensor) -> torch.Tensor:
-        """`digits` float32 [N, 64] to scores float32 [N]."""
-        return self.loss(self.autoencoder(digits), digits).mean(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,41 +75,64 @@ def train(digits: torch.Tensor, epochs: int = 60) -> Autoencoder:
     return model.eval()
 
 
+def as_onnx(model: Autoencoder) -> onnx.ModelProto:
+    """`digits` float32 [N, 64] to `reconstruction`; the same weights give the same bytes."""
+    nodes, weights, tensor = [], [], "digits"
+    for i, layer in enumerate(model):
+        inputs, output = [tensor], "reconstruction" if i == len(model) - 1 else f"hidden_{i}"
+        for name, parameter in layer.named_parameters():
+            inputs.append(f"{i}.{name}")
+            weights.append(numpy_helper.from_array(parameter.detach().numpy(), inputs[-1]))
+        linear = isinstance(layer, nn.Linear)
+        kind, options = ("Gemm", {"transB": 1}) if linear else ("Relu", {})
+        nodes.append(helper.make_node(kind, inputs, [output], name=output, **options))
+        tensor = output
+    digits, reconstruction = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 64])
+        for name in ("digits", tensor)
+    )
+    graph = helper.make_graph(nodes, "digits_autoencoder", [digits], [reconstruction], weights)
+    opset = helper.make_opsetid("", 18)
+    exported = helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    onnx.checker.check_model(exported, full_check=True)
+    return exported
+
+
 def main(folder: Path) -> Outcome:
     """Train, export, run, compare."""
     pixels = (load_digits().data / 16).astype(np.float32)
     order = np.random.default_rng(0).permutation(len(pixels))
     training, held_out = pixels[order[:1300]], pixels[order[1300:]]
     shuffled = np.random.default_rng(1).permuted(held_out, axis=1)
-    scorer = Scorer(train(torch.from_numpy(training))).eval()
+    autoencoder = train(torch.from_numpy(training))
+    loss = SmoothL1Loss(reduction="none", beta=BETA)
 
     folder.mkdir(parents=True, exist_ok=True)
-    loss_file, scorer_file = folder / "digits_loss.onnx", folder / "digits_scorer.onnx"
-    onnx.save(export(LossSpec.from_module(scorer.loss), shape=("N", 64)), loss_file)
-    torch.onnx.export(
-        scorer, (torch.from_numpy(held_out),), scorer_file,
-        input_names=["digits"], output_names=["score"],
-        dynamic_shapes=({0: torch.export.Dim("N")},),
-        custom_translation_table=translation_table(),
-        dynamo=True, optimize=False, external_data=False, verbose=False,
-    )  # fmt: skip
+    names = ("digits_autoencoder.onnx", "digits_loss.onnx", "digits_scorer.onnx")
+    autoencoder_file, loss_file, scorer_file = (folder / name for name in names)
+    exported = as_onnx(autoencoder)
+    onnx.save(exported, autoencoder_file)
+    onnx.save(export(LossSpec.from_module(loss), shape=("N", 64)), loss_file)
+    per_digit = LossSpec(BETA, "mean", per_sample=True)
+    scorer = attach(exported, "reconstruction", "digits", per_digit, loss_name="score")
+    onnx.save(scorer, scorer_file)
 
     with torch.no_grad():
-        reconstruction = scorer.autoencoder(torch.from_numpy(held_out))
-        eager_loss = scorer.loss(reconstruction, torch.from_numpy(held_out)).numpy()
-        eager_scores = scorer(torch.from_numpy(held_out)).numpy()
+        reconstruction = autoencoder(torch.from_numpy(held_out))
+        eager_loss = loss(reconstruction, torch.from_numpy(held_out)).numpy()
+        eager_scores = eager_loss.mean(axis=1)
     assert verify(loss_file), "the exported loss differs from PyTorch's"
     exported_loss = load(loss_file).run(reconstruction, held_out)["loss"]
 
     session = ort.InferenceSession(scorer_file, providers=["CPUExecutionProvider"])
-    scores = session.run(None, {"digits": held_out})[0]
-    shuffled_scores = session.run(None, {"digits": shuffled})[0]
+    scores = session.run(["score"], {"digits": held_out})[0]
+    shuffled_scores = session.run(["score"], {"digits": shuffled})[0]
     truth = np.repeat([0, 1], [len(scores), len(shuffled_scores)])
     return Outcome(
         auc=float(roc_auc_score(truth, np.concatenate([scores, shuffled_scores]))),
         loss_ulp=int(ulp_distance(exported_loss, eager_loss).max()),
         score_error=float(np.max(np.abs(scores - eager_scores) / eager_scores)),
-        files=(loss_file, scorer_file),
+        files=(autoencoder_file, loss_file, scorer_file),
     )
 
 

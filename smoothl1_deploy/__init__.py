@@ -18,8 +18,13 @@ if TYPE_CHECKING:
     from .backends.base import load as load
     from .graph.attach import attach as attach
     from .graph.export import export as export
+    from .graph.torch_table import translation_table as translation_table
+    from .graph.torchscript import (
+        register_torchscript_symbolic as register_torchscript_symbolic,
+    )
     from .parity.verify import verify as verify
     from .reference.module import SmoothL1Loss as SmoothL1Loss
+    from .scoring.score import loss_over as loss_over
     from .tensorrt.builder import build_engine as build_engine
 
 #: public name -> module that defines it, imported on first use.
@@ -29,8 +34,14 @@ _LAZY = {
     "attach": ".graph.attach",
     "export": ".graph.export",
     "load": ".backends.base",
+    "loss_over": ".scoring.score",
+    "register_torchscript_symbolic": ".graph.torchscript",
+    "translation_table": ".graph.torch_table",
     "verify": ".parity.verify",
 }
+
+#: Those that PyTorch has to be there for.
+_OF_TORCH = ("SmoothL1Loss", "register_torchscript_symbolic", "translation_table")
 
 __all__ = ["LossSpec", "__version__", *sorted(_LAZY)]
 
@@ -38,8 +49,8 @@ __all__ = ["LossSpec", "__version__", *sorted(_LAZY)]
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "SmoothL1Loss":
-        require("torch", "torch", "SmoothL1Loss")
+    if name in _OF_TORCH:
+        require("torch", "torch", name)
     value = getattr(importlib.import_module(_LAZY[name], __name__), name)
     globals()[name] = value
     return value

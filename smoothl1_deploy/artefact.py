@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx
 
-from .errors import ArtefactError, OutputError
+from .errors import ArtefactError
+from .files import write_atomic
 from .graph.elements import DTYPE_OF_ELEMENT
 from .graph.metadata import read_spec
+from .graph.nesting import check_nesting
 from .graph.shapes import Shape, describe
 
 __all__ = [
@@ -30,7 +29,7 @@ __all__ = [
 ]
 
 #: What an input of a loss artefact can be for.
-ROLES = ("input", "target", "weight", "beta")
+ROLES = ("input", "target", "weight", "beta", "grad_output")
 
 ModelSource = onnx.ModelProto | bytes | str | os.PathLike[str]
 
@@ -44,10 +43,15 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
     """An ONNX model from a `ModelProto`, its bytes, or a path.
 
     Raises:
-        ArtefactError: when there is no such file or its content is no ONNX model.
+        ArtefactError: when there is no such file or its content is no ONNX model, and for one that
+            nests without end.
     """
-    if isinstance(source, onnx.ModelProto):
-        return source
+    model = source if isinstance(source, onnx.ModelProto) else _read(source)
+    check_nesting(model)
+    return model
+
+
+def _read(source: bytes | str | os.PathLike[str]) -> onnx.ModelProto:
     if isinstance(source, bytes):
         what = f"{len(source)} bytes"
     elif isinstance(source, (str, os.PathLike)):
@@ -74,35 +78,6 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
     return model
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write beside the target, then rename: the file is there whole, or as it was before.
-
-    Raises:
-        OutputError: when the folder is missing or can't be written.
-    """
-    path = Path(path)
-    # Not tempfile: it makes files for the owner alone, and to learn the umask one has to change
-    # it, which two threads must not do at once. open() applies it by itself.
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except OSError as exc:
-        raise OutputError(
-            f"can't write {path}: {exc.strerror or exc}; choose a file in a folder that exists "
-            "and that you may write to"
-        ) from exc
-    return path
-
-
 @dataclass(frozen=True, slots=True)
 class Port:
     """One input or output of a graph; `shape` is None for any rank."""
@@ -120,7 +95,7 @@ class Signature:
     """What a loss artefact takes and gives.
 
     Attributes:
-        inputs: role (`input`, `target`, `weight`, `beta`) -> the graph input that plays it.
+        inputs: role (one of `ROLES`) -> the graph input that plays it.
         outputs: in the order of the graph.
     """
 

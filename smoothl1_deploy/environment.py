@@ -19,6 +19,7 @@ PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "onnxruntime-ep-nv-tensorrt-rtx",
     "torch",
     "tensorrt",
     "tensorrt_rtx_cu13",

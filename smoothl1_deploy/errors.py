@@ -16,9 +16,11 @@ __all__ = [
     "InvalidInputError",
     "MissingDependencyError",
     "OutputError",
+    "ServerError",
     "SmoothL1DeployError",
     "SpecError",
     "UnsupportedError",
+    "reason_of",
     "require",
 ]
 
@@ -59,10 +61,19 @@ class BackendUnavailableError(SmoothL1DeployError):
     exit_code = 3
 
 
+class ServerError(BackendUnavailableError):
+    """A server that can't be reached, did not answer in time, or failed while it answered."""
+
+
 class MissingDependencyError(SmoothL1DeployError, ImportError):
     """A package that the request needs and that is not installed."""
 
     exit_code = 3
+
+
+def reason_of(exc: OSError | ValueError) -> str:
+    """Why a file can't be used; a ValueError is of a name that no file can have."""
+    return str(getattr(exc, "strerror", None) or exc)
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

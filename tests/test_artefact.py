@@ -240,7 +240,7 @@ def test_write_atomic_below_a_file(tmp_path: Path) -> None:
 
 def test_write_atomic_onto_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match=r"can't write .*folder: Is a directory"):
+    with pytest.raises(OutputError, match=r"can't write .*folder: it is a folder or a device"):
         write_atomic(tmp_path / "folder", b"one")
     assert names(tmp_path) == ["folder"]
 
@@ -330,8 +330,8 @@ def test_signature_refuses_another_number_of_inputs(count: int) -> None:
         signature(model)
     assert str(caught.value) == (
         f"the model has {count} inputs ({listed}); a loss artefact has two, or inputs called "
-        "input, target, weight, beta. Say which of them are compared with input_name= and "
-        "target_name=, on the command line --input-name and --target-name"
+        "input, target, weight, beta, grad_output. Say which of them are compared with "
+        "input_name= and target_name=, on the command line --input-name and --target-name"
     )
 
 

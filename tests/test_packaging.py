@@ -73,7 +73,7 @@ def test_torch_is_installed_first_and_by_its_exact_spelling() -> None:
     assert script.index("install --quiet torch==2.13.0\n") < script.index("constraints.txt -e")
 
 
-@pytest.mark.parametrize("name", ["scripts/test", "scripts/demo", ".ci/run"])
+@pytest.mark.parametrize("name", ["scripts/test", "scripts/demo", "scripts/fuzz", ".ci/run"])
 def test_scripts_are_executable_and_parse(name: str) -> None:
     path = ROOT / name
     assert path.stat().st_mode & 0o111 == 0o111
@@ -115,5 +115,6 @@ def test_the_lint_rule_against_heavy_imports_bites(module: str) -> None:
 
 
 def test_the_modules_that_live_on_torch_may_import_it() -> None:
-    for name in ("reference/module.py", "graph/torch_route.py"):
+    graph = ("torch_route", "torch_table", "torchscript")
+    for name in ("reference/module.py", *(f"graph/{module}.py" for module in graph)):
         assert "TID253" not in _ruff(f"smoothl1_deploy/{name}", "import torch\n\nprint(torch)")

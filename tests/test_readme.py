@@ -20,7 +20,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"<!-- before\n(.*?)-->|```(console|python)\n(.*?)```", re.DOTALL)
 #: What a page needs beyond the core, told by what stands on it.
-NEEDS = {"smoothl1-deploy build": "tensorrt_rtx", "smoothl1-deploy serve": "tritonclient"}
+NEEDS = {
+    "smoothl1-deploy build": "tensorrt_rtx",
+    "smoothl1-deploy repository": "tritonclient",
+    "smoothl1-deploy serve": "tritonclient",
+    "table.parquet": "pyarrow",
+}
 
 
 def _script(page: str) -> str:
@@ -77,7 +82,7 @@ def test_the_routes_it_names_are_the_routes(route: str) -> None:
 
 
 def test_the_backends_it_names_are_the_backends() -> None:
-    from smoothl1_deploy.backends.base import BACKENDS
+    from smoothl1_deploy.backends.base import BACKENDS, REFERENCES
 
     named = set(re.findall(r"^\| `([a-z-]+)` \|", README, re.MULTILINE))
-    assert {name for name in BACKENDS if name != "torch"} <= named
+    assert {*BACKENDS} - {*REFERENCES} <= named

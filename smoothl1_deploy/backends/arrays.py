@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +11,9 @@ import numpy as np
 
 from ..artefact import Port
 from ..errors import InvalidInputError
-from ..floats import NUMPY_DTYPE, Array, dtype_name
+from ..floats import NUMPY_DTYPE, Array
 
-__all__ = ["as_array", "as_beta", "check_shapes", "promote"]
+__all__ = ["as_array", "as_beta", "check_promotion", "check_shapes", "promote"]
 
 
 def as_array(value: Any, what: str) -> Array:
@@ -56,15 +57,29 @@ def _from_dlpack(value: Any, what: str) -> Array:
         ) from exc
 
 
-def _kind(array: Array) -> str:
-    """`float`, `integer`, `bool`, or what can't be used."""
-    if dtype_name(array.dtype) in NUMPY_DTYPE:
+def _kind(name: str) -> str:
+    """`float`, `integer`, `bool`, or what can't be used, of a dtype's name."""
+    if name in NUMPY_DTYPE:
         return "float"
-    return {"i": "integer", "u": "integer", "b": "bool"}.get(array.dtype.kind, "other")
+    if name == "bool":
+        return "bool"
+    return "integer" if re.fullmatch(r"u?int(8|16|32|64)", name) else "other"
 
 
 def promote(arrays: dict[str, Array], dtype: str) -> dict[str, Array]:
     """All arrays in the artefact's dtype, where PyTorch's promotion has that result.
+
+    Raises:
+        InvalidInputError: as `check_promotion` does.
+    """
+    check_promotion({name: str(array.dtype) for name, array in arrays.items()}, dtype)
+    wanted = NUMPY_DTYPE[dtype]
+    with np.errstate(all="ignore"):  # 70000 is inf in float16, in PyTorch without a word
+        return {name: array.astype(wanted, copy=False) for name, array in arrays.items()}
+
+
+def check_promotion(given: Mapping[str, str], dtype: str) -> None:
+    """Hold the dtypes given (by name, for each input) against the artefact's.
 
     ================  ================  =======================================
     input             target            result
@@ -82,31 +97,28 @@ def promote(arrays: dict[str, Array], dtype: str) -> dict[str, Array]:
     Raises:
         InvalidInputError: where the result would be another dtype.
     """
-    kinds = {name: _kind(array) for name, array in arrays.items()}
+    kinds = {name: _kind(each) for name, each in given.items()}
     for name, kind in kinds.items():
         if kind == "other":
             raise InvalidInputError(
-                f"{name} has the dtype {arrays[name].dtype}, which is not a number format of a loss"
+                f"{name} has the dtype {given[name]}, which is not a number format of a loss"
             )
-    floats = {dtype_name(arrays[name].dtype) for name, kind in kinds.items() if kind == "float"}
+    floats = {given[name] for name, kind in kinds.items() if kind == "float"}
     if "float" not in (kinds["input"], kinds["target"]):
         raise InvalidInputError(
-            f"input and target are both integral ({arrays['input'].dtype}, "
-            f"{arrays['target'].dtype}); PyTorch refuses that too. Convert one of them: "
+            f"input and target are both integral ({given['input']}, "
+            f"{given['target']}); PyTorch refuses that too. Convert one of them: "
             f"input.astype({dtype!r})"
         )
     result = max(floats, key=lambda name: NUMPY_DTYPE[name].itemsize)
     if {"float16", "bfloat16"} <= floats and NUMPY_DTYPE[result].itemsize == 2:
         result = "float32"
     if result != dtype:
-        given = " and ".join(f"{name} {dtype_name(array.dtype)}" for name, array in arrays.items())
+        listed = " and ".join(f"{name} {each}" for name, each in given.items())
         raise InvalidInputError(
-            f"{given} promote to {result}, but the artefact is {dtype}; convert them, or export "
+            f"{listed} promote to {result}, but the artefact is {dtype}; convert them, or export "
             f"with dtype={result!r}"
         )
-    wanted = NUMPY_DTYPE[dtype]
-    with np.errstate(all="ignore"):  # 70000 is inf in float16, in PyTorch without a word
-        return {name: array.astype(wanted, copy=False) for name, array in arrays.items()}
 
 
 def as_beta(value: Any) -> Array:
@@ -124,30 +136,31 @@ def as_beta(value: Any) -> Array:
         raise InvalidInputError(f"beta must be one number, got {value!r} ({exc})") from exc
 
 
-def check_shapes(arrays: Mapping[str, Array], ports: Mapping[str, Port]) -> tuple[int, ...]:
-    """The broadcast shape of all arrays, after each has been held against its port.
+def check_shapes(arrays: Mapping[str, Any], ports: Mapping[str, Port]) -> tuple[int, ...]:
+    """The broadcast shape of all arrays (or tensors), after each was held against its port.
 
     Raises:
         InvalidInputError: on a rank, a fixed axis or a repeated axis name that doesn't fit.
     """
     sizes: dict[str, int] = {}
-    for key, array in arrays.items():
+    shapes = {key: tuple(array.shape) for key, array in arrays.items()}
+    for key, shape in shapes.items():
         port = ports[key]
         if port.shape is None:
             continue
-        fits = len(port.shape) == array.ndim
-        for dim, size in zip(port.shape, array.shape, strict=False):
+        fits = len(port.shape) == len(shape)
+        for dim, size in zip(port.shape, shape, strict=False):
             fits &= (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) == size
         if not fits:
             known = {name: size for name, size in sizes.items() if name in port.shape}
             where = f" with {', '.join(f'{k}={v}' for k, v in known.items())}" if known else ""
             raise InvalidInputError(
-                f"{key} has the shape {array.shape}, but the artefact takes "
+                f"{key} has the shape {shape}, but the artefact takes "
                 f"({', '.join(map(str, port.shape))}){where}; reshape it, or export with another "
                 "shape (target_shape= for a target that broadcasts)"
             )
     try:
-        return np.broadcast_shapes(*(array.shape for array in arrays.values()))
+        return np.broadcast_shapes(*shapes.values())
     except ValueError:
-        given = " and ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        given = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise InvalidInputError(f"{given} can't be broadcast to one shape") from None

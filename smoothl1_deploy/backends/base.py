@@ -8,8 +8,10 @@ it in `BACKENDS`.
 from __future__ import annotations
 
 import importlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +23,24 @@ from ..errors import (
     InvalidInputError,
     MissingDependencyError,
     SpecError,
+    UnsupportedError,
 )
 from ..floats import NUMPY_DTYPE, Array
-from ..graph.metadata import read_spec
+from ..graph.metadata import is_served, read_spec
 from ..spec import LossSpec
 from .arrays import as_array, as_beta, check_shapes, promote
 
-__all__ = ["BACKENDS", "PROVING", "TILE", "Backend", "Runner", "get_backend", "load"]
+__all__ = [
+    "BACKENDS",
+    "ENGINE_SUFFIXES",
+    "PROVING",
+    "REFERENCES",
+    "TILE",
+    "Backend",
+    "Runner",
+    "get_backend",
+    "load",
+]
 
 #: Elements of a tile, into which `load` lets a backend cut large arrays; see bench/NOTES.md.
 TILE = 1 << 17
@@ -38,7 +51,20 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "onnx-reference": ("onnx_reference", "ReferenceBackend"),
     "ort-cpu": ("ort_cpu", "OrtCpuBackend"),
     "trt-network": ("trt_network", "TrtNetworkBackend"),
+    "torch-cuda": ("torch_cuda", "TorchCudaBackend"),
+    "ort-cuda": ("ort_gpu", "OrtCudaBackend"),
+    "ort-tensorrt": ("ort_tensorrt", "OrtTensorrtBackend"),
+    "ort-tensorrt-rtx": ("ort_tensorrt", "OrtTensorrtRtxBackend"),
+    "trt": ("trt", "TrtBackend"),
+    "triton-http": ("triton", "TritonHttpBackend"),
+    "triton-grpc": ("triton", "TritonGrpcBackend"),
 }
+
+#: Of files that `load` takes for TensorRT engines.
+ENGINE_SUFFIXES = (".engine", ".plan")
+
+#: Backends that are PyTorch itself: what the others are compared with.
+REFERENCES = ("torch", "torch-cuda")
 
 #: Backends that the matrix checks beside those of `BACKENDS`, and that nobody needs elsewhere.
 PROVING: Mapping[str, tuple[str, str]] = {
@@ -52,17 +78,25 @@ class Runner(ABC):
     Attributes:
         signature: names, dtypes and shapes of the inputs and outputs.
         spec: what is computed, or None for a model of other origin.
+        served: whether the graph has a server's shapes; `run` takes and gives the spec's.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.signature: Signature = signature(model)
         self.spec: LossSpec | None = read_spec(model)
+        self.served = self.spec is not None and is_served(model)
         self._dtype = NUMPY_DTYPE[self.signature.input.dtype]
-        self._takes_a_pair = list(self.signature.inputs) == ["input", "target"]
+        self._takes_a_pair = list(self.signature.inputs) == ["input", "target"] and not self.served
         self._good_shape: tuple[int, ...] | None = None
 
     def run(
-        self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
+        self,
+        input: Any,
+        target: Any,
+        *,
+        weight: Any = None,
+        beta: float | None = None,
+        grad_output: Any = None,
     ) -> dict[str, Array]:
         """The loss of `input` and `target`.
 
@@ -73,6 +107,8 @@ class Runner(ABC):
             weight: likewise, where the artefact takes one.
             beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
                 float32. A negative or NaN beta gives NaN.
+            grad_output: an array in the shape of the loss, where the artefact takes one
+                (`upstream`).
 
         Returns:
             `{"loss": array}` in the artefact's dtype: the broadcast shape for `none`, rank 0
@@ -89,24 +125,57 @@ class Runner(ABC):
             and input.shape == target.shape == self._good_shape
             and input.flags.c_contiguous
             and target.flags.c_contiguous
-            and weight is beta is None
+            and weight is beta is grad_output is None
         ):
             return self._execute_pair(input, target)
         given = {"input": input, "target": target, "weight": weight}
-        self._check_given({**given, "beta": beta})
+        self._check_given({**given, "beta": beta, "grad_output": grad_output})
         arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
+        shape = self._broadcast(arrays)
+        if grad_output is not None:
+            arrays["grad_output"] = as_array(grad_output, "grad_output")
+            self._check_upstream(arrays["grad_output"].shape, shape)
+        feeds = promote(arrays, self.signature.input.dtype)
+        if beta is not None:
+            feeds["beta"] = self._beta_port(as_beta(beta))
+        if self._takes_a_pair and feeds["input"].shape == feeds["target"].shape:
+            self._good_shape = shape
+        return self._of_the_spec(self._execute(feeds, shape), shape)
+
+    def _beta_port(self, beta: Any) -> Any:
+        """beta, of rank 0, in the shape of the graph's input."""
+        return beta.reshape((1,) if self.served else ())
+
+    def _of_the_spec(self, outputs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """The outputs of a served graph in the shapes of its spec.
+
+        A loss of any other shape stays as it is, for a comparison to see it.
+        """
+        if not self.served:
+            return outputs
+        wanted = self._loss_shape(shape)
+        if tuple(outputs["loss"].shape) == self._served_shape(wanted):
+            outputs["loss"] = outputs["loss"].reshape(wanted)
+        return outputs
+
+    def _broadcast(self, arrays: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape that the arrays broadcast to; refuses what the artefact can't take."""
         shape = check_shapes(arrays, self.signature.inputs)
         if self.spec is not None and self.spec.per_sample and not shape:
             raise InvalidInputError(
                 "the artefact gives one loss per sample, and input and target have no axis of "
                 "samples; give them one, as in input[None]"
             )
-        feeds = promote(arrays, self.signature.input.dtype)
-        if beta is not None:
-            feeds["beta"] = as_beta(beta)
-        if self._takes_a_pair and arrays["input"].shape == arrays["target"].shape:
-            self._good_shape = shape
-        return self._execute(feeds, shape)
+        return shape
+
+    def _check_upstream(self, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Whether `grad_output` has the shape of the loss of arrays that broadcast to `shape`."""
+        expected = tuple(self._output_shape(self.signature.loss, {}, shape))
+        if given != expected:
+            raise InvalidInputError(
+                f"grad_output has the shape {given}, and the loss {expected}; give one number for "
+                "each of the loss"
+            )
 
     def _check_given(self, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
@@ -121,23 +190,34 @@ class Runner(ABC):
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         """Compute on checked, contiguous arrays of the artefact's dtype.
 
-        `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0);
-        `shape` is the one that they broadcast to.
+        `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0, or
+        [1] of a served graph; grad_output: the shape of the loss); `shape` is the one that the
+        others broadcast to.
         """
 
     def _execute_pair(self, input: Array, target: Array) -> dict[str, Array]:
         """`_execute` for two arrays of one shape and nothing else; a place to be quick."""
         return self._execute({"input": input, "target": target}, input.shape)
 
-    def _output_shape(self, port: Port, feeds: dict[str, Array], shape: tuple[int, ...]) -> Any:
+    def _output_shape(self, port: Port, feeds: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
         """The shape an output will have, told from the spec or, without one, from its port."""
         if port.name == "grad_input":
             return feeds["input"].shape
         if self.spec is None:
             return shape if port.shape is None or port.shape else ()
+        loss = self._loss_shape(shape)
+        return self._served_shape(loss) if self.served else loss
+
+    def _loss_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        assert self.spec is not None
         if self.spec.per_sample:
             return shape[:1]
         return shape if self.spec.reduction == "none" else ()
+
+    def _served_shape(self, loss: tuple[int, ...]) -> tuple[int, ...]:
+        """A server knows no rank 0, and a batch of scores is [N, 1] to it."""
+        assert self.spec is not None
+        return loss if self.spec.reduction == "none" else (*loss, 1)
 
 
 class Backend(ABC):
@@ -146,7 +226,8 @@ class Backend(ABC):
     Attributes:
         name: its key in `BACKENDS`.
         any_rank: whether it runs an artefact exported without a shape.
-        has_float64: whether its accumulators are float64, as the artefacts ask for.
+        accumulator: the dtype it adds up in where an artefact asks for float64; None where it
+            does not run the artefact's own operators.
         threads: for one call; 0 leaves the number to the backend. Set before `load`.
         tile: elements of the tiles that a backend may cut large arrays into; 0 to run the
             artefact's own graph at every size, which is what parity checks. Set before `load`.
@@ -154,7 +235,7 @@ class Backend(ABC):
 
     name: str
     any_rank: bool = True
-    has_float64: bool = True
+    accumulator: str | None = "float64"
     threads: int = 0
     tile: int = 0
 
@@ -165,6 +246,13 @@ class Backend(ABC):
     @abstractmethod
     def load(self, model: onnx.ModelProto) -> Runner:
         """Prepare `model` to be run."""
+
+    def load_engine(self, path: Path) -> Runner:
+        """Prepare a TensorRT engine to be run, where the backend runs engines."""
+        raise UnsupportedError(
+            f"{path} is a TensorRT engine, and the backend {self.name} runs ONNX models; "
+            "use backend='trt', or give the model it was built from"
+        )
 
 
 def get_backend(name: str, threads: int = 0) -> Backend:
@@ -197,7 +285,8 @@ def load(
     """Load an artefact into a backend.
 
     Args:
-        model: an `onnx.ModelProto`, its bytes, or the path of a file.
+        model: an `onnx.ModelProto`, its bytes, or the path of a file; the backend `trt` takes an
+            `.engine` file too.
         backend: one of `BACKENDS`.
         threads: for one call; 0 leaves the number to the backend (`ort-cpu`: every core this
             process may run on, 8 at most).
@@ -215,6 +304,8 @@ def load(
     chosen = get_backend(backend, threads)
     if backend not in PROVING:
         chosen.tile = TILE
+    if isinstance(model, (str, os.PathLike)) and Path(model).suffix in ENGINE_SUFFIXES:
+        return chosen.load_engine(Path(model))
     return chosen.load(select_ports(read_model(model), input_name, target_name, output_name))
 
 

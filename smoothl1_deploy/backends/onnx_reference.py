@@ -60,7 +60,10 @@ class ReferenceRunner(Runner):
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
-        self._evaluator = _Evaluator(model)
+        try:
+            self._evaluator = _Evaluator(model)
+        except Exception as exc:  # damage comes to light in numpy, or in operators it doesn't know
+            raise UnsupportedError(f"the ONNX reference evaluator can't load it: {exc}") from exc
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         named = {self.signature.inputs[role].name: array for role, array in feeds.items()}

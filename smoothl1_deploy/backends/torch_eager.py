@@ -26,6 +26,8 @@ class TorchRunner(Runner):
         from ..reference.module import eager_outputs
 
         assert self.spec is not None
+        if "beta" in feeds:
+            feeds["beta"] = feeds["beta"].reshape(())  # [1] in a served graph
         return eager_outputs(self.spec, **feeds)
 
 
@@ -33,6 +35,7 @@ class TorchBackend(Backend):
     """PyTorch eager."""
 
     name = "torch"
+    accumulator = None
 
     def __init__(self) -> None:
         require("torch", "torch", "the torch backend")

@@ -48,7 +48,7 @@ class TrtNetworkBackend(Backend):
 
     name = "trt-network"
     any_rank = False
-    has_float64 = False
+    accumulator = "float32"
 
     def __init__(self, flavour: str | Flavour = "auto", clip_drops_nan: bool = True) -> None:
         self._flavour = get_flavour(flavour)

@@ -155,7 +155,8 @@ def build(
         workspace=None if workspace_mb is None else workspace_mb << 20,
         timing_cache=None if timing_cache is None else str(timing_cache),
     )
-    path = output or model.with_suffix(".engine")
+    # A folder has no name to change; that it is one is said when it is read.
+    path = output or (model.with_suffix(".engine") if model.name else Path("model.engine"))
     with _spinner(model.name) as on_progress:
         engine = build_engine(
             str(model),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +42,7 @@ def _open(folder: Path | None) -> EngineCache:
     """The cache in `folder`, which is not made here: a typing error must not look like a cache."""
     from ..tensorrt.cache import EngineCache
 
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not os.path.isdir(folder):
         raise InvalidInputError(f"{folder} is no folder; give the --cache-dir of a build")
     return EngineCache(folder)
 

@@ -116,8 +116,11 @@ def doctor(
     )
     print_table(
         ("backend or flavour", "kind", "here"),
-        [(p.name, p.kind, "available" if p.reason is None else "no") for p in found.parts],
+        [
+            (p.name, p.kind, "available" if p.reason is None else "not available")
+            for p in found.parts
+        ],
     )
     # Below the table and not in it: an install command must not be cut by a column.
-    print_lines([f"{part.name}: {part.reason}" for part in found.parts if part.reason])
+    print_lines([f"{p.name} not available: {p.reason}" for p in found.parts if p.reason])
     print_lines([f"warning: {warning}" for warning in found.warnings])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ArtefactError, InvalidInputError, SmoothL1DeployError
+from ..errors import ArtefactError, InvalidInputError, SmoothL1DeployError, reason_of
 from .console import human_size, print_fields, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
@@ -62,6 +63,16 @@ def _spec_facts(spec: LossSpec | None) -> dict[str, Any]:
     return {"spec": None if spec is None else spec.to_dict()}
 
 
+def _certificate(path: Path, problems: list[str]) -> dict[str, Any]:
+    """What the certificate beside a file says; one that speaks against the file is a problem."""
+    from ..parity.certificate import read_certificate
+
+    status = read_certificate(path)
+    if status.state not in ("absent", "matches"):
+        problems.append(f"{status.state} certificate: {status.message}")
+    return status.to_dict()
+
+
 def inspect_model(path: Path) -> Inspection:
     """Look into an ONNX file; a model of other origin is shown as far as it goes.
 
@@ -94,6 +105,7 @@ def inspect_model(path: Path) -> Inspection:
         "opsets": opsets,
         "inputs": inputs,
         "outputs": outputs,
+        "certificate": _certificate(path, problems),
     }
     operators = {"graph": dict(Counter(node.op_type for node in graph.node))}
     for function in model.functions:
@@ -138,8 +150,9 @@ def _flavours(
 
 
 def inspect_engine(path: Path) -> Inspection:
-    """Look into an engine's sidecar; the engine itself, which is executable code, is only hashed.
+    """Look into an engine's sidecar; where the engine fits it and runs here, into its layers too.
 
+    An engine is executable code: one that doesn't fit its sidecar is hashed and not deserialised.
     An engine whose sidecar is missing or doesn't fit it is shown with that problem.
     """
     from ..artefact import sha256
@@ -152,7 +165,11 @@ def inspect_engine(path: Path) -> Inspection:
     except ArtefactError as exc:
         problems.append(str(exc))
     data = path.read_bytes()
-    facts: dict[str, Any] = {"bytes": len(data), "sha256": sha256(data)}
+    facts: dict[str, Any] = {
+        "bytes": len(data),
+        "sha256": sha256(data),
+        "certificate": _certificate(path, problems),
+    }
     try:
         sidecar = Sidecar.read(sidecar_path(path))
     except ArtefactError:
@@ -175,8 +192,24 @@ def inspect_engine(path: Path) -> Inspection:
         "tool_version": sidecar.tool_version,
         "notes": list(sidecar.notes),
     }
-    runs = {sidecar.flavour: _cannot_run(path, sidecar)}
+    reason = _cannot_run(path, sidecar)
+    if reason is None:
+        facts["layers"], reason = _layers(path)
+    runs = {sidecar.flavour: reason}
     return Inspection(path, "engine", facts, runs=runs, problems=tuple(problems))
+
+
+def _layers(path: Path) -> tuple[list[str], str | None]:
+    """The layers that the engine inspector names, or why the engine can't be deserialised here."""
+    from ..tensorrt.engine import read_engine
+    from ..tensorrt.flavour import get_flavour
+    from ..tensorrt.layers import engine_layers
+
+    try:
+        engine = read_engine(path)
+        return engine_layers(engine, get_flavour(engine.sidecar.flavour)), None
+    except SmoothL1DeployError as exc:
+        return [], str(exc)
 
 
 def _engine_port(port: NetworkPort) -> dict[str, Any]:
@@ -208,14 +241,16 @@ def _cannot_run(path: Path, sidecar: Sidecar) -> str | None:
 
 def _is_engine(path: Path) -> bool:
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(0, "it is a folder, a pipe or a device")  # a pipe would wait for ever
         with path.open("rb") as file:
             start = file.read(4)
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise InvalidInputError(
-            f"{path} can't be read ({exc.strerror}); give the path of an .onnx file or an engine"
+            f"{path} can't be read ({reason_of(exc)}); give the path of an .onnx file or an engine"
         ) from exc
     beside = path.with_name(path.name + ".json")
-    return start in _ENGINE_MAGIC or path.suffix in (".engine", ".plan") or beside.is_file()
+    return start in _ENGINE_MAGIC or path.suffix in (".engine", ".plan") or os.path.isfile(beside)
 
 
 def inspect(
@@ -224,7 +259,8 @@ def inspect(
 ) -> None:
     """Show what is inside an ONNX file or an engine, and whether this machine can run it.
 
-    An engine is executable code: it is hashed and its sidecar read, but it is not deserialised.
+    An engine is executable code: only one that fits its sidecar and this machine's GPU is
+    deserialised, to show its layers; any other is hashed and its sidecar read.
     """
     found = inspect_engine(file) if _is_engine(file) else inspect_model(file)
     if as_json:
@@ -257,6 +293,8 @@ def _text(name: str, value: Any) -> str:
         return show_ports(value)
     if name == "bytes":
         return human_size(value)
+    if name == "certificate":
+        return f"{value['state']}: {value['message']}"
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import OutputError, SpecError
+from ..errors import OutputError, SpecError, reason_of
 from .console import open_console, print_lines, print_note
 
 if TYPE_CHECKING:
@@ -117,11 +117,13 @@ def _measured(report: Report, backends: tuple[str, ...]) -> Report:
 
     from ..parity.contract import probe_contract
     from ..parity.drift import measure_drift
+    from ..parity.matrix import OVER_THE_WIRE
 
     with _bar() as progress:
         drift = measure_drift(progress=progress)
     with _bar() as progress:
-        contract = probe_contract(backends, progress=progress)
+        local = [name for name in backends if name not in OVER_THE_WIRE]
+        contract = probe_contract(local, progress=progress)
     return replace(report, drift=drift, contract=contract)
 
 
@@ -138,9 +140,9 @@ def _bundle(report: Report, folder: Path) -> None:
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
+    except (OSError, ValueError) as exc:
         raise OutputError(
-            f"can't make the folder {folder}: {exc.strerror or exc}; choose another with -o"
+            f"can't make the folder {folder}: {reason_of(exc)}; choose another with -o"
         ) from exc
 
 
@@ -163,8 +165,9 @@ def _matrix(
                 raise SpecError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
     for beta in part["beta"] or ():
         LossSpec(beta=float(beta))
+    absent: tuple[str, ...] = ()
     if backends is None:
-        chosen = _usable_backends()
+        chosen, absent = _usable_backends()
     else:
         chosen = tuple(dict.fromkeys(backends))
         for name in chosen:
@@ -179,19 +182,21 @@ def _matrix(
         flavour=flavour,
         extensions=extensions or extensions_only,
         plain=not extensions_only,
+        absent=absent,
         **given,  # type: ignore[arg-type]
     )
 
 
-def _usable_backends() -> tuple[str, ...]:
-    """Every backend but PyTorch, which is what they are compared with."""
-    from ..backends.base import BACKENDS, PROVING, missing
+def _usable_backends() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Every backend but PyTorch, which they are compared with; and why the others are left out."""
+    from ..backends.base import BACKENDS, PROVING, REFERENCES, missing
 
-    reasons = {name: missing(name) for name in (*BACKENDS, *PROVING) if name != "torch"}
-    for name, reason in reasons.items():
-        if reason:
-            print_note(f"{name} is left out: {reason}")
-    return tuple(name for name, reason in reasons.items() if not reason)
+    names = [name for name in (*BACKENDS, *PROVING) if name not in REFERENCES]
+    reasons = {name: missing(name) for name in names}
+    absent = [f"{name} not available: {reason}" for name, reason in reasons.items() if reason]
+    for line in absent:
+        print_note(line)
+    return tuple(name for name, reason in reasons.items() if not reason), tuple(absent)
 
 
 def _engine_folder(folder: Path, flavour: str) -> Path | None:
@@ -224,7 +229,8 @@ def _show(report: Report) -> None:
             console.print(table)
             console.print()
     for note in report.notes:
-        print_lines([f"sampled: {note}"])
+        if " not available: " not in note:  # said before the run
+            print_lines([f"sampled: {note}"])
     for cell in report.red[:_SHOWN]:
         failure = cell.failures[0]
         print_lines(

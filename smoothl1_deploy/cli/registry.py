@@ -39,10 +39,15 @@ COMMANDS: dict[str, Entry] = {
     "attach": Entry("Graft the loss onto a model that has the prediction.", "attach", "attach"),
     "build": Entry("Build a TensorRT engine from an ONNX file.", "build", "build"),
     "run": Entry("Compute the loss of two arrays with an artefact.", "run", "run"),
+    "score": Entry("Compute the loss of data larger than memory.", "score", "score"),
     "verify": Entry("Hold one artefact against PyTorch and the exact loss.", "verify", "verify"),
     "parity": Entry("Check a whole matrix of specs, routes and backends.", "parity", "parity"),
     "bench": Entry("Time the loss beside what people would run instead.", "bench", "bench"),
+    "serve": Entry("Serve a model repository with a real Triton.", "serve", "serve"),
     "inspect": Entry("Show what is inside an ONNX file or an engine.", "inspect", "inspect"),
+    "repository": Entry(
+        "Write models for a Triton server, or check its repository.", "repository", "repository"
+    ),
     "cache": Entry("Look into the engine cache, and make room in it.", "cache", "cache"),
     "doctor": Entry(
         "Show what is installed, what can run here, and what to install.", "doctor", "doctor"

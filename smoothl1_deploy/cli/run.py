@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,18 +81,30 @@ def _backend_names() -> list[str]:
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="An artefact of smoothl1-deploy export.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="A .onnx file, or an .engine with --backend trt; with --url a model's name."
+        ),
+    ],
     input: Annotated[
         Path | None, typer.Option("--input", help="A .npy file; big ones are mapped, not read.")
     ] = None,
     target: Annotated[Path | None, typer.Option("--target", help="A .npy file.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="An .npz file with arrays called input, target (and weight)."),
+        typer.Option(
+            "--data",
+            help="An .npz file with arrays called input, target (and weight, grad_output).",
+        ),
     ] = None,
     weight: Annotated[
         Path | None,
         typer.Option("--weight", help="A .npy file, for an artefact that takes a weight."),
+    ] = None,
+    grad_output: Annotated[
+        Path | None,
+        typer.Option("--grad-output", help="A .npy file, for an artefact with an upstream."),
     ] = None,
     beta: Annotated[
         float | None, typer.Option(help="For an artefact that takes beta at run time.")
@@ -102,19 +115,23 @@ def run(
             help="What runs it; smoothl1-deploy doctor lists them.", autocompletion=_backend_names
         ),
     ] = "ort-cpu",
+    url: Annotated[
+        str | None,
+        typer.Option(help="Ask a server instead: http://HOST:PORT or grpc://HOST:PORT."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Write the result to a .npy or .npz file."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compute the loss of two arrays with an artefact.
+    """Compute the loss of two arrays with an artefact, or with a model of a server (--url).
 
     A loss of rank 0 is printed as a bare number in full precision, anything else as a summary.
     bfloat16, which numpy writes as raw items of two bytes, is recognised by the artefact's dtype.
     """
     if data is not None:
-        complete = input is None and target is None and weight is None
+        complete = not any((input, target, weight, grad_output))
     else:
         complete = input is not None and target is not None
     if not complete:
@@ -122,27 +139,51 @@ def run(
             "give the arrays by --input A.npy --target B.npy or --data PAIR.npz"
         )
 
-    from ..backends.base import load
-    from .npy import check_output, read_archive, read_array, write_arrays
+    from ..npy import check_output, read_archive, read_array, write_arrays
 
-    runner = load(str(model), backend)
+    runner = _runner(model, backend) if url is None else _client(model, url)
     if output is not None:
-        check_output(output, len(runner.signature.outputs))
-    dtype = runner.signature.input.dtype
+        check_output(output, runner.outputs)
     if data is not None:
-        arrays = read_archive(data, dtype)
+        arrays = read_archive(data, runner.dtype)
     else:
-        files = {"input": input, "target": target, "weight": weight}
-        arrays = {name: read_array(path, dtype) for name, path in files.items() if path is not None}
+        files = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
+        arrays = {
+            name: read_array(path, runner.dtype) for name, path in files.items() if path is not None
+        }
     results = runner.run(**arrays, beta=beta)
     if output is not None:
         write_arrays(output, results)
-        if dtype == "bfloat16":
+        if runner.dtype == "bfloat16":
             print_note(
                 f"numpy writes bfloat16 without its name; read {output} with "
                 "numpy.load(path).view(ml_dtypes.bfloat16)"
             )
     _show({name: _summarise(array) for name, array in results.items()}, output, as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Runner:
+    """What computes: the dtype it takes, how many outputs it has, and how to call it."""
+
+    dtype: str
+    outputs: int
+    run: Callable[..., dict[str, Array]]
+
+
+def _runner(model: Path, backend: str) -> _Runner:
+    from ..backends.base import load
+
+    loaded = load(str(model), backend)
+    signature = loaded.signature
+    return _Runner(signature.input.dtype, len(signature.outputs), loaded.run)
+
+
+def _client(model: Path, url: str) -> _Runner:
+    from ..serving import Client
+
+    client = Client(url, str(model))
+    return _Runner(client.dtype, len(client.metadata()["outputs"]), client.run)
 
 
 def _show(summaries: dict[str, Summary], output: Path | None, as_json: bool) -> None:

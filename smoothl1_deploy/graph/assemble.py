@@ -26,7 +26,7 @@ class Assembly:
     Args:
         spec: what to compute.
         tensors: name of a tensor of the graph for each of `spec.inputs` (in the spec's dtype;
-            beta in float32) and `spec.outputs`.
+            beta in float32, grad_output in the shape of loss) and `spec.outputs`.
         summed_axes: of the element losses, along which input was broadcast and its gradient has
             to be summed back; None to find them at run time, which TensorRT can't.
         prefix: of the names of the tensors in between.
@@ -56,7 +56,7 @@ class Assembly:
         self._partial = partial
         self._element = ELEMENT_TYPE[spec.compute_dtype]
         self._wide_name = "Compensated" if spec.dtype == "float64" else "Wide"
-        names = [name for name in spec.inputs if name != "beta"]
+        names = [name for name in spec.inputs if name in ("input", "target", "weight")]
         self._data = {name: self._widened(tensors[name], name) for name in names}
         self._scalars = self._scalar_tensors()
         losses = self._losses()
@@ -167,6 +167,8 @@ class Assembly:
             count = self._count(losses, weights)
             divisor = self._add("Cast", [count], "mean_divisor", to=TensorProto.DOUBLE)
             slope = self._add("Div", [slope, divisor], "slope_mean")
+        if spec.upstream:
+            slope = self._add("Mul", [slope, self._upstream(losses)], "slope_upstream")
         if summed_axes is None:
             slope = self._call("SumToShape", [slope, self._data["input"]], "slope_summed")
         elif summed_axes:
@@ -175,6 +177,15 @@ class Assembly:
             shape = self._add("Shape", [self._data["input"]], "input_shape")
             slope = self._add("Reshape", [total, shape], "slope_summed", allowzero=1)
         self._rounded(slope, "grad_input")
+
+    def _upstream(self, losses: str) -> str:
+        """`grad_output` in float64, in a shape that broadcasts with the element losses."""
+        upstream = self._tensors["grad_output"]
+        if self._spec.dtype != "float64":
+            upstream = self._add("Cast", [upstream], "upstream", to=TensorProto.DOUBLE)
+        if not self._spec.per_sample:
+            return upstream
+        return self._call("RowsLike", [upstream, losses], "upstream_column")
 
     def _double(self, tensor: str) -> str:
         if self._element == TensorProto.DOUBLE:

@@ -11,7 +11,7 @@ from ..errors import SpecError, require
 from ..spec import LossSpec
 from .elements import ELEMENT_TYPE, IR_VERSION
 from .metadata import stamp
-from .shapes import Dim, Shape, broadcast, check_shape, describe, summed_axes
+from .shapes import Dim, Shape, broadcast, check_shape, check_size, describe, summed_axes
 
 __all__ = ["ROUTES", "export"]
 
@@ -28,8 +28,8 @@ def export(
 ) -> onnx.ModelProto:
     """The ONNX model of a spec: inputs `input` and `target`, output `loss`.
 
-    With the extensions of the spec, `weight` and `beta` (float32, rank 0) are inputs too, and
-    `grad_input` is a second output.
+    With the extensions of the spec, `weight`, `beta` (float32, rank 0) and `grad_output` (the
+    shape of `loss`) are inputs too, and `grad_input` is a second output.
 
     The same arguments give the same bytes. float16 and bfloat16 are computed in float32 and
     rounded once; reductions accumulate in float64.
@@ -104,6 +104,8 @@ def _shapes(
     losses = None if shape is None or target is None else broadcast(shape, target)
     if losses is not None and weight is not None:
         losses = broadcast(losses, weight)
+    if losses is not None:
+        check_size(losses, "the broadcast shape")
     loss: Shape | None = losses
     if spec.per_sample:
         if losses == ():
@@ -112,7 +114,7 @@ def _shapes(
     elif spec.reduction != "none":
         loss = ()
     shapes = {"input": shape, "target": target, "weight": weight, "beta": ()}
-    return {**shapes, "loss": loss, "grad_input": shape}
+    return {**shapes, "loss": loss, "grad_output": loss, "grad_input": shape}
 
 
 def _function_model(spec: LossSpec, shapes: dict[str, Shape | None]) -> onnx.ModelProto:

@@ -39,6 +39,7 @@ __all__ = [
     "CompensatedRowMean",
     "CompensatedRowSum",
     "CompensatedSum",
+    "HuberLossTerms",
     "RowCount",
     "RowsLike",
     "SmoothL1GradientTerms",
@@ -76,6 +77,19 @@ def SmoothL1LossTerms(input: T, target: T, beta: T, half: T, divisor: T) -> T:
     excess = op.Abs(op.Sub(difference, core))
     quadratic = op.Mul(op.Mul(half, core), op.Div(core, divisor))
     return op.Add(excess, quadratic)
+
+
+@script(_domain)
+def HuberLossTerms(input: T, target: T, delta: T, half: T, shrink: T, slope: T) -> T:
+    """The Huber loss of each element, in the form of `SmoothL1LossTerms`, scalars as tensors.
+
+    `delta` > 0; `half` is 0.5; `shrink` times `slope` is delta, or any number where it is inf.
+    """
+    difference = op.Sub(input, target)
+    core = op.Clip(difference, op.Neg(delta), delta)
+    beyond = op.Sub(difference, core)
+    linear = op.Mul(op.Mul(shrink, op.Abs(beyond)), slope)
+    return op.Add(linear, op.Mul(op.Mul(half, core), core))
 
 
 @script(_domain)
@@ -244,6 +258,7 @@ FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
         CompensatedRowMean,
         CompensatedRowSum,
         CompensatedSum,
+        HuberLossTerms,
         RowCount,
         RowsLike,
         SmoothL1GradientTerms,

@@ -11,10 +11,12 @@ from .. import __version__
 from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 
-__all__ = ["content_hash", "forget_spec", "read_route", "read_spec", "stamp"]
+__all__ = ["content_hash", "forget_spec", "is_served", "read_route", "read_spec", "stamp"]
 
 _PREFIX = "smoothl1_deploy."
 SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
+#: Of a graph whose ports are a server's: see serving/served_graph.py.
+SERVED = _PREFIX + "served"
 
 
 def _properties(model: onnx.ModelProto) -> dict[str, str]:
@@ -35,7 +37,9 @@ def content_hash(model: onnx.ModelProto) -> str:
     return hashlib.sha256(copy.SerializeToString(deterministic=True)).hexdigest()
 
 
-def stamp(model: onnx.ModelProto, spec: LossSpec, route: str, shapes: str) -> None:
+def stamp(
+    model: onnx.ModelProto, spec: LossSpec, route: str, shapes: str, *, served: bool = False
+) -> None:
     """Write name, doc string and metadata into `model`, the content hash last."""
     model.graph.name = f"{spec.name}_{route}_{shapes}"
     model.graph.doc_string = (
@@ -50,6 +54,7 @@ def stamp(model: onnx.ModelProto, spec: LossSpec, route: str, shapes: str) -> No
             SPEC: json.dumps(spec.to_dict(), sort_keys=True),
             ROUTE: route,
             VERSION: __version__,
+            **({SERVED: "1"} if served else {}),
         },
     )
     onnx.helper.set_model_props(model, {**_properties(model), HASH: content_hash(model)})
@@ -58,6 +63,11 @@ def stamp(model: onnx.ModelProto, spec: LossSpec, route: str, shapes: str) -> No
 def read_route(model: onnx.ModelProto) -> str | None:
     """The route that made `model`, or None for a model of other origin."""
     return _properties(model).get(ROUTE)
+
+
+def is_served(model: onnx.ModelProto) -> bool:
+    """Whether loss and beta have a server's shapes: [1] for rank 0, [N, 1] for a score a row."""
+    return SERVED in _properties(model)
 
 
 def read_spec(model: onnx.ModelProto) -> LossSpec | None:
@@ -86,4 +96,4 @@ def read_spec(model: onnx.ModelProto) -> LossSpec | None:
 
 def forget_spec(model: onnx.ModelProto) -> None:
     """Drop from `model` what it says of itself as a loss artefact: it is about to be another."""
-    _drop(model, SPEC, ROUTE, HASH)
+    _drop(model, SPEC, ROUTE, HASH, SERVED)

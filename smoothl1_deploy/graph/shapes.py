@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ..errors import SpecError
 
-__all__ = ["Dim", "Shape", "broadcast", "check_shape", "describe", "summed_axes"]
+__all__ = ["Dim", "Shape", "broadcast", "check_shape", "check_size", "describe", "summed_axes"]
 
 Dim = int | str
 Shape = tuple[Dim, ...]
 
+_MOST_AXES = 64  # of a numpy array and of a PyTorch tensor
+_MOST_ELEMENTS = 1 << 60  # of 8 bytes: what a signed 64-bit offset reaches
 _REMEDY = "give integers >= 0 for fixed axes and identifiers for dynamic ones, as in ('N', 16)"
 
 
@@ -18,7 +21,8 @@ def check_shape(shape: Sequence[Dim] | None, what: str = "shape") -> Shape | Non
     """A validated tuple.
 
     Raises:
-        SpecError: for anything but a sequence of integers >= 0 and identifiers.
+        SpecError: for anything but a sequence of integers >= 0 and identifiers, and for a shape
+            of more axes or elements than any tensor has.
     """
     if shape is None:
         return None
@@ -29,7 +33,23 @@ def check_shape(shape: Sequence[Dim] | None, what: str = "shape") -> Shape | Non
         is_name = isinstance(dim, str) and dim.isidentifier()
         if not (is_size or is_name):
             raise SpecError(f"{what} {tuple(shape)!r} has the axis {dim!r}; {_REMEDY}")
-    return tuple(shape)
+    return check_size(tuple(shape), what)
+
+
+def check_size(shape: Shape, what: str = "shape") -> Shape:
+    """`shape` itself, a dynamic axis counted as 1.
+
+    Raises:
+        SpecError: for more than 64 axes or 2^60 elements. Beyond, numpy and PyTorch have no such
+            tensor, and an element count in int64 may overflow to a small one.
+    """
+    elements = math.prod(dim for dim in shape if isinstance(dim, int) and dim)
+    if len(shape) > _MOST_AXES or elements > _MOST_ELEMENTS:
+        raise SpecError(
+            f"{what} {shape!r} has {len(shape)} axes and at least {elements:,} elements; no tensor "
+            f"has more than {_MOST_AXES} axes or 2^60 elements"
+        )
+    return shape
 
 
 def broadcast(a: Shape, b: Shape) -> Shape:

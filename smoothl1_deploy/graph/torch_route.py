@@ -11,73 +11,21 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
 import torch
-from onnx import TensorProto, helper
-from onnxscript import opset18 as op
 
 from ..errors import SpecError, UnsupportedError
 from ..reference.module import SmoothL1Loss
 from ..spec import LossSpec
 from . import functions as f
-from .elements import ELEMENT_TYPE, loss_scalars
 from .plain import fold_scalars
 from .shapes import Shape
+from .torch_table import translation_table
 
-__all__ = ["quiet", "torch_model", "translation_table"]
-
-_REDUCTION = ("none", "mean", "sum")  # PyTorch's enumeration at::Reduction
-
-
-def _loss(input: Any, target: Any, reduction: int, beta: float) -> Any:
-    """Record the loss in the graph that torch.onnx.export is building."""
-    element = int(input.dtype)
-    wide = element == TensorProto.DOUBLE
-    if element not in (TensorProto.FLOAT, TensorProto.DOUBLE):
-        input = op.Cast(input, to=TensorProto.FLOAT)
-        target = op.Cast(target, to=TensorProto.FLOAT)
-    compute = TensorProto.DOUBLE if wide else TensorProto.FLOAT
-    if not wide:
-        beta = LossSpec(beta).effective_beta
-    # Of a function call the exporter's inliner loses the attributes, and the functions that the
-    # body calls in turn (torch 2.13): the scalars are tensors, the mean is divided out here.
-    scalars = (
-        op.Constant(value=helper.make_tensor(name, compute, [], [value]))
-        for name, value in loss_scalars(beta)
-    )
-    losses = f.SmoothL1LossTerms(input, target, *scalars)
-    if _REDUCTION[reduction] == "none":
-        return losses if element == compute else op.Cast(losses, to=element)
-    if wide:
-        row = op.Reshape(losses, op.Constant(value_ints=[1, -1]))
-        total = op.Squeeze(f.CompensatedRowSum(row), op.Constant(value_ints=[0]))
-    else:
-        total = f.WideSum(losses)
-    if _REDUCTION[reduction] == "mean":
-        total = op.Div(total, op.Cast(op.Size(losses), to=TensorProto.DOUBLE))
-    return total if wide else op.Cast(total, to=element)
-
-
-def _smooth_l1_loss(self: Any, target: Any, reduction: int = 1, beta: float = 1.0) -> Any:
-    return _loss(self, target, reduction, beta)
-
-
-def _l1_loss(self: Any, target: Any, reduction: int = 1) -> Any:
-    return _loss(self, target, reduction, 0.0)
-
-
-def translation_table() -> dict[Any, Callable[..., Any]]:
-    """For `torch.onnx.export(..., custom_translation_table=)`.
-
-    Two entries, because `smooth_l1_loss` with beta = 0 reaches the exporter as `l1_loss`.
-    """
-    return {
-        torch.ops.aten.smooth_l1_loss.default: _smooth_l1_loss,
-        torch.ops.aten.l1_loss.default: _l1_loss,
-    }
+__all__ = ["quiet", "torch_model"]
 
 
 @contextlib.contextmanager
@@ -95,17 +43,6 @@ def quiet() -> Iterator[None]:
 
 def _example(shape: Shape, dtype: torch.dtype, sizes: dict[str, int]) -> torch.Tensor:
     return torch.zeros([sizes[d] if isinstance(d, str) else d for d in shape], dtype=dtype)
-
-
-def _restore_dtype(graph: onnx.GraphProto, element: int) -> None:
-    """The exporter promotes the loss of half tensors to float32 and leaves it (torch 2.13)."""
-    output = graph.output[0]
-    if output.type.tensor_type.elem_type == element:
-        return
-    for node in graph.node:
-        node.output[:] = ["losses" if name == output.name else name for name in node.output]
-    graph.node.append(helper.make_node("Cast", ["losses"], [output.name], name="loss", to=element))
-    output.type.tensor_type.elem_type = element
 
 
 def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None) -> onnx.ModelProto:
@@ -158,7 +95,6 @@ def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None)
         )
     assert program is not None
     model = program.model_proto
-    _restore_dtype(model.graph, ELEMENT_TYPE[spec.dtype])
     model = fold_scalars(model)
     # What the exporter notes about itself holds stack traces and paths of this machine.
     del model.metadata_props[:]

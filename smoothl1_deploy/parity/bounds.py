@@ -33,13 +33,22 @@ back).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
+from ..floats import Array
 from ..spec import LossSpec
 
-__all__ = ["UNIT_ROUNDOFF", "accumulation_error", "bound", "gamma"]
+__all__ = [
+    "UNIT_ROUNDOFF",
+    "accumulation_error",
+    "bound",
+    "gamma",
+    "in_range",
+    "proved_bound",
+]
 
 #: 2^-p for p bits of significand.
 UNIT_ROUNDOFF: Mapping[str, float] = {
@@ -70,9 +79,9 @@ def accumulation_error(dtype: str, count: int) -> float:
     return gamma(max(count - 1, 0), UNIT_ROUNDOFF[dtype])
 
 
-def _sum_error(spec: LossSpec, count: int) -> float:
+def _sum_error(spec: LossSpec, count: int, accumulator: str) -> float:
     if spec.dtype != "float64":
-        return accumulation_error("float64", count)
+        return accumulation_error(accumulator, count)
     if count > _SPLIT_LIMIT:
         return accumulation_error("float64", count) + _WIDE
     naive = accumulation_error("float64", count)
@@ -89,15 +98,17 @@ def _oracle_error(spec: LossSpec, count: int) -> float:
     return element + 2 * gamma(_ORACLE_DEPTH + count // _ORACLE_CHUNK, long_double)
 
 
-def bound(spec: LossSpec, count: int) -> float:
+def bound(spec: LossSpec, count: int, accumulator: str = "float64") -> float:
     """The largest distance to the oracle, in ULP of the loss, that our graphs can have.
 
     Args:
         spec: dtype and reduction; the bound does not depend on beta.
         count: elements that go into one number of the output; `none` disregards it.
+        accumulator: dtype of the sums, where the runtime has no float64 ("float32", TensorRT).
 
     Returns:
-        A real number: a distance is a whole number at most that. About 5 for float32 at any
+        A real number, or infinity where `count` roundings can take everything: a distance is a
+        whole number at most that. With float64 accumulators about 5 for float32 at any
         count up to 2^24, 1 for the half formats, 7 for float64.
 
     Raises:
@@ -110,13 +121,55 @@ def bound(spec: LossSpec, count: int) -> float:
     relative = gamma(steps, UNIT_ROUNDOFF[spec.compute_dtype])
     rounded = spec.dtype == spec.compute_dtype  # the last operation is in the output dtype already
     if spec.reduction != "none":
-        relative += _sum_error(spec, count) * (2 if spec.weight == "weights" else 1)
+        relative += _sum_error(spec, count, accumulator) * (2 if spec.weight == "weights" else 1)
         if spec.reduction == "mean":
-            relative += _WIDE
+            relative += UNIT_ROUNDOFF[accumulator]
         if spec.compute_dtype != spec.dtype:
             relative += UNIT_ROUNDOFF["float32"]  # a cast may go by way of float32
         rounded = spec.dtype == "float64"
     relative *= 1 + 2 * relative  # the products of the terms above
+    if relative >= 0.5:
+        return math.inf
     relative += _oracle_error(spec, count)
     # The oracle rounds once, by half an ULP; the graph's last cast by another half.
     return relative / (unit * (1 - relative) * (1 - 2 * unit)) + (0.5 if rounded else 1.0)
+
+
+def proved_bound(
+    spec: LossSpec, input_shape: tuple[int, ...], target_shape: tuple[int, ...], accumulator: str
+) -> int | None:
+    """`bound` in whole ULP for inputs of these shapes; None where it bounds nothing."""
+    shape = np.broadcast_shapes(input_shape, target_shape)
+    count = math.prod(shape[1:] if spec.per_sample else shape)
+    limit = bound(spec, count, accumulator)
+    return None if math.isinf(limit) else math.floor(limit)
+
+
+def in_range(spec: LossSpec, input: Array, target: Array) -> bool:
+    """Whether no element overflows or underflows on the way, in the compute dtype.
+
+    What `bound` assumes, beyond weights >= 0, asked of the exact differences.
+    """
+    one, other = (array.reshape(-1) for array in np.broadcast_arrays(input, target))
+    chunks = range(0, one.size, _ORACLE_CHUNK)
+    return all(
+        _chunk_in_range(spec, one[i : i + _ORACLE_CHUNK], other[i : i + _ORACLE_CHUNK])
+        for i in chunks
+    )
+
+
+def _chunk_in_range(spec: LossSpec, input: Array, target: Array) -> bool:
+    limits = np.finfo(spec.compute_dtype)
+    smallest = 4 * float(limits.smallest_normal)  # room for roundings
+    beta = spec.effective_beta
+    with np.errstate(all="ignore"):
+        distance = abs(input.astype(np.float64) - target.astype(np.float64))
+        slope = np.minimum(distance, beta) / beta if beta else np.sign(distance)
+        loss = np.minimum(distance, beta) * 0.5 * slope
+    tested = distance[distance != 0]
+    if not (tested <= float(limits.max) / 4).all():  # NaN and infinity too
+        return False
+    if math.isinf(beta):  # every loss is exactly 0
+        return True
+    tiny = (loss < smallest) | (slope < smallest)
+    return not (tiny & (distance > 0) & (distance < beta)).any()

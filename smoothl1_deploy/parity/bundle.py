@@ -19,7 +19,7 @@ import onnx
 from ..artefact import ModelSource, read_model, sha256, signature, write_atomic
 from ..backends.base import get_backend
 from ..environment import environment
-from ..errors import ArtefactError, OutputError, SmoothL1DeployError
+from ..errors import ArtefactError, OutputError, SmoothL1DeployError, reason_of
 from ..floats import Array, dtype_name
 from ..graph.export import export
 from ..graph.metadata import read_spec
@@ -95,10 +95,14 @@ class _Again:
 
 def _run_again(model: onnx.ModelProto, case: Case, refs: References, backend: str) -> _Again:
     try:
-        runner = get_backend(backend, threads=1).load(model)
+        chosen = get_backend(backend, threads=1)
+        runner = chosen.load(model)
+        accumulator = chosen.accumulator if runner.spec is not None else None
         beta = refs.spec.effective_beta if "beta" in runner.signature.inputs else None
-        outputs = runner.run(refs.input, refs.target, weight=refs.weight, beta=beta)
-        return _Again(outputs, check(runner, case, refs), "")
+        outputs = runner.run(
+            refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output
+        )
+        return _Again(outputs, check(runner, case, refs, accumulator), "")
     except SmoothL1DeployError as exc:
         return _Again({}, None, f"{type(exc).__name__}: {exc}")
 
@@ -149,10 +153,12 @@ def write_bundle(
     refs = References.of(number, case)
     again = _run_again(proto, case, refs, backend)
     sample = (again.result and again.result.sample) or result.sample
-    output, at = (sample.output, sample.index) if sample else ("loss", ())
+    output, at = (sample.output, sample.index) if sample else ("loss", None)
     arrays = {"input": refs.input, "target": refs.target, "exact": refs.oracle[output]}
     if refs.weight is not None:
         arrays["weight"] = refs.weight
+    if refs.grad_output is not None:
+        arrays["grad_output"] = refs.grad_output
     if spec.runtime_beta:
         arrays["beta"] = np.asarray(number.effective_beta, np.float32)
     if again.outputs:
@@ -191,9 +197,9 @@ def write_bundle(
     folder = Path(folder)
     try:
         folder.mkdir(exist_ok=True)
-    except OSError as exc:
+    except (OSError, ValueError) as exc:
         raise OutputError(
-            f"can't make the folder {folder}: {exc.strerror or exc}; choose one whose parent "
+            f"can't make the folder {folder}: {reason_of(exc)}; choose one whose parent "
             "exists and that you may write to"
         ) from exc
     for name, content in files.items():

@@ -15,6 +15,7 @@ from ..floats import NUMPY_DTYPE, Array
 from ..graph import shapes as graph_shapes
 from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
+from .bounds import in_range, proved_bound
 from .compare import Verdict, compare
 from .families import branch_shares, generate
 from .samples import Sample, sample_of
@@ -80,6 +81,15 @@ class Case:
         kept = rng.random(self.target_shape) > 0.2
         return np.asarray(np.where(kept, weights, 0.0)).astype(NUMPY_DTYPE[spec.dtype])
 
+    def upstream(self, spec: LossSpec) -> Array:
+        """A gradient to flow in, of the loss's shape and of either sign."""
+        shape = np.broadcast_shapes(self.input_shape, self.target_shape)
+        if spec.reduction != "none":
+            shape = shape[:1] if spec.per_sample else ()
+        rng = self._generator(spec, " upstream")
+        values = rng.uniform(0.1, 2.0, shape) * rng.choice([-1.0, 1.0], shape)
+        return np.asarray(values).astype(NUMPY_DTYPE[spec.dtype])
+
     def _generator(self, spec: LossSpec, what: str) -> np.random.Generator:
         shapes = f"{self.input_shape} {self.target_shape}"
         text = f"{self.family} {shapes} {spec.beta!r} {spec.dtype}{what}"
@@ -105,15 +115,18 @@ class References:
         torch: PyTorch's array for each output of the spec.
         oracle: the exact one.
         shares: how much of each branch the case reaches.
+        in_range: whether the case meets what the proved bound assumes.
     """
 
     spec: LossSpec
     input: Array
     target: Array
     weight: Array | None
+    grad_output: Array | None
     torch: Mapping[str, Array]
     oracle: Mapping[str, Array]
     shares: Mapping[str, float]
+    in_range: bool
 
     @classmethod
     def of(cls, spec: LossSpec, case: Case) -> References:
@@ -122,17 +135,20 @@ class References:
 
         input, target = _arrays(case, spec.beta, spec.dtype)
         weight = case.weights(spec) if spec.weight else None
+        upstream = case.upstream(spec) if spec.upstream else None
         exact = {"loss": oracle(spec, input, target, weight)}
         if spec.gradient:
-            exact["grad_input"] = oracle_gradient(spec, input, target, weight)
+            exact["grad_input"] = oracle_gradient(spec, input, target, weight, upstream)
         return cls(
             spec,
             input,
             target,
             weight,
-            eager_outputs(spec, input, target, weight),
+            upstream,
+            eager_outputs(spec, input, target, weight, grad_output=upstream),
             exact,
             branch_shares(spec, input, target),
+            in_range(spec, input, target),
         )
 
 
@@ -160,8 +176,8 @@ class CaseResult:
     @classmethod
     def failed(cls, case: Case, refs: References, detail: str) -> CaseResult:
         """The result of a case that gave an error instead of an answer."""
-        exact = refs.oracle["loss"]
-        verdict = Verdict(False, 0, 0, 0, exact.size, wrong_class=exact.size, detail=detail)
+        size = refs.oracle["loss"].size
+        verdict = Verdict(False, 0, 0, 0, size, wrong_class=max(size, 1), detail=detail)
         return cls(case, verdict, refs.shares, _sample(refs, "loss", None, 0))
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,15 +190,39 @@ class CaseResult:
         }
 
 
-def check(runner: Runner, case: Case, refs: References) -> CaseResult:
-    """Run one case and judge every output; the verdict is that of the worst."""
+def check(
+    runner: Runner, case: Case, refs: References, accumulator: str | None = None
+) -> CaseResult:
+    """Run one case and judge every output; the verdict is that of the worst.
+
+    Args:
+        runner: of the artefact.
+        case: what was run.
+        refs: its arrays, and what is right for them.
+        accumulator: the dtype in which one of our own artefacts is added up, for the bound that
+            is proved for it; None for anything else.
+    """
     spec = refs.spec
+    proved = None
+    if accumulator is not None and refs.in_range:
+        proved = proved_bound(spec, refs.input.shape, refs.target.shape, accumulator)
     beta = spec.effective_beta if "beta" in runner.signature.inputs else None
-    outputs = runner.run(refs.input, refs.target, weight=refs.weight, beta=beta)
+    outputs = runner.run(
+        refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output
+    )
     if len(refs.oracle) == 1:
         outputs = {"loss": outputs.get("loss", next(iter(outputs.values())))}
     verdicts = {
-        name: compare(spec, outputs[name], refs.torch[name], exact, refs.input, refs.target, name)
+        name: compare(
+            spec,
+            outputs[name],
+            refs.torch[name],
+            exact,
+            refs.input,
+            refs.target,
+            name,
+            proved if name == "loss" else None,
+        )
         for name, exact in refs.oracle.items()
     }
     name = max(verdicts, key=lambda n: _badness(verdicts[n]))

@@ -21,7 +21,7 @@ import onnx.external_data_helper
 
 from .. import __version__
 from ..artefact import read_model, sha256, write_atomic
-from ..errors import ArtefactError
+from ..errors import ArtefactError, reason_of
 from .cases import CaseResult
 from .verify import Verification
 
@@ -49,9 +49,9 @@ def _content_hash(content: Mapping[str, Any]) -> str:
 def _file_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise ArtefactError(
-            f"can't read the artefact {path}: {exc.strerror or exc}; give the path of its file"
+            f"can't read the artefact {path}: {reason_of(exc)}; give the path of its file"
         ) from exc
 
 
@@ -177,7 +177,7 @@ def read_certificate(artefact: str | os.PathLike[str]) -> CertificateStatus:
     def status(state: State, message: str, content: Any = None) -> CertificateStatus:
         return CertificateStatus(state, message, path, content or {})
 
-    if not path.exists():
+    if not os.path.exists(path):
         return status("absent", "no certificate; smoothl1-deploy verify --certificate writes one")
     try:
         content = json.loads(path.read_bytes())
@@ -188,7 +188,7 @@ def read_certificate(artefact: str | os.PathLike[str]) -> CertificateStatus:
         intact = content["content_sha256"] == _content_hash(content)
         certified, verdict = content["artefact"]["sha256"], content["verdict"]
         date, red, cases = content["date"], content["red_cases"], content["cases"]
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
         return status("damaged", f"{path.name} can't be read ({type(exc).__name__}: {exc})")
     if not intact:
         return status("damaged", f"{path.name} was edited: its content does not match its hash")

@@ -5,6 +5,7 @@
    than PyTorch").
 2. `none`, and the gradient: the largest ULP distance to the oracle is at most PyTorch's own plus 1.
 3. `mean`, `sum`, per sample: at most PyTorch's own plus 1, or 2.
+4. Where an error bound is proved for what made the result (`parity.bounds`): at most that.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class Verdict:
     """The comparison of one result with PyTorch and the oracle, in the output dtype.
 
     Attributes:
-        ok: rules 1 to 3 hold.
+        ok: rules 1 to 4 hold.
         ulp: the largest distance to the oracle; of elements in a wrong class, none is counted.
         torch_ulp: PyTorch's own largest distance.
         allowed: what `ulp` may be at most.
+        bound: what is proved of it, in whole ULP; None where nothing is.
         elements: how many elements the result has.
         wrong_class: how many are in a class that rule 1 doesn't allow.
         better: how many are in the oracle's class where PyTorch is not.
@@ -50,6 +52,7 @@ class Verdict:
     better: int = 0
     worst: int | None = None
     detail: str = ""
+    bound: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -108,6 +111,7 @@ def compare(
     input: Array,
     target: Array,
     output: str = "loss",
+    bound: int | None = None,
 ) -> Verdict:
     """Judge one output by PyTorch's and the oracle's answer to the same `input` and `target`."""
     per_element = spec.reduction == "none" or output == "grad_input"
@@ -134,6 +138,8 @@ def compare(
     if not per_element or better:
         # Where PyTorch left the class its own distance is unbounded, and no measure.
         allowed = max(allowed, REDUCTION_FLOOR)
+    if bound is not None:
+        allowed = min(allowed, bound)
 
     worst = int(np.argmax(~allowed_class)) if wrong else int(np.argmax(ours_at))
     detail = ""
@@ -155,4 +161,5 @@ def compare(
         better,
         worst,
         detail,
+        bound,
     )

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import onnx
@@ -28,9 +26,10 @@ from ..spec import DTYPES, REDUCTIONS, LossSpec
 from .cases import LAYOUTS, Case, CaseResult, References, check, with_beta
 from .engines import build_engines
 from .families import FAMILIES
+from .pool import each
 from .report import Build, Cell, Report, cell_of, is_extended
 
-__all__ = ["BETAS", "EXTENSIONS", "Matrix", "artefact_axes", "run_matrix"]
+__all__ = ["BETAS", "EXTENSIONS", "OVER_THE_WIRE", "Matrix", "artefact_axes", "run_matrix"]
 
 BETAS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4, math.inf)
 _QUICK_BETAS = (0.0, 0.5, 1.0, math.inf)
@@ -41,11 +40,13 @@ EXTENSIONS = (
     LossSpec(reduction="sum", per_sample=True),
     LossSpec(reduction="none", gradient=True),
     LossSpec(gradient=True),
+    LossSpec(gradient=True, upstream=True),
+    LossSpec(reduction="none", gradient=True, upstream=True),
     LossSpec(runtime_beta=True),
     LossSpec(weight="count"),
     LossSpec(weight="weights"),
     LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
-    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights"),
+    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
 )
 
 #: Layouts by how an artefact meets them. Every family is fed to the first group.
@@ -53,6 +54,11 @@ _FAMILY_LAYOUTS = ("matrix", "odd")
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
 #: What an extension could get wrong beyond what the plain losses show.
 _EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
+#: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
+_NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
+#: A process for each artefact, half a second of time: a sample of the matrix goes this way.
+OVER_THE_WIRE = ("triton-http", "triton-grpc")
+_WIRE_LAYOUTS = ("matrix", "no-rows")
 #: The torch route takes about a second an export: one fixed rank, this one, serves it.
 _TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
 
@@ -68,6 +74,7 @@ class Matrix:
         quick: fewer betas, no large layouts, the torch route for float32 only.
         engines: a folder to leave a TensorRT engine of every artefact in; None builds none.
         flavour: of those engines.
+        absent: what is left out because it can't run here: `"<backend> not available: <reason>"`.
     """
 
     backends: tuple[str, ...]
@@ -81,6 +88,7 @@ class Matrix:
     quick: bool = False
     engines: Path | None = None
     flavour: str = "auto"
+    absent: tuple[str, ...] = ()
 
     @classmethod
     def quickly(cls, backends: tuple[str, ...], seed: int = 0) -> Matrix:
@@ -104,12 +112,22 @@ class Matrix:
         """What is sampled, for the report."""
         layouts = [name for name in _TORCH_LAYOUTS if not (self.quick and name == "2^20")]
         notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(layouts)}"]
-        if self.extensions and "trt-network" in self.backends:
-            notes.append("trt-network: no gradient of a broadcast input, summed back in float32")
-        if self.extensions:
+        narrow = [name for name in _NO_FLOAT64 if name in self.backends]
+        if self.extensions and narrow:
             notes.append(
-                "float64 and trt-network: no weighted gradient of subnormal differences, which no "
-                "wider format is there for"
+                f"{', '.join(narrow)}: no gradient of a broadcast input, summed back in float32"
+            )
+        if self.extensions:
+            formats = " and ".join(["float64", *narrow])
+            notes.append("float64: no gradient of a broadcast input with an upstream one")
+            notes.append(
+                f"{formats}: no weighted gradient, and none with an upstream one, of subnormal "
+                "differences, which no wider format is there for"
+            )
+        if {*OVER_THE_WIRE} & {*self.backends}:
+            notes.append(
+                "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
+                f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
             )
         if "ort-cpu-tiled" in self.backends:
             notes.append(
@@ -124,7 +142,7 @@ class Matrix:
             notes.append("layout 2^24: beta 1, mean, float32, families normal and constant")
             if self.engines is not None and self.extensions:
                 notes.append(f"engines of the extensions: beta {self.betas[0]:g} only")
-        return tuple(notes)
+        return (*notes, *self.absent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +254,8 @@ def _run_unit(unit: _Unit) -> _Outcome:
         number = with_beta(spec, unit.beta)
         refs = {case: References.of(number, case) for case in unit.cases(spec)}
         for route, name in product(unit.routes(spec), names):
+            if name in OVER_THE_WIRE and not _is_asked(unit, spec, route):
+                continue
             if name in PROVING and route != _PROVEN_ROUTE:
                 continue
             key = (spec, unit.beta, route, name)
@@ -244,10 +264,10 @@ def _run_unit(unit: _Unit) -> _Outcome:
                 outcome.refused[key] = reason
                 continue
             outcome.results[key] = [
-                _checked(artefacts, spec, route, name, case, ref)
+                _checked(artefacts, spec, route, backends[name], case, ref)
                 for case, ref in refs.items()
                 if _is_run(case, route, name)
-                and not _needs_wider(spec, case, backends[name].has_float64)
+                and not _needs_wider(spec, case, backends[name].accumulator != "float32")
             ]
         if unit.matrix.engines is not None and not unit.huge:
             if is_extended(spec) and unit.beta != unit.matrix.betas[0]:
@@ -261,8 +281,20 @@ def _run_unit(unit: _Unit) -> _Outcome:
 _PROVEN_ROUTE = "function"
 
 
+def _is_asked(unit: _Unit, spec: LossSpec, route: str) -> bool:
+    """Whether a combination is among those that go over the wire; see `Matrix.notes`."""
+    matrix = unit.matrix
+    beta = 1.0 if 1.0 in matrix.betas else matrix.betas[0]
+    chosen = "inlined" if "inlined" in matrix.routes else matrix.routes[0]
+    if is_extended(spec) and not (unit.dtype == "float32" or len(matrix.dtypes) == 1):
+        return False
+    return unit.beta == beta and route == chosen
+
+
 def _is_run(case: Case, route: str, backend: str) -> bool:
     """Whether the layout is among those a route and backend are sampled at; see `Matrix.notes`."""
+    if backend in OVER_THE_WIRE:
+        return case.layout in _WIRE_LAYOUTS
     if backend in PROVING and case.layout == "2^20":
         return False  # in tiles of 64
     if case.layout == "2^20" and backend != "ort-cpu":
@@ -270,10 +302,11 @@ def _is_run(case: Case, route: str, backend: str) -> bool:
     return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
 
 
-def _needs_wider(spec: LossSpec, case: Case, has_float64: bool) -> bool:
+def _needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """Whether a gradient can only be right in a format wider than the one at hand.
 
-    Summed back to a broadcast input, terms of either sign cancel; weighted and divided, a
+    Summed back to a broadcast input, terms of either sign cancel; weighted (or multiplied by an
+    upstream gradient) and divided, a
     subnormal slope is rounded three times. How far PyTorch itself, which computes in the
     output's format, is off in either case is a matter of luck, and no measure.
     """
@@ -281,49 +314,39 @@ def _needs_wider(spec: LossSpec, case: Case, has_float64: bool) -> bool:
         return False
     layout = LAYOUTS[case.layout]
     sums_back = summed_axes(layout.input_axes, layout.target_axes) != ()
-    rounds_thrice = spec.weight is not None and case.family == "subnormals"
+    scaled = spec.weight is not None or spec.upstream
+    rounds_thrice = scaled and case.family == "subnormals"
     if spec.dtype == "float64":
-        return rounds_thrice
-    return not has_float64 and (sums_back or rounds_thrice)
+        return rounds_thrice or (sums_back and spec.upstream)
+    return not wide and (sums_back or rounds_thrice)
 
 
 #: The others take minutes or gigabytes at 2^24 elements.
-_HUGE_BACKENDS = ("ort-cpu", "ort-cpu-tiled")
+_HUGE_BACKENDS = (
+    "ort-cpu",
+    "ort-cpu-tiled",
+    "torch-cuda",
+    "ort-cuda",
+    "ort-tensorrt",
+    "ort-tensorrt-rtx",
+    "trt",
+)
 
 
 def _checked(
-    artefacts: _Artefacts, spec: LossSpec, route: str, backend: str, case: Case, refs: References
+    artefacts: _Artefacts,
+    spec: LossSpec,
+    route: str,
+    backend: Backend,
+    case: Case,
+    refs: References,
 ) -> CaseResult:
     try:
-        return check(artefacts.runner(spec, route, case.layout, backend), case, refs)
+        runner = artefacts.runner(spec, route, case.layout, backend.name)
+        return check(runner, case, refs, backend.accumulator)
     except SmoothL1DeployError as exc:
         # A backend that fails on one case is a red case, not the end of the run.
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
-
-
-def _prepare_worker() -> None:
-    import signal
-
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    torch.set_num_threads(1)
-
-
-def _outcomes(units: Sequence[_Unit], workers: int) -> Iterator[_Outcome]:
-    if workers <= 1:
-        yield from map(_run_unit, units)
-        return
-    # spawn: torch's and ONNX Runtime's threads don't survive a fork.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_prepare_worker
-    )
-    try:
-        for future in as_completed([pool.submit(_run_unit, unit) for unit in units]):
-            yield future.result()
-    finally:
-        # After an interrupt the units that have not begun are dropped; the others take seconds.
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def run_matrix(
@@ -331,6 +354,7 @@ def run_matrix(
     *,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    seconds: float = math.inf,
 ) -> Report:
     """Run the matrix.
 
@@ -338,6 +362,8 @@ def run_matrix(
         matrix: which part of it.
         workers: processes; 1 runs everything in this one.
         progress: called with the units done and their number, at the start and after each.
+        seconds: after which no unit is begun and, with several workers, those at work are ended;
+            the report's notes name what is left out.
 
     Returns:
         The report, its cells in the order of the matrix, whatever order they finished in.
@@ -349,7 +375,10 @@ def run_matrix(
     refused: dict[_Key, str] = {}
     builds: list[Build] = []
     progress(0, len(units))
-    for done, outcome in enumerate(_outcomes(units, workers), 1):
+    undone = dict.fromkeys(units)
+    found = each(_run_unit, units, workers, time.monotonic() + seconds)
+    for done, (unit, outcome) in enumerate(found, 1):
+        del undone[unit]
         for key, more in outcome.results.items():
             results.setdefault(key, []).extend(more)
         refused |= outcome.refused
@@ -377,5 +406,10 @@ def run_matrix(
         environment(),
         matrix.seed,
         time.perf_counter() - started,
-        matrix.notes(),
+        (*matrix.notes(), *_left_out(undone, seconds)),
     )
+
+
+def _left_out(units: Iterable[_Unit], seconds: float) -> list[str]:
+    names = [f"{u.dtype} beta {u.beta:g}{' at 2^24' if u.huge else ''}" for u in units]
+    return [f"left out after {seconds:.0f} s: {', '.join(names)}"] if names else []

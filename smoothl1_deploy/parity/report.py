@@ -37,8 +37,8 @@ class Cell:
 
     Attributes:
         beta: what was computed with: the spec's, or with `runtime_beta` the one that was fed.
-        ulp, torch_ulp, allowed: of the worst case: the failing one, or the one with the largest
-            distance to the oracle.
+        ulp, torch_ulp, allowed, bound: of the worst case: the failing one, or the one with the
+            largest distance to the oracle.
         better: elements, over all cases, that are right where PyTorch isn't.
         families: share of elements in each branch, by family, as a mean over its cases.
         worst: the case those numbers come from; None where nothing was run.
@@ -54,6 +54,7 @@ class Cell:
     ulp: int = 0
     torch_ulp: int = 0
     allowed: int = 0
+    bound: int | None = None
     better: int = 0
     layouts: tuple[str, ...] = ()
     families: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Cell:
             "ulp": self.ulp,
             "torch_ulp": self.torch_ulp,
             "allowed": self.allowed,
+            "bound": self.bound,
             "better_than_pytorch": self.better,
             "worst": self.worst.to_dict() if self.worst else None,
             "failures": [result.to_dict() for result in self.failures],
@@ -117,6 +119,7 @@ def cell_of(
         ulp=worst.verdict.ulp,
         torch_ulp=worst.verdict.torch_ulp,
         allowed=worst.verdict.allowed,
+        bound=worst.verdict.bound,
         better=sum(result.verdict.better for result in results),
         layouts=tuple(dict.fromkeys(result.case.layout for result in results)),
         families=families,

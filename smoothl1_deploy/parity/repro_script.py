@@ -14,9 +14,7 @@ from .cases import Case
 __all__ = ["repro_script"]
 
 _ORT = """\
-options = ort.SessionOptions()
-options.intra_op_num_threads = 1  # as the case was run
-session = ort.InferenceSession(here / "artefact.onnx", options, ["CPUExecutionProvider"])
+session = ort.InferenceSession(here / "artefact.onnx", providers=["CPUExecutionProvider"])
 """
 _REFERENCE = 'session = ReferenceEvaluator(str(here / "artefact.onnx"))  # as it is published\n'
 _CALL = "got = session.run([{output}], {{{feeds}}})[0]\n"
@@ -52,45 +50,31 @@ got = np.asarray(session.run([{output}], {{{feeds}}})[0]).view(np.uint16)
 }
 _RECORDED = 'got = data["got"]  # recorded: {backend} needs smoothl1-deploy to run\n'
 
-_SCRIPT = '''\
-"""{title}
+_SCRIPT = """\
+\"\"\"{title}
 
-Written by smoothl1-deploy {version}, and independent of it. Needs {needs}.
-Exit code 1: the difference is there.
-"""
+By smoothl1-deploy {version}; needs {needs}. Exit code 1: the difference is there.
+\"\"\"
 import math
-import warnings
 from pathlib import Path
 {imports}
-warnings.simplefilter("ignore")  # overflow, NaN and broadcasting are meant
 here = Path(__file__).parent
 data = np.load(here / "inputs.npz"){bits_note}
 {run}
-tensor = lambda array: torch.from_numpy(np.asarray(array)){view}
-
-
-def loss({names}):
-{loss}
-
-
-def pytorch(dtype):
-    {names} = (tensor(data[name]).to(dtype) for name in {quoted})
+{names} = (torch.from_numpy(data[name]){view} for name in {quoted})
 {pytorch}
-
-
-got, eager, exact = tensor(got), pytorch(torch.{dtype}), tensor(data["exact"])
+got, exact = (torch.from_numpy(np.asarray(x)){view} for x in (got, data["exact"]))
 if (got.dtype, got.shape) != (eager.dtype, eager.shape):
     raise SystemExit(f"got {{got.dtype}} {{got.shape}}, not {{eager.dtype}} {{eager.shape}}")
-if not got.numel():
-    raise SystemExit(0)  # an empty result, as it should be
-g, p, w, e = (float(x[{at}]) for x in (got, eager, pytorch(torch.float64), exact))
-print(f"{output} at {at}: got {{g}}, PyTorch {{p}}, PyTorch in float64 {{w}}, exact {{e}}")
+{compare}"""
+_COMPARE = """\
+g, p, e = (float(x[{at}]) for x in (got, eager, exact))
 info = torch.finfo(got.dtype)
 ulp = max(2.0 ** (math.frexp(e)[1] - 1), info.smallest_normal) * info.eps
+print(f"{output} at {at}: got {{g}}, PyTorch {{p}}, exact {{e}}")
 print(f"{{abs(g - e) / ulp:.1f}} ULP from the exact value, {allowed} allowed")
-near = str(g) in (str(e), str(p)) or g != 0 != e and abs(g - e) <= {allowed} * ulp
-raise SystemExit(0 if near else 1)
-'''
+raise SystemExit(not (str(g) in (str(e), str(p)) or g != 0 != e and abs(g - e) <= {allowed} * ulp))
+"""
 
 
 def repro_script(
@@ -100,7 +84,7 @@ def repro_script(
     backend: str,
     *,
     output: str,
-    at: tuple[int, ...],
+    at: tuple[int, ...] | None,
     allowed: int,
     error: str,
 ) -> str:
@@ -112,7 +96,7 @@ def repro_script(
         ports: of the artefact, for the names of its inputs and outputs.
         backend: what ran it; one that needs this package is shown by its recorded answer.
         output: the result that is compared, `loss` or `grad_input`.
-        at: the index in it.
+        at: the index in it; None for an empty result, whose dtype and shape are all there is.
         allowed: distance in ULP, beyond which the script exits with 1.
         error: that was raised instead of an answer; empty for an answer.
     """
@@ -128,7 +112,7 @@ def repro_script(
         f"Smooth L1, {spec.name}: family {case.family}, layout {case.layout}, seed {case.seed}, "
         f"on {backend}."
     )
-    names = ["input", "target", *(["weight"] if spec.weight else [])]
+    names = [name for name in spec.inputs if name != "beta"]
     return _SCRIPT.format(
         # A layout may hold axis names of a model that anyone made: no quote, no new line.
         title=re.sub(r"[^A-Za-z0-9_ .,:=^+-]", "?", title),
@@ -140,12 +124,8 @@ def repro_script(
         view=".view(torch.bfloat16)" if bits else "",
         names=", ".join(names),
         quoted=tuple(names),
-        loss=_indented(_loss(spec)),
-        pytorch=_indented(_answer(names, output)),
-        dtype=spec.dtype,
-        output=output,
-        at=at,
-        allowed=allowed,
+        pytorch="\n".join(_pytorch(spec, output)),
+        compare="" if at is None else _COMPARE.format(output=output, at=at, allowed=allowed),
     )
 
 
@@ -159,40 +139,30 @@ def _feeds(ports: Signature, bits: bool) -> str:
     return ", ".join(f"{port.name!r}: {value(role)}" for role, port in ports.inputs.items())
 
 
-def _loss(spec: LossSpec) -> list[str]:
-    """The body of `loss`, in PyTorch."""
+def _pytorch(spec: LossSpec, output: str) -> list[str]:
+    """The lines that make `eager` of the tensors `input` and `target`."""
     beta = 'float("inf")' if math.isinf(spec.effective_beta) else repr(spec.effective_beta)
-    lines = []
-    if spec.per_sample:
-        names = "input, target, weight" if spec.weight else "input, target"
-        lines += [f"rows = [row_loss(*row) for row in zip(*torch.broadcast_tensors({names}))]"]
-        lines += ["return torch.stack(rows) if rows else input.new_zeros(0)", "", ""]
-        lines += [f"def row_loss({names}):"]
-    reduction = "none" if spec.weight else spec.reduction
-    call = "torch.nn.functional.smooth_l1_loss(input, target, "
-    call += f'reduction="{reduction}", beta={beta})'
-    if not spec.weight:
-        return [*lines, f"return {call}"]
-    reduced = {
-        "none": "losses",
-        "sum": "losses.sum()",
-        "mean": "losses.sum() / losses.numel()",
-    }[spec.reduction]
-    if spec.weight == "weights":
-        reduced = "losses.sum() / weight.expand_as(losses).sum()"
-    return [*lines, f"losses = {call} * weight", f"return {reduced}"]
+    reduction = "none" if spec.weight or spec.per_sample else spec.reduction
+    lines = ["input.requires_grad_()"] if output == "grad_input" else []
+    call = f'smooth_l1_loss(input, target, reduction="{reduction}", beta={beta})'
+    lines += [f"eager = torch.nn.functional.{call}"]
+    if spec.weight:
+        lines += ["eager = eager * weight"]
+    if spec.weight or spec.per_sample:
+        lines += _reduced(spec)
+    if output == "grad_input":
+        if spec.upstream:
+            return [*lines, "eager = torch.autograd.grad(eager, input, grad_output)[0]"]
+        return [*lines, "eager = torch.autograd.grad(eager.sum(), input)[0]"]
+    return lines
 
 
-def _answer(names: list[str], output: str) -> list[str]:
-    """The body of `pytorch` after the tensors are made."""
-    given = ", ".join(names)
-    if output == "loss":
-        return [f"return loss({given})"]
-    return [
-        "input.requires_grad_()",
-        f"return torch.autograd.grad(loss({given}).sum(), input)[0]",
-    ]
-
-
-def _indented(lines: list[str]) -> str:
-    return "\n".join("" if not x else x if x.startswith("def ") else f"    {x}" for x in lines)
+def _reduced(spec: LossSpec) -> list[str]:
+    """The lines that reduce the element losses as the spec says, beyond what the module can."""
+    if spec.reduction == "none":
+        return []
+    rows = "eager[:, None].flatten(1), 1" if spec.per_sample else "eager"
+    if spec.weight != "weights" or spec.reduction == "sum":
+        return [f"eager = torch.{spec.reduction}({rows})"]
+    weights = rows.replace("eager", "weight.expand_as(eager)")
+    return [f"eager = torch.sum({rows}) / torch.sum({weights})"]

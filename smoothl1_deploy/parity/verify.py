@@ -99,10 +99,10 @@ def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
             yield Case("normal", ",".join(map(str, large[0])), *large, seed)
 
 
-def _checked(runner: Runner, spec: LossSpec, case: Case) -> CaseResult:
+def _checked(runner: Runner, spec: LossSpec, case: Case, accumulator: str | None) -> CaseResult:
     refs = References.of(spec, case)
     try:
-        return check(runner, case, refs)
+        return check(runner, case, refs, accumulator)
     except SmoothL1DeployError as exc:  # an answer that doesn't come is a wrong answer
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
 
@@ -167,7 +167,12 @@ def verify(
     reason = chosen.refuses(expected)
     if reason:
         raise UnsupportedError(reason)
-    results = tuple(_checked(runner, expected, c) for c in _cases(runner.signature, expected, seed))
+    # A bound is proved of our own graphs alone.
+    accumulator = chosen.accumulator if runner.spec is not None else None
+    results = tuple(
+        _checked(runner, expected, case, accumulator)
+        for case in _cases(runner.signature, expected, seed)
+    )
     points = artefact_drift(runner, expected, seed=seed, large=large) if drift else ()
     found = Verification(
         original.graph.name,

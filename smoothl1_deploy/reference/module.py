@@ -14,7 +14,7 @@ import torch
 from ..floats import NUMPY_DTYPE, Array
 from ..spec import LossSpec
 
-__all__ = ["SmoothL1Loss", "eager", "eager_outputs", "from_torch", "to_torch"]
+__all__ = ["SmoothL1Loss", "eager", "eager_outputs", "eager_tensors", "from_torch", "to_torch"]
 
 
 class SmoothL1Loss(torch.nn.SmoothL1Loss):
@@ -64,10 +64,8 @@ def from_torch(tensor: torch.Tensor) -> Array:
 
 
 def eager(spec: LossSpec, input: Array, target: Array) -> Array:
-    """What PyTorch eager computes on the CPU, in the spec's dtype."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
-        return from_torch(SmoothL1Loss.from_spec(spec)(to_torch(input), to_torch(target)))
+    """The loss that PyTorch eager computes on the CPU, in the spec's dtype."""
+    return eager_outputs(replace(spec, gradient=False), input, target)["loss"]
 
 
 def eager_outputs(
@@ -76,23 +74,42 @@ def eager_outputs(
     target: Array,
     weight: Array | None = None,
     beta: Array | None = None,
+    grad_output: Array | None = None,
 ) -> dict[str, Array]:
     """What PyTorch eager and its autograd compute on the CPU for every output of a spec.
 
     Per sample, that is a loop over the rows (vectorised above 1024 of them).
     """
+    given = (input, target, weight, beta, grad_output)
+    tensors = [None if array is None else to_torch(array) for array in given]
+    assert tensors[0] is not None and tensors[1] is not None
+    outputs = eager_tensors(spec, tensors[0], tensors[1], *tensors[2:])
+    return {name: from_torch(tensor) for name, tensor in outputs.items()}
+
+
+def eager_tensors(
+    spec: LossSpec,
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    grad_output: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """`eager_outputs` from tensors to tensors, on whatever device they are on."""
     if beta is not None and not beta >= 0:
         return _no_beta(spec, input, target, weight)
     number = spec.beta if beta is None else float(beta)
-    x = to_torch(input).clone().requires_grad_(spec.gradient)
-    tensors = [x, to_torch(target), *([] if weight is None else [to_torch(weight)])]
+    x = input
+    if spec.gradient:
+        x = x.detach().clone().requires_grad_()  # a leaf that nobody else holds
+    tensors = [x, target, *([] if weight is None else [weight])]
     with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradient):
-        warnings.filterwarnings("ignore", message="Using a target size")
+        warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
         loss = _eager_loss(spec, number, *tensors)
-        outputs = {"loss": from_torch(loss)}
+        outputs = {"loss": loss.detach()}
         if spec.gradient:
-            (gradient,) = torch.autograd.grad(loss.sum(), x)
-            outputs["grad_input"] = from_torch(gradient)
+            upstream = torch.ones_like(loss) if grad_output is None else grad_output
+            (outputs["grad_input"],) = torch.autograd.grad(loss, x, upstream)
     return outputs
 
 
@@ -122,7 +139,9 @@ def _eager_loss(spec: LossSpec, beta: float, *tensors: torch.Tensor) -> torch.Te
     return total / math.prod(losses.shape[first:])
 
 
-def _no_beta(spec: LossSpec, input: Array, target: Array, weight: Array | None) -> dict[str, Array]:
+def _no_beta(
+    spec: LossSpec, input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
     """PyTorch raises on a negative beta; an artefact, which can't, answers NaN everywhere."""
-    outputs = eager_outputs(replace(spec, runtime_beta=False), input, target, weight)
-    return {name: np.full_like(array, np.nan) for name, array in outputs.items()}
+    outputs = eager_tensors(replace(spec, runtime_beta=False), input, target, weight)
+    return {name: torch.full_like(tensor, torch.nan) for name, tensor in outputs.items()}

@@ -8,6 +8,7 @@ the attribute names of 10.0 to 11.4 and has not been run by this package's autho
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,8 +111,9 @@ def _checked_path(path: str | Path | None) -> Path | None:
     if path is None:
         return None
     target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        problem = "is a folder" if target.is_dir() else "lies in a folder that doesn't exist"
+    # Not Path.is_dir, which raises for a name that no file can have.
+    if os.path.isdir(target) or not os.path.isdir(target.parent):
+        problem = "is a folder" if os.path.isdir(target) else "lies in a folder that doesn't exist"
         raise OutputError(f"can't write the engine: {target} {problem}; give a file name")
     return target
 

@@ -24,7 +24,7 @@ import filelock
 import platformdirs
 
 from ..artefact import write_atomic
-from ..errors import ArtefactError, OutputError, SpecError
+from ..errors import ArtefactError, OutputError, SpecError, reason_of
 from .engine import Engine, read_verified, write_engine
 from .key import BuildKey
 from .sidecar import Sidecar, sidecar_path
@@ -98,10 +98,10 @@ class EngineCache:
         try:
             for folder in (self._engines, self._locks):
                 folder.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
+        except (OSError, ValueError) as exc:
             raise OutputError(
-                f"can't use {self.root} as an engine cache ({exc.strerror}); choose a folder that "
-                "you may write to, or build without a cache"
+                f"can't use {self.root} as an engine cache ({reason_of(exc)}); choose a folder "
+                "that you may write to, or build without a cache"
             ) from exc
 
     @property
@@ -242,7 +242,7 @@ class EngineCache:
     def _durations(self) -> dict[str, Any]:
         try:
             content = json.loads((self.root / "durations.json").read_bytes())
-        except (OSError, ValueError):  # a lost estimate is no reason to fail
+        except (OSError, ValueError, RecursionError):  # a lost estimate is no reason to fail
             return {}
         return content if isinstance(content, dict) else {}
 

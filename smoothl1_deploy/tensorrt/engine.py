@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from ..artefact import sha256, write_atomic
-from ..errors import ArtefactError, BackendUnavailableError, MissingDependencyError
+from ..errors import ArtefactError, BackendUnavailableError, MissingDependencyError, reason_of
 from .flavour import Flavour, available_flavours, get_flavour
 from .sidecar import Sidecar, sidecar_path
 
@@ -139,9 +139,9 @@ def read_verified(path: Path) -> Engine:
 def _read(path: Path) -> bytes:
     try:
         data = path.read_bytes()
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise ArtefactError(
-            f"{path} can't be read as an engine ({exc.strerror}); give the path of a built engine"
+            f"{path} can't be read as an engine ({reason_of(exc)}); give the path of a built engine"
         ) from exc
     if not data:
         raise ArtefactError(f"{path} is empty; build the engine again")

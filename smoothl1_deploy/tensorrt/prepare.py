@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from ..errors import ArtefactError, UnsupportedError
-from ..graph.metadata import HASH, ROUTE, SPEC, VERSION
+from ..graph.metadata import HASH, ROUTE, SERVED, SPEC, VERSION
 
 __all__ = ["prepare"]
 
@@ -24,7 +24,7 @@ _REMEDY = (
     "TensorRT has no float64 and would silently compute in float32. Export with "
     "dtype='float32', or run this model on ONNX Runtime (backend='ort-cpu')"
 )
-_OF_THE_EXPORT = frozenset({SPEC, ROUTE, VERSION, HASH})
+_OF_THE_EXPORT = frozenset({SPEC, ROUTE, VERSION, HASH, SERVED})
 #: Attributes of standard operators that hold the element type of an output.
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "stash_type"})
 

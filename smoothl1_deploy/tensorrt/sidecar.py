@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artefact import sha256
-from ..errors import ArtefactError
+from ..errors import ArtefactError, reason_of
 from ..spec import LossSpec
 from .flavour import FLAVOURS
 from .gpu import Gpu
@@ -164,9 +164,9 @@ class Sidecar:
         """
         try:
             raw = path.read_bytes()
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
             raise ArtefactError(
-                f"{path}, the engine's sidecar, can't be read ({exc.strerror}). An engine is "
+                f"{path}, the engine's sidecar, can't be read ({reason_of(exc)}). An engine is "
                 "executable code: build it again, or pass allow_unverified=True if you trust it"
             ) from exc
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import filelock
 
 from ..artefact import write_atomic
-from ..errors import OutputError
+from ..errors import OutputError, reason_of
 from .flavour import Flavour
 
 __all__ = ["attach_timing_cache", "save_timing_cache"]
@@ -53,10 +53,10 @@ def save_timing_cache(config: Any, path: str | None) -> None:
             if others is not None:
                 cache.combine(others, False)  # false where they are of another GPU: ours stay
             write_atomic(target, bytes(cache.serialize()))
-    except OSError as exc:
+    except (OSError, ValueError) as exc:
         if isinstance(exc, OutputError):
             raise
-        raise OutputError(f"can't lock the timing cache {path}: {exc.strerror or exc}") from exc
+        raise OutputError(f"can't lock the timing cache {path}: {reason_of(exc)}") from exc
 
 
 def _read(path: Path) -> bytes:
@@ -64,5 +64,5 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         return b""
-    except OSError as exc:
-        raise OutputError(f"can't read the timing cache {path}: {exc.strerror}") from exc
+    except (OSError, ValueError) as exc:
+        raise OutputError(f"can't read the timing cache {path}: {reason_of(exc)}") from exc

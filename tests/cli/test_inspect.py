@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,23 @@ def test_the_layers_of_the_network_tensorrt_makes_of_it(cli: Callable[..., Done]
     found = _json(cli, model("f64.onnx", dtype="float64"))
     assert "is float64" in found["runs"]["build with tensorrt_rtx"]
     assert "tensorrt_rtx network" not in found["operators"]
+
+
+def test_the_certificate_beside_it(cli: Callable[..., Done]) -> None:
+    path = model()
+    absent = "absent: no certificate; smoothl1-deploy verify --certificate writes one"
+    assert f"certificate     {absent}" in cli("inspect", path).out
+    assert cli("verify", path, "--no-drift", "--certificate").code == 0
+    found = _json(cli, path)["certificate"]
+    assert (found["state"], found["verdict"]) == ("matches", "green")  # type: ignore[index]
+    assert re.search(r"certificate     matches: \d+ cases green on", cli("inspect", path).out)
+
+    model(beta=0.5)  # another artefact of that name
+    found = _json(cli, path)
+    assert found["certificate"]["state"] == "stale"  # type: ignore[index]
+    problem = "stale certificate: the artefact changed since it was certified on"
+    assert problem in found["problems"][0]  # type: ignore[index]
+    assert f"problem: {problem}" in cli("inspect", path).out
 
 
 def test_a_model_that_was_changed_since(cli: Callable[..., Done]) -> None:
@@ -117,6 +135,26 @@ def test_an_engine_without_a_gpu_here(
     )
 
 
+def test_the_layers_of_an_engine_that_runs_here(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    import smoothl1_deploy.tensorrt.gpu as gpu
+    import smoothl1_deploy.tensorrt.layers as layers
+
+    cli("build", model(), "--flavour", "tensorrt_rtx", "--compute-capability", "8.6")
+    without = gpu.current_gpu() is None
+    monkeypatch.setattr(gpu, "current_gpu", lambda: gpu.Gpu("A10", "8.6", "580"))
+    if without:  # the runtime itself says that there is none
+        runs = _json(cli, "loss.engine")["runs"]
+        assert "tensorrt_rtx 1." in str(runs) and "can't run the engine of 'smooth" in str(runs)
+    monkeypatch.setattr(layers, "engine_layers", lambda engine, flavour: ["one", "two (Reduce)"])
+    found = _json(cli, "loss.engine")
+    assert found["layers"] == ["one", "two (Reduce)"]
+    assert found["runs"] == {"tensorrt_rtx": None}
+    assert "one, two (Reduce)" in cli("inspect", "loss.engine").out
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
@@ -146,7 +184,7 @@ def test_what_speaks_against_an_engine(
     ("name", "message"),
     [
         ("nope", "nope can't be read (No such file or directory); give the path of an .onnx file"),
-        (".", ". can't be read (Is a directory)"),
+        (".", ". can't be read (it is a folder, a pipe or a device)"),
         ("text.onnx", "text.onnx"),
         ("empty.onnx", "empty.onnx holds no ONNX graph"),
     ],

@@ -16,8 +16,8 @@ from conftest_cli import Done, model
 
 from smoothl1_deploy import load
 from smoothl1_deploy.backends.base import BACKENDS
-from smoothl1_deploy.cli.npy import read_archive, read_array
 from smoothl1_deploy.errors import InvalidInputError
+from smoothl1_deploy.npy import read_archive, read_array
 
 Pair = tuple[np.ndarray, np.ndarray]
 FILES = ("--input", "input.npy", "--target", "target.npy")
@@ -198,7 +198,10 @@ def test_bad_arrays(cli: Callable[..., Done], pair: Pair, content: bytes, messag
 def test_arrays_that_are_missing(cli: Callable[..., Done], pair: Pair) -> None:
     path = model()
     Path("folder").mkdir()
-    for name, reason in (("nope.npy", "No such file"), ("folder", "Is a directory")):
+    for name, reason in (
+        ("nope.npy", "No such file"),
+        ("folder", "it is a folder, a pipe or a device"),
+    ):
         done = cli("run", path, "--input", name, "--target", "target.npy")
         assert done.code == 2
         assert f"{name} can't be read ({reason}" in done.err

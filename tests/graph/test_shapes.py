@@ -16,7 +16,7 @@ REMEDY = "give integers >= 0 for fixed axes and identifiers for dynamic ones, as
 
 
 @pytest.mark.parametrize(
-    "shape", [(), (0,), (1,), ("N",), ("N", 16), ("batch_size", "é", 2**63 - 1), ("N", "N")]
+    "shape", [(), (0,), (1,), ("N",), ("N", 16), ("batch_size", "é", 2**60), ("N", "N")]
 )
 def test_valid_shapes(shape: tuple[int | str, ...]) -> None:
     assert check_shape(shape) == shape

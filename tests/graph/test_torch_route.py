@@ -16,13 +16,12 @@ import torch
 from agreement import assert_right, pair
 
 import smoothl1_deploy
-from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy import LossSpec, export, translation_table
 from smoothl1_deploy.backends.base import load
 from smoothl1_deploy.errors import SpecError
 from smoothl1_deploy.floats import ulp_distance
 from smoothl1_deploy.graph.elements import ELEMENT_TYPE
 from smoothl1_deploy.graph.metadata import read_spec
-from smoothl1_deploy.graph.torch_route import translation_table
 from smoothl1_deploy.reference.oracle import oracle
 
 #: Every reduction, dtype, and beta that the exporter's optimiser or its types get wrong.

@@ -12,8 +12,15 @@ import pytest
 from smoothl1_deploy import LossSpec, export, load
 from smoothl1_deploy.backends.base import Runner
 from smoothl1_deploy.floats import NUMPY_DTYPE, Array, round_to, ulp_distance, wide_dtype
-from smoothl1_deploy.parity.bounds import UNIT_ROUNDOFF, accumulation_error, bound, gamma
-from smoothl1_deploy.parity.cases import Case
+from smoothl1_deploy.parity.bounds import (
+    UNIT_ROUNDOFF,
+    accumulation_error,
+    bound,
+    gamma,
+    in_range,
+    proved_bound,
+)
+from smoothl1_deploy.parity.cases import Case, References, check
 from smoothl1_deploy.reference.oracle import oracle
 from smoothl1_deploy.spec import DTYPES
 
@@ -141,3 +148,42 @@ def test_a_naive_sum_is_within_its_own_bound(dtype: str) -> None:
     exact = Fraction(float(values[0])) * len(values)
     error = abs(float((Fraction(float(naive)) - exact) / exact))
     assert UNIT_ROUNDOFF[dtype] < error <= accumulation_error(dtype, len(values))
+
+
+@pytest.mark.parametrize(
+    ("beta", "d", "within"),
+    [
+        (1.0, 0.5, True),
+        (1.0, 0.0, True),
+        (1.0, 3e38, False),
+        (1.0, math.nan, False),
+        (1.0, math.inf, False),
+        (1.0, 1e-20, False),  # its square is subnormal
+        (1e30, 1.0, True),
+        (1e30, 1e-5, False),  # over beta
+        (0.0, 1e-30, True),
+        (math.inf, 1.0, True),
+    ],
+)
+def test_what_the_bound_assumes_is_asked_of_the_data(beta: float, d: float, within: bool) -> None:
+    input = np.array([1.0, d], np.float32)
+    target = np.array([[1.0], [0.0]], np.float32)
+    assert in_range(LossSpec(beta), input, target) is within
+
+
+def test_the_proved_bound_counts_what_goes_into_one_number() -> None:
+    assert proved_bound(LossSpec(), (64, 16), (16,), "float64") == 5
+    whole = proved_bound(LossSpec(), (64, 16), (16,), "float32")
+    row = proved_bound(LossSpec(per_sample=True), (64, 16), (16,), "float32")
+    assert whole is not None and row is not None and 1024 <= whole < 1050 and 16 <= row < 30
+    assert proved_bound(LossSpec(), (1 << 25,), (1 << 25,), "float32") is None
+
+
+def test_a_case_is_judged_by_the_bound_where_the_artefact_is_ours() -> None:
+    spec = LossSpec(dtype="float16")
+    case = Case("normal", "bound", (64,), (64,))
+    refs = References.of(spec, case)
+    assert refs.in_range and not References.of(LossSpec(), Case.of("overflow", "matrix")).in_range
+    own = check(runner(spec), case, refs, "float64").verdict
+    foreign = check(runner(spec), case, refs).verdict
+    assert (own.bound, own.allowed, foreign.bound, foreign.allowed) == (1, 1, None, 2)

@@ -54,6 +54,16 @@ def test_reductions_have_a_floor_of_two(steps: int, torch_steps: int, ok: bool) 
     assert judge(MEAN, up(truth, steps), up(truth, torch_steps), truth).ok is ok
 
 
+def test_a_proved_bound_is_never_exceeded() -> None:
+    """However far PyTorch itself is."""
+    truth = np.asarray(np.float32(0.77))
+    ours, torch = up(truth, 5), up(truth, 90)
+    for bound, ok in ((5, True), (4, False), (None, True)):
+        verdict = compare(MEAN, ours, torch, truth, truth, truth, bound=bound)
+        assert (verdict.ok, verdict.bound) == (ok, bound)
+        assert verdict.allowed == (91 if bound is None else bound)
+
+
 @pytest.mark.parametrize(
     ("ours", "truth"),
     [(0.0, np.nan), (np.nan, 0.0), (np.inf, 1.0), (-np.inf, np.inf), (-0.0, 0.0), (0.0, -0.0)],

@@ -258,5 +258,22 @@ def test_broadcasting_is_repeating(dtype: str, data: Any, beta: float) -> None:
     assert one == two or (math.isnan(one) and math.isnan(two))
 
 
+@relation(200, "float64")
+@given(data=st.data(), beta=BETA)
+def test_the_gradient_is_the_finite_difference(dtype: str, data: Any, beta: float) -> None:
+    """Of a step h, central: within h / (2 beta), because the slope's slope is at most 1 / beta.
+
+    The points are multiples of 2^-20 and exact; each of the two losses is within gamma(4), and
+    the subtraction and the gradient itself round too.
+    """
+    a, b = data.draw(pairs(dtype, GRID))
+    step = 2.0**-20
+    gradient = runner(LossSpec(beta, "none", dtype, gradient=True)).run(a, b)["grad_input"]
+    high, low = (losses(beta, dtype, a + sign * step, b) for sign in (1, -1))
+    rounding = gamma(6, UNIT_ROUNDOFF[dtype]) * ((high + low) / (2 * step) + abs(gradient))
+    difference = (high - low) / (2 * step)
+    assert (abs(difference - gradient) <= step / (2 * beta) + rounding).all()
+
+
 def test_there_are_enough_examples() -> None:
     assert sum(PLANNED) >= 2000

@@ -47,7 +47,8 @@ def _cell(suite: ET.Element, cell: Cell, seed: int) -> None:
     else:
         measured = (
             f"{plural(cell.cases, 'case')}; at the worst {cell.ulp} ULP to the oracle, "
-            f"PyTorch {cell.torch_ulp}, allowed {cell.allowed}"
+            f"PyTorch {cell.torch_ulp}, allowed {cell.allowed}, "
+            f"proved bound {'none' if cell.bound is None else cell.bound}"
         )
         _child(case, "system-out", measured)
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import io
+import math
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..artefact import write_atomic
-from ..errors import InvalidInputError, OutputError
-from ..floats import NUMPY_DTYPE, Array
+from .artefact import write_atomic
+from .errors import InvalidInputError, OutputError, reason_of
+from .floats import NUMPY_DTYPE, Array
 
 __all__ = ["check_output", "read_archive", "read_array", "write_arrays"]
 
 _REQUIRED = ("input", "target")
+_OPTIONAL = ("weight", "grad_output")
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_LARGE = 1 << 30  # bytes; an array that unpacks to no more is no bomb
+_MOST_TIMES = 100  # deflate reaches 1,032 on zeros, random floats 1.1
 _REMEDY = "write it with numpy.save(path, array)"
 
 
@@ -43,7 +53,7 @@ def read_array(path: Path, dtype: str) -> Array:
 
 
 def read_archive(path: Path, dtype: str) -> dict[str, Array]:
-    """The arrays called `input`, `target` and, where there is one, `weight` of an .npz file.
+    """The arrays called `input`, `target`, and `weight` and `grad_output` where an .npz has them.
 
     Raises:
         InvalidInputError: as for `read_array`, and where one of the first two is missing.
@@ -58,7 +68,9 @@ def read_archive(path: Path, dtype: str) -> dict[str, Array]:
                     f"{path} has no array called {' or '.join(absent)}, only "
                     f"{', '.join(archive.files) or 'nothing'}; {remedy}"
                 )
-            names = [*_REQUIRED, *({"weight"} & {*archive.files})]
+            names = [*_REQUIRED, *(name for name in _OPTIONAL if name in archive.files)]
+            for name in names:
+                _check_member(archive.zip, name, path)
             arrays = {name: archive[name] for name in names}
     except (InvalidInputError, MemoryError):
         raise
@@ -67,13 +79,34 @@ def read_archive(path: Path, dtype: str) -> dict[str, Array]:
     return {name: _named(array, f"{name} in {path}", dtype) for name, array in arrays.items()}
 
 
+def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
+    """Refuse, before anything is decompressed, a size that is not the header's, and a bomb."""
+    info = archive.NameToInfo.get(f"{name}.npy") or archive.getinfo(name)
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _HEADERS:
+            raise ValueError(f"a header of version {version}")
+        shape, _, dtype = _HEADERS[version](file)
+        stored = info.file_size - file.tell()
+    expected = math.prod(shape) * dtype.itemsize
+    if stored != expected and not dtype.hasobject:  # of objects numpy says what is wrong
+        raise ValueError(f"{name}: {stored} bytes where its header says {expected}")
+    if stored > _LARGE and stored > _MOST_TIMES * path.stat().st_size:
+        raise InvalidInputError(
+            f"{path} has {path.stat().st_size:,} bytes and would unpack {name} to {stored:,}; if "
+            "you trust it, unpack it yourself and give the arrays as .npy files"
+        )
+
+
 def _check_file(path: Path, magic: bytes, expected: str) -> None:
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(0, "it is a folder, a pipe or a device")  # a pipe would wait for ever
         with path.open("rb") as file:
             start = file.read(len(magic))
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise InvalidInputError(
-            f"{path} can't be read ({exc.strerror}); give the path of {expected}"
+            f"{path} can't be read ({reason_of(exc)}); give the path of {expected}"
         ) from exc
     if start[:1] == b"\x80":
         expected += ". It looks like a pickle, which is not loaded: it can run any code"
@@ -118,5 +151,5 @@ def write_arrays(path: Path, arrays: dict[str, Array]) -> Path:
         (array,) = arrays.values()
         np.save(buffer, array, allow_pickle=False)
     else:
-        np.savez(buffer, allow_pickle=False, **arrays)
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return write_atomic(path, buffer.getvalue())

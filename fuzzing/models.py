@@ -1,0 +1,191 @@
+"""Targets on models and engines: `load` and `run`, damaged models, `build_engine`, `verify`."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from hypothesis import strategies as st
+
+from smoothl1_deploy import build_engine, load, verify
+from smoothl1_deploy.artefact import read_model, select_ports
+from smoothl1_deploy.backends.base import BACKENDS, missing
+from smoothl1_deploy.floats import NUMPY_DTYPE
+from smoothl1_deploy.graph.metadata import forget_spec, read_spec
+from smoothl1_deploy.tensorrt.options import BuildOptions
+
+from .damage import BYTE_EDITS, bases, damage_bytes, damaged_models
+from .target import Target
+from .values import ARRAYS, NAMES, NUMBERS, SPECS, THINGS, mostly, some
+
+__all__ = ["TARGETS"]
+
+_HERE = [name for name in BACKENDS if missing(name) is None]
+_SOUND = st.sampled_from(bases())
+
+
+@st.composite
+def _bytes(draw: st.DrawFn) -> bytes:
+    model = onnx.ModelProto()
+    model.CopyFrom(draw(_SOUND))
+    if draw(st.booleans()):
+        forget_spec(model)
+    return damage_bytes(model.SerializeToString(deterministic=True), draw(BYTE_EDITS))
+
+
+#: Models as `load` may get them: sound, damaged in their bytes or in their content, or none.
+MODELS = mostly(some(_SOUND, _bytes(), damaged_models(), damaged_models()), THINGS)
+
+
+def _dtype(number: int) -> str:
+    spec = read_spec(bases()[number])
+    assert spec is not None
+    return spec.dtype
+
+
+@functools.cache
+def _loaded(number: int, backend: str) -> Any:
+    return load(bases()[number], backend)
+
+
+@st.composite
+def _fitting(draw: st.DrawFn, odd: bool = False) -> tuple[Any, ...]:
+    """A model, a backend, and arguments of which most fit; with `odd`, few do."""
+    number = draw(st.integers(0, len(bases()) - 2))
+    names = [name for name in _HERE if not (name == "trt-network" and number in (4, 6))]
+    takes = [value.name for value in bases()[number].graph.input]
+    array = np.ones((4, 16), NUMPY_DTYPE[_dtype(number)])
+    given = {name: 0.5 if name == "beta" else array for name in takes}
+    for name in draw(st.lists(st.sampled_from(takes), max_size=3 if odd else 1)):
+        given[name] = draw(NUMBERS if name == "beta" else ARRAYS)
+    if odd:
+        given[draw(st.sampled_from(["weight", "beta"]))] = draw(ARRAYS)
+    return number, draw(st.sampled_from(names)), given
+
+
+def _run(case: tuple[Any, ...], folder: Path) -> None:
+    number, backend, given = case
+    runner = _loaded(number, backend)
+    outputs = runner.run(**given)
+    spec = runner.spec
+    if spec is not None:
+        assert set(outputs) == set(spec.outputs)
+        assert all(value.dtype == NUMPY_DTYPE[spec.dtype] for value in outputs.values())
+
+
+def _damaged(case: tuple[Any, str], folder: Path) -> None:
+    """Load it and run it once on plain arrays of the shape it says."""
+    model, backend = case
+    runner = load(model, backend)
+    arrays = {}
+    for role, port in runner.signature.inputs.items():
+        shape = [dim if isinstance(dim, int) else 3 for dim in port.shape or ()]
+        if any(not 0 <= dim <= 64 for dim in shape) or len(shape) > 6:
+            return  # what it asks for can't be given
+        arrays[role] = np.ones(shape, NUMPY_DTYPE[port.dtype])
+    if "beta" in arrays:
+        arrays["beta"] = 1.0
+    runner.run(**arrays)
+
+
+def _select(case: tuple[Any, ...], folder: Path) -> None:
+    model, names = case
+    chosen = select_ports(read_model(model), **names)
+    assert chosen.graph.output
+
+
+def _build(case: tuple[Any, ...], folder: Path) -> None:
+    model, profile, options, name, cached = case
+    cache = folder / "cache" if cached else None
+    path = folder / name
+    engine = build_engine(
+        model, path, profile=profile, options=BuildOptions(**options), cache_dir=cache
+    )
+    assert path.read_bytes() == engine.data
+
+
+def _verify(case: tuple[Any, ...], folder: Path) -> None:
+    model, backend, spec = case
+    found = verify(model, backend, spec=spec, drift=False)
+    found.to_dict()
+
+
+_SHAPE_TEXT = st.lists(
+    st.sampled_from(["1x16", "64x16", "4096x16", "1", "-1x16", "x", "", "9" * 30 + "x16", "0x16"]),
+    min_size=1,
+    max_size=3,
+).map(",".join)
+_SIZES = st.integers(-1, 70) | st.sampled_from([2**31, 2**62, 2**63, 2**70, True, None, "1"])
+_PROFILES = some(
+    st.none(),
+    st.just("input=1x16,4x16,8x16"),
+    st.tuples(st.sampled_from(["input", "target", "x", ""]), _SHAPE_TEXT).map("=".join),
+    st.dictionaries(
+        st.sampled_from(["input", "target", "x"]),
+        st.tuples(_SIZES, _SIZES, _SIZES)
+        | st.lists(st.lists(_SIZES, max_size=3), max_size=4)
+        | THINGS,
+        max_size=2,
+    ),
+    THINGS,
+)
+_FLAGS = st.booleans() | THINGS
+_OPTIONS = some(
+    st.just({}),
+    st.just({}),
+    st.just({"strip_plan": True}),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "compute_capabilities": st.lists(st.sampled_from(["8.6", "current", "9.9"])) | THINGS,
+            "hardware_compatibility": NAMES,
+            "workspace": NUMBERS,
+            "timing_cache": st.sampled_from(["timings", "no/timings", "", "."]),
+            **{name: _FLAGS for name in ("version_compatible", "tf32", "strict_nans", "refit")},
+        },
+    ),
+)
+_FILES = st.sampled_from(
+    ["e.engine", "e.engine", "e.engine", "no/e.engine", ".", "a\0b", "x" * 300]
+)
+
+#: Half of them sound: a build is refused at the first thing that is not.
+_BUILDS = some(
+    st.tuples(_SOUND, st.none(), _OPTIONS, st.just("e.engine"), st.booleans()),
+    st.tuples(MODELS, _PROFILES, _OPTIONS, _FILES, st.booleans()),
+)
+
+TARGETS = [
+    Target(
+        "run",
+        mostly(_fitting(), _fitting(odd=True)),
+        _run,
+        share=20,
+    ),
+    Target("models", st.tuples(MODELS, st.sampled_from([*_HERE * 5, "x"])), _damaged, share=30),
+    Target(
+        "ports",
+        st.tuples(
+            MODELS,
+            st.fixed_dictionaries(
+                {}, optional={k: NAMES for k in ("input_name", "target_name", "output_name")}
+            ),
+        ),
+        _select,
+        share=10,
+    ),
+    Target("verify", st.tuples(MODELS, st.sampled_from(_HERE), st.none() | SPECS), _verify, 1),
+]
+if importlib.util.find_spec("tensorrt_rtx") is not None:
+    TARGETS.append(
+        Target(
+            "build",
+            _BUILDS,
+            _build,
+            share=3,
+        )
+    )

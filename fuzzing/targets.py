@@ -1,0 +1,13 @@
+"""Every target, the slowest first: what is begun last should be short."""
+
+from __future__ import annotations
+
+from . import commands, files, models, specs
+
+__all__ = ["TARGETS"]
+
+_SLOW = ("torch-route", "verify", "build", "command")
+TARGETS = sorted(
+    (*specs.TARGETS, *models.TARGETS, *files.TARGETS, *commands.TARGETS),
+    key=lambda target: _SLOW.index(target.name) if target.name in _SLOW else len(_SLOW),
+)

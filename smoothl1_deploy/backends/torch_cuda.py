@@ -1,0 +1,49 @@
+"""`torch-cuda`: PyTorch's own CUDA kernel, a further reference beside the one on the CPU.
+
+Its float16 and its gradient at beta = 0 are reported to differ from the CPU's. No GPU has run this
+module yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+
+from ..device import Device
+from ..errors import ArtefactError
+from .gpu import Compute, GpuBackend, GpuRunner
+
+__all__ = ["TorchCudaBackend"]
+
+
+class TorchCudaRunner(GpuRunner):
+    """Runs what the artefact says it computes, not its graph."""
+
+    def __init__(self, model: onnx.ModelProto, device: Device) -> None:
+        super().__init__(model, device)
+        if self.spec is None:
+            raise ArtefactError(
+                "the torch-cuda backend computes what an artefact's spec says, and this model "
+                "carries none; use a backend that runs the graph, such as ort-cuda"
+            )
+
+    def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        from ..reference.module import eager_tensors
+
+        assert self.spec is not None
+        return eager_tensors(self.spec, **feeds)
+
+    def _recordable(self) -> Compute:
+        return self._compute
+
+
+class TorchCudaBackend(GpuBackend):
+    """PyTorch eager on the GPU."""
+
+    name = "torch-cuda"
+    accumulator = None
+
+    def load(self, model: onnx.ModelProto) -> TorchCudaRunner:
+        """Read the spec that `model` carries."""
+        return TorchCudaRunner(model, self._device)

@@ -1,0 +1,168 @@
+"""`trt`: a TensorRT engine on the GPU, built from the model or read from a file.
+
+No GPU has run this module yet; see `smoothl1_deploy.tensorrt.execution`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from ..device import Device
+from ..graph.elements import ELEMENT_TYPE
+from ..spec import LossSpec
+from ..tensorrt.builder import build_engine
+from ..tensorrt.cache import EngineCache, default_cache_dir
+from ..tensorrt.engine import Engine, read_engine
+from ..tensorrt.execution import Program
+from ..tensorrt.flavour import Flavour, get_flavour
+from ..tensorrt.options import BuildOptions
+from ..tensorrt.profile import InputShape, ProfileRequest, input_shapes
+from .gpu import Compute, GpuBackend, GpuRunner
+
+__all__ = ["TrtBackend", "TrtRunner", "wide_profile"]
+
+_LARGEST = 1 << 26  # elements of an input that the default profile covers
+
+
+def wide_profile(inputs: tuple[InputShape, ...]) -> dict[str, Any]:
+    """Ranges of the dynamic axes from empty to 2^26 elements an input, tuned for 64 rows."""
+    highest: dict[str, int] = {}
+    for shape in inputs:
+        fixed = math.prod(dim for dim in shape.dims if isinstance(dim, int))
+        axes = len(shape.dynamic)
+        for axis in shape.dynamic:
+            size = max(1, int((_LARGEST // max(fixed, 1)) ** (1 / axes) + 1e-9))
+            key = str(shape.dims[axis])
+            highest[key] = min(size, highest.get(key, size))
+
+    def sizes(shape: InputShape, limit: int) -> tuple[int, ...]:
+        return tuple(
+            dim if isinstance(dim, int) else min(limit, highest[str(dim)]) for dim in shape.dims
+        )
+
+    return {
+        shape.name: tuple(sizes(shape, limit) for limit in (0, 64, _LARGEST))
+        for shape in inputs
+        if shape.dynamic
+    }
+
+
+class TrtRunner(GpuRunner):
+    """One engine; `run` may be called from many threads at once.
+
+    Attributes:
+        program: the engine and its contexts; `program.sidecar` says where it comes from.
+    """
+
+    def __init__(self, model: onnx.ModelProto, program: Program) -> None:
+        super().__init__(model, program.device)
+        self.spec = program.sidecar.spec
+        self.program = program
+
+    def _named(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        return {self.signature.inputs[role].name: tensor for role, tensor in feeds.items()}
+
+    def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        return self.program.run(self._named(feeds))
+
+    def _recordable(self) -> Compute:
+        context = self.program.new_context()
+        context.check_recordable()
+        return lambda feeds, shape: context.execute(self._named(feeds))
+
+
+class TrtBackend(GpuBackend):
+    """TensorRT on the GPU, which needs a fixed rank; `threads` changes nothing here.
+
+    Args:
+        flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.
+        profile: of the engines it builds; by default every dynamic axis from 0 to what makes 2^26
+            elements, tuned for 64.
+        options: of those builds.
+        cache_dir: for engines and compiled kernels; None for the user's cache folder.
+        contexts: how many calls may be prepared at a time.
+
+    Raises:
+        MissingDependencyError: when torch or the flavour is not installed.
+        BackendUnavailableError: when there is no GPU, or the flavour can't be used on it.
+    """
+
+    name = "trt"
+    any_rank = False
+    accumulator = "float32"
+
+    def __init__(
+        self,
+        flavour: str | Flavour = "auto",
+        *,
+        profile: ProfileRequest = None,
+        options: BuildOptions | None = None,
+        cache_dir: str | Path | None = None,
+        contexts: int = 4,
+        device: Device | None = None,
+    ) -> None:
+        self._flavour = get_flavour(flavour)
+        super().__init__(device)
+        self._profile = profile
+        self._options = options
+        self._root = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        self._contexts = contexts
+
+    def refuses(self, spec: LossSpec) -> str | None:
+        """float64, which TensorRT doesn't have."""
+        if spec.dtype == "float64":
+            return "TensorRT has no float64; its parser would narrow the loss to float32"
+        return None
+
+    def load(self, model: onnx.ModelProto) -> TrtRunner:
+        """Build the engine of `model`, or take it from the cache, and deserialise it.
+
+        Raises:
+            UnsupportedError, BuildError, SpecError: as `build_engine` does.
+            BackendUnavailableError: when the engine doesn't run on this GPU.
+        """
+        profile = wide_profile(input_shapes(model)) if self._profile is None else self._profile
+        engine = build_engine(
+            model,
+            flavour=self._flavour,
+            profile=profile,
+            options=self._options,
+            cache_dir=EngineCache(self._root),
+        )
+        return TrtRunner(model, self._program(engine, self._flavour))
+
+    def load_engine(self, path: Path) -> TrtRunner:
+        """Deserialise an engine file whose sidecar fits it.
+
+        Raises:
+            ArtefactError: as `read_engine` does.
+            BackendUnavailableError: when the engine doesn't run on this GPU.
+        """
+        engine = read_engine(path)
+        program = self._program(engine, get_flavour(engine.sidecar.flavour))
+        return TrtRunner(_skeleton(engine), program)
+
+    def _program(self, engine: Engine, flavour: Flavour) -> Program:
+        kernels = self._root / "kernels" / f"{engine.sha256}.cache"
+        return Program(
+            engine, flavour, self._device, contexts=self._contexts, runtime_cache=kernels
+        )
+
+
+def _skeleton(engine: Engine) -> onnx.ModelProto:
+    """A model with the engine's inputs and outputs and nothing in between."""
+
+    def value(port: Any) -> onnx.ValueInfoProto:
+        dims = [name or size for name, size in zip(port.names, port.shape, strict=True)]
+        # An axis that has no name in the sidecar is dynamic by its -1.
+        dims = [None if dim == -1 else dim for dim in dims]
+        return helper.make_tensor_value_info(port.name, ELEMENT_TYPE[port.dtype], dims)
+
+    sidecar = engine.sidecar
+    inputs, outputs = map(value, sidecar.inputs), map(value, sidecar.outputs)
+    return helper.make_model(helper.make_graph([], sidecar.graph_name, [*inputs], [*outputs]))

@@ -1,0 +1,94 @@
+"""Who is timed: PyTorch eager and compiled, and every GPU backend that can be used here.
+
+No GPU has run this module yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..device import Device
+from ..spec import LossSpec
+from .plan import COLUMNS
+
+__all__ = ["BACKENDS", "TORCH", "Call", "prepare", "record", "usable_backends"]
+
+TORCH = ("torch-eager", "torch-compile")
+BACKENDS = ("trt", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx")
+
+#: The loss of two CUDA tensors.
+Call = Callable[[Any, Any], Any]
+
+_ROWS = 1 << 22  # of the largest size
+
+
+def usable_backends() -> tuple[tuple[str, ...], dict[str, str]]:
+    """The GPU backends that run a small model here, and why the others don't.
+
+    They are tried, not asked: an engine may be built on a card that can't run it, and the exact
+    answer is worth a line in the report.
+    """
+    try:
+        from ..backends.base import load
+        from ..graph.export import export
+
+        model = export(LossSpec(), shape=("N", COLUMNS))
+    except ImportError as exc:  # onnx, onnxscript or what they need
+        return (), dict.fromkeys(BACKENDS, f"no model can be exported here: {exc}")
+    import numpy as np
+
+    found, reasons = [], {}
+    for name in BACKENDS:
+        try:
+            ones = np.ones((2, COLUMNS), np.float32)
+            load(model, name).run(ones, ones)
+            found.append(name)
+        except Exception as exc:  # whatever a driver or a runtime raises, the others go on
+            reasons[name] = f"{type(exc).__name__}: {exc}"
+    return tuple(found), reasons
+
+
+def prepare(name: str, reduction: str, dtype: str, *, small: bool = False) -> tuple[Call, Any]:
+    """A contestant's call, and its runner (None for PyTorch's).
+
+    Args:
+        name: of `TORCH` or `BACKENDS`.
+        reduction: `none`, `mean` or `sum`; beta is 1.
+        dtype: `float32` or `float16`.
+        small: whether the engine is tuned for 64 rows instead of 2^22.
+    """
+    if name in TORCH:
+        from ..errors import require
+
+        torch = require("torch", "torch", "the report")
+
+        def eager(x: Any, t: Any) -> Any:
+            return torch.nn.functional.smooth_l1_loss(x, t, reduction=reduction)
+
+        return (eager if name == "torch-eager" else torch.compile(eager)), None
+    from ..backends.base import get_backend
+    from ..graph.export import export
+
+    model = export(LossSpec(1.0, reduction, dtype), shape=("N", COLUMNS))
+    runner: Any = _backend(name, get_backend(name), small).load(model)
+    return lambda x, t: runner.run(x, t), runner
+
+
+def _backend(name: str, backend: Any, small: bool) -> Any:
+    """The backend, its engines tuned for the largest size where it lets one choose."""
+    if name != "trt" or small:
+        return backend
+    from ..backends.trt import TrtBackend
+
+    return TrtBackend(profile={"input": (1, _ROWS, _ROWS)})
+
+
+def record(device: Device, call: Call, runner: Any, x: Any, t: Any) -> Callable[[], Any]:
+    """The call on these tensors as a CUDA graph.
+
+    Raises:
+        UnsupportedError: for a backend that can't be recorded.
+    """
+    captured = device.capture(lambda: call(x, t)) if runner is None else runner.capture(x, t)
+    return captured.replay

@@ -1,0 +1,79 @@
+"""How deep a model goes: graphs inside nodes, functions that call functions.
+
+What reads a model recursively, a parser in C++ among them, ends the process where a model is made
+to nest without end (TensorRT for RTX 1.7.1 does at a function that calls itself). So the depth is
+measured before anything else looks inside.
+"""
+
+from __future__ import annotations
+
+import graphlib
+from collections import Counter
+from collections.abc import Iterable
+
+import onnx
+
+from ..errors import ArtefactError
+
+__all__ = ["check_nesting"]
+
+_DEEPEST = 24  # graphs in one another; protobuf's own limit of 100 messages is reached about there
+_MOST_NODES = 1_000_000  # of all functions put in the places where they are called
+
+_Name = tuple[str, str, str]
+
+
+def check_nesting(model: onnx.ModelProto) -> None:
+    """Refuse what no reader can unfold.
+
+    Raises:
+        ArtefactError: for graphs nested deeper than 24, functions that call themselves, directly
+            or through others, and calls that unfold to more than a million nodes.
+    """
+    functions = {(f.domain, f.name, f.overload): f for f in model.functions}
+    calls = {name: _calls(f.node, functions, f.name) for name, f in functions.items()}
+    try:
+        order = [*graphlib.TopologicalSorter(calls).static_order()]
+    except graphlib.CycleError as exc:
+        ring = " -> ".join(name for _, name, _ in exc.args[1])
+        raise ArtefactError(
+            f"the model's functions call themselves ({ring}), which ONNX forbids; it is damaged or "
+            "made to harm"
+        ) from None
+    sizes: dict[_Name, int] = {}
+    for name in order:
+        sizes[name] = _unfolded(len(functions[name].node), calls[name], sizes)
+    whole = _unfolded(len(model.graph.node), _calls(model.graph.node, functions, "graph"), sizes)
+    if whole > _MOST_NODES:
+        raise ArtefactError(
+            f"the model's functions unfold to {whole:,} nodes, more than {_MOST_NODES:,}; it is "
+            "damaged or made to harm"
+        )
+
+
+def _unfolded(own: int, calls: Counter[_Name], sizes: dict[_Name, int]) -> int:
+    return own + sum(count * sizes[name] for name, count in calls.items())
+
+
+def _calls(
+    nodes: Iterable[onnx.NodeProto], functions: Iterable[_Name], where: str
+) -> Counter[_Name]:
+    """The functions called by `nodes` and the graphs inside them, each as often as it is."""
+    known = set(functions)
+    found: Counter[_Name] = Counter()
+    level, depth = list(nodes), 0
+    while level:
+        if depth > _DEEPEST:
+            raise ArtefactError(
+                f"the {where} has graphs nested deeper than {_DEEPEST}; it is damaged or made to "
+                "harm"
+            )
+        found.update(name for n in level if (name := (n.domain, n.op_type, n.overload)) in known)
+        inside = [
+            graph
+            for node in level
+            for attribute in node.attribute
+            for graph in ([attribute.g] if attribute.HasField("g") else [*attribute.graphs])
+        ]
+        level, depth = [node for graph in inside for node in graph.node], depth + 1
+    return found

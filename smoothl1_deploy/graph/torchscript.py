@@ -1,0 +1,212 @@
+"""`register_torchscript_symbolic`: the losses inside `torch.onnx.export(dynamo=False)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from onnx import TensorProto, numpy_helper
+from torch.onnx import symbolic_helper
+from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
+
+from ..errors import SpecError
+from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE
+from .torch_losses import record_absolute, record_huber, record_smooth_l1, reduction_name
+
+__all__ = ["OPSETS", "Registration", "register_torchscript_symbolic"]
+
+#: The opsets of the TorchScript exporter that the losses are registered for: ReduceSum takes its
+#: axes as an input from 13 on, and the exporter ends at 20.
+OPSETS = range(13, 21)
+
+
+class Registration:
+    """What `register_torchscript_symbolic` did, to be undone; a context manager."""
+
+    def __init__(self, before: dict[tuple[str, int], Callable[..., Any] | None]) -> None:
+        self._before = before
+
+    def undo(self) -> None:
+        """Register again what was there before; a second call does nothing."""
+        before, self._before = self._before, {}
+        for (name, opset), function in before.items():
+            if function is not None:
+                register_custom_op_symbolic(name, function, opset)
+            elif _registered(name, opset) is not None:
+                unregister_custom_op_symbolic(name, opset)
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+
+def register_torchscript_symbolic() -> Registration:
+    """Teach `torch.onnx.export(dynamo=False)` the losses of `torch.nn`, for opsets 13 to 20.
+
+    Without it the export of `aten::smooth_l1_loss`, `aten::huber_loss` and `aten::l1_loss` ends
+    in `UnsupportedOperatorError`. With it `nn.SmoothL1Loss`, `nn.HuberLoss`, `nn.L1Loss` and
+    their functions become this package's graph; `translation_table` says what that gives.
+
+    Registers for the whole process, so:
+
+        with register_torchscript_symbolic():
+            torch.onnx.export(module, args, "model.onnx", dynamo=False)
+
+    Registering again where it is registered changes nothing, and undoing that changes nothing.
+
+    Returns:
+        A `Registration`: `undo()`, or the end of `with`, restores what was there before, symbolic
+        functions of your own for the same operators too.
+
+    Raises (by the export):
+        SpecError: on a negative beta, a delta <= 0, and integral inputs, as PyTorch refuses them.
+    """
+    before: dict[tuple[str, int], Callable[..., Any] | None] = {}
+    for name, function in _SYMBOLIC.items():
+        for opset in OPSETS:
+            present = _registered(name, opset)
+            if present is not function:
+                before[name, opset] = present
+                register_custom_op_symbolic(name, function, opset)
+    return Registration(before)
+
+
+def _registered(name: str, opset: int) -> Callable[..., Any] | None:
+    """The custom function registered for exactly this opset; PyTorch has no public way to ask."""
+    from torch.onnx._internal.torchscript_exporter import registration
+
+    group = registration.registry.get_function_group(name)
+    if group is None or not group._functions.overridden(opset):
+        return None
+    found: Callable[..., Any] = group._functions[opset]
+    return found
+
+
+@symbolic_helper.parse_args("v", "v", "i", "f")
+def _smooth_l1_loss(g: Any, self: Any, target: Any, reduction: int, beta: float) -> Any:
+    return _recorded(g, record_smooth_l1, self, target, reduction_name(reduction), beta)
+
+
+@symbolic_helper.parse_args("v", "v", "i", "f")
+def _huber_loss(g: Any, self: Any, target: Any, reduction: int, delta: float) -> Any:
+    return _recorded(g, record_huber, self, target, reduction_name(reduction), delta)
+
+
+@symbolic_helper.parse_args("v", "v", "i")
+def _l1_loss(g: Any, self: Any, target: Any, reduction: int) -> Any:
+    name = reduction_name(reduction)
+    if not any(_element(value) in DTYPE_OF_ELEMENT for value in (self, target)):
+        return record_absolute(_Recorder(g), self, target, name)
+    return _recorded(g, record_smooth_l1, self, target, name, 0.0)
+
+
+_SYMBOLIC: dict[str, Callable[..., Any]] = {
+    "aten::smooth_l1_loss": _smooth_l1_loss,
+    "aten::huber_loss": _huber_loss,
+    "aten::l1_loss": _l1_loss,
+}
+
+
+def _recorded(
+    g: Any, loss: Callable[..., Any], input: Any, target: Any, reduction: str, knee: float
+) -> Any:
+    record = _Recorder(g)
+    dtype = _promoted_dtype(input, target)
+    input, target = _before_broadcast(input, target)
+    ranks = [symbolic_helper._get_tensor_rank(value) for value in (input, target)]
+    if ranks == [0, 0]:  # which the exporter would take for Python numbers
+        one = record("Constant", [], value_ints=[1])
+        input, target = (record("Reshape", [value, one]) for value in (input, target))
+    wanted = ELEMENT_TYPE[dtype]
+    operands = [
+        value if _element(value) == wanted else record("Cast", [value], to=wanted)
+        for value in (input, target)
+    ]
+    result = loss(record, *operands, dtype, reduction, knee)
+    if ranks == [0, 0] and reduction == "none":
+        result = record("Squeeze", [result, record("Constant", [], value_ints=[0])])
+    return result
+
+
+def _kind(value: Any) -> Any:
+    return torch.onnx.JitScalarType.from_value(value)  # type: ignore[attr-defined]
+
+
+def _element(value: Any) -> int:
+    """The ONNX element type of a value of the TorchScript graph."""
+    return int(_kind(value).onnx_type())
+
+
+def _promoted_dtype(*operands: Any) -> str:
+    """The name of their common dtype, as PyTorch promotes tensors of one rank."""
+    dtypes = [_kind(value).dtype() for value in operands]
+    dtype = str(torch.promote_types(*dtypes)).removeprefix("torch.")
+    if dtype not in ELEMENT_TYPE:
+        raise SpecError(
+            f"the loss is of {dtype} tensors, which PyTorch refuses; convert one of them, as in "
+            "input.float()"
+        )
+    return dtype
+
+
+def _before_broadcast(a: Any, b: Any) -> tuple[Any, Any]:
+    """The pair that `torch.broadcast_tensors` was called with; the pair itself elsewhere.
+
+    The exporter broadcasts by adding the two up to learn their shape, an operator that ONNX
+    Runtime doesn't have for bfloat16; Sub broadcasts by itself. Recognised by that sum: it is
+    expanded to in both, and is 0 + a + b of just these two.
+    """
+    expands = [value.node() for value in (a, b)]
+    if any(node.kind() != "onnx::Expand" for node in expands):
+        return a, b
+    sources = [next(iter(node.inputs())) for node in expands]
+    shapes = [list(node.inputs())[1].node() for node in expands]
+    if any(node.kind() != "onnx::Shape" for node in shapes):
+        return a, b
+    sums = [next(iter(node.inputs())) for node in shapes]
+    if sums[0].debugName() != sums[1].debugName():
+        return a, b
+    terms = []
+    last = sums[0].node()
+    for _ in sources:
+        if last.kind() != "onnx::Add":
+            return a, b
+        rest, term = last.inputs()
+        terms.append(term.debugName())
+        last = rest.node()
+    if terms[::-1] != [source.debugName() for source in sources]:
+        return a, b
+    return sources[0], sources[1]
+
+
+class _Recorder:
+    """Operators into a graph of TorchScript: attributes carry their kind in their name."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+
+    def __call__(self, op: str, inputs: Sequence[Any], /, **attributes: Any) -> Any:
+        suffixed: dict[str, Any] = {}
+        for name, value in attributes.items():
+            if op == "Constant":
+                suffixed["value_t"] = _tensor(value)
+            else:
+                suffixed[f"{name}_i"] = value
+        return self._graph.op(op, *inputs, **suffixed)
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    """The value of a Constant: a TensorProto, a float (float32) or integers (int64)."""
+    if isinstance(value, TensorProto):
+        return torch.from_numpy(numpy_helper.to_array(value).copy())
+    kind = torch.float32 if isinstance(value, float) else torch.int64
+    return torch.tensor(value, dtype=kind)

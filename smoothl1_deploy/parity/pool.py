@@ -1,0 +1,64 @@
+"""The same work on many units, in this process or in several, until they or the time are done."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import active_children, get_context
+from typing import TypeVar
+
+__all__ = ["each"]
+
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+
+
+def each(
+    work: Callable[[Unit], Result], units: Sequence[Unit], workers: int, until: float = math.inf
+) -> Iterator[tuple[Unit, Result]]:
+    """Each unit with what `work` made of it, in the order of finishing.
+
+    Args:
+        work: a function that a process can be sent.
+        units: hashable, each once.
+        workers: processes; 1 works in this one.
+        until: by `time.monotonic`; no unit is begun after it, and processes still at work are
+            ended. What is not yielded was left out.
+    """
+    if workers <= 1:
+        for unit in units:
+            if time.monotonic() >= until:
+                return
+            yield unit, work(unit)
+        return
+    others = set(active_children())
+    # spawn: torch's and ONNX Runtime's threads don't survive a fork.
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare)
+    try:
+        futures = {pool.submit(work, unit): unit for unit in units}
+        left = None if math.isinf(until) else max(0.0, until - time.monotonic())
+        finished = as_completed(futures, timeout=left)
+        while True:
+            try:
+                future = next(finished)
+            except StopIteration:
+                return
+            except TimeoutError:
+                for child in set(active_children()) - others:
+                    child.terminate()
+                return
+            yield futures[future], future.result()
+    finally:
+        # After an interrupt the units that have not begun are dropped; the others take seconds.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _prepare() -> None:
+    import signal
+
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)

@@ -1,0 +1,173 @@
+"""The engine for many machines: Ray Data maps pieces to actors that hold one session each.
+
+An actor that dies is started again by Ray Data, and its piece is given to another; a piece that
+raises is tried again where it failed. Every machine reads the files by the same paths. Partial
+results are exact, so the result is the local engine's, bit for bit, whoever did which piece.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..errors import BackendUnavailableError, SmoothL1DeployError, require
+from .engine import PieceResult, PieceScorer
+from .scorer import Job
+from .shards import Piece, Plan, Shard
+
+__all__ = ["RayEngine"]
+
+_ATTEMPTS = 3  # of a piece in one actor, before the run ends with its error
+_STORE = 256 << 20  # bytes of Ray's object store on this machine: results are small
+
+
+@dataclass(frozen=True, slots=True)
+class RayEngine:
+    """Score pieces on a Ray cluster.
+
+    Args:
+        address: of a cluster, as `ray.init` takes it; None starts one on this machine, unless
+            Ray is initialised already, and ends it afterwards.
+        workers: how many actors; None: one for each CPU (or each `threads` CPUs) of the cluster.
+
+    Raises:
+        MissingDependencyError: without ray.
+    """
+
+    address: str | None = None
+    workers: int | None = None
+
+    def __call__(
+        self, job: Job, plan: Plan, pieces: Sequence[Piece]
+    ) -> Generator[PieceResult, None, None]:
+        """Score `pieces`, each in one of the actors, and yield the results as they come."""
+        if not pieces:
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray = require("ray", "ray", "the ray engine")
+        require("ray.data", "ray", "the ray engine")
+        started = not ray.is_initialized()
+        if started:
+            self._start(ray)
+        try:
+            yield from self._scored(ray, job, plan, pieces)
+        finally:
+            if started:
+                ray.shutdown()
+
+    def _start(self, ray: Any) -> None:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+        if self.address is None:
+            # Workers find the package where this process found it.
+            paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+            options |= {
+                "num_cpus": self.workers,
+                "include_dashboard": False,
+                "object_store_memory": _STORE,
+                "_node_ip_address": "127.0.0.1",
+                "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
+            }
+        else:
+            options["address"] = self.address
+        try:
+            ray.init(**options)
+        except Exception as exc:  # Ray raises ConnectionError, RuntimeError, ValueError, ...
+            where = "on this machine" if self.address is None else f"at {self.address}"
+            raise BackendUnavailableError(
+                f"no Ray cluster {where} ({exc}); `ray status` shows what runs"
+            ) from exc
+
+    def _scored(
+        self, ray: Any, job: Job, plan: Plan, pieces: Sequence[Piece]
+    ) -> Iterator[PieceResult]:
+        cpus = job.threads or 1
+        tasks = _tasks(plan, pieces)
+        most = max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
+        size = min(self.workers or most, len(tasks))
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        # It warns that the bars below are off.
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+        context = ray.data.DataContext.get_current()
+        bars, context.enable_progress_bars = context.enable_progress_bars, False
+        try:
+            rows = ray.data.from_items(
+                [{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks)
+            ).map(
+                _Actor,
+                fn_constructor_args=(replace(job, threads=cpus), _absolute(plan)),
+                compute=ray.data.ActorPoolStrategy(size=size),
+                num_cpus=cpus,
+            )
+            for row in rows.iter_rows():
+                done = pickle.loads(row["done"])
+                if isinstance(done, BaseException):
+                    raise done
+                yield from done
+        except ray.exceptions.RayError as exc:  # the package isn't on a worker, for instance
+            raise BackendUnavailableError(
+                f"the Ray workers can't do it ({str(exc).strip().splitlines()[-1]}); every machine "
+                "needs this version of smoothl1-deploy with its extras cpu and ray"
+            ) from exc
+        finally:
+            context.enable_progress_bars = bars
+
+
+def _absolute(plan: Plan) -> Plan:
+    """A worker has another working folder."""
+
+    def shard(found: Shard) -> Shard:
+        files = {r: replace(at, path=at.path.absolute()) for r, at in found.files.items()}
+        return replace(found, files=files)
+
+    return replace(plan, shards=tuple(map(shard, plan.shards)))
+
+
+def _tasks(plan: Plan, pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """What one actor does without a break: a piece, or all of a file that is read in order."""
+
+    def key(piece: Piece) -> tuple[int, int]:
+        return piece.shard, -1 if plan.shards[piece.shard].sequential else piece.index
+
+    return [list(group) for _, group in groupby(pieces, key)]
+
+
+class _Actor:
+    """One session on one worker."""
+
+    def __init__(self, job: Job, plan: Plan) -> None:
+        self._job, self._plan = job, plan
+        self._scorer: PieceScorer | None = None
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
+        task: list[Piece] = pickle.loads(row["task"])
+        try:
+            return {"done": pickle.dumps([self._try(piece) for piece in task])}
+        except SmoothL1DeployError as exc:  # Ray would wrap it in a traceback
+            return {"done": pickle.dumps(type(exc)(f"{exc} (on {self._name})"))}
+
+    def _try(self, piece: Piece) -> PieceResult:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                if self._scorer is None:
+                    self._scorer = PieceScorer(self._job)
+                result = self._scorer.score(piece, self._plan.shards[piece.shard])
+                return replace(result, worker=self._name)
+            except (SmoothL1DeployError, OSError):
+                if attempt == _ATTEMPTS:
+                    raise
+                self._close()  # the files are opened again, and the session is
+        raise AssertionError("unreachable")
+
+    def _close(self) -> None:
+        if self._scorer is not None:
+            self._scorer.close()
+            self._scorer = None

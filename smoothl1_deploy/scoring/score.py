@@ -1,0 +1,247 @@
+"""`loss_over` batches, and `score_files`: one exact result of data larger than memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..artefact import ModelSource
+from ..backends.arrays import as_array
+from ..errors import InvalidInputError, SpecError
+from ..spec import LossSpec
+from .engine import PieceResult, score_locally
+from .journal import Journal, default_journal
+from .output import ScoreFile
+from .partial import Partial
+from .scorer import Job, Scorer, make_job
+from .shards import Piece, Plan, make_plan
+
+__all__ = ["Progress", "Score", "loss_over", "score_files"]
+
+Engine = Callable[[Job, Plan, Sequence[Piece]], Generator[PieceResult, None, None]]
+_ROLES = ("input", "target", "weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The loss of all data.
+
+    Attributes:
+        loss: the exact mean or sum of the losses, rounded once to float64.
+        sum: likewise, the sum.
+        count: of elements.
+        spec: what was computed.
+        shards: how many files, or batches.
+        seconds: of this run.
+        scored: elements scored in this run; the rest was done by an interrupted one.
+        output: where the scores of the rows are.
+    """
+
+    loss: float
+    sum: float
+    count: int
+    spec: LossSpec
+    shards: int
+    seconds: float
+    scored: int
+    output: Path | None = None
+
+    @property
+    def rate(self) -> float:
+        """Elements a second."""
+        return self.scored / self.seconds if self.seconds else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; NaN and infinities are strings."""
+
+        def number(value: float) -> float | str:
+            return value if math.isfinite(value) else str(value)
+
+        return {
+            "loss": number(self.loss),
+            "sum": number(self.sum),
+            "count": self.count,
+            "spec": self.spec.to_dict(),
+            "shards": self.shards,
+            "seconds": self.seconds,
+            "rate": number(self.rate),
+            "resumed": self.count - self.scored,
+            "output": None if self.output is None else str(self.output),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is, in elements; `worker` did the last piece, of the shard called `shard`."""
+
+    done: int
+    total: int
+    shard: str = ""
+    worker: str = ""
+
+
+def _score(
+    job: Job, partial: Partial, shards: int, start: float, resumed: int, output: Path | None = None
+) -> Score:
+    loss = partial.mean if job.spec.reduction == "mean" else partial.sum
+    seconds = time.monotonic() - start
+    scored = partial.count - resumed
+    return Score(loss, partial.sum, partial.count, job.spec, shards, seconds, scored, output)
+
+
+def loss_over(
+    batches: Iterable[Any],
+    spec: LossSpec | None = None,
+    artefact: ModelSource | None = None,
+    *,
+    backend: str = "ort-cpu",
+    beta: float | None = None,
+    threads: int = 0,
+) -> Score:
+    """The loss of all batches together, of which one at a time is in memory.
+
+    With a `spec` the losses of the elements are added without rounding: the result is the same for
+    every size and order of the batches, and for a mean it is the sum over the number of all
+    elements, not the mean of means. With an `artefact` what it gives for each batch is combined in
+    the same way.
+
+    Args:
+        batches: pairs `(input, target)`, triples with a `weight`, or mappings of these names;
+            each array as `run` takes it.
+        spec: what is computed; its reduction is `mean` or `sum`.
+        artefact: instead of a spec, or beside it as `scoring.scorer.make_job` says.
+        backend: what runs it.
+        beta: for an artefact that takes it at run time.
+        threads: for one call; 0 means every core.
+
+    Raises:
+        SpecError: on a reduction that combines nothing.
+        InvalidInputError: on arrays that don't fit; the message says which batch.
+    """
+    start = time.monotonic()
+    job = make_job(spec, artefact, backend=backend, beta=beta, threads=threads)
+    scorer = Scorer(job)
+    partial, number = Partial(), 0
+    for number, batch in enumerate(batches, 1):
+        try:
+            partial += scorer.score(_arrays(batch))[0]
+        except InvalidInputError as exc:
+            raise InvalidInputError(f"batch {number}: {exc}") from exc
+    return _score(job, partial, number, start, 0)
+
+
+def _arrays(batch: Any) -> dict[str, Any]:
+    if isinstance(batch, Mapping):
+        unknown = sorted(str(key) for key in {*batch} - {*_ROLES})
+        if unknown:
+            raise InvalidInputError(
+                f"it has {', '.join(unknown)}; a mapping has input, target and, for a spec with "
+                "one, weight"
+            )
+        given = dict(batch)
+    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        given = dict(zip(_ROLES, batch, strict=False))
+    else:
+        raise InvalidInputError(
+            f"a {type(batch).__name__} is no batch; give (input, target) or a mapping"
+        )
+    absent = [role for role in _ROLES[:2] if role not in given]
+    if absent:
+        raise InvalidInputError(f"{' and '.join(absent)} is missing")
+    return {role: as_array(value, role) for role, value in given.items()}
+
+
+def score_files(
+    job: Job,
+    located: Mapping[str, Mapping[str, Any]],
+    *,
+    output: Path | None = None,
+    journal: Path | None = None,
+    restart: bool = False,
+    batch: int | None = None,
+    engine: Engine = score_locally,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Score:
+    """The loss of all shards, in bounded memory, to be resumed where it was interrupted.
+
+    Args:
+        job: as `make_job` gives it.
+        located: as `shards.locate` gives it.
+        output: for one score a row, .npy or .parquet; for a job that gives scores.
+        journal: its file. Default: one in the user's cache folder, for this request.
+        restart: throw away what an interrupted run has done.
+        batch: rows at a time. Default: about 2^18 elements, or what the artefact is fixed to.
+        engine: `engine.score_locally`, or `ray_engine.RayEngine`.
+        on_progress: called at the start and after each piece.
+
+    Raises:
+        InvalidInputError: on files that don't fit together, or that changed; it names the shard.
+        OutputError: when scores or journal can't be written.
+    """
+    if output is not None and not job.spec.per_sample:
+        raise SpecError(f"{output} is for one score a row; give --per-sample, or leave it out")
+    if batch is not None and batch < 1:
+        raise SpecError(f"a batch of {batch} rows; give at least one")
+    if job.rows is not None and batch not in (None, job.rows):
+        raise SpecError(f"the artefact takes {job.rows} rows at a time, not {batch}")
+    start = time.monotonic()
+    flat = job.elementwise and job.any_rank
+    plan = make_plan(located, flat=flat, rows=job.rows or batch)
+    where = None if output is None else str(output.absolute())
+    request = {"job": job.to_dict(), "plan": _request(plan), "output": where, "batch": batch}
+    with Journal(journal or default_journal(request), job, plan, output, restart) as log:
+        scores = None if output is None else ScoreFile(output, plan, job.spec.dtype)
+        if scores is not None and log.done and not scores.kept:
+            log.forget()
+        resumed = sum(partial.count for partial in log.done.values())
+        try:
+            _score_rest(job, plan, engine, log, scores, on_progress or (lambda progress: None))
+        except BaseException:
+            if scores is not None:
+                scores.close(keep=bool(log.done))
+            raise
+        partial = sum(log.done.values(), Partial())
+        if scores is not None:
+            scores.finish()
+        log.finish()
+    return _score(job, partial, len(plan.shards), start, resumed, output)
+
+
+def _score_rest(
+    job: Job,
+    plan: Plan,
+    engine: Engine,
+    log: Journal,
+    scores: ScoreFile | None,
+    tell: Callable[[Progress], None],
+) -> None:
+    """Score the pieces that the journal lacks; each is on the disk before the next is taken."""
+    todo = [piece for piece in plan.pieces if piece.index not in log.done]
+    total = sum(map(plan.elements, plan.pieces))
+    done = total - sum(map(plan.elements, todo))
+    tell(Progress(done, total))
+    # Closing: an interrupt comes here, and the engine must let go of its files and workers.
+    with contextlib.closing(engine(job, plan, todo)) as results:
+        for result in results:
+            if scores is not None and result.scores is not None:
+                scores.write(result.piece, result.scores)
+            log.add(result)
+            piece = plan.pieces[result.piece]
+            done += plan.elements(piece)
+            tell(Progress(done, total, plan.shards[piece.shard].name, result.worker))
+
+
+def _request(plan: Plan) -> dict[str, list[str | None]]:
+    """Where the data are: the same request has the same journal, whatever stands there by now."""
+    if not plan.shards:
+        return {}
+    folder = len(plan.shards) > 1
+    return {
+        role: [str((place.path.parent if folder else place.path).absolute()), place.name]
+        for role, place in plan.shards[0].files.items()
+    }

@@ -1,0 +1,41 @@
+"""The loss inside a served model, cut out as an artefact that `load` and `verify` understand."""
+
+from __future__ import annotations
+
+import onnx
+import onnx.utils
+
+from ..errors import ArtefactError
+from ..graph.metadata import read_spec, stamp
+from .losses import Loss
+from .served_graph import rename_uses
+
+__all__ = ["loss_part"]
+
+
+def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
+    """The part of a served graph from prediction and target to the loss, as an artefact.
+
+    An artefact of its own comes back as it is.
+
+    Raises:
+        ArtefactError: when the metadata name tensors that the model doesn't have.
+    """
+    if read_spec(model) is not None:
+        return model
+    names = [loss.inputs[role] for role in loss.spec.inputs]
+    inferred = onnx.shape_inference.infer_shapes(model)  # the new inputs need their types
+    try:
+        part = onnx.utils.Extractor(inferred).extract_model(names, list(loss.outputs.values()))
+    except ValueError as exc:
+        raise ArtefactError(f"the loss can't be cut out of the model: {exc}") from exc
+    del part.graph.value_info[:]
+    for role, tensor in {**loss.inputs, **loss.outputs}.items():
+        for node in part.graph.node:
+            node.output[:] = [role if name == tensor else name for name in node.output]
+        rename_uses(part.graph.node, tensor, role)
+        for value in (*part.graph.input, *part.graph.output):
+            value.name = role if value.name == tensor else value.name
+    onnx.checker.check_model(part, full_check=True)
+    stamp(part, loss.spec, "attached", "served", served=True)
+    return part

@@ -1,0 +1,86 @@
+"""What a model file takes and gives, in a server's terms: names, Triton data types, dims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto
+
+from ..tensorrt.sidecar import Sidecar
+
+__all__ = ["DATA_TYPES", "ModelPorts", "TensorPort", "engine_ports", "onnx_ports"]
+
+#: dtype name -> Triton's. Source: `DataType` of Triton's model_config.proto.
+DATA_TYPES = {
+    "bool": "TYPE_BOOL",
+    "uint8": "TYPE_UINT8",
+    "uint16": "TYPE_UINT16",
+    "uint32": "TYPE_UINT32",
+    "uint64": "TYPE_UINT64",
+    "int8": "TYPE_INT8",
+    "int16": "TYPE_INT16",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+    "float32": "TYPE_FP32",
+    "float64": "TYPE_FP64",
+    "string": "TYPE_STRING",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPort:
+    """One input or output.
+
+    Attributes:
+        data_type: Triton's, such as `"TYPE_FP32"`; `"TYPE_INVALID"` for one it doesn't have.
+        dims: with the axis of rows, -1 for a dynamic axis; None for any rank.
+    """
+
+    name: str
+    data_type: str
+    dims: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPorts:
+    """The inputs and outputs of a model file."""
+
+    inputs: tuple[TensorPort, ...]
+    outputs: tuple[TensorPort, ...]
+
+
+def _onnx_port(value: onnx.ValueInfoProto) -> TensorPort:
+    tensor = value.type.tensor_type
+    known = TensorProto.DataType.DESCRIPTOR.values_by_number.get(tensor.elem_type)
+    names = {"FLOAT": "float32", "DOUBLE": "float64"}
+    dtype = names.get(known.name, known.name.lower()) if known else ""
+    dims = None
+    if tensor.HasField("shape"):
+        dims = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
+    return TensorPort(value.name, DATA_TYPES.get(dtype, "TYPE_INVALID"), dims)
+
+
+def onnx_ports(model: onnx.ModelProto) -> ModelPorts:
+    """Those of an ONNX graph; old models list their constants among the inputs, which are none."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+
+    def ports(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorPort, ...]:
+        return tuple(_onnx_port(value) for value in values if value.name not in constants)
+
+    return ModelPorts(ports(model.graph.input), ports(model.graph.output))
+
+
+def engine_ports(sidecar: Sidecar) -> ModelPorts:
+    """Those of a TensorRT engine, as its sidecar says."""
+    inputs, outputs = (
+        tuple(
+            TensorPort(port.name, DATA_TYPES.get(port.dtype, "TYPE_INVALID"), port.shape)
+            for port in ports
+        )
+        for ports in (sidecar.inputs, sidecar.outputs)
+    )
+    return ModelPorts(inputs, outputs)

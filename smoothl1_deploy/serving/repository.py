@@ -1,0 +1,262 @@
+"""Writes models into a Triton model repository: a folder each, whole or not at all.
+
+<repository>/<name>/config.pbtxt
+<repository>/<name>/1/model.onnx
+<repository>/<name>_trt/config.pbtxt
+<repository>/<name>_trt/1/model.plan, model.plan.json (its sidecar)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..artefact import ModelSource, read_model, sha256
+from ..errors import ArtefactError, OutputError, SpecError, UnsupportedError
+from ..graph.export import export
+from ..graph.shapes import Dim
+from ..spec import LossSpec
+from ..tensorrt.engine import Engine, read_verified
+from ..tensorrt.sidecar import sidecar_path
+from .model_config import CONFIG_FILE, dump_config, make_config
+from .ports import ModelPorts, engine_ports, onnx_ports
+from .served_graph import ServedGraph, serve
+
+__all__ = [
+    "MAX_BATCH_SIZE",
+    "ONNX_FILE",
+    "PLAN_FILE",
+    "ServedModel",
+    "served_loss",
+    "write_loss",
+    "write_model",
+]
+
+ONNX_FILE, PLAN_FILE = "model.onnx", "model.plan"
+ONNX_PLATFORM, PLAN_PLATFORM = "onnxruntime_onnx", "tensorrt_plan"
+
+#: Rows that Triton may put into one batch where nothing else is said.
+MAX_BATCH_SIZE = 64
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that was written.
+
+    Attributes:
+        name: of the model, which is that of its folder.
+        folder: `<repository>/<name>`.
+        file: the model file in it.
+        platform: Triton's.
+        max_batch_size: 0 where requests are not batched together.
+        unbatched: why they must not be; None where they may.
+    """
+
+    name: str
+    folder: Path
+    file: Path
+    platform: str
+    max_batch_size: int
+    unbatched: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "file": str(self.file),
+            "platform": self.platform,
+            "max_batch_size": self.max_batch_size,
+            "unbatched": self.unbatched,
+        }
+
+
+def write_loss(
+    repository: str | os.PathLike[str],
+    spec: LossSpec,
+    shape: Sequence[Dim] = ("N", 16),
+    *,
+    route: str = "inlined",
+    name: str | None = None,
+    max_batch_size: int | None = None,
+    engine: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> tuple[ServedModel, ...]:
+    """Write a loss of its own as a served model.
+
+    Args:
+        repository: the folder; made where it is missing.
+        spec: what to compute.
+        shape: of input and target: a name for the rows first, as in `("N", 16)`.
+        route: as of `export`; `"inlined"` is plain ONNX, which any server reads.
+        name: of the model; the spec's by default.
+        max_batch_size: rows that Triton may batch; by default 64 where the rows are independent
+            (`none` and per sample) and 0 where they are not.
+        engine: a TensorRT engine of this served graph, for a second model `<name>_trt`.
+        overwrite: replace a model of that name.
+
+    Raises:
+        SpecError: on a shape or a max_batch_size that makes no sense.
+        ArtefactError: when the engine is not what its sidecar says, or is of another graph.
+        UnsupportedError: for an engine that Triton can't load.
+        OutputError: when the model is there already, or the folder can't be written.
+        MissingDependencyError: without tritonclient.
+    """
+    return write_model(
+        repository,
+        served_loss(spec, shape, route).model,
+        name=name or spec.name,
+        max_batch_size=max_batch_size,
+        engine=engine,
+        overwrite=overwrite,
+    )
+
+
+def served_loss(spec: LossSpec, shape: Sequence[Dim], route: str = "inlined") -> ServedGraph:
+    """The served graph of a spec.
+
+    Raises:
+        SpecError: on a shape whose first axis has no name.
+    """
+    if not shape or not isinstance(shape[0], str):
+        raise SpecError(
+            f"a served loss takes any number of rows, got the shape {tuple(shape)!r}; give a name "
+            "for the first axis, as in ('N', 16), on the command line N,16"
+        )
+    return serve(export(spec, route, shape))
+
+
+def write_model(
+    repository: str | os.PathLike[str],
+    model: ModelSource,
+    *,
+    name: str | None = None,
+    max_batch_size: int | None = None,
+    engine: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> tuple[ServedModel, ...]:
+    """Write a model, such as one with a loss attached, as a served model.
+
+    Args and errors are those of `write_loss`; the name is that of the file by default.
+    """
+    given = model if isinstance(model, (str, os.PathLike)) else None
+    served = serve(read_model(model))
+    name = _checked_name(name or (Path(given).stem if given else served.model.graph.name))
+    batch = _batch_size(served, max_batch_size)
+    data = served.model.SerializeToString(deterministic=True)
+    plan = None if engine is None else _readable_plan(Path(engine), sha256(data))
+
+    staged = {name: _files(name, ONNX_PLATFORM, onnx_ports(served.model), batch, {ONNX_FILE: data})}
+    if plan is not None:
+        files = {PLAN_FILE: plan.data, sidecar_path(Path(PLAN_FILE)).name: plan.sidecar.dumps()}
+        trt = f"{name}_trt"
+        staged[trt] = _files(trt, PLAN_PLATFORM, engine_ports(plan.sidecar), batch, files)
+    root = Path(repository)
+    _write_folders(root, staged, overwrite)
+
+    def written(name: str, platform: str, file: str) -> ServedModel:
+        folder = root / name
+        return ServedModel(name, folder, folder / "1" / file, platform, batch, served.unbatched)
+
+    models = [written(name, ONNX_PLATFORM, ONNX_FILE)]
+    if plan is not None:
+        models.append(written(f"{name}_trt", PLAN_PLATFORM, PLAN_FILE))
+    return tuple(models)
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise SpecError(
+            f"{name!r} can't be a model's name, which is a folder's and part of a URL; use "
+            "letters, digits, '_', '-' and '.'"
+        )
+    return name
+
+
+def _batch_size(served: ServedGraph, asked: int | None) -> int:
+    if served.unbatched is None:
+        return MAX_BATCH_SIZE if asked is None else asked
+    if asked:
+        raise SpecError(
+            f"max_batch_size={asked}, but requests must not be batched together: "
+            f"{served.unbatched}. Leave it out, or use per_sample=True (--per-sample)"
+        )
+    return 0
+
+
+def _readable_plan(path: Path, digest: str) -> Engine:
+    engine = read_verified(path)
+    sidecar = engine.sidecar
+    if sidecar.flavour != "tensorrt":
+        raise UnsupportedError(
+            f"{path} is an engine of {sidecar.flavour} {sidecar.version}, and Triton's backend "
+            "loads those of tensorrt alone; build it with --flavour tensorrt on a machine with a "
+            "GPU, with the version in the container that serves it"
+        )
+    if sidecar.onnx_sha256 != digest:
+        raise ArtefactError(
+            f"{path} was built from another graph than the served one; write the repository "
+            "without --engine, build from its 1/model.onnx, and write it again with --engine and "
+            "--overwrite"
+        )
+    return engine
+
+
+def _files(
+    name: str, platform: str, ports: ModelPorts, batch: int, version: dict[str, bytes]
+) -> dict[str, bytes]:
+    """Path in the model's folder -> content."""
+    config = dump_config(make_config(name, platform, ports, batch))
+    return {CONFIG_FILE: config, **{f"1/{file}": data for file, data in version.items()}}
+
+
+def _write_folders(root: Path, folders: dict[str, dict[str, bytes]], overwrite: bool) -> None:
+    """Write beside, then rename: a model's folder is there whole, or as it was before."""
+    for name in folders:
+        if (root / name).exists() and not overwrite:
+            raise OutputError(
+                f"{root / name} exists; choose another name with --name, or replace it with "
+                "--overwrite"
+            )
+    token = secrets.token_hex(8)
+    staging = root / f".{token}"
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    try:
+        for name, files in folders.items():
+            for file, data in files.items():
+                path = staging / name / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        for name in folders:
+            _swap(staging / name, root / name)
+    except OSError as exc:
+        raise OutputError(
+            f"can't write into {root}: {exc.strerror or exc}; choose a folder that you may write to"
+        ) from exc
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:  # those of a write that failed are empty
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _swap(new: Path, place: Path) -> None:
+    """Put a folder in the place of another, which comes back if that fails."""
+    old = new.with_name(f"{new.name}.old")
+    if place.exists():
+        os.replace(place, old)
+    try:
+        os.replace(new, place)
+    except OSError:
+        if old.exists():
+            os.replace(old, place)
+        raise

@@ -1,0 +1,265 @@
+"""A loss graph as a server takes it: no rank 0, `[N, 1]` for a score a row, no silent broadcast.
+
+A Triton model has no tensor of rank 0, and checks the rows of an input against those of another
+only where it batches. So a served graph has
+
+* the loss in the shape [1] for `mean` and `sum`, and [N, 1] per sample; `beta` in [1];
+* a guard, `Reshape(target, Shape(input))`: a target of another number of rows is an error, where
+  it would be broadcast. Empty batches pass.
+
+Inside, nothing changes: the same nodes compute the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from ..errors import ArtefactError, UnsupportedError
+from ..graph.metadata import SERVED, is_served, read_route, read_spec, stamp
+from ..graph.shapes import describe
+from .losses import Loss, read_losses, why_unbatched
+from .ports import ModelPorts, onnx_ports
+
+__all__ = ["ServedGraph", "rename_uses", "serve"]
+
+_PROTOBUF_LIMIT = 2**31 - 2**20  # with room for what is added
+_ALLOWZERO = 14  # the first opset whose Reshape takes a size of 0 as it is
+_AXES_AS_INPUT = 13
+
+
+@dataclass(frozen=True, slots=True)
+class ServedGraph:
+    """A graph for a server.
+
+    Attributes:
+        model: the graph, with its metadata.
+        losses: what it computes; empty for a model that says nothing of itself.
+        unbatched: why the rows of two requests must not go into one batch; None where they may.
+    """
+
+    model: onnx.ModelProto
+    losses: tuple[Loss, ...]
+    unbatched: str | None
+
+
+def serve(model: onnx.ModelProto) -> ServedGraph:
+    """The served graph of a loss artefact, of a model with losses attached, or of any model.
+
+    A graph that is served already comes back as it is.
+
+    Raises:
+        ArtefactError: when the rank of an input or output can't be told, metadata are damaged, or
+            the graph is no valid one.
+        UnsupportedError: on an opset older than 13, on a model of 2 GiB or more, and on a loss with
+            an upstream gradient.
+    """
+    if model.ByteSize() >= _PROTOBUF_LIMIT:
+        raise UnsupportedError(
+            "the model has 2 GiB or more, and a served one is written as a single file; keep the "
+            "weights outside and write its folder by hand, then check it with repository --lint"
+        )
+    losses = read_losses(model)
+    if any(loss.spec.upstream for loss in losses):
+        raise UnsupportedError(
+            "a server has no gradient to pass back, and grad_output, in the shape of the loss, no "
+            "rows of a request; serve the loss without upstream"
+        )
+    spec, route, done = read_spec(model), read_route(model), is_served(model)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    editor = _Editor(copy)
+    ports = onnx_ports(copy)
+    unbatched = why_unbatched(losses, ports) or _rows_alone(ports)
+    if done:
+        return ServedGraph(copy, losses, unbatched)
+    for loss in losses:
+        for role in ("target", "weight"):
+            if role in loss.inputs:
+                editor.guard(loss.inputs[role], loss.inputs["input"])
+    for value in list(editor.inputs):
+        if not editor.dims(value.name):
+            editor.widen_input(value)
+    scores = {loss.outputs["loss"] for loss in losses if loss.spec.per_sample}
+    for value in copy.graph.output:
+        dims = editor.dims(value.name)
+        if not dims or (len(dims) == 1 and (unbatched is None or value.name in scores)):
+            editor.widen_output(value, dims)
+    if spec is not None:
+        shape = editor.dims("input")
+        stamp(copy, spec, route or "unknown", f"served_{describe(shape)}", served=True)
+    else:
+        _note_served(copy)
+    try:
+        onnx.checker.check_model(copy, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+        raise ArtefactError(f"the model is no valid ONNX graph: {exc}") from exc
+    return ServedGraph(copy, losses, unbatched)
+
+
+def _note_served(model: onnx.ModelProto) -> None:
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    helper.set_model_props(model, {**properties, SERVED: "1"})
+
+
+def _rows_alone(ports: ModelPorts) -> str | None:
+    for port in ports.inputs:
+        if len(port.dims or ()) == 1:  # its dims in the config would be empty
+            return f"the input {port.name} has no axis beside its rows"
+    return None
+
+
+class _Editor:
+    """A graph, what is known of its tensors' shapes, and the few edits a server asks for."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        versions = [e.version for e in model.opset_import if e.domain in ("", "ai.onnx")]
+        self._guarded: list[tuple[str, str]] = []
+        self._opset = max(versions, default=1)
+        if self._opset < _AXES_AS_INPUT:
+            raise UnsupportedError(
+                f"the model is of opset {self._opset}, and a served graph needs "
+                f"{_AXES_AS_INPUT}; convert it with onnx.version_converter"
+            )
+        try:
+            graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+            graph = model.graph  # custom operators, or a model beyond protobuf's limit
+        self._values = {
+            value.name: value for value in (*graph.value_info, *graph.input, *graph.output)
+        }
+
+    @property
+    def inputs(self) -> list[onnx.ValueInfoProto]:
+        """The inputs that a caller gives; old models list their constants among the inputs."""
+        constants = {tensor.name for tensor in self.model.graph.initializer}
+        return [value for value in self.model.graph.input if value.name not in constants]
+
+    def dims(self, name: str) -> tuple[int | str, ...]:
+        """Sizes, and names (or `?`) of dynamic axes.
+
+        Raises:
+            ArtefactError: for a port of unknown rank.
+        """
+        dims = self._known(name)
+        if dims is None:
+            raise ArtefactError(
+                f"the rank of {name!r} is unknown, and a server needs it; export with a shape, "
+                "as in --shape N,16"
+            )
+        return dims
+
+    def _known(self, name: str) -> tuple[int | str, ...] | None:
+        value = self._values.get(name)
+        if value is None or not value.type.tensor_type.HasField("shape"):
+            return None
+        return tuple(
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
+            for dim in value.type.tensor_type.shape.dim
+        )
+
+    def guard(self, tensor: str, like: str) -> None:
+        """Make an error of a `tensor` whose rows aren't those of `like`, its declared equal.
+
+        One that is declared to broadcast is left as it is. Names of axes don't count: inference
+        invents them.
+        """
+        dims, own = (self._known(name) for name in (like, tensor))
+        if tensor == like or dims is None or own is None or _sizes(dims) != _sizes(own):
+            return
+        if (tensor, like) in self._guarded:  # by another loss of the two
+            return
+        self._guarded.append((tensor, like))
+        nodes = self.model.graph.node
+        made = {name: i for i, node in enumerate(nodes) for name in node.output}
+        start = max(made.get(tensor, -1), made.get(like, -1)) + 1
+        users = list(nodes[start:])
+        before = sum(other == tensor for other, _ in self._guarded) - 1
+        prefix = f"{tensor}/{before}" if before else tensor
+        guarded, shape = f"{prefix}/guarded", f"{prefix}/shape"
+        added = [helper.make_node("Shape", [like], [shape], name=shape)]
+        if sum(isinstance(dim, str) for dim in dims) > 1:
+            # The number of elements alone doesn't tell [4, 6] from [6, 4].
+            added += self._equal_or_zero(tensor, shape, prefix)
+            shape = added[-1].output[0]
+        zero: dict[str, Any] = {"allowzero": 1} if self._opset >= _ALLOWZERO else {}
+        added.append(helper.make_node("Reshape", [tensor, shape], [guarded], name=guarded, **zero))
+        rename_uses(users, tensor, guarded)
+        del nodes[start:]
+        nodes.extend([*added, *users])
+
+    @staticmethod
+    def _equal_or_zero(tensor: str, shape: str, prefix: str) -> list[onnx.NodeProto]:
+        """`shape` where it is `tensor`'s too, and zeros, which fit no element, where it isn't."""
+        own, equal, number, every, wanted = (
+            f"{prefix}/{what}" for what in ("own", "equal", "number", "every", "wanted")
+        )
+        return [
+            helper.make_node("Shape", [tensor], [own], name=own),
+            helper.make_node("Equal", [own, shape], [equal], name=equal),
+            helper.make_node("Cast", [equal], [number], name=number, to=TensorProto.INT64),
+            helper.make_node("ReduceMin", [number], [every], name=every, keepdims=1),
+            helper.make_node("Mul", [shape, every], [wanted], name=wanted),
+        ]
+
+    def widen_input(self, value: onnx.ValueInfoProto) -> None:
+        """From rank 0 to [1]."""
+        scalar, axes = f"{value.name}/scalar", self._axes(value.name, 0)
+        nodes = list(self.model.graph.node)
+        rename_uses(nodes, value.name, scalar)
+        squeeze = helper.make_node("Squeeze", [value.name, axes], [scalar], name=scalar)
+        del self.model.graph.node[:]
+        self.model.graph.node.extend([squeeze, *nodes])
+        _declare(value, [1])
+
+    def widen_output(self, value: onnx.ValueInfoProto, dims: tuple[int | str, ...]) -> None:
+        """From rank 0 to [1], from [N] to [N, 1]."""
+        narrow, axes = f"{value.name}/narrow", self._axes(value.name, len(dims))
+        nodes = self.model.graph.node
+        rename_uses(nodes, value.name, narrow)
+        for node in nodes:
+            for i, name in enumerate(node.output):
+                if name == value.name:
+                    node.output[i] = narrow
+        # A node may be called after its output; two nodes of one name are refused.
+        for node in nodes:
+            node.name = narrow if node.name == value.name else node.name
+        nodes.append(helper.make_node("Unsqueeze", [narrow, axes], [value.name], name=value.name))
+        _declare(value, [*dims, 1])
+
+    def _axes(self, name: str, axis: int) -> str:
+        tensor = helper.make_tensor(f"{name}/axes", TensorProto.INT64, [1], [axis])
+        self.model.graph.initializer.append(tensor)
+        return str(tensor.name)
+
+
+def _sizes(dims: tuple[int | str, ...]) -> list[int]:
+    return [-1 if isinstance(dim, str) else dim for dim in dims]
+
+
+def _declare(value: onnx.ValueInfoProto, dims: list[Any]) -> None:
+    element = value.type.tensor_type.elem_type
+    known = [None if dim == "?" else dim for dim in dims]
+    value.CopyFrom(helper.make_tensor_value_info(value.name, element, known))
+
+
+def _every_node(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Those of subgraphs too, which read the tensors around them."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _every_node(graph.node)
+
+
+def rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    """Let every node that reads the tensor `old` read `new`, in subgraphs too."""
+    for node in _every_node(nodes):
+        for i, name in enumerate(node.input):
+            if name == old:
+                node.input[i] = new

@@ -1,0 +1,110 @@
+"""The command `repository`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest_cli import Done, model, spawn
+
+pytest.importorskip("tritonclient", reason="the extra serve")
+pytest.importorskip("yaml", reason="the extra serve")
+
+
+def test_write_and_lint(cli: Callable[..., Done]) -> None:
+    done = cli("repository", "models", "--per-sample", "--beta", "0", "--name", "score")
+    assert done.code == 0, done.err
+    assert "wrote        models/score" in done.out
+    assert "batching     up to 64 rows of any requests together" in done.out
+    assert (
+        "certificate  no certificate; smoothl1-deploy verify --certificate writes one" in done.out
+    )
+    done = cli("repository", "models", "--reduction", "sum", "--shape", "rows,3,4", "--name", "sum")
+    assert "batching     none: loss is a sum over all rows of a batch" in done.out
+    config = Path("models/sum/config.pbtxt").read_text()
+    assert "dims: -1\n  dims: 3\n  dims: 4\n" in config
+    done = cli("repository", "--lint", "models")
+    assert (done.code, done.err) == (0, "")
+    assert "no findings in 2 models" in done.out
+
+    assert cli("verify", "models/score/1/model.onnx", "--certificate").code == 0
+    found = json.loads(cli("repository", "--lint", "models", "--json").out)
+    assert found["ok"] and found["certificates"]["score/1/model.onnx"]["state"] == "matches"
+    assert found["certificates"]["sum/1/model.onnx"]["state"] == "absent"
+
+    Path("models/score/config.pbtxt").write_text(config)
+    done = cli("repository", "--lint", "models")
+    assert done.code == 1
+    assert "score: wrong-name: the config says name: 'sum', and the folder is called" in done.out
+    assert "    rename one of them" in done.out
+    assert "findings in 2 models" in done.out
+
+
+def test_a_model_of_ones_own_and_a_cluster(cli: Callable[..., Done]) -> None:
+    done = cli(
+        "repository", "my_models", "--model", model(), "--kserve", "isvc.yaml", "--json"
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["kserve"] == "isvc.yaml"
+    (written,) = found["models"]
+    assert (written["name"], written["max_batch_size"]) == ("loss", 0)
+    assert written["certificate"]["state"] == "absent"
+    import yaml
+
+    service = yaml.safe_load(Path("isvc.yaml").read_text())
+    assert service["metadata"]["name"] == "my-models"
+    assert service["spec"]["predictor"]["model"]["storageUri"] == "pvc://models/my_models"
+
+
+def test_certified_as_it_is_written(cli: Callable[..., Done]) -> None:
+    assert cli("repository", "a", "--per-sample", "--name", "own", "--certify").code == 0
+    grafted = model(reduction="none")
+    arguments = ("--prediction", "loss", "--target", "gt", "--only-loss", "-o", "attached.onnx")
+    assert cli("attach", grafted, *arguments).code == 0
+    done = cli("repository", "a", "--model", "attached.onnx", "--certify", "--json")
+    (written,) = json.loads(done.out)["models"]
+    assert (done.code, written["certificate"]["state"]) == (0, "matches")
+    done = cli("repository", "--lint", "a")
+    assert (done.code, done.out.count("cases green on")) == (0, 2)
+
+    assert cli("attach", "attached.onnx", "--prediction", "gt", "--target", "loss",
+               "-o", "two.onnx").code == 0  # fmt: skip
+    done = cli("repository", "b", "--model", "two.onnx", "--certify")
+    assert (done.code, Path("b").exists()) == (2, False)
+    assert "the model says of 2 losses that it computes them" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give the folder to write into, or --lint FOLDER to check one"),
+        (("a", "--lint", "b"), "--lint writes nothing; give the folder to check alone"),
+        (("--lint", "b", "--beta", "0"), "--lint writes nothing"),
+        (
+            ("a", "--model", "loss.onnx", "--beta", "0", "--per-sample"),
+            "--model brings its own loss, and --beta, --per-sample would be ignored",
+        ),
+        (("a", "--storage-uri", "pvc://a/b"), "--service-name and --runtime-version need --kserve"),
+        (("a", "--tensorrt-version", "10"), "--tensorrt-version is what --lint holds plans"),
+        (("a", "--kserve", "x", "--storage-uri", "b"), "the storage URI 'b' has no scheme"),
+        (("a", "--model", "nope.onnx"), "nope.onnx does not exist"),
+        (("a", "--shape", "4,16"), "a served loss takes any number of rows"),
+        (("a", "--max-batch-size", "8"), "requests must not be batched together"),
+        (("--lint", "nowhere"), "nowhere is no folder"),
+    ],
+)
+def test_bad_requests(cli: Callable[..., Done], arguments: tuple[str, ...], message: str) -> None:
+    done = cli("repository", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+    assert list(Path().iterdir()) == []
+
+
+def test_without_tritonclient(cli: Callable[..., Done]) -> None:
+    done = spawn("repository", "models", without="tritonclient")
+    assert done.code == 3
+    assert "pip install 'smoothl1-deploy[serve]'" in done.err
+    assert not Path("models").exists()

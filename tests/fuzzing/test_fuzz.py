@@ -1,0 +1,94 @@
+"""Fuzzing: a thousand cases without a fault, and the faults that it would find."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuzzing.pool import targets_of
+from fuzzing.target import buffer_of, check_case, draw
+
+ROOT = Path(__file__).parent.parent.parent
+PLANTED = {
+    "bug": "ZeroDivisionError: planted",
+    "crash": "the interpreter died with the exit code -11",
+    "hang": "still running after 2 seconds",
+    "litter": "left behind: ['.loss.onnx.0123456789abcdef']",
+    "exit": "SystemExit: 0",
+}
+
+
+def _fuzz(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fuzzing", "-o", folder / "out", *map(str, arguments)]
+    path = f"{ROOT}:{Path(__file__).parent}"
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_thousand_cases_give_a_result_or_a_documented_error(tmp_path: Path) -> None:
+    done = _fuzz("--cases", 1000, "--seed", 8, "--workers", 2, folder=tmp_path)
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"1000 cases, \d+ refused, 0 faults", last), done.stdout[-4000:]
+    assert done.returncode == 0
+    assert int(last.split()[2]) < 900  # else next to nothing is tried beyond the first check
+
+
+@pytest.fixture(scope="module")
+def planted(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    folder = tmp_path_factory.mktemp("fuzz")
+    module = ("--module", "planted", "--workers", 2, "--seed", 3)
+    return _fuzz("--cases", 14, *module, folder=folder), folder
+
+
+def test_the_last_line_counts_and_a_fault_ends_with_1(planted: tuple) -> None:  # type: ignore[type-arg]
+    done, _ = planted
+    assert done.stdout.splitlines()[-1] == "14 cases, 2 refused, 10 faults"
+    assert done.returncode == 1
+    assert "of 14" in done.stderr  # progress
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_fault_is_kept_and_says_how_to_repeat_it(planted: tuple, name: str) -> None:  # type: ignore[type-arg]
+    done, folder = planted
+    for index in (0, 1):  # one that died doesn't take the next with it
+        assert f"repeat: scripts/fuzz --repeat {name}:3:{index}" in done.stdout
+        place = folder / "out" / f"{name}-3-{index}"
+        text = (place / "case.txt").read_text()
+        assert text.startswith(f"'{name}'") and PLANTED[name] in text
+        assert (place / "input.bin").read_bytes() == buffer_of(name, 3, index)
+
+
+def test_a_case_repeats(tmp_path: Path) -> None:
+    done = _fuzz("--module", "planted", "--repeat", "bug:3:1", folder=tmp_path)
+    assert done.returncode == 1
+    assert "ZeroDivisionError: planted" in done.stdout
+
+
+def test_an_unknown_target_is_named(tmp_path: Path) -> None:
+    done = _fuzz("--only", "nonsense", folder=tmp_path)
+    assert done.returncode == 2
+    assert "no target nonsense; there are torch-route" in done.stderr
+
+
+@pytest.mark.parametrize("name", list(targets_of("fuzzing.targets")))
+def test_a_seed_draws_the_same_cases(name: str) -> None:
+    target = targets_of("fuzzing.targets")[name]
+    texts = [[repr(draw(target)(buffer_of(name, 1, i))) for i in range(5)] for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert len({*texts[0]}) > 1
+
+
+def test_the_current_folder_is_left_as_it_was() -> None:
+    target = targets_of("fuzzing.targets")["command"]
+    before = os.getcwd()
+    check_case(target, draw(target)(buffer_of("command", 1, 1))[0])
+    assert os.getcwd() == before

@@ -1,0 +1,161 @@
+"""What the tests of both exporters share: modules with losses in them, inputs, and the judge."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from agreement import assert_right
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from torch import nn
+
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.floats import NUMPY_DTYPE, ieee_class, round_to, ulp_distance
+from smoothl1_deploy.reference.module import from_torch, to_torch
+
+Array = NDArray[Any]
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+#: Every reduction, and every knee that an exporter's optimiser or types get wrong.
+LOSSES: list[nn.Module] = [
+    *(nn.SmoothL1Loss(beta=0.5, reduction=r) for r in ("none", "mean", "sum")),
+    *(nn.SmoothL1Loss(beta=0.0, reduction=r) for r in ("none", "mean", "sum")),
+    *(nn.SmoothL1Loss(beta=b, reduction="none") for b in (1 - 1e-6, 1 + 5e-6, 1e-9, 2e-8)),
+    *(nn.SmoothL1Loss(beta=b) for b in (1.0, 0.1, 1e39, math.inf)),
+    *(nn.HuberLoss(delta=0.5, reduction=r) for r in ("none", "mean", "sum")),
+    *(nn.HuberLoss(delta=d, reduction="none") for d in (1 - 1e-6, 1 + 5e-6, 1e-9, 1e4, math.inf)),
+    nn.HuberLoss(delta=1.0),
+    nn.HuberLoss(delta=0.1),
+    nn.L1Loss(),
+]
+
+
+class Inside(nn.Module):
+    """Losses inside of somebody's model: of views of its inputs, so that nothing else rounds."""
+
+    def __init__(self, *losses: nn.Module) -> None:
+        super().__init__()
+        self.losses = nn.ModuleList(losses)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`x` and `y` [N, 2, 4]: a tuple of losses."""
+        return tuple(loss(x.flatten(1), y.flatten(1)) for loss in self.losses)
+
+
+def arrays(dtype: str, rows: int, special: bool = False) -> tuple[Array, Array]:
+    """Differences at, below and above every knee of `LOSSES`, of either sign."""
+    rng = np.random.default_rng(7)
+    shape = (rows, 2, 4)
+    knees = np.array([0.1, 0.5, 1.0, 1 - 1e-6, 1 + 5e-6, 1e4, 1e-9, 2e-8])
+    around = np.concatenate([knees * k for k in (1, 1 - 1e-3, 1 + 1e-3, 0.3, 2.5)] + [[0.0]])
+    d = rng.choice(around, shape) * rng.choice([-1.0, 1.0], shape)
+    y = np.where(rng.random(shape) < 0.5, 0.0, rng.standard_normal(shape))
+    if special:
+        values = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0])
+        d, y = rng.choice(values, shape), rng.choice(values, shape)
+    with np.errstate(all="ignore"):
+        return (y + d).astype(NUMPY_DTYPE[dtype]), y.astype(NUMPY_DTYPE[dtype])
+
+
+@contextlib.contextmanager
+def silently() -> Iterator[None]:
+    """The exporters print, log and warn about themselves."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def session_of(model: onnx.ModelProto) -> ort.InferenceSession:
+    """ONNX Runtime on the CPU, bfloat16 ports widened, which numpy can't feed to it."""
+    onnx.checker.check_model(model, full_check=True)
+    widened = onnx.ModelProto()
+    widened.CopyFrom(model)
+    graph = widened.graph
+    before: list[onnx.NodeProto] = []
+    for value in (*graph.input, *graph.output):
+        tensor = value.type.tensor_type
+        if tensor.elem_type != TensorProto.BFLOAT16:
+            continue
+        tensor.elem_type = TensorProto.FLOAT
+        own, port = value.name, f"{value.name}_float32"
+        value.name = port
+        if value in graph.input:
+            node = helper.make_node("Cast", [port], [own], to=TensorProto.BFLOAT16)
+            before.append(node)
+        else:
+            graph.node.append(helper.make_node("Cast", [own], [port], to=TensorProto.FLOAT))
+    nodes = [*before, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(
+        widened.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run(session: ort.InferenceSession, *inputs: Array) -> list[Array]:
+    """The outputs of a model of `Inside`, in its own dtype or wider."""
+    feeds = {}
+    for port, array in zip(session.get_inputs(), inputs, strict=True):
+        narrow = array.dtype == NUMPY_DTYPE["bfloat16"]
+        feeds[port.name] = array.astype(np.float32) if narrow else array
+    return [np.asarray(value) for value in session.run(None, feeds)]
+
+
+def assert_each_is_right(outputs: list[Array], losses: list[nn.Module], x: Array, y: Array) -> None:
+    """Every output is its loss: class and distance to the truth, by PyTorch's own distance."""
+    x, y = (a.reshape(len(a), math.prod(a.shape[1:])) for a in (x, y))
+    assert len(outputs) == len(losses)
+    for got, loss in zip(outputs, losses, strict=True):
+        got = got.astype(x.dtype)  # bfloat16 came back widened
+        if isinstance(loss, nn.HuberLoss):
+            _assert_huber(got, loss, x, y)
+            continue
+        beta = getattr(loss, "beta", 0.0)
+        spec = LossSpec(beta, loss.reduction, x.dtype.name)
+        assert_right(spec, got, x, y, str(loss))
+
+
+def _assert_huber(got: Array, loss: nn.HuberLoss, x: Array, y: Array) -> None:
+    dtype = x.dtype.name
+    compute = np.float64 if dtype == "float64" else np.float32
+    with np.errstate(all="ignore"):
+        delta = np.longdouble(compute(loss.delta))
+        d = np.abs(x.astype(np.longdouble) - y.astype(np.longdouble))
+        exact = np.where(d < delta, 0.5 * d * d, delta * (d - 0.5 * delta))
+        if loss.reduction != "none":
+            exact = exact.sum()
+        if loss.reduction == "mean":
+            exact = exact / np.longdouble(x.size)
+        exact = round_to(np.asarray(exact).astype(np.longdouble), dtype)
+        with torch.no_grad():
+            eager = from_torch(loss(to_torch(x.copy()), to_torch(y.copy())))
+    note = f"{loss} {dtype} delta={loss.delta}"
+    assert (got.shape, got.dtype) == (eager.shape, eager.dtype), note
+    classes = [ieee_class(v) for v in (got, exact, eager)]
+    assert ((classes[0] == classes[1]) | (classes[0] == classes[2])).all(), note
+    finite = np.isfinite(exact) & np.isfinite(got)
+    own = np.where(np.isfinite(eager), ulp_distance(eager, exact), 0).astype(np.int64)
+    distance = ulp_distance(got, exact).astype(np.int64)
+    assert (distance <= np.maximum(2, own + 1))[finite].all(), f"{note}: {distance.max()} ULP"

@@ -1,0 +1,132 @@
+"""The ray engine on a cluster of two workers on this machine, one of which is killed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.errors import InvalidInputError
+from smoothl1_deploy.scoring import ray_engine, shards
+from smoothl1_deploy.scoring.engine import PieceResult, PieceScorer, score_locally
+from smoothl1_deploy.scoring.ray_engine import RayEngine
+from smoothl1_deploy.scoring.score import Progress, Score, score_files
+from smoothl1_deploy.scoring.scorer import make_job
+
+PIECES = 40
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    root = str(Path(shards.__file__).parents[2])
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 << 20,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": {"PYTHONPATH": root}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def located(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, shards.Location]]:
+    """Two shards in two formats, cut into PIECES pieces of many batches."""
+    monkeypatch.setattr(shards, "BATCH_ELEMENTS", 8)
+    monkeypatch.setattr(shards, "PIECE_ELEMENTS", 8 * 100)
+    rng = np.random.default_rng(0)
+    for folder in ("p", "t"):
+        Path(folder).mkdir()
+        rows = rng.standard_normal((PIECES * 200 // 2, 4)).astype(np.float32)
+        np.save(f"{folder}/a.npy", rows)
+        np.savez(f"{folder}/b.npz", rows)
+    return shards.locate({"input": Path("p"), "target": Path("t")}, {})
+
+
+def same(one: Score, other: Score) -> bool:
+    fields = {"seconds": 0.0, "output": None}
+    return replace(one, **fields) == replace(other, **fields)
+
+
+def test_a_killed_worker_changes_nothing(
+    cluster: None, located: dict[str, dict[str, shards.Location]]
+) -> None:
+    spec = LossSpec(0.5, per_sample=True)
+    local = score_files(make_job(spec), located, output=Path("local.npy"))
+    workers: list[str] = []
+
+    def kill_the_first(progress: Progress) -> None:
+        if progress.worker and not workers:
+            os.kill(int(progress.worker.rpartition(":")[2]), signal.SIGKILL)
+        if progress.worker:
+            workers.append(progress.worker)
+
+    far = score_files(
+        make_job(spec),
+        located,
+        output=Path("ray.npy"),
+        engine=RayEngine(workers=2),
+        on_progress=kill_the_first,
+    )
+    assert same(far, local)
+    assert Path("ray.npy").read_bytes() == Path("local.npy").read_bytes()
+    assert len(workers) == PIECES  # each piece once
+    assert workers[0] in workers and len({*workers}) >= 3  # two, and the one in the killed's place
+
+
+@pytest.mark.parametrize(("failures", "works"), [(2, True), (3, False)])
+def test_a_piece_that_fails_is_tried_three_times(
+    located: dict[str, dict[str, shards.Location]],
+    monkeypatch: pytest.MonkeyPatch,
+    failures: int,
+    works: bool,
+) -> None:
+    score, left = PieceScorer.score, failures
+
+    def flaky(self: PieceScorer, piece: shards.Piece, shard: shards.Shard) -> PieceResult:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError("the network")
+        return score(self, piece, shard)
+
+    monkeypatch.setattr(PieceScorer, "score", flaky)
+    plan = shards.make_plan(located, flat=True)
+    actor = ray_engine._Actor(make_job(LossSpec()), plan)
+    (done,) = (
+        pickle.loads(actor({"task": pickle.dumps([plan.pieces[0]])})["done"]) if works else [0]
+    )
+    if works:
+        (expected,) = score_locally(make_job(LossSpec()), plan, [plan.pieces[0]])
+        assert done.partial == expected.partial and done.worker.endswith(f":{os.getpid()}")
+    else:
+        with pytest.raises(OSError, match="the network"):
+            actor({"task": pickle.dumps([plan.pieces[0]])})
+
+
+def test_an_error_names_shard_and_worker_and_this_machine_finishes(
+    cluster: None, located: dict[str, dict[str, shards.Location]]
+) -> None:
+    job, whole = make_job(LossSpec()), Path("t/b.npz").read_bytes()
+    expected = score_files(job, located)
+    damaged = bytearray(whole)
+    damaged[len(damaged) // 2] ^= 1
+    Path("t/b.npz").write_bytes(damaged)
+    with pytest.raises(InvalidInputError, match=r"^shard b.npz.* damaged .*\(on [^)]+:\d+\)$"):
+        score_files(job, located, engine=RayEngine(), journal=Path("j"))
+    Path("t/b.npz").write_bytes(whole)
+    resumed = score_files(job, located, journal=Path("j"))
+    assert 0 < resumed.scored < resumed.count  # the pieces of the other shard were kept
+    assert same(replace(resumed, scored=expected.scored), expected)

@@ -1,0 +1,284 @@
+"""Scores of files: the loss of PyTorch's definition, exactly combined, whatever the files are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest_cli import Done, spawn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smoothl1_deploy import LossSpec, export, load, loss_over
+from smoothl1_deploy.errors import InvalidInputError, SpecError
+from smoothl1_deploy.scoring import shards
+
+Pair = tuple[np.ndarray, np.ndarray]
+FILES = ("--input", "p.npy", "--target", "t.npy")
+
+
+def pair(rows: int = 100, width: int = 3, dtype: str = "float32", seed: int = 0) -> Pair:
+    rng = np.random.default_rng(seed)
+    p, t = rng.standard_normal((2, rows, width)).astype(dtype)
+    return p, t
+
+
+def elements(p: np.ndarray, t: np.ndarray, beta: float = 1.0) -> Fraction:
+    """The exact sum of the element losses of the artefact."""
+    spec = LossSpec(beta, "none", p.dtype.name)
+    losses = load(export(spec)).run(p, t)["loss"].astype(np.float64)
+    return sum(map(Fraction, losses.ravel().tolist()), Fraction(0))
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "BATCH_ELEMENTS", 16)
+    monkeypatch.setattr(shards, "PIECE_ELEMENTS", 64)
+
+
+@pytest.fixture
+def saved() -> Pair:
+    p, t = pair()
+    np.save("p.npy", p)
+    np.save("t.npy", t)
+    return p, t
+
+
+def report(done: Done) -> dict[str, Any]:
+    assert (done.code, done.err) == (0, "")
+    found: dict[str, Any] = json.loads(done.out)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_result_is_the_exact_sum_rounded_once(
+    cli: Callable[..., Done], dtype: str, reduction: str
+) -> None:
+    p, t = pair(dtype=dtype)
+    np.save("p.npy", p)
+    np.save("t.npy", t)
+    found = report(cli("score", *FILES, "--beta", "0.5", "--reduction", reduction, "--json"))
+    exact = elements(p, t, 0.5)
+    assert found["loss"] == float(exact / p.size if reduction == "mean" else exact)
+    assert found["sum"] == float(exact)
+    assert (found["count"], found["shards"], found["resumed"]) == (300, 1, 0)
+    assert found["spec"] == {"beta": 0.5, "reduction": reduction, "dtype": dtype}
+    assert found["seconds"] > 0 and found["rate"] > 0
+    assert list(Path("user-cache/smoothl1-deploy/score").iterdir()) == []
+
+
+@given(st.integers(1, 400), st.booleans())
+def test_the_size_and_order_of_batches_do_not_matter(size: int, backwards: bool) -> None:
+    p, t = pair(400, 1)
+    batches = [(p[i : i + size], t[i : i + size]) for i in range(0, 400, size)]
+    assert loss_over(batches[::-1] if backwards else batches, LossSpec(0.5)).loss == float(
+        elements(p, t, 0.5) / 400
+    )
+
+
+def test_text_for_people(cli: Callable[..., Done], saved: Pair) -> None:
+    done = cli("score", *FILES)
+    assert done.err == ""  # no bar where there is no terminal
+    assert f"loss      {float(elements(*saved) / 300)}" in done.out
+    assert "elements  300 in 1 shard(s)" in done.out
+
+
+def test_scores_are_those_of_the_artefact(cli: Callable[..., Done], saved: Pair) -> None:
+    expected = load(export(LossSpec(0.5, per_sample=True))).run(*saved)["loss"]
+    found = report(
+        cli("score", *FILES, "--beta", "0.5", "--per-sample", "-o", "scores.npy", "--json")
+    )
+    scores = np.load("scores.npy")
+    assert scores.dtype == np.float32 and np.array_equal(scores, expected)
+    exact = sum(map(Fraction, scores.astype(float).tolist()), Fraction(0))
+    assert found["loss"] == float(exact / 100)
+    assert found["output"] == "scores.npy"
+    assert {path.name for path in Path().glob("*")} >= {"scores.npy"}
+    assert list(Path().glob(".scores*")) == []
+
+
+def test_nan_and_infinity_flow(cli: Callable[..., Done], saved: Pair) -> None:
+    p, _ = saved
+    p[50, 1] = np.inf
+    np.save("p.npy", p)
+    assert report(cli("score", *FILES, "--json"))["loss"] == "inf"
+    p[3, 0] = np.nan
+    np.save("p.npy", p)
+    assert report(cli("score", *FILES, "--json"))["loss"] == "nan"
+    report(cli("score", *FILES, "--per-sample", "-o", "s.npy", "--json"))
+    scores = np.load("s.npy")
+    assert np.isnan(scores[3]) and scores[50] == np.inf and np.isfinite(scores[4:50]).all()
+
+
+def test_no_rows_at_all(cli: Callable[..., Done]) -> None:
+    for name in ("p", "t"):
+        np.save(f"{name}.npy", np.zeros((0, 3), np.float32))
+    assert report(cli("score", *FILES, "--json"))["loss"] == "nan"
+    assert report(cli("score", *FILES, "--reduction", "sum", "--json"))["loss"] == 0.0
+    report(cli("score", *FILES, "--per-sample", "-o", "s.npy", "--json"))
+    assert np.load("s.npy").shape == (0,)
+
+
+@pytest.mark.parametrize("normalizer", ["count", "weights"])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_weights(cli: Callable[..., Done], saved: Pair, normalizer: str, per_sample: bool) -> None:
+    weight = np.random.default_rng(1).random((100, 1)).astype(np.float32)
+    np.save("w.npy", weight)
+    options = ["--per-sample"] if per_sample else []
+    found = report(
+        cli("score", *FILES, "--weight", "w.npy", "--normalizer", normalizer, *options, "--json")
+    )
+    spec = LossSpec(weight=normalizer, dtype="float64")
+    wide = (array.astype(np.float64) for array in (*saved, weight))
+    expected = load(export(spec)).run(*list(wide)[:2], weight=weight)["loss"]
+    assert found["loss"] == pytest.approx(float(expected), rel=2e-7)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_an_artefact_runs_itself(cli: Callable[..., Done], saved: Pair, reduction: str) -> None:
+    model = export(LossSpec(0.5, reduction), shape=("N", 3))
+    Path("loss.onnx").write_bytes(model.SerializeToString())
+    found = report(cli("score", *FILES, "--model", "loss.onnx", "--json"))
+    exact = elements(*saved, 0.5)
+    wanted = float(exact if reduction == "sum" else exact / 300)
+    assert found["loss"] == pytest.approx(wanted, rel=2e-7)
+    runner, total = load(model), Fraction(0)
+    for i in range(0, 100, 5):  # 16 elements are 5 rows of 3
+        out = runner.run(saved[0][i : i + 5], saved[1][i : i + 5])["loss"].astype(float)
+        part = sum(map(Fraction, out.ravel().tolist()), Fraction(0))
+        total += part * 15 if reduction == "mean" else part
+    assert found["sum"] == float(total)
+
+
+def test_an_artefact_with_a_fixed_number_of_rows(cli: Callable[..., Done], saved: Pair) -> None:
+    Path("loss.onnx").write_bytes(export(LossSpec(), shape=(20, 3)).SerializeToString())
+    found = report(cli("score", *FILES, "--model", "loss.onnx", "--json"))
+    assert found["loss"] == pytest.approx(float(elements(*saved) / 300), rel=1e-7)
+    done = cli("score", *FILES, "--model", "loss.onnx", "--batch", "7")
+    assert "error: the artefact takes 20 rows at a time, not 7" in done.err
+    for name, array in zip("pt", saved, strict=True):
+        np.save(f"{name}.npy", array[:30])
+    done = cli("score", *FILES, "--model", "loss.onnx")
+    assert done.code == 2
+    assert "shard p.npy, rows 20 to 30: input has the shape (10, 3)" in done.err
+
+
+def test_beta_at_run_time(cli: Callable[..., Done], saved: Pair) -> None:
+    Path("loss.onnx").write_bytes(export(LossSpec(runtime_beta=True)).SerializeToString())
+    found = report(cli("score", *FILES, "--model", "loss.onnx", "--beta", "0.5", "--json"))
+    assert found["loss"] == pytest.approx(float(elements(*saved, 0.5) / 300), rel=1e-7)
+    assert "beta is missing" in cli("score", *FILES, "--model", "loss.onnx").err
+
+
+def test_a_fortran_file_and_one_long_row(cli: Callable[..., Done], saved: Pair) -> None:
+    exact = float(elements(*saved) / 300)
+    np.save("p.npy", np.asfortranarray(saved[0]))
+    assert report(cli("score", *FILES, "--json"))["loss"] == exact
+    for name, array in zip("pt", saved, strict=True):
+        np.save(f"{name}.npy", array.reshape(1, 300))
+    assert report(cli("score", *FILES, "--json"))["loss"] == exact
+
+
+def test_a_target_of_another_dtype_and_width(cli: Callable[..., Done], saved: Pair) -> None:
+    target = np.arange(100)[:, None] % 3
+    np.save("t.npy", target)
+    found = report(cli("score", *FILES, "--json"))
+    wide = np.broadcast_to(target.astype(np.float32), (100, 3))
+    assert found["loss"] == float(elements(saved[0], wide) / 300)
+
+
+def test_loss_over_takes_mappings_and_says_which_batch_is_wrong() -> None:
+    p, t = pair()
+    both = {"input": p, "target": t}
+    assert loss_over([both], LossSpec()).loss == loss_over([(p, t)], LossSpec()).loss
+    weighted = loss_over([(p, t, np.ones_like(p))], LossSpec(weight="weights"))
+    assert weighted.loss == float(elements(p, t) / 300)
+    with pytest.raises(InvalidInputError, match="^batch 2: a ndarray is no batch; give"):
+        loss_over([both, p], LossSpec())
+    with pytest.raises(InvalidInputError, match="^batch 1: it has mask; a mapping has input"):
+        loss_over([{**both, "mask": p}], LossSpec())
+    with pytest.raises(InvalidInputError, match=r"^batch 1: .*\(99, 3\).* can't be broadcast"):
+        loss_over([(p, t[1:])], LossSpec())
+    with pytest.raises(InvalidInputError, match="^batch 1: target is missing"):
+        loss_over([{"input": p}], LossSpec())
+    with pytest.raises(SpecError, match="^give spec=LossSpec"):
+        loss_over([(p, t)])
+    with pytest.raises(SpecError, match="reduction='none' combines nothing; use 'mean'"):
+        loss_over([(p, t)], LossSpec(reduction="none"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--reduction", "none"], "reduction='none' combines nothing"),
+        (["-o", "s.npy"], "s.npy is for one score a row; give --per-sample"),
+        (["--per-sample", "-o", "s.csv"], "choose a name that ends in .npy or .parquet"),
+        (["--per-sample", "-o", "no/s.npy"], "can't write no/.s.npy.part: No such file"),
+        (["--engine", "spark"], "unknown engine 'spark'; choose one of local, ray"),
+        (["--workers", "2"], "--ray-address and --workers are for --engine ray; give that too"),
+        (["--batch", "0"], "a batch of 0 rows; give at least one"),
+        (["--dtype", "float16"], "promote to float32, but the artefact is float16"),
+        (["--target", "none.npy"], "--target none.npy does not exist; give a file or a folder"),
+        (["--target", "."], "p.npy is a file beside a folder; give folders, or files"),
+    ],
+)
+def test_bad_usage(cli: Callable[..., Done], saved: Pair, options: list[str], message: str) -> None:
+    done = cli("score", *FILES, *options)
+    assert done.code == 2 and message in done.err
+    assert {path.name for path in Path().iterdir()} <= {"p.npy", "t.npy", "user-cache"}
+    assert not list(Path("user-cache").rglob("*.journal*"))
+
+
+@pytest.mark.parametrize(
+    ("without", "options", "message"),
+    [
+        ("ray", ["--engine", "ray"], "--engine ray needs the package 'ray"),
+        (
+            "pyarrow",
+            ["--per-sample", "-o", "s.parquet"],
+            "writing Parquet needs the package 'pyarr",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_with_its_command(
+    saved: Pair, without: str, options: list[str], message: str
+) -> None:
+    done = spawn("score", *FILES, *options, without=without)
+    extra = "ray" if without == "ray" else "score"
+    assert done.code == 3 and message in done.err
+    assert f"pip install 'smoothl1-deploy[{extra}]'" in done.err
+    assert not list(Path().glob(".s.*"))
+
+
+def test_a_model_of_other_origin(cli: Callable[..., Done], saved: Pair) -> None:
+    import onnx
+
+    text = """<ir_version: 8, opset_import: ["" : 18]> g (float[N, 3] y, float[N, 3] y_true)
+    => (float l) { d = Sub(y, y_true) a = Abs(d) l = ReduceMean<keepdims=0>(a) }"""
+    onnx.save(onnx.parser.parse_model(text), "l1.onnx")
+    done = cli("score", *FILES, "--model", "l1.onnx")
+    assert done.code == 2 and "the model doesn't say what it computes; give spec=" in done.err
+    found = report(
+        cli("score", *FILES, "--model", "l1.onnx", "--beta", "0", "--reduction", "mean", "--json")
+    )
+    assert found["loss"] == pytest.approx(np.abs(saved[0] - saved[1]).mean(dtype=float), rel=1e-6)
+    done = cli("score", *FILES, "--model", "l1.onnx", "--reduction", "sum", "--per-sample")
+    assert done.code == 2 and "its metadata or the given reduction is wrong" in done.err
+
+
+def test_a_model_that_is_asked_for_what_it_is_not(cli: Callable[..., Done], saved: Pair) -> None:
+    Path("loss.onnx").write_bytes(export(LossSpec(0.5)).SerializeToString())
+    for options, message in (
+        (["--per-sample"], "loss.onnx gives no score for each row; export it with --per-sample"),
+        (["--beta", "1"], "loss.onnx has beta=0.5, not 1.0; leave --beta out"),
+        (["--reduction", "sum"], "the artefact computes {'beta': 0.5, 'reduction': 'mean'"),
+        (["--dtype", "float32"], "--dtype is the model's own; leave it out"),
+    ):
+        done = cli("score", *FILES, "--model", "loss.onnx", *options)
+        assert done.code == 2 and message in done.err

@@ -1,0 +1,298 @@
+"""Files of every format hold the same rows, and none of them is trusted."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest_cli import Done
+
+from smoothl1_deploy.errors import InvalidInputError
+from smoothl1_deploy.scoring import parquet as parquet_module
+from smoothl1_deploy.scoring.sources import Location, open_source
+
+ROWS = np.arange(24, dtype=np.float32).reshape(8, 3)
+
+
+def parquet(path: str, **columns: Any) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as writer
+
+    made = {}
+    for name, values in columns.items():
+        if isinstance(values, np.ndarray) and values.ndim == 2:
+            flat = pyarrow.array(values.ravel())
+            values = pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
+        made[name] = values
+    writer.write_table(pyarrow.table(made), path, row_group_size=3)
+
+
+def write(path: str, rows: np.ndarray) -> None:
+    if path.endswith(".npy"):
+        np.save(path, rows)
+    elif path.endswith(".npz"):
+        np.savez_compressed(path, other=rows[::-1], input=rows)
+    else:
+        parquet(path, other=rows[::-1], input=rows)
+
+
+@pytest.mark.parametrize("path", ["a.npy", "a.npz", "a.parquet"])
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:, 0].copy()], ids=["lists", "numbers"])
+def test_rows_in_any_order(path: str, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_module, "_ROWS", 2)
+    write(path, rows)
+    source = open_source(Location(Path(path), "input"))
+    assert (source.shape, source.dtype) == (rows.shape, rows.dtype)
+    for start, stop in [(0, 2), (2, 7), (7, 8), (0, 8), (5, 6), (4, 8), (8, 8), (0, 0)]:
+        assert np.array_equal(source.read(start, stop), rows[start:stop]), (start, stop)
+    source.close()
+
+
+@pytest.mark.parametrize("path", ["a.npy", "a.npz"])
+def test_elements_as_rows(path: str) -> None:
+    write(path, ROWS)
+    source = open_source(Location(Path(path), "input"))
+    assert source.can_flatten
+    source.flatten()
+    for start, stop in [(0, 5), (5, 24), (7, 8), (0, 24)]:
+        assert np.array_equal(source.read(start, stop), ROWS.ravel()[start:stop])
+
+
+@pytest.mark.parametrize("path", ["a.npy", "a.npz"])
+def test_bfloat16_is_told_by_the_dtype(path: str) -> None:
+    rows = ROWS.astype(ml_dtypes.bfloat16)
+    write(path, rows)
+    source = open_source(Location(Path(path), "input", dtype="bfloat16"))
+    assert np.array_equal(source.read(1, 3), rows[1:3])
+    with pytest.raises(
+        InvalidInputError,
+        match="two bytes, which is how|V2, which are no numbers of a loss; --dtype bfloat16",
+    ):
+        open_source(Location(Path(path), "input"))
+
+
+def test_a_parquet_list_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet("a.parquet", input=pyarrow.array(ROWS.tolist(), pyarrow.list_(pyarrow.float64())))
+    source = open_source(Location(Path("a.parquet"), "input"))
+    assert source.shape == (8, 3) and np.array_equal(source.read(2, 5), ROWS[2:5])
+
+
+REFUSED = {
+    "no.npy": "no.npy can't be read",
+    "a.csv": "a.csv is none of .npy, .npz, .parquet",
+    "text.npy": "text.npy is not a .npy file",
+    "text.npz": "text.npz can't be read as an .npz file",
+    "text.parquet": "text.parquet can't be read as Parquet: it is truncated, damaged or of another",
+    "scalar.npy": "scalar.npy has no axis",
+    "scalar.npz": "input in scalar.npz has no axis",
+    "words.npy": "words.npy holds <U1, which are no numbers",
+    "objects.npz": "input in objects.npz holds Python objects, which are not loaded",
+    "fortran.npz": "input in fortran.npz is in Fortran order",
+    "two.npz": "two.npz has no array called 'input', and more or less than one to choose; it has "
+    "'a', 'b'. Name it with --input-name",
+    "short.npz": "input in short.npz is truncated or damaged (152 bytes where its header says 224)",
+    "words.parquet": "input in words.parquet holds string; a loss needs numbers",
+    "two.parquet": "two.parquet has no column called 'input'",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_are_refused(name: str) -> None:
+    for suffix in ("npy", "npz", "parquet"):
+        Path(f"text.{suffix}").write_text("not an array")
+    np.save("scalar.npy", np.float32(1))
+    np.savez("scalar.npz", input=np.float32(1))
+    np.save("words.npy", np.array(["a"]))
+    np.savez("objects.npz", input=np.array([{}], dtype=object))
+    np.savez("fortran.npz", input=np.asfortranarray(ROWS))
+    np.savez("two.npz", a=ROWS, b=ROWS)
+    buffer = io.BytesIO()
+    np.save(buffer, ROWS)
+    with zipfile.ZipFile("short.npz", "w") as archive:
+        archive.writestr("input.npy", buffer.getvalue()[: 128 + 24])
+    parquet("words.parquet", input=["a"])
+    parquet("two.parquet", a=[1.0], b=[1.0])
+    with pytest.raises(InvalidInputError) as caught:
+        open_source(Location(Path(name), "input"))
+    assert REFUSED[name] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, None], "input in a.parquet has 1 null(s)"),
+        ([[1.0], [None]], "input in a.parquet has 1 null(s)"),
+        ([[1.0], None], "input in a.parquet has 1 null(s)"),
+        ([[1.0], [1.0, 2.0]], "has lists of different lengths; a loss needs rows of one length"),
+    ],
+)
+def test_rows_of_parquet_that_are_refused(values: list[Any], message: str) -> None:
+    parquet("a.parquet", input=values)
+    source = open_source(Location(Path("a.parquet"), "input"))
+    with pytest.raises(InvalidInputError) as caught:
+        source.read(0, 2)
+    assert message in str(caught.value)
+
+
+def test_damage_within_the_rows_is_told() -> None:
+    write("a.npz", ROWS)
+    data = bytearray(Path("a.npz").read_bytes())
+    with zipfile.ZipFile("a.npz") as archive:
+        place = archive.getinfo("input.npy").header_offset
+    data[place + 60 : place + 90] = bytes(30)
+    Path("b.npz").write_bytes(data)
+    with pytest.raises(InvalidInputError, match="input in b.npz is truncated or damaged"):
+        open_source(Location(Path("b.npz"), "input")).read(0, 8)
+
+
+def test_an_archive_that_claims_a_huge_array_costs_nothing(cli: Callable[..., Done]) -> None:
+    header = io.BytesIO()
+    fields = {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    with zipfile.ZipFile("bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("input.npy", header.getvalue() + bytes(1 << 20))
+    with pytest.raises(InvalidInputError, match="where its header says 4398046511"):
+        open_source(Location(Path("bomb.npz"), "input"))
+
+
+@pytest.mark.parametrize("path", ["a.npy", "a.npz", "a.parquet"])
+def test_whatever_the_damage_it_is_told_or_harmless(path: str) -> None:
+    write(path, ROWS)
+    whole = Path(path).read_bytes()
+    rng = random.Random(0)
+    told = 0
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del data[rng.randrange(len(data)) :]
+        Path(path).write_bytes(data)
+        try:
+            source = open_source(Location(Path(path), "input"))
+            if math.prod(source.shape) < 1000:
+                source.read(0, source.shape[0])
+            source.close()
+        except InvalidInputError:
+            told += 1
+    assert told > 20
+
+
+# Shards ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders() -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("p", "t"):
+        Path(folder).mkdir()
+        for shard in range(3):
+            np.save(f"{folder}/{shard}.npy", rng.standard_normal((5, 2)).astype(np.float32))
+    Path("p/.hidden.npy").write_text("")
+    Path("p/_SUCCESS").write_text("")
+
+
+FOLDERS = ("--input", "p", "--target", "t")
+
+
+def test_shards_are_matched_by_name(cli: Callable[..., Done], folders: None) -> None:
+    found = json.loads(
+        cli("score", *FOLDERS, "--per-sample", "-o", "s.npy", "--reduction", "sum", "--json").out
+    )
+    assert (found["shards"], found["count"]) == (3, 30)
+    for name in ("p", "t"):
+        np.save(f"{name}.npy", np.concatenate([np.load(f"{name}/{i}.npy") for i in range(3)]))
+    whole = ("--input", "p.npy", "--target", "t.npy", "--reduction", "sum", "--per-sample")
+    assert json.loads(cli("score", *whole, "-o", "w.npy", "--json").out)["loss"] == found["loss"]
+    assert Path("s.npy").read_bytes() == Path("w.npy").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+def test_every_format_gives_the_same_result(
+    cli: Callable[..., Done], folders: None, suffix: str
+) -> None:
+    expected = json.loads(cli("score", *FOLDERS, "--json").out)
+    Path("both").mkdir()
+    for shard in range(3):
+        arrays = {"y": np.load(f"p/{shard}.npy"), "x": np.load(f"t/{shard}.npy")}
+        if suffix == "npz":
+            np.savez_compressed(f"both/{shard}.npz", **arrays)
+        else:
+            parquet(f"both/{shard}.parquet", **arrays)
+    names = ("--input-name", "y", "--target-name", "x")
+    found = json.loads(cli("score", "--input", "both", "--target", "both", *names, "--json").out)
+    assert {k: found[k] for k in ("loss", "sum", "count", "shards")} == {
+        k: expected[k] for k in ("loss", "sum", "count", "shards")
+    }
+
+
+def test_scores_in_parquet(cli: Callable[..., Done], folders: None) -> None:
+    parquet_file = pytest.importorskip("pyarrow.parquet")
+    for name in ("s.npy", "s.parquet"):
+        assert cli("score", *FOLDERS, "--per-sample", "-o", name).code == 0
+    table = parquet_file.read_table("s.parquet")
+    assert np.array_equal(table["score"].to_numpy(), np.load("s.npy"))
+    assert sorted(path.name for path in Path().iterdir() if "part" in path.name) == []
+
+
+def _remove() -> str:
+    Path("t/1.npy").unlink()
+    return "the shard p/1.npy has no partner t/1.npy; shards are matched by name"
+
+
+def _add() -> str:
+    np.save("t/9.npy", ROWS)
+    return "the shard t/9.npy has no partner p/9.npy"
+
+
+def _other_dtype() -> str:
+    np.save("t/1.npy", np.zeros((5, 2)))
+    return "t/1.npy is float64, but t/0.npy is float32; convert the shards to one dtype"
+
+
+def _other_width() -> str:
+    np.save("t/1.npy", np.zeros((5, 1), np.float32))
+    return "t/1.npy has rows of shape (1,), but t/0.npy of (2,); score them apart"
+
+
+def _other_rows() -> str:
+    np.save("t/1.npy", np.zeros((4, 2), np.float32))
+    return "the shard 1.npy has input (5, 2), target (4, 2); row by row, they need the same number"
+
+
+def _damage() -> str:
+    Path("t/1.npy").write_bytes(Path("t/1.npy").read_bytes()[:-8])
+    return "t/1.npy is truncated or damaged"
+
+
+def _integers() -> str:
+    for name in ("p", "t"):
+        np.save(f"{name}/0.npy", np.zeros((5, 2), np.int64))
+    return "the shard 0.npy holds int64 and int64; a loss needs floating-point numbers"
+
+
+@pytest.mark.parametrize(
+    "spoil", [_remove, _add, _other_dtype, _other_width, _other_rows, _damage, _integers]
+)
+def test_shards_that_do_not_fit_are_named(
+    cli: Callable[..., Done], folders: None, spoil: Callable[[], str]
+) -> None:
+    message = spoil()
+    done = cli("score", *FOLDERS)
+    assert done.code == 2 and message in done.err
+
+
+def test_a_folder_without_shards(cli: Callable[..., Done]) -> None:
+    for name in ("p", "t"):
+        Path(name).mkdir()
+    assert "error: p holds no file of .npy, .npz, .parquet" in cli("score", *FOLDERS).err

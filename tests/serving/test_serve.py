@@ -1,0 +1,196 @@
+"""`smoothl1-deploy serve` with the real server: ready, looked after, ended with nothing left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+import smoothl1_deploy
+from smoothl1_deploy import LossSpec, verify
+from smoothl1_deploy.parity.certificate import certify
+from smoothl1_deploy.reference.oracle import oracle
+from smoothl1_deploy.serving import Client
+from smoothl1_deploy.serving.install import Triton
+from smoothl1_deploy.serving.repository import write_loss
+
+ROOT = Path(smoothl1_deploy.__file__).parent.parent
+MEAN, NONE = LossSpec(), LossSpec(reduction="none")
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory, triton: Triton) -> Path:
+    folder = tmp_path_factory.mktemp("certified") / "models"
+    (mean,) = write_loss(folder, MEAN, name="mean")
+    write_loss(folder, NONE, name="none")
+    certify(verify(mean.file, drift=False), mean.file)
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path: Path, certified: Path) -> Path:
+    return shutil.copytree(certified, tmp_path / "models")
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """The command in a process of its own, and the place of its ready file."""
+    ready = folder.parent / "ready.json"
+    command = [sys.executable, "-m", "smoothl1_deploy", "serve", str(folder)]
+    command += ["--ready-file", str(ready), "--logs", str(folder.parent / "logs"), *options]
+    process = subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        yield process, ready
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=60)
+
+
+def until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+    return found
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    path = folder.parent / "logs" / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def stubs(pid: int) -> list[psutil.Process]:
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if "stub" in child.name()]
+
+
+def left_behind(before: set[str]) -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("smoothl1_")} - before
+
+
+def arrays(rows: int = 5) -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(2, rows, 16)).astype(np.float32)
+
+
+def test_it_serves_is_looked_after_and_leaves_nothing(models: Path) -> None:
+    before = left_behind(set())
+    with serving(models, "--interval", "0.2") as (process, ready):
+        until(ready.exists, process)
+        facts = json.loads(ready.read_text())
+        assert [model["name"] for model in facts["models"]] == ["mean", "none"]
+        states = [model["certificate"]["state"] for model in facts["models"]]
+        assert states == ["matches", "absent"]
+        assert all(facts[key].split("//")[1].startswith("127.0.0.1:") for key in ("http", "grpc"))
+        own = left_behind(before)
+        assert own  # the regions are called what the check below looks for
+
+        x, y = arrays()
+        with Client(facts["grpc"], "mean") as client:
+            assert client.loss(x, y) == oracle(MEAN, x, y)
+            (victim, *_) = (p for p in stubs(process.pid) if "/mean/" in " ".join(p.cmdline()))
+            victim.kill()
+            until(lambda: any(e["event"] == "reloaded" for e in events(models)), process)
+            assert client.loss(x, y) == oracle(MEAN, x, y)
+
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.endswith("stopped\n")
+    assert not ready.exists()
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert left_behind(before) == set()
+    log = events(models)
+    assert [e["event"] for e in log if e["event"] in ("ready", "stopped")] == ["ready", "stopped"]
+    failed = next(e for e in log if e["event"] == "canary_failed")
+    assert failed["model"] == "mean" and failed["level"] == "warning"
+    assert "not healthy" in failed["reason"]
+
+
+def test_sigterm_before_it_is_ready_leaves_nothing_either(models: Path) -> None:
+    before = left_behind(set())
+    with serving(models) as (process, ready):
+        until(lambda: stubs(process.pid), process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert not ready.exists()
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert left_behind(before) == set()
+
+
+def test_a_wrong_number_is_not_ready(models: Path) -> None:
+    # Another loss under the first one's name and spec: the server finds nothing wrong with it.
+    import onnx
+
+    from smoothl1_deploy.graph import metadata
+    from smoothl1_deploy.serving.repository import served_loss
+
+    other = served_loss(LossSpec(beta=0.25), ("N", 16)).model
+    metadata.stamp(other, MEAN, "inlined", "served", served=True)
+    onnx.save(other, models / "mean/1/model.onnx")
+    with serving(models) as (process, ready):
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 3 and not ready.exists()
+    assert "the canary of 'mean' is wrong: loss is [" in out
+    assert "Traceback" not in out
+
+
+def test_a_model_the_server_refuses_is_named_with_the_reason(models: Path) -> None:
+    config = models / "none/config.pbtxt"
+    config.write_text(config.read_text().replace("TYPE_FP32", "TYPE_FP64"))
+    with serving(models) as (process, _):
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "can't load the model 'none'" in out
+    assert "input 'input' is TYPE_FP64 in config.pbtxt and tensor(float) in the graph" in out
+
+
+def test_metrics_count_what_was_asked(server: Any) -> None:
+    def count() -> float:
+        with urllib.request.urlopen(server.addresses.to_dict()["metrics"]) as answer:
+            lines = answer.read().decode().splitlines()
+        (line,) = (n for n in lines if n.startswith('nv_inference_request_success{model="mean"'))
+        return float(line.rpartition(" ")[2])
+
+    x, y = arrays()
+    before = count()
+    with Client(server.addresses.to_dict()["http"], "mean") as client:
+        for _ in range(7):
+            client.loss(x, y)
+    assert count() == before + 7
+
+
+@pytest.mark.parametrize("path", ["repository/models/mean/unload", "repository/index", "logging"])
+def test_the_admin_apis_are_closed_to_whoever_has_no_key(server: Any, path: str) -> None:
+    request = urllib.request.Request(f"{server.addresses.to_dict()['http']}/v2/{path}", b"{}")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    assert caught.value.code == 403
+
+
+def test_only_loopback_listens(server: Any) -> None:
+    listening = [
+        c.laddr.ip.removeprefix("::ffff:")
+        for c in psutil.Process(server.pid).net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) == 3 and set(listening) == {"127.0.0.1"}

@@ -1,0 +1,381 @@
+"""Engines on a device: every version's names, a fake behaviour, the memory of the host.
+
+What this shows is that the runner does what the documentation of the API asks; what a GPU makes of
+it is not shown.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from agreement import assert_right, pair
+from host_device import HostDevice, on_host_device
+
+from smoothl1_deploy import LossSpec, build_engine, export
+from smoothl1_deploy.backends import gpu
+from smoothl1_deploy.backends.trt import TrtBackend, wide_profile
+from smoothl1_deploy.errors import (
+    ArtefactError,
+    BackendUnavailableError,
+    InvalidInputError,
+    SpecError,
+    UnsupportedError,
+)
+from smoothl1_deploy.parity.cases import LAYOUTS
+from smoothl1_deploy.tensorrt.engine import write_engine
+from smoothl1_deploy.tensorrt.execution import Program, _aligned
+from smoothl1_deploy.tensorrt.gpu import current_gpu
+from smoothl1_deploy.tensorrt.layers import engine_layers
+from smoothl1_deploy.tensorrt.options import BuildOptions
+from smoothl1_deploy.tensorrt.profile import InputShape, input_shapes
+
+VERSIONS = ("10.0.1", "10.4.0", "10.9.0", "10.16.1", "11.4.0", "rtx-1.7.1")
+SPEC = LossSpec(0.5, "none")
+
+
+@pytest.fixture(autouse=True)
+def tensors_of_the_host_are_on_the_device(monkeypatch):
+    monkeypatch.setattr(gpu, "is_on_device", on_host_device)
+
+
+@pytest.fixture
+def running(fake):
+    """A fake flavour with a fake GPU."""
+
+    def make(version):
+        flavour = fake(version)
+        flavour.trt.gpu = True
+        return flavour
+
+    return make
+
+
+@pytest.fixture
+def backend(running, tmp_path):
+    def make(version="11.4.0", **settings):
+        device = HostDevice()
+        return TrtBackend(running(version), cache_dir=tmp_path, device=device, **settings)
+
+    return make
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    "spec",
+    [SPEC, LossSpec(2.0), LossSpec(0.5, "sum", "float16"), LossSpec(1.0, "none", gradient=True)],
+    ids=lambda spec: spec.name,
+)
+def test_runs_on(backend, version, spec):
+    """Fails where a call has a name that the version lacks."""
+    runner = backend(version).load(export(spec, shape=("N", 4)))
+    for rows in (3, 7, 0, 3):
+        a, b = pair(spec, (rows, 4))
+        outputs = runner.run(a, b)
+        assert isinstance(outputs["loss"], np.ndarray)
+        assert_right(LossSpec(spec.beta, spec.reduction, spec.dtype), outputs["loss"], a, b)
+        assert [*outputs] == [*spec.outputs]
+
+
+def test_tensors_give_tensors(backend):
+    runner = backend().load(export(SPEC, shape=("N", 4)))
+    a, b = pair(SPEC, (5, 4))
+    loss = runner.run(torch.from_numpy(a), torch.from_numpy(b))["loss"]
+    assert isinstance(loss, torch.Tensor)
+    assert_right(SPEC, loss.numpy(), a, b)
+
+
+def test_tensors_are_read_where_they_lie(backend, monkeypatch):
+    runner = backend().load(export(SPEC, shape=("N", 4)))
+    x, t = runner.device.empty((64, 4), "float32"), runner.device.empty((64, 4), "float32")
+    seen = {}
+    context = runner.program.new_context()
+    put = type(context._context).set_tensor_address
+    monkeypatch.setattr(
+        type(context._context),
+        "set_tensor_address",
+        lambda self, name, address: seen.update({name: address}) or put(self, name, address),
+    )
+    loss = runner.run(x, t)["loss"]
+    assert seen["loss"] == loss.data_ptr()
+    # Memory of the host is aligned to 64 bytes only; what happens to begin at 256 is not copied.
+    for name, tensor in (("input", x), ("target", t)):
+        assert (seen[name] == tensor.data_ptr()) == (tensor.data_ptr() % 256 == 0)
+
+
+def test_a_view_that_begins_between_is_copied():
+    block = torch.arange(512.0)
+    start = (-block.data_ptr() % 256) // 4
+    aligned, between = block[start : start + 8], block[start + 1 : start + 9]
+    assert _aligned(aligned) is aligned
+    assert _aligned(between).data_ptr() != between.data_ptr()
+    assert torch.equal(_aligned(between), between)
+
+
+def test_promotion_and_refusals_on_the_device(backend):
+    runner = backend().load(export(LossSpec(0.5), shape=("N", 4)))
+    x = torch.ones(2, 4)
+    whole = torch.zeros(2, 4, dtype=torch.int64)
+    for _ in range(2):
+        assert runner.run(x, whole)["loss"].item() == 0.75
+    # What was right before is not checked again; these are not what was right.
+    with pytest.raises(InvalidInputError, match="the artefact takes input, target, and no beta; l"):
+        runner.run(x, whole, beta=0.5)
+    with pytest.raises(InvalidInputError, match="input and target are both integral"):
+        runner.run(whole, whole)
+    with pytest.raises(InvalidInputError, match="^target is not on the GPU, and another of the ar"):
+        runner.run(x, np.zeros((2, 4), np.float32))
+    with pytest.raises(InvalidInputError, match="input float32 and target float64 promote to fl"):
+        runner.run(x, x.double())
+    with pytest.raises(InvalidInputError, match=r"target has the shape \(3, 4\), but the artefact"):
+        runner.run(x, torch.zeros(3, 4))
+    with pytest.raises(InvalidInputError, match="^target is missing; the artefact takes input, ta"):
+        runner.run(x, None)
+
+
+def test_beta_at_run_time(backend):
+    spec = LossSpec(reduction="none", runtime_beta=True)
+    runner = backend().load(export(spec, shape=("N", 4)))
+    a, b = pair(LossSpec(0.25, "none"), (5, 4))
+    loss = runner.run(torch.from_numpy(a), torch.from_numpy(b), beta=0.25)["loss"]
+    assert_right(LossSpec(0.25, "none"), loss.numpy(), a, b)
+
+
+def test_shapes_outside_the_profile(backend):
+    runner = backend(profile={"input": (1, 2, 8)}).load(export(SPEC, shape=("N", 4)))
+    with pytest.raises(InvalidInputError) as caught:
+        runner.run(*pair(SPEC, (9, 4)))
+    assert str(caught.value) == (
+        "input has the shape (9, 4), and the engine was built for 1x4 to 8x4; "
+        "build it with a profile that covers it, as in --profile input=MIN,OPT,MAX"
+    )
+    assert_right(SPEC, runner.run(*pair(SPEC, (8, 4)))["loss"], *pair(SPEC, (8, 4)))
+
+
+def test_many_threads_share_few_contexts(backend):
+    runner = backend(contexts=3).load(export(SPEC, shape=("N", 4)))
+
+    def work(seed):
+        a, b = pair(SPEC, (1 + seed % 5, 4))
+        assert_right(SPEC, runner.run(a + 0, b)["loss"], a, b)
+
+    with ThreadPoolExecutor(16) as pool:
+        assert len([*pool.map(work, range(200))]) == 200
+    made = runner.program._engine._contexts
+    assert 1 <= len(made) <= 3
+    assert all(context.active_optimization_profile == 0 for context in made)
+
+
+def test_a_context_that_failed_is_not_used_again(backend):
+    runner = backend().load(export(SPEC, shape=("N", 4)))
+    a, b = pair(SPEC, (2, 4))
+    runner.run(a, b)
+    fake = runner.program.flavour.trt
+    fake.broken = True
+    with pytest.raises(UnsupportedError, match="^tensorrt 11.4.0 failed to run: an illegal memory"):
+        runner.run(a, b)
+    fake.broken = False
+    assert_right(SPEC, runner.run(a, b)["loss"], a, b)
+    assert len(runner.program._engine._contexts) == 2
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------
+
+
+def test_a_recorded_run_follows_its_tensors(backend):
+    runner = backend().load(export(SPEC, shape=("N", 4)))
+    a, b = pair(SPEC, (4, 4))
+    x, t = torch.from_numpy(a.copy()), torch.from_numpy(b)
+    recorded = runner.capture(x, t)
+    assert_right(SPEC, recorded.result["loss"].numpy(), a, b)
+    x += 1
+    assert_right(SPEC, recorded.replay()["loss"].numpy(), x.numpy(), b)
+    # Its context is its own: the pool is as empty as before.
+    assert runner.program._idle == []
+
+
+def test_what_a_graph_could_not_follow_is_refused(backend):
+    runner = backend().load(export(SPEC, shape=("N", 4)))
+    x = torch.zeros(4, 4)
+    for other in (x.T, x.half(), torch.zeros(4, 4, dtype=torch.int32)):
+        with pytest.raises(InvalidInputError, match="^target would be copied, and the graph go on"):
+            runner.capture(x, other)
+    rtx = backend("rtx-1.7.1").load(export(SPEC, shape=("N", 4)))
+    rtx.program.flavour.trt.never_capturable = True
+    with pytest.raises(UnsupportedError, match="this engine can't be recorded in a CUDA graph"):
+        rtx.capture(x, x)
+
+
+# --- kernels compiled by tensorrt_rtx ---------------------------------------------------------
+
+
+def test_compiled_kernels_are_kept(running, mean_model, tmp_path):
+    flavour, path = running("rtx-1.7.1"), tmp_path / "kernels" / "one.cache"
+    engine = build_engine(mean_model, flavour=flavour)
+    program = Program(engine, flavour, HostDevice(), runtime_cache=path)
+    feeds = {name: torch.zeros(3, 16) for name in ("input", "target")}
+    program.cache._cache._content = b"kernels of 3x16"
+    program.run(feeds)
+    assert path.read_bytes() == b"kernels of 3x16"
+    program.cache._cache._content = b"kernels and more"
+    program.run(feeds)
+    assert path.read_bytes() == b"kernels of 3x16"  # nothing new was met
+    program.run({name: torch.zeros(4, 16) for name in feeds})
+    assert path.read_bytes() == b"kernels and more"
+    again = Program(engine, flavour, HostDevice(), runtime_cache=path)
+    assert again.cache.loaded and again.cache._cache._content == b"kernels and more"
+    assert again._config._cache is again.cache._cache
+    assert again._config._strategy.name == "USER_MANAGED"
+
+
+def test_kernels_that_do_not_fit_are_compiled_again(running, mean_model, tmp_path):
+    flavour, path = running("rtx-1.7.1"), tmp_path / "one.cache"
+    path.write_bytes(b"of another GPU")
+    engine = build_engine(mean_model, flavour=flavour)
+    program = Program(engine, flavour, HostDevice(), runtime_cache=path)
+    assert not program.cache.loaded
+    program.run({name: torch.zeros(3, 16) for name in ("input", "target")})
+    assert path.read_bytes() == b"kernels"
+
+
+def test_the_other_flavour_keeps_none(running, mean_model, tmp_path):
+    flavour = running("11.4.0")
+    engine = build_engine(mean_model, flavour=flavour)
+    assert Program(engine, flavour, HostDevice(), runtime_cache=tmp_path / "x").cache is None
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def test_an_engine_tensorrt_does_not_take(fake, backend, mean_model, tmp_path):
+    refusing = TrtBackend(fake("10.16.1"), cache_dir=tmp_path, device=HostDevice())
+    with pytest.raises(BackendUnavailableError) as caught:
+        refusing.load(mean_model)
+    assert str(caught.value) == (
+        f"tensorrt 10.16.1 can't run the engine of {mean_model.graph.name!r} here: CUDA "
+        "initialization failure with error: 35. Build it again on this machine, or for its GPU's "
+        "compute capability"
+    )
+
+
+def test_an_engine_without_weights(backend, mean_model):
+    with pytest.raises(UnsupportedError, match="built with strip_plan and holds no weights"):
+        backend(options=BuildOptions(strip_plan=True)).load(mean_model)
+
+
+def test_no_contexts_at_all(backend, mean_model):
+    with pytest.raises(SpecError, match="^contexts must be at least 1, got 0"):
+        backend(contexts=0).load(mean_model)
+
+
+def test_float64_is_refused(backend):
+    assert "TensorRT has no float64" in backend().refuses(LossSpec(dtype="float64"))
+    assert backend().refuses(LossSpec(dtype="float16")) is None
+
+
+# --- engine files -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(running, mean_model, tmp_path, monkeypatch):
+    """An engine file, and a backend for which its flavour is installed."""
+    flavour = running("11.4.0")
+    engine = build_engine(mean_model, flavour=flavour)
+    path = tmp_path / "loss.engine"
+    write_engine(path, engine.data, engine.sidecar)
+    from smoothl1_deploy.tensorrt import flavour as module
+
+    monkeypatch.setitem(module._usable, "tensorrt", flavour)
+    return TrtBackend(flavour, cache_dir=tmp_path, device=HostDevice()), path
+
+
+def test_an_engine_file_runs(written):
+    backend, path = written
+    runner = backend.load_engine(path)
+    assert runner.spec == LossSpec(0.5)
+    assert str(runner.signature.input) == "input: float32[Nx16]"
+    a, b = pair(LossSpec(0.5), (3, 16))
+    assert_right(LossSpec(0.5), runner.run(a, b)["loss"], a, b)
+
+
+def test_an_engine_file_that_was_changed_does_not(written):
+    backend, path = written
+    path.write_bytes(path.read_bytes() + b"!")
+    with pytest.raises(ArtefactError, match="is not the engine its sidecar describes"):
+        backend.load_engine(path)
+
+
+# --- the default profile ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dims", "ranges"),
+    [
+        (("N", 16), ((0, 16), (64, 16), (1 << 22, 16))),
+        (("N", 3, "H", "W"), ((0, 3, 0, 0), (64, 3, 64, 64), (281, 3, 281, 281))),
+        (("N", 0), ((0, 0), (64, 0), (1 << 26, 0))),
+    ],
+)
+def test_the_default_profile(dims, ranges):
+    assert wide_profile((InputShape("input", dims),)) == {"input": ranges}
+
+
+def test_one_name_has_one_range():
+    shapes = (InputShape("input", ("N", 16)), InputShape("target", ("N",)), InputShape("beta", ()))
+    found = wide_profile(shapes)
+    assert found["target"] == ((0,), (64,), (1 << 22,))
+    assert [*found] == ["input", "target"]
+
+
+# --- the engine inspector ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_layers_of_an_engine(running, mean_model, version):
+    flavour = running(version)
+    layers = engine_layers(build_engine(mean_model, flavour=flavour), flavour)
+    assert layers == ["losses", "total", "loss"]  # what the fake makes of the graph's nodes
+
+
+@pytest.mark.parametrize(
+    ("answer", "layers"),
+    [
+        ('{"Layers": [{"Name": "a", "LayerType": "Reduce"}, "b"]}', ["a (Reduce)", "b"]),
+        ("Layer 0", None),
+        ('{"Layers": [3]}', None),
+    ],
+)
+def test_what_the_inspector_may_answer(running, mean_model, monkeypatch, answer, layers):
+    flavour = running("11.4.0")
+    monkeypatch.setattr(
+        flavour.trt.EngineInspector, "get_engine_information", lambda self, format: answer
+    )
+    engine = build_engine(mean_model, flavour=flavour)
+    if layers is None:
+        with pytest.raises(UnsupportedError, match="gave what can't be read as layers"):
+            engine_layers(engine, flavour)
+    else:
+        assert engine_layers(engine, flavour) == layers
+
+
+# --- the real TensorRT for RTX, as far as it goes without a GPU -------------------------------
+
+
+@pytest.mark.parametrize("layout", ["matrix", "4-d", "broadcast-both"])
+def test_the_default_profile_builds(rtx, layout):
+    axes = LAYOUTS[layout]
+    other = axes.target_axes if axes.target_axes != axes.input_axes else None
+    model = export(LossSpec(0.5, gradient=True), "function", axes.input_axes, target_shape=other)
+    engine = build_engine(model, flavour=rtx, profile=wide_profile(input_shapes(model)))
+    assert engine.sidecar.profile.defaults == ()
+
+
+@pytest.mark.skipif(current_gpu() is not None, reason="about a machine without a GPU")
+def test_the_real_runtime_says_why_it_can_not_run(rtx, mean_model, tmp_path):
+    backend = TrtBackend(rtx, cache_dir=tmp_path, device=HostDevice())
+    with pytest.raises(BackendUnavailableError) as caught:
+        backend.load(mean_model)
+    start = f"{rtx} can't run the engine of {mean_model.graph.name!r} here: "
+    assert str(caught.value).startswith(start) and "CUDA driver version" in str(caught.value)

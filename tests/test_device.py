@@ -1,0 +1,135 @@
+"""A CUDA device through torch: found or not, and the order in which streams wait."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from host_device import HostDevice
+
+from smoothl1_deploy.device import Device, find_device, is_on_device
+from smoothl1_deploy.errors import (
+    BackendUnavailableError,
+    InvalidInputError,
+    MissingDependencyError,
+)
+
+
+def test_what_is_on_a_device() -> None:
+    assert not is_on_device(torch.zeros(2)) and not is_on_device(np.zeros(2))
+    assert not is_on_device([1.0]) and not is_on_device(None)
+    assert is_on_device(SimpleNamespace(__dlpack_device__=lambda: (2, 0)))
+
+
+def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingDependencyError, match="^the trt backend needs the package 'torch'"):
+        find_device("the trt backend")
+
+
+def test_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(BackendUnavailableError) as caught:
+        find_device("the trt backend")
+    assert str(caught.value) == (
+        f"the trt backend needs an NVIDIA GPU and a torch built for CUDA; torch "
+        f"{torch.__version__} here is built without. On a machine with a GPU, install the CUDA "
+        "build of torch"
+    )
+
+
+def test_a_torch_that_finds_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailableError, match="built for CUDA 13.0, finds none. Run it on"):
+        find_device("the trt backend")
+
+
+def test_arrays_go_there_and_back() -> None:
+    device = HostDevice()
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64):
+        array = np.arange(6).reshape(2, 3).astype(dtype)
+        tensor = device.upload(array)
+        back = device.download(tensor)
+        assert back.dtype == array.dtype and (back == array).all()
+        tensor.zero_()
+        assert array[1, 2] == 5  # a copy
+    empty = device.download(device.upload(np.zeros((0, 4), ml_dtypes.bfloat16)))
+    assert empty.shape == (0, 4)
+
+
+def test_tensors_are_adopted_without_a_copy() -> None:
+    device = HostDevice()
+    x = torch.arange(6.0, requires_grad=True)
+    assert device.adopt(x, "input").data_ptr() == x.data_ptr()
+    array = np.arange(4.0)
+    assert device.adopt(array, "input").data_ptr() == array.ctypes.data  # by __dlpack__
+    assert device.adopt(torch.ones(2, 3).T, "input").is_contiguous()
+    with pytest.raises(InvalidInputError, match="^input is on meta, and the artefact was"):
+        device.adopt(torch.zeros(2, device="meta"), "input")
+
+
+class Stream:
+    """Notes who waits for whom."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self._log, self.cuda_stream = name, log, 42
+
+    def wait_stream(self, other: Stream) -> None:
+        self._log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def recorded() -> tuple[Device, list[str]]:
+    """A device of a torch.cuda that notes what is asked of it."""
+    log: list[str] = []
+    current = Stream("caller", log)
+
+    @contextlib.contextmanager
+    def entered(what: str) -> Any:
+        log.append(f"enter {what}")
+        yield
+        log.append(f"leave {what}")
+
+    cuda = SimpleNamespace(
+        current_stream=lambda place: current,
+        Stream=lambda place: Stream("side", log),
+        stream=lambda stream: entered(stream.name),
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: log.append("replay")),
+        graph=lambda graph: entered("graph"),
+    )
+    return Device(SimpleNamespace(cuda=cuda, device=lambda *place: place), 0), log
+
+
+def test_a_launch_waits_and_is_waited_for(recorded: tuple[Device, list[str]]) -> None:
+    device, log = recorded
+    own = device.new_stream()
+    assert device.launch(own, lambda handle: log.append("work") or handle) == 42
+    assert log == ["side waits for caller", "work", "caller waits for side"]
+    log.clear()
+    with pytest.raises(ZeroDivisionError):
+        device.launch(own, lambda handle: handle / 0)
+    assert log[-1] == "caller waits for side"  # what was launched before the error runs
+
+
+def test_a_capture_is_warmed_up_first(recorded: tuple[Device, list[str]]) -> None:
+    device, log = recorded
+    captured = device.capture(lambda: log.append("compute") or "result")
+    assert log == [
+        "side waits for caller",
+        "enter side",
+        "compute",
+        "leave side",
+        "caller waits for side",
+        "enter graph",
+        "compute",
+        "leave graph",
+    ]
+    assert captured.replay() == "result" and log[-1] == "replay"
