@@ -200,3 +200,20 @@ def test_only_loopback_listens(server: Any) -> None:
         if c.status == psutil.CONN_LISTEN
     ]
     assert len(listening) == 3 and set(listening) == {"127.0.0.1"}
+
+
+def test_a_server_that_is_killed_leaves_no_memory_and_no_child(
+    certified: Path, triton: Triton
+) -> None:
+    from smoothl1_deploy.serving.launcher import Server
+
+    server = Server(certified, triton)
+    server.start()
+    server.load("mean")
+    pid = server.pid
+    own, children = prefix(pid), psutil.Process(pid).children(recursive=True)
+    assert regions(own) and children
+    server.stop(at_once=True)
+    assert regions(own) == []
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    server.stop()  # may be called twice
