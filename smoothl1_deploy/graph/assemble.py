@@ -12,9 +12,9 @@ from onnx import TensorProto, helper
 
 from ..spec import LossSpec
 from . import functions as f
-from .elements import ELEMENT_TYPE, loss_scalars
+from .elements import ELEMENT_TYPE, IR_VERSION, loss_scalars
 
-__all__ = ["Assembly", "function_closure"]
+__all__ = ["Assembly", "function_closure", "model_of"]
 
 
 class Assembly:
@@ -30,6 +30,9 @@ class Assembly:
         summed_axes: of the element losses, along which input was broadcast and its gradient has
             to be summed back; None to find them at run time, which TensorRT can't.
         prefix: of the names of the tensors in between.
+        partial: end with the sum of the element losses in float64, `loss`, and that of the
+            weights a mean divides by, `weight_total`. The gradient of a mean is divided by
+            `count`, float64 and rank 0. `tensors` then names these too.
 
     Attributes:
         nodes: in topological order.
@@ -43,12 +46,14 @@ class Assembly:
         *,
         summed_axes: tuple[int, ...] | None = None,
         prefix: str = "",
+        partial: bool = False,
     ) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.used: list[str] = []
         self._spec = spec
         self._tensors = tensors
         self._prefix = prefix
+        self._partial = partial
         self._element = ELEMENT_TYPE[spec.compute_dtype]
         self._wide_name = "Compensated" if spec.dtype == "float64" else "Wide"
         names = [name for name in spec.inputs if name in ("input", "target", "weight")]
@@ -128,6 +133,11 @@ class Assembly:
             if spec.compute_dtype != spec.dtype:
                 self._rounded(losses, "loss")
             return
+        if self._partial:
+            for tensor, name in ((losses, "loss"), (weights, "weight_total")):
+                if tensor is not None:
+                    self._call(f"{self._wide_name}Sum", [tensor], name)
+            return
         row = "Row" if spec.per_sample else ""
         final = "loss" if spec.dtype == "float64" else "total"
         if weights is None:
@@ -184,6 +194,8 @@ class Assembly:
 
     def _count(self, losses: str, weights: str | None) -> str:
         """What the loss of an element was divided by, in a shape that broadcasts with it."""
+        if self._partial:
+            return self._tensors["count"]
         row = "Row" if self._spec.per_sample else ""
         if weights is not None:
             count = self._call(f"{self._wide_name}{row}Sum", [weights], "weights_total")
@@ -217,3 +229,16 @@ def function_closure(names: list[str]) -> list[onnx.FunctionProto]:
     for name in names:
         visit(name)
     return list(found.values())
+
+
+def model_of(graph: onnx.GraphProto, used: list[str]) -> onnx.ModelProto:
+    """The model of a graph that calls the functions `used`."""
+    return helper.make_model(
+        graph,
+        functions=function_closure(used),
+        opset_imports=[
+            helper.make_opsetid("", f.OPSET),
+            helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION),
+        ],
+        ir_version=IR_VERSION,
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import onnx
 
-from ..backends.base import Backend, Runner, get_backend
+from ..backends.base import PROVING, TILE, Backend, Runner, get_backend
 from ..environment import environment
 from ..errors import SmoothL1DeployError, require
 from ..graph.export import ROUTES, export
@@ -128,6 +128,11 @@ class Matrix:
             notes.append(
                 "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
                 f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
+            )
+        if "ort-cpu-tiled" in self.backends:
+            notes.append(
+                "ort-cpu-tiled, which cuts arrays into tiles as ort-cpu does with large ones: in "
+                "tiles of 64 elements; the function route, not at 2^20"
             )
         if self.quick:
             notes.append("quick: torch route for float32 only, no layout of 2^20 or 2^24 elements")
@@ -241,6 +246,8 @@ class _Outcome:
 def _run_unit(unit: _Unit) -> _Outcome:
     names = [n for n in unit.matrix.backends if not unit.huge or n in _HUGE_BACKENDS]
     backends = {name: get_backend(name, threads=1) for name in names}
+    if unit.huge and "ort-cpu-tiled" in backends:
+        backends["ort-cpu-tiled"].tile = TILE
     artefacts = _Artefacts(backends)
     outcome = _Outcome({}, {}, [])
     for spec in unit.specs():
@@ -248,6 +255,8 @@ def _run_unit(unit: _Unit) -> _Outcome:
         refs = {case: References.of(number, case) for case in unit.cases(spec)}
         for route, name in product(unit.routes(spec), names):
             if name in OVER_THE_WIRE and not _is_asked(unit, spec, route):
+                continue
+            if name in PROVING and route != _PROVEN_ROUTE:
                 continue
             key = (spec, unit.beta, route, name)
             reason = backends[name].refuses(spec)
@@ -268,6 +277,10 @@ def _run_unit(unit: _Unit) -> _Outcome:
     return outcome
 
 
+#: A tile is made of the artefact's spec, whatever its route.
+_PROVEN_ROUTE = "function"
+
+
 def _is_asked(unit: _Unit, spec: LossSpec, route: str) -> bool:
     """Whether a combination is among those that go over the wire; see `Matrix.notes`."""
     matrix = unit.matrix
@@ -282,6 +295,8 @@ def _is_run(case: Case, route: str, backend: str) -> bool:
     """Whether the layout is among those a route and backend are sampled at; see `Matrix.notes`."""
     if backend in OVER_THE_WIRE:
         return case.layout in _WIRE_LAYOUTS
+    if backend in PROVING and case.layout == "2^20":
+        return False  # in tiles of 64
     if case.layout == "2^20" and backend != "ort-cpu":
         return route == "function"
     return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
@@ -307,7 +322,15 @@ def _needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
 
 
 #: The others take minutes or gigabytes at 2^24 elements.
-_HUGE_BACKENDS = ("ort-cpu", "torch-cuda", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
+_HUGE_BACKENDS = (
+    "ort-cpu",
+    "ort-cpu-tiled",
+    "torch-cuda",
+    "ort-cuda",
+    "ort-tensorrt",
+    "ort-tensorrt-rtx",
+    "trt",
+)
 
 
 def _checked(

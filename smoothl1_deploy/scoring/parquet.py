@@ -32,6 +32,7 @@ class ParquetSource(Source):
                 self._column = location.choose(list(schema.names), "column")
                 self._where = f"{self._column} in {location.path}"
                 self.dtype, width = self._inspect(schema.field(self._column).type)
+                self._check_groups()
         except BaseException:
             self._file.close()
             raise
@@ -65,6 +66,12 @@ class ParquetSource(Source):
                 f"{self._where} holds {kind}; a loss needs numbers, or lists of numbers"
             )
         return np.dtype(kind.to_pandas_dtype()), width
+
+    def _check_groups(self) -> None:
+        data = self._file.metadata
+        rows = [data.row_group(group).num_rows for group in range(data.num_row_groups)]
+        if min(rows, default=0) < 0 or sum(rows) != data.num_rows:
+            raise ValueError(f"row groups of {rows} rows in a file of {data.num_rows}")
 
     def _first_length(self) -> int:
         for batch in self._file.iter_batches(batch_size=1, columns=[self._column]):
@@ -115,7 +122,7 @@ class ParquetSource(Source):
     def _take(self, rows: int, keep: bool = True) -> list[Array]:
         taken = []
         self._position += rows
-        while rows:
+        while rows > 0:
             if not len(self._left):
                 self._left = next(self._batches)
             part, self._left = self._left[:rows], self._left[rows:]
