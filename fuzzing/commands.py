@@ -164,13 +164,18 @@ def _prepare(bad: bytes, odd: bytes) -> None:
 def _call(case: tuple[Any, ...], folder: Path) -> None:
     words, bad, odd = case
     _prepare(bad, odd)
-    out, err = io.StringIO(), io.StringIO()
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")  # as strict as a terminal
+    err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
-    said = out.getvalue() + err.getvalue()
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+    said = "".join(texts)
     assert code in (0, 1, 2, 3), f"exit code {code}: {said}"
     assert "Traceback" not in said, said
-    assert code == 0 or code == 1 or err.getvalue().strip(), f"exit code {code} without a word"
+    assert code == 0 or code == 1 or texts[1].strip(), f"exit code {code} without a word"
     if code == 2:
         raise CommandRefusedError(said)
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import onnx
 
-from .errors import ArtefactError
+from .errors import ArtefactError, SpecError
 from .files import write_atomic
 from .graph.elements import DTYPE_OF_ELEMENT
 from .graph.metadata import read_spec
-from .graph.nesting import check_nesting
-from .graph.shapes import Shape, describe
+from .graph.nesting import check_nesting, tensors
+from .graph.shapes import Shape, check_size, describe
 
 __all__ = [
     "ROLES",
@@ -48,6 +48,13 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
     """
     model = source if isinstance(source, onnx.ModelProto) else _read(source)
     check_nesting(model)
+    for tensor in tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:  # loading clears it
+            raise ArtefactError(
+                f"the data of {tensor.name!r} lie in another file and were not loaded: bytes and "
+                "messages have no folder to look in; give the path of the model, or read it with "
+                "onnx.load(path)"
+            )
     return model
 
 
@@ -132,10 +139,15 @@ def _port(value: onnx.ValueInfoProto) -> Port:
         return Port(value.name, dtype, None)
     dims = (
         # An axis without a name is like no other, not even one of the same position.
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}_axis_{i}"
+        dim.dim_value
+        if dim.HasField("dim_value") and dim.dim_value >= 0  # some write -1 for a dynamic axis
+        else dim.dim_param or f"{value.name}_axis_{i}"
         for i, dim in enumerate(tensor.shape.dim)
     )
-    return Port(value.name, dtype, tuple(dims))
+    try:
+        return Port(value.name, dtype, check_size(tuple(dims), f"the shape of {value.name!r}"))
+    except SpecError as exc:
+        raise ArtefactError(str(exc)) from exc
 
 
 #: Names that say of one of two inputs, declared in any order, that it is the target.

@@ -25,10 +25,21 @@ __all__ = [
 ]
 
 
+_LONGEST = 4000  # characters of a message
+
+
 class SmoothL1DeployError(Exception):
     """Base class of every error this package raises on purpose."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """The message; the middle is left out where a name in it has millions of letters."""
+        text = super().__str__()
+        if len(text) <= _LONGEST:
+            return text
+        left_out = len(text) - _LONGEST
+        return f"{text[: _LONGEST * 3 // 4]} ...({left_out:,} more)... {text[-_LONGEST // 4 :]}"
 
 
 class SpecError(SmoothL1DeployError, ValueError):

@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -41,6 +41,11 @@ def read_array(path: Path, dtype: str) -> Array:
     """
     _check_file(path, b"\x93NUMPY", f"a .npy file; {_REMEDY}, or use --data for an .npz file")
     try:
+        with path.open("rb") as file:
+            expected, _ = _data_bytes(file)
+            stored = path.stat().st_size - file.tell()
+        if stored < expected:  # numpy multiplies in int64, which may overflow to a small number
+            raise ValueError(f"{stored} bytes where its header says {expected}")
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as exc:  # damage comes to light in numpy, tokenize or the file system
         if "Python objects" in str(exc):
@@ -79,17 +84,25 @@ def read_archive(path: Path, dtype: str) -> dict[str, Array]:
     return {name: _named(array, f"{name} in {path}", dtype) for name, array in arrays.items()}
 
 
+def _data_bytes(file: IO[bytes]) -> tuple[int, bool]:
+    """The size of the array behind the header that `file` begins with; whether it is pickled.
+
+    Of pickled objects numpy says what is wrong, and the size is 0.
+    """
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"a header of version {version}")
+    shape, _, dtype = _HEADERS[version](file)
+    return (0, True) if dtype.hasobject else (math.prod(shape) * dtype.itemsize, False)
+
+
 def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
     """Refuse, before anything is decompressed, a size that is not the header's, and a bomb."""
     info = archive.NameToInfo.get(f"{name}.npy") or archive.getinfo(name)
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in _HEADERS:
-            raise ValueError(f"a header of version {version}")
-        shape, _, dtype = _HEADERS[version](file)
+        expected, objects = _data_bytes(file)
         stored = info.file_size - file.tell()
-    expected = math.prod(shape) * dtype.itemsize
-    if stored != expected and not dtype.hasobject:  # of objects numpy says what is wrong
+    if stored != expected and not objects:
         raise ValueError(f"{name}: {stored} bytes where its header says {expected}")
     if stored > _LARGE and stored > _MOST_TIMES * path.stat().st_size:
         raise InvalidInputError(

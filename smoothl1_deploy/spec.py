@@ -283,6 +283,6 @@ class LossSpec:
                 "it was written by a newer version of smoothl1-deploy: upgrade this one"
             )
         values = dict(fields)
-        if values.get("beta") == "inf":
+        if isinstance(values.get("beta"), str) and values["beta"] == "inf":
             values["beta"] = math.inf
         return cls(**values)

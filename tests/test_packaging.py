@@ -73,7 +73,9 @@ def test_torch_is_installed_first_and_by_its_exact_spelling() -> None:
     assert script.index("install --quiet torch==2.13.0\n") < script.index("constraints.txt -e")
 
 
-@pytest.mark.parametrize("name", ["scripts/test", "scripts/demo", "scripts/fuzz", ".ci/run"])
+@pytest.mark.parametrize(
+    "name", ["scripts/test", "scripts/demo", "scripts/fuzz", "scripts/longrun", ".ci/run"]
+)
 def test_scripts_are_executable_and_parse(name: str) -> None:
     path = ROOT / name
     assert path.stat().st_mode & 0o111 == 0o111

@@ -47,7 +47,7 @@ class OrtRunner(Runner):
         ports = (*self.signature.inputs.values(), *self.signature.outputs)
         # numpy has no bfloat16 that ONNX Runtime's Python interface would take.
         self._by_address = any(port.dtype == "bfloat16" for port in ports)
-        self._input_names = [port.name for port in self.signature.inputs.values()]
+        self._input_names = {role: port.name for role, port in self.signature.inputs.items()}
         self._output_names = [port.name for port in self.signature.outputs]
         self._tile = tile
         self._crew = Crew(threads)
@@ -110,7 +110,7 @@ class OrtRunner(Runner):
             return self._prepared_tiles().run(feeds, shape)
         if self._by_address:
             return self._run_bound(feeds, shape)
-        named = dict(zip(self._input_names, feeds.values(), strict=True))
+        named = {self._input_names[role]: array for role, array in feeds.items()}
         values = self._session.run(self._output_names, named)
         return dict(zip(self._output_names, map(np.asarray, values), strict=True))
 

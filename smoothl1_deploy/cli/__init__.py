@@ -15,6 +15,7 @@ Exit codes:
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         One of the exit codes in this module's docstring.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _invoke(argv)
         sys.stdout.flush()  # a broken pipe may show only here

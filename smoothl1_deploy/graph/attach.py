@@ -87,6 +87,7 @@ def attach(
         _check_size(grafted, "the conversion of the opset")
         grafted = onnx.version_converter.convert_version(grafted, 18)
         opset = 18
+    _check_name("loss", loss_name)
     graft = _Graft(grafted, prediction, spec)
     roles = {"input": graft.prediction, "target": graft.operand("target", target)}
     if graft.spec.weight:
@@ -112,6 +113,15 @@ def _check_size(model: onnx.ModelProto, step: str) -> None:
             "(protobuf's limit); leave its weights in a file beside it with "
             "onnx.load(path, load_external_data=False)"
         )
+
+
+def _check_name(what: str, name: Any) -> None:
+    try:
+        size = len(name.encode()) if isinstance(name, str) else 0
+    except UnicodeEncodeError:  # a lone surrogate: a file name that is no text, for instance
+        size = 0
+    if not size:
+        raise SpecError(f"the {what} can't be called {name!r}; give a name of Unicode characters")
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -160,8 +170,7 @@ class _Graft:
         if isinstance(given, str):
             if given in self._tensors:
                 return self._in_dtype(what, self._tensors[given])
-            if not given:
-                raise SpecError(f"the {what} has an empty name")
+            _check_name(what, given)
             element, shape = ELEMENT_TYPE[self.spec.dtype], self._prediction.shape
             self.model.graph.input.append(helper.make_tensor_value_info(given, element, shape))
             self._taken.add(given)

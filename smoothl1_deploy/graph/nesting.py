@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import graphlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import onnx
 
 from ..errors import ArtefactError
 
-__all__ = ["check_nesting"]
+__all__ = ["check_nesting", "tensors"]
 
 _DEEPEST = 24  # graphs in one another; protobuf's own limit of 100 messages is reached about there
 _MOST_NODES = 1_000_000  # of all functions put in the places where they are called
@@ -49,6 +49,22 @@ def check_nesting(model: onnx.ModelProto) -> None:
             f"the model's functions unfold to {whole:,} nodes, more than {_MOST_NODES:,}; it is "
             "damaged or made to harm"
         )
+
+
+def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every constant of `model`, of its functions and of the graphs inside nodes."""
+    yield from model.graph.initializer
+    level = [*model.graph.node, *(node for f in model.functions for node in f.node)]
+    while level:
+        inside: list[onnx.GraphProto] = []
+        for attribute in (attribute for node in level for attribute in node.attribute):
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            inside += [attribute.g] if attribute.HasField("g") else [*attribute.graphs]
+        for graph in inside:
+            yield from graph.initializer
+        level = [node for graph in inside for node in graph.node]
 
 
 def _unfolded(own: int, calls: Counter[_Name], sizes: dict[_Name, int]) -> int:

@@ -33,6 +33,8 @@ def why_not_tiled(spec: LossSpec) -> str | None:
     """Why a tile can't be computed by itself; None where it can."""
     if is_summed(spec) and spec.weight == "weights" and spec.gradient:
         return "every element of the gradient is divided by the sum of all weights"
+    if spec.upstream:
+        return "an upstream gradient has the shape of the loss, which isn't that of the elements"
     return None
 
 

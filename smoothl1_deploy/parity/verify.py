@@ -19,10 +19,11 @@ from .cases import LAYOUTS, Case, CaseResult, References, check
 from .diagnose import diagnose
 from .families import BRANCHES, FAMILIES
 from .faults.names import Diagnosis
-from .shapes import ShapePlan
+from .shapes import Pair, ShapePlan, elements
 
 __all__ = ["Verification", "diagnosis_table", "verify", "verify_table"]
 
+_MOST = 1 << 27  # elements of fixed shapes: some GB of references in float64
 _LARGE = 1 << 20  # elements of the largest case of a loss that isn't reduced
 
 
@@ -90,6 +91,7 @@ def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
         return
     plan = ShapePlan.of(signature)
     usual = plan.usual()
+    _check_size(usual)
     layout = ",".join(map(str, usual[0])) or "scalar"
     yield from (Case(family, layout, *usual, seed) for family in FAMILIES)
     if plan.growing is not None:
@@ -97,6 +99,18 @@ def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
         if spec.reduction == "none":
             large = plan.of_size(_LARGE)
             yield Case("normal", ",".join(map(str, large[0])), *large, seed)
+
+
+def _check_size(shapes: Pair) -> None:
+    try:
+        count = elements(shapes)
+    except ValueError as exc:
+        raise ArtefactError(f"the model's input and target don't fit each other: {exc}") from exc
+    if count > _MOST:
+        raise ArtefactError(
+            f"the model's fixed shapes have {count:,} elements, and verify compares {_MOST:,} at "
+            "most; export it with a name for an axis, which makes it dynamic"
+        )
 
 
 def _checked(runner: Runner, spec: LossSpec, case: Case, accumulator: str | None) -> CaseResult:

@@ -194,7 +194,7 @@ def _add_profile(config: Any, parsed: ParsedNetwork, profile: Profile) -> None:
             for name, (low, usual, high) in profile.ranges.items():
                 made.set_shape(name, low, usual, high)
             accepted = config.add_optimization_profile(made) >= 0
-        except ValueError as exc:
+        except (ValueError, TypeError, RuntimeError) as exc:  # by how its bindings see it
             raise SpecError(f"{parsed.flavour} refused the profile {profile}: {exc}") from exc
     if not accepted:
         raise SpecError(f"{parsed.flavour} refused the profile {profile}: {log.reason()}")

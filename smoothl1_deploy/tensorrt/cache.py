@@ -95,6 +95,9 @@ class EngineCache:
     def __init__(self, root: str | Path | None = None, max_bytes: int = 1 << 30) -> None:
         self.root = default_cache_dir() if root is None else Path(root)
         self.max_bytes = _size(max_bytes)
+        self._make_folders()
+
+    def _make_folders(self) -> None:
         try:
             for folder in (self._engines, self._locks):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +164,7 @@ class EngineCache:
             if expected is None and near is not None:
                 expected = near.build_seconds
             data, sidecar = build(expected)
+            self._make_folders()  # somebody may have emptied the user's cache folder
             write_engine(path, data, sidecar)
             self._remember(key, sidecar.build_seconds)
         with contextlib.suppress(OutputError):  # the engine is there; the next prune tries again

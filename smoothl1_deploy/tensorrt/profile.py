@@ -20,6 +20,7 @@ from typing import Any
 import onnx
 
 from ..errors import ArtefactError, SpecError
+from ..graph.shapes import check_size
 
 __all__ = [
     "DEFAULT_RANGE",
@@ -176,7 +177,9 @@ def _parsed(request: ProfileRequest) -> dict[str, Any]:
         return {}
     if isinstance(request, Mapping):
         return dict(request)
-    texts: Sequence[Any] = [request] if isinstance(request, str) else request
+    texts: Any = [request] if isinstance(request, str) else request
+    if not isinstance(texts, Sequence):
+        raise SpecError(f"can't read the profile {request!r}; {_FORMS}")
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, shapes = text.partition("=") if isinstance(text, str) else ("", "", "")
@@ -245,4 +248,5 @@ def _checked(shape: InputShape, shapes: Range) -> Range:
                 f"the profile {texts} of {shape} has {low}, {usual}, {high} on axis {axis}; "
                 "0 <= min <= opt <= max must hold"
             )
+    check_size(shapes[2], f"the profile's largest shape of {shape.name!r}")
     return shapes

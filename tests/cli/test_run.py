@@ -171,7 +171,7 @@ _OBJECTS = _npy(np.array([{}], dtype=object), allow_pickle=True)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (_GOOD[:200], "bad.npy is truncated or damaged (mmap length is greater than file size)"),
+        (_GOOD[:200], "bad.npy is truncated or damaged (72 bytes where its header says 320)"),
         (_GOOD[:20], "bad.npy is truncated or damaged (EOF: reading array header"),
         (b"", "bad.npy is not a .npy file"),
         (b"1.0 2.0\n", "bad.npy is not a .npy file; write it with numpy.save(path, array)"),

@@ -1,0 +1,46 @@
+"""The long run, small: and that it sees what grows and what is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuzzing import longrun
+
+ROOT = Path(__file__).parent.parent.parent
+LICENSE = ROOT / "LICENSE"
+
+
+def test_ten_thousand_calls_and_two_hundred_sessions_are_flat() -> None:
+    command = [sys.executable, "-m", "fuzzing.longrun", "--calls", "10000", "--sessions", "200"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stdout
+    assert lines[0].startswith("10,000 run calls, ") and lines[0].endswith("; flat")
+    assert lines[1].startswith("200 session opens, ") and lines[1].endswith("; flat")
+    assert lines[2] == "64 threads on one runner, 960 calls: 0 wrong answers"
+    assert lines[-1] == "long run: all flat, all right"
+
+
+def test_memory_and_handles_that_grow_are_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    kept: list[bytearray] = []
+    opened: list[int] = []
+    assert not longrun._measured("leaks", 200, lambda number: kept.append(bytearray(1 << 20)))
+    assert not longrun._measured("handles", 200, lambda number: opened.append(os.open(LICENSE, 0)))
+    assert longrun._measured("nothing", 200, lambda number: None)
+    assert capsys.readouterr().out.count("GROWN") == 2
+    for file in opened:
+        os.close(file)
+
+
+def test_wrong_answers_of_threads_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        def run(self, input: object, target: object) -> dict[str, float]:
+            return {"loss": 7.0}
+
+    monkeypatch.setattr(longrun, "_open", lambda spec: Wrong())
+    assert not longrun.run_threads(4, 2)

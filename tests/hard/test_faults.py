@@ -1,0 +1,375 @@
+"""Faults under a running command: nothing lost, nothing half-written, and the next run recovers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from security_page import table
+
+from smoothl1_deploy import LossSpec, build_engine, export
+from smoothl1_deploy.cli import main
+from smoothl1_deploy.errors import OutputError
+from smoothl1_deploy.files import write_atomic
+from smoothl1_deploy.tensorrt.cache import EngineCache
+
+ROOT = Path(__file__).parent.parent.parent
+FAULTS: dict[str, Callable[[Path], None]] = {}
+#: Ends the process, as kill -9 does, at the n-th call of a function of `os`.
+_KILLED = """
+import os, signal, sys
+from smoothl1_deploy.cli import main
+
+name, left = sys.argv[1], int(sys.argv[2])
+real = getattr(os, name)
+
+def dying(*arguments, **options):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **options)
+
+setattr(os, name, dying)
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def fault(title: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    """Enter a function under its row of the table."""
+
+    def enter(function: Callable[[Path], None]) -> Callable[[Path], None]:
+        assert title not in FAULTS
+        FAULTS[title] = function
+        return function
+
+    return enter
+
+
+def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def _kill_at(function: str, count: int, *arguments: object) -> None:
+    done = _run("-c", _KILLED, function, count, *arguments)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def _call(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def _shown(folder: Path) -> list[str]:
+    """What is there by name; a killed process may leave a hidden file behind."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+@fault("kill -9 in the middle of `export`")
+def _export(folder: Path) -> None:
+    path = folder / "loss.onnx"
+    for point in ("fsync", "replace"):
+        _kill_at(point, 0, "export", "-o", path)
+        assert _shown(folder) == []
+    _call("export", "-o", path)
+    before = path.read_bytes()
+    _kill_at("replace", 0, "export", "--beta", "7", "-o", path)
+    assert path.read_bytes() == before
+    _call("export", "--beta", "7", "-o", path)
+    assert path.read_bytes() != before
+
+
+@fault("kill -9 in the middle of `attach`")
+def _attach(folder: Path) -> None:
+    path = folder / "loss.onnx"
+    _call("export", "--reduction", "none", "--shape", "N,16", "-o", path)
+    before = path.read_bytes()
+    words = ["attach", path, "--prediction", "loss", "--target", "t", "-o", path]
+    _kill_at("replace", 0, *words)
+    assert path.read_bytes() == before  # it was to be written over
+    _call(*words)
+    assert len(onnx.load(path).graph.output) == 2
+
+
+@fault("kill -9 in the middle of `build`, and of a write to the cache")
+def _build(folder: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model, path, cache = folder / "loss.onnx", folder / "out" / "e.engine", folder / "cache"
+    path.parent.mkdir()
+    _call("export", "--shape", "N,16", "-o", model)
+    words = ["build", model, "-o", path, "--cache-dir", cache]
+    # Of the cache: engine, sidecar, durations; then the engine and the sidecar asked for.
+    for count in range(5):
+        shutil.rmtree(cache, ignore_errors=True)
+        for old in path.parent.iterdir():
+            old.unlink()
+        _kill_at("replace", count, *words)
+        _call(*words)  # the lock of the dead process holds nothing up
+        assert _shown(path.parent) == ["e.engine", "e.engine.json"]
+        assert all(entry.sidecar is not None for entry in EngineCache(cache).list())
+        _call("inspect", path, "--json")
+
+
+@fault("kill -9 in the middle of `score`")
+def _score(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for role in ("input", "target"):
+        (folder / role).mkdir()
+        for shard in range(4):
+            np.save(folder / role / f"{shard}.npy", rng.normal(size=(50, 8)).astype("f4"))
+    words = ["score", "--input", folder / "input", "--target", folder / "target", "--per-sample"]
+    whole, again = folder / "whole.npy", folder / "again.npy"
+    _call(*words, "-o", whole)
+    for count in (1, 3):
+        _kill_at("fsync", count, *words, "-o", again)
+        assert not again.exists()
+    _call(*words, "-o", again)
+    assert again.read_bytes() == whole.read_bytes()
+
+
+@fault("kill -9 in the middle of the reports of `parity`")
+def _report(folder: Path) -> None:
+    pytest.importorskip("torch")
+    cell = "--beta 1 --reduction mean --dtype float32 --route function --backend onnx-reference"
+    words = ["parity", "--quick", *cell.split(), "--no-extensions", "--no-engines", "-o", folder]
+    _kill_at("replace", 1, *words)
+    assert _shown(folder) == ["report.json"]  # the first, and whole
+    assert json.loads((folder / "report.json").read_text())
+    _call(*words)
+    assert {"report.json", "junit.xml", "report.md"} <= set(_shown(folder))
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
+    """A small file system of its own; gives a function that mounts it anew with other options."""
+    folder.mkdir(exist_ok=True)
+
+    def mount(options: str) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a tmpfs can't be mounted here: {done.stderr.strip()}")
+
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    mount(f"size={size}")
+    try:
+        yield lambda options: mount(f"remount,{options}")
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@fault("a full disk")
+def _full(folder: Path) -> None:
+    with _mounted(folder / "small", "32k"):
+        path = folder / "small" / "loss.onnx"
+        path.write_bytes(b"old")
+        filler = folder / "small" / "filler"
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            for _ in range(64):
+                file.write(bytes(1024))
+                file.flush()
+        with pytest.raises(OutputError, match=r"can't write .*: No space left on device; choose"):
+            write_atomic(path, bytes(8192))
+        assert main(["export", "-o", str(path)]) == 2
+        assert path.read_bytes() == b"old"
+        assert sorted(os.listdir(path.parent)) == ["filler", "loss.onnx"]
+        filler.unlink()
+        _call("export", "-o", path)
+        onnx.load(path)
+
+
+@fault("a full disk under the engine cache")
+def _full_cache(folder: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model = export(LossSpec(), shape=("N", 16))
+    with _mounted(folder / "small", "16k") as remount:
+        cache = EngineCache(folder / "small")
+        with pytest.raises(OutputError, match="No space left on device"):
+            build_engine(model, cache_dir=cache)
+        assert cache.list() == ()
+        remount("size=4m")
+        assert not build_engine(model, cache_dir=cache).cached
+        assert build_engine(model, cache_dir=cache).cached
+
+
+@fault("a limit on the size of files")
+def _limit(folder: Path) -> None:
+    path = folder / "loss.onnx"
+    path.write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"can't write .*: File too large"):
+            write_atomic(path, bytes(8192))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(folder) == ["loss.onnx"] and path.read_bytes() == b"old"
+
+
+@fault("a read-only folder")
+def _read_only(folder: Path) -> None:
+    with _mounted(folder / "small", "4m") as remount:
+        path = folder / "small" / "loss.onnx"
+        _call("export", "-o", path)
+        before = path.read_bytes()
+        remount("ro")
+        with pytest.raises(OutputError, match=r"can't write .*: Read-only file system; choose"):
+            write_atomic(path, b"new")
+        assert main(["export", "--beta", "7", "-o", str(path)]) == 2
+        assert os.listdir(path.parent) == ["loss.onnx"] and path.read_bytes() == before
+
+
+@fault("a read-only engine cache")
+def _read_only_cache(folder: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model = export(LossSpec(), shape=("N", 16))
+    with _mounted(folder / "small", "4m") as remount:
+        build_engine(model, cache_dir=folder / "small")
+        remount("ro")
+        assert build_engine(model, cache_dir=folder / "small").cached
+        other = export(LossSpec(2.0), shape=("N", 16))
+        with pytest.raises(OutputError, match=r"can't lock .*Read-only file system"):
+            build_engine(other, cache_dir=folder / "small")
+
+
+@fault("no permission")
+def _no_permission(folder: Path) -> None:
+    path = folder / "closed" / "loss.onnx"
+    path.parent.mkdir()
+    _call("export", "-o", path)  # and everything is imported
+    before = path.read_bytes()
+    for part in (folder, *folder.parents[:3]):
+        part.chmod(0o755)  # so that what is refused is this folder, not the way to it
+    path.parent.chmod(0o555)
+    root = os.geteuid() == 0  # whom permission bits don't stop
+    if root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(OutputError, match=r"can't write .*: Permission denied; choose"):
+            write_atomic(path, b"new")
+        with pytest.raises(OutputError, match=r"can't use .* as an engine cache \(Permission"):
+            EngineCache(path.parent / "cache")
+    finally:
+        if root:
+            os.seteuid(0)
+    assert os.listdir(path.parent) == ["loss.onnx"] and path.read_bytes() == before
+
+
+@fault("a folder that is removed under the command")
+def _removed(folder: Path) -> None:
+    path = folder / "gone" / "loss.onnx"
+    with pytest.raises(OutputError, match=r"can't write .*: No such file or directory"):
+        write_atomic(path, b"new")
+    assert main(["export", "-o", str(path)]) == 2
+
+
+@fault("an engine cache that is removed while it is open")
+def _removed_cache(folder: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model = export(LossSpec(), shape=("N", 16))
+    cache = EngineCache(folder / "cache")
+    build_engine(model, cache_dir=cache)
+    shutil.rmtree(folder / "cache")
+    assert cache.list() == () and cache.prune(0) == ()
+    assert not build_engine(model, cache_dir=cache).cached
+    assert build_engine(model, cache_dir=cache).cached
+
+
+@fault("a clock that goes backwards")
+def _clock(folder: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    models = [export(LossSpec(beta), shape=("N", 16)) for beta in (1.0, 2.0)]
+    cache = EngineCache(folder)
+    engines = [build_engine(model, cache_dir=cache) for model in models]
+    paths = [engine.path for engine in engines]
+    assert paths[0] is not None and paths[1] is not None
+    tomorrow = time.time() + 86400  # used before the clock was set back
+    os.utime(paths[0], (tomorrow, tomorrow))
+    unfinished = folder / "engines" / ".k.engine.0123456789abcdef"
+    unfinished.write_bytes(b"half")
+    os.utime(unfinished, (tomorrow, tomorrow))
+    assert [entry.path for entry in cache.list()] == [paths[0], paths[1]]
+    assert build_engine(models[1], cache_dir=cache).cached
+    assert build_engine(models[0], cache_dir=cache).cached  # and its time is now's again
+    assert paths[0].stat().st_mtime < tomorrow - 3600
+    assert len(cache.prune(0)) == 2 and cache.list() == ()
+    # Of a writer that may be alive: nobody can say how old it is.
+    assert unfinished.exists()
+
+
+_WRITER = """
+import sys
+from smoothl1_deploy.files import write_atomic
+
+for _ in range(60):
+    write_atomic(sys.argv[1], sys.argv[2].encode() * 100_000)
+"""
+
+
+@fault("processes that write one target")
+def _two(folder: Path) -> None:
+    path = folder / "target"
+    write_atomic(path, b"0" * 100_000)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _WRITER, str(path)]
+    writers = [subprocess.Popen([*command, digit], env=environment) for digit in "123"]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        data = path.read_bytes()
+        assert len(data) == 100_000 and len(set(data)) == 1
+        seen.add(data[:1])
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert len(seen) > 1 and os.listdir(folder) == ["target"]
+
+
+_BUILDER = """
+import sys
+from smoothl1_deploy import LossSpec, build_engine, export
+
+engine = build_engine(export(LossSpec(), shape=("N", 16)), cache_dir=sys.argv[1])
+print(engine.cached, engine.sha256)
+"""
+
+
+@fault("processes that build one engine into one cache")
+def _builders(folder: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _BUILDER, str(folder)]
+    builders = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [builder.communicate(timeout=300)[0].split() for builder in builders]
+    assert sorted(cached for cached, _ in said) == ["False", "True", "True"]
+    assert len({digest for _, digest in said}) == 1
+
+
+ROWS = table("Faults")
+
+
+def test_each_row_has_its_fault_and_each_fault_its_row() -> None:
+    assert set(ROWS) == set(FAULTS)
+
+
+@pytest.mark.parametrize("title", FAULTS)
+def test_the_fault(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".user-cache"))
+    FAULTS[title](tmp_path)

@@ -1,0 +1,308 @@
+"""Input that is made to harm: each is refused with the error that docs/security.md names."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from security_page import table
+
+import smoothl1_deploy.errors as errors
+from fuzzing.damage import foreign, nested, recursive
+from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
+from smoothl1_deploy.artefact import read_model
+from smoothl1_deploy.cli.export import parse_shape
+from smoothl1_deploy.files import write_atomic
+from smoothl1_deploy.npy import read_archive, read_array
+from smoothl1_deploy.tensorrt.engine import read_engine
+from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
+
+CASES: dict[str, Callable[[Path], object]] = {}
+
+
+def case(title: str) -> Callable[[Callable[[Path], object]], Callable[[Path], object]]:
+    """Enter a function under its row of the table."""
+
+    def enter(function: Callable[[Path], object]) -> Callable[[Path], object]:
+        assert title not in CASES
+        CASES[title] = function
+        return function
+
+    return enter
+
+
+def _external(folder: Path, location: str, **entries: str) -> str:
+    """A model whose weights lie at `location`, beside a secret outside its folder."""
+    inside = folder / "model"
+    inside.mkdir()
+    (folder / "secret").write_bytes(bytes(256))
+    (inside / "weights").write_bytes(bytes(256))
+    os.symlink(folder / "secret", inside / "link")
+    model = foreign()
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("float_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location.format(folder=folder), **entries}.items():
+        tensor.external_data.add(key=key, value=value)
+    path = inside / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    return str(path)
+
+
+def test_weights_beside_the_model_are_read(tmp_path: Path) -> None:
+    """What the refusals below do not refuse."""
+    assert len(read_model(_external(tmp_path, "weights")).graph.initializer[0].raw_data) == 256
+
+
+case("weights of a model at an absolute path")(
+    lambda folder: read_model(_external(folder, "{folder}/secret"))
+)
+case("weights of a model in `..`")(lambda folder: read_model(_external(folder, "../secret")))
+case("weights of a model behind a symbolic link")(
+    lambda folder: read_model(_external(folder, "link"))
+)
+case("weights of a model beyond the end of their file")(
+    lambda folder: read_model(_external(folder, "weights", length=str(2**62)))
+)
+
+
+@case("a model in bytes whose weights lie in a file")
+def _bytes_with_files(folder: Path) -> object:
+    data = Path(_external(folder, "weights")).read_bytes()
+    os.chdir(folder / "model")  # where ONNX Runtime would look for them
+    return load(data, input_name="x", target_name="label")
+
+
+case("a function that calls itself")(lambda folder: build_engine(recursive(1)))
+case("functions that call each other in a ring")(
+    lambda folder: attach(recursive(3), "hidden", "label")
+)
+case("2,000 graphs inside one another, as a message")(
+    lambda folder: load(nested(2000), "trt-network")
+)
+case("2,000 graphs inside one another, in a file")(
+    lambda folder: load(nested(2000).SerializeToString())
+)
+
+
+@case("functions that unfold to 2^40 nodes")
+def _laughs(folder: Path) -> object:
+    model = recursive(40)
+    for number, function in enumerate(model.functions):
+        node = function.node[0]
+        if number == 39:
+            node.op_type, node.domain = "Identity", ""
+        else:
+            function.node.append(node)
+    return load(model)
+
+
+def _sized(*dims: int) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info
+    names = ("input", "target")
+    graph = helper.make_graph(
+        [helper.make_node("Sub", [*names], ["loss"])],
+        "g",
+        [value(name, 1, dims) for name in names],
+        [value("loss", 1, dims)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+case("a model whose element count overflows int64")(lambda folder: load(_sized(2**40, 2**40)))
+case("`verify` of a model of 2^40 elements")(
+    lambda folder: verify(_sized(2**40), spec=LossSpec(reduction="none"))
+)
+case("an export whose element count overflows int64")(
+    lambda folder: export(LossSpec(), shape=parse_shape(f"{2**31},{2**32},2"))
+)
+case("shapes that overflow when they are broadcast")(
+    lambda folder: export(LossSpec(), shape=(2**40, 1), target_shape=(1, 2**40))
+)
+case("an export of 65 axes")(lambda folder: export(LossSpec(), shape=(1,) * 65))
+case("a profile whose element count overflows int64")(
+    lambda folder: build_engine(
+        export(LossSpec(), shape=("N", 16)), profile=f"input=1x16,4x16,{2**62}x16"
+    )
+)
+case("a dtype with a name of 5 million letters")(lambda folder: LossSpec(dtype="x" * 5_000_000))
+
+
+@case("an operator with a name of 5 million letters")
+def _long_name(folder: Path) -> object:
+    model = foreign()
+    model.graph.node[0].op_type = "x" * 5_000_000
+    return load(model, input_name="x", target_name="label")
+
+
+def _npy(folder: Path, header: str, data: bytes = b"") -> Path:
+    raw = header.encode() + b"\n"
+    path = folder / "a.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(raw).to_bytes(2, "little") + raw + data)
+    return path
+
+
+def _header(shape: object) -> str:
+    return f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
+
+
+case("a .npy header whose element count overflows int64")(
+    lambda folder: read_array(_npy(folder, _header((2**62, 2**62))), "float32")
+)
+case("a .npy header with more elements than the file")(
+    lambda folder: read_array(_npy(folder, _header((2**40,)), bytes(64)), "float32")
+)
+case("a .npy header that is a program")(
+    lambda folder: read_array(_npy(folder, "__import__('os').system('true')"), "float32")
+)
+
+
+class _Harm:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, ("harmed", "w"))
+
+
+def _pickled() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([_Harm()], object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+def _written(folder: Path, name: str, data: bytes) -> Path:
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+def _archive(folder: Path, input: bytes, target: bytes | None = None) -> Path:
+    with zipfile.ZipFile(folder / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("input.npy", input)
+        archive.writestr("target.npy", input if target is None else target)
+    return folder / "a.npz"
+
+
+case("a pickle called .npy")(
+    lambda folder: read_array(_written(folder, "a.npy", pickle.dumps(_Harm())), "float32")
+)
+case("a pickled array in a .npy file")(
+    lambda folder: read_array(_written(folder, "a.npy", _pickled()), "float32")
+)
+case("a pickled array in an .npz file")(
+    lambda folder: read_archive(_archive(folder, _pickled()), "float32")
+)
+case("an .npz header with more elements than the archive")(
+    lambda folder: read_archive(
+        _archive(folder, _npy(folder, _header((2**40,)), bytes(64)).read_bytes()), "float32"
+    )
+)
+
+
+@case("a zip bomb: .npz of 6 MB, an array of 1.25 GiB")
+def _bomb(folder: Path) -> object:
+    path = folder / "a.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name in ("input.npy", "target.npy"):
+            with archive.open(name, "w", force_zip64=True) as file:
+                rows = 80 << 20 if name == "input.npy" else 1
+                file.write(_npy(folder, _header((rows, 4))).read_bytes())
+                for _ in range(max(rows >> 20, 1)):
+                    file.write(bytes(16 * min(rows, 1 << 20)))
+    return read_archive(path, "float32")
+
+
+case("output to a device")(lambda folder: write_atomic("/dev/null", b"data"))
+
+
+@case("arrays in a pipe")
+def _pipe(folder: Path) -> object:
+    os.mkfifo(folder / "a.npy")
+    return read_array(folder / "a.npy", "float32")
+
+
+case("a file name with a NUL")(lambda folder: read_array(folder / "a\0b.npy", "float32"))
+
+
+@case("a served model called `../outside`")
+def _served(folder: Path) -> object:
+    pytest.importorskip("tritonclient")
+    from smoothl1_deploy.serving.repository import write_loss
+
+    return write_loss(folder / "repository", LossSpec(), name="../outside")
+
+
+@case("a served model called `..`")
+def _served_above(folder: Path) -> object:
+    pytest.importorskip("tritonclient")
+    from smoothl1_deploy.serving.repository import write_loss
+
+    return write_loss(folder / "repository", LossSpec(), name="..")
+
+
+def _engine(folder: Path) -> Path:
+    pytest.importorskip("tensorrt_rtx")
+    path = folder / "e.engine"
+    build_engine(export(LossSpec(), shape=("N", 16)), path)
+    return path
+
+
+@case("an engine without a sidecar")
+def _alone(folder: Path) -> object:
+    path = _engine(folder)
+    sidecar_path(path).unlink()
+    return read_engine(path)
+
+
+@case("an engine with the sidecar of another")
+def _other(folder: Path) -> object:
+    path = _engine(folder)
+    path.write_bytes(path.read_bytes() + b"more")
+    return read_engine(path)
+
+
+@case("an edited sidecar")
+def _edited(folder: Path) -> object:
+    path = sidecar_path(_engine(folder))
+    path.write_text(path.read_text().replace('"strict_nans": null', '"strict_nans": true'))
+    return Sidecar.read(path)
+
+
+case("a sidecar of 100,000 brackets")(
+    lambda folder: Sidecar.read(_written(folder, "a.json", b"[" * 100_000))
+)
+
+ROWS = table("Bad input")
+
+
+def test_each_row_has_its_case_and_each_case_its_row() -> None:
+    assert set(ROWS) == set(CASES)
+
+
+@pytest.mark.parametrize("title", CASES)
+def test_it_is_refused_as_the_page_says(
+    title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, said = re.fullmatch(r"`(\w+)`: (.+)", ROWS[title]).groups()  # type: ignore[union-attr]
+    monkeypatch.chdir(tmp_path)
+    if (
+        "trt-network" in title
+        or "message" in title
+        or "profile" in title
+        or "calls itself" in title
+    ):
+        pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(errors.SmoothL1DeployError) as caught:
+        CASES[title](tmp_path)
+    assert type(caught.value).__name__ == kind
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 5000
+    assert not (tmp_path / "harmed").exists() and not (tmp_path / "outside").exists()
+    assert Path("/dev/null").is_char_device()
