@@ -321,7 +321,8 @@ def main(arguments: list[str] | None = None) -> int:
             write_loss(folder / "models", spec, name=name)
         server = Server(folder / "models", log=folder / "triton.log")
         try:
-            stack.enter_context(server)
+            server.start()
+            stack.callback(server.stop, at_once=True)
             soak = Soak(server, options)
             started = time.monotonic()
             tally = soak.run()

@@ -5,7 +5,7 @@ Trains on scikit-learn's bundled digits (a few seconds on a CPU), then exports t
 * `digits_autoencoder.onnx`: the autoencoder alone; one such file, trained once, lies beside this
   one, because another machine trains other weights, and models/ is made of it byte for byte;
 * `digits_loss.onnx`: the loss alone, `LossSpec(beta, reduction="none")`;
-* `digits_scorer.onnx`: autoencoder and loss in one graph, one score a digit.
+* `digits_scorer.onnx`: autoencoder and loss in one graph, one score a digit, by `attach`.
 
 Both run under ONNX Runtime on held-out digits and on the same digits with their pixels
 shuffled, and every number is held against PyTorch's.
@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from smoothl1_deploy import LossSpec, SmoothL1Loss, export, load, translation_table, verify
+from smoothl1_deploy import LossSpec, SmoothL1Loss, attach, export, load, verify
 from smoothl1_deploy.floats import ulp_distance
 
 BETA = 0.1  # in units of a pixel, which is 0 (paper) to 1 (ink)
@@ -42,19 +42,6 @@ class Autoencoder(nn.Sequential):
             nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 16), nn.ReLU(),
             nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 64),
         )  # fmt: skip
-
-
-class Scorer(nn.Module):
-    """One score a digit: the mean Smooth L1 distance to its reconstruction."""
-
-    def __init__(self, autoencoder: Autoencoder) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.loss = SmoothL1Loss(reduction="none", beta=BETA)
-
-    def forward(self, digits: torch.Tensor) -> torch.Tensor:
-        """`digits` float32 [N, 64] to scores float32 [N]."""
-        return self.loss(self.autoencoder(digits), digits).mean(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,31 +104,29 @@ def main(folder: Path) -> Outcome:
     order = np.random.default_rng(0).permutation(len(pixels))
     training, held_out = pixels[order[:1300]], pixels[order[1300:]]
     shuffled = np.random.default_rng(1).permuted(held_out, axis=1)
-    scorer = Scorer(train(torch.from_numpy(training))).eval()
+    autoencoder = train(torch.from_numpy(training))
+    loss = SmoothL1Loss(reduction="none", beta=BETA)
 
     folder.mkdir(parents=True, exist_ok=True)
     names = ("digits_autoencoder.onnx", "digits_loss.onnx", "digits_scorer.onnx")
     autoencoder_file, loss_file, scorer_file = (folder / name for name in names)
-    onnx.save(as_onnx(scorer.autoencoder), autoencoder_file)
-    onnx.save(export(LossSpec.from_module(scorer.loss), shape=("N", 64)), loss_file)
-    torch.onnx.export(
-        scorer, (torch.from_numpy(held_out),), scorer_file,
-        input_names=["digits"], output_names=["score"],
-        dynamic_shapes=({0: torch.export.Dim("N")},),
-        custom_translation_table=translation_table(),
-        dynamo=True, optimize=False, external_data=False, verbose=False,
-    )  # fmt: skip
+    exported = as_onnx(autoencoder)
+    onnx.save(exported, autoencoder_file)
+    onnx.save(export(LossSpec.from_module(loss), shape=("N", 64)), loss_file)
+    per_digit = LossSpec(BETA, "mean", per_sample=True)
+    scorer = attach(exported, "reconstruction", "digits", per_digit, loss_name="score")
+    onnx.save(scorer, scorer_file)
 
     with torch.no_grad():
-        reconstruction = scorer.autoencoder(torch.from_numpy(held_out))
-        eager_loss = scorer.loss(reconstruction, torch.from_numpy(held_out)).numpy()
-        eager_scores = scorer(torch.from_numpy(held_out)).numpy()
+        reconstruction = autoencoder(torch.from_numpy(held_out))
+        eager_loss = loss(reconstruction, torch.from_numpy(held_out)).numpy()
+        eager_scores = eager_loss.mean(axis=1)
     assert verify(loss_file), "the exported loss differs from PyTorch's"
     exported_loss = load(loss_file).run(reconstruction, held_out)["loss"]
 
     session = ort.InferenceSession(scorer_file, providers=["CPUExecutionProvider"])
-    scores = session.run(None, {"digits": held_out})[0]
-    shuffled_scores = session.run(None, {"digits": shuffled})[0]
+    scores = session.run(["score"], {"digits": held_out})[0]
+    shuffled_scores = session.run(["score"], {"digits": shuffled})[0]
     truth = np.repeat([0, 1], [len(scores), len(shuffled_scores)])
     return Outcome(
         auc=float(roc_auc_score(truth, np.concatenate([scores, shuffled_scores]))),

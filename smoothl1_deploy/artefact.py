@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 #: What an input of a loss artefact can be for.
-ROLES = ("input", "target", "weight", "beta")
+ROLES = ("input", "target", "weight", "beta", "grad_output")
 
 ModelSource = onnx.ModelProto | bytes | str | os.PathLike[str]
 
@@ -102,7 +102,7 @@ class Signature:
     """What a loss artefact takes and gives.
 
     Attributes:
-        inputs: role (`input`, `target`, `weight`, `beta`) -> the graph input that plays it.
+        inputs: role (one of `ROLES`) -> the graph input that plays it.
         outputs: in the order of the graph.
     """
 

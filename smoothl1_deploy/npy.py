@@ -18,6 +18,7 @@ from .floats import NUMPY_DTYPE, Array
 __all__ = ["check_output", "read_archive", "read_array", "write_arrays"]
 
 _REQUIRED = ("input", "target")
+_OPTIONAL = ("weight", "grad_output")
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -57,7 +58,7 @@ def read_array(path: Path, dtype: str) -> Array:
 
 
 def read_archive(path: Path, dtype: str) -> dict[str, Array]:
-    """The arrays called `input`, `target` and, where there is one, `weight` of an .npz file.
+    """The arrays called `input`, `target`, and `weight` and `grad_output` where an .npz has them.
 
     Raises:
         InvalidInputError: as for `read_array`, and where one of the first two is missing.
@@ -72,7 +73,7 @@ def read_archive(path: Path, dtype: str) -> dict[str, Array]:
                     f"{path} has no array called {' or '.join(absent)}, only "
                     f"{', '.join(archive.files) or 'nothing'}; {remedy}"
                 )
-            names = [*_REQUIRED, *({"weight"} & {*archive.files})]
+            names = [*_REQUIRED, *(name for name in _OPTIONAL if name in archive.files)]
             for name in names:
                 _check_member(archive.zip, name, path)
             arrays = {name: archive[name] for name in names}

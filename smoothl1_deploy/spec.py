@@ -118,6 +118,9 @@ class LossSpec:
         per_sample: reduce every axis but axis 0: one score per row; needs `mean` or `sum`.
         gradient: a second output `grad_input`, the gradient of the sum of the loss with respect
             to input, in the shape of input.
+        upstream: with `gradient`, a further input `grad_output` in the shape of the loss, as
+            `torch.autograd.grad(loss, input, grad_outputs=...)` takes it: `grad_input` is then
+            the gradient of the sum of `grad_output * loss`.
         runtime_beta: beta is a third input (float32, rank 0), one artefact for every beta; the
             field `beta` stays at its default. A negative or NaN beta gives NaN.
         weight: a further input `weight` that broadcasts with the element losses and multiplies
@@ -140,6 +143,7 @@ class LossSpec:
     gradient: bool = False
     runtime_beta: bool = False
     weight: str | None = None
+    upstream: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "beta", _valid_beta(self.beta))
@@ -150,7 +154,7 @@ class LossSpec:
         self._check_extensions()
 
     def _check_extensions(self) -> None:
-        for name in ("per_sample", "gradient", "runtime_beta"):
+        for name in ("per_sample", "gradient", "runtime_beta", "upstream"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.weight is not None:
@@ -164,6 +168,11 @@ class LossSpec:
             raise SpecError(
                 f"weight='weights' divides a mean by the sum of the weights, and reduction="
                 f"{self.reduction!r} is no mean; use weight='count' or reduction='mean'"
+            )
+        if self.upstream and not self.gradient:
+            raise SpecError(
+                "upstream is the gradient that flows into grad_input, and without gradient=True "
+                "there is no such output; use gradient=True with it"
             )
         if self.runtime_beta and self.beta != 1.0:
             raise SpecError(
@@ -231,7 +240,7 @@ class LossSpec:
         if self.weight:
             parts.append(f"weight_by_{self.weight}")
         if self.gradient:
-            parts.append("gradient")
+            parts.append("gradient_with_upstream" if self.upstream else "gradient")
         return "_".join([*parts, self.dtype])
 
     @property
@@ -240,6 +249,7 @@ class LossSpec:
         names = ["input", "target"]
         names += ["weight"] if self.weight else []
         names += ["beta"] if self.runtime_beta else []
+        names += ["grad_output"] if self.upstream else []
         return tuple(names)
 
     @property

@@ -330,8 +330,8 @@ def test_signature_refuses_another_number_of_inputs(count: int) -> None:
         signature(model)
     assert str(caught.value) == (
         f"the model has {count} inputs ({listed}); a loss artefact has two, or inputs called "
-        "input, target, weight, beta. Say which of them are compared with input_name= and "
-        "target_name=, on the command line --input-name and --target-name"
+        "input, target, weight, beta, grad_output. Say which of them are compared with "
+        "input_name= and target_name=, on the command line --input-name and --target-name"
     )
 
 

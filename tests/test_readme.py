@@ -24,6 +24,7 @@ NEEDS = {
     "smoothl1-deploy build": "tensorrt_rtx",
     "smoothl1-deploy repository": "tritonclient",
     "smoothl1-deploy serve": "tritonclient",
+    "table.parquet": "pyarrow",
 }
 
 

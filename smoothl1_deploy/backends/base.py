@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from ..artefact import ModelSource, Port, Signature, read_model, select_ports, signature
@@ -24,12 +25,25 @@ from ..errors import (
     SpecError,
     UnsupportedError,
 )
-from ..floats import Array
+from ..floats import NUMPY_DTYPE, Array
 from ..graph.metadata import is_served, read_spec
 from ..spec import LossSpec
 from .arrays import as_array, as_beta, check_shapes, promote
 
-__all__ = ["BACKENDS", "ENGINE_SUFFIXES", "REFERENCES", "Backend", "Runner", "get_backend", "load"]
+__all__ = [
+    "BACKENDS",
+    "ENGINE_SUFFIXES",
+    "PROVING",
+    "REFERENCES",
+    "TILE",
+    "Backend",
+    "Runner",
+    "get_backend",
+    "load",
+]
+
+#: Elements of a tile, into which `load` lets a backend cut large arrays; see bench/NOTES.md.
+TILE = 1 << 17
 
 #: name -> (module of this package that holds it, its class).
 BACKENDS: Mapping[str, tuple[str, str]] = {
@@ -52,6 +66,11 @@ ENGINE_SUFFIXES = (".engine", ".plan")
 #: Backends that are PyTorch itself: what the others are compared with.
 REFERENCES = ("torch", "torch-cuda")
 
+#: Backends that the matrix checks beside those of `BACKENDS`, and that nobody needs elsewhere.
+PROVING: Mapping[str, tuple[str, str]] = {
+    "ort-cpu-tiled": ("ort_cpu", "OrtTiledBackend"),  # of ort-cpu, what it does to large arrays
+}
+
 
 class Runner(ABC):
     """A loaded artefact.
@@ -66,9 +85,18 @@ class Runner(ABC):
         self.signature: Signature = signature(model)
         self.spec: LossSpec | None = read_spec(model)
         self.served = self.spec is not None and is_served(model)
+        self._dtype = NUMPY_DTYPE[self.signature.input.dtype]
+        self._takes_a_pair = list(self.signature.inputs) == ["input", "target"] and not self.served
+        self._good_shape: tuple[int, ...] | None = None
 
     def run(
-        self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
+        self,
+        input: Any,
+        target: Any,
+        *,
+        weight: Any = None,
+        beta: float | None = None,
+        grad_output: Any = None,
     ) -> dict[str, Array]:
         """The loss of `input` and `target`.
 
@@ -79,6 +107,8 @@ class Runner(ABC):
             weight: likewise, where the artefact takes one.
             beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
                 float32. A negative or NaN beta gives NaN.
+            grad_output: an array in the shape of the loss, where the artefact takes one
+                (`upstream`).
 
         Returns:
             `{"loss": array}` in the artefact's dtype: the broadcast shape for `none`, rank 0
@@ -88,18 +118,44 @@ class Runner(ABC):
         Raises:
             InvalidInputError: on arrays that don't fit; the message says what would.
         """
+        # A loop over batches of one shape, as nearly every caller's is, checks the shape once.
+        if (
+            type(input) is type(target) is np.ndarray
+            and input.dtype is target.dtype is self._dtype
+            and input.shape == target.shape == self._good_shape
+            and input.flags.c_contiguous
+            and target.flags.c_contiguous
+            and weight is beta is grad_output is None
+        ):
+            return self._execute_pair(input, target)
         given = {"input": input, "target": target, "weight": weight}
-        self._check_given({**given, "beta": beta})
+        self._check_given({**given, "beta": beta, "grad_output": grad_output})
         arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
         shape = self._broadcast(arrays)
+        if grad_output is not None:
+            arrays["grad_output"] = as_array(grad_output, "grad_output")
+            self._check_upstream(arrays["grad_output"].shape, shape)
         feeds = promote(arrays, self.signature.input.dtype)
         if beta is not None:
-            feeds["beta"] = as_beta(beta).reshape((1,) if self.served else ())
-        outputs = self._execute(feeds, shape)
-        if self.served:  # a loss of any other shape stays as it is, for a comparison to see it
-            wanted = self._loss_shape(shape)
-            if outputs["loss"].shape == self._served_shape(wanted):
-                outputs["loss"] = outputs["loss"].reshape(wanted)
+            feeds["beta"] = self._beta_port(as_beta(beta))
+        if self._takes_a_pair and feeds["input"].shape == feeds["target"].shape:
+            self._good_shape = shape
+        return self._of_the_spec(self._execute(feeds, shape), shape)
+
+    def _beta_port(self, beta: Any) -> Any:
+        """beta, of rank 0, in the shape of the graph's input."""
+        return beta.reshape((1,) if self.served else ())
+
+    def _of_the_spec(self, outputs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """The outputs of a served graph in the shapes of its spec.
+
+        A loss of any other shape stays as it is, for a comparison to see it.
+        """
+        if not self.served:
+            return outputs
+        wanted = self._loss_shape(shape)
+        if tuple(outputs["loss"].shape) == self._served_shape(wanted):
+            outputs["loss"] = outputs["loss"].reshape(wanted)
         return outputs
 
     def _broadcast(self, arrays: Mapping[str, Any]) -> tuple[int, ...]:
@@ -111,6 +167,15 @@ class Runner(ABC):
                 "samples; give them one, as in input[None]"
             )
         return shape
+
+    def _check_upstream(self, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Whether `grad_output` has the shape of the loss of arrays that broadcast to `shape`."""
+        expected = tuple(self._output_shape(self.signature.loss, {}, shape))
+        if given != expected:
+            raise InvalidInputError(
+                f"grad_output has the shape {given}, and the loss {expected}; give one number for "
+                "each of the loss"
+            )
 
     def _check_given(self, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
@@ -126,8 +191,13 @@ class Runner(ABC):
         """Compute on checked, contiguous arrays of the artefact's dtype.
 
         `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0, or
-        [1] of a served graph); `shape` is the one that the others broadcast to.
+        [1] of a served graph; grad_output: the shape of the loss); `shape` is the one that the
+        others broadcast to.
         """
+
+    def _execute_pair(self, input: Array, target: Array) -> dict[str, Array]:
+        """`_execute` for two arrays of one shape and nothing else; a place to be quick."""
+        return self._execute({"input": input, "target": target}, input.shape)
 
     def _output_shape(self, port: Port, feeds: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
         """The shape an output will have, told from the spec or, without one, from its port."""
@@ -158,13 +228,16 @@ class Backend(ABC):
         any_rank: whether it runs an artefact exported without a shape.
         accumulator: the dtype it adds up in where an artefact asks for float64; None where it
             does not run the artefact's own operators.
-        threads: for the operators of one call; 0 means every core. Set before `load`.
+        threads: for one call; 0 leaves the number to the backend. Set before `load`.
+        tile: elements of the tiles that a backend may cut large arrays into; 0 to run the
+            artefact's own graph at every size, which is what parity checks. Set before `load`.
     """
 
     name: str
     any_rank: bool = True
     accumulator: str | None = "float64"
     threads: int = 0
+    tile: int = 0
 
     def refuses(self, spec: LossSpec) -> str | None:
         """Why this backend can't carry out `spec` faithfully; None where it can."""
@@ -183,15 +256,18 @@ class Backend(ABC):
 
 
 def get_backend(name: str, threads: int = 0) -> Backend:
-    """The backend called `name`, to use `threads` cores a call (0: all).
+    """The backend called `name`, to use `threads` threads a call (0: as many as it thinks fit).
 
     Raises:
-        SpecError: for an unknown name.
+        SpecError: for an unknown name, or a negative number of threads.
         MissingDependencyError: when what it lives on is not installed.
     """
-    if name not in BACKENDS:
+    known = {**BACKENDS, **PROVING}
+    if name not in known:
         raise SpecError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    module, cls = BACKENDS[name]
+    if threads < 0:
+        raise SpecError(f"threads must be 1 or more, or 0 for the default, got {threads}")
+    module, cls = known[name]
     backend: Backend = getattr(importlib.import_module(f".{module}", __package__), cls)()
     backend.threads = threads
     return backend
@@ -201,6 +277,7 @@ def load(
     model: ModelSource,
     backend: str = "ort-cpu",
     *,
+    threads: int = 0,
     input_name: str | None = None,
     target_name: str | None = None,
     output_name: str | None = None,
@@ -211,6 +288,8 @@ def load(
         model: an `onnx.ModelProto`, its bytes, or the path of a file; the backend `trt` takes an
             `.engine` file too.
         backend: one of `BACKENDS`.
+        threads: for one call; 0 leaves the number to the backend (`ort-cpu`: every core this
+            process may run on, 8 at most).
         input_name: of the graph input to feed `input` to, in a model of other origin; by
             default the one called so, or the first of two.
         target_name: likewise.
@@ -222,7 +301,9 @@ def load(
         MissingDependencyError: when the backend's packages are not installed.
         UnsupportedError: when the backend can't run the model.
     """
-    chosen = get_backend(backend)
+    chosen = get_backend(backend, threads)
+    if backend not in PROVING:
+        chosen.tile = TILE
     if isinstance(model, (str, os.PathLike)) and Path(model).suffix in ENGINE_SUFFIXES:
         return chosen.load_engine(Path(model))
     return chosen.load(select_ports(read_model(model), input_name, target_name, output_name))

@@ -21,6 +21,8 @@ from .base import Backend, Runner
 
 __all__ = ["Compute", "GpuBackend", "GpuRunner"]
 
+_REMEMBERED = 256  # combinations of shapes and dtypes that were found right
+
 #: From tensors by role and the shape they broadcast to, to a tensor for each output.
 Compute = Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]
 
@@ -35,9 +37,16 @@ class GpuRunner(Runner):
     def __init__(self, model: onnx.ModelProto, device: Device) -> None:
         super().__init__(model)
         self.device = device
+        self._checked: dict[Any, tuple[int, ...]] = {}
 
     def run(
-        self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
+        self,
+        input: Any,
+        target: Any,
+        *,
+        weight: Any = None,
+        beta: float | None = None,
+        grad_output: Any = None,
     ) -> dict[str, Any]:
         """As `Runner.run`; tensors of this device give torch tensors of this device.
 
@@ -47,13 +56,20 @@ class GpuRunner(Runner):
         Raises:
             InvalidInputError: also where some arrays are on the device and others are not.
         """
-        given = {"input": input, "target": target, "weight": weight}
+        given = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
         if not any(is_on_device(value) for value in given.values()):
-            return super().run(input, target, weight=weight, beta=beta)
-        return self._compute(*self._adopted(given, beta))
+            return super().run(**given, beta=beta)
+        feeds, shape = self._adopted(given, beta)
+        return self._of_the_spec(self._compute(feeds, shape), shape)
 
     def capture(
-        self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
+        self,
+        input: Any,
+        target: Any,
+        *,
+        weight: Any = None,
+        beta: float | None = None,
+        grad_output: Any = None,
     ) -> Captured[dict[str, Any]]:
         """Record the loss of these very tensors in a CUDA graph.
 
@@ -65,13 +81,14 @@ class GpuRunner(Runner):
             target: likewise.
             weight: likewise, where the artefact takes one.
             beta: a number, recorded as it is.
+            grad_output: a tensor like the others, where the artefact takes one.
 
         Raises:
             InvalidInputError: for anything else than such tensors: a graph would keep reading the
                 copy made of them.
             UnsupportedError: where the backend can't record.
         """
-        given = {"input": input, "target": target, "weight": weight}
+        given = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
         feeds, shape = self._adopted(given, beta)
         for name, value in given.items():
             if value is None:
@@ -83,13 +100,12 @@ class GpuRunner(Runner):
                     f"contiguous torch tensor of {self.signature.input.dtype} on the GPU"
                 )
         compute = self._recordable()
-        return self.device.capture(lambda: compute(feeds, shape))
+        return self.device.capture(lambda: self._of_the_spec(compute(feeds, shape), shape))
 
     def _adopted(
         self, given: dict[str, Any], beta: float | None
     ) -> tuple[dict[str, Any], tuple[int, ...]]:
         """Checked tensors by role, in the artefact's dtype, and the shape they broadcast to."""
-        self._check_given({**given, "beta": beta})
         tensors = {}
         for name, value in given.items():
             if value is None:
@@ -100,14 +116,31 @@ class GpuRunner(Runner):
                     "CUDA tensors, or all as numpy arrays"
                 )
             tensors[name] = self.device.adopt(value, name)
-        shape = self._broadcast(tensors)
+        # A small call must not take longer to check than to run: what was right once is so again.
+        key = beta is None, *((name, x.shape, x.dtype) for name, x in tensors.items())
+        shape = self._checked.get(key)
+        if shape is None:
+            shape = self._check(given, beta, tensors)
+            if len(self._checked) >= _REMEMBERED:
+                self._checked.clear()
+            self._checked[key] = shape
         dtype = self.signature.input.dtype
-        names = {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items()}
-        check_promotion(names, dtype)
         feeds = {name: self.device.convert(x, dtype) for name, x in tensors.items()}
         if beta is not None:
-            feeds["beta"] = self.device.filled(float(as_beta(beta)), "float32")
+            feeds["beta"] = self._beta_port(self.device.filled(float(as_beta(beta)), "float32"))
         return feeds, shape
+
+    def _check(
+        self, given: dict[str, Any], beta: float | None, tensors: dict[str, Any]
+    ) -> tuple[int, ...]:
+        """What `Runner.run` checks, of tensors; the shape they broadcast to."""
+        self._check_given({**given, "beta": beta})
+        shape = self._broadcast({k: x for k, x in tensors.items() if k != "grad_output"})
+        if "grad_output" in tensors:
+            self._check_upstream(tuple(tensors["grad_output"].shape), shape)
+        names = {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items()}
+        check_promotion(names, self.signature.input.dtype)
+        return shape
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         tensors = {role: self.device.upload(array) for role, array in feeds.items()}

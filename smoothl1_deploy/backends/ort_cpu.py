@@ -2,50 +2,136 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from typing import Any
 
 import numpy as np
 import onnx
 
+from ..artefact import Port
 from ..errors import InvalidInputError, UnsupportedError, require
 from ..floats import NUMPY_DTYPE, Array
 from ..graph.elements import ELEMENT_TYPE
+from ..graph.tiles import why_not_tiled
 from .base import Backend, Runner
+from .crew import Crew, default_threads
+from .slots import Slots
+from .sums import Sums, has_sums
+from .tiles import Tiles
 
-__all__ = ["OrtCpuBackend"]
+__all__ = ["OrtCpuBackend", "OrtTiledBackend"]
 
 _ERROR = 3  # ONNX Runtime's logging level
 
+#: Elements up to which a sum is quickest by the artefact's own graph; see bench/NOTES.md.
+_FEW = 1 << 12
+
 
 class OrtRunner(Runner):
-    """One inference session; `run` may be called from many threads at once."""
+    """One inference session; `run` may be called from many threads at once.
 
-    def __init__(self, model: onnx.ModelProto, ort: Any, threads: int) -> None:
+    Args:
+        model: the artefact.
+        ort: the module onnxruntime.
+        threads: for one call.
+        tile: elements of a tile, where larger arrays are to be cut into tiles; 0 to run the
+            artefact's own graph on arrays of any size.
+    """
+
+    def __init__(self, model: onnx.ModelProto, ort: Any, threads: int, tile: int) -> None:
         super().__init__(model)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = _ERROR
-        try:
-            self._session = ort.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as exc:  # pybind raises a class of its own for each status code
-            raise UnsupportedError(f"ONNX Runtime can't load the model: {exc}") from exc
         self._ort = ort
+        self._threads = threads
+        self._session = self._open(model.SerializeToString(), threads)
         ports = (*self.signature.inputs.values(), *self.signature.outputs)
         # numpy has no bfloat16 that ONNX Runtime's Python interface would take.
         self._by_address = any(port.dtype == "bfloat16" for port in ports)
+        self._input_names = {role: port.name for role, port in self.signature.inputs.items()}
+        self._output_names = [port.name for port in self.signature.outputs]
+        self._tile = tile
+        self._crew = Crew(threads)
+        self._lock = threading.Lock()
+        self._tiles: Tiles | None = None
+        self._sums: Sums | None = None
+        self._has_sums = self.spec is not None and has_sums(self.spec)
+        # Up to so many elements the artefact's own graph is what runs.
+        self._few: float = min(tile, _FEW) if self._has_sums else tile
+        if not tile or self.spec is None or why_not_tiled(self.spec):
+            self._few = math.inf
+        pair = [self.signature.input, self.signature.target]
+        # Of another's model the shapes of the outputs aren't known.
+        self._slots = Slots(self._session, pair, self._shapes) if self.spec else None
+
+    def _shapes(self, shape: tuple[int, ...]) -> dict[Port, tuple[int, ...]]:
+        feeds = {"input": np.empty(shape)}
+        return {port: self._output_shape(port, feeds, shape) for port in self.signature.outputs}
+
+    def _open(self, model: bytes, threads: int) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = _ERROR
+        # Idle threads sleep: others have work for the cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            return self._ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # pybind raises a class of its own for each status code
+            raise UnsupportedError(f"ONNX Runtime can't load the model: {exc}") from exc
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         try:
-            if self._by_address:
-                return self._run_bound(feeds, shape)
-            named = {self.signature.inputs[role].name: array for role, array in feeds.items()}
-            values = self._session.run(None, named)
+            many = feeds["input"].size > self._few and _of_one_shape(feeds, shape)
+            if many and self._has_sums:
+                loss = self._prepared_sums().run(feeds["input"], feeds["target"])
+                if loss is not None:
+                    return {"loss": loss}
+            return self._by_its_own_graph(feeds, shape, many)
         except Exception as exc:
             raise InvalidInputError(f"ONNX Runtime refused the inputs: {exc}") from exc
-        ports = self.signature.outputs
-        return {port.name: np.asarray(v) for port, v in zip(ports, values, strict=True)}
+
+    def _execute_pair(self, input: Array, target: Array) -> dict[str, Array]:
+        feeds = {"input": input, "target": target}
+        try:
+            if self._slots is not None and 0 < input.size <= min(_FEW, self._few):
+                return self._slots.run(input, target)
+            many = input.size > self._few
+            if many and self._sums is not None:
+                loss = self._sums.run(input, target)
+                if loss is not None:
+                    return {"loss": loss}
+            return self._by_its_own_graph(feeds, input.shape, many)
+        except Exception as exc:
+            raise InvalidInputError(f"ONNX Runtime refused the inputs: {exc}") from exc
+
+    def _by_its_own_graph(
+        self, feeds: dict[str, Array], shape: tuple[int, ...], many: bool
+    ) -> dict[str, Array]:
+        if many and feeds["input"].size > self._tile:
+            return self._prepared_tiles().run(feeds, shape)
+        if self._by_address:
+            return self._run_bound(feeds, shape)
+        named = {self._input_names[role]: array for role, array in feeds.items()}
+        values = self._session.run(self._output_names, named)
+        return dict(zip(self._output_names, map(np.asarray, values), strict=True))
+
+    # Prepared when first needed: a caller with few elements never pays for them.
+
+    def _prepared_sums(self) -> Sums:
+        with self._lock:
+            if self._sums is None:
+                assert self.spec is not None
+                self._sums = Sums(self.spec, self._open_tile, self._tile, self._crew)
+            return self._sums
+
+    def _prepared_tiles(self) -> Tiles:
+        with self._lock:
+            if self._tiles is None:
+                assert self.spec is not None
+                self._tiles = Tiles(self.spec, self._open_tile, self._tile, self._crew)
+            return self._tiles
+
+    def _open_tile(self, model: bytes) -> Any:
+        return self._open(model, 1)
 
     def _run_bound(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         binding = self._session.io_binding()
@@ -63,6 +149,10 @@ class OrtRunner(Runner):
         return outputs
 
 
+def _of_one_shape(feeds: dict[str, Array], shape: tuple[int, ...]) -> bool:
+    return all(array.shape == shape for name, array in feeds.items() if name != "beta")
+
+
 class OrtCpuBackend(Backend):
     """ONNX Runtime on the CPU."""
 
@@ -73,4 +163,11 @@ class OrtCpuBackend(Backend):
 
     def load(self, model: onnx.ModelProto) -> Runner:
         """Open an inference session on `model`."""
-        return OrtRunner(model, self._ort, self.threads)
+        return OrtRunner(model, self._ort, self.threads or default_threads(), self.tile)
+
+
+class OrtTiledBackend(OrtCpuBackend):
+    """What `ort-cpu` does to large arrays, done to small ones: for the matrix to check it."""
+
+    name = "ort-cpu-tiled"
+    tile = 64

@@ -152,7 +152,7 @@ class OrtTensorrtRtxBackend(_EngineBackend):
             )
         settings = {key: value for key, value in settings.items() if key != "device_id"}
         options.add_provider_for_devices([devices[self._device.index]], settings)
-        return self._ort.InferenceSession(data, options)
+        return self._ort.InferenceSession(data, options, enable_fallback=0)
 
 
 def _profile_text(profile: Profile, index: int) -> str:

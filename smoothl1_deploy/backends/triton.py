@@ -11,6 +11,7 @@ import itertools
 import tempfile
 import threading
 import weakref
+from collections import deque
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ import onnx
 
 from ..errors import ArtefactError, UnsupportedError, require
 from ..floats import Array
+from ..spec import LossSpec
 from .base import Backend, Runner
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class _Shared:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._server: Server | None = None
+        self._unused: deque[str] = deque()
         self._folder = tempfile.TemporaryDirectory(prefix="smoothl1-deploy-backend-")
 
     def load(self, model: onnx.ModelProto) -> str:
@@ -45,6 +48,8 @@ class _Shared:
 
         with self._lock:
             server = self._running()
+            while self._unused:
+                server.unload(self._unused.popleft())
             name = f"m{next(self._numbers)}"
             write_model(self._folder.name, model, name=name, max_batch_size=0)
             try:
@@ -53,11 +58,12 @@ class _Shared:
                 raise UnsupportedError(str(exc)) from exc
             return name
 
-    def unload(self, name: str) -> None:
-        """End the process of a model that nobody runs any more."""
-        with self._lock:
-            if self._server is not None:
-                self._server.unload(name)
+    def forget(self, name: str) -> None:
+        """Have the process of a model that nobody runs any more ended, at the next load.
+
+        Not at once: the garbage collector calls this, in any thread and at any line.
+        """
+        self._unused.append(name)
 
     def transport(self, protocol: str) -> Transport:
         from ..serving.transport import open_transport
@@ -112,7 +118,7 @@ class TritonRunner(Runner):
                 shared = _of_this_process()
                 self._name = shared.load(self._model)
                 self._transport = shared.transport(self._protocol)
-                weakref.finalize(self, shared.unload, self._name).atexit = False
+                weakref.finalize(self, shared.forget, self._name).atexit = False
         named = {self.signature.inputs[role].name: array for role, array in feeds.items()}
         return self._transport.infer(self._name, "", named)
 
@@ -126,6 +132,10 @@ class _TritonBackend(Backend):
 
         require("tritonclient.grpc", "serve", f"the {self.name} backend")
         find_triton()
+
+    def refuses(self, spec: LossSpec) -> str | None:
+        """An upstream gradient, which no request has."""
+        return "a server has no gradient to pass back" if spec.upstream else None
 
     def load(self, model: onnx.ModelProto) -> TritonRunner:
         """The served graph of `model`; the server loads it at the first run.

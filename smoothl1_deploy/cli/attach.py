@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OutputError
+from ..errors import ArtefactError, OutputError
 from .console import human_size, print_fields
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ def attach(
     gradient: Annotated[
         bool, typer.Option("--gradient", help="A second output, grad_input.")
     ] = False,
+    upstream: Annotated[
+        bool, typer.Option("--upstream", help="The gradient is multiplied by a new input.")
+    ] = False,
     runtime_beta: Annotated[
         bool, typer.Option("--runtime-beta", help="beta becomes an input.")
     ] = False,
@@ -62,26 +66,20 @@ def attach(
 ) -> None:
     """Graft the loss onto any ONNX model; what was there before stays bit-identical.
 
-    Run it again on the result to attach another loss.
+    Weights beside the model stay beside it: their files are copied to where the result goes. Run
+    it again on the result to attach another loss.
     """
-    import onnx
-
-    from ..artefact import read_model
     from ..graph.attach import attach as graft
     from ..spec import LossSpec
 
-    external = _has_external_data(model)
-    # Weights beside the model may stay there, if the result lies there too.
-    if external and _folder(output) == _folder(model):
-        proto = onnx.load(str(model), load_external_data=False)
-    else:
-        proto = read_model(model)
+    proto = _read(model)
     spec = LossSpec(
         beta=beta,
         reduction=reduction,
         dtype=dtype or _dtype_of(proto, prediction),
         per_sample=per_sample,
         gradient=gradient,
+        upstream=upstream,
         runtime_beta=runtime_beta,
         weight=normalizer if weight is not None else None,
     )
@@ -96,6 +94,7 @@ def attach(
         route=route,
         convert_opset=convert_opset,
     )
+    _carry(grafted, model.parent, output.parent)
     _save(grafted, output)
     print_fields(
         {
@@ -106,23 +105,58 @@ def attach(
     )
 
 
-def _folder(path: Path) -> str:
-    return os.path.dirname(os.path.realpath(path))  # unlike Path.resolve, for a ring of links too
-
-
-def _has_external_data(path: Path) -> bool:
+def _read(path: Path) -> onnx.ModelProto:
+    """The model; weights in files of their own stay there, however many there are."""
     import onnx
 
+    from ..artefact import read_model
+    from ..graph.tensors import external_locations
+
     try:
-        proto = onnx.load(str(path), load_external_data=False)
+        bare = onnx.load(str(path), load_external_data=False)
     except Exception:  # read_model says what is wrong with the file
-        return False
-    return any(tensor.external_data for tensor in proto.graph.initializer)
+        return read_model(path)
+    return bare if external_locations(bare) else read_model(path)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, for a ring of links too
+
+
+def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
+    """Copy the files that the model's weights are in to where it goes."""
+    from ..graph.tensors import external_locations
+
+    for location in external_locations(model):
+        old, new = _real(source / location), _real(target / location)
+        if not old.is_relative_to(_real(source)) or not new.is_relative_to(_real(target)):
+            raise ArtefactError(
+                f"the model's weights are in {location!r}, outside of its folder; that is not read"
+            )
+        if not old.is_file():
+            raise ArtefactError(f"the model's weights are in {old}, which does not exist")
+        if old == new:
+            continue
+        if new.exists():
+            raise OutputError(
+                f"can't copy the weights of the model to {new}: it exists; choose another folder"
+            )
+        partial = new.with_name(f".{new.name}.part")
+        try:
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(old, partial)
+            partial.replace(new)
+        except OSError as exc:
+            partial.unlink(missing_ok=True)
+            raise OutputError(
+                f"can't copy the weights of the model to {new}: {exc.strerror or exc}; choose "
+                "another -o"
+            ) from exc
 
 
 def _dtype_of(model: onnx.ModelProto, prediction: str) -> str:
     """The prediction's, or float32 where attach will say that there is no such tensor."""
-    from ..graph.attach import float_dtype_of
+    from ..graph.tensors import float_dtype_of
 
     return float_dtype_of(model, prediction) or "float32"
 

@@ -113,6 +113,14 @@ def export(
             rich_help_panel=_EXTENSIONS,
         ),
     ] = False,
+    upstream: Annotated[
+        bool,
+        typer.Option(
+            "--upstream",
+            help="Multiply the gradient by an input grad_output, of the loss's shape.",
+            rich_help_panel=_EXTENSIONS,
+        ),
+    ] = False,
     runtime_beta: Annotated[
         bool,
         typer.Option(
@@ -169,6 +177,7 @@ def export(
         LossSpec.from_legacy(size_average, reduce, reduction, beta, dtype),
         per_sample=per_sample,
         gradient=gradient,
+        upstream=upstream,
         runtime_beta=runtime_beta,
         weight=weight,
     )

@@ -153,7 +153,7 @@ def _matrix(
     """The part of the matrix that the options name; a bad name is an error here, not in a cell."""
     from dataclasses import replace
 
-    from ..backends.base import BACKENDS, get_backend
+    from ..backends.base import get_backend
     from ..graph.export import ROUTES
     from ..parity.matrix import Matrix
     from ..spec import DTYPES, REDUCTIONS, LossSpec
@@ -172,7 +172,6 @@ def _matrix(
         chosen = tuple(dict.fromkeys(backends))
         for name in chosen:
             get_backend(name)  # raises where it can't be used
-    assert all(name in BACKENDS for name in chosen)
     matrix = Matrix.quickly(chosen, seed) if quick else Matrix(chosen, seed=seed)
     given = {f"{name}s": tuple(dict.fromkeys(values)) for name, values in part.items() if values}
     if engines is not None:
@@ -190,9 +189,10 @@ def _matrix(
 
 def _usable_backends() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Every backend but PyTorch, which they are compared with; and why the others are left out."""
-    from ..backends.base import BACKENDS, REFERENCES, missing
+    from ..backends.base import BACKENDS, PROVING, REFERENCES, missing
 
-    reasons = {name: missing(name) for name in BACKENDS if name not in REFERENCES}
+    names = [name for name in (*BACKENDS, *PROVING) if name not in REFERENCES]
+    reasons = {name: missing(name) for name in names}
     absent = [f"{name} not available: {reason}" for name, reason in reasons.items() if reason]
     for line in absent:
         print_note(line)

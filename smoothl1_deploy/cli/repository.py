@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import SpecError
+from ..errors import SpecError, require
 from ..spec import DTYPES, NORMALIZERS, REDUCTIONS, LossSpec
 from .console import print_fields, print_json, print_lines, print_table
 from .export import parse_shape
@@ -84,6 +84,13 @@ def repository(
         Path | None,
         typer.Option(help="A TensorRT engine of the served graph, for a second model NAME_trt."),
     ] = None,
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify",
+            help="Verify the loss of the model, and write the certificate beside it; needs torch.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model of that name.")
     ] = False,
@@ -174,6 +181,7 @@ def repository(
     if kserve is None and (storage_uri or service_name or runtime_version):
         raise SpecError("--storage-uri, --service-name and --runtime-version need --kserve FILE")
 
+    from ..serving.certify import certify_model, only_loss
     from ..serving.kserve import RUNTIME_VERSION, inference_service, write_inference_service
     from ..serving.repository import write_loss, write_model
 
@@ -186,6 +194,10 @@ def repository(
             runtime_version=runtime_version or RUNTIME_VERSION,
             gpus=1 if engine else 0,
         )
+    if certify:
+        require("torch", "torch", "--certify, which compares with PyTorch,")
+        if model is not None:
+            only_loss(str(model))
     common: dict[str, Any] = {
         "name": name,
         "max_batch_size": max_batch_size,
@@ -199,7 +211,10 @@ def repository(
         written = write_loss(folder, loss.spec(), axes, route=route or "inlined", **common)
     if kserve is not None and service is not None:
         write_inference_service(kserve, service)
+    green = not certify or bool(certify_model(written[0].file)[0])
     _show(written, kserve, as_json)
+    if not green:
+        raise typer.Exit(1)
 
 
 def _show(written: tuple[ServedModel, ...], kserve: Path | None, as_json: bool) -> None:

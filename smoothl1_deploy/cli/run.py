@@ -83,7 +83,9 @@ def _backend_names() -> list[str]:
 def run(
     model: Annotated[
         Path,
-        typer.Argument(help="An artefact of smoothl1-deploy export; with --url a model's name."),
+        typer.Argument(
+            help="A .onnx file, or an .engine with --backend trt; with --url a model's name."
+        ),
     ],
     input: Annotated[
         Path | None, typer.Option("--input", help="A .npy file; big ones are mapped, not read.")
@@ -91,11 +93,18 @@ def run(
     target: Annotated[Path | None, typer.Option("--target", help="A .npy file.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="An .npz file with arrays called input, target (and weight)."),
+        typer.Option(
+            "--data",
+            help="An .npz file with arrays called input, target (and weight, grad_output).",
+        ),
     ] = None,
     weight: Annotated[
         Path | None,
         typer.Option("--weight", help="A .npy file, for an artefact that takes a weight."),
+    ] = None,
+    grad_output: Annotated[
+        Path | None,
+        typer.Option("--grad-output", help="A .npy file, for an artefact with an upstream."),
     ] = None,
     beta: Annotated[
         float | None, typer.Option(help="For an artefact that takes beta at run time.")
@@ -122,7 +131,7 @@ def run(
     bfloat16, which numpy writes as raw items of two bytes, is recognised by the artefact's dtype.
     """
     if data is not None:
-        complete = input is None and target is None and weight is None
+        complete = not any((input, target, weight, grad_output))
     else:
         complete = input is not None and target is not None
     if not complete:
@@ -138,7 +147,7 @@ def run(
     if data is not None:
         arrays = read_archive(data, runner.dtype)
     else:
-        files = {"input": input, "target": target, "weight": weight}
+        files = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
         arrays = {
             name: read_array(path, runner.dtype) for name, path in files.items() if path is not None
         }

@@ -12,9 +12,9 @@ from onnx import TensorProto, helper
 
 from ..spec import LossSpec
 from . import functions as f
-from .elements import ELEMENT_TYPE, loss_scalars
+from .elements import ELEMENT_TYPE, IR_VERSION, loss_scalars
 
-__all__ = ["Assembly", "function_closure"]
+__all__ = ["Assembly", "function_closure", "model_of"]
 
 
 class Assembly:
@@ -26,10 +26,13 @@ class Assembly:
     Args:
         spec: what to compute.
         tensors: name of a tensor of the graph for each of `spec.inputs` (in the spec's dtype;
-            beta in float32) and `spec.outputs`.
+            beta in float32, grad_output in the shape of loss) and `spec.outputs`.
         summed_axes: of the element losses, along which input was broadcast and its gradient has
             to be summed back; None to find them at run time, which TensorRT can't.
         prefix: of the names of the tensors in between.
+        partial: end with the sum of the element losses in float64, `loss`, and that of the
+            weights a mean divides by, `weight_total`. The gradient of a mean is divided by
+            `count`, float64 and rank 0. `tensors` then names these too.
 
     Attributes:
         nodes: in topological order.
@@ -43,15 +46,17 @@ class Assembly:
         *,
         summed_axes: tuple[int, ...] | None = None,
         prefix: str = "",
+        partial: bool = False,
     ) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.used: list[str] = []
         self._spec = spec
         self._tensors = tensors
         self._prefix = prefix
+        self._partial = partial
         self._element = ELEMENT_TYPE[spec.compute_dtype]
         self._wide_name = "Compensated" if spec.dtype == "float64" else "Wide"
-        names = [name for name in spec.inputs if name != "beta"]
+        names = [name for name in spec.inputs if name in ("input", "target", "weight")]
         self._data = {name: self._widened(tensors[name], name) for name in names}
         self._scalars = self._scalar_tensors()
         losses = self._losses()
@@ -128,6 +133,11 @@ class Assembly:
             if spec.compute_dtype != spec.dtype:
                 self._rounded(losses, "loss")
             return
+        if self._partial:
+            for tensor, name in ((losses, "loss"), (weights, "weight_total")):
+                if tensor is not None:
+                    self._call(f"{self._wide_name}Sum", [tensor], name)
+            return
         row = "Row" if spec.per_sample else ""
         final = "loss" if spec.dtype == "float64" else "total"
         if weights is None:
@@ -157,6 +167,8 @@ class Assembly:
             count = self._count(losses, weights)
             divisor = self._add("Cast", [count], "mean_divisor", to=TensorProto.DOUBLE)
             slope = self._add("Div", [slope, divisor], "slope_mean")
+        if spec.upstream:
+            slope = self._add("Mul", [slope, self._upstream(losses)], "slope_upstream")
         if summed_axes is None:
             slope = self._call("SumToShape", [slope, self._data["input"]], "slope_summed")
         elif summed_axes:
@@ -166,6 +178,15 @@ class Assembly:
             slope = self._add("Reshape", [total, shape], "slope_summed", allowzero=1)
         self._rounded(slope, "grad_input")
 
+    def _upstream(self, losses: str) -> str:
+        """`grad_output` in float64, in a shape that broadcasts with the element losses."""
+        upstream = self._tensors["grad_output"]
+        if self._spec.dtype != "float64":
+            upstream = self._add("Cast", [upstream], "upstream", to=TensorProto.DOUBLE)
+        if not self._spec.per_sample:
+            return upstream
+        return self._call("RowsLike", [upstream, losses], "upstream_column")
+
     def _double(self, tensor: str) -> str:
         if self._element == TensorProto.DOUBLE:
             return tensor
@@ -173,6 +194,8 @@ class Assembly:
 
     def _count(self, losses: str, weights: str | None) -> str:
         """What the loss of an element was divided by, in a shape that broadcasts with it."""
+        if self._partial:
+            return self._tensors["count"]
         row = "Row" if self._spec.per_sample else ""
         if weights is not None:
             count = self._call(f"{self._wide_name}{row}Sum", [weights], "weights_total")
@@ -206,3 +229,16 @@ def function_closure(names: list[str]) -> list[onnx.FunctionProto]:
     for name in names:
         visit(name)
     return list(found.values())
+
+
+def model_of(graph: onnx.GraphProto, used: list[str]) -> onnx.ModelProto:
+    """The model of a graph that calls the functions `used`."""
+    return helper.make_model(
+        graph,
+        functions=function_closure(used),
+        opset_imports=[
+            helper.make_opsetid("", f.OPSET),
+            helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION),
+        ],
+        ir_version=IR_VERSION,
+    )

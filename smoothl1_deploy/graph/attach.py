@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.inliner
-import onnx.shape_inference
 import onnx.version_converter
 from onnx import TensorProto, helper, numpy_helper
 
@@ -19,28 +17,20 @@ from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE
 from .metadata import forget_spec
-from .nesting import MODEL_ERRORS, check_nesting
+from .nesting import check_nesting
 from .shapes import Shape, broadcast, summed_axes
+from .tensors import Tensor, all_names, main_tensors
 
-__all__ = ["ATTACHED", "attach", "float_dtype_of"]
+__all__ = ["ATTACHED", "attach"]
 
 #: The metadata entry that lists what was attached.
 ATTACHED = "smoothl1_deploy.attached"
 
 _SHOWN = 20  # candidate tensors in an error
-_SMALL = 1024  # bytes of an initialiser that shape inference may need the values of
+_PARSED = 2**31 - 1  # bytes that protobuf reads in one message
 _WIDENS = {("float16", "float32"), ("bfloat16", "float32")} | {
     (narrow, "float64") for narrow in ("float16", "bfloat16", "float32")
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """What is known of a tensor: None for an element type or a shape that nothing tells."""
-
-    name: str
-    element: int | None = None
-    shape: Shape | None = None
 
 
 def attach(
@@ -60,12 +50,14 @@ def attach(
     Nodes are added after the model's own, which stay as they are. Attach again for a second loss.
 
     Args:
-        model: any ONNX model of opset 13 or newer.
+        model: any ONNX model of opset 13 or newer. Weights beside its file may stay there
+            (`onnx.load(path, load_external_data=False)`), which spares their memory; the result
+            names the same files.
         prediction: a tensor of its main graph: output, input or internal; float of any width.
         target: another tensor of it; or the name of an input to add, in the prediction's shape;
             or an array, to be a constant. Integers and narrower floats become the spec's dtype.
         spec: None means the mean with beta 1 in the prediction's dtype. An input `beta` is added
-            for `runtime_beta`.
+            for `runtime_beta`, an input `grad_output` for `upstream`.
         weight: for a spec with a weight; like `target`.
         loss_name: of the output (`grad_input` for the gradient); numbered where it is taken.
         only_loss: drop the other outputs, and the nodes and inputs that only they need.
@@ -75,7 +67,8 @@ def attach(
     Raises:
         SpecError: on a name that no tensor has (close matches first), shapes that can't be
             broadcast, and a dtype that would lose precision.
-        ArtefactError: on a model whose opset is too old.
+        ArtefactError: on a model whose opset is too old, or with more than 2 GB in memory where
+            a step can't take them.
     """
     if route not in ("function", "inlined"):
         raise SpecError(f"unknown route {route!r} to attach by; choose function or inlined")
@@ -91,6 +84,7 @@ def attach(
     forget_spec(grafted)
     opset = _opset(grafted)
     if opset < 13 and convert_opset:
+        _check_size(grafted, "the conversion of the opset")
         grafted = onnx.version_converter.convert_version(grafted, 18)
         opset = 18
     _check_name("loss", loss_name)
@@ -104,9 +98,21 @@ def attach(
         raise SpecError("weight= for a spec without one; write LossSpec(weight='count')")
     functions = graft.add(roles, loss_name, opset, only_loss)
     if route == "inlined":
+        _check_size(grafted, "the route 'inlined'")
         names = [(function.domain, function.name) for function in functions]
         grafted = onnx.inliner.inline_selected_functions(grafted, names)
     return grafted
+
+
+def _check_size(model: onnx.ModelProto, step: str) -> None:
+    """onnx takes these steps in C++, where a model arrives as one message."""
+    size = model.ByteSize()
+    if size > _PARSED:
+        raise ArtefactError(
+            f"the model holds {size} bytes in memory, and {step} takes {_PARSED} at most "
+            "(protobuf's limit); leave its weights in a file beside it with "
+            "onnx.load(path, load_external_data=False)"
+        )
 
 
 def _check_name(what: str, name: Any) -> None:
@@ -127,8 +133,8 @@ class _Graft:
 
     def __init__(self, model: onnx.ModelProto, prediction: str, spec: LossSpec | None) -> None:
         self.model = model
-        self._tensors = _tensors(model)
-        self._taken = set(_all_names(model.graph))
+        self._tensors = main_tensors(model)
+        self._taken = set(all_names(model.graph))
         found = self._known("prediction", prediction)
         dtype = DTYPE_OF_ELEMENT.get(found.element or 0)
         if found.element is not None and dtype is None:
@@ -145,7 +151,7 @@ class _Graft:
         self._nodes: list[onnx.NodeProto] = []
         self.prediction = self._in_dtype("prediction", found)
 
-    def _known(self, what: str, name: str) -> _Tensor:
+    def _known(self, what: str, name: str) -> Tensor:
         if not isinstance(name, str):
             raise SpecError(f"the {what} must be the name of a tensor, got {name!r}")
         if name in self._tensors:
@@ -159,7 +165,7 @@ class _Graft:
             f"{', '.join(map(repr, listed[:_SHOWN]))}{more}"
         )
 
-    def operand(self, what: str, given: str | np.ndarray[Any, Any]) -> _Tensor:
+    def operand(self, what: str, given: str | np.ndarray[Any, Any]) -> Tensor:
         """The tensor that a target or weight is: an existing one, a new input, or a constant."""
         if isinstance(given, str):
             if given in self._tensors:
@@ -168,16 +174,16 @@ class _Graft:
             element, shape = ELEMENT_TYPE[self.spec.dtype], self._prediction.shape
             self.model.graph.input.append(helper.make_tensor_value_info(given, element, shape))
             self._taken.add(given)
-            return _Tensor(given, element, shape)
+            return Tensor(given, element, shape)
         array = np.ascontiguousarray(given).reshape(np.shape(given))
         try:
             tensor = numpy_helper.from_array(array, self._free(what))
         except (TypeError, ValueError, NotImplementedError, KeyError) as exc:
             raise SpecError(f"the {what}, an array of {array.dtype}, can't be a constant") from exc
         self.model.graph.initializer.append(tensor)
-        return self._in_dtype(what, _Tensor(tensor.name, tensor.data_type, array.shape))
+        return self._in_dtype(what, Tensor(tensor.name, tensor.data_type, array.shape))
 
-    def _in_dtype(self, what: str, tensor: _Tensor) -> _Tensor:
+    def _in_dtype(self, what: str, tensor: Tensor) -> Tensor:
         """`tensor`, or a cast of it to the spec's dtype where that loses nothing."""
         wanted = self.spec.dtype
         if tensor.element in (None, ELEMENT_TYPE[wanted]):
@@ -208,7 +214,7 @@ class _Graft:
         return free
 
     def add(
-        self, roles: dict[str, _Tensor], loss_name: str, opset: int, only_loss: bool
+        self, roles: dict[str, Tensor], loss_name: str, opset: int, only_loss: bool
     ) -> list[onnx.FunctionProto]:
         """Append nodes, functions, inputs and outputs; gives the functions."""
         from . import functions as f
@@ -223,6 +229,12 @@ class _Graft:
             names["beta"] = self._free("beta")
             beta = helper.make_tensor_value_info(names["beta"], TensorProto.FLOAT, ())
             graph.input.append(beta)
+        reduced = self._reduced_shape(losses)
+        if spec.upstream:
+            names["grad_output"] = self._free("grad_output")
+            element = ELEMENT_TYPE[spec.dtype]
+            value = helper.make_tensor_value_info(names["grad_output"], element, reduced)
+            graph.input.append(value)
         outputs = {"loss": self._free(loss_name)}
         if spec.gradient:
             outputs["grad_input"] = self._free("grad_input")
@@ -241,7 +253,7 @@ class _Graft:
             self.model.opset_import.append(helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION))
         self.model.ir_version = max(self.model.ir_version, 8)  # the first with functions
         graph.node.extend([*self._nodes, *assembly.nodes])
-        self._add_outputs(outputs, losses, only_loss)
+        self._add_outputs(outputs, reduced, only_loss)
         self._note(names, outputs)
         return functions
 
@@ -264,13 +276,14 @@ class _Graft:
                 if entry.domain == "":
                     entry.version = opset
 
-    def _add_outputs(self, outputs: dict[str, str], losses: Shape | None, only: bool) -> None:
+    def _reduced_shape(self, losses: Shape | None) -> Shape | None:
+        """The shape of the loss, where that of the element losses is `losses`."""
+        if self.spec.per_sample:
+            return None if losses is None else losses[:1]
+        return losses if self.spec.reduction == "none" else ()
+
+    def _add_outputs(self, outputs: dict[str, str], shape: Shape | None, only: bool) -> None:
         spec, graph = self.spec, self.model.graph
-        shape: Shape | None = losses
-        if spec.per_sample:
-            shape = None if losses is None else losses[:1]
-        elif spec.reduction != "none":
-            shape = ()
         if only:
             del graph.output[:]
         element = ELEMENT_TYPE[spec.dtype]
@@ -304,7 +317,7 @@ def _attached(text: str) -> list[Any]:
     )
 
 
-def _broadcast(roles: dict[str, _Tensor]) -> Shape | None:
+def _broadcast(roles: dict[str, Tensor]) -> Shape | None:
     """The shape of the element losses; None where a rank is unknown."""
     full: Shape | None = roles["input"].shape
     for role, tensor in roles.items():
@@ -325,69 +338,6 @@ def _needs_allowzero(functions: list[onnx.FunctionProto], nodes: list[onnx.NodeP
     return any(attribute.name == "allowzero" for node in every for attribute in node.attribute)
 
 
-def _all_names(graph: onnx.GraphProto) -> Iterator[str]:
-    """Every tensor and node name, those of subgraphs too."""
-    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        yield value.name
-    for sparse in graph.sparse_initializer:
-        yield sparse.values.name
-    for node in graph.node:
-        yield node.name
-        yield from node.input
-        yield from node.output
-        for attribute in node.attribute:
-            for subgraph in (attribute.g, *attribute.graphs):
-                yield from _all_names(subgraph)
-
-
-def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its big initialisers as inputs: what shape inference needs, and no more."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    graph = copy.graph
-    big = [t for t in graph.initializer if t.ByteSize() > _SMALL or t.external_data]
-    known = {value.name for value in graph.input}
-    for tensor in big:
-        if tensor.name not in known:
-            value = helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            graph.input.append(value)
-    kept = [tensor for tensor in graph.initializer if tensor not in big]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    return copy
-
-
-def _tensors(model: onnx.ModelProto) -> dict[str, _Tensor]:
-    """Every tensor of the main graph, with what shape inference tells of it."""
-    skeleton = _skeleton(model)
-    try:
-        graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
-    except (*MODEL_ERRORS, RuntimeError, ValueError):
-        graph = skeleton.graph  # custom operators, or a model that contradicts itself
-    found: dict[str, _Tensor] = {}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        if value.type.HasField("tensor_type"):
-            found[value.name] = _tensor(value)
-    names = [value.name for value in (*graph.input, *graph.initializer)]
-    names += [name for node in graph.node for name in node.output if name]
-    for tensor in graph.initializer:
-        found[tensor.name] = _Tensor(tensor.name, tensor.data_type, tuple(tensor.dims))
-    # Sequences and the like are no candidates; what inference can't tell still is one.
-    others = {v.name for v in (*graph.input, *graph.value_info, *graph.output)} - set(found)
-    return {name: found.get(name, _Tensor(name)) for name in names if name not in others}
-
-
-def _tensor(value: onnx.ValueInfoProto) -> _Tensor:
-    tensor = value.type.tensor_type
-    if not tensor.HasField("shape"):
-        return _Tensor(value.name, tensor.elem_type or None)
-    dims = tuple(
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}_axis_{i}"
-        for i, dim in enumerate(tensor.shape.dim)
-    )
-    return _Tensor(value.name, tensor.elem_type or None, dims)
-
-
 def _prune(graph: onnx.GraphProto) -> None:
     """Drop the nodes, inputs and initialisers that no output needs."""
     needed = {value.name for value in graph.output}
@@ -398,7 +348,7 @@ def _prune(graph: onnx.GraphProto) -> None:
             needed.update(node.input)
             for attribute in node.attribute:
                 for subgraph in (attribute.g, *attribute.graphs):
-                    needed.update(_all_names(subgraph))
+                    needed.update(all_names(subgraph))
     for field, items in (
         (graph.node, kept[::-1]),
         (graph.input, [value for value in graph.input if value.name in needed]),
@@ -408,9 +358,3 @@ def _prune(graph: onnx.GraphProto) -> None:
         chosen = list(items)
         del field[:]
         field.extend(chosen)
-
-
-def float_dtype_of(model: onnx.ModelProto, name: str) -> str | None:
-    """The dtype of a float tensor of the main graph; None where nothing tells it."""
-    tensor = _tensors(model).get(name)
-    return None if tensor is None else DTYPE_OF_ELEMENT.get(tensor.element or 0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from onnx import TensorProto
 
-__all__ = ["DTYPE_OF_ELEMENT", "ELEMENT_TYPE", "loss_scalars"]
+__all__ = ["DTYPE_OF_ELEMENT", "ELEMENT_TYPE", "IR_VERSION", "loss_scalars"]
+
+IR_VERSION = 10  # ONNX 1.16: the oldest runtime we test reads it
 
 #: dtype name of a spec -> ONNX element type.
 ELEMENT_TYPE: dict[str, int] = {

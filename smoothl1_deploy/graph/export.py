@@ -9,15 +9,13 @@ from onnx import TensorProto, helper
 
 from ..errors import SpecError, require
 from ..spec import LossSpec
-from .elements import ELEMENT_TYPE
+from .elements import ELEMENT_TYPE, IR_VERSION
 from .metadata import stamp
 from .shapes import Dim, Shape, broadcast, check_shape, check_size, describe, summed_axes
 
 __all__ = ["ROUTES", "export"]
 
 ROUTES = ("function", "inlined", "torch")
-
-_IR_VERSION = 10  # ONNX 1.16: the oldest runtime we test reads it
 
 
 def export(
@@ -30,8 +28,8 @@ def export(
 ) -> onnx.ModelProto:
     """The ONNX model of a spec: inputs `input` and `target`, output `loss`.
 
-    With the extensions of the spec, `weight` and `beta` (float32, rank 0) are inputs too, and
-    `grad_input` is a second output.
+    With the extensions of the spec, `weight`, `beta` (float32, rank 0) and `grad_output` (the
+    shape of `loss`) are inputs too, and `grad_input` is a second output.
 
     The same arguments give the same bytes. float16 and bfloat16 are computed in float32 and
     rounded once; reductions accumulate in float64.
@@ -72,7 +70,7 @@ def export(
 
             model = inline(model)
 
-    model.ir_version = _IR_VERSION
+    model.ir_version = IR_VERSION
     different = [name for name in ("target", "weight") if name in spec.inputs]
     different = [name for name in different if shapes[name] != shapes["input"]]
     described = [describe(shapes["input"]), *(f"{n}_{describe(shapes[n])}" for n in different)]
@@ -116,13 +114,12 @@ def _shapes(
     elif spec.reduction != "none":
         loss = ()
     shapes = {"input": shape, "target": target, "weight": weight, "beta": ()}
-    return {**shapes, "loss": loss, "grad_input": shape}
+    return {**shapes, "loss": loss, "grad_output": loss, "grad_input": shape}
 
 
 def _function_model(spec: LossSpec, shapes: dict[str, Shape | None]) -> onnx.ModelProto:
     """The assembly as a graph of its own, every tensor called what the spec calls it."""
-    from . import functions as f
-    from .assemble import Assembly, function_closure
+    from .assemble import Assembly, model_of  # onnxscript takes most of a second
 
     names = {name: name for name in (*spec.inputs, *spec.outputs)}
     given = [shapes[name] for name in ("input", "target", "weight") if name in spec.inputs]
@@ -135,14 +132,7 @@ def _function_model(spec: LossSpec, shapes: dict[str, Shape | None]) -> onnx.Mod
     graph = helper.make_graph(
         assembly.nodes, spec.name, [*map(value, spec.inputs)], [*map(value, spec.outputs)]
     )
-    return helper.make_model(
-        graph,
-        functions=function_closure(assembly.used),
-        opset_imports=[
-            helper.make_opsetid("", f.OPSET),
-            helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION),
-        ],
-    )
+    return model_of(graph, assembly.used)
 
 
 def _with_any_rank_hidden(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -87,8 +87,8 @@ def HuberLossTerms(input: T, target: T, delta: T, half: T, shrink: T, slope: T) 
     """
     difference = op.Sub(input, target)
     core = op.Clip(difference, op.Neg(delta), delta)
-    excess = op.Abs(op.Sub(difference, core))
-    linear = op.Mul(op.Mul(shrink, excess), slope)
+    beyond = op.Sub(difference, core)
+    linear = op.Mul(op.Mul(shrink, op.Abs(beyond)), slope)
     return op.Add(linear, op.Mul(op.Mul(half, core), core))
 
 

@@ -99,7 +99,9 @@ def _run_again(model: onnx.ModelProto, case: Case, refs: References, backend: st
         runner = chosen.load(model)
         accumulator = chosen.accumulator if runner.spec is not None else None
         beta = refs.spec.effective_beta if "beta" in runner.signature.inputs else None
-        outputs = runner.run(refs.input, refs.target, weight=refs.weight, beta=beta)
+        outputs = runner.run(
+            refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output
+        )
         return _Again(outputs, check(runner, case, refs, accumulator), "")
     except SmoothL1DeployError as exc:
         return _Again({}, None, f"{type(exc).__name__}: {exc}")
@@ -155,6 +157,8 @@ def write_bundle(
     arrays = {"input": refs.input, "target": refs.target, "exact": refs.oracle[output]}
     if refs.weight is not None:
         arrays["weight"] = refs.weight
+    if refs.grad_output is not None:
+        arrays["grad_output"] = refs.grad_output
     if spec.runtime_beta:
         arrays["beta"] = np.asarray(number.effective_beta, np.float32)
     if again.outputs:

@@ -81,6 +81,15 @@ class Case:
         kept = rng.random(self.target_shape) > 0.2
         return np.asarray(np.where(kept, weights, 0.0)).astype(NUMPY_DTYPE[spec.dtype])
 
+    def upstream(self, spec: LossSpec) -> Array:
+        """A gradient to flow in, of the loss's shape and of either sign."""
+        shape = np.broadcast_shapes(self.input_shape, self.target_shape)
+        if spec.reduction != "none":
+            shape = shape[:1] if spec.per_sample else ()
+        rng = self._generator(spec, " upstream")
+        values = rng.uniform(0.1, 2.0, shape) * rng.choice([-1.0, 1.0], shape)
+        return np.asarray(values).astype(NUMPY_DTYPE[spec.dtype])
+
     def _generator(self, spec: LossSpec, what: str) -> np.random.Generator:
         shapes = f"{self.input_shape} {self.target_shape}"
         text = f"{self.family} {shapes} {spec.beta!r} {spec.dtype}{what}"
@@ -113,6 +122,7 @@ class References:
     input: Array
     target: Array
     weight: Array | None
+    grad_output: Array | None
     torch: Mapping[str, Array]
     oracle: Mapping[str, Array]
     shares: Mapping[str, float]
@@ -125,15 +135,17 @@ class References:
 
         input, target = _arrays(case, spec.beta, spec.dtype)
         weight = case.weights(spec) if spec.weight else None
+        upstream = case.upstream(spec) if spec.upstream else None
         exact = {"loss": oracle(spec, input, target, weight)}
         if spec.gradient:
-            exact["grad_input"] = oracle_gradient(spec, input, target, weight)
+            exact["grad_input"] = oracle_gradient(spec, input, target, weight, upstream)
         return cls(
             spec,
             input,
             target,
             weight,
-            eager_outputs(spec, input, target, weight),
+            upstream,
+            eager_outputs(spec, input, target, weight, grad_output=upstream),
             exact,
             branch_shares(spec, input, target),
             in_range(spec, input, target),
@@ -195,7 +207,9 @@ def check(
     if accumulator is not None and refs.in_range:
         proved = proved_bound(spec, refs.input.shape, refs.target.shape, accumulator)
     beta = spec.effective_beta if "beta" in runner.signature.inputs else None
-    outputs = runner.run(refs.input, refs.target, weight=refs.weight, beta=beta)
+    outputs = runner.run(
+        refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output
+    )
     if len(refs.oracle) == 1:
         outputs = {"loss": outputs.get("loss", next(iter(outputs.values())))}
     verdicts = {

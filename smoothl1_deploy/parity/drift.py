@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.base import load
+from ..backends.base import get_backend
 from ..floats import Array, ulp_distance
 from ..graph.export import export
 from ..reference.oracle import oracle
@@ -100,7 +100,7 @@ def _ways() -> dict[str, Callable[[Array, Array], Array]]:
     from ..reference.module import eager
 
     shape = ("N", _COLUMNS)
-    ours = load(export(_SPEC, shape=shape))
+    ours = get_backend("ort-cpu").load(export(_SPEC, shape=shape))
     plain = PlainExport(plain_export({"beta": _SPEC.beta}, _SPEC.dtype, shape))
     functions = (
         lambda input, target: ours.run(input, target)["loss"],

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import onnx
 
-from ..backends.base import Backend, Runner, get_backend
+from ..backends.base import PROVING, TILE, Backend, Runner, get_backend
 from ..environment import environment
 from ..errors import SmoothL1DeployError, require
 from ..graph.export import ROUTES, export
@@ -40,11 +40,13 @@ EXTENSIONS = (
     LossSpec(reduction="sum", per_sample=True),
     LossSpec(reduction="none", gradient=True),
     LossSpec(gradient=True),
+    LossSpec(gradient=True, upstream=True),
+    LossSpec(reduction="none", gradient=True, upstream=True),
     LossSpec(runtime_beta=True),
     LossSpec(weight="count"),
     LossSpec(weight="weights"),
     LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
-    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights"),
+    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
 )
 
 #: Layouts by how an artefact meets them. Every family is fed to the first group.
@@ -117,14 +119,20 @@ class Matrix:
             )
         if self.extensions:
             formats = " and ".join(["float64", *narrow])
+            notes.append("float64: no gradient of a broadcast input with an upstream one")
             notes.append(
-                f"{formats}: no weighted gradient of subnormal differences, which no wider format "
-                "is there for"
+                f"{formats}: no weighted gradient, and none with an upstream one, of subnormal "
+                "differences, which no wider format is there for"
             )
         if {*OVER_THE_WIRE} & {*self.backends}:
             notes.append(
                 "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
                 f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
+            )
+        if "ort-cpu-tiled" in self.backends:
+            notes.append(
+                "ort-cpu-tiled, which cuts arrays into tiles as ort-cpu does with large ones: in "
+                "tiles of 64 elements; the function route, not at 2^20"
             )
         if self.quick:
             notes.append("quick: torch route for float32 only, no layout of 2^20 or 2^24 elements")
@@ -238,6 +246,8 @@ class _Outcome:
 def _run_unit(unit: _Unit) -> _Outcome:
     names = [n for n in unit.matrix.backends if not unit.huge or n in _HUGE_BACKENDS]
     backends = {name: get_backend(name, threads=1) for name in names}
+    if unit.huge and "ort-cpu-tiled" in backends:
+        backends["ort-cpu-tiled"].tile = TILE
     artefacts = _Artefacts(backends)
     outcome = _Outcome({}, {}, [])
     for spec in unit.specs():
@@ -245,6 +255,8 @@ def _run_unit(unit: _Unit) -> _Outcome:
         refs = {case: References.of(number, case) for case in unit.cases(spec)}
         for route, name in product(unit.routes(spec), names):
             if name in OVER_THE_WIRE and not _is_asked(unit, spec, route):
+                continue
+            if name in PROVING and route != _PROVEN_ROUTE:
                 continue
             key = (spec, unit.beta, route, name)
             reason = backends[name].refuses(spec)
@@ -265,6 +277,10 @@ def _run_unit(unit: _Unit) -> _Outcome:
     return outcome
 
 
+#: A tile is made of the artefact's spec, whatever its route.
+_PROVEN_ROUTE = "function"
+
+
 def _is_asked(unit: _Unit, spec: LossSpec, route: str) -> bool:
     """Whether a combination is among those that go over the wire; see `Matrix.notes`."""
     matrix = unit.matrix
@@ -279,6 +295,8 @@ def _is_run(case: Case, route: str, backend: str) -> bool:
     """Whether the layout is among those a route and backend are sampled at; see `Matrix.notes`."""
     if backend in OVER_THE_WIRE:
         return case.layout in _WIRE_LAYOUTS
+    if backend in PROVING and case.layout == "2^20":
+        return False  # in tiles of 64
     if case.layout == "2^20" and backend != "ort-cpu":
         return route == "function"
     return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
@@ -287,7 +305,8 @@ def _is_run(case: Case, route: str, backend: str) -> bool:
 def _needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """Whether a gradient can only be right in a format wider than the one at hand.
 
-    Summed back to a broadcast input, terms of either sign cancel; weighted and divided, a
+    Summed back to a broadcast input, terms of either sign cancel; weighted (or multiplied by an
+    upstream gradient) and divided, a
     subnormal slope is rounded three times. How far PyTorch itself, which computes in the
     output's format, is off in either case is a matter of luck, and no measure.
     """
@@ -295,14 +314,23 @@ def _needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         return False
     layout = LAYOUTS[case.layout]
     sums_back = summed_axes(layout.input_axes, layout.target_axes) != ()
-    rounds_thrice = spec.weight is not None and case.family == "subnormals"
+    scaled = spec.weight is not None or spec.upstream
+    rounds_thrice = scaled and case.family == "subnormals"
     if spec.dtype == "float64":
-        return rounds_thrice
+        return rounds_thrice or (sums_back and spec.upstream)
     return not wide and (sums_back or rounds_thrice)
 
 
 #: The others take minutes or gigabytes at 2^24 elements.
-_HUGE_BACKENDS = ("ort-cpu", "torch-cuda", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
+_HUGE_BACKENDS = (
+    "ort-cpu",
+    "ort-cpu-tiled",
+    "torch-cuda",
+    "ort-cuda",
+    "ort-tensorrt",
+    "ort-tensorrt-rtx",
+    "trt",
+)
 
 
 def _checked(

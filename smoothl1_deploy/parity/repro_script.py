@@ -112,7 +112,7 @@ def repro_script(
         f"Smooth L1, {spec.name}: family {case.family}, layout {case.layout}, seed {case.seed}, "
         f"on {backend}."
     )
-    names = ["input", "target", *(["weight"] if spec.weight else [])]
+    names = [name for name in spec.inputs if name != "beta"]
     return _SCRIPT.format(
         # A layout may hold axis names of a model that anyone made: no quote, no new line.
         title=re.sub(r"[^A-Za-z0-9_ .,:=^+-]", "?", title),
@@ -151,6 +151,8 @@ def _pytorch(spec: LossSpec, output: str) -> list[str]:
     if spec.weight or spec.per_sample:
         lines += _reduced(spec)
     if output == "grad_input":
+        if spec.upstream:
+            return [*lines, "eager = torch.autograd.grad(eager, input, grad_output)[0]"]
         return [*lines, "eager = torch.autograd.grad(eager.sum(), input)[0]"]
     return lines
 

@@ -74,15 +74,16 @@ def eager_outputs(
     target: Array,
     weight: Array | None = None,
     beta: Array | None = None,
+    grad_output: Array | None = None,
 ) -> dict[str, Array]:
     """What PyTorch eager and its autograd compute on the CPU for every output of a spec.
 
     Per sample, that is a loop over the rows (vectorised above 1024 of them).
     """
-    tensors = [None if array is None else to_torch(array) for array in (input, target, weight)]
+    given = (input, target, weight, beta, grad_output)
+    tensors = [None if array is None else to_torch(array) for array in given]
     assert tensors[0] is not None and tensors[1] is not None
-    number = None if beta is None else to_torch(beta)
-    outputs = eager_tensors(spec, tensors[0], tensors[1], tensors[2], number)
+    outputs = eager_tensors(spec, tensors[0], tensors[1], *tensors[2:])
     return {name: from_torch(tensor) for name, tensor in outputs.items()}
 
 
@@ -92,6 +93,7 @@ def eager_tensors(
     target: torch.Tensor,
     weight: torch.Tensor | None = None,
     beta: torch.Tensor | None = None,
+    grad_output: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """`eager_outputs` from tensors to tensors, on whatever device they are on."""
     if beta is not None and not beta >= 0:
@@ -106,7 +108,8 @@ def eager_tensors(
         loss = _eager_loss(spec, number, *tensors)
         outputs = {"loss": loss.detach()}
         if spec.gradient:
-            (outputs["grad_input"],) = torch.autograd.grad(loss.sum(), x)
+            upstream = torch.ones_like(loss) if grad_output is None else grad_output
+            (outputs["grad_input"],) = torch.autograd.grad(loss, x, upstream)
     return outputs
 
 

@@ -87,13 +87,18 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
 
 
 def oracle_gradient(
-    spec: LossSpec, input: Array, target: Array, weight: Array | None = None
+    spec: LossSpec,
+    input: Array,
+    target: Array,
+    weight: Array | None = None,
+    grad_output: Array | None = None,
 ) -> Array:
     """The exact gradient of the summed loss with respect to `input`, in `input`'s shape.
 
-    The arguments are those of `oracle`.
+    The arguments are those of `oracle`; and `grad_output`, in the loss's shape, by which the loss
+    is multiplied before it is summed.
     """
-    _check_dtypes(spec, input, target, weight)
+    _check_dtypes(spec, input, target, weight, grad_output)
     wide = wide_dtype(spec.dtype)
     with np.errstate(all="ignore"):
         d = input.astype(wide) - target.astype(wide)
@@ -106,6 +111,11 @@ def oracle_gradient(
             assert parts is not None
             parts = np.broadcast_to(parts.astype(np.longdouble), slopes.shape)
             slopes = slopes / parts.sum(axis=axes, keepdims=True)
+        if grad_output is not None:
+            upstream = grad_output.astype(wide)
+            if spec.per_sample:
+                upstream = upstream.reshape(-1, *[1] * (slopes.ndim - 1))
+            slopes = slopes * upstream
         extra = slopes.ndim - input.ndim
         axes = tuple(range(extra)) + tuple(
             i + extra for i, n in enumerate(input.shape) if n == 1 and slopes.shape[i + extra] != 1

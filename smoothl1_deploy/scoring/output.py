@@ -51,12 +51,18 @@ class ScoreFile:
         self._offset = len(header)
         size = self._offset + plan.rows * self._dtype.itemsize
         try:
-            self.kept = self.part.exists() and self.part.stat().st_size == size
+            self.kept = self._fits(header, size)
             if not self.kept:
                 self.part.write_bytes(header)
                 os.truncate(self.part, size)
         except OSError as exc:
             raise self._error(exc) from exc
+
+    def _fits(self, header: bytes, size: int) -> bool:
+        if not self.part.exists() or self.part.stat().st_size != size:
+            return False
+        with self.part.open("rb") as file:
+            return file.read(len(header)) == header
 
     def _error(self, exc: OSError) -> OutputError:
         return OutputError(

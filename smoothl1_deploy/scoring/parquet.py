@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,17 +24,15 @@ class ParquetSource(Source):
         parquet = require("pyarrow.parquet", "score", "reading Parquet")
         self._arrow = require("pyarrow", "score", "reading Parquet")
         self._where = str(location)
-        try:
+        with self._damage_told():
             self._file: Any = parquet.ParquetFile(location.path)
-        except (OSError, self._arrow.ArrowException) as exc:
-            raise InvalidInputError(
-                f"{location.path} can't be read as a Parquet file ({exc}); write it with pyarrow"
-            ) from exc
-        schema = self._file.schema_arrow
         try:
-            self._column = location.choose(list(schema.names), "column")
-            self._where = f"{self._column} in {location.path}"
-            self.dtype, width = self._inspect(schema.field(self._column).type)
+            with self._damage_told():
+                schema = self._file.schema_arrow
+                self._column = location.choose(list(schema.names), "column")
+                self._where = f"{self._column} in {location.path}"
+                self.dtype, width = self._inspect(schema.field(self._column).type)
+                self._check_groups()
         except BaseException:
             self._file.close()
             raise
@@ -41,6 +40,18 @@ class ParquetSource(Source):
         self._position = 0
         self._batches: Iterator[Array] = iter(())
         self._left = np.empty((0, *width), self.dtype)
+
+    @contextlib.contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        try:
+            yield
+        except InvalidInputError:
+            raise
+        except (OSError, StopIteration, ValueError, self._arrow.ArrowException) as exc:
+            raise InvalidInputError(
+                f"{self._where} can't be read as Parquet: it is truncated, damaged or of another "
+                f"format ({exc}); write it with pyarrow"
+            ) from exc
 
     def _inspect(self, kind: Any) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """The dtype of the elements, and the shape of a row."""
@@ -55,6 +66,12 @@ class ParquetSource(Source):
                 f"{self._where} holds {kind}; a loss needs numbers, or lists of numbers"
             )
         return np.dtype(kind.to_pandas_dtype()), width
+
+    def _check_groups(self) -> None:
+        data = self._file.metadata
+        rows = [data.row_group(group).num_rows for group in range(data.num_row_groups)]
+        if min(rows, default=0) < 0 or sum(rows) != data.num_rows:
+            raise ValueError(f"row groups of {rows} rows in a file of {data.num_rows}")
 
     def _first_length(self) -> int:
         for batch in self._file.iter_batches(batch_size=1, columns=[self._column]):
@@ -105,7 +122,7 @@ class ParquetSource(Source):
     def _take(self, rows: int, keep: bool = True) -> list[Array]:
         taken = []
         self._position += rows
-        while rows:
+        while rows > 0:
             if not len(self._left):
                 self._left = next(self._batches)
             part, self._left = self._left[:rows], self._left[rows:]
@@ -116,12 +133,10 @@ class ParquetSource(Source):
 
     def read(self, start: int, stop: int) -> Array:
         """A copy."""
-        try:
+        with self._damage_told():
             if start != self._position or start == 0:
                 self._seek(start)
             taken = self._take(stop - start)
-        except (OSError, StopIteration, self._arrow.ArrowException) as exc:
-            raise InvalidInputError(f"{self._where} is truncated or damaged ({exc})") from exc
         return np.concatenate(taken) if taken else self._left[:0]
 
     def close(self) -> None:

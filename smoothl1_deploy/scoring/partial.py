@@ -155,20 +155,23 @@ def exact_sum(values: Array) -> ExactSum:
         part = flat[start : start + _BLOCK]
         work = block[: part.size]
         np.copyto(work, part)  # every dtype here fits float64 exactly
-        if not abs(work.min()) < _HUGE > abs(work.max()):  # NaN too
+        largest = _largest(work)
+        if not largest < _HUGE:  # NaN too
             work, apart = _set_apart(work)
             result += apart
-        units += _units(work, multiples)
+            largest = _largest(work)
+        units += _units(work, largest, multiples)
     return result + ExactSum(Fraction(units, 1 << _UNIT_BITS))
 
 
-def _units(work: Array, multiples: Array) -> int:
+def _largest(work: Array) -> float:
+    return float(max(work.max(), -work.min())) if work.size else 0.0
+
+
+def _units(work: Array, largest: float, multiples: Array) -> int:
     """The sum of a block, in units of 2^-1074; `work` is used up."""
     units = 0
-    while work.size:
-        largest = max(work.max(), -work.min())
-        if largest == 0:
-            break
+    while largest:
         # Its ulp is the unit: 2^_BLOCK_BITS multiples below the largest power stay below 2^53.
         constant = math.ldexp(1.5, math.frexp(largest)[1] + _BLOCK_BITS - 1)
         out = multiples[: work.size]
@@ -178,6 +181,7 @@ def _units(work: Array, multiples: Array) -> int:
         units += top << (_UNIT_BITS - bottom.bit_length() + 1)
         np.subtract(work, out, out=work)
         work = work[work != 0]
+        largest = _largest(work)
     return units
 
 

@@ -12,14 +12,13 @@ import os
 import pickle
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .. import errors
-from ..errors import SmoothL1DeployError, require
+from ..errors import BackendUnavailableError, SmoothL1DeployError, require
 from .engine import PieceResult, PieceScorer
 from .scorer import Job
 from .shards import Piece, Plan, Shard
@@ -46,7 +45,9 @@ class RayEngine:
     address: str | None = None
     workers: int | None = None
 
-    def __call__(self, job: Job, plan: Plan, pieces: Sequence[Piece]) -> Iterator[PieceResult]:
+    def __call__(
+        self, job: Job, plan: Plan, pieces: Sequence[Piece]
+    ) -> Generator[PieceResult, None, None]:
         """Score `pieces`, each in one of the actors, and yield the results as they come."""
         if not pieces:
             return
@@ -80,7 +81,7 @@ class RayEngine:
             ray.init(**options)
         except Exception as exc:  # Ray raises ConnectionError, RuntimeError, ValueError, ...
             where = "on this machine" if self.address is None else f"at {self.address}"
-            raise errors.BackendUnavailableError(
+            raise BackendUnavailableError(
                 f"no Ray cluster {where} ({exc}); `ray status` shows what runs"
             ) from exc
 
@@ -110,6 +111,11 @@ class RayEngine:
                 if isinstance(done, BaseException):
                     raise done
                 yield from done
+        except ray.exceptions.RayError as exc:  # the package isn't on a worker, for instance
+            raise BackendUnavailableError(
+                f"the Ray workers can't do it ({str(exc).strip().splitlines()[-1]}); every machine "
+                "needs this version of smoothl1-deploy with its extras cpu and ray"
+            ) from exc
         finally:
             context.enable_progress_bars = bars
 

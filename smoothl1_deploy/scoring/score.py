@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from .shards import Piece, Plan, make_plan
 
 __all__ = ["Progress", "Score", "loss_over", "score_files"]
 
-Engine = Callable[[Job, Plan, Sequence[Piece]], Iterator[PieceResult]]
+Engine = Callable[[Job, Plan, Sequence[Piece]], Generator[PieceResult, None, None]]
 _ROLES = ("input", "target", "weight")
 
 
@@ -191,35 +192,48 @@ def score_files(
     start = time.monotonic()
     flat = job.elementwise and job.any_rank
     plan = make_plan(located, flat=flat, rows=job.rows or batch)
-    request = {"job": job.to_dict(), "plan": _request(plan), "output": str(output), "batch": batch}
+    where = None if output is None else str(output.absolute())
+    request = {"job": job.to_dict(), "plan": _request(plan), "output": where, "batch": batch}
     with Journal(journal or default_journal(request), job, plan, output, restart) as log:
         scores = None if output is None else ScoreFile(output, plan, job.spec.dtype)
         if scores is not None and log.done and not scores.kept:
             log.forget()
-        partial = sum(log.done.values(), Partial())
-        resumed = partial.count
-        todo = [piece for piece in plan.pieces if piece.index not in log.done]
-        tell = on_progress or (lambda progress: None)
-        total = sum(map(plan.elements, plan.pieces))
-        done = total - sum(map(plan.elements, todo))
-        tell(Progress(done, total))
+        resumed = sum(partial.count for partial in log.done.values())
         try:
-            for result in engine(job, plan, todo):
-                if scores is not None and result.scores is not None:
-                    scores.write(result.piece, result.scores)
-                log.add(result)
-                partial += result.partial
-                piece = plan.pieces[result.piece]
-                done += plan.elements(piece)
-                tell(Progress(done, total, plan.shards[piece.shard].name, result.worker))
+            _score_rest(job, plan, engine, log, scores, on_progress or (lambda progress: None))
         except BaseException:
             if scores is not None:
                 scores.close(keep=bool(log.done))
             raise
+        partial = sum(log.done.values(), Partial())
         if scores is not None:
             scores.finish()
         log.finish()
     return _score(job, partial, len(plan.shards), start, resumed, output)
+
+
+def _score_rest(
+    job: Job,
+    plan: Plan,
+    engine: Engine,
+    log: Journal,
+    scores: ScoreFile | None,
+    tell: Callable[[Progress], None],
+) -> None:
+    """Score the pieces that the journal lacks; each is on the disk before the next is taken."""
+    todo = [piece for piece in plan.pieces if piece.index not in log.done]
+    total = sum(map(plan.elements, plan.pieces))
+    done = total - sum(map(plan.elements, todo))
+    tell(Progress(done, total))
+    # Closing: an interrupt comes here, and the engine must let go of its files and workers.
+    with contextlib.closing(engine(job, plan, todo)) as results:
+        for result in results:
+            if scores is not None and result.scores is not None:
+                scores.write(result.piece, result.scores)
+            log.add(result)
+            piece = plan.pieces[result.piece]
+            done += plan.elements(piece)
+            tell(Progress(done, total, plan.shards[piece.shard].name, result.worker))
 
 
 def _request(plan: Plan) -> dict[str, list[str | None]]:

@@ -21,6 +21,7 @@ from ..graph.metadata import read_spec
 from ..parity.cases import with_beta
 from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
+from .loss_metrics import CANARY_ID
 from .transport import Transport
 
 __all__ = ["Canary", "make_canary"]
@@ -52,7 +53,7 @@ class Canary:
         Raises:
             ServerError: on a wrong number, and as `Transport.infer`.
         """
-        outputs = transport.infer(self.model, self.version, self.inputs)
+        outputs = transport.infer(self.model, self.version, self.inputs, CANARY_ID)
         for name, expected in self.expected.items():
             got = outputs.get(name)
             if got is None or not self._same(got, expected):

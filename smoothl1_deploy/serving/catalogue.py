@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 
-from ..artefact import read_model, sha256
+from ..artefact import read_model
 from ..graph.attach import attach
-from ..parity.certificate import certify
-from ..parity.verify import verify
 from ..spec import LossSpec
-from .loss_part import loss_part
 from .repository import ServedModel, write_loss, write_model
-from .served_graph import read_losses
 
-__all__ = ["AUTOENCODER", "LOSSES", "certify_model", "write_catalogue"]
+__all__ = ["AUTOENCODER", "LOSSES", "write_catalogue"]
 
 #: Name -> spec of the losses of their own, for rows of 16 features.
 LOSSES: Mapping[str, LossSpec] = {
@@ -60,24 +54,3 @@ def write_catalogue(
     )
     written += write_model(folder, scorer, name=AUTOENCODER, overwrite=True)
     return tuple(written)
-
-
-def certify_model(path: str | os.PathLike[str], *, drift: bool = True) -> Path:
-    """Verify a served model and write its certificate beside it.
-
-    Of a model with a loss attached, the loss is verified, from prediction and target to its
-    output: what the rest of the model computes, nothing here can judge.
-
-    Raises:
-        ArtefactError: when the file is no model with a loss.
-        MissingDependencyError: without torch or ONNX Runtime.
-    """
-    model = read_model(path)
-    (loss,) = read_losses(model)
-    part = loss_part(model, loss)
-    found = verify(part, drift=drift)
-    if part is not model:
-        name = f"{model.graph.name}: the loss {loss.outputs['loss']}"
-        digest = sha256(model.SerializeToString(deterministic=True))
-        found = replace(found, name=name, sha256=digest)
-    return certify(found, path)

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..errors import ArtefactError, OutputError, ServerError, SpecError, require
-from . import onnxruntime_backend
+from . import loss_metrics, onnxruntime_backend
 from .install import Triton, find_triton
 from .model_config import CONFIG_FILE, read_config
 
@@ -217,6 +217,7 @@ class Server:
         shutil.copy(self.triton.stub, folder / "python")
         (folder / "onnxruntime").mkdir()
         shutil.copy(onnxruntime_backend.__file__, folder / "onnxruntime" / "model.py")
+        shutil.copy(loss_metrics.__file__, folder / "onnxruntime" / "loss_metrics.py")
         return folder
 
     def _wait_until_live(self) -> bool:

@@ -20,9 +20,9 @@ from .finding import Finding
 from .lint_config import check_against_file, check_config, model_file
 from .lint_graph import unguarded
 from .lint_plan import check_versions, read_plan
+from .losses import Loss, read_losses
 from .model_config import CONFIG_FILE, read_config
 from .ports import engine_ports, onnx_ports
-from .served_graph import Loss, read_losses
 
 __all__ = ["LintReport", "lint"]
 

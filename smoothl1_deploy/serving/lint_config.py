@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .finding import Finding
+from .losses import Loss, why_unbatched
 from .ports import ModelPorts, TensorPort
 from .repository import ONNX_FILE, PLAN_FILE
-from .served_graph import Loss, why_unbatched
 
 __all__ = ["PLATFORM_FILES", "check_against_file", "check_config", "model_file"]
 

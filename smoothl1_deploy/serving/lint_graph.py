@@ -12,13 +12,14 @@ import onnx
 import onnx.inliner
 
 from ..graph.nesting import MODEL_ERRORS
+from .losses import Loss
 from .ports import onnx_ports
-from .served_graph import Loss
 
 __all__ = ["unguarded"]
 
 #: Operators through which a tensor's rows pass as they are.
 _TRANSPARENT = ("Cast", "Identity")
+_GUARDED = (*_TRANSPARENT, "Reshape")
 #: What is made of a difference where it is a distance.
 _DISTANCE = ("Abs", "Clip", "Mul", "Pow", "ReduceL1", "ReduceL2", "ReduceSumSquare", "Sign")
 
@@ -56,11 +57,12 @@ class _Graph:
             for value in values
         }
 
-    def origin(self, tensor: str) -> str:
+    def origin(self, tensor: str, through: tuple[str, ...] = _TRANSPARENT) -> str:
         """The tensor of these rows that comes first."""
         node = self.made_by.get(tensor)
-        transparent = node is not None and node.op_type in _TRANSPARENT
-        return self.origin(node.input[0]) if node is not None and transparent else tensor
+        if node is None or node.op_type not in through:
+            return tensor
+        return self.origin(node.input[0], through)
 
     def ancestors(self, tensor: str) -> set[str]:
         found, waiting = set[str](), [tensor]
@@ -84,7 +86,7 @@ class _Graph:
         """Whether it is reshaped to a shape that is made of the other's."""
         return any(
             node.op_type == "Reshape"
-            and self.origin(node.input[0]) == tensor
+            and self.origin(node.input[0], _GUARDED) == tensor
             and like in self.ancestors(node.input[1])
             for node in self.nodes
         )

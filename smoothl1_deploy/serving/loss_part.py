@@ -8,7 +8,8 @@ import onnx.utils
 from ..errors import ArtefactError
 from ..graph.metadata import read_spec, stamp
 from ..graph.nesting import MODEL_ERRORS
-from .served_graph import Loss, rename_uses
+from .losses import Loss
+from .served_graph import rename_uses
 
 __all__ = ["loss_part"]
 

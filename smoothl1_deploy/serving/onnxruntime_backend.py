@@ -3,7 +3,7 @@
 The launcher copies this file, as `onnxruntime/model.py`, into the backend directory: a
 *python-based backend*, which makes `platform: "onnxruntime_onnx"` with `1/model.onnx` load
 unchanged. It runs inside Triton's stub process, where this package need not be importable: it
-imports numpy and onnxruntime alone.
+imports numpy, onnxruntime, and `loss_metrics`, which is copied beside it.
 
 Tensors go both ways by DLPack, because `as_numpy()` of this stub, built against numpy 1, gives
 wrong values with numpy 2 and no error.
@@ -99,6 +99,10 @@ class TritonPythonModel:
         self._batches = int(config["max_batch_size"]) > 0
         self._inputs = self._checked(config["input"], self._session.get_inputs(), "input")
         self._outputs = self._checked(config["output"], self._session.get_outputs(), "output")
+        module = importlib.import_module("loss_metrics")
+        self._canary_id: str = module.CANARY_ID
+        self._losses = [name for name in self._outputs if name in module.OUTPUTS]
+        self._metrics = module.LossMetrics(self._pb, args["model_name"], str(args["model_version"]))
         graph_inputs = {value.name for value in self._session.get_inputs()}
         absent = sorted(graph_inputs - {*self._inputs})
         if absent:
@@ -134,16 +138,22 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """One answer, or one error, for each request."""
         feeds = [self._feeds(request) for request in requests]
+        self._counted = [request.request_id() != self._canary_id for request in requests]
+        responses = self._responses(feeds)
+        self._metrics.tell()
+        return responses
+
+    def _responses(self, feeds: list[dict[str, Any]]) -> list[Any]:
         if self._batches and len(feeds) > 1 and _stackable(feeds):
             try:
                 return self._split(feeds, self._run(_stacked(feeds)))
             except Exception:  # one of them is wrong: each is tried alone
                 pass
-        return [self._answer(feed) for feed in feeds]
+        return [self._answer(*item) for item in zip(feeds, self._counted, strict=True)]
 
-    def _answer(self, feeds: dict[str, Any]) -> Any:
+    def _answer(self, feeds: dict[str, Any], counted: bool) -> Any:
         try:
-            return self._response(self._run(feeds))
+            return self._response(self._run(feeds), counted)
         except Exception as exc:  # pybind raises a class of its own for each status code
             error = self._pb.TritonError(
                 f"onnx runtime error: {exc}", self._pb.TritonError.INVALID_ARG
@@ -180,8 +190,15 @@ class TritonPythonModel:
         data = ctypes.string_at(value.data_ptr(), size) if size else b""
         return np.frombuffer(bytearray(data), dtype).reshape(shape)
 
-    def _response(self, outputs: dict[str, Any]) -> Any:
+    def _response(self, outputs: dict[str, Any], counted: bool) -> Any:
+        for name in self._losses if counted else ():
+            self._metrics.count(self._numbers(name, outputs[name]))
         return self._pb.InferenceResponse([self._tensor(*item) for item in outputs.items()])
+
+    def _numbers(self, name: str, array: Any) -> Any:
+        if self._outputs[name] != "TYPE_BF16":
+            return array
+        return (array.astype(np.uint32) << 16).view(np.float32)
 
     def _tensor(self, name: str, array: Any) -> Any:
         if not array.flags.writeable or not array.flags.c_contiguous:  # numpy exports no other
@@ -195,8 +212,8 @@ class TritonPythonModel:
         if any(len(array) != ends[-1] for array in outputs.values()):
             raise ValueError("an output has not one row for each row of the inputs")
         return [
-            self._response({name: array[end - n : end] for name, array in outputs.items()})
-            for n, end in zip(rows, ends, strict=True)
+            self._response({name: array[end - n : end] for name, array in outputs.items()}, counted)
+            for n, end, counted in zip(rows, ends, self._counted, strict=True)
         ]
 
 

@@ -29,7 +29,15 @@ from .model_config import CONFIG_FILE, dump_config, make_config
 from .ports import ModelPorts, engine_ports, onnx_ports
 from .served_graph import ServedGraph, serve
 
-__all__ = ["MAX_BATCH_SIZE", "ONNX_FILE", "PLAN_FILE", "ServedModel", "write_loss", "write_model"]
+__all__ = [
+    "MAX_BATCH_SIZE",
+    "ONNX_FILE",
+    "PLAN_FILE",
+    "ServedModel",
+    "served_loss",
+    "write_loss",
+    "write_model",
+]
 
 ONNX_FILE, PLAN_FILE = "model.onnx", "model.plan"
 ONNX_PLATFORM, PLAN_PLATFORM = "onnxruntime_onnx", "tensorrt_plan"

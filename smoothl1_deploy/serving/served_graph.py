@@ -12,8 +12,7 @@ Inside, nothing changes: the same nodes compute the same number.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,31 +20,17 @@ import onnx
 from onnx import TensorProto, helper
 
 from ..errors import ArtefactError, UnsupportedError
-from ..graph.attach import ATTACHED
 from ..graph.metadata import SERVED, is_served, read_route, read_spec, stamp
 from ..graph.nesting import MODEL_ERRORS
 from ..graph.shapes import describe
-from ..spec import LossSpec
+from .losses import Loss, read_losses, why_unbatched
 from .ports import ModelPorts, onnx_ports
 
-__all__ = ["Loss", "ServedGraph", "read_losses", "rename_uses", "serve", "why_unbatched"]
+__all__ = ["ServedGraph", "rename_uses", "serve"]
 
+_PROTOBUF_LIMIT = 2**31 - 2**20  # with room for what is added
 _ALLOWZERO = 14  # the first opset whose Reshape takes a size of 0 as it is
 _AXES_AS_INPUT = 13
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """One loss of a graph: its spec, and the tensor that plays each role."""
-
-    spec: LossSpec
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, str]
-
-    @classmethod
-    def of(cls, spec: LossSpec) -> Loss:
-        """That of an artefact, whose tensors are called what the spec calls them."""
-        return cls(spec, {name: name for name in spec.inputs}, {n: n for n in spec.outputs})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,42 +48,34 @@ class ServedGraph:
     unbatched: str | None
 
 
-def read_losses(model: onnx.ModelProto) -> tuple[Loss, ...]:
-    """The losses that `model` says it computes: its spec's, or those that were attached.
-
-    Raises:
-        ArtefactError: when the metadata are damaged.
-    """
-    spec = read_spec(model)
-    if spec is not None:
-        return (Loss.of(spec),)
-    properties = {entry.key: entry.value for entry in model.metadata_props}
-    try:
-        return tuple(
-            Loss(LossSpec.from_dict(loss["spec"]), loss["inputs"], loss["outputs"])
-            for loss in json.loads(properties.get(ATTACHED, "[]"))
-        )
-    except (ValueError, TypeError, KeyError) as exc:
-        raise ArtefactError(
-            f"the model's metadata entry {ATTACHED} is damaged ({exc}); attach the loss again"
-        ) from exc
-
-
 def serve(model: onnx.ModelProto) -> ServedGraph:
     """The served graph of a loss artefact, of a model with losses attached, or of any model.
 
     A graph that is served already comes back as it is.
 
     Raises:
-        ArtefactError: when the rank of an input or output can't be told, or metadata are damaged.
-        UnsupportedError: on an opset older than 13.
+        ArtefactError: when the rank of an input or output can't be told, metadata are damaged, or
+            the graph is no valid one.
+        UnsupportedError: on an opset older than 13, on a model of 2 GiB or more, and on a loss with
+            an upstream gradient.
     """
+    if model.ByteSize() >= _PROTOBUF_LIMIT:
+        raise UnsupportedError(
+            "the model has 2 GiB or more, and a served one is written as a single file; keep the "
+            "weights outside and write its folder by hand, then check it with repository --lint"
+        )
     losses = read_losses(model)
+    if any(loss.spec.upstream for loss in losses):
+        raise UnsupportedError(
+            "a server has no gradient to pass back, and grad_output, in the shape of the loss, no "
+            "rows of a request; serve the loss without upstream"
+        )
     spec, route, done = read_spec(model), read_route(model), is_served(model)
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     editor = _Editor(copy)
-    unbatched = why_unbatched(losses, onnx_ports(copy))
+    ports = onnx_ports(copy)
+    unbatched = why_unbatched(losses, ports) or _rows_alone(ports)
     if done:
         return ServedGraph(copy, losses, unbatched)
     for loss in losses:
@@ -121,7 +98,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     try:
         onnx.checker.check_model(copy, full_check=True)
     except MODEL_ERRORS as exc:
-        raise ArtefactError(f"the model is damaged, and can't be served: {exc}") from exc
+        raise ArtefactError(f"the model is no valid ONNX graph: {exc}") from exc
     return ServedGraph(copy, losses, unbatched)
 
 
@@ -130,25 +107,10 @@ def _note_served(model: onnx.ModelProto) -> None:
     helper.set_model_props(model, {**properties, SERVED: "1"})
 
 
-def why_unbatched(losses: Iterable[Loss], ports: ModelPorts) -> str | None:
-    """Why the rows of two requests must not go into one batch; None where they may."""
-    for loss in losses:
-        spec = loss.spec
-        if spec.reduction != "none" and not spec.per_sample:
-            return (
-                f"{loss.outputs['loss']} is a {spec.reduction} over all rows of a batch: requests "
-                "of different callers would be mixed into one number"
-            )
-        if spec.runtime_beta:
-            return "beta is one number for a whole batch, and two requests may differ in it"
-    for kind, given in (("input", ports.inputs), ("output", ports.outputs)):
-        for port in given:
-            if port.dims is None:
-                continue
-            if not port.dims or port.dims[0] != -1:
-                return f"the {kind} {port.name} has no axis of rows"
-            if kind == "input" and len(port.dims) == 1:
-                return f"the input {port.name} has no axis beside its rows"
+def _rows_alone(ports: ModelPorts) -> str | None:
+    for port in ports.inputs:
+        if len(port.dims or ()) == 1:  # its dims in the config would be empty
+            return f"the input {port.name} has no axis beside its rows"
     return None
 
 
@@ -158,6 +120,7 @@ class _Editor:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
         versions = [e.version for e in model.opset_import if e.domain in ("", "ai.onnx")]
+        self._guarded: list[tuple[str, str]] = []
         self._opset = max(versions, default=1)
         if self._opset < _AXES_AS_INPUT:
             raise UnsupportedError(
@@ -210,15 +173,20 @@ class _Editor:
         dims, own = (self._known(name) for name in (like, tensor))
         if tensor == like or dims is None or own is None or _sizes(dims) != _sizes(own):
             return
+        if (tensor, like) in self._guarded:  # by another loss of the two
+            return
+        self._guarded.append((tensor, like))
         nodes = self.model.graph.node
         made = {name: i for i, node in enumerate(nodes) for name in node.output}
         start = max(made.get(tensor, -1), made.get(like, -1)) + 1
         users = list(nodes[start:])
-        guarded, shape = f"{tensor}/guarded", f"{tensor}/shape"
+        before = sum(other == tensor for other, _ in self._guarded) - 1
+        prefix = f"{tensor}/{before}" if before else tensor
+        guarded, shape = f"{prefix}/guarded", f"{prefix}/shape"
         added = [helper.make_node("Shape", [like], [shape], name=shape)]
         if sum(isinstance(dim, str) for dim in dims) > 1:
             # The number of elements alone doesn't tell [4, 6] from [6, 4].
-            added += self._equal_or_zero(tensor, shape)
+            added += self._equal_or_zero(tensor, shape, prefix)
             shape = added[-1].output[0]
         zero: dict[str, Any] = {"allowzero": 1} if self._opset >= _ALLOWZERO else {}
         added.append(helper.make_node("Reshape", [tensor, shape], [guarded], name=guarded, **zero))
@@ -227,10 +195,10 @@ class _Editor:
         nodes.extend([*added, *users])
 
     @staticmethod
-    def _equal_or_zero(tensor: str, shape: str) -> list[onnx.NodeProto]:
+    def _equal_or_zero(tensor: str, shape: str, prefix: str) -> list[onnx.NodeProto]:
         """`shape` where it is `tensor`'s too, and zeros, which fit no element, where it isn't."""
         own, equal, number, every, wanted = (
-            f"{tensor}/{what}" for what in ("own", "equal", "number", "every", "wanted")
+            f"{prefix}/{what}" for what in ("own", "equal", "number", "every", "wanted")
         )
         return [
             helper.make_node("Shape", [tensor], [own], name=own),

@@ -52,8 +52,10 @@ class Transport(ABC):
         """Inputs and outputs of a model: `name`, `datatype` and `shape` of each."""
 
     @abstractmethod
-    def infer(self, model: str, version: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Every output of a model."""
+    def infer(
+        self, model: str, version: str, arrays: Mapping[str, Array], request_id: str = ""
+    ) -> dict[str, Array]:
+        """Every output of a model; the id goes to the server's logs and traces."""
 
     @abstractmethod
     def close(self) -> None:
@@ -140,10 +142,14 @@ class HttpTransport(Transport):
         response = self._request("GET", _path(model, version))
         return dict(json.loads(response.data))
 
-    def infer(self, model: str, version: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    def infer(
+        self, model: str, version: str, arrays: Mapping[str, Array], request_id: str = ""
+    ) -> dict[str, Array]:
         """As `Transport.infer`."""
         client = self._triton.InferenceServerClient
-        body, json_size = client.generate_request_body(_inputs(self._triton, arrays))
+        body, json_size = client.generate_request_body(
+            _inputs(self._triton, arrays), request_id=request_id
+        )
         headers = {"Content-Type": "application/octet-stream"}
         if json_size is not None:
             headers["Inference-Header-Content-Length"] = str(json_size)
@@ -221,10 +227,13 @@ class GrpcTransport(Transport):
             )
         )
 
-    def infer(self, model: str, version: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    def infer(
+        self, model: str, version: str, arrays: Mapping[str, Array], request_id: str = ""
+    ) -> dict[str, Array]:
         """As `Transport.infer`."""
         inputs = _inputs(self._triton, arrays)
-        result = self._call(self._client.infer, model, inputs, version, client_timeout=self.timeout)
+        options = {"request_id": request_id, "client_timeout": self.timeout}
+        result = self._call(self._client.infer, model, inputs, version, **options)
         names = [output.name for output in result.get_response().outputs]
         return {name: result.as_numpy(name) for name in names}
 

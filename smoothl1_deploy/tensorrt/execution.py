@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..device import Device
-from ..errors import BackendUnavailableError, InvalidInputError, UnsupportedError
+from ..errors import BackendUnavailableError, InvalidInputError, SpecError, UnsupportedError
 from .engine import Engine
 from .flavour import Flavour
 from .runtime_cache import RuntimeCache
@@ -58,6 +58,7 @@ class Program:
         runtime_cache: file for the kernels that `tensorrt_rtx` compiles; None keeps none.
 
     Raises:
+        SpecError: for fewer than one context.
         UnsupportedError: for an engine without its weights.
         BackendUnavailableError: when the engine can't be deserialised here.
     """
@@ -71,6 +72,8 @@ class Program:
         contexts: int = 4,
         runtime_cache: Path | None = None,
     ) -> None:
+        if contexts < 1:
+            raise SpecError(f"contexts must be at least 1, got {contexts}")
         if engine.sidecar.options.strip_plan:
             raise UnsupportedError(
                 "the engine was built with strip_plan and holds no weights; build it without"

@@ -180,6 +180,11 @@ def _parser_error(parser: Any, flavour: Flavour, logged: str) -> BuildError:
         remedy = "TensorRT can't reduce a tensor of rank 0: Reshape it to (-1,) first"
     elif "must have same input types" in "".join(parts):
         remedy = "TensorRT promotes nothing: cast both inputs of the node to one dtype"
+    elif "operator NonZero" in "".join(parts):
+        remedy = (
+            "TensorRT can't find out at run time which axes of input were broadcast, to sum its "
+            "gradient over: export with a size of 1 or one name for the axes that meet"
+        )
     return BuildError(
         f"{flavour} can't parse the model: {'; '.join(dict.fromkeys(parts))}. {remedy}, "
         "or run the model on ONNX Runtime (backend='ort-cpu')"

@@ -23,7 +23,9 @@ from smoothl1_deploy.backends import gpu, ort_tensorrt
 from smoothl1_deploy.backends.ort_gpu import OrtCudaBackend
 from smoothl1_deploy.backends.ort_nodes import host_nodes, inlined
 from smoothl1_deploy.backends.ort_tensorrt import OrtTensorrtBackend, OrtTensorrtRtxBackend
+from smoothl1_deploy.backends.torch_cuda import TorchCudaBackend
 from smoothl1_deploy.errors import BackendUnavailableError, UnsupportedError
+from smoothl1_deploy.serving.served_graph import serve
 
 CPU = "CPUExecutionProvider"
 SPEC = LossSpec(0.5, "none")
@@ -78,6 +80,29 @@ def test_every_input_and_output() -> None:
     a, b = pair(spec, (6, 4))
     outputs = runner.run(a, b, weight=np.ones((6, 4), np.float32))
     assert {name: x.shape for name, x in outputs.items()} == {"loss": (6,), "grad_input": (6, 4)}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [LossSpec(runtime_beta=True), LossSpec(per_sample=True), LossSpec(dtype="bfloat16")],
+    ids=lambda spec: spec.name,
+)
+@pytest.mark.parametrize("backend", [Cuda, TorchCudaBackend])
+def test_a_served_graph_gives_the_shapes_of_its_spec(spec: LossSpec, backend: Any) -> None:
+    device = HostDevice()
+    model = export(spec, shape=("N", 4))
+    plain, served = (backend(device).load(m) for m in (model, serve(model).model))
+    a, b = pair(spec, (6, 4))
+    beta = 0.25 if spec.runtime_beta else None
+    expected = plain.run(a, b, beta=beta)["loss"]
+    on_host = served.run(a, b, beta=beta)["loss"]
+    on_device = served.run(device.upload(a), device.upload(b), beta=beta)["loss"]
+    for loss in (on_host, device.download(on_device)):
+        assert loss.shape == expected.shape
+        np.testing.assert_array_equal(loss, expected)
+    if backend is TorchCudaBackend:
+        recorded = served.capture(device.upload(a), device.upload(b), beta=beta)
+        assert recorded.result["loss"].shape == expected.shape
 
 
 def test_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:

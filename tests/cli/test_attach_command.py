@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import parser
+from onnx import numpy_helper, parser
 
 from smoothl1_deploy.cli import main
 
@@ -61,3 +62,77 @@ def test_bad_usage_is_a_sentence(
     err = capsys.readouterr().err
     assert text in err and "Traceback" not in err
     assert not out.exists()
+
+
+def _with_weights_beside(folder: Path, location: str = "w.bin") -> Path:
+    folder.mkdir(exist_ok=True)
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 18]>'
+        "g (float[N, 4] x) => (float[N, 4] boxes) { boxes = MatMul(x, w) }"
+    )
+    weights = np.arange(16, dtype=np.float32).reshape(4, 4)
+    model.graph.initializer.append(numpy_helper.from_array(weights, "w"))
+    path = folder / "detector.onnx"
+    onnx.save(
+        model, path, save_as_external_data=True, location=location, size_threshold=0
+    )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("route", ["function", "inlined"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_weights_beside_the_model_stay_beside_it(
+    tmp_path: Path, elsewhere: bool, route: str
+) -> None:
+    detector = _with_weights_beside(tmp_path / "model")
+    out = (tmp_path / "other" if elsewhere else detector.parent) / "scored.onnx"
+    out.parent.mkdir(exist_ok=True)
+    words = ["attach", str(detector), "--prediction", "boxes", "--target", "gt", "--route", route]
+    assert main([*words, "-o", str(out)]) == 0
+    bare = onnx.load(out, load_external_data=False)
+    assert bare.graph.initializer[0].data_location == onnx.TensorProto.EXTERNAL
+    assert (out.parent / "w.bin").read_bytes() == (detector.parent / "w.bin").read_bytes()
+    x, gt = np.ones((3, 4), np.float32), np.zeros((3, 4), np.float32)
+    (before,) = ort.InferenceSession(detector).run(None, {"x": x})
+    boxes, _ = ort.InferenceSession(out).run(None, {"x": x, "gt": gt})
+    assert boxes.tobytes() == before.tobytes()
+
+
+def test_weights_that_can_t_be_carried(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    detector = _with_weights_beside(tmp_path / "model")
+    other = tmp_path / "other"
+    other.mkdir()
+    words = ["attach", str(detector), "--prediction", "boxes", "--target", "gt"]
+    (other / "w.bin").write_bytes(b"somebody else's")
+    assert main([*words, "-o", str(other / "scored.onnx")]) == 2
+    assert "it exists; choose another folder" in capsys.readouterr().err
+    assert (other / "w.bin").read_bytes() == b"somebody else's"
+    (detector.parent / "w.bin").rename(tmp_path / "w.bin")
+    assert main([*words, "-o", str(other / "scored.onnx")]) == 2
+    assert "which does not exist" in capsys.readouterr().err
+    bare = onnx.load(detector, load_external_data=False)
+    bare.graph.initializer[0].external_data[0].value = "../w.bin"
+    detector.write_bytes(bare.SerializeToString())
+    assert main([*words, "-o", str(other / "scored.onnx")]) == 2
+    assert "outside of its folder" in capsys.readouterr().err
+    assert not (other / "scored.onnx").exists()
+
+
+def test_beyond_protobuf_s_limit_the_weights_go_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is at 2 GB, with the limit brought down to 4 kB."""
+    command = importlib.import_module("smoothl1_deploy.cli.attach")
+    monkeypatch.setattr(command, "_PROTOBUF_LIMIT", 4096)
+    detector = tmp_path / "detector.onnx"
+    model = parser.parse_model(MODEL)
+    weights = np.arange(4096, dtype=np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weights, "unused"))
+    onnx.save(model, detector)
+    out = tmp_path / "scored.onnx"
+    words = ["attach", str(detector), "--prediction", "boxes", "--target", "gt", "-o", str(out)]
+    assert main(words) == 0
+    assert (tmp_path / "scored.onnx.data").stat().st_size >= weights.nbytes
+    x = np.ones((3, 4), np.float32)
+    boxes, loss = ort.InferenceSession(out).run(None, {"x": x, "gt": 0 * x})
+    assert loss == 0.5 and boxes.tobytes() == x.tobytes()

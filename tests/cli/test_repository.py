@@ -59,6 +59,24 @@ def test_a_model_of_ones_own_and_a_cluster(cli: Callable[..., Done]) -> None:
     assert service["spec"]["predictor"]["model"]["storageUri"] == "pvc://models/my_models"
 
 
+def test_certified_as_it_is_written(cli: Callable[..., Done]) -> None:
+    assert cli("repository", "a", "--per-sample", "--name", "own", "--certify").code == 0
+    grafted = model(reduction="none")
+    arguments = ("--prediction", "loss", "--target", "gt", "--only-loss", "-o", "attached.onnx")
+    assert cli("attach", grafted, *arguments).code == 0
+    done = cli("repository", "a", "--model", "attached.onnx", "--certify", "--json")
+    (written,) = json.loads(done.out)["models"]
+    assert (done.code, written["certificate"]["state"]) == (0, "matches")
+    done = cli("repository", "--lint", "a")
+    assert (done.code, done.out.count("cases green on")) == (0, 2)
+
+    assert cli("attach", "attached.onnx", "--prediction", "gt", "--target", "loss",
+               "-o", "two.onnx").code == 0  # fmt: skip
+    done = cli("repository", "b", "--model", "two.onnx", "--certify")
+    assert (done.code, Path("b").exists()) == (2, False)
+    assert "the model says of 2 losses that it computes them" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

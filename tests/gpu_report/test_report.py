@@ -171,6 +171,41 @@ def test_the_command_writes_both_files(
     assert "wrote " in capsys.readouterr().out
 
 
+def test_a_whole_run_on_memory_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the card is real: tensors, calls, contestants, tables."""
+    import time
+
+    import torch
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Any) -> float:
+            return (float(end.at) - self.at) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(command, "find_device", lambda what: HostDevice())
+    monkeypatch.setattr(command, "_gpu", lambda torch, index: GPU)
+    monkeypatch.setattr(command, "copy_bandwidth", lambda torch: 1e10)
+    monkeypatch.setattr(command, "TORCH", ("torch-eager",))
+    monkeypatch.setattr(command, "usable_backends", lambda: (("ort-cpu",), {}))
+    monkeypatch.setattr("smoothl1_deploy.gpu_report.plan.SIZES", (12, 10))
+    assert command.main(["-o", str(tmp_path), "--no-parity"]) == 0
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert len(found["speed"]) == 2 * 2 * 3 * 2 and found["dropped"] == []
+    assert all(row["timing"]["median_s"] > 0 for row in found["speed"]), found["speed"]
+    graphs = {(row["contestant"], row["graph"]): row["error"] for row in found["small"]}
+    assert graphs["torch-eager", False] is graphs["ort-cpu", False] is None
+    assert "%)" in next(tmp_path.glob("*.md")).read_text()
+
+
 def test_red_cells_end_with_1(
     machine: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

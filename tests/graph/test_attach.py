@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -308,3 +309,17 @@ def test_the_model_given_stays_as_it_was() -> None:
     bytes_before = before.SerializeToString()
     attach(before, "boxes", "gt", LossSpec(gradient=True))
     assert before.SerializeToString() == bytes_before
+
+
+@pytest.mark.parametrize("step", ["inlined", "convert"])
+def test_more_than_protobuf_reads_is_refused_where_a_step_takes_bytes(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("smoothl1_deploy.graph.attach")
+    monkeypatch.setattr(module, "_PARSED", 64)
+    with pytest.raises(ArtefactError, match=r"and .* takes 64 at most .*load_external_data=False"):
+        if step == "inlined":
+            attach(linear(), "boxes", "gt", route="inlined")
+        else:
+            attach(linear(11), "boxes", "gt", convert_opset=True)
+    assert attach(linear(), "boxes", "gt").functions  # which takes none

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -41,6 +42,8 @@ def test_the_gradient_at_every_kind_of_point_is_autograd_s(beta: float, backend:
     assert ulp_distance(got[finite], expected[finite]).max() <= 1
 
 
+_ORT = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+
 BROADCASTS = [
     ((16,), (4, 16)),
     ((3, 1, 5), (7, 5)),
@@ -57,6 +60,8 @@ BROADCASTS = [
 def test_the_gradient_of_a_broadcast_input_has_its_shape(
     a: tuple[int, ...], b: tuple[int, ...], reduction: str
 ) -> None:
+    if a == b == (0,) and _ORT < (1, 30):
+        pytest.skip("ONNX Runtime before 1.30 makes [1] of nothing summed over no axes")
     x, y = pair(a, b, "float64")
     tensor = torch.from_numpy(x.copy()).requires_grad_()
     torch.nn.SmoothL1Loss(reduction=reduction)(tensor, torch.from_numpy(y)).sum().backward()
@@ -178,3 +183,72 @@ def test_specs_survive_the_metadata_and_names_differ() -> None:
     models = [export(spec) for spec in specs]
     assert [load(model).spec for model in models] == specs
     assert len({model.graph.name for model in models}) == len(specs)
+
+
+UPSTREAM = [
+    ("none", False, (4, 5), (4, 5)),
+    ("none", False, (5,), (4, 5)),
+    ("none", False, (4, 1), (5,)),
+    ("mean", False, (4, 5), (4, 5)),
+    ("sum", False, (3, 1, 5), (7, 5)),
+    ("mean", True, (4, 5), (4, 5)),
+    ("sum", True, (4, 3, 2), (3, 2)),
+    ("mean", False, (), ()),
+    ("mean", True, (0, 5), (0, 5)),
+    ("none", False, (3, 0), (3, 0)),
+]
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize(("reduction", "per_sample", "a", "b"), UPSTREAM)
+def test_an_upstream_gradient_is_autograd_s_grad_outputs(
+    reduction: str, per_sample: bool, a: tuple[int, ...], b: tuple[int, ...], beta: float,
+    backend: str,
+) -> None:  # fmt: skip
+    x, y = pair(a, b, "float64")
+    tensor = torch.from_numpy(x.copy()).requires_grad_()
+    losses = torch.nn.SmoothL1Loss(reduction="none", beta=beta)(tensor, torch.from_numpy(y))
+    if per_sample:
+        losses = losses.flatten(1)
+        losses = losses.mean(1) if reduction == "mean" else losses.sum(1)
+    elif reduction != "none":
+        losses = losses.mean() if reduction == "mean" else losses.sum()
+    upstream = torch.randn(losses.shape, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(losses, tensor, upstream)
+    spec = LossSpec(beta, reduction, "float64", per_sample, gradient=True, upstream=True)
+    for shape in (None, a):
+        model = export(spec, shape=shape, target_shape=None if shape is None else b)
+        got = load(model, backend).run(x, y, grad_output=upstream)["grad_input"]
+        assert got.shape == a
+        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_an_upstream_gradient_at_every_kind_of_point(beta: float) -> None:
+    points = np.array([0.0, -0.0, beta, -beta, 0.3, -2.0, math.inf, -math.inf, math.nan])
+    x, upstream = (v.reshape(-1).astype(np.float32) for v in np.meshgrid(points, points))
+    tensor = torch.tensor(x, requires_grad=True)
+    loss = torch.nn.SmoothL1Loss(beta=beta, reduction="none")(tensor, torch.zeros(len(x)))
+    (expected,) = torch.autograd.grad(loss, tensor, torch.tensor(upstream))
+    model = export(LossSpec(beta, "none", gradient=True, upstream=True))
+    got = load(model).run(x, np.zeros_like(x), grad_output=upstream)["grad_input"]
+    assert got.shape == expected.shape
+    nan = np.isnan(expected.numpy()) | np.isnan(x)
+    np.testing.assert_allclose(got[~nan], expected.numpy()[~nan], rtol=1e-6)
+    assert (np.isnan(got) == np.isnan(expected.numpy())).all()
+
+
+def test_upstream_refusals() -> None:
+    with pytest.raises(SpecError, match="without gradient=True there is no such output"):
+        LossSpec(upstream=True)
+    with pytest.raises(SpecError, match="upstream must be True or False, got 1"):
+        LossSpec(gradient=True, upstream=1)  # type: ignore[arg-type]
+    runner = load(export(LossSpec(per_sample=True, gradient=True, upstream=True)))
+    x, y = pair((4, 5), (4, 5))
+    with pytest.raises(InvalidInputError, match=r"has the shape \(5,\), and the loss \(4,\)"):
+        runner.run(x, y, grad_output=np.ones(5, np.float32))
+    with pytest.raises(InvalidInputError, match="grad_output is missing"):
+        runner.run(x, y)
+    with pytest.raises(InvalidInputError, match="and no grad_output; leave it out"):
+        load(export(LossSpec(gradient=True))).run(x, y, grad_output=np.float32(1))

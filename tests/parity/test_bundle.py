@@ -39,7 +39,8 @@ def run(bundle: Bundle, tmp_path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def result_of(model: onnx.ModelProto, spec: LossSpec, case: Case, backend: str) -> CaseResult:
-    return check(get_backend(backend, 1).load(model), case, References.of(spec, case))
+    chosen = get_backend(backend, 1)
+    return check(chosen.load(model), case, References.of(spec, case), chosen.accumulator)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,11 @@ def test_a_full_block_of_the_largest_multiples_stays_exact() -> None:
     )
 
 
+def test_a_full_block_of_many_bits_stays_exact() -> None:
+    values = np.random.default_rng(0).uniform(1, 2, module._BLOCK)
+    assert exact_sum(values).finite == sum(map(Fraction, values.tolist()))
+
+
 def test_a_sum_beyond_float64_is_infinite_only_in_the_end() -> None:
     huge = exact_sum(np.full(4, 1.7e308))
     assert Partial(huge).sum == math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,12 +14,13 @@ import pytest
 
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.errors import InvalidInputError
-from smoothl1_deploy.scoring import shards
+from smoothl1_deploy.scoring import ray_engine, shards
+from smoothl1_deploy.scoring.engine import PieceResult, PieceScorer, score_locally
 from smoothl1_deploy.scoring.ray_engine import RayEngine
 from smoothl1_deploy.scoring.score import Progress, Score, score_files
 from smoothl1_deploy.scoring.scorer import make_job
 
-PIECES = 60
+PIECES = 40
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +86,47 @@ def test_a_killed_worker_changes_nothing(
     assert workers[0] in workers and len({*workers}) >= 3  # two, and the one in the killed's place
 
 
-def test_an_error_names_the_shard_and_the_worker(
+@pytest.mark.parametrize(("failures", "works"), [(2, True), (3, False)])
+def test_a_piece_that_fails_is_tried_three_times(
+    located: dict[str, dict[str, shards.Location]],
+    monkeypatch: pytest.MonkeyPatch,
+    failures: int,
+    works: bool,
+) -> None:
+    score, left = PieceScorer.score, failures
+
+    def flaky(self: PieceScorer, piece: shards.Piece, shard: shards.Shard) -> PieceResult:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError("the network")
+        return score(self, piece, shard)
+
+    monkeypatch.setattr(PieceScorer, "score", flaky)
+    plan = shards.make_plan(located, flat=True)
+    actor = ray_engine._Actor(make_job(LossSpec()), plan)
+    (done,) = (
+        pickle.loads(actor({"task": pickle.dumps([plan.pieces[0]])})["done"]) if works else [0]
+    )
+    if works:
+        (expected,) = score_locally(make_job(LossSpec()), plan, [plan.pieces[0]])
+        assert done.partial == expected.partial and done.worker.endswith(f":{os.getpid()}")
+    else:
+        with pytest.raises(OSError, match="the network"):
+            actor({"task": pickle.dumps([plan.pieces[0]])})
+
+
+def test_an_error_names_shard_and_worker_and_this_machine_finishes(
     cluster: None, located: dict[str, dict[str, shards.Location]]
 ) -> None:
-    damaged = bytearray(Path("t/b.npz").read_bytes())
+    job, whole = make_job(LossSpec()), Path("t/b.npz").read_bytes()
+    expected = score_files(job, located)
+    damaged = bytearray(whole)
     damaged[len(damaged) // 2] ^= 1
     Path("t/b.npz").write_bytes(damaged)
     with pytest.raises(InvalidInputError, match=r"^shard b.npz.* damaged .*\(on [^)]+:\d+\)$"):
-        score_files(make_job(LossSpec()), located, engine=RayEngine(), journal=Path("j"))
+        score_files(job, located, engine=RayEngine(), journal=Path("j"))
+    Path("t/b.npz").write_bytes(whole)
+    resumed = score_files(job, located, journal=Path("j"))
+    assert 0 < resumed.scored < resumed.count  # the pieces of the other shard were kept
+    assert same(replace(resumed, scored=expected.scored), expected)

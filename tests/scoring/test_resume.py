@@ -240,6 +240,19 @@ def test_scores_that_are_gone_are_computed_again(cli: Callable[..., Done]) -> No
     assert Path("s.npy").read_bytes() == Path("whole.npy").read_bytes()
 
 
+def test_an_unfinished_file_of_other_scores_is_not_continued(cli: Callable[..., Done]) -> None:
+    whole(cli)
+    data = Path("whole.npy").read_bytes()
+    Path(".s.npy.part").write_bytes(data.replace(b"<f4", b"<i4"))
+    assert cli("score", *OPTIONS).code == 0
+    assert Path("s.npy").read_bytes() == data
+
+
+def test_a_journal_that_cannot_be_written(cli: Callable[..., Done]) -> None:
+    done = cli("score", *FILES, "--journal", "p.npy/j")
+    assert done.code == 2 and "can't write the journal p.npy/j (" in done.err
+
+
 def test_a_damaged_line_ends_what_is_believed(cli: Callable[..., Done]) -> None:
     expected = whole(cli)
     killed("after the journal")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest_cli import Done
+from conftest_cli import Done, spawn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -233,3 +233,52 @@ def test_bad_usage(cli: Callable[..., Done], saved: Pair, options: list[str], me
     assert done.code == 2 and message in done.err
     assert {path.name for path in Path().iterdir()} <= {"p.npy", "t.npy", "user-cache"}
     assert not list(Path("user-cache").rglob("*.journal*"))
+
+
+@pytest.mark.parametrize(
+    ("without", "options", "message"),
+    [
+        ("ray", ["--engine", "ray"], "--engine ray needs the package 'ray"),
+        (
+            "pyarrow",
+            ["--per-sample", "-o", "s.parquet"],
+            "writing Parquet needs the package 'pyarr",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_with_its_command(
+    saved: Pair, without: str, options: list[str], message: str
+) -> None:
+    done = spawn("score", *FILES, *options, without=without)
+    extra = "ray" if without == "ray" else "score"
+    assert done.code == 3 and message in done.err
+    assert f"pip install 'smoothl1-deploy[{extra}]'" in done.err
+    assert not list(Path().glob(".s.*"))
+
+
+def test_a_model_of_other_origin(cli: Callable[..., Done], saved: Pair) -> None:
+    import onnx
+
+    text = """<ir_version: 8, opset_import: ["" : 18]> g (float[N, 3] y, float[N, 3] y_true)
+    => (float l) { d = Sub(y, y_true) a = Abs(d) l = ReduceMean<keepdims=0>(a) }"""
+    onnx.save(onnx.parser.parse_model(text), "l1.onnx")
+    done = cli("score", *FILES, "--model", "l1.onnx")
+    assert done.code == 2 and "the model doesn't say what it computes; give spec=" in done.err
+    found = report(
+        cli("score", *FILES, "--model", "l1.onnx", "--beta", "0", "--reduction", "mean", "--json")
+    )
+    assert found["loss"] == pytest.approx(np.abs(saved[0] - saved[1]).mean(dtype=float), rel=1e-6)
+    done = cli("score", *FILES, "--model", "l1.onnx", "--reduction", "sum", "--per-sample")
+    assert done.code == 2 and "its metadata or the given reduction is wrong" in done.err
+
+
+def test_a_model_that_is_asked_for_what_it_is_not(cli: Callable[..., Done], saved: Pair) -> None:
+    Path("loss.onnx").write_bytes(export(LossSpec(0.5)).SerializeToString())
+    for options, message in (
+        (["--per-sample"], "loss.onnx gives no score for each row; export it with --per-sample"),
+        (["--beta", "1"], "loss.onnx has beta=0.5, not 1.0; leave --beta out"),
+        (["--reduction", "sum"], "the artefact computes {'beta': 0.5, 'reduction': 'mean'"),
+        (["--dtype", "float32"], "--dtype is the model's own; leave it out"),
+    ):
+        done = cli("score", *FILES, "--model", "loss.onnx", *options)
+        assert done.code == 2 and message in done.err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +92,7 @@ REFUSED = {
     "a.csv": "a.csv is none of .npy, .npz, .parquet",
     "text.npy": "text.npy is not a .npy file",
     "text.npz": "text.npz can't be read as an .npz file",
-    "text.parquet": "text.parquet can't be read as a Parquet file",
+    "text.parquet": "text.parquet can't be read as Parquet: it is truncated, damaged or of another",
     "scalar.npy": "scalar.npy has no axis",
     "scalar.npz": "input in scalar.npz has no axis",
     "words.npy": "words.npy holds <U1, which are no numbers",
@@ -161,6 +163,29 @@ def test_an_archive_that_claims_a_huge_array_costs_nothing(cli: Callable[..., Do
         archive.writestr("input.npy", header.getvalue() + bytes(1 << 20))
     with pytest.raises(InvalidInputError, match="where its header says 4398046511"):
         open_source(Location(Path("bomb.npz"), "input"))
+
+
+@pytest.mark.parametrize("path", ["a.npy", "a.npz", "a.parquet"])
+def test_whatever_the_damage_it_is_told_or_harmless(path: str) -> None:
+    write(path, ROWS)
+    whole = Path(path).read_bytes()
+    rng = random.Random(0)
+    told = 0
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            del data[rng.randrange(len(data)) :]
+        Path(path).write_bytes(data)
+        try:
+            source = open_source(Location(Path(path), "input"))
+            if math.prod(source.shape) < 1000:
+                source.read(0, source.shape[0])
+            source.close()
+        except InvalidInputError:
+            told += 1
+    assert told > 20
 
 
 # Shards ------------------------------------------------------------------------------------------

@@ -46,7 +46,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory, triton: Triton) -> Path
 @pytest.fixture(scope="module")
 def server(repository: Path, triton: Triton) -> Iterator[Server]:
     """All of SPECS, loaded; it must be left as it was found."""
-    with Server(repository, triton, log=repository.parent / "triton.log") as server:
+    server = Server(repository, triton, log=repository.parent / "triton.log")
+    server.start()
+    try:
         for name in SPECS:
             server.load(name)
         yield server
+    finally:
+        server.stop(at_once=True)

@@ -359,10 +359,17 @@ def test_models_of_other_backends(repository: Path) -> None:
         "pipeline": 'platform: "ensemble"',
         "custom": 'backend: "mine" max_batch_size: 4',
         "script": 'backend: "python"',
+        # A number a row, which Triton shows as [1] and gives the model as [N].
+        "rows": 'platform: "onnxruntime_onnx" max_batch_size: 4 '
+        'input { name: "x" data_type: TYPE_FP32 dims: [ 1 ] reshape { shape: [ ] } } '
+        'output { name: "y" data_type: TYPE_FP32 dims: [ 1 ] reshape { shape: [ ] } }',
         "named": 'backend: "python" default_model_filename: "main.py"',
     }.items():
         (repository / name / "1").mkdir(parents=True)
         (repository / name / "config.pbtxt").write_text(config)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "rows", [x], [y])
+    onnx.save(helper.make_model(graph), repository / "rows" / "1" / "model.onnx")
     (repository / "script" / "1" / "model.py").write_text("")
     (repository / "named" / "1" / "main.py").write_text("")
     (repository / ".git").mkdir()

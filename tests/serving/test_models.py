@@ -13,7 +13,8 @@ from smoothl1_deploy import LossSpec, load
 from smoothl1_deploy.graph.metadata import read_spec
 from smoothl1_deploy.parity.certificate import read_certificate
 from smoothl1_deploy.reference.oracle import oracle
-from smoothl1_deploy.serving.catalogue import AUTOENCODER, LOSSES, certify_model, write_catalogue
+from smoothl1_deploy.serving.catalogue import AUTOENCODER, LOSSES, write_catalogue
+from smoothl1_deploy.serving.certify import certify_model
 from smoothl1_deploy.serving.lint import lint
 
 pytest.importorskip("tritonclient", reason="the extra serve")
@@ -108,5 +109,6 @@ def test_a_wrong_loss_gets_a_red_certificate(anew: Path, tmp_path: Path) -> None
                 attribute.f = 0.2
     path = tmp_path / "model.onnx"
     onnx.save(model, path)
-    certify_model(path, drift=False)
+    found, _ = certify_model(path, drift=False)
+    assert not found and found.diagnoses
     assert read_certificate(path).state == "red"

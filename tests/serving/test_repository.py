@@ -144,6 +144,18 @@ def test_a_write_that_fails_leaves_what_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["loss"]
 
 
+def test_a_write_that_fails_leaves_no_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(old: object, new: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(repository.os, "replace", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_loss(tmp_path / "new" / "models", LossSpec())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cant_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="can't write into .*file.*: Not a directory"):

@@ -82,8 +82,15 @@ def stubs(pid: int) -> list[psutil.Process]:
     return [child for child in children if "stub" in child.name()]
 
 
-def left_behind(before: set[str]) -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("smoothl1_")} - before
+def prefix(pid: int) -> str:
+    """What the shared memory of the servers below a process begins with."""
+    words = {word for stub in stubs(pid) for word in stub.cmdline() if word.startswith("smoothl1_")}
+    (found,) = {word.rpartition("_")[0] for word in words}
+    return found
+
+
+def regions(start: str) -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if name.startswith(start)]
 
 
 def arrays(rows: int = 5) -> np.ndarray:
@@ -91,7 +98,6 @@ def arrays(rows: int = 5) -> np.ndarray:
 
 
 def test_it_serves_is_looked_after_and_leaves_nothing(models: Path) -> None:
-    before = left_behind(set())
     with serving(models, "--interval", "0.2") as (process, ready):
         until(ready.exists, process)
         facts = json.loads(ready.read_text())
@@ -99,8 +105,8 @@ def test_it_serves_is_looked_after_and_leaves_nothing(models: Path) -> None:
         states = [model["certificate"]["state"] for model in facts["models"]]
         assert states == ["matches", "absent"]
         assert all(facts[key].split("//")[1].startswith("127.0.0.1:") for key in ("http", "grpc"))
-        own = left_behind(before)
-        assert own  # the regions are called what the check below looks for
+        own = prefix(process.pid)
+        assert regions(own)
 
         x, y = arrays()
         with Client(facts["grpc"], "mean") as client:
@@ -116,25 +122,25 @@ def test_it_serves_is_looked_after_and_leaves_nothing(models: Path) -> None:
     assert process.returncode == 0 and out.endswith("stopped\n")
     assert not ready.exists()
     assert not psutil.wait_procs(children, timeout=5)[1]
-    assert left_behind(before) == set()
+    assert regions(own) == []
     log = events(models)
     assert [e["event"] for e in log if e["event"] in ("ready", "stopped")] == ["ready", "stopped"]
     failed = next(e for e in log if e["event"] == "canary_failed")
     assert failed["model"] == "mean" and failed["level"] == "warning"
-    assert "not healthy" in failed["reason"]
+    assert failed["reason"] == "the process of 'mean' has died"
 
 
 def test_sigterm_before_it_is_ready_leaves_nothing_either(models: Path) -> None:
-    before = left_behind(set())
     with serving(models) as (process, ready):
         until(lambda: stubs(process.pid), process)
+        own = prefix(process.pid)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
     assert not ready.exists()
     assert not psutil.wait_procs(children, timeout=5)[1]
-    assert left_behind(before) == set()
+    assert regions(own) == []
 
 
 def test_a_wrong_number_is_not_ready(models: Path) -> None:
@@ -194,3 +200,20 @@ def test_only_loopback_listens(server: Any) -> None:
         if c.status == psutil.CONN_LISTEN
     ]
     assert len(listening) == 3 and set(listening) == {"127.0.0.1"}
+
+
+def test_a_server_that_is_killed_leaves_no_memory_and_no_child(
+    certified: Path, triton: Triton
+) -> None:
+    from smoothl1_deploy.serving.launcher import Server
+
+    server = Server(certified, triton)
+    server.start()
+    server.load("mean")
+    pid = server.pid
+    own, children = prefix(pid), psutil.Process(pid).children(recursive=True)
+    assert regions(own) and children
+    server.stop(at_once=True)
+    assert regions(own) == []
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    server.stop()  # may be called twice

@@ -10,10 +10,13 @@ from onnx import TensorProto, helper
 
 from smoothl1_deploy import LossSpec, attach, export, load, verify
 from smoothl1_deploy.artefact import signature
-from smoothl1_deploy.errors import ArtefactError
+from smoothl1_deploy.errors import ArtefactError, UnsupportedError
 from smoothl1_deploy.floats import NUMPY_DTYPE
 from smoothl1_deploy.graph.metadata import is_served, read_spec, stamp
-from smoothl1_deploy.serving.served_graph import read_losses, serve
+from smoothl1_deploy.serving import served_graph
+from smoothl1_deploy.serving.lint_graph import unguarded
+from smoothl1_deploy.serving.losses import read_losses
+from smoothl1_deploy.serving.served_graph import serve
 
 
 def served(spec: LossSpec, shape: tuple[int | str, ...] = ("N", 16)) -> onnx.ModelProto:
@@ -205,3 +208,63 @@ def test_rows_of_one_number_are_not_batched(dtype: str) -> None:
 def test_an_unknown_rank_is_refused() -> None:
     with pytest.raises(ArtefactError, match="the rank of 'input' is unknown, and a server needs"):
         serve(export(LossSpec()))
+
+
+def test_a_model_that_no_single_file_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_graph, "_PROTOBUF_LIMIT", 100)
+    with pytest.raises(UnsupportedError, match="the model has 2 GiB or more, and a served one is"):
+        serve(autoencoder())
+
+
+def test_a_graph_that_is_no_graph() -> None:
+    model = autoencoder()
+    model.graph.node[0].input[0] = "nothing"
+    with pytest.raises(ArtefactError, match="the model is no valid ONNX graph: .*nothing"):
+        serve(model)
+
+
+def test_an_old_opset_is_refused() -> None:
+    model = autoencoder()
+    model.opset_import[0].version = 11
+    with pytest.raises(UnsupportedError, match="the model is of opset 11, and a served"):
+        serve(model)
+
+
+def test_two_losses_and_a_reader_of_an_output() -> None:
+    spec = LossSpec(per_sample=True)
+    model = attach(autoencoder(), "masked", "gt", spec)
+    model = attach(model, "masked", "gt", LossSpec(0.5, reduction="none"))
+    model = attach(model, "digits", "gt", LossSpec(0.5, reduction="none"))
+    # An output that another node reads: widened for the client alone.
+    model.graph.node.append(helper.make_node("Neg", ["loss"], ["negative"], name="negative"))
+    model.graph.output.append(helper.make_tensor_value_info("negative", 1, ["N"]))
+    feeds = {"digits": rows(3), "mask": rows(3, 1), "gt": rows(3, 2)}
+    graph = serve(model)
+    assert len(graph.losses) == 3 and graph.unbatched is None
+    before, after = ask(model, **feeds), ask(graph.model, **feeds)
+    for was, now in zip(before, after, strict=True):
+        assert now.ndim == 2
+        np.testing.assert_array_equal(was.ravel(), now.ravel())
+    with pytest.raises(Exception, match="Reshape"):
+        ask(graph.model, **{**feeds, "gt": rows(1)})
+    assert unguarded(graph.model, graph.losses) == []
+    assert unguarded(model, graph.losses) == [("gt", "masked"), ("gt", "digits")]
+
+
+def test_a_subgraph_reads_what_was_renamed() -> None:
+    value = helper.make_tensor_value_info
+    branch = [
+        helper.make_graph([helper.make_node(op, ["total"], [f"{op}_out"])], op, [],
+                          [value(f"{op}_out", 1, [])])
+        for op in ("Neg", "Abs")
+    ]  # fmt: skip
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["total"], keepdims=0),
+        helper.make_node("If", ["flag"], ["y"], then_branch=branch[0], else_branch=branch[1]),
+    ]
+    inputs = [value("x", 1, ["N", 2]), value("flag", TensorProto.BOOL, [])]
+    graph = helper.make_graph(nodes, "g", inputs, [value("total", 1, []), value("y", 1, [])])
+    opset = helper.make_opsetid("", 18)
+    served_model = serve(helper.make_model(graph, opset_imports=[opset], ir_version=10)).model
+    total, y = ask(served_model, x=np.ones((3, 2), np.float32), flag=np.array([True]))
+    np.testing.assert_array_equal((total, y), ([6], [-6]))

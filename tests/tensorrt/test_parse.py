@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.errors import ArtefactError, BuildError, UnsupportedError
 from smoothl1_deploy.graph.metadata import read_spec
+from smoothl1_deploy.tensorrt.flavour import get_flavour
 from smoothl1_deploy.tensorrt.parse import parse, prepare
 
 FLOAT, HALF, DOUBLE = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE
@@ -398,3 +399,12 @@ def test_a_network_without_the_graph_s_inputs_is_refused(fake, monkeypatch):
     monkeypatch.setattr(flavour.trt.OnnxParser, "parse", lambda self, data: True)
     with pytest.raises(UnsupportedError, match=r"the graph's inputs are \['x'\], those of.*\[\]"):
         parse(model([node("Abs", ["x"], ["y"])]), flavour)
+
+
+@pytest.mark.parametrize("route", ["function", "inlined"])
+def test_a_gradient_of_axes_that_meet_unknown_says_what_to_export(route: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model = export(LossSpec(gradient=True), route, ("N", 4), target_shape=("M", 4))
+    with pytest.raises(BuildError, match="export with a size of 1 or one name for the axes"):
+        parse(model, get_flavour("tensorrt_rtx"))
+    parse(export(LossSpec(gradient=True), route, ("N", 4)), get_flavour("tensorrt_rtx"))

@@ -68,9 +68,17 @@ class Answer:
 def run_spec(
     runner: Runner, spec: LossSpec, input: Array, target: Array, weight: Array | None = None
 ) -> dict[str, Array]:
-    """Run with what the artefact takes beside its pair: weights, and beta where it is an input."""
+    """Run with what the artefact takes beside its pair: weights, beta where it is an input, and
+    an upstream gradient of 1.
+    """
     beta = spec.effective_beta if "beta" in runner.signature.inputs else None
-    return runner.run(input, target, weight=weight, beta=beta)
+    upstream = None
+    if spec.upstream:
+        shape = np.broadcast_shapes(input.shape, target.shape)
+        if spec.reduction != "none":
+            shape = shape[:1] if spec.per_sample else ()
+        upstream = np.ones(shape, NUMPY_DTYPE[spec.dtype])
+    return runner.run(input, target, weight=weight, beta=beta, grad_output=upstream)
 
 
 def ask(runner: Runner, spec: LossSpec, probe: Probe) -> Answer:

@@ -1,0 +1,214 @@
+"""`attach` on one model of each kind: what was there before, bit for bit; the loss, PyTorch's."""
+
+# ruff: noqa: E501 (a table of models reads best in rows)
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy then knows bfloat16)
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper, parser
+from onnx.reference import ReferenceEvaluator
+
+from smoothl1_deploy import LossSpec, attach
+from smoothl1_deploy.floats import ulp_distance
+from smoothl1_deploy.reference.module import eager_outputs
+
+Array = NDArray[Any]
+rng = np.random.default_rng(0)
+
+
+def normal(*shape: int, dtype: str = "float32") -> Array:
+    return np.asarray(rng.standard_normal(shape)).astype(dtype)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A kind of model, its prediction, and what to feed it; `gt` is the target's input.
+
+    `seen` is an output of the graph that equals the prediction, where that is none itself.
+    """
+
+    name: str
+    graph: str
+    feeds: dict[str, Array]
+    constants: dict[str, Array] = field(default_factory=dict)
+    prediction: str = "y"
+    target: Any = "gt"
+    truth: Array | None = None
+    opset: int = 18
+    ir: int = 8
+    imports: str = ""
+    functions: str = ""
+    seen: str | None = None
+    spec: LossSpec | None = None
+
+    def build(self) -> onnx.ModelProto:
+        text = (
+            f'<ir_version: {self.ir}, opset_import: ["" : {self.opset}{self.imports}]> '
+            f"{self.graph} {self.functions}"
+        )
+        model = parser.parse_model(text)
+        tensors = [numpy_helper.from_array(a, name) for name, a in self.constants.items()]
+        model.graph.initializer.extend(tensors)
+        return model
+
+
+X, W, B = normal(5, 6), normal(6, 4), normal(4)
+IMAGE, KERNEL = normal(2, 3, 8, 8), normal(4, 3, 3, 3)
+SEQUENCE = normal(7, 2, 3)
+RELU = "g (float[N, 6] x) => (float[N, 6] y) { y = Relu(x) }"
+MINE = ', "mine" : 1'
+TWICE = '<domain: "mine", opset_import: ["" : 18]> Twice (a) => (b) { b = Add(a, a) }'
+
+MODELS = [
+    Model("one operator", RELU, {"x": X}),
+    Model("a linear layer", "g (float[N, 6] x) => (float[N, 4] y) { h = MatMul(x, w) y = Add(h, b) }", {"x": X}, {"w": W, "b": B}),
+    Model("gemm", "g (float[N, 6] x) => (float[N, 4] y) { y = Gemm(x, w, b) }", {"x": X}, {"w": W, "b": B}),
+    Model("a perceptron", "g (float[N, 6] x) => (float[N, 6] y) { h = MatMul(x, w) s = Sigmoid(h) y = MatMul(s, v) }", {"x": X}, {"w": W, "v": normal(4, 6)}),
+    Model("an autoencoder against its own input", "g (float[N, 6] x) => (float[N, 6] y) { h = MatMul(x, w) y = MatMul(h, v) }", {"x": X}, {"w": W, "v": normal(4, 6)}, target="x", truth=X, spec=LossSpec(0.5, per_sample=True)),
+    Model("a convolution", "g (float[N, 3, 8, 8] x) => (float[N, 4, 6, 6] y) { y = Conv(x, k) }", {"x": IMAGE}, {"k": KERNEL}),
+    Model("pooling and flattening", "g (float[N, 3, 8, 8] x) => (float[N, M] y) { p = GlobalAveragePool(x) y = Flatten(p) }", {"x": IMAGE}),
+    Model("batch normalisation", "g (float[N, 3, 8, 8] x) => (float[N, 3, 8, 8] y) { y = BatchNormalization(x, s, b, m, v) }", {"x": IMAGE}, {"s": np.ones(3, "f4"), "b": normal(3), "m": normal(3), "v": np.ones(3, "f4")}),
+    Model("layer normalisation", "g (float[N, 6] x) => (float[N, 6] y) { y = LayerNormalization(x, s) }", {"x": X}, {"s": np.ones(6, "f4")}),
+    Model("a recurrent layer", "g (float[T, 2, 3] x) => (float[T, 1, 2, 4] y) { y, h = LSTM<hidden_size = 4>(x, w, r) }", {"x": SEQUENCE}, {"w": normal(1, 16, 3), "r": normal(1, 16, 4)}),
+    Model("attention by hand", "g (float[N, 6] x) => (float[N, 6] y) { t = Transpose<perm = [1, 0]>(x) s = MatMul(x, t) a = Softmax(s) y = MatMul(a, x) }", {"x": X}),
+    Model("an internal tensor", "g (float[N, 6] x) => (float[N, 6] out, float[N, 6] copy) { h = Abs(x) out = Sqrt(h) copy = Identity(h) }", {"x": X}, prediction="h", seen="copy"),
+    Model("an input as the prediction", "g (float[N, 6] x) => (float[N, 6] out, float[N, 6] copy) { out = Neg(x) copy = Identity(x) }", {"x": X}, prediction="x", seen="copy"),
+    Model("two heads against each other", "g (float[N, 6] x) => (float[N, 6] y, float[N, 6] z) { y = Relu(x) z = Identity(x) }", {"x": X}, target="z", truth=X),
+    Model("a constant array", RELU, {"x": X}, target=normal(5, 6)),
+    Model("a constant that broadcasts", RELU, {"x": X}, target=normal(6)),
+    Model("an initialiser as the target", RELU, {"x": X}, {"template": X * 2}, target="template", truth=X * 2),
+    Model("initialisers that are inputs too", "g (float[N, 6] x, float[6, 4] w) => (float[N, 4] y) { y = MatMul(x, w) }", {"x": X}, {"w": W}),
+    Model("a Constant node", "g (float[N, 6] x) => (float[N, 6] y) { c = Constant<value_float = 2.0>() y = Mul(x, c) }", {"x": X}),
+    Model("a branch (If)", "g (float[N, 6] x, bool c) => (float[N, 6] y) { y = If (c) <then_branch = t () => (float[N, 6] a) { a = Relu(x) }, else_branch = e () => (float[N, 6] b) { b = Neg(x) }> }", {"x": X, "c": np.array(False)}),
+    Model("a loop", "g (float[N, 6] x, int64 n, bool go) => (float[N, 6] y) { y = Loop (n, go, x) <body = b (int64 i, bool c, float[N, 6] s) => (bool d, float[N, 6] r) { d = Identity(c) r = Add(s, s) }> }", {"x": X, "n": np.array(3), "go": np.array(True)}),
+    Model("a scan", "g (float[6] s, float[N, 6] x) => (float[6] last, float[N, 6] y) { last, y = Scan <num_scan_inputs = 1, body = b (float[6] a, float[6] r) => (float[6] c, float[6] o) { c = Add(a, r) o = Identity(c) }> (s, x) }", {"s": normal(6), "x": X}),
+    Model("a subgraph with names of ours", "g (float[N, 6] x, bool c) => (float[N, 6] y) { y = If (c) <then_branch = t () => (float[N, 6] loss) { loss = Relu(x) }, else_branch = e () => (float[N, 6] losses) { losses = Neg(x) }> }", {"x": X, "c": np.array(True)}),
+    Model("a function of its own", "g (float[N, 6] x) => (float[N, 6] y) { y = mine.Twice(x) }", {"x": X}, imports=MINE, functions=TWICE),
+    Model("functions that call functions", "g (float[N, 6] x) => (float[N, 6] y) { y = mine.Four(x) }", {"x": X}, imports=MINE, functions=TWICE + '<domain: "mine", opset_import: ["" : 18, "mine" : 1]> Four (a) => (b) { c = mine.Twice(a) b = mine.Twice(c) }'),
+    Model("a function with an attribute", "g (float[N, 6] x) => (float[N, 6] y) { y = mine.Scale<k = 3.0>(x) }", {"x": X}, imports=MINE, functions='<domain: "mine", opset_import: ["" : 18]> Scale<k>(a) => (b) { c = Constant<value_float: float = @k>() b = Mul(a, c) }'),
+    Model("double", "g (double[N, 6] x) => (double[N, 6] y) { y = Relu(x) }", {"x": X.astype("f8")}),
+    Model("half", "g (float16[N, 6] x) => (float16[N, 6] y) { y = Relu(x) }", {"x": X.astype("f2")}),
+    Model("half inside, float outside", "g (float[N, 6] x) => (float[N, 6] y) { h = Cast<to = 10>(x) r = Relu(h) y = Cast<to = 1>(r) }", {"x": X}),
+    Model("half against a float loss", "g (float16[N, 6] x) => (float16[N, 6] y) { y = Relu(x) }", {"x": X.astype("f2")}, spec=LossSpec(0.5, dtype="float32")),
+    Model("integers before the prediction", "g (int64[N, 6] x) => (float[N, 6] y) { y = Cast<to = 1>(x) }", {"x": np.arange(30).reshape(5, 6)}),
+    Model("integers as the target", "g (float[N, 6] x, int32[N, 6] gt) => (float[N, 6] y, int32[N, 6] kept) { y = Relu(x) kept = Identity(gt) }", {"x": X, "gt": np.arange(30, dtype="i4").reshape(5, 6)}, truth=np.arange(30, dtype="i4").reshape(5, 6)),
+    Model("every name taken", "g (float[N, 6] x) => (float[N, 6] y, float[N, 6] loss) { losses = Neg(x) total = Abs(losses) loss = Sqrt(total) y = Relu(x) }", {"x": X}),
+    Model("node names that are taken", 'g (float[N, 6] x) => (float[N, 6] y) { ["loss"] h = Neg(x) ["loss/losses"] y = Neg(h) }', {"x": X}),
+    Model("a name that needs quotes", 'g (float[N, 6] "x:0") => (float[N, 6] "y/out:0") { "y/out:0" = Relu("x:0") }', {"x:0": X}, prediction="y/out:0"),
+    Model("one number", "g (float x) => (float y) { y = Neg(x) }", {"x": np.array(1.5, "f4")}),
+    Model("no rows", RELU, {"x": X[:0]}, spec=LossSpec(reduction="sum")),
+    Model("five axes", "g (float[A, B, C, D, E] x) => (float[A, B, C, D, E] y) { y = Tanh(x) }", {"x": normal(2, 1, 3, 2, 2)}, spec=LossSpec(0.1, "sum", per_sample=True)),
+    Model("unnamed axes", "g (float[?, ?] x) => (float[?, ?] y) { y = Relu(x) }", {"x": X}),
+    Model("a reshape by data", "g (float[N, 6] x) => (float[A, B] y) { s = Constant<value_ints = [6, -1]>() y = Reshape(x, s) }", {"x": X}),
+    Model("an optional output left out", "g (float[N, 6] x) => (float[N, 2] y) { k = Constant<value_ints = [2]>() y, i = TopK(x, k) }", {"x": X}),
+    Model("operators of ONNX Runtime", "g (float[N, 6] x) => (float[N, 6] y) { y = com.microsoft.Gelu(x) }", {"x": X}, imports=', "com.microsoft" : 1'),
+    Model("operators of ai.onnx.ml", "g (float[N, 6] x) => (float[N, 6] y) { y = ai.onnx.ml.Scaler<offset = [0.5], scale = [2.0]>(x) }", {"x": X}, imports=', "ai.onnx.ml" : 3'),
+    Model("the oldest opset", RELU, {"x": X}, opset=13),
+    Model("opset 15", "g (float[N, 6] x) => (float[N, 6] y) { y = HardSwish(x) }", {"x": X}, opset=15),
+    Model("opset 16, an old IR", "g (float[N, 6] x) => (float[N, 6] y) { y = LeakyRelu(x) }", {"x": X}, opset=16, ir=7),
+    Model("opset 20", "g (float[N, 6] x) => (float[N, 6] y) { y = Gelu(x) }", {"x": X}, opset=20, ir=9),
+    Model("opset 21", "g (float[N, 6] x) => (float[N, 6] y) { y = Relu(x) }", {"x": X}, opset=21, ir=10),
+    Model("opset 23", "g (float[N, 6] x) => (float[N, 6] y) { y = RMSNormalization(x, s) }", {"x": X}, {"s": np.ones(6, "f4")}, opset=23, ir=11),
+    Model("opset 26, ONNX Runtime's newest", RELU, {"x": X}, opset=26, ir=11),
+]  # fmt: skip
+LOSSES = (LossSpec(0.5), LossSpec(reduction="none", gradient=True))
+
+
+def run(model: onnx.ModelProto | Path, feeds: dict[str, Array]) -> dict[str, Array]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Fusions across the new nodes would be another program; the graph itself is compared.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, feeds), strict=True))
+
+
+def test_there_are_at_least_thirty_and_no_two_alike() -> None:
+    assert len({model.name for model in MODELS}) == len(MODELS)
+    assert len({model.build().SerializeToString() for model in MODELS}) >= 30
+
+
+@pytest.mark.parametrize("route", ["function", "inlined"])
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_what_was_there_is_untouched_and_the_loss_is_right(model: Model, route: str) -> None:
+    before = model.build()
+    old = run(before, model.feeds)
+    predicted = old[model.seen or model.prediction]
+    for spec in (model.spec,) if model.spec else (None, *LOSSES):
+        if spec is not None and model.spec is None:
+            spec = LossSpec(spec.beta, spec.reduction, predicted.dtype, gradient=spec.gradient)
+        after = attach(before, model.prediction, model.target, spec, route=route)
+        onnx.checker.check_model(after, full_check=True)
+        new_inputs = {v.name for v in after.graph.input} - {v.name for v in before.graph.input}
+        truth = model.target if isinstance(model.target, np.ndarray) else model.truth
+        feeds = dict(model.feeds)
+        if truth is None:
+            truth = np.asarray(np.full_like(predicted, 0.25))
+            feeds["gt"] = truth.astype((spec or LossSpec()).dtype) if model.spec else truth
+        assert new_inputs == set(feeds) - set(model.feeds)
+        new = run(after, feeds)
+        for name, value in old.items():
+            assert value.tobytes() == new[name].tobytes(), name
+        used = spec or LossSpec(dtype=predicted.dtype)
+        expected = eager_outputs(used, predicted.astype(used.dtype), truth.astype(used.dtype))
+        added = [name for name in new if name not in old]
+        assert len(added) == len(expected)
+        for name, value in zip(added, expected.values(), strict=True):
+            got = new[name]
+            assert (got.dtype, got.shape) == (value.dtype, value.shape), name
+            finite = np.isfinite(value)
+            assert (np.isnan(got) == np.isnan(value)).all()
+            distance = ulp_distance(got[finite], value[finite])
+            assert distance.max(initial=0) <= 4, name
+
+
+@pytest.mark.parametrize("opset", range(27, onnx.defs.onnx_opset_version() + 1))
+def test_opsets_that_onnx_runtime_has_not_yet(opset: int) -> None:
+    before = Model("newest", RELU, {}, opset=opset, ir=13).build()
+    after = attach(before, "y", "gt", LossSpec(0.5))
+    onnx.checker.check_model(after, full_check=True)
+    assert {e.version for e in after.opset_import if not e.domain} == {opset}
+    y, loss = ReferenceEvaluator(after).run(None, {"x": X, "gt": X})
+    assert y.tobytes() == np.maximum(X, 0).tobytes()
+    expected = eager_outputs(LossSpec(0.5), y, X)["loss"]
+    assert int(ulp_distance(np.asarray(loss), expected)) <= 4
+
+
+@pytest.mark.parametrize("model", MODELS[1:8], ids=lambda model: model.name)
+def test_external_data_beside_the_file(model: Model, tmp_path: Path) -> None:
+    before = model.build()
+    options = {"save_as_external_data": True, "location": "w.bin", "size_threshold": 0}
+    onnx.save(before, tmp_path / "m.onnx", **options)
+    bare = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    stored = (tmp_path / "w.bin").read_bytes() if (tmp_path / "w.bin").exists() else b""
+    onnx.save(attach(bare, model.prediction, model.target, model.spec), tmp_path / "scored.onnx")
+    feeds = dict(model.feeds)
+    old = run(tmp_path / "m.onnx", feeds)
+    if model.target == "gt":
+        feeds["gt"] = old["y"]
+    new = run(tmp_path / "scored.onnx", feeds)
+    for name, value in old.items():
+        assert value.tobytes() == new[name].tobytes()
+    if model.target == "gt":
+        assert new["loss"] == 0
+    assert not stored or (tmp_path / "w.bin").read_bytes() == stored
+
+
+def test_the_domain_of_ours_twice_in_one_model() -> None:
+    before = MODELS[0].build()
+    one = attach(before, "y", "gt")
+    two = attach(one, "x", "gt", loss_name="other")
+    assert [e.domain for e in two.opset_import].count("smoothl1_deploy") == 1
+    assert len({(f.domain, f.name) for f in two.functions}) == len(two.functions)
+    assert helper.printable_graph(two.graph)

@@ -1,0 +1,207 @@
+"""Which Triton is used, how the embedded one comes, and what is said where neither can run."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.cli import main
+from smoothl1_deploy.errors import (
+    ArtefactError,
+    BackendUnavailableError,
+    MissingDependencyError,
+    ServerError,
+    SpecError,
+)
+from smoothl1_deploy.serving import Client
+from smoothl1_deploy.serving import install as module
+from smoothl1_deploy.serving.install import Triton, find_triton, install, install_path
+from smoothl1_deploy.serving.launcher import Server
+from smoothl1_deploy.serving.repository import write_loss
+from smoothl1_deploy.serving.supervise import models_of
+
+
+@pytest.fixture
+def nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user without an embedded Triton, and with none on PATH."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path
+
+
+def test_where_there_is_none_it_says_how_to_get_one(
+    nothing: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(MissingDependencyError, match="no tritonserver on PATH, and none in .*data"):
+        find_triton()
+    (nothing / "models").mkdir()
+    assert main(["serve", str(nothing / "models"), "--logs", str(nothing)]) == 3
+    assert "install it with: smoothl1-deploy serve --install" in capfd.readouterr().err
+    assert main(["parity", "--backend", "triton-http", "-o", str(nothing / "p")]) == 3
+
+
+def test_the_one_on_path_wins(triton: Triton, nothing: Path) -> None:
+    # The embedded one, as it would look to us if it were the one of a container.
+    (nothing / "bin").mkdir()
+    program = nothing / "bin" / "tritonserver"
+    program.write_text(f'#!/bin/sh\necho "$@" > {nothing}/options\nexit 9\n')
+    program.chmod(0o755)
+    found = find_triton()
+    assert found == Triton(program) and not found.embedded and found.platforms is None
+    write_loss(nothing / "models", LossSpec(), name="mean")
+    server = Server(nothing / "models", log=nothing / "log")
+    with pytest.raises(ServerError, match="the Triton server ended while it started"):
+        server.start()
+    options = (nothing / "options").read_text()
+    assert "--model-control-mode=explicit" in options and "--http-address=127.0.0.1" in options
+    assert "--backend-directory" not in options  # it knows its own
+
+
+@pytest.mark.parametrize("machine", [("Linux", "riscv64"), ("Darwin", "x86_64")])
+def test_another_machine(
+    nothing: Path, monkeypatch: pytest.MonkeyPatch, machine: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(module.platform, "system", lambda: machine[0])
+    monkeypatch.setattr(module.platform, "machine", lambda: machine[1])
+    with pytest.raises(BackendUnavailableError, match=f"this is {machine[0]} on {machine[1]}; put"):
+        install()
+
+
+def test_a_version_of_python_without_a_stub(
+    triton: Triton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Version(tuple[int, ...]):
+        major, minor = 3, 99
+
+    monkeypatch.setattr(module.sys, "version_info", Version((3, 99)))
+    with pytest.raises(BackendUnavailableError, match=r"has no stub for Python .*3\.11"):
+        module._checked(triton)
+
+
+@pytest.mark.parametrize(
+    ("part", "remedy"), [("binary", "needs glibc 2.35"), ("stub", "needs Python's shared library")]
+)
+def test_a_library_that_is_missing(tmp_path: Path, part: str, remedy: str) -> None:
+    words = "error while loading shared libraries: libx.so.1: no such file"
+    triton = Triton(tmp_path / "tritonserver", tmp_path)
+    triton.stub.parent.mkdir(parents=True)
+    for name, path in (("binary", triton.binary), ("stub", triton.stub)):
+        path.write_text(f"#!/bin/sh\necho '{words}' >&2\nexit {127 * (name == part)}\n")
+        path.chmod(0o755)
+        if name != part:
+            path.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(BackendUnavailableError, match=f"can't run here .{words}.; it {remedy}"):
+        module._checked(triton)
+
+
+def test_a_download_that_is_not_what_was_pinned(
+    nothing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A package of that name and version with another hash, from a folder: nothing is installed.
+    wheel = nothing / "nvidia_pytriton-0.7.0-py3-none-any.whl"
+    wheel.write_bytes(b"PK\x05\x06" + bytes(18))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(nothing))
+    with pytest.raises(BackendUnavailableError, match="pip could not install nvidia-pytriton==0.7"):
+        install()
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() not in module._REQUIREMENT
+    assert not install_path().exists()
+    assert [path.name for path in install_path().parent.iterdir()] == [".lock"]
+
+
+def test_it_is_installed_once(triton: Triton, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_pip_install", lambda *_: pytest.fail("it was there"))
+    assert install() == triton
+    assert find_triton() == triton
+
+
+# What can be told before a server runs
+
+
+def test_the_models_it_can_not_serve_are_left_out_aloud(tmp_path: Path, triton: Triton) -> None:
+    write_loss(tmp_path, LossSpec(), name="mean")
+    plan = tmp_path / "mean_trt"
+    plan.mkdir()
+    (plan / "config.pbtxt").write_text('name: "mean_trt" platform: "tensorrt_plan"')
+    server = Server(tmp_path, triton)
+    names, notes = models_of(server)
+    assert names == ["mean"]
+    assert notes == [
+        "mean_trt is left out: the embedded Triton has no 'tensorrt_plan'; a tritonserver on PATH "
+        "with that backend serves it"
+    ]
+    with pytest.raises(ArtefactError, match="^mean_trt is left out"):
+        models_of(server, ["mean_trt"])
+    with pytest.raises(ArtefactError, match="has no model 'huber'; it has mean, mean_trt"):
+        models_of(server, ["huber"])
+
+
+def test_a_folder_that_is_no_repository(tmp_path: Path, triton: Triton) -> None:
+    with pytest.raises(ArtefactError, match="no folder with a config.pbtxt"):
+        models_of(Server(tmp_path, triton))
+    with pytest.raises(ArtefactError, match="absent is no folder; give a Triton model repository"):
+        Server(tmp_path / "absent", triton)
+
+
+def test_a_port_that_is_taken(tmp_path: Path, triton: Triton) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            SpecError, match=f"127.0.0.1:{port} .*choose another --grpc-port, 0 for"
+        ):
+            Server(tmp_path, triton, ports={"grpc": port}).start()
+
+
+def test_a_server_whose_parent_is_killed_ends(tmp_path: Path, triton: Triton) -> None:
+    import psutil
+
+    write_loss(tmp_path / "models", LossSpec(), name="mean")
+    code = (
+        "import sys, time\n"
+        "from smoothl1_deploy.serving.launcher import Server\n"
+        "server = Server(sys.argv[1])\nserver.start()\nserver.load('mean')\n"
+        "print(server.pid, flush=True)\ntime.sleep(60)\n"
+    )
+    root = Path(module.__file__).parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "models")],
+        stdout=subprocess.PIPE, text=True, cwd=root,
+    )  # fmt: skip
+    assert parent.stdout is not None
+    server = psutil.Process(int(parent.stdout.readline()))
+    family = [server, *server.children(recursive=True)]
+    parent.kill()
+    parent.communicate()
+    assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+def test_the_version_before_serves_on_after_a_broken_one(tmp_path: Path, triton: Triton) -> None:
+    from smoothl1_deploy.serving.supervise import Supervisor
+
+    write_loss(tmp_path / "models", LossSpec(), name="mean")
+    seen: list[tuple[str, Any]] = []
+    with Server(tmp_path / "models", triton, log=tmp_path / "log") as server:
+        supervisor = Supervisor(server, lambda event, **fields: seen.append((event, fields)))
+        supervisor.bring_up(["mean"])
+        broken = tmp_path / "models/mean/2"
+        broken.mkdir()
+        (broken / "model.onnx").write_bytes(b"no model")
+        with pytest.raises(ArtefactError, match="can't load the model 'mean': .*version 2 is at"):
+            server.load("mean")
+        server.unload("mean")  # as when its process died
+        assert supervisor.check()
+        with Client(server.addresses.to_dict()["http"], "mean") as client:
+            assert client.loss(np.ones((1, 16), "f4"), np.zeros((1, 16), "f4")) == 0.5
+        supervisor.close()
+    names = [event for event, _ in seen]
+    assert names == ["loaded", "canary_failed", "version_refused", "reloaded"]
+    assert dict(seen)["version_refused"]["instead"] == "1"
