@@ -13,7 +13,7 @@ from .errors import ArtefactError, SpecError
 from .files import write_atomic
 from .graph.elements import DTYPE_OF_ELEMENT
 from .graph.metadata import read_spec
-from .graph.nesting import check_nesting, tensors
+from .graph.nesting import check_constants, check_nesting, tensors
 from .graph.shapes import Shape, check_size, describe
 
 __all__ = [
@@ -48,6 +48,7 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
     """
     model = source if isinstance(source, onnx.ModelProto) else _read(source)
     check_nesting(model)
+    check_constants(model)
     for tensor in tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:  # loading clears it
             raise ArtefactError(

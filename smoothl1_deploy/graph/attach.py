@@ -17,7 +17,7 @@ from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE
 from .metadata import forget_spec
-from .nesting import check_nesting
+from .nesting import check_constants, check_nesting
 from .shapes import Shape, broadcast, summed_axes
 from .tensors import Tensor, all_names, main_tensors
 
@@ -79,6 +79,7 @@ def attach(
     if spec is not None and not isinstance(spec, LossSpec):
         raise SpecError(f"spec must be a LossSpec, got {type(spec).__name__}")
     check_nesting(model)
+    check_constants(model)
     grafted = onnx.ModelProto()
     grafted.CopyFrom(model)
     forget_spec(grafted)

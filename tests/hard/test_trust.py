@@ -107,6 +107,17 @@ def _laughs(folder: Path) -> object:
     return load(model)
 
 
+@case("a constant of 2^31 elements in a file of 3 kB")
+def _swollen(folder: Path) -> object:
+    model = export(LossSpec(reduction="none"), "inlined", ("N", 16))
+    shape = model.graph.node.add(op_type="Constant", output=["shape"])
+    shape.attribute.append(helper.make_attribute("value", helper.make_tensor("s", 7, [1], [1])))
+    shape.attribute[0].t.dims[:] = [2**31]
+    model.graph.node.add(op_type="Expand", input=["loss", "shape"], output=["wide"])
+    assert model.ByteSize() < 3000
+    return load(model.SerializeToString())
+
+
 def _sized(*dims: int) -> onnx.ModelProto:
     value = helper.make_tensor_value_info
     names = ("input", "target")
