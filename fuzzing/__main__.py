@@ -26,6 +26,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--repeat", metavar="TARGET:SEED:INDEX", help="run one case, in the open")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/fuzz"), help="for faults")
+    parser.add_argument("--guided", metavar="TARGET", help="with atheris, by what the bytes reach")
     parser.add_argument("--module", default="fuzzing.targets", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -60,6 +61,10 @@ def _table(report: Report, plan: Mapping[str, int]) -> None:
 def main() -> int:
     """Run the cases; 1 where there is a fault."""
     given = _arguments()
+    if given.guided is not None:
+        from .guided import run_guided  # before the package is imported: it is instrumented
+
+        run_guided(given.module, given.guided, given.cases, given.seed, given.output)
     targets = targets_of(given.module)
     unknown = sorted({*(given.only or ())} - set(targets))
     if unknown:

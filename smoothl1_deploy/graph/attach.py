@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
-from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE
+from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE, element_name
 from .metadata import forget_spec
 from .nesting import check_constants, check_nesting
 from .shapes import Shape, broadcast, summed_axes
@@ -139,7 +139,7 @@ class _Graft:
         found = self._known("prediction", prediction)
         dtype = DTYPE_OF_ELEMENT.get(found.element or 0)
         if found.element is not None and dtype is None:
-            kind = TensorProto.DataType.Name(found.element)
+            kind = element_name(found.element)
             raise SpecError(f"the prediction {prediction!r} is {kind}; a loss needs a float tensor")
         if spec is None and dtype is None:
             raise SpecError(
@@ -190,7 +190,7 @@ class _Graft:
         if tensor.element in (None, ELEMENT_TYPE[wanted]):
             return tensor
         dtype = DTYPE_OF_ELEMENT.get(tensor.element or 0)
-        kind = TensorProto.DataType.Name(tensor.element)
+        kind = element_name(tensor.element)
         if dtype is not None and (dtype, wanted) not in _WIDENS:
             raise SpecError(
                 f"the {what} {tensor.name!r} is {dtype}, and {wanted} would lose some of it; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx import TensorProto
 
-__all__ = ["DTYPE_OF_ELEMENT", "ELEMENT_TYPE", "IR_VERSION", "loss_scalars"]
+__all__ = ["DTYPE_OF_ELEMENT", "ELEMENT_TYPE", "IR_VERSION", "element_name", "loss_scalars"]
 
 IR_VERSION = 10  # ONNX 1.16: the oldest runtime we test reads it
 
@@ -23,3 +23,9 @@ DTYPE_OF_ELEMENT = {element: name for name, element in ELEMENT_TYPE.items()}
 def loss_scalars(beta: float) -> tuple[tuple[str, float], ...]:
     """The last three inputs of the function `SmoothL1LossTerms`, by name."""
     return ("beta", beta), ("half", 0.5), ("divisor", beta or 1.0)
+
+
+def element_name(element: int) -> str:
+    """`"FLOAT"`, or the number of a type that this version of onnx doesn't know."""
+    known = TensorProto.DataType.DESCRIPTOR.values_by_number.get(element)
+    return known.name if known else f"element type {element}"

@@ -97,7 +97,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
         _note_served(copy)
     try:
         onnx.checker.check_model(copy, full_check=True)
-    except MODEL_ERRORS as exc:
+    except (*MODEL_ERRORS, ValueError) as exc:
         raise ArtefactError(f"the model is no valid ONNX graph: {exc}") from exc
     return ServedGraph(copy, losses, unbatched)
 

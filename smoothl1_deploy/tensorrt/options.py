@@ -88,7 +88,9 @@ class BuildOptions:
                 )
             object.__setattr__(self, "hardware_compatibility", level.lower())
         size: Any = self.workspace
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size <= 0):
+        if size is not None and (
+            not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**63
+        ):
             raise SpecError(f"workspace must be a number of bytes > 0, got {size!r}")
         for name in ("version_compatible", "tf32", "strict_nans", "refit", "strip_plan"):
             value = getattr(self, name)

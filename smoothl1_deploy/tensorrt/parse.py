@@ -11,6 +11,7 @@ import onnx
 from onnx import TensorProto
 
 from ..errors import ArtefactError, BuildError, UnsupportedError
+from ..graph.elements import element_name
 from .flavour import Flavour
 from .logger import tidy
 from .prepare import prepare
@@ -213,7 +214,7 @@ def _port(kind: str, value: onnx.ValueInfoProto, tensor: Any) -> NetworkPort:
     declared = value.type.tensor_type
     dtype = tensor.dtype.name
     if _DATA_TYPE.get(declared.elem_type) != dtype:
-        element = TensorProto.DataType.Name(declared.elem_type)
+        element = element_name(declared.elem_type)
         raise UnsupportedError(
             f"the graph declares the {kind} {value.name!r} as {element}, TensorRT made it {dtype}; "
             "export the model with an element type TensorRT has, and declare what it computes"
