@@ -42,6 +42,7 @@ COMMANDS: dict[str, Entry] = {
     "score": Entry("Compute the loss of data larger than memory.", "score", "score"),
     "verify": Entry("Hold one artefact against PyTorch and the exact loss.", "verify", "verify"),
     "parity": Entry("Check a whole matrix of specs, routes and backends.", "parity", "parity"),
+    "bench": Entry("Time the loss beside what people would run instead.", "bench", "bench"),
     "serve": Entry("Serve a model repository with a real Triton.", "serve", "serve"),
     "inspect": Entry("Show what is inside an ONNX file or an engine.", "inspect", "inspect"),
     "repository": Entry(

@@ -1,0 +1,122 @@
+"""`smoothl1-deploy bench`: how fast, beside what people would run instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import MissingDependencyError, OutputError, SpecError
+from .console import open_console, print_lines, print_note
+
+if TYPE_CHECKING:
+    from ..bench.measure import Row
+
+__all__ = ["EXAMPLE", "bench"]
+
+EXAMPLE = "smoothl1-deploy bench --size 1024 --size 1048576 -o out/bench"
+
+_SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 20, 1 << 24)
+_ROWS = ("1x16", "64x16", "4096x256", "65536x256")
+_COLUMNS = 16
+
+
+def bench(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for bench.jsonl and bench.png.")
+    ] = Path("out/bench"),
+    size: Annotated[
+        list[int] | None, typer.Option(help="Elements, a multiple of 16. Repeat for more.")
+    ] = None,
+    per_sample: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows x columns of a loss per sample, such as 64x16. Repeat for more."),
+    ] = None,
+    reduction: Annotated[list[str] | None, typer.Option(help="Repeat for more.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Repeat for more.")] = None,
+    beta: Annotated[float, typer.Option(help="Of every loss.")] = 1.0,
+    constant: Annotated[
+        bool, typer.Option("--constant", help="Constant data, on which sums drift most.")
+    ] = False,
+    threads: Annotated[
+        int, typer.Option(min=0, help="For each contestant; 0: every core, 8 at most.")
+    ] = 0,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Peak memory too, each in a process of its own.")
+    ] = False,
+    once: Annotated[bool, typer.Option(help="Also what is paid once: export, session, ...")] = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two small sizes and few turns: does it run?")
+    ] = False,
+) -> None:
+    """Time this tool's artefacts beside the plain export, PyTorch and OpenVINO, in one process.
+
+    Medians of interleaved turns, as ratios; rows with their provenance are appended to bench.jsonl.
+    """
+    from ..artefact import write_atomic
+    from ..bench.contestants import COMPILED
+    from ..bench.measure import measure, provenance
+    from ..bench.measure import once as measure_once
+    from ..bench.report import append_rows, bench_table, once_table, plot_png
+    from ..spec import LossSpec
+
+    sizes = size or ((1 << 10, 1 << 14) if quick else _SIZES)
+    shapes = per_sample if per_sample is not None else (() if quick or size else _ROWS)
+    reductions = reduction or (["mean"] if quick else ["mean", "none"])
+    jobs = [
+        (LossSpec(beta, name, kind), _matrix_shape(elements))
+        for kind in dtype or ["float32"]
+        for name in reductions
+        for elements in sizes
+    ] + [
+        (LossSpec(beta, "mean", kind, per_sample=True), _shape(text))
+        for kind in dtype or ["float32"]
+        for text in shapes
+    ]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(f"can't make the folder {output}: {exc}; choose another with -o") from exc
+    origin = provenance()
+    console = open_console()
+    rows: list[Row] = []
+    said: set[str] = set()
+    for spec, shape in jobs:
+        measured, missing = measure(
+            spec,
+            shape,
+            threads=threads,
+            kind="constant" if constant else "normal",
+            memory=memory,
+            rounds=3 if quick else 15,
+            turn=0.002 if quick else 0.02,
+            without=(COMPILED,) if quick else (),  # its compiler takes the longest by far
+        )
+        for name, reason in missing.items():
+            if name not in said:
+                print_note(f"{name} is left out: {reason}")
+                said.add(name)
+        console.print(bench_table(measured))
+        append_rows(output / "bench.jsonl", [{**row.to_dict(), **origin} for row in measured])
+        rows += measured
+    if once and not quick:
+        console.print(once_table(measure_once()))
+    try:
+        write_atomic(output / "bench.png", plot_png(rows))
+    except MissingDependencyError as exc:
+        print_note(f"no plot: {exc}")
+    print_lines([f"wrote {output / 'bench.jsonl'}"])
+
+
+def _matrix_shape(size: int) -> tuple[int, int]:
+    if size <= 0 or size % _COLUMNS:
+        raise SpecError(f"--size is the number of elements, a multiple of {_COLUMNS}, got {size}")
+    return size // _COLUMNS, _COLUMNS
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise SpecError(f"--per-sample is rows x columns, such as 64x16, got {text!r}")
+    return int(rows), int(columns)
