@@ -245,7 +245,8 @@ class Soak:
 
     def supervise(self) -> None:
         """What `smoothl1-deploy serve` does."""
-        while not self.stop.wait(CANARY_SECONDS):
+        # A model that was killed just before the end still has to come back.
+        while not self.stop.wait(CANARY_SECONDS) or self.down:
             self.supervisor.check()
 
     def guarded(self, work: Any, *arguments: Any) -> threading.Thread:

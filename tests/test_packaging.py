@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -120,3 +122,25 @@ def test_the_modules_that_live_on_torch_may_import_it() -> None:
     graph = ("torch_route", "torch_table", "torchscript")
     for name in ("reference/module.py", *(f"graph/{module}.py" for module in graph)):
         assert "TID253" not in _ruff(f"smoothl1_deploy/{name}", "import torch\n\nprint(torch)")
+
+
+def _compat() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "scripts" / "compat"))
+
+
+def test_every_command_is_probed_with_packages_missing() -> None:
+    from smoothl1_deploy.cli.registry import COMMANDS
+
+    compat = _compat()
+    assert {probe.split()[0] for probe in compat["PROBES"]} == {*COMMANDS, "--help"}
+    known = {extra for needs in compat["PROBES"].values() for extra in needs}
+    assert known <= set(PROJECT["optional-dependencies"])
+
+
+def test_the_lowest_versions_are_those_of_pyproject() -> None:
+    lowest = _compat()["_lowest"]()
+    assert "onnxruntime==1.23.*" in lowest and "numpy==2.0.*" in lowest
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *(r for e in extras if e != "gpu" for r in extras[e])]
+    names = {Requirement(text).name for text in wanted} - {"torch"}
+    assert {pin.partition("==")[0] for pin in lowest} == names

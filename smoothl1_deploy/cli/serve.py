@@ -63,6 +63,13 @@ def serve(
     interval: Annotated[
         float, typer.Option(min=0.05, help="Seconds between two canaries of every model.")
     ] = 2.0,
+    loss_metrics: Annotated[
+        bool,
+        typer.Option(
+            "--loss-metrics",
+            help="Experimental: the distribution of the losses among the metrics (embedded only).",
+        ),
+    ] = False,
     admin_key: Annotated[
         str | None,
         typer.Option(
@@ -97,7 +104,12 @@ def serve(
         print_note(f"it listens on {host}: whoever can reach this machine can ask its models")
     with _signals_as_interrupt(), contextlib.suppress(KeyboardInterrupt):
         server = Server(
-            repository, ports=ports, host=host, log=logs / "triton.log", admin_key=admin_key
+            repository,
+            ports=ports,
+            host=host,
+            log=logs / "triton.log",
+            admin_key=admin_key,
+            loss_metrics=loss_metrics,
         )
         with service(server, logs, model, ready_file, print_note) as supervisor:
             _show({**server.addresses.to_dict(), "logs": str(logs)}, supervisor)

@@ -3,7 +3,7 @@
 The launcher copies this file, as `onnxruntime/model.py`, into the backend directory: a
 *python-based backend*, which makes `platform: "onnxruntime_onnx"` with `1/model.onnx` load
 unchanged. It runs inside Triton's stub process, where this package need not be importable: it
-imports numpy, onnxruntime, and `loss_metrics`, which is copied beside it.
+imports numpy, onnxruntime, and `loss_metrics` where that is copied beside it.
 
 Tensors go both ways by DLPack, because `as_numpy()` of this stub, built against numpy 1, gives
 wrong values with numpy 2 and no error.
@@ -11,6 +11,7 @@ wrong values with numpy 2 and no error.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -99,10 +100,16 @@ class TritonPythonModel:
         self._batches = int(config["max_batch_size"]) > 0
         self._inputs = self._checked(config["input"], self._session.get_inputs(), "input")
         self._outputs = self._checked(config["output"], self._session.get_outputs(), "output")
-        module = importlib.import_module("loss_metrics")
-        self._canary_id: str = module.CANARY_ID
-        self._losses = [name for name in self._outputs if name in module.OUTPUTS]
-        self._metrics = module.LossMetrics(self._pb, args["model_name"], str(args["model_version"]))
+        self._metrics: Any = None
+        self._losses: list[str] = []
+        self._canary_id = ""
+        with contextlib.suppress(ModuleNotFoundError):  # copied only where it was asked for
+            module = importlib.import_module("loss_metrics")
+            self._canary_id = module.CANARY_ID
+            self._losses = [name for name in self._outputs if name in module.OUTPUTS]
+            self._metrics = module.LossMetrics(
+                self._pb, args["model_name"], str(args["model_version"])
+            )
         graph_inputs = {value.name for value in self._session.get_inputs()}
         absent = sorted(graph_inputs - {*self._inputs})
         if absent:
@@ -140,7 +147,8 @@ class TritonPythonModel:
         feeds = [self._feeds(request) for request in requests]
         self._counted = [request.request_id() != self._canary_id for request in requests]
         responses = self._responses(feeds)
-        self._metrics.tell()
+        if self._metrics is not None:
+            self._metrics.tell()
         return responses
 
     def _responses(self, feeds: list[dict[str, Any]]) -> list[Any]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -103,17 +104,17 @@ class _Planted(OrtCpuBackend):
 
     def load(self, model: onnx.ModelProto) -> base.Runner:
         runner = super().load(model)
-        honest = runner._execute
+        honest = runner.run
 
-        def faulty(feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
-            outputs = honest(feeds, shape)
-            if feeds["input"].size == 0:
+        def faulty(input: Array, target: Array, **given: Any) -> dict[str, Array]:
+            outputs = honest(input, target, **given)
+            if input.size == 0:
                 raise InvalidInputError("a planted refusal")
-            if np.isnan(feeds["input"]).any():
+            if np.isnan(input).any():
                 return {"loss": np.nan_to_num(outputs["loss"])}
             return outputs
 
-        runner._execute = faulty  # type: ignore[method-assign]
+        runner.run = faulty  # type: ignore[method-assign]
         return runner
 
 
