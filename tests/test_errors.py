@@ -24,10 +24,17 @@ EXIT_CODES = {
 
 
 def test_every_error_is_of_the_family_and_has_its_exit_code() -> None:
-    classes = {name: getattr(errors, name) for name in errors.__all__ if name.endswith("Error")}
+    functions = {"reason_of", "require"}
+    classes = {name: getattr(errors, name) for name in errors.__all__ if name not in functions}
     assert all(issubclass(cls, SmoothL1DeployError) for cls in classes.values())
     found = {name: cls.exit_code for name, cls in classes.items()}
     assert {name: found.get(name) for name in EXIT_CODES} == EXIT_CODES
+
+
+def test_a_message_of_millions_of_letters_keeps_its_beginning_and_its_remedy() -> None:
+    text = str(errors.SpecError(f"unknown dtype {'x' * 5_000_000}; choose one of float32"))
+    assert text.startswith("unknown dtype xxx") and text.endswith("; choose one of float32")
+    assert " more)... " in text and len(text) < 4100
 
 
 @pytest.mark.parametrize(
