@@ -112,6 +112,8 @@ def _read(path: Path) -> onnx.ModelProto:
     from ..artefact import read_model
     from ..graph.tensors import external_locations
 
+    if not os.path.isfile(path):
+        return read_model(path)
     try:
         bare = onnx.load(str(path), load_external_data=False)
     except Exception:  # read_model says what is wrong with the file

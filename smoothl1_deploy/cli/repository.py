@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -187,7 +188,7 @@ def repository(
 
     service = None
     if kserve is not None:  # before anything is written
-        place = folder.resolve().name
+        place = os.path.basename(os.path.realpath(folder))
         service = inference_service(
             service_name or place.lower().replace("_", "-"),
             storage_uri or f"pvc://models/{place}",

@@ -70,7 +70,7 @@ def attach(
         ArtefactError: on a model whose opset is too old, or with more than 2 GB in memory where
             a step can't take them.
     """
-    if route not in ("function", "inlined"):
+    if str(route) not in ("function", "inlined"):
         raise SpecError(f"unknown route {route!r} to attach by; choose function or inlined")
     if not isinstance(model, onnx.ModelProto):
         raise ArtefactError(

@@ -54,7 +54,7 @@ def export(
         raise SpecError(
             f"spec must be a LossSpec, got {type(spec).__name__}; write LossSpec(beta=...)"
         )
-    if route not in ROUTES:
+    if str(route) not in ROUTES:  # an array compares its elements instead
         raise SpecError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
     shapes = _checked_shapes(spec, shape, target_shape, weight_shape)
 

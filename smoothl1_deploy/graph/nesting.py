@@ -10,7 +10,7 @@ from __future__ import annotations
 import graphlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import onnx
 import onnx.checker
@@ -28,15 +28,21 @@ _MOST_NODES = 1_000_000  # of all functions put in the places where they are cal
 _Name = tuple[str, str, str]
 
 
-def check_nesting(model: onnx.ModelProto) -> None:
+def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
     """Refuse what no reader can unfold.
+
+    Args:
+        model: any.
+        by_name: for a reader that takes a node for a call of the function of its name, whatever
+            the domain.
 
     Raises:
         ArtefactError: for graphs nested deeper than 24, functions that call themselves, directly
             or through others, and calls that unfold to more than a million nodes.
     """
-    functions = {(f.domain, f.name, f.overload): f for f in model.functions}
-    calls = {name: _calls(f.node, functions, f.name) for name, f in functions.items()}
+    key = _name if by_name else _full_name
+    functions = {key(f.domain, f.name, f.overload): f for f in model.functions}
+    calls = {name: _calls(f.node, functions, f.name, key) for name, f in functions.items()}
     try:
         order = [*graphlib.TopologicalSorter(calls).static_order()]
     except graphlib.CycleError as exc:
@@ -48,7 +54,9 @@ def check_nesting(model: onnx.ModelProto) -> None:
     sizes: dict[_Name, int] = {}
     for name in order:
         sizes[name] = _unfolded(len(functions[name].node), calls[name], sizes)
-    whole = _unfolded(len(model.graph.node), _calls(model.graph.node, functions, "graph"), sizes)
+    whole = _unfolded(
+        len(model.graph.node), _calls(model.graph.node, functions, "graph", key), sizes
+    )
     if whole > _MOST_NODES:
         raise ArtefactError(
             f"the model's functions unfold to {whole:,} nodes, more than {_MOST_NODES:,}; it is "
@@ -91,12 +99,23 @@ def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         level = [node for graph in inside for node in graph.node]
 
 
+def _full_name(domain: str, name: str, overload: str) -> _Name:
+    return domain, name, overload
+
+
+def _name(domain: str, name: str, overload: str) -> _Name:
+    return "", name, ""
+
+
 def _unfolded(own: int, calls: Counter[_Name], sizes: dict[_Name, int]) -> int:
     return own + sum(count * sizes[name] for name, count in calls.items())
 
 
 def _calls(
-    nodes: Iterable[onnx.NodeProto], functions: Iterable[_Name], where: str
+    nodes: Iterable[onnx.NodeProto],
+    functions: Iterable[_Name],
+    where: str,
+    key: Callable[[str, str, str], _Name],
 ) -> Counter[_Name]:
     """The functions called by `nodes` and the graphs inside them, each as often as it is."""
     known = set(functions)
@@ -108,7 +127,7 @@ def _calls(
                 f"the {where} has graphs nested deeper than {_DEEPEST}; it is damaged or made to "
                 "harm"
             )
-        found.update(name for n in level if (name := (n.domain, n.op_type, n.overload)) in known)
+        found.update(name for n in level if (name := key(n.domain, n.op_type, n.overload)) in known)
         inside = [
             graph
             for node in level

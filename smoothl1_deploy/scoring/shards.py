@@ -122,9 +122,9 @@ def locate(
         InvalidInputError: when a path is missing, folders and files are mixed, or a shard has no
             partner in another folder.
     """
-    folders = {role for role, path in paths.items() if path.is_dir()}
+    folders = {role for role, path in paths.items() if os.path.isdir(path)}
     for role, path in paths.items():
-        if not path.exists():
+        if not os.path.exists(path):  # unlike Path.exists, for names that no file can have
             raise InvalidInputError(f"--{role} {path} does not exist; give a file or a folder")
     if folders and folders != set(paths):
         files = ", ".join(str(path) for role, path in paths.items() if role not in folders)

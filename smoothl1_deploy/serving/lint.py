@@ -70,7 +70,7 @@ def lint(repository: str | os.PathLike[str], *, tensorrt_version: str | None = N
         MissingDependencyError: without tritonclient.
     """
     root = Path(repository)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise ArtefactError(f"{root} is no folder; give that of a Triton model repository")
     if (root / CONFIG_FILE).is_file():
         raise ArtefactError(f"{root} is a model; give the folder above it, the repository")

@@ -222,14 +222,14 @@ def _files(
 def _write_folders(root: Path, folders: dict[str, dict[str, bytes]], overwrite: bool) -> None:
     """Write beside, then rename: a model's folder is there whole, or as it was before."""
     for name in folders:
-        if (root / name).exists() and not overwrite:
+        if os.path.exists(root / name) and not overwrite:
             raise OutputError(
                 f"{root / name} exists; choose another name with --name, or replace it with "
                 "--overwrite"
             )
     token = secrets.token_hex(8)
     staging = root / f".{token}"
-    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    made = [folder for folder in (root, *root.parents) if not os.path.exists(folder)]
     try:
         for name, files in folders.items():
             for file, data in files.items():

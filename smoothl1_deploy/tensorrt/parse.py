@@ -165,6 +165,13 @@ def _serialized(model: onnx.ModelProto) -> bytes:
 def _parser_error(parser: Any, flavour: Flavour, logged: str) -> BuildError:
     if not parser.num_errors:
         return BuildError(f"{flavour} can't parse the model: {logged}")
+    try:
+        return _described(parser, flavour)
+    except UnicodeDecodeError:  # a name in the model that is no text, which its bindings decode
+        return BuildError(f"{flavour} can't parse the model, in which a name is no text: {logged}")
+
+
+def _described(parser: Any, flavour: Flavour) -> BuildError:
     parts = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)

@@ -17,6 +17,7 @@ from onnx import TensorProto, numpy_helper
 
 from ..errors import ArtefactError, UnsupportedError
 from ..graph.metadata import HASH, ROUTE, SERVED, SPEC, VERSION
+from ..graph.nesting import check_nesting
 
 __all__ = ["prepare"]
 
@@ -60,6 +61,12 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
         ArtefactError: for a model without outputs, for external data that was not loaded, and for
             a call of a local function without a required attribute.
     """
+    try:
+        check_nesting(model, by_name=True)
+    except ArtefactError as exc:  # it ends the process (tensorrt_rtx 1.7.1)
+        raise UnsupportedError(
+            f"TensorRT's parser knows functions by their names alone, whatever the domain: {exc}"
+        ) from exc
     _check_complete(model)
     _check_ports(model)
     if any(a.ref_attr_name for scope in _scopes(model) for _, a in _element_types(scope)):

@@ -84,6 +84,16 @@ def _bytes_with_files(folder: Path) -> object:
 
 
 case("a function that calls itself")(lambda folder: build_engine(recursive(1)))
+
+
+@case("a function that calls its own name in another domain, for TensorRT")
+def _by_name(folder: Path) -> object:
+    pytest.importorskip("tensorrt_rtx")
+    model = recursive(1)
+    model.functions[0].node[0].domain = ""
+    return load(model, "trt-network", input_name="x", target_name="label", output_name="z")
+
+
 case("functions that call each other in a ring")(
     lambda folder: attach(recursive(3), "hidden", "label")
 )
