@@ -61,7 +61,7 @@ class OrtRunner(Runner):
             self._few = math.inf
         pair = [self.signature.input, self.signature.target]
         # Of another's model the shapes of the outputs aren't known.
-        self._slots = Slots(self._session, pair, self._shapes) if self.spec else None
+        self._slots = Slots(self._session, pair) if self.spec else None
 
     def _shapes(self, shape: tuple[int, ...]) -> dict[Port, tuple[int, ...]]:
         feeds = {"input": np.empty(shape)}
@@ -93,7 +93,7 @@ class OrtRunner(Runner):
         feeds = {"input": input, "target": target}
         try:
             if self._slots is not None and 0 < input.size <= min(_FEW, self._few):
-                return self._slots.run(input, target)
+                return self._slots.run(input, target, self._shapes)
             many = input.size > self._few
             if many and self._sums is not None:
                 loss = self._sums.run(input, target)

@@ -57,27 +57,28 @@ class Slots:
     Args:
         session: an ONNX Runtime session of two inputs.
         inputs: of the session: the prediction and the target.
-        outputs: the session's, each with its shape, for inputs of one shape.
 
     `run` may be called from many threads at once.
     """
 
-    def __init__(
-        self, session: Any, inputs: list[Port], outputs: Callable[[Shape], dict[Port, Shape]]
-    ) -> None:
+    def __init__(self, session: Any, inputs: list[Port]) -> None:
         self._session = session
         self._inputs = inputs
-        self._outputs = outputs
         self._free: deque[_Slot | None] = deque()
 
-    def run(self, input: Array, target: Array) -> dict[str, Array]:
-        """The outputs for two arrays of one shape, not empty, and of the ports' dtypes."""
+    def run(
+        self, input: Array, target: Array, outputs: Callable[[Shape], dict[Port, Shape]]
+    ) -> dict[str, Array]:
+        """The outputs for two arrays of one shape, not empty, and of the ports' dtypes.
+
+        `outputs` tells the session's, each with its shape, for inputs of one shape.
+        """
         try:
             slot = self._free.pop()  # in one step: another thread may want it
         except IndexError:
             slot = None
         if slot is None or slot.shape != input.shape:
-            slot = _Slot(self._session, self._inputs, self._outputs(input.shape), input.shape)
+            slot = _Slot(self._session, self._inputs, outputs(input.shape), input.shape)
         found = slot.run(input, target)
         self._free.append(slot)
         return found

@@ -6,6 +6,7 @@ once and serve every reduction, route and backend. Units run in worker processes
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -207,6 +208,10 @@ class _Artefacts:
         self._models: dict[tuple[object, ...], onnx.ModelProto] = {}
         self._runners: dict[tuple[object, ...], Runner] = {}
 
+    def forget(self) -> None:
+        """Let go of the runners, whose sessions keep the memory of the largest call they had."""
+        self._runners.clear()
+
     def model(
         self, spec: LossSpec, route: str, layout: str, any_rank: bool = False
     ) -> onnx.ModelProto:
@@ -269,11 +274,15 @@ def _run_unit(unit: _Unit) -> _Outcome:
                 if _is_run(case, route, name)
                 and not _needs_wider(spec, case, backends[name].accumulator != "float32")
             ]
-        if unit.matrix.engines is not None and not unit.huge:
-            if is_extended(spec) and unit.beta != unit.matrix.betas[0]:
-                continue  # an engine of each extension, not of each with every beta
+            if unit.huge:
+                artefacts.forget()
+                gc.collect()
+        engines = None if unit.huge else unit.matrix.engines
+        # An engine of each extension, not of each with every beta.
+        if engines is not None and (not is_extended(spec) or unit.beta == unit.matrix.betas[0]):
             models = {r: artefacts.model(spec, r, "matrix") for r in unit.routes(spec)}
-            outcome.builds += build_engines(spec, models, unit.matrix.engines, unit.matrix.flavour)
+            outcome.builds += build_engines(spec, models, engines, unit.matrix.flavour)
+        artefacts.forget()
     return outcome
 
 
