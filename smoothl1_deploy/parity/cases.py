@@ -177,7 +177,7 @@ class CaseResult:
     def failed(cls, case: Case, refs: References, detail: str) -> CaseResult:
         """The result of a case that gave an error instead of an answer."""
         size = refs.oracle["loss"].size
-        verdict = Verdict(False, 0, 0, 0, size, wrong_class=max(size, 1), detail=detail)
+        verdict = Verdict(False, 0, 0, 0, size, wrong_class=size, detail=detail)
         return cls(case, verdict, refs.shares, _sample(refs, "loss", None, 0))
 
     def to_dict(self) -> dict[str, Any]:

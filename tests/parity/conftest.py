@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx
@@ -56,10 +57,10 @@ class Planted(OrtCpuBackend):
     def load(self, model: onnx.ModelProto) -> Runner:
         runner = super().load(model)
         assert runner.spec is not None
-        spec, honest = runner.spec, runner._execute
+        spec, honest = runner.spec, runner.run
 
-        def faulty(feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
-            outputs, input = honest(feeds, shape), feeds["input"]
+        def faulty(input: Array, target: Array, **given: Any) -> dict[str, Array]:
+            outputs = honest(input, target, **given)
             if spec.beta == 0.5 and input.size == 0:
                 raise InvalidInputError(f"a planted refusal {HOSTILE}")
             if spec.beta == 1.0 and spec.reduction == "mean":
@@ -68,7 +69,7 @@ class Planted(OrtCpuBackend):
                 return {"loss": np.nan_to_num(outputs["loss"])}
             return outputs
 
-        runner._execute = faulty  # type: ignore[method-assign]
+        runner.run = faulty  # type: ignore[method-assign]
         return runner
 
 

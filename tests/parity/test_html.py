@@ -88,7 +88,7 @@ def test_the_maps_are_beta_by_reduction_and_extension_by_beta(green: Report) -> 
         else:
             assert (drawn.corner, drawn.columns) == ("extension", ("0.5", "inf"))
             assert [row.label for row in drawn.rows] == [
-                "mean per sample gradient runtime beta weight=weights"
+                "mean per sample gradient runtime beta weight=weights upstream"
             ]
     titles = [(m.subtitle, m.title) for m in maps["float32"]]
     assert titles == 2 * [
