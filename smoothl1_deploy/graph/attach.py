@@ -17,7 +17,7 @@ from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE, element_name
 from .metadata import forget_spec
-from .nesting import check_constants, check_nesting
+from .nesting import MODEL_ERRORS, check_constants, check_nesting
 from .shapes import Shape, broadcast, summed_axes
 from .tensors import Tensor, all_names, main_tensors
 
@@ -86,7 +86,10 @@ def attach(
     opset = _opset(grafted)
     if opset < 13 and convert_opset:
         _check_size(grafted, "the conversion of the opset")
-        grafted = onnx.version_converter.convert_version(grafted, 18)
+        try:
+            grafted = onnx.version_converter.convert_version(grafted, 18)
+        except (onnx.version_converter.ConvertError, *MODEL_ERRORS, RuntimeError) as exc:
+            raise ArtefactError(f"onnx can't convert the model to opset 18: {exc}") from exc
         opset = 18
     _check_name("loss", loss_name)
     graft = _Graft(grafted, prediction, spec)
