@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from hypothesis import HealthCheck, settings
 
 # `exact` is a module of the tests, not of the package; importlib mode puts no folder on the path.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# A shell that starts this in the background ignores SIGINT for us; the tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "default",

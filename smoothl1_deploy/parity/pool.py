@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 __all__ = ["each"]
@@ -46,13 +47,22 @@ def each(
             except StopIteration:
                 return
             except TimeoutError:
-                for child in set(active_children()) - others:
-                    child.terminate()
+                pool.shutdown(wait=False, cancel_futures=True)
+                _end(others)
                 return
             yield futures[future], future.result()
     finally:
         # After an interrupt the units that have not begun are dropped; the others take seconds.
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end(others: set[BaseProcess]) -> None:
+    """End the processes that are not among `others`; one may just be starting, so look again."""
+    until = time.monotonic() + 10
+    while (left := set(active_children()) - others) and time.monotonic() < until:
+        for child in left:
+            child.terminate()
+        time.sleep(0.05)
 
 
 def _prepare() -> None:
