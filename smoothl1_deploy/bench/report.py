@@ -34,7 +34,7 @@ def _shape(row: Row) -> str:
 
 
 def bench_table(rows: Sequence[Row]) -> Table:
-    """One row a contestant: time with its quartiles, how many times faster, GB/s, error."""
+    """One row a contestant: time with its quartiles and 99th percentile, how many times faster, GB/s, error."""
     first = rows[0]
     table = Table(
         title=f"{first.spec.name}, {_shape(first)} elements {list(first.shape)}, "
@@ -44,8 +44,8 @@ def bench_table(rows: Sequence[Row]) -> Table:
     table.add_column("contestant")
     against = [name for name in _AGAINST if any(row.contestant == name for row in rows)]
     limit = next((r.gigabytes_per_second for r in rows if r.contestant == READ), None)
-    for name in ("time", "quartiles", *(f"x {name}" for name in against), "GB/s", "of the limit",
-                 "error", "peak"):  # fmt: skip
+    columns = ["time", "quartiles", "p99", *(f"x {name}" for name in against)]
+    for name in (*columns, "GB/s", "of the limit", "error", "peak"):
         table.add_column(name, justify="right")
     for row in rows:
         share = row.gigabytes_per_second / limit if limit else 0
@@ -53,6 +53,7 @@ def bench_table(rows: Sequence[Row]) -> Table:
             row.contestant,
             _seconds(row.timing.median),
             f"{_seconds(row.timing.q1)} - {_seconds(row.timing.q3)}",
+            _seconds(row.timing.p99),
             *(f"{row.speedup[name]:.2f}" if name in row.speedup else "" for name in against),
             f"{row.gigabytes_per_second:.2f}",
             f"{share:.0%}",

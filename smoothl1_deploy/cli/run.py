@@ -115,6 +115,9 @@ def run(
             help="What runs it; smoothl1-deploy doctor lists them.", autocompletion=_backend_names
         ),
     ] = "ort-cpu",
+    threads: Annotated[
+        int, typer.Option(min=0, help="For the call; 0: as many as the backend thinks fit.")
+    ] = 0,
     url: Annotated[
         str | None,
         typer.Option(help="Ask a server instead: http://HOST:PORT or grpc://HOST:PORT."),
@@ -141,7 +144,7 @@ def run(
 
     from ..npy import check_output, read_archive, read_array, write_arrays
 
-    runner = _runner(model, backend) if url is None else _client(model, url)
+    runner = _runner(model, backend, threads) if url is None else _client(model, url)
     if output is not None:
         check_output(output, runner.outputs)
     if data is not None:
@@ -171,10 +174,10 @@ class _Runner:
     run: Callable[..., dict[str, Array]]
 
 
-def _runner(model: Path, backend: str) -> _Runner:
+def _runner(model: Path, backend: str, threads: int) -> _Runner:
     from ..backends.base import load
 
-    loaded = load(str(model), backend)
+    loaded = load(str(model), backend, threads=threads)
     signature = loaded.signature
     return _Runner(signature.input.dtype, len(signature.outputs), loaded.run)
 

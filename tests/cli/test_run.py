@@ -35,6 +35,13 @@ def test_a_scalar_is_a_bare_number_in_full_precision(
     assert done.out == str(expected[()]) + "\n"  # numpy prints all the digits it takes
 
 
+def test_threads_change_nothing(cli: Callable[..., Done], pair: Pair) -> None:
+    path = model()
+    outputs = {cli("run", path, *FILES, "--threads", threads).out for threads in (0, 1, 2)}
+    assert len(outputs) == 1 and "" not in outputs
+    assert cli("run", path, *FILES, "--threads", -1).code == 2
+
+
 def test_json_of_a_scalar(cli: Callable[..., Done], pair: Pair) -> None:
     path = model()
     report = json.loads(cli("run", path, *FILES, "--json").out)
