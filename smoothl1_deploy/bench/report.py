@@ -34,7 +34,7 @@ def _shape(row: Row) -> str:
 
 
 def bench_table(rows: Sequence[Row]) -> Table:
-    """One row a contestant: time with its quartiles and 99th percentile, how many times faster, GB/s, error."""
+    """One row a contestant: time with quartiles and p99, how many times faster, GB/s, error."""
     first = rows[0]
     table = Table(
         title=f"{first.spec.name}, {_shape(first)} elements {list(first.shape)}, "
