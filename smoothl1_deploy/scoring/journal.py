@@ -108,6 +108,10 @@ class Journal:
             "plan": plan.to_dict(),
             "output": None if output is None else str(output.absolute()),
         }
+        if path.is_dir():
+            raise OutputError(
+                f"can't write the journal {path}: it is a folder; give a file with --journal"
+            )
         self._lock = filelock.FileLock(f"{path}.lock")
         try:
             self._lock.acquire(blocking=False)

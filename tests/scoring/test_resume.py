@@ -253,6 +253,11 @@ def test_a_journal_that_cannot_be_written(cli: Callable[..., Done]) -> None:
     assert done.code == 2 and "can't write the journal p.npy/j (" in done.err
 
 
+def test_a_journal_that_is_a_folder(cli: Callable[..., Done]) -> None:
+    done = cli("score", *FILES, "--journal", ".")
+    assert done.code == 2 and "it is a folder; give a file with --journal" in done.err
+
+
 def test_a_damaged_line_ends_what_is_believed(cli: Callable[..., Done]) -> None:
     expected = whole(cli)
     killed("after the journal")
