@@ -45,6 +45,8 @@ __all__ = [
 #: Elements of a tile, into which `load` lets a backend cut large arrays; see bench/NOTES.md.
 TILE = 1 << 17
 
+_MOST_THREADS = 4096  # of one call, on any machine there is
+
 #: name -> (module of this package that holds it, its class).
 BACKENDS: Mapping[str, tuple[str, str]] = {
     "torch": ("torch_eager", "TorchBackend"),
@@ -259,14 +261,16 @@ def get_backend(name: str, threads: int = 0) -> Backend:
     """The backend called `name`, to use `threads` threads a call (0: as many as it thinks fit).
 
     Raises:
-        SpecError: for an unknown name, or a negative number of threads.
+        SpecError: for an unknown name, or a number of threads that no machine has.
         MissingDependencyError: when what it lives on is not installed.
     """
     known = {**BACKENDS, **PROVING}
     if name not in known:
         raise SpecError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    if threads < 0:
-        raise SpecError(f"threads must be 1 or more, or 0 for the default, got {threads}")
+    if not 0 <= threads <= _MOST_THREADS:
+        raise SpecError(
+            f"threads must be 1 to {_MOST_THREADS}, or 0 for the default, got {threads}"
+        )
     module, cls = known[name]
     backend: Backend = getattr(importlib.import_module(f".{module}", __package__), cls)()
     backend.threads = threads

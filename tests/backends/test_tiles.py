@@ -233,7 +233,7 @@ def test_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.sched_getaffinity")
     monkeypatch.setattr("os.cpu_count", lambda: None)
     assert crew.default_threads() == 1
-    with pytest.raises(SpecError, match="threads must be 1 or more, or 0 for the default, got -1"):
+    with pytest.raises(SpecError, match="threads must be 1 to 4096, or 0 for the default, got -1"):
         load(export(LossSpec()), threads=-1)
 
 
