@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 __all__ = ["Timing", "copy_bandwidth", "summarise", "time_calls"]
 
 _WARM_UP = 3
@@ -41,16 +43,8 @@ class Timing:
 
 def summarise(seconds: Sequence[float], calls: int = 1) -> Timing:
     """Median and quartiles (by linear interpolation) of at least one sample."""
-    ordered = sorted(seconds)
-
-    def quantile(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low, part = math.floor(place), place - math.floor(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + part * (ordered[high] - ordered[low])
-
-    lower, median, upper = (quantile(share) for share in (0.25, 0.5, 0.75))
-    return Timing(median, lower, upper, len(ordered), calls)
+    lower, median, upper = map(float, np.quantile(seconds, [0.25, 0.5, 0.75]))
+    return Timing(median, lower, upper, len(seconds), calls)
 
 
 def time_calls(torch: Any, call: Callable[[], object], calls: int = 1) -> Timing:
