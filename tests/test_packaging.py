@@ -75,6 +75,17 @@ def test_torch_is_installed_first_and_by_its_exact_spelling() -> None:
     assert script.index("install --quiet torch==2.13.0\n") < script.index("constraints.txt -e")
 
 
+def test_each_script_installs_extras_that_exist() -> None:
+    script = (ROOT / "scripts" / "_env").read_text()
+    lists = [found.split(",") for found in re.findall(r"_extras=([\w,-]+)", script)]
+    demo, everything = sorted(lists, key=len)
+    extras = {*PROJECT["optional-dependencies"]}
+    assert {*demo, *everything} <= extras
+    # A virtual environment that serves scripts/test serves scripts/demo: `test` holds `report`.
+    report, test = (PROJECT["optional-dependencies"][name] for name in ("report", "test"))
+    assert {*demo} - {"report"} <= {*everything} and {*report} <= {*test}
+
+
 @pytest.mark.parametrize(
     "name", ["scripts/test", "scripts/demo", "scripts/fuzz", "scripts/longrun", ".ci/run"]
 )
