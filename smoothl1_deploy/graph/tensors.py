@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx
-import onnx.shape_inference
 from onnx import helper
 
 from .elements import DTYPE_OF_ELEMENT
-from .nesting import MODEL_ERRORS
+from .inference import inferred_graph
 from .shapes import Shape
 
 __all__ = ["Tensor", "all_names", "external_locations", "float_dtype_of", "main_tensors"]
@@ -51,11 +50,7 @@ def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def main_tensors(model: onnx.ModelProto) -> dict[str, Tensor]:
     """Every tensor of the main graph, with what shape inference tells of it."""
-    skeleton = _skeleton(model)
-    try:
-        graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
-    except (*MODEL_ERRORS, RuntimeError, ValueError):
-        graph = skeleton.graph  # custom operators, or a model that contradicts itself
+    graph = inferred_graph(_skeleton(model))
     found: dict[str, Tensor] = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         if value.type.HasField("tensor_type"):

@@ -108,18 +108,20 @@ class Journal:
             "plan": plan.to_dict(),
             "output": None if output is None else str(output.absolute()),
         }
-        if path.is_dir():
-            raise OutputError(
-                f"can't write the journal {path}: it is a folder; give a file with --journal"
-            )
         self._lock = filelock.FileLock(f"{path}.lock")
         try:
+            if path.is_dir():
+                raise OutputError(
+                    f"can't write the journal {path}: it is a folder; give a file with --journal"
+                )
             self._lock.acquire(blocking=False)
         except filelock.Timeout:
             raise OutputError(
                 f"another process works with the journal {path}; wait for it, or give another "
                 "place with --journal"
             ) from None
+        except OutputError:
+            raise
         except OSError as exc:
             raise OutputError(
                 f"can't write the journal {path} ({exc.strerror}); give another place with "

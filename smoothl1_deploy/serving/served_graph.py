@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ..errors import ArtefactError, UnsupportedError
+from ..graph.inference import inferred_graph
 from ..graph.metadata import SERVED, is_served, read_route, read_spec, stamp
 from ..graph.nesting import MODEL_ERRORS
 from ..graph.shapes import describe
@@ -127,10 +128,7 @@ class _Editor:
                 f"the model is of opset {self._opset}, and a served graph needs "
                 f"{_AXES_AS_INPUT}; convert it with onnx.version_converter"
             )
-        try:
-            graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-        except (*MODEL_ERRORS, RuntimeError, ValueError):
-            graph = model.graph  # custom operators, or a model beyond protobuf's limit
+        graph = inferred_graph(model)
         self._values = {
             value.name: value for value in (*graph.value_info, *graph.input, *graph.output)
         }

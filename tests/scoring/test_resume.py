@@ -258,6 +258,11 @@ def test_a_journal_that_is_a_folder(cli: Callable[..., Done]) -> None:
     assert done.code == 2 and "it is a folder; give a file with --journal" in done.err
 
 
+def test_a_journal_with_a_name_that_is_too_long(cli: Callable[..., Done]) -> None:
+    done = cli("score", *FILES, "--journal", "x" * 300)
+    assert done.code == 2 and "(File name too long); give another place with --journal" in done.err
+
+
 def test_a_damaged_line_ends_what_is_believed(cli: Callable[..., Done]) -> None:
     expected = whole(cli)
     killed("after the journal")
