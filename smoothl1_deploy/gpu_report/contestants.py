@@ -15,7 +15,7 @@ from .plan import COLUMNS
 __all__ = ["BACKENDS", "TORCH", "Call", "prepare", "record", "usable_backends"]
 
 TORCH = ("torch-eager", "torch-compile")
-BACKENDS = ("trt", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx")
+BACKENDS = ("torch-triton", "trt", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx")
 
 #: The loss of two CUDA tensors.
 Call = Callable[[Any, Any], Any]

@@ -246,5 +246,5 @@ def test_the_script_is_thin_and_shows_its_plan(tmp_path: Path) -> None:
         [str(script), "--plan"], env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True, cwd=tmp_path, check=True,
     )  # fmt: skip
-    assert done.stdout.startswith("24 small calls, 252 cells of speed:\n  float32 mean torch-eager")
+    assert done.stdout.startswith("28 small calls, 294 cells of speed:\n  float32 mean torch-eager")
     assert done.stdout.endswith("float32 first, for the time that is left\n")
