@@ -244,12 +244,12 @@ class Plan:
         return 2 * self.rows * self.programs[1] if self.programs[1] > 1 else 0
 
 
-def plan(rows: int, columns: int) -> Plan:
-    """One launch for short rows or many, two for others."""
+def plan(rows: int, columns: int, *, one_launch: bool = False) -> Plan:
+    """One launch for short rows or many, or where it is asked for; two for others."""
     width = min(max(_power(columns), 16), _TILE)
     height = min(_power(rows), _TILE // width)
     across, down = -(-columns // width), -(-rows // height)
-    parts = 1 if across <= _FEW else max(1, min(across, _PROGRAMS // max(down, 1)))
+    parts = 1 if one_launch or across <= _FEW else max(1, min(across, _PROGRAMS // max(down, 1)))
     tiles = -(-across // parts)
     return Plan(rows, columns, (height, width), tiles, (down, max(1, -(-across // max(tiles, 1)))))
 

@@ -52,7 +52,9 @@ _interpreting = threading.Lock()
 class TorchTritonRunner(GpuRunner):
     """Runs what the artefact says it computes, not its graph."""
 
-    def __init__(self, model: onnx.ModelProto, device: Device, fused: ModuleType) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, device: Device, fused: ModuleType, one_launch: bool
+    ) -> None:
         super().__init__(model, device)
         if self.spec is None:
             raise ArtefactError(
@@ -62,7 +64,7 @@ class TorchTritonRunner(GpuRunner):
         reason = _refusal(self.spec)
         if reason:
             raise UnsupportedError(reason)
-        self._fused = fused
+        self._fused, self._one_launch = fused, one_launch
         # On the device from the start: no call has to wait for it, and a CUDA graph may read it.
         beta, dtype = self.spec.effective_beta, self.spec.compute_dtype
         self._beta = None if self.spec.runtime_beta else device.filled(beta, dtype)
@@ -84,7 +86,7 @@ class TorchTritonRunner(GpuRunner):
                 fused.write_losses(input, target, beta, written)
             else:
                 columns = math.prod(shape[1:] if spec.per_sample else shape)
-                how = fused.plan(rows, columns)
+                how = fused.plan(rows, columns, one_launch=self._one_launch)
                 partial = self.device.empty((how.scratch,), "float64")
                 mean = spec.reduction == "mean"
                 fused.reduce_rows(input, target, beta, written, partial, how, mean=mean)
@@ -115,6 +117,9 @@ def _refusal(spec: LossSpec) -> str | None:
 class TorchTritonBackend(GpuBackend):
     """The fused kernel, on the GPU, or interpreted where TRITON_INTERPRET is set.
 
+    Args:
+        one_launch: let one program add up a row of any length, to be compared with two launches.
+
     Raises:
         MissingDependencyError: when torch or triton is not installed.
         BackendUnavailableError: without a GPU, when the kernels aren't interpreted.
@@ -125,7 +130,8 @@ class TorchTritonBackend(GpuBackend):
     # half losses added in float32 move the bound by 2^-10 ULP.
     accumulator = "float64"
 
-    def __init__(self, device: Device | None = None) -> None:
+    def __init__(self, device: Device | None = None, *, one_launch: bool = False) -> None:
+        self._one_launch = one_launch
         what = f"the {self.name} backend"
         torch = require("torch", "torch", what)
         require("triton", "triton", what)
@@ -147,7 +153,7 @@ class TorchTritonBackend(GpuBackend):
             ArtefactError: for a model that carries none.
             UnsupportedError: for a gradient, or weights.
         """
-        return TorchTritonRunner(model, self._device, self._fused)
+        return TorchTritonRunner(model, self._device, self._fused, self._one_launch)
 
 
 def _find(what: str) -> Device:
