@@ -7,6 +7,7 @@ with a small fake where there is none. No GPU has run this module yet.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -139,6 +140,15 @@ class Device:
     def convert(self, tensor: Any, dtype: str) -> Any:
         """The tensor in another dtype; itself where it has it."""
         return tensor.to(getattr(self._torch, dtype))
+
+    def reread(self, tensor: Any, dtype: str) -> Any:
+        """The memory of a tensor as numbers of another dtype of the same size."""
+        return tensor.view(getattr(self._torch, dtype))
+
+    def selected(self) -> AbstractContextManager[None]:
+        """Where kernels that aren't torch's are launched: on this device, whichever is current."""
+        scope: AbstractContextManager[None] = self._torch.cuda.device(self.index)
+        return scope
 
     def new_stream(self) -> Any:
         """A stream of its own; `launch` orders it."""

@@ -21,6 +21,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "onnxruntime-ep-nv-tensorrt-rtx",
     "torch",
+    "triton",
     "tensorrt",
     "tensorrt_rtx_cu13",
 )

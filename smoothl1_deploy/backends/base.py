@@ -54,6 +54,7 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "ort-cpu": ("ort_cpu", "OrtCpuBackend"),
     "trt-network": ("trt_network", "TrtNetworkBackend"),
     "torch-cuda": ("torch_cuda", "TorchCudaBackend"),
+    "torch-triton": ("torch_triton", "TorchTritonBackend"),
     "ort-cuda": ("ort_gpu", "OrtCudaBackend"),
     "ort-tensorrt": ("ort_tensorrt", "OrtTensorrtBackend"),
     "ort-tensorrt-rtx": ("ort_tensorrt", "OrtTensorrtRtxBackend"),
@@ -233,6 +234,7 @@ class Backend(ABC):
         threads: for one call; 0 leaves the number to the backend. Set before `load`.
         tile: elements of the tiles that a backend may cut large arrays into; 0 to run the
             artefact's own graph at every size, which is what parity checks. Set before `load`.
+        slow: what it runs on, where a million elements take it many seconds; None elsewhere.
     """
 
     name: str
@@ -240,6 +242,7 @@ class Backend(ABC):
     accumulator: str | None = "float64"
     threads: int = 0
     tile: int = 0
+    slow: str | None = None
 
     def refuses(self, spec: LossSpec) -> str | None:
         """Why this backend can't carry out `spec` faithfully; None where it can."""

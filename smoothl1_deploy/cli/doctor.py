@@ -75,13 +75,15 @@ def examine() -> Checkup:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. "
             "Keep one: pip uninstall onnxruntime onnxruntime-gpu, then install the one you want"
         )
+    parts = [_reason("backend", name, get_backend) for name in BACKENDS]
+    for part in parts:
+        slow = None if part.reason else get_backend(part.name).slow
+        if slow:
+            warnings.append(f"{part.name} runs on {slow}: its numbers are right, and it is slow")
     return Checkup(
         facts,
         None if gpu is None else gpu.to_dict(),
-        tuple(
-            [_reason("backend", name, get_backend) for name in BACKENDS]
-            + [_reason("flavour", name, get_flavour) for name in FLAVOURS]
-        ),
+        tuple(parts + [_reason("flavour", name, get_flavour) for name in FLAVOURS]),
         tuple(warnings),
     )
 

@@ -15,7 +15,8 @@ from ..files import write_atomic
 from ..tensorrt.gpu import current_gpu
 from .contestants import BACKENDS, TORCH, usable_backends
 from .parity import Parity, run_parity
-from .plan import Budget, plan_groups, plan_small
+from .passes import count_forms, passes_table
+from .plan import Budget, plan_small, plan_speed
 from .report import GpuReport, file_stem, markdown
 from .speed import Bench, run_small, run_speed
 from .timing import copy_bandwidth
@@ -47,7 +48,9 @@ def measure(
         bench = Bench.on(torch, device)
         keep = _RESERVE + ((1 - _SPEED_SHARE) * budget.left if parity else 0.0)
         small = run_small(plan_small(contestants), bench, budget, keep)
-        rows = run_speed(plan_groups(contestants), bench, budget, keep)
+        rows = run_speed(plan_speed(contestants, backends), bench, budget, keep)
+    say("passes over memory")
+    passes = count_forms()
     found = Parity({}, problem="left out by --no-parity")
     if parity:
         say("parity")
@@ -56,6 +59,7 @@ def measure(
     return GpuReport(
         gpu, started, {**environment(), "torch_cuda": torch.version.cuda}, bandwidth,
         tuple(rows), tuple(small), found, absent, tuple(budget.dropped), budget.spent,
+        passes,
     )  # fmt: skip
 
 
@@ -78,7 +82,7 @@ def _progress(budget: Budget) -> Any:
 def _plan_text() -> str:
     """What a run would measure with every backend there, in its order."""
     contestants = (*TORCH, *BACKENDS)
-    groups, small = plan_groups(contestants), plan_small(contestants)
+    groups, small = plan_speed(contestants, BACKENDS), plan_small(contestants)
     lines = [f"{len(small)} small calls, {sum(len(g.cells) for g in groups)} cells of speed:"]
     lines += [
         f"  {g.dtype} {g.reduction} {g.contestant}: "
@@ -98,7 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-parity", action="store_true", help="the speed alone")
     parser.add_argument("--no-speed", action="store_true", help="the parity alone")
     parser.add_argument("--plan", action="store_true", help="show what would be measured, and end")
+    parser.add_argument(
+        "--passes", action="store_true", help="count each graph's passes over memory, and end"
+    )
     options = parser.parse_args(arguments)
+    if options.passes:
+        counted = count_forms()
+        print("\n".join(passes_table(counted.rows)) if counted.rows else counted.problem)
+        return 3 if counted.problem else 0
     if options.plan:
         print(_plan_text())
         return 0

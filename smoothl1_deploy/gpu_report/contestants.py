@@ -10,12 +10,12 @@ from typing import Any
 
 from ..device import Device
 from ..spec import LossSpec
-from .plan import COLUMNS
+from .plan import COLUMNS, TWIN
 
-__all__ = ["BACKENDS", "TORCH", "Call", "prepare", "record", "usable_backends"]
+__all__ = ["BACKENDS", "TORCH", "Call", "in_two_stages", "prepare", "record", "usable_backends"]
 
 TORCH = ("torch-eager", "torch-compile")
-BACKENDS = ("trt", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx")
+BACKENDS = ("torch-triton", "trt", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx")
 
 #: The loss of two CUDA tensors.
 Call = Callable[[Any, Any], Any]
@@ -53,7 +53,7 @@ def prepare(name: str, reduction: str, dtype: str, *, small: bool = False) -> tu
     """A contestant's call, and its runner (None for PyTorch's).
 
     Args:
-        name: of `TORCH` or `BACKENDS`.
+        name: of `TORCH` or `BACKENDS`, or the twin of one of these (`plan.twin_of`).
         reduction: `none`, `mean` or `sum`; beta is 1.
         dtype: `float32` or `float16`.
         small: whether the engine is tuned for 64 rows instead of 2^22.
@@ -71,8 +71,42 @@ def prepare(name: str, reduction: str, dtype: str, *, small: bool = False) -> tu
     from ..graph.export import export
 
     model = export(LossSpec(1.0, reduction, dtype), shape=("N", COLUMNS))
-    runner: Any = _backend(name, get_backend(name), small).load(model)
+    name, _, twin = name.partition(TWIN)
+    if twin == "two stages":
+        model = in_two_stages(model)
+    backend = _backend(name, get_backend(name), small)
+    if twin == "one launch":
+        from ..backends.torch_triton import TorchTritonBackend
+
+        backend = TorchTritonBackend(one_launch=True)
+    runner: Any = backend.load(model)
     return lambda x, t: runner.run(x, t), runner
+
+
+def in_two_stages(model: Any) -> Any:
+    """A full reduction along the last axis first, and then of what that leaves."""
+    import onnx
+    from onnx import helper
+
+    from ..backends.ort_nodes import inlined
+    from ..graph.metadata import read_spec, stamp
+
+    spec = read_spec(model)
+    found: onnx.ModelProto = inlined(model)
+    nodes = list(found.graph.node)
+    made = {name: node for node in nodes for name in node.output}
+    total = next(node for node in nodes if node.op_type == "ReduceSum")
+    flat = made[total.input[0]]
+    if flat.op_type != "Reshape" or spec is None:
+        raise ValueError(f"{found.graph.name} doesn't flatten what it adds up")
+    axis = helper.make_node("Constant", [], ["last_axis"], "last_axis", value_ints=[-1])
+    rows = helper.make_node("ReduceSum", [flat.input[0], "last_axis"], ["rows"], "rows", keepdims=0)
+    flat.input[0] = "rows"
+    nodes[nodes.index(flat) : nodes.index(flat)] = [axis, rows]
+    del found.graph.node[:]
+    found.graph.node.extend(nodes)
+    stamp(found, spec, "inlined", "two_stages")
+    return found
 
 
 def _backend(name: str, backend: Any, small: bool) -> Any:

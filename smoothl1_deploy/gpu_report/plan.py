@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-__all__ = ["COLUMNS", "Budget", "Group", "SmallCell", "SpeedCell", "bytes_to_move", "plan_groups",
-           "plan_small"]  # fmt: skip
+__all__ = ["COLUMNS", "TWIN", "Budget", "Group", "SmallCell", "SpeedCell", "bytes_to_move",
+           "is_twin", "plan_groups", "plan_small", "plan_speed", "twin_of"]  # fmt: skip
 
 COLUMNS = 16  # of every input: 2^10 elements are 64 rows, the small call
 SIZES = (26, 24, 22, 20, 18, 14, 10)  # log2 of the elements
+_TWIN_SIZES = (26, 20, 18)
+TWIN = ", "  # between a backend and how its twin adds up
 _ITEM = {"float32": 4, "float16": 2}  # bytes
 DTYPES = tuple(_ITEM)
 REDUCTIONS = ("mean", "none", "sum")
@@ -74,6 +76,32 @@ def plan_groups(contestants: Sequence[str]) -> list[Group]:
         cells = tuple(SpeedCell(name, reduction, dtype, log2) for log2 in SIZES)
         seconds = _READY.get(name, _READY_ELSE) + _PER_CELL * len(cells)
         groups.append(Group(name, reduction, dtype, cells, seconds))
+    return groups
+
+
+def twin_of(backend: str) -> str:
+    """The backend with the other way to add up: its graph's one stage in two, or the reverse."""
+    return backend + TWIN + ("one launch" if backend == "torch-triton" else "two stages")
+
+
+def is_twin(contestant: str) -> bool:
+    """Whether a contestant is one of `twin_of`."""
+    return TWIN in contestant
+
+
+def plan_speed(contestants: Sequence[str], backends: Sequence[str]) -> list[Group]:
+    """The speed table with the twins of the backends, which come before the half formats."""
+    groups = plan_groups(contestants)
+    wide = [group for group in groups if group.dtype == "float32"]
+    return [*wide, *_plan_twins(backends), *groups[len(wide) :]]
+
+
+def _plan_twins(backends: Sequence[str]) -> list[Group]:
+    """One stage of a reduction against two, at the sizes at which that may matter."""
+    groups = []
+    for name in map(twin_of, backends):
+        cells = tuple(SpeedCell(name, "mean", "float32", log2) for log2 in _TWIN_SIZES)
+        groups.append(Group(name, "mean", "float32", cells, _READY_ELSE + _PER_CELL * len(cells)))
     return groups
 
 

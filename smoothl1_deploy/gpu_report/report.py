@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from .parity import Parity
+from .passes import Counted, passes_table
 from .plan import DTYPES, REDUCTIONS
 from .speed import SmallRow, SpeedRow
+from .targets import Target, Winner, judge, winners
 
 __all__ = ["GpuReport", "file_stem", "markdown"]
 
-_FORMAT = 1
+_FORMAT = 2  # since 2 with targets, stages and passes
+_UNCOUNTED = Counted(problem="not counted")
 _SHOWN = 20  # red cells in the Markdown; the JSON has all
 
 
@@ -30,6 +33,7 @@ class GpuReport:
         absent: backend -> why it wasn't run.
         dropped: what there was no time for.
         seconds: the whole run.
+        passes: over memory, of each form of the graph.
     """
 
     gpu: Mapping[str, Any]
@@ -42,6 +46,17 @@ class GpuReport:
     absent: Mapping[str, str]
     dropped: tuple[str, ...]
     seconds: float
+    passes: Counted = _UNCOUNTED
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Every target of every backend, met or not."""
+        return judge(self.speed, self.small, self.bandwidth)
+
+    @property
+    def winners(self) -> tuple[Winner, ...]:
+        """One stage of a reduction against two."""
+        return winners(self.speed)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -54,6 +69,9 @@ class GpuReport:
             "speed": [row.to_dict() for row in self.speed],
             "small": [row.to_dict() for row in self.small],
             "parity": self.parity.to_dict(),
+            "targets": [target.to_dict() for target in self.targets],
+            "stages": [winner.to_dict() for winner in self.winners],
+            "passes": self.passes.to_dict(),
             "absent": dict(self.absent),
             "dropped": list(self.dropped),
             "seconds": round(self.seconds, 1),
@@ -80,9 +98,15 @@ def markdown(report: GpuReport) -> str:
         f"Compute capability {gpu['compute_capability']}, driver {gpu['driver']}, torch {torch}; "
         f"{report.seconds:.0f} s. A copy on the device moves {copy}, read plus written.",
         "",
+        *_targets(report.targets),
         *_parity(report.parity),
         *_speed(report),
         *_small(report.small),
+        *(
+            _listed("One stage or two", [str(each) for each in report.winners])
+            or ["## One stage or two", "", "Not measured.", ""]
+        ),
+        *_passes(report.passes),
         *_listed("Not available", [f"`{k}`: {_cell(v)}" for k, v in report.absent.items()]),
         *_listed("No time for", [f"{each}" for each in report.dropped]),
     ]
@@ -103,6 +127,40 @@ def _listed(title: str, items: Sequence[str]) -> list[str]:
     return [f"## {title}", "", *(f"- {item}" for item in items), ""] if items else []
 
 
+def _targets(targets: Sequence[Target]) -> list[str]:
+    """A row a target, a column a backend."""
+    names = list(dict.fromkeys(target.contestant for target in targets))
+    by_place = {(target.what, target.contestant): target for target in targets}
+    rows = []
+    for what, sample in {target.what: target for target in targets}.items():
+        sign = "≥" if sample.at_least else "≤"
+        rows.append(
+            [what, f"{sign} {sample.limit:g}", *(_verdict(by_place[what, name]) for name in names)]
+        )
+    return ["## Targets", "", *_table(("target", "asked", *names), rows)]
+
+
+def _verdict(target: Target) -> str:
+    if target.found is None:
+        return target.verdict
+    where = f" ({target.where})" if target.where else ""
+    return f"{target.found:.3g}{where}: {target.verdict}"
+
+
+def _passes(passes: Counted) -> list[str]:
+    lines = ["## Passes over memory under ONNX Runtime's CUDA provider", ""]
+    if passes.problem:
+        return [*lines, f"Not counted: {_cell(passes.problem)}", ""]
+    return [
+        *lines,
+        "Counted on the graph its optimiser leaves; `at most` is the share of the copy's bandwidth "
+        "that counts as reached when every operator runs at all of it.",
+        "",
+        *passes_table(passes.rows),
+        "",
+    ]
+
+
 def _parity(parity: Parity) -> list[str]:
     lines = ["## Parity", ""]
     if parity.problem:
@@ -111,7 +169,14 @@ def _parity(parity: Parity) -> list[str]:
         ("backend", "cells", "red", "refused", "cases"),
         ([f"`{name}`", *map(str, counts.values())] for name, counts in parity.backends.items()),
     )
-    if parity.reference:
+    if "torch-cuda" not in parity.backends:
+        lines += [
+            "PyTorch's own CUDA kernel (`torch-cuda`), a further reference: not measured.",
+            "",
+        ]
+    elif not parity.reference:
+        lines += ["PyTorch's own CUDA kernel (`torch-cuda`) keeps what its CPU kernel allows.", ""]
+    else:
         lines += [
             f"PyTorch's own CUDA kernel (`torch-cuda`) leaves what its CPU kernel allows in "
             f"{len(parity.reference)} cells; it is a reference here, not under test.",

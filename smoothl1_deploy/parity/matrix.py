@@ -17,7 +17,7 @@ from pathlib import Path
 
 import onnx
 
-from ..backends.base import PROVING, TILE, Backend, Runner, get_backend
+from ..backends.base import PROVING, REFERENCES, TILE, Backend, Runner, get_backend, missing
 from ..environment import environment
 from ..errors import SmoothL1DeployError, require
 from ..graph.export import ROUTES, export
@@ -59,6 +59,8 @@ _EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
 _NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
 #: A process for each artefact, half a second of time: a sample of the matrix goes this way.
 OVER_THE_WIRE = ("triton-http", "triton-grpc")
+#: Backends that compute what an artefact says it computes, and not its graph: one route is all.
+_OF_THE_SPEC = (*REFERENCES, "torch-triton")
 _WIRE_LAYOUTS = ("matrix", "no-rows")
 #: The torch route takes about a second an export: one fixed rank, this one, serves it.
 _TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
@@ -135,6 +137,18 @@ class Matrix:
                 "ort-cpu-tiled, which cuts arrays into tiles as ort-cpu does with large ones: in "
                 "tiles of 64 elements; the function route, not at 2^20"
             )
+        of_the_spec = [name for name in _OF_THE_SPEC if name in self.backends]
+        if of_the_spec:
+            notes.append(
+                f"{', '.join(of_the_spec)}: no graph is run, the spec is computed; the function "
+                "route (or the first of what is asked for)"
+            )
+        if "torch-triton" in self.backends:
+            slow = None if missing("torch-triton") else get_backend("torch-triton").slow
+            if slow:
+                notes.append(
+                    f"torch-triton on {slow}: of 2^20 elements only mean at beta 1, constant"
+                )
         if self.quick:
             notes.append("quick: torch route for float32 only, no layout of 2^20 or 2^24 elements")
             notes.append("quick: of the extensions only all together")
@@ -251,6 +265,7 @@ class _Outcome:
 def _run_unit(unit: _Unit) -> _Outcome:
     names = [n for n in unit.matrix.backends if not unit.huge or n in _HUGE_BACKENDS]
     backends = {name: get_backend(name, threads=1) for name in names}
+    names = [name for name in names if not (unit.huge and backends[name].slow)]
     if unit.huge and "ort-cpu-tiled" in backends:
         backends["ort-cpu-tiled"].tile = TILE
     artefacts = _Artefacts(backends)
@@ -263,6 +278,8 @@ def _run_unit(unit: _Unit) -> _Outcome:
                 continue
             if name in PROVING and route != _PROVEN_ROUTE:
                 continue
+            if name in _OF_THE_SPEC and route != _spec_route(unit.matrix):
+                continue
             key = (spec, unit.beta, route, name)
             reason = backends[name].refuses(spec)
             if reason:
@@ -272,6 +289,7 @@ def _run_unit(unit: _Unit) -> _Outcome:
                 _checked(artefacts, spec, route, backends[name], case, ref)
                 for case, ref in refs.items()
                 if _is_run(case, route, name)
+                and not _is_too_slow(spec, case, backends[name])
                 and not _needs_wider(spec, case, backends[name].accumulator != "float32")
             ]
             if unit.huge:
@@ -288,6 +306,18 @@ def _run_unit(unit: _Unit) -> _Outcome:
 
 #: A tile is made of the artefact's spec, whatever its route.
 _PROVEN_ROUTE = "function"
+
+
+def _spec_route(matrix: Matrix) -> str:
+    """The one route of a backend that computes the spec, whatever the graph."""
+    return _PROVEN_ROUTE if _PROVEN_ROUTE in matrix.routes else matrix.routes[0]
+
+
+def _is_too_slow(spec: LossSpec, case: Case, backend: Backend) -> bool:
+    """Whether a slow backend is spared a case; see `Matrix.notes`."""
+    if backend.slow is None or case.layout != "2^20":
+        return False
+    return (spec.reduction, spec.beta, case.family) != ("mean", 1.0, "constant")
 
 
 def _is_asked(unit: _Unit, spec: LossSpec, route: str) -> bool:
@@ -335,6 +365,7 @@ _HUGE_BACKENDS = (
     "ort-cpu",
     "ort-cpu-tiled",
     "torch-cuda",
+    "torch-triton",
     "ort-cuda",
     "ort-tensorrt",
     "ort-tensorrt-rtx",

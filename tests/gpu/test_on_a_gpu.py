@@ -20,7 +20,9 @@ SPEC = LossSpec(0.5, "none")
 MODEL = export(SPEC, shape=("N", 16))
 
 
-@pytest.fixture(params=["torch-cuda", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx", "trt"])
+@pytest.fixture(
+    params=["torch-cuda", "torch-triton", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx", "trt"]
+)
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     reason = missing(name)
@@ -69,7 +71,7 @@ def test_many_threads(backend: str) -> None:
 
 
 def test_a_cuda_graph(backend: str) -> None:
-    if backend not in ("trt", "torch-cuda"):
+    if backend not in ("trt", "torch-cuda", "torch-triton"):
         pytest.skip(f"{backend} can't be recorded in a CUDA graph")
     runner: Any = load(MODEL, backend)
     a, b = pair(SPEC, (64, 16))

@@ -14,6 +14,7 @@ from host_device import HostDevice
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.gpu_report import command
 from smoothl1_deploy.gpu_report.parity import Parity, condense, run_parity
+from smoothl1_deploy.gpu_report.passes import Counted
 from smoothl1_deploy.gpu_report.plan import SmallCell, SpeedCell
 from smoothl1_deploy.gpu_report.report import GpuReport, file_stem, markdown
 from smoothl1_deploy.gpu_report.speed import SmallRow, SpeedRow
@@ -57,6 +58,11 @@ def test_the_markdown() -> None:
     assert "| torch-compile | error |" in text
     assert "- torch-compile, none, float32: RuntimeError: no \\| compiler" in text
     assert "| trt | mean | 15.0 | no graph |" in text
+    assert "| target | asked | trt |\n" in text
+    assert (
+        "| none float32 2^26: share of the copy's bandwidth | ≥ 0.85 | 0.5: missed by 41.2% |"
+    ) in text
+    assert "`torch-cuda`), a further reference: not measured." in text
     assert "- `ort-cuda`: no provider" in text
     assert "## No time for\n\n- trt sum float16 2^10\n" in text
 
@@ -67,12 +73,14 @@ def test_a_report_of_nothing() -> None:
     text = markdown(empty)
     assert "moves not measured" in text and "Not run: no onnx" in text and "Not measured." in text
     assert "No time for" not in text
+    assert "| mean float32 2^26: share of the copy's bandwidth | ≥ 0.85 | not measured |" in text
+    assert "## One stage or two\n\nNot measured." in text and "Not counted: not counted" in text
     assert json.loads(empty.to_json())["parity"]["ok"] is False
 
 
 def test_the_json() -> None:
     found = json.loads(report().to_json())
-    assert found["format"] == 1 and found["gpu"]["name"] == "NVIDIA L4"
+    assert found["format"] == 2 and found["gpu"]["name"] == "NVIDIA L4"
     assert found["speed"][0]["timing"]["median_s"] == 2e-3
     assert found["speed"][0]["bytes"] == 3 * (4 << 26)
     assert found["small"][1] == {
@@ -143,6 +151,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(command, "usable_backends", lambda: (("trt",), {"ort-cuda": "no provider"}))
     monkeypatch.setattr(command, "copy_bandwidth", lambda torch: 1e12)
+    monkeypatch.setattr(command, "count_forms", lambda: Counted(problem="not tried"))
     monkeypatch.setattr(command, "run_small", lambda cells, *a: [SmallRow(c) for c in cells])
     monkeypatch.setattr(
         command, "run_speed", lambda groups, *a: [SpeedRow(c, 1) for g in groups for c in g.cells]
@@ -165,7 +174,9 @@ def test_the_command_writes_both_files(
     assert written[0].name.startswith("gpu-nvidia-l4-20")
     found = json.loads(written[0].read_text())
     assert found["absent"] == {"ort-cuda": "no provider"}
-    assert {row["contestant"] for row in found["speed"]} == {"torch-eager", "torch-compile", "trt"}
+    contestants = {row["contestant"] for row in found["speed"]}
+    assert contestants == {"torch-eager", "torch-compile", "trt", "trt, two stages"}
+    assert found["passes"] == {"rows": [], "problem": "not tried"}
     ((backends, seconds),) = machine
     assert backends == ("trt",) and 380 < seconds <= 440  # of the 480, with a reserve
     assert "wrote " in capsys.readouterr().out
@@ -195,11 +206,16 @@ def test_a_whole_run_on_memory_of_the_host(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(command, "_gpu", lambda torch, index: GPU)
     monkeypatch.setattr(command, "copy_bandwidth", lambda torch: 1e10)
     monkeypatch.setattr(command, "TORCH", ("torch-eager",))
+    monkeypatch.setattr("smoothl1_deploy.gpu_report.plan._TWIN_SIZES", (12,))
+    monkeypatch.setattr(command, "count_forms", lambda: Counted(problem="not tried"))
     monkeypatch.setattr(command, "usable_backends", lambda: (("ort-cpu",), {}))
     monkeypatch.setattr("smoothl1_deploy.gpu_report.plan.SIZES", (12, 10))
     assert command.main(["-o", str(tmp_path), "--no-parity"]) == 0
     found = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert len(found["speed"]) == 2 * 2 * 3 * 2 and found["dropped"] == []
+    assert len(found["speed"]) == 2 * 2 * 3 * 2 + 1 and found["dropped"] == []
+    assert [each["contestant"] for each in found["stages"]] == ["ort-cpu"]
+    verdicts = {t["target"]: t["verdict"] for t in found["targets"] if t["contestant"] == "ort-cpu"}
+    assert verdicts["mean 64x16 call by call: time over PyTorch eager's call"] != "not measured"
     assert all(row["timing"]["median_s"] > 0 for row in found["speed"]), found["speed"]
     graphs = {(row["contestant"], row["graph"]): row["error"] for row in found["small"]}
     assert graphs["torch-eager", False] is graphs["ort-cpu", False] is None
@@ -246,5 +262,5 @@ def test_the_script_is_thin_and_shows_its_plan(tmp_path: Path) -> None:
         [str(script), "--plan"], env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True, cwd=tmp_path, check=True,
     )  # fmt: skip
-    assert done.stdout.startswith("24 small calls, 252 cells of speed:\n  float32 mean torch-eager")
+    assert done.stdout.startswith("28 small calls, 309 cells of speed:\n  float32 mean torch-eager")
     assert done.stdout.endswith("float32 first, for the time that is left\n")

@@ -1,0 +1,166 @@
+"""`torch-triton`: a fused kernel of OpenAI's Triton, the compiler, on torch tensors.
+
+It computes what the artefact says it computes, and not its graph: the fastest honest path on a GPU
+where no engine is built. `Triton` here is not the inference server of that name (`triton-http`).
+
+With TRITON_INTERPRET=1 in the environment before Python starts, Triton interprets the kernels on
+the CPU, some milliseconds a tile: the numbers can be checked where there is no GPU. No GPU has run
+this module yet.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ..device import Device, find_device
+from ..errors import ArtefactError, BackendUnavailableError, UnsupportedError, require
+from ..spec import LossSpec
+from .gpu import Compute, GpuBackend, GpuRunner
+
+__all__ = ["InterpretedDevice", "TorchTritonBackend"]
+
+
+class InterpretedDevice(Device):
+    """The host, with Triton's interpreter in the place of a GPU."""
+
+    kind = "cpu"
+
+    @property
+    def name(self) -> str:
+        """What it is, for reports."""
+        return "the CPU, interpreted (TRITON_INTERPRET=1)"
+
+    @contextmanager
+    def selected(self) -> Iterator[None]:
+        """One thread at a time: the interpreter patches its own module while it works."""
+        with _interpreting, np.errstate(all="ignore"):
+            yield
+
+
+_interpreting = threading.Lock()
+
+
+class TorchTritonRunner(GpuRunner):
+    """Runs what the artefact says it computes, not its graph."""
+
+    def __init__(
+        self, model: onnx.ModelProto, device: Device, fused: ModuleType, one_launch: bool
+    ) -> None:
+        super().__init__(model, device)
+        if self.spec is None:
+            raise ArtefactError(
+                "the torch-triton backend computes what an artefact's spec says, and this model "
+                "carries none; use a backend that runs the graph, such as ort-cuda"
+            )
+        reason = _refusal(self.spec)
+        if reason:
+            raise UnsupportedError(reason)
+        self._fused, self._one_launch = fused, one_launch
+        # On the device from the start: no call has to wait for it, and a CUDA graph may read it.
+        beta, dtype = self.spec.effective_beta, self.spec.compute_dtype
+        self._beta = None if self.spec.runtime_beta else device.filled(beta, dtype)
+
+    def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        spec, fused = self.spec, self._fused
+        assert spec is not None
+        beta = feeds.get("beta", self._beta)
+        rows, out = 1, shape if spec.reduction == "none" else ()
+        if spec.per_sample:
+            rows, out = shape[0], shape[:1]
+        loss = self.device.empty(out, spec.dtype)
+        input, target, written = (
+            self._bits(x)
+            for x in (*(_of_shape(feeds[n], shape) for n in ("input", "target")), loss)
+        )
+        with self.device.selected():
+            if spec.reduction == "none":
+                fused.write_losses(input, target, beta, written)
+            else:
+                columns = math.prod(shape[1:] if spec.per_sample else shape)
+                how = fused.plan(rows, columns, one_launch=self._one_launch)
+                partial = self.device.empty((how.scratch,), "float64")
+                mean = spec.reduction == "mean"
+                fused.reduce_rows(input, target, beta, written, partial, how, mean=mean)
+        return {"loss": loss}
+
+    def _bits(self, tensor: Any) -> Any:
+        """The tensor as the kernels take it."""
+        dtype = self.signature.input.dtype
+        return self.device.reread(tensor, "int16") if dtype == "bfloat16" else tensor
+
+    def _recordable(self) -> Compute:
+        return self._compute
+
+
+def _of_shape(tensor: Any, shape: tuple[int, ...]) -> Any:
+    """The tensor, or a copy of it where it has to be broadcast."""
+    return tensor if tuple(tensor.shape) == shape else tensor.expand(shape).contiguous()
+
+
+def _refusal(spec: LossSpec) -> str | None:
+    if spec.gradient:
+        return "the fused kernel of torch-triton computes the loss, and no gradient"
+    if spec.weight:
+        return "the fused kernel of torch-triton takes no weight"
+    return None
+
+
+class TorchTritonBackend(GpuBackend):
+    """The fused kernel, on the GPU, or interpreted where TRITON_INTERPRET is set.
+
+    Args:
+        one_launch: let one program add up a row of any length, to be compared with two launches.
+
+    Raises:
+        MissingDependencyError: when torch or triton is not installed.
+        BackendUnavailableError: without a GPU, when the kernels aren't interpreted.
+    """
+
+    name = "torch-triton"
+    # The operations of the graphs, and sums as exact: what is proved of those holds here. Four
+    # half losses added in float32 move the bound by 2^-10 ULP.
+    accumulator = "float64"
+
+    def __init__(self, device: Device | None = None, *, one_launch: bool = False) -> None:
+        self._one_launch = one_launch
+        what = f"the {self.name} backend"
+        torch = require("torch", "torch", what)
+        require("triton", "triton", what)
+        self._fused = importlib.import_module(".fused", __package__)
+        if device is None:
+            device = InterpretedDevice(torch, 0) if self._fused.INTERPRETED else _find(what)
+        super().__init__(device)
+        if self._fused.INTERPRETED:
+            self.slow = self._device.name
+
+    def refuses(self, spec: LossSpec) -> str | None:
+        """A gradient, and weights."""
+        return _refusal(spec)
+
+    def load(self, model: onnx.ModelProto) -> TorchTritonRunner:
+        """Read the spec that `model` carries.
+
+        Raises:
+            ArtefactError: for a model that carries none.
+            UnsupportedError: for a gradient, or weights.
+        """
+        return TorchTritonRunner(model, self._device, self._fused, self._one_launch)
+
+
+def _find(what: str) -> Device:
+    try:
+        return find_device(what)
+    except BackendUnavailableError as exc:
+        raise BackendUnavailableError(
+            f"{exc}; or set TRITON_INTERPRET=1 before Python starts, to have its kernels "
+            "interpreted on the CPU, slowly"
+        ) from None

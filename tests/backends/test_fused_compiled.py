@@ -1,0 +1,99 @@
+"""The fused kernels as a GPU's instructions: Triton compiles them where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+# What is asked of the compiler is what a call on a card would ask: integers that are 1 are
+# constants, pointers and round sizes are multiples of 16.
+_COMPILE = """
+import json, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from smoothl1_deploy.backends import fused
+
+capability, dtype, name = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+assert not fused.INTERPRETED
+element = {"float16": "*fp16", "bfloat16": "*i16", "float32": "*fp32", "float64": "*fp64"}[dtype]
+exact = dtype == "float64"
+run = 4 if dtype.endswith("16") else 1
+types = {"input": element, "target": element, "loss": element, "partial": "*fp64",
+         "beta": "*fp64" if exact else "*fp32", "output": element}
+known = {"MEAN": True, "RUN": run, "EXACT": exact, "UNROLLED": False}
+if name == "none":
+    kernel, warps, known = fused._write_losses, 4, {"BLOCK": fused._BLOCK}
+elif name == "rows":
+    kernel, warps, known = fused._sum_rows, 8, {
+        **known, "FINAL": True, "ROWS": 256, "COLUMNS": 16, "tiles": 1, "parts": 1}
+elif name == "small":
+    kernel, warps, known = fused._sum_rows, 8, {
+        **known, "FINAL": True, "ROWS": 1, "COLUMNS": 1024, "rows": 1, "tiles": 1, "parts": 1}
+elif name == "parts":
+    types["output"] = "*fp64"
+    kernel, warps, known = fused._sum_rows, 8, {
+        **known, "FINAL": False, "ROWS": 1, "COLUMNS": fused._TILE, "rows": 1}
+else:
+    kernel, warps, known = fused._combine, 8, {**known, "SIZE": fused._PROGRAMS, "rows": 1}
+signature = {n: "constexpr" if n in known else types.get(n, "i64") for n in kernel.arg_names}
+round = {n: i for i, n in enumerate(kernel.arg_names)
+         if n in types or n in ("count", "columns")}
+attributes = {(i,): [["tt.divisibility", 16]] for i in round.values()}
+source = ASTSource(kernel, signature, known, attributes)
+built = compile(source, target=GPUTarget("cuda", capability, 32),
+                options={"num_warps": warps, **fused._AS_WRITTEN})
+print(json.dumps({"ptx": built.asm["ptx"], "cubin": len(built.asm["cubin"])}))
+"""
+
+
+def compiled(tmp_path: Path, capability: int, dtype: str, kernel: str) -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE, str(capability), dtype, kernel],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("kernel", ["none", "small", "parts", "combine", "rows"])
+def test_it_computes_as_the_interpreter_does(tmp_path: Path, kernel: str) -> None:
+    found = compiled(tmp_path, 90, "float32", kernel)
+    ptx = found["ptx"]
+    assert found["cubin"] > 1000
+    for approximate in (
+        "div.full",
+        "div.approx",
+        "rcp.approx",
+        ".ftz",
+        "fma.",
+        "atom.global",
+        "red.global",
+    ):
+        assert approximate not in ptx, approximate
+    if kernel != "combine":
+        assert "div.rn.f32" in ptx
+        assert "ld.global.v4.b32" in ptx  # 16 bytes at a time
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kernel"),
+    [(80, "float16", "parts"), (120, "bfloat16", "none"), (75, "bfloat16", "small"),
+     (90, "float64", "parts")],
+)  # fmt: skip
+def test_other_cards_and_formats(tmp_path: Path, capability: int, dtype: str, kernel: str) -> None:
+    found = compiled(tmp_path, capability, dtype, kernel)
+    assert found["cubin"] > 1000 and "fma." not in found["ptx"]
+    if dtype == "float64":  # two numbers a sum: TwoSum's six additions, and one more
+        assert found["ptx"].count("div.rn.f64") > 0
+        assert found["ptx"].count("sub.f64") + found["ptx"].count("sub.rn.f64") > 0

@@ -1,0 +1,341 @@
+"""`torch-triton`: the fused kernels under Triton's interpreter, which needs no GPU.
+
+What a GPU would run besides (its instructions, not its numbers) is in `test_fused_compiled`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from agreement import assert_right, pair
+from host_device import HostDevice, on_host_device
+
+from smoothl1_deploy import LossSpec, export, load
+from smoothl1_deploy.backends import base, gpu
+from smoothl1_deploy.backends.torch_triton import InterpretedDevice, TorchTritonBackend
+from smoothl1_deploy.errors import (
+    ArtefactError,
+    BackendUnavailableError,
+    MissingDependencyError,
+    UnsupportedError,
+)
+from smoothl1_deploy.floats import NUMPY_DTYPE
+from smoothl1_deploy.parity.cases import LAYOUTS, Case, References, check
+from smoothl1_deploy.parity.families import FAMILIES
+from smoothl1_deploy.parity.matrix import BETAS, Matrix, run_matrix
+from smoothl1_deploy.spec import DTYPES, REDUCTIONS
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+tl = pytest.importorskip("triton.language")
+
+_KERNELS = "smoothl1_deploy.backends.fused"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted() -> Iterator[None]:
+    """The kernels as the interpreter takes them, which is decided when they are imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.delitem(sys.modules, _KERNELS, raising=False)
+        yield
+    sys.modules.pop(_KERNELS, None)
+
+
+@pytest.fixture
+def fused() -> Any:
+    TorchTritonBackend()
+    return sys.modules[_KERNELS]
+
+
+def agrees(spec: LossSpec, case: Case) -> None:
+    axes = LAYOUTS[case.layout]
+    target = None if axes.target_axes == axes.input_axes else axes.target_axes
+    runner = load(export(spec, shape=axes.input_axes, target_shape=target), "torch-triton")
+    result = check(runner, case, References.of(spec, case), TorchTritonBackend.accumulator)
+    assert result.verdict.ok, (spec.name, case, result.verdict.detail)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_beta_and_family(dtype: str, reduction: str) -> None:
+    summed = ("normal", "constant", "overflow", "outliers", "nan")
+    for beta in BETAS:
+        for family in FAMILIES if reduction == "none" else summed:
+            agrees(LossSpec(beta, reduction, dtype), Case.of(family, "odd"))
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "^" not in name])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_layout(reduction: str, layout: str) -> None:
+    for dtype in ("float32", "bfloat16"):
+        agrees(LossSpec(0.5, reduction, dtype), Case.of("normal", layout))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_mean_of_a_million_equal_numbers(dtype: str) -> None:
+    agrees(LossSpec(1.0, "mean", dtype), Case.of("constant", "2^20"))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["matrix", "odd", "4-d", "no-rows"])
+def test_one_number_a_row(layout: str, dtype: str, reduction: str) -> None:
+    spec = LossSpec(0.5, reduction, dtype, per_sample=True)
+    for family in ("normal", "constant", "nan", "overflow"):
+        agrees(spec, Case.of(family, layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_many_programs_and_tiles_along_a_row(
+    monkeypatch: pytest.MonkeyPatch, fused: Any, dtype: str, rows: int
+) -> None:
+    for name, value in {"_TILE": 64, "_FEW": 1, "_PROGRAMS": 8}.items():
+        monkeypatch.setattr(fused, name, value)
+    how = fused.plan(rows, 1000)
+    assert how.tiles > 1 and how.programs[1] > 1
+    for reduction, special in (("mean", False), ("sum", True)):
+        spec = LossSpec(0.5, reduction, dtype, per_sample=rows > 1)
+        a, b = pair(spec, (rows, 1000), special=special)
+        runner = load(export(spec, shape=("N", 1000)), "torch-triton")
+        assert_right(spec, runner.run(a, b)["loss"], a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beta_at_run_time(dtype: str) -> None:
+    spec = LossSpec(reduction="none", dtype=dtype, runtime_beta=True)
+    runner = load(export(spec, shape=("N", 4)), "torch-triton")
+    for beta in (0.0, 0.1, 2.0, math.inf):
+        number = replace(spec, runtime_beta=False, beta=float(np.float32(beta)))
+        a, b = pair(number, (30, 4), special=True)
+        assert_right(number, runner.run(a, b, beta=beta)["loss"], a, b)
+    for beta in (-1.0, math.nan):
+        assert np.isnan(runner.run(a, b, beta=beta)["loss"].astype("f8")).all()
+
+
+def test_no_beta_makes_nothing_of_an_empty_sum() -> None:
+    spec = LossSpec(reduction="sum", runtime_beta=True)
+    runner = load(export(spec, shape=("N", 4)), "torch-triton")
+    nothing, one = (np.zeros((n, 4), np.float32) for n in (0, 1))
+    assert runner.run(nothing, nothing, beta=-1.0)["loss"] == 0
+    assert np.isnan(runner.run(one, one, beta=-1.0)["loss"])
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
+def test_a_sum_is_rounded_once(dtype: str, bits: int) -> None:
+    """1 + half an ULP + a trace that float32 does not hold: by way of float32 it would be 1."""
+    runner = load(export(LossSpec(0.0, "sum", dtype), shape=("N", 16)), "torch-triton")
+    x = np.zeros((1, 16), NUMPY_DTYPE[dtype])
+    x[0, [0, 1, 8]] = 1.0, 2.0**-bits, 2.0**-24
+    expected = 1 + 2.0 ** (1 - bits)
+    assert float(runner.run(x, 0 * x)["loss"]) == expected
+    x[0, 8] = 0
+    assert float(runner.run(x, 0 * x)["loss"]) == 1.0  # the tie, to even
+
+
+def test_every_bfloat16_comes_back() -> None:
+    """As |x - 0|, by the bits: every number but NaN's payload."""
+    x = np.arange(1 << 16, dtype=np.uint16).view(NUMPY_DTYPE["bfloat16"]).reshape(-1, 16)
+    runner = load(export(LossSpec(0.0, "none", "bfloat16"), shape=("N", 16)), "torch-triton")
+    got = runner.run(x, np.zeros_like(x))["loss"]
+    np.testing.assert_array_equal(got.astype("f4"), np.abs(x.astype("f4")))
+
+
+def test_ties_are_rounded_to_even() -> None:
+    runner = load(export(LossSpec(0.0, "none", "bfloat16"), shape=("N", 2)), "torch-triton")
+    x = np.array([[1, 1 + 2.0**-7]], NUMPY_DTYPE["bfloat16"])
+    got = runner.run(x, np.full_like(x, -(2.0**-8)))["loss"]
+    assert got.astype("f8").tolist() == [[1, 1 + 2.0**-6]]
+
+
+def _store_rounded(source, target):  # type: ignore[no-untyped-def]
+    bits = tl.load(source + tl.arange(0, 4))
+    tl.store(target + tl.arange(0, 4), rounded(bits.to(tl.float32, bitcast=True), tl.int16))  # noqa: F821
+
+
+def test_the_nan_of_a_gpu_is_still_nan(fused: Any) -> None:
+    """All ones: one more, and it would be -0."""
+    _store_rounded.__globals__["rounded"] = fused._rounded
+    source = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800000, 0x3F808000], dtype=torch.int32)
+    target = torch.zeros(4, dtype=torch.int16)
+    triton.jit(_store_rounded)[(1,)](source, target)
+    assert target.tolist() == [0x7FC0, 0x7FC0, 0x7F80, 0x3F80]
+
+
+def test_what_pairs_of_float64_lose_is_kept() -> None:
+    """Each 2^-53 meets the 1 at a step of its own, and is rounded away there."""
+    runner = load(export(LossSpec(0.0, "sum", "float64"), shape=("N", 16)), "torch-triton")
+    x = np.zeros(4096)
+    x[0], x[[1 << k for k in range(12)]] = 1.0, 2.0**-53
+    x = x.reshape(-1, 16)
+    assert runner.run(x, 0 * x)["loss"] == 1 + 12 * 2.0**-53
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_tree_of_the_interpreter_and_that_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, fused: Any, exact: bool
+) -> None:
+    """On a GPU the last step is `tl.reduce`, which takes the interpreter long."""
+    spec = LossSpec(0.5, "sum", "float64" if exact else "float32")
+    a, b = pair(spec, (16, 16))
+    runner = load(export(spec, shape=("N", 16)), "torch-triton")
+    unrolled = runner.run(a, b)["loss"]
+    monkeypatch.setattr(fused, "INTERPRETED", False)
+    np.testing.assert_array_max_ulp(runner.run(a, b)["loss"], unrolled, 1)
+
+
+# How a sum is cut
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 64, 5000, 1 << 20, 1 << 33])
+@pytest.mark.parametrize("columns", [0, 1, 5, 16, 4096, 16385, 1 << 20, (1 << 26) + 1, 1 << 33])
+def test_a_plan_covers_every_element_once(fused: Any, rows: int, columns: int) -> None:
+    how = fused.plan(rows, columns)
+    (height, width), (down, parts) = how.tile, how.programs
+    assert height * width <= 4096 and width >= 16
+    assert height & (height - 1) == width & (width - 1) == 0
+    assert down * height >= rows > (down - 1) * height or rows == down == 0
+    reach = how.tiles * width
+    assert parts * reach >= columns and (parts == 1 or (parts - 1) * reach < columns)
+    assert 1 <= parts <= 2048
+    assert how.scratch == (0 if parts == 1 else 2 * rows * parts)
+
+
+def test_small_sums_are_one_launch_and_large_ones_fill_a_card(fused: Any) -> None:
+    assert fused.plan(1, 1024).programs == (1, 1)
+    assert fused.plan(1 << 20, 16).programs == (4096, 1)
+    assert fused.plan(1, 1 << 20).programs == (1, 256)
+    assert fused.plan(1, 1 << 26).programs == (1, 2048)
+
+
+# The backend
+
+
+def test_where_it_runs_is_said() -> None:
+    backend = TorchTritonBackend()
+    assert backend.slow == "the CPU, interpreted (TRITON_INTERPRET=1)"
+    runner: Any = backend.load(export(LossSpec(), shape=("N", 4)))
+    assert runner.device.name == backend.slow
+    matrix = Matrix(("torch-triton",), betas=(0.5,), dtypes=("float32",), quick=True)
+    report = run_matrix(matrix)
+    assert report, [cell.failures[0].verdict.detail for cell in report.red]
+    assert {cell.route for cell in report.cells} == {"function"}
+    assert [cell.refused for cell in report.cells if cell.refused] == [
+        "the fused kernel of torch-triton computes the loss, and no gradient"
+    ]
+    assert (
+        "torch-triton on the CPU, interpreted (TRITON_INTERPRET=1): of 2^20 elements only mean at "
+        "beta 1, constant"
+    ) in report.notes
+
+
+def test_what_it_refuses() -> None:
+    backend = TorchTritonBackend()
+    for spec, reason in (
+        (LossSpec(gradient=True), "computes the loss, and no gradient"),
+        (LossSpec(weight="count"), "takes no weight"),
+    ):
+        assert reason in str(backend.refuses(spec))
+        with pytest.raises(UnsupportedError, match=reason):
+            backend.load(export(spec, shape=("N", 4)))
+    assert backend.refuses(LossSpec(per_sample=True, runtime_beta=True)) is None
+
+
+def test_a_model_without_a_spec() -> None:
+    model = export(LossSpec(), shape=("N", 4))
+    del model.metadata_props[:]
+    with pytest.raises(ArtefactError, match="carries none; use a backend that runs the graph"):
+        load(model, "torch-triton")
+
+
+def test_many_threads() -> None:
+    """The interpreter itself can't be entered twice."""
+    spec = LossSpec(0.5, "none")
+    runner = load(export(spec, shape=("N", 16)), "torch-triton")
+
+    def work(rows: int) -> None:
+        a, b = pair(spec, (rows, 16))
+        assert_right(spec, runner.run(a, b)["loss"], a, b)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len([*pool.map(work, range(1, 25))]) == 24
+
+
+class _Host(HostDevice):
+    """Tensors of the host are on this device, and its graphs can be replayed."""
+
+    selected = InterpretedDevice.selected
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_tensors_stay_where_they_are_and_a_graph_replays(
+    monkeypatch: pytest.MonkeyPatch, reduction: str
+) -> None:
+    monkeypatch.setattr(gpu, "is_on_device", on_host_device)
+    spec = LossSpec(0.5, reduction, "bfloat16")
+    runner = TorchTritonBackend(_Host()).load(export(spec, shape=("N", 16)))
+    a, b = pair(spec, (64, 16))
+    x, t = runner.device.upload(a), runner.device.upload(b)
+    loss = runner.run(x, t)["loss"]
+    assert isinstance(loss, torch.Tensor) and loss.dtype == torch.bfloat16
+    assert_right(spec, runner.device.download(loss), a, b)
+    recorded = runner.capture(x, t)
+    x += 1
+    assert_right(
+        spec, runner.device.download(recorded.replay()["loss"]), runner.device.download(x), b
+    )
+
+
+def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, fused: Any) -> None:
+    """What a CUDA graph can't record: numbers that come back to the host while it computes."""
+    monkeypatch.setattr(gpu, "is_on_device", on_host_device)
+    runner = TorchTritonBackend(_Host()).load(
+        export(LossSpec(reduction="sum", runtime_beta=True), shape=("N", 16))
+    )
+    x, t = torch.ones(64, 16), torch.zeros(64, 16)
+
+    def waits(*arguments: Any) -> None:
+        raise AssertionError("a number came back to the host")
+
+    for name in ("item", "tolist", "__float__", "__bool__", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    # In the place of the interpreter, which works on the host's numbers.
+    seen = []
+    monkeypatch.setattr(fused, "reduce_rows", lambda *a, **k: seen.append(a))
+    assert runner.run(x, t, beta=0.5)["loss"].shape == ()
+    assert len(seen) == 1
+
+
+# Where it can't be used
+
+
+def test_without_an_interpreter_or_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delitem(sys.modules, _KERNELS, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(BackendUnavailableError) as caught:
+        base.get_backend("torch-triton")
+    assert str(caught.value).endswith(
+        "or set TRITON_INTERPRET=1 before Python starts, to have its kernels interpreted on the "
+        "CPU, slowly"
+    )
+    assert base.missing("torch-triton") == str(caught.value)
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingDependencyError) as caught:
+        base.get_backend("torch-triton")
+    assert str(caught.value).startswith("the torch-triton backend needs the package 'triton'")
+    assert str(caught.value).endswith("pip install 'smoothl1-deploy[triton]'")
