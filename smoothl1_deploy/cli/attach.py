@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ArtefactError, OutputError
+from ..errors import ArtefactError, OutputError, SpecError
 from .console import human_size, print_fields
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ def attach(
         str | None, typer.Option(help="Weights of the elements; like --target.")
     ] = None,
     normalizer: Annotated[
-        str, typer.Option(help="What a weighted mean is divided by: count or weights.")
-    ] = "count",
+        str | None,
+        typer.Option(help="What a weighted mean is divided by: count (by default) or weights."),
+    ] = None,
     loss_name: Annotated[str, typer.Option(help="Of the output.")] = "loss",
     only_loss: Annotated[
         bool, typer.Option("--only-loss", help="Drop the other outputs and what only they need.")
@@ -64,11 +66,14 @@ def attach(
         bool, typer.Option("--convert-opset", help="Convert a model that is too old.")
     ] = False,
 ) -> None:
-    """Graft the loss onto any ONNX model; what was there before stays bit-identical.
+    """Graft the loss onto any ONNX model, whose own nodes stay as they are.
 
     Weights beside the model stay beside it: their files are copied to where the result goes. Run
     it again on the result to attach another loss.
     """
+    if normalizer is not None and weight is None:
+        raise SpecError("--normalizer without --weight; say what the weights are with --weight")
+
     from ..graph.attach import attach as graft
     from ..spec import LossSpec
 
@@ -81,7 +86,7 @@ def attach(
         gradient=gradient,
         upstream=upstream,
         runtime_beta=runtime_beta,
-        weight=normalizer if weight is not None else None,
+        weight=None if weight is None else normalizer or "count",
     )
     grafted = graft(
         proto,
@@ -140,8 +145,11 @@ def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
         if old == new:
             continue
         if new.exists():
+            if _same_bytes(old, new):  # of an earlier run
+                continue
             raise OutputError(
-                f"can't copy the weights of the model to {new}: it exists; choose another folder"
+                f"can't copy the weights of the model to {new}: it exists with other content; "
+                "choose another folder"
             )
         partial = new.with_name(f".{new.name}.part")
         try:
@@ -154,6 +162,13 @@ def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
                 f"can't copy the weights of the model to {new}: {exc.strerror or exc}; choose "
                 "another -o"
             ) from exc
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    try:
+        return filecmp.cmp(a, b, shallow=False)
+    except OSError:
+        return False
 
 
 def _dtype_of(model: onnx.ModelProto, prediction: str) -> str:

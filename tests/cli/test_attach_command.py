@@ -52,6 +52,7 @@ def test_a_constant_target_and_only_the_loss(detector: Path) -> None:
         (["--prediction", "boxes", "--target", "no.npy"], "no.npy"),
         (["--prediction", "boxes", "--target", "gt", "--reduction", "max"], "unknown reduction"),
         (["--prediction", "x", "--target", "g", "--per-sample", "--reduction=none"], "per_sample"),
+        (["--prediction", "x", "--target", "g", "--normalizer", "count"], "without --weight"),
     ],
 )  # fmt: skip
 def test_bad_usage_is_a_sentence(
@@ -89,6 +90,7 @@ def test_weights_beside_the_model_stay_beside_it(
     out.parent.mkdir(exist_ok=True)
     words = ["attach", str(detector), "--prediction", "boxes", "--target", "gt", "--route", route]
     assert main([*words, "-o", str(out)]) == 0
+    assert main([*words, "-o", str(out)]) == 0  # the copy of the first run is no obstacle
     bare = onnx.load(out, load_external_data=False)
     assert bare.graph.initializer[0].data_location == onnx.TensorProto.EXTERNAL
     assert (out.parent / "w.bin").read_bytes() == (detector.parent / "w.bin").read_bytes()
@@ -105,7 +107,7 @@ def test_weights_that_can_t_be_carried(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["attach", str(detector), "--prediction", "boxes", "--target", "gt"]
     (other / "w.bin").write_bytes(b"somebody else's")
     assert main([*words, "-o", str(other / "scored.onnx")]) == 2
-    assert "it exists; choose another folder" in capsys.readouterr().err
+    assert "it exists with other content; choose another folder" in capsys.readouterr().err
     assert (other / "w.bin").read_bytes() == b"somebody else's"
     (detector.parent / "w.bin").rename(tmp_path / "w.bin")
     assert main([*words, "-o", str(other / "scored.onnx")]) == 2
