@@ -52,7 +52,8 @@ def build_engine(
 
     Args:
         model: an `onnx.ModelProto`, its bytes, or the path of a file; float64 is refused, all
-            but the accumulators of our own reductions (the sidecar's notes name them).
+            but casts to it inside the model, as our own reductions accumulate: they become casts
+            to float32, and the sidecar's notes name them.
         path: where to write the engine; its sidecar goes to `<path>.json`. None writes nothing
             outside the cache.
         flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.

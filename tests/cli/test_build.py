@@ -32,7 +32,7 @@ def test_the_engine_and_its_sidecar(cli: Callable[..., Done]) -> None:
     shapes = "1x16,64x16,4096x16"
     assert lines["profile"] == f"input={shapes} target={shapes}"
     assert lines["built"].startswith("in ")
-    assert "note: accumulates in float32 on TensorRT" in done.err
+    assert "note: computes in float32 on TensorRT" in done.err
     assert engine.sidecar is not None and engine.sidecar.spec == LossSpec()
 
 
