@@ -78,6 +78,7 @@ def attach(
     from ..spec import LossSpec
 
     proto = _read(model)
+    _check_output(output, proto, model.parent)
     spec = LossSpec(
         beta=beta,
         reduction=reduction,
@@ -91,9 +92,9 @@ def attach(
     grafted = graft(
         proto,
         prediction,
-        _operand(target),
+        _operand(target, spec.dtype),
         spec,
-        weight=None if weight is None else _operand(weight),
+        weight=None if weight is None else _operand(weight, spec.dtype),
         loss_name=loss_name,
         only_loss=only_loss,
         route=route,
@@ -128,6 +129,19 @@ def _read(path: Path) -> onnx.ModelProto:
 
 def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # unlike Path.resolve, for a ring of links too
+
+
+def _check_output(path: Path, model: onnx.ModelProto, folder: Path) -> None:
+    """Refuse, before any weights are copied, where the model can't be written or would harm."""
+    from ..graph.tensors import external_locations
+
+    if os.path.isdir(path) or not os.path.isdir(path.parent):
+        problem = "is a folder" if os.path.isdir(path) else "lies in a folder that doesn't exist"
+        raise OutputError(f"can't write the model: {path} {problem}; give a file name")
+    weights = [_real(where / name) for name in external_locations(model)
+               for where in (folder, path.parent)]  # fmt: skip
+    if _real(path) in weights:
+        raise OutputError(f"can't write the model: {path} holds its weights; give another name")
 
 
 def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
@@ -178,13 +192,13 @@ def _dtype_of(model: onnx.ModelProto, prediction: str) -> str:
     return float_dtype_of(model, prediction) or "float32"
 
 
-def _operand(given: str) -> Any:
+def _operand(given: str, dtype: str) -> Any:
     """A tensor's name, or the array of a .npy file."""
-    if not given.endswith(".npy"):
+    if not given.lower().endswith(".npy"):
         return given
     from ..npy import read_array
 
-    return read_array(Path(given), "float32")
+    return read_array(Path(given), dtype)
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -118,6 +119,41 @@ def test_weights_that_can_t_be_carried(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*words, "-o", str(other / "scored.onnx")]) == 2
     assert "outside of its folder" in capsys.readouterr().err
     assert not (other / "scored.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        ("model/w.bin", "holds its weights; give another name"),
+        ("other/w.bin", "holds its weights; give another name"),
+        ("other", "is a folder"),
+        ("nowhere/scored.onnx", "lies in a folder that doesn't exist"),
+    ],
+)
+def test_an_output_that_can_t_be_is_refused_before_anything_is_copied(
+    tmp_path: Path, output: str, text: str, capsys: pytest.CaptureFixture
+) -> None:
+    detector = _with_weights_beside(tmp_path / "model")
+    (tmp_path / "other").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    words = ["attach", str(detector), "--prediction", "boxes", "--target", "gt"]
+    assert main([*words, "-o", str(tmp_path / output)]) == 2
+    assert text in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_bfloat16_target_as_numpy_writes_it(tmp_path: Path) -> None:
+    model = parser.parse_model(MODEL.replace("float[", "bfloat16["))
+    onnx.save(model, tmp_path / "half.onnx")
+    target = np.full((3, 4), 0.5, ml_dtypes.bfloat16)
+    np.save(tmp_path / "gt.NPY", target)
+    (tmp_path / "gt.NPY.npy").rename(tmp_path / "gt.NPY")  # numpy appends its own suffix
+    out = tmp_path / "scored.onnx"
+    words = ["attach", str(tmp_path / "half.onnx"), "--prediction", "boxes", "-o", str(out)]
+    assert main([*words, "--target", str(tmp_path / "gt.NPY")]) == 0
+    (constant,) = onnx.load(out).graph.initializer
+    assert numpy_helper.to_array(constant).tobytes() == target.tobytes()
 
 
 def test_beyond_protobuf_s_limit_the_weights_go_beside_the_file(
