@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import filecmp
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ArtefactError, OutputError, SpecError
-from .console import human_size, print_fields
+from .console import human_size, print_fields, print_note
 
 if TYPE_CHECKING:
     import onnx
@@ -102,6 +103,9 @@ def attach(
     )
     _carry(grafted, model.parent, output.parent)
     _save(grafted, output)
+    for role, name in (("target", target), ("weight", weight)):
+        if name is not None:
+            _note_near_miss(role, name, proto, grafted)
     print_fields(
         {
             "wrote": f"{output}, {human_size(output.stat().st_size)}",
@@ -129,6 +133,15 @@ def _read(path: Path) -> onnx.ModelProto:
 
 def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # unlike Path.resolve, for a ring of links too
+
+
+def _note_near_miss(role: str, name: str, before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    """A name that no tensor has makes a new input, and a typing error would too, unseen."""
+    known = [value.name for value in before.graph.input]
+    known += [output for node in before.graph.node for output in node.output]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if close and name not in known and name in {value.name for value in after.graph.input}:
+        print_note(f"the {role} {name!r} is a new input; the model has {close[0]!r} too")
 
 
 def _check_output(path: Path, model: onnx.ModelProto, folder: Path) -> None:

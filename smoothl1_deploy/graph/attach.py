@@ -59,13 +59,14 @@ def attach(
         loss_name: of the output (`grad_input` for the gradient); numbered where it is taken.
         only_loss: drop the other outputs, and the nodes and inputs that only they need.
         route: `"function"` adds a node of the domain `smoothl1_deploy`; `"inlined"` plain ones.
-        convert_opset: convert a model whose opset is older than 13.
+        convert_opset: convert a model whose opset is older than 13 to 18, its functions put in
+            the places where they are called.
 
     Raises:
         SpecError: on a name that no tensor has (close matches first), shapes that can't be
             broadcast, and a dtype that would lose precision.
-        ArtefactError: on a model whose opset is too old, or with more than 2 GB in memory where
-            a step can't take them.
+        ArtefactError: on a model whose opset is too old, that has a function of our name and
+            another content, or with more than 2 GB in memory where a step can't take them.
     """
     if str(route) not in ("function", "inlined"):
         raise SpecError(f"unknown route {route!r} to attach by; choose function or inlined")

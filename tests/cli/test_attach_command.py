@@ -143,6 +143,16 @@ def test_an_output_that_can_t_be_is_refused_before_anything_is_copied(
     assert after == before
 
 
+@pytest.mark.parametrize(("target", "noted"), [("boxs", True), ("gt", False), ("boxes_gt", False)])
+def test_a_new_input_that_looks_like_a_typing_error_is_noted(
+    detector: Path, target: str, noted: bool, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["attach", str(detector), "--prediction", "x", "--target", target]
+    assert main([*words, "-o", str(detector.with_name("out.onnx"))]) == 0
+    text = f"the target {target!r} is a new input; the model has 'boxes' too"
+    assert (text in capsys.readouterr().err) == noted
+
+
 def test_a_bfloat16_target_as_numpy_writes_it(tmp_path: Path) -> None:
     model = parser.parse_model(MODEL.replace("float[", "bfloat16["))
     onnx.save(model, tmp_path / "half.onnx")
