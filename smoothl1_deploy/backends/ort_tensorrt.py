@@ -16,7 +16,7 @@ import onnx
 
 from ..artefact import sha256
 from ..device import Device
-from ..errors import BackendUnavailableError, require
+from ..errors import BackendUnavailableError, OutputError, reason_of, require
 from ..spec import LossSpec
 from ..tensorrt.cache import default_cache_dir
 from ..tensorrt.prepare import prepare
@@ -69,7 +69,13 @@ class _EngineBackend(OrtGpuBackend):
         }
         key = self._key(graph, settings)
         folder = self._root / self.name / key
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise OutputError(
+                f"can't keep engines in {folder} ({reason_of(exc)}); choose a folder that you may "
+                "write to with cache_dir="
+            ) from exc
         return {**settings, **self._caching(folder, key)}
 
     def _key(self, graph: onnx.ModelProto, settings: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ import onnx
 from onnx import helper
 
 from ..device import Device
+from ..errors import ArtefactError
 from ..graph.elements import ELEMENT_TYPE
 from ..spec import LossSpec
 from ..tensorrt.builder import build_engine
@@ -144,8 +145,8 @@ class TrtBackend(GpuBackend):
             BackendUnavailableError: when the engine doesn't run on this GPU.
         """
         engine = read_engine(path)
-        program = self._program(engine, get_flavour(engine.sidecar.flavour))
-        return TrtRunner(_skeleton(engine), program)
+        model = _skeleton(engine)
+        return TrtRunner(model, self._program(engine, get_flavour(engine.sidecar.flavour)))
 
     def _program(self, engine: Engine, flavour: Flavour) -> Program:
         kernels = self._root / "kernels" / f"{engine.sha256}.cache"
@@ -155,10 +156,19 @@ class TrtBackend(GpuBackend):
 
 
 def _skeleton(engine: Engine) -> onnx.ModelProto:
-    """A model with the engine's inputs and outputs and nothing in between."""
+    """A model with the engine's inputs and outputs and nothing in between.
+
+    Raises:
+        ArtefactError: for an engine that is no loss's.
+    """
 
     def value(port: Any) -> onnx.ValueInfoProto:
         dims = [name or size for name, size in zip(port.names, port.shape, strict=True)]
+        if port.dtype not in ELEMENT_TYPE:
+            raise ArtefactError(
+                f"the engine's {port.name!r} has the dtype {port.dtype}; a loss artefact takes and "
+                f"gives {', '.join(ELEMENT_TYPE)}"
+            )
         # An axis that has no name in the sidecar is dynamic by its -1.
         dims = [None if dim == -1 else dim for dim in dims]
         return helper.make_tensor_value_info(port.name, ELEMENT_TYPE[port.dtype], dims)

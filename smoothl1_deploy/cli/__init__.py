@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _invoke(argv)
         sys.stdout.flush()  # a broken pipe may show only here
-        return status
+        return _interrupted() if status == _INTERRUPTED else status
     except SmoothL1DeployError as exc:
         return _fail(str(exc), exc.exit_code)
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:
         from .registry import BROKEN_PIPE
 
@@ -78,6 +78,14 @@ def _invoke(argv: Sequence[str] | None) -> int:
     except SystemExit as exc:  # typer ends every run this way, usage errors (2) included
         return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
     return 0
+
+
+def _interrupted() -> int:
+    """After a second interrupt TensorRT may still build, and crash when the interpreter ends."""
+    progress = sys.modules.get("smoothl1_deploy.tensorrt.progress")
+    if progress is not None and progress.is_building():
+        os._exit(_INTERRUPTED)
+    return _INTERRUPTED
 
 
 def _fail(message: str, status: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import filecmp
 import os
 import shutil
 from pathlib import Path
@@ -9,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ArtefactError, OutputError
-from .console import human_size, print_fields
+from ..errors import ArtefactError, OutputError, SpecError
+from .console import human_size, print_fields, print_note
 
 if TYPE_CHECKING:
     import onnx
@@ -53,8 +55,9 @@ def attach(
         str | None, typer.Option(help="Weights of the elements; like --target.")
     ] = None,
     normalizer: Annotated[
-        str, typer.Option(help="What a weighted mean is divided by: count or weights.")
-    ] = "count",
+        str | None,
+        typer.Option(help="What a weighted mean is divided by: count (by default) or weights."),
+    ] = None,
     loss_name: Annotated[str, typer.Option(help="Of the output.")] = "loss",
     only_loss: Annotated[
         bool, typer.Option("--only-loss", help="Drop the other outputs and what only they need.")
@@ -64,15 +67,19 @@ def attach(
         bool, typer.Option("--convert-opset", help="Convert a model that is too old.")
     ] = False,
 ) -> None:
-    """Graft the loss onto any ONNX model; what was there before stays bit-identical.
+    """Graft the loss onto any ONNX model, whose own nodes stay as they are.
 
     Weights beside the model stay beside it: their files are copied to where the result goes. Run
     it again on the result to attach another loss.
     """
+    if normalizer is not None and weight is None:
+        raise SpecError("--normalizer without --weight; say what the weights are with --weight")
+
     from ..graph.attach import attach as graft
     from ..spec import LossSpec
 
     proto = _read(model)
+    _check_output(output, proto, model.parent)
     spec = LossSpec(
         beta=beta,
         reduction=reduction,
@@ -81,14 +88,14 @@ def attach(
         gradient=gradient,
         upstream=upstream,
         runtime_beta=runtime_beta,
-        weight=normalizer if weight is not None else None,
+        weight=None if weight is None else normalizer or "count",
     )
     grafted = graft(
         proto,
         prediction,
-        _operand(target),
+        _operand(target, spec.dtype),
         spec,
-        weight=None if weight is None else _operand(weight),
+        weight=None if weight is None else _operand(weight, spec.dtype),
         loss_name=loss_name,
         only_loss=only_loss,
         route=route,
@@ -96,6 +103,9 @@ def attach(
     )
     _carry(grafted, model.parent, output.parent)
     _save(grafted, output)
+    for role, name in (("target", target), ("weight", weight)):
+        if name is not None:
+            _note_near_miss(role, name, proto, grafted)
     print_fields(
         {
             "wrote": f"{output}, {human_size(output.stat().st_size)}",
@@ -125,6 +135,28 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # unlike Path.resolve, for a ring of links too
 
 
+def _note_near_miss(role: str, name: str, before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+    """A name that no tensor has makes a new input, and a typing error would too, unseen."""
+    known = [value.name for value in before.graph.input]
+    known += [output for node in before.graph.node for output in node.output]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if close and name not in known and name in {value.name for value in after.graph.input}:
+        print_note(f"the {role} {name!r} is a new input; the model has {close[0]!r} too")
+
+
+def _check_output(path: Path, model: onnx.ModelProto, folder: Path) -> None:
+    """Refuse, before any weights are copied, where the model can't be written or would harm."""
+    from ..graph.tensors import external_locations
+
+    if os.path.isdir(path) or not os.path.isdir(path.parent):
+        problem = "is a folder" if os.path.isdir(path) else "lies in a folder that doesn't exist"
+        raise OutputError(f"can't write the model: {path} {problem}; give a file name")
+    weights = [_real(where / name) for name in external_locations(model)
+               for where in (folder, path.parent)]  # fmt: skip
+    if _real(path) in weights:
+        raise OutputError(f"can't write the model: {path} holds its weights; give another name")
+
+
 def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
     """Copy the files that the model's weights are in to where it goes."""
     from ..graph.tensors import external_locations
@@ -140,8 +172,11 @@ def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
         if old == new:
             continue
         if new.exists():
+            if _same_bytes(old, new):  # of an earlier run
+                continue
             raise OutputError(
-                f"can't copy the weights of the model to {new}: it exists; choose another folder"
+                f"can't copy the weights of the model to {new}: it exists with other content; "
+                "choose another folder"
             )
         partial = new.with_name(f".{new.name}.part")
         try:
@@ -156,6 +191,13 @@ def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
             ) from exc
 
 
+def _same_bytes(a: Path, b: Path) -> bool:
+    try:
+        return filecmp.cmp(a, b, shallow=False)
+    except OSError:
+        return False
+
+
 def _dtype_of(model: onnx.ModelProto, prediction: str) -> str:
     """The prediction's, or float32 where attach will say that there is no such tensor."""
     from ..graph.tensors import float_dtype_of
@@ -163,13 +205,13 @@ def _dtype_of(model: onnx.ModelProto, prediction: str) -> str:
     return float_dtype_of(model, prediction) or "float32"
 
 
-def _operand(given: str) -> Any:
+def _operand(given: str, dtype: str) -> Any:
     """A tensor's name, or the array of a .npy file."""
-    if not given.endswith(".npy"):
+    if not given.lower().endswith(".npy"):
         return given
     from ..npy import read_array
 
-    return read_array(Path(given), "float32")
+    return read_array(Path(given), dtype)
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:

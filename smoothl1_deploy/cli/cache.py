@@ -40,10 +40,13 @@ def _rows(entries: tuple[CacheEntry, ...]) -> list[tuple[str, ...]]:
 
 def _open(folder: Path | None) -> EngineCache:
     """The cache in `folder`, which is not made here: a typing error must not look like a cache."""
-    from ..tensorrt.cache import EngineCache
+    from ..tensorrt.cache import EngineCache, is_cache
 
+    remedy = "give the --cache-dir of a build"
     if folder is not None and not os.path.isdir(folder):
-        raise InvalidInputError(f"{folder} is no folder; give the --cache-dir of a build")
+        raise InvalidInputError(f"{folder} is no folder; {remedy}")
+    if folder is not None and not is_cache(folder):
+        raise InvalidInputError(f"{folder} is no engine cache, and nothing was changed; {remedy}")
     return EngineCache(folder)
 
 

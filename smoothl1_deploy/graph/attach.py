@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.inliner
-import onnx.version_converter
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
+from .convert import OLDEST, check_parsed, converted, opset_of
 from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE, element_name
-from .metadata import forget_spec
-from .nesting import MODEL_ERRORS, check_constants, check_nesting
+from .hosted import add_functions, check_opset
+from .metadata import ATTACHED, forget_spec, note_attached
+from .nesting import check_constants, check_nesting
+from .prune import prune
 from .shapes import Shape, broadcast, summed_axes
-from .tensors import Tensor, all_names, main_tensors
+from .tensors import Tensor, main_tensors, node_names, value_names
 
 __all__ = ["ATTACHED", "attach"]
 
-#: The metadata entry that lists what was attached.
-ATTACHED = "smoothl1_deploy.attached"
-
 _SHOWN = 20  # candidate tensors in an error
-_PARSED = 2**31 - 1  # bytes that protobuf reads in one message
 _WIDENS = {("float16", "float32"), ("bfloat16", "float32")} | {
     (narrow, "float64") for narrow in ("float16", "bfloat16", "float32")
 }
@@ -62,13 +59,14 @@ def attach(
         loss_name: of the output (`grad_input` for the gradient); numbered where it is taken.
         only_loss: drop the other outputs, and the nodes and inputs that only they need.
         route: `"function"` adds a node of the domain `smoothl1_deploy`; `"inlined"` plain ones.
-        convert_opset: convert a model whose opset is older than 13.
+        convert_opset: convert a model whose opset is older than 13 to 18, its functions put in
+            the places where they are called.
 
     Raises:
         SpecError: on a name that no tensor has (close matches first), shapes that can't be
             broadcast, and a dtype that would lose precision.
-        ArtefactError: on a model whose opset is too old, or with more than 2 GB in memory where
-            a step can't take them.
+        ArtefactError: on a model whose opset is too old, that has a function of our name and
+            another content, or with more than 2 GB in memory where a step can't take them.
     """
     if str(route) not in ("function", "inlined"):
         raise SpecError(f"unknown route {route!r} to attach by; choose function or inlined")
@@ -83,14 +81,8 @@ def attach(
     grafted = onnx.ModelProto()
     grafted.CopyFrom(model)
     forget_spec(grafted)
-    opset = _opset(grafted)
-    if opset < 13 and convert_opset:
-        _check_size(grafted, "the conversion of the opset")
-        try:
-            grafted = onnx.version_converter.convert_version(grafted, 18)
-        except (onnx.version_converter.ConvertError, *MODEL_ERRORS, RuntimeError) as exc:
-            raise ArtefactError(f"onnx can't convert the model to opset 18: {exc}") from exc
-        opset = 18
+    if convert_opset and opset_of(grafted) < OLDEST:
+        grafted = converted(grafted)
     _check_name("loss", loss_name)
     graft = _Graft(grafted, prediction, spec)
     roles = {"input": graft.prediction, "target": graft.operand("target", target)}
@@ -100,23 +92,12 @@ def attach(
         roles["weight"] = graft.operand("weight", weight)
     elif weight is not None:
         raise SpecError("weight= for a spec without one; write LossSpec(weight='count')")
-    functions = graft.add(roles, loss_name, opset, only_loss)
+    functions = graft.add(roles, loss_name, only_loss)
     if route == "inlined":
-        _check_size(grafted, "the route 'inlined'")
+        check_parsed(grafted, "the route 'inlined'")
         names = [(function.domain, function.name) for function in functions]
         grafted = onnx.inliner.inline_selected_functions(grafted, names)
     return grafted
-
-
-def _check_size(model: onnx.ModelProto, step: str) -> None:
-    """onnx takes these steps in C++, where a model arrives as one message."""
-    size = model.ByteSize()
-    if size > _PARSED:
-        raise ArtefactError(
-            f"the model holds {size} bytes in memory, and {step} takes {_PARSED} at most "
-            "(protobuf's limit); leave its weights in a file beside it with "
-            "onnx.load(path, load_external_data=False)"
-        )
 
 
 def _check_name(what: str, name: Any) -> None:
@@ -128,17 +109,14 @@ def _check_name(what: str, name: Any) -> None:
         raise SpecError(f"the {what} can't be called {name!r}; give a name of Unicode characters")
 
 
-def _opset(model: onnx.ModelProto) -> int:
-    return max((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), default=1)
-
-
 class _Graft:
     """The state of one attachment: the model, its tensors, and the names that are free."""
 
     def __init__(self, model: onnx.ModelProto, prediction: str, spec: LossSpec | None) -> None:
         self.model = model
         self._tensors = main_tensors(model)
-        self._taken = set(all_names(model.graph))
+        self._values = set(value_names(model.graph))
+        self._taken = self._values | set(node_names(model.graph))
         found = self._known("prediction", prediction)
         dtype = DTYPE_OF_ELEMENT.get(found.element or 0)
         if found.element is not None and dtype is None:
@@ -147,7 +125,7 @@ class _Graft:
         if spec is None and dtype is None:
             raise SpecError(
                 f"the element type of {prediction!r} can't be inferred; say it with spec="
-                "LossSpec(dtype=...)"
+                "LossSpec(dtype=...) (--dtype)"
             )
         self.spec = spec if spec is not None else LossSpec(dtype=str(dtype))
         self._prediction = found
@@ -166,7 +144,7 @@ class _Graft:
         more = f", and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
         raise SpecError(
             f"the model has no tensor {name!r} to be the {what}; it has "
-            f"{', '.join(map(repr, listed[:_SHOWN]))}{more}"
+            f"{', '.join(map(repr, listed[:_SHOWN])) or 'none at all'}{more}"
         )
 
     def operand(self, what: str, given: str | np.ndarray[Any, Any]) -> Tensor:
@@ -175,10 +153,17 @@ class _Graft:
             if given in self._tensors:
                 return self._in_dtype(what, self._tensors[given])
             _check_name(what, given)
+            if given in self._values:
+                raise SpecError(
+                    f"the {what} {given!r} is no tensor of the main graph that a loss can take, "
+                    "and no free name for a new input: it is a sequence or the like, or stands "
+                    "inside a subgraph; choose another name"
+                )
             element, shape = ELEMENT_TYPE[self.spec.dtype], self._prediction.shape
             self.model.graph.input.append(helper.make_tensor_value_info(given, element, shape))
             self._taken.add(given)
-            return Tensor(given, element, shape)
+            self._tensors[given] = Tensor(given, element, shape)  # one input may play both parts
+            return self._tensors[given]
         array = np.ascontiguousarray(given).reshape(np.shape(given))
         try:
             tensor = numpy_helper.from_array(array, self._free(what))
@@ -197,7 +182,7 @@ class _Graft:
         if dtype is not None and (dtype, wanted) not in _WIDENS:
             raise SpecError(
                 f"the {what} {tensor.name!r} is {dtype}, and {wanted} would lose some of it; "
-                f"use LossSpec(dtype={dtype!r})"
+                f"use LossSpec(dtype={dtype!r}) (--dtype {dtype})"
             )
         if dtype is None and (
             what == "prediction" or kind in ("STRING", "COMPLEX64", "COMPLEX128")
@@ -218,7 +203,7 @@ class _Graft:
         return free
 
     def add(
-        self, roles: dict[str, Tensor], loss_name: str, opset: int, only_loss: bool
+        self, roles: dict[str, Tensor], loss_name: str, only_loss: bool
     ) -> list[onnx.FunctionProto]:
         """Append nodes, functions, inputs and outputs; gives the functions."""
         from . import functions as f
@@ -246,19 +231,14 @@ class _Graft:
         prefix = self._free_prefix(outputs["loss"])
         assembly = Assembly(spec, {**names, **outputs}, summed_axes=axes, prefix=prefix)
         functions = function_closure(assembly.used)
-        oldest = 14 if _needs_allowzero(functions, assembly.nodes) else 13
-        if opset < oldest:
-            raise ArtefactError(
-                f"the model is of opset {opset}, and this loss needs {oldest}; convert it with "
-                "convert_opset=True (--convert-opset), or onnx.version_converter"
-            )
-        self._add_functions(functions, opset)
+        check_opset(self.model, functions, assembly.nodes)
+        add_functions(self.model, functions)
         if not any(entry.domain == f.DOMAIN for entry in self.model.opset_import):
             self.model.opset_import.append(helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION))
         self.model.ir_version = max(self.model.ir_version, 8)  # the first with functions
         graph.node.extend([*self._nodes, *assembly.nodes])
         self._add_outputs(outputs, reduced, only_loss)
-        self._note(names, outputs)
+        note_attached(self.model, spec, names, outputs)
         return functions
 
     def _free_prefix(self, name: str) -> str:
@@ -267,18 +247,6 @@ class _Graft:
             number += 1
             prefix = f"{name}_{number}/"
         return prefix
-
-    def _add_functions(self, functions: list[onnx.FunctionProto], opset: int) -> None:
-        """The bodies mean the same in every opset from 13 on: they take the model's."""
-        present = {(function.domain, function.name) for function in self.model.functions}
-        for function in functions:
-            if (function.domain, function.name) in present:
-                continue
-            copy = self.model.functions.add()
-            copy.CopyFrom(function)
-            for entry in copy.opset_import:
-                if entry.domain == "":
-                    entry.version = opset
 
     def _reduced_shape(self, losses: Shape | None) -> Shape | None:
         """The shape of the loss, where that of the element losses is `losses`."""
@@ -296,29 +264,7 @@ class _Graft:
             like = self._prediction.shape
             graph.output.append(helper.make_tensor_value_info(outputs["grad_input"], element, like))
         if only:
-            _prune(graph)
-
-    def _note(self, names: dict[str, str], outputs: dict[str, str]) -> None:
-        properties = {entry.key: entry.value for entry in self.model.metadata_props}
-        attached = _attached(properties.get(ATTACHED, "[]"))
-        attached.append({"spec": self.spec.to_dict(), "inputs": names, "outputs": outputs})
-        properties[ATTACHED] = json.dumps(attached, sort_keys=True)
-        helper.set_model_props(self.model, properties)
-
-
-def _attached(text: str) -> list[Any]:
-    """What an earlier attachment noted; the model may be anyone's."""
-    try:
-        noted = json.loads(text)
-        if isinstance(noted, list):
-            return noted
-        reason = f"{type(noted).__name__} instead of a list"
-    except (ValueError, RecursionError) as exc:
-        reason = str(exc)
-    raise ArtefactError(
-        f"the model's metadata entry {ATTACHED} is damaged ({reason}); delete it, or attach to the "
-        "model as it was"
-    )
+            prune(graph)
 
 
 def _broadcast(roles: dict[str, Tensor]) -> Shape | None:
@@ -335,30 +281,3 @@ def _broadcast(roles: dict[str, Tensor]) -> Shape | None:
                 f"{tensor.shape}: {exc}"
             ) from exc
     return full
-
-
-def _needs_allowzero(functions: list[onnx.FunctionProto], nodes: list[onnx.NodeProto]) -> bool:
-    every = [*nodes, *(node for function in functions for node in function.node)]
-    return any(attribute.name == "allowzero" for node in every for attribute in node.attribute)
-
-
-def _prune(graph: onnx.GraphProto) -> None:
-    """Drop the nodes, inputs and initialisers that no output needs."""
-    needed = {value.name for value in graph.output}
-    kept: list[onnx.NodeProto] = []
-    for node in reversed(graph.node):
-        if needed & set(node.output):
-            kept.append(node)
-            needed.update(node.input)
-            for attribute in node.attribute:
-                for subgraph in (attribute.g, *attribute.graphs):
-                    needed.update(all_names(subgraph))
-    for field, items in (
-        (graph.node, kept[::-1]),
-        (graph.input, [value for value in graph.input if value.name in needed]),
-        (graph.initializer, [value for value in graph.initializer if value.name in needed]),
-        (graph.value_info, [value for value in graph.value_info if value.name in needed]),
-    ):
-        chosen = list(items)
-        del field[:]
-        field.extend(chosen)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import onnx
 
@@ -11,12 +13,24 @@ from .. import __version__
 from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 
-__all__ = ["content_hash", "forget_spec", "is_served", "read_route", "read_spec", "stamp"]
+__all__ = [
+    "ATTACHED",
+    "content_hash",
+    "forget_spec",
+    "is_served",
+    "note_attached",
+    "read_attached",
+    "read_route",
+    "read_spec",
+    "stamp",
+]
 
 _PREFIX = "smoothl1_deploy."
 SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
 #: Of a graph whose ports are a server's: see serving/served_graph.py.
 SERVED = _PREFIX + "served"
+#: Of a model that losses were attached to: which, and the names of their tensors.
+ATTACHED = _PREFIX + "attached"
 
 
 def _properties(model: onnx.ModelProto) -> dict[str, str]:
@@ -97,3 +111,35 @@ def read_spec(model: onnx.ModelProto) -> LossSpec | None:
 def forget_spec(model: onnx.ModelProto) -> None:
     """Drop from `model` what it says of itself as a loss artefact: it is about to be another."""
     _drop(model, SPEC, ROUTE, HASH, SERVED)
+
+
+def read_attached(model: onnx.ModelProto) -> list[dict[str, Any]]:
+    """What was attached to `model`: for each loss its spec, inputs and outputs by role.
+
+    Raises:
+        ArtefactError: when the entry is damaged; the model may be anyone's.
+    """
+    try:
+        noted = json.loads(_properties(model).get(ATTACHED, "[]"))
+        if isinstance(noted, list) and all(isinstance(loss, dict) for loss in noted):
+            return noted
+        reason = f"{type(noted).__name__} instead of a list of objects"
+    except (ValueError, RecursionError) as exc:
+        reason = str(exc)
+    raise ArtefactError(
+        f"the model's metadata entry {ATTACHED} is damaged ({reason}); delete it, or attach to the "
+        "model as it was"
+    )
+
+
+def note_attached(
+    model: onnx.ModelProto, spec: LossSpec, inputs: Mapping[str, str], outputs: Mapping[str, str]
+) -> None:
+    """Add a loss to what `read_attached` tells of `model`.
+
+    Raises:
+        ArtefactError: as `read_attached` does.
+    """
+    loss = {"spec": spec.to_dict(), "inputs": dict(inputs), "outputs": dict(outputs)}
+    noted = json.dumps([*read_attached(model), loss], sort_keys=True)
+    onnx.helper.set_model_props(model, {**_properties(model), ATTACHED: noted})

@@ -10,9 +10,18 @@ from onnx import helper
 
 from .elements import DTYPE_OF_ELEMENT
 from .inference import inferred_graph
+from .nesting import tensors
 from .shapes import Shape
 
-__all__ = ["Tensor", "all_names", "external_locations", "float_dtype_of", "main_tensors"]
+__all__ = [
+    "Tensor",
+    "external_locations",
+    "float_dtype_of",
+    "main_tensors",
+    "node_names",
+    "subgraphs",
+    "value_names",
+]
 
 _SMALL = 1024  # bytes of an initialiser that shape inference may need the values of
 
@@ -60,7 +69,8 @@ def main_tensors(model: onnx.ModelProto) -> dict[str, Tensor]:
     for tensor in graph.initializer:
         found[tensor.name] = Tensor(tensor.name, tensor.data_type, tuple(tensor.dims))
     # Sequences and the like are no candidates; what inference can't tell still is one.
-    others = {v.name for v in (*graph.input, *graph.value_info, *graph.output)} - set(found)
+    values = (*graph.input, *graph.value_info, *graph.output)
+    others = {v.name for v in values if v.type.WhichOneof("value")} - set(found)
     return {name: found.get(name, Tensor(name)) for name in names if name not in others}
 
 
@@ -75,19 +85,33 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
     return Tensor(value.name, tensor.elem_type or None, dims)
 
 
-def all_names(graph: onnx.GraphProto) -> Iterator[str]:
-    """Every tensor and node name, those of subgraphs too."""
+def value_names(graph: onnx.GraphProto) -> Iterator[str]:
+    """The name of every tensor, and of other values, those of subgraphs too."""
     for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         yield value.name
     for sparse in graph.sparse_initializer:
         yield sparse.values.name
     for node in graph.node:
-        yield node.name
         yield from node.input
         yield from node.output
-        for attribute in node.attribute:
-            for subgraph in (attribute.g, *attribute.graphs):
-                yield from all_names(subgraph)
+        for subgraph in subgraphs(node):
+            yield from value_names(subgraph)
+
+
+def node_names(graph: onnx.GraphProto) -> Iterator[str]:
+    """The name of every node, those of subgraphs too."""
+    for node in graph.node:
+        yield node.name
+        for subgraph in subgraphs(node):
+            yield from node_names(subgraph)
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs that a node holds, of an If or a Loop for instance."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def float_dtype_of(model: onnx.ModelProto, name: str) -> str | None:
@@ -100,22 +124,9 @@ def external_locations(model: onnx.ModelProto) -> list[str]:
     """The files beside the model that hold data of it, as the model names them."""
     found = {
         entry.value
-        for tensor in (*_graph_tensors(model.graph), *_node_tensors(*model.functions))
+        for tensor in tensors(model)
         if tensor.data_location == onnx.TensorProto.EXTERNAL
         for entry in tensor.external_data
         if entry.key == "location"
     }
     return sorted(found)
-
-
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    yield from _node_tensors(graph)
-
-
-def _node_tensors(*bodies: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
-    for body in bodies:
-        for attribute in (attribute for node in body.node for attribute in node.attribute):
-            yield from (attribute.t, *attribute.tensors)
-            for subgraph in (attribute.g, *attribute.graphs):
-                yield from _graph_tensors(subgraph)

@@ -36,6 +36,7 @@ class Registration:
                 register_custom_op_symbolic(name, function, opset)
             elif _registered(name, opset) is not None:
                 unregister_custom_op_symbolic(name, opset)
+                _forget_empty(name)
 
     def __enter__(self) -> Registration:
         return self
@@ -89,6 +90,18 @@ def _registered(name: str, opset: int) -> Callable[..., Any] | None:
         return None
     found: Callable[..., Any] = group._functions[opset]
     return found
+
+
+def _forget_empty(name: str) -> None:
+    """Drop the empty entry that unregistering leaves (torch 2.13).
+
+    An export would end in `min() arg is an empty sequence` there, not in UnsupportedOperatorError.
+    """
+    from torch.onnx._internal.torchscript_exporter import registration
+
+    group = registration.registry.get_function_group(name)
+    if group is not None and not group._functions:
+        del registration.registry._registry[name]
 
 
 @symbolic_helper.parse_args("v", "v", "i", "f")

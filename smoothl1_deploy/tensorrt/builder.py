@@ -26,7 +26,7 @@ from .engine import Engine, write_engine
 from .flavour import Flavour, get_flavour
 from .gpu import current_gpu
 from .key import BuildKey
-from .options import BuildOptions, configure
+from .options import BuildOptions, check_timing_cache, configure
 from .parse import ParsedNetwork, parse
 from .prepare import prepare
 from .profile import Profile, ProfileRequest, input_shapes, resolve_profile
@@ -52,7 +52,8 @@ def build_engine(
 
     Args:
         model: an `onnx.ModelProto`, its bytes, or the path of a file; float64 is refused, all
-            but the accumulators of our own reductions (the sidecar's notes name them).
+            but casts to it inside the model, as our own reductions accumulate: they become casts
+            to float32, and the sidecar's notes name them.
         path: where to write the engine; its sidecar goes to `<path>.json`. None writes nothing
             outside the cache.
         flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.
@@ -75,13 +76,14 @@ def build_engine(
         OutputError: when `path` or the cache can't be written; `path` is checked first.
         MissingDependencyError, BackendUnavailableError: when TensorRT can't be used here.
     """
-    target = _checked_path(path)
+    target = _checked_path(path, model)
     loaded = read_model(model)
     spec = read_spec(loaded)
     options = options or BuildOptions()
     if not isinstance(options, BuildOptions):
         raise SpecError(f"options must be BuildOptions, got {type(options).__name__}")
     chosen = get_flavour(flavour)
+    check_timing_cache(options, chosen)  # which is no part of the key: a cache would not see it
     prepare(loaded)  # refuse what can't be built before a cache is asked or a thread started
     wanted = resolve_profile(profile, input_shapes(loaded))
     data = loaded.SerializeToString(deterministic=True)
@@ -107,7 +109,7 @@ def build_engine(
     return Engine(target, engine.sha256, engine.sidecar, engine.data, engine.cached, engine.changed)
 
 
-def _checked_path(path: str | Path | None) -> Path | None:
+def _checked_path(path: str | Path | None, model: ModelSource) -> Path | None:
     if path is None:
         return None
     target = Path(path)
@@ -115,7 +117,18 @@ def _checked_path(path: str | Path | None) -> Path | None:
     if os.path.isdir(target) or not os.path.isdir(target.parent):
         problem = "is a folder" if os.path.isdir(target) else "lies in a folder that doesn't exist"
         raise OutputError(f"can't write the engine: {target} {problem}; give a file name")
+    if isinstance(model, (str, os.PathLike)) and _same_file(target, model):
+        raise OutputError(
+            f"can't write the engine: {target} is the model it is built from; give another name"
+        )
     return target
+
+
+def _same_file(a: Path, b: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except (OSError, ValueError):  # one of them is not there
+        return False
 
 
 def _build(

@@ -29,7 +29,7 @@ from .engine import Engine, read_verified, write_engine
 from .key import BuildKey
 from .sidecar import Sidecar, sidecar_path
 
-__all__ = ["CacheEntry", "EngineCache", "default_cache_dir"]
+__all__ = ["CacheEntry", "EngineCache", "default_cache_dir", "is_cache"]
 
 _DURATIONS_KEPT = 1000
 _ABANDONED = 3600  # seconds after which nobody is writing a file any more
@@ -50,6 +50,11 @@ class _KeyLock:
 def default_cache_dir() -> Path:
     """The folder for engines in the user's cache folder."""
     return platformdirs.user_cache_path("smoothl1-deploy") / "engines"
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether `folder` is one that an `EngineCache` made."""
+    return all(os.path.isdir(folder / name) for name in ("engines", "locks"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import BuildError, SpecError, UnsupportedError
 from .flavour import Flavour
 
-__all__ = ["BuildOptions", "configure"]
+__all__ = ["BuildOptions", "check_timing_cache", "configure"]
 
 _LEVELS = ("none", "ampere_plus", "same_compute_capability")
 _CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)", re.IGNORECASE)
@@ -91,7 +91,7 @@ class BuildOptions:
         if size is not None and (
             not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**63
         ):
-            raise SpecError(f"workspace must be a number of bytes > 0, got {size!r}")
+            raise SpecError(f"workspace must be a number of bytes, 1 to 2^63 - 1, got {size!r}")
         for name in ("version_compatible", "tf32", "strict_nans", "refit", "strip_plan"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "strict_nans" and value is None):
@@ -138,18 +138,27 @@ def configure(config: Any, options: BuildOptions, flavour: Flavour) -> tuple[str
         _set_flag(config, flavour, "STRIP_PLAN", options.strip_plan, "strip_plan")
         _set_capabilities(config, flavour, options.compute_capabilities)
         _set_hardware_level(config, flavour, options.hardware_compatibility)
-        if options.timing_cache is not None and flavour.name == "tensorrt_rtx":
-            # It takes one, warns that this is deprecated and does nothing (tried with 1.7.1).
-            raise UnsupportedError(
-                f"timing_cache has no effect on {flavour}, which measures no kernels when it "
-                "builds; leave it out"
-            )
+        check_timing_cache(options, flavour)
         if options.workspace is not None:
             pool = flavour.need("MemoryPoolType", "WORKSPACE", "workspace")
             config.set_memory_pool_limit(pool, options.workspace)
         if log.errors:
             raise BuildError(f"{flavour} refused the build options: {log.reason()}")
     return tuple(sorted(name for name, flag in flavour.flags().items() if config.get_flag(flag)))
+
+
+def check_timing_cache(options: BuildOptions, flavour: Flavour) -> None:
+    """Whether `flavour` has a use for the timing cache, where one is given.
+
+    Raises:
+        UnsupportedError: for `tensorrt_rtx`.
+    """
+    if options.timing_cache is not None and flavour.name == "tensorrt_rtx":
+        # It takes one, warns that this is deprecated and does nothing (tried with 1.7.1).
+        raise UnsupportedError(
+            f"timing_cache has no effect on {flavour}, which measures no kernels when it builds; "
+            "leave it out"
+        )
 
 
 def _set_flag(config: Any, flavour: Flavour, name: str, wanted: bool | None, option: str) -> None:

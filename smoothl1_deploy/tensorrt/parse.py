@@ -118,6 +118,9 @@ def parse(
         BackendUnavailableError: when TensorRT can't be used here.
     """
     prepared, notes = prepare(model)
+    constants = {tensor.name for tensor in prepared.graph.initializer}
+    inputs = [value for value in prepared.graph.input if value.name not in constants]
+    _check_types(inputs)
     data = _serialized(prepared)
     trt = flavour.trt
     # Types are fixed by the graph in every version: 10.x wants the flag, 11.x ignores it.
@@ -136,8 +139,6 @@ def parse(
     network.name = (
         network_name or model.graph.name or f"graph_{hashlib.sha256(data).hexdigest()[:16]}"
     )
-    constants = {tensor.name for tensor in prepared.graph.initializer}
-    inputs = [value for value in prepared.graph.input if value.name not in constants]
     return ParsedNetwork(
         trt,
         builder,
@@ -152,6 +153,18 @@ def parse(
             [network.get_output(i) for i in range(network.num_outputs)],
         ),
     )
+
+
+def _check_types(inputs: list[onnx.ValueInfoProto]) -> None:
+    """The parser's own error doesn't say which input it means."""
+    for value in inputs:
+        element = value.type.tensor_type.elem_type
+        if element not in (*_DATA_TYPE, TensorProto.DOUBLE):  # that one `prepare` refuses
+            raise UnsupportedError(
+                f"the graph input {value.name!r} is {element_name(element)}, which TensorRT has "
+                "no tensors of; cast it before the model, or run the model on ONNX Runtime "
+                "(backend='ort-cpu')"
+            )
 
 
 def _serialized(model: onnx.ModelProto) -> bytes:
@@ -190,8 +203,8 @@ def _described(parser: Any, flavour: Flavour) -> BuildError:
         remedy = "TensorRT promotes nothing: cast both inputs of the node to one dtype"
     elif "operator NonZero" in "".join(parts):
         remedy = (
-            "TensorRT can't find out at run time which axes of input were broadcast, to sum its "
-            "gradient over: export with a size of 1 or one name for the axes that meet"
+            "TensorRT has no NonZero. Where it is our gradient's, which finds by it the axes that "
+            "were broadcast, export with a size of 1 or one name for the axes that meet"
         )
     return BuildError(
         f"{flavour} can't parse the model: {'; '.join(dict.fromkeys(parts))}. {remedy}, "

@@ -2,8 +2,9 @@
 
 TensorRT has no float64. Its parser narrows float64 inputs, outputs, constants and casts to
 float32 without a message, reads an input of unknown rank as rank 0, and takes a call of a local
-function that lacks a required attribute (each tried with tensorrt_rtx 1.7.1). What loses nothing
-but width inside an accumulation is narrowed here, in plain sight; the rest is refused.
+function that lacks a required attribute (each tried with tensorrt_rtx 1.7.1). What begins with a
+cast inside the model, as an accumulation does, is narrowed here, in plain sight; the rest is
+refused.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class _Scope:
 def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """`model` as TensorRT is to see it, and notes on what that changed.
 
-    Internal casts to float64 (the accumulators of `WideSum` and `WideMean`) become casts to
-    float32, in functions and subgraphs too, and scalar float64 constants that float32 holds
-    exactly become float32.
+    Internal casts to float64 (the accumulators of `WideSum` and `WideMean`, the gradient, and those
+    of anyone's model) become casts to float32, in functions and subgraphs too, and scalar float64
+    constants that float32 holds exactly become float32.
 
     Returns:
         `model` itself where nothing had to change, else a changed copy without what the export
@@ -108,7 +109,7 @@ def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
     notes = []
     if casts:
         notes.append(
-            "accumulates in float32 on TensorRT, which has no float64: "
+            "computes in float32 on TensorRT, which has no float64: "
             f"Cast to float32 instead of float64 in {', '.join(casts)}"
         )
     if constants:

@@ -13,6 +13,7 @@ same, an axis follows another of the same name, and what remains takes `DEFAULT_
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,13 +199,13 @@ def _parsed(request: ProfileRequest) -> dict[str, Any]:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _sizes(values: Sequence[Any]) -> Sizes:
     if not all(_is_size(value) for value in values):
         raise ValueError(f"not a shape: {values!r}")
-    return tuple(values)
+    return tuple(int(value) for value in values)  # of numpy, for instance
 
 
 def _shapes_of(shape: InputShape, value: Any) -> Range:
@@ -234,7 +235,7 @@ def _checked(shape: InputShape, shapes: Range) -> Range:
         if len(sizes) != len(shape.dims):
             raise SpecError(
                 f"the profile {texts} has a shape of rank {len(sizes)}, "
-                f"and {shape} is of rank {len(shape.dims)}"
+                f"and {shape} is of rank {len(shape.dims)}; give a size for each of its axes"
             )
         for axis, (size, dim) in enumerate(zip(sizes, shape.dims, strict=True)):
             if isinstance(dim, int) and size != dim:

@@ -16,8 +16,15 @@ from typing import Any, TypeVar
 
 from ..errors import BuildError
 
-__all__ = ["BuildCancelledError", "BuildProgress", "BuildWatch", "run_watched"]
+__all__ = [
+    "BuildCancelledError",
+    "BuildProgress",
+    "BuildWatch",
+    "is_building",
+    "run_watched",
+]
 
+_THREAD = "smoothl1-deploy build"
 _TICK = 0.05  # seconds between two looks at the clock: a spinner moves, nobody waits
 T = TypeVar("T")
 
@@ -90,6 +97,11 @@ class BuildWatch:
         return Monitor()
 
 
+def is_building() -> bool:
+    """Whether a build that nobody waits for any more, or still does, runs in this process."""
+    return any(thread.name == _THREAD and thread.is_alive() for thread in threading.enumerate())
+
+
 def run_watched(
     work: Callable[[], T],
     watch: BuildWatch,
@@ -116,7 +128,7 @@ def run_watched(
     if watch.poll():
         raise BuildCancelledError("the build was cancelled before it began; nothing was written")
     start = time.monotonic()
-    thread = threading.Thread(target=body, name="smoothl1-deploy build", daemon=True)
+    thread = threading.Thread(target=body, name=_THREAD, daemon=True)
     thread.start()
     try:
         while not done.wait(_TICK):

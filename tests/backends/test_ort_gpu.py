@@ -24,7 +24,7 @@ from smoothl1_deploy.backends.ort_gpu import OrtCudaBackend
 from smoothl1_deploy.backends.ort_nodes import host_nodes, inlined
 from smoothl1_deploy.backends.ort_tensorrt import OrtTensorrtBackend, OrtTensorrtRtxBackend
 from smoothl1_deploy.backends.torch_cuda import TorchCudaBackend
-from smoothl1_deploy.errors import BackendUnavailableError, UnsupportedError
+from smoothl1_deploy.errors import BackendUnavailableError, OutputError, UnsupportedError
 from smoothl1_deploy.serving.served_graph import serve
 
 CPU = "CPUExecutionProvider"
@@ -227,6 +227,13 @@ def test_no_two_engines_share_a_cache(tmp_path: Any) -> None:
     assert settings(backend, models[0]) == found[0]
     assert found[0]["trt_profile_min_shapes"] == "input:0x4,target:0x4"
     assert found[0]["trt_profile_max_shapes"] == "input:16777216x4,target:16777216x4"
+
+
+def test_a_cache_that_can_t_be_written_is_said(tmp_path: Any) -> None:
+    (tmp_path / "file").write_text("in the way")
+    backend = Tensorrt(HostDevice(), cache_dir=tmp_path / "file")
+    with pytest.raises(OutputError, match=r"can't keep engines in .*choose a folder"):
+        backend.load(export(SPEC, shape=("N", 4)))
 
 
 def test_the_version_is_part_of_the_key(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

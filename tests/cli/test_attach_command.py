@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -52,6 +53,7 @@ def test_a_constant_target_and_only_the_loss(detector: Path) -> None:
         (["--prediction", "boxes", "--target", "no.npy"], "no.npy"),
         (["--prediction", "boxes", "--target", "gt", "--reduction", "max"], "unknown reduction"),
         (["--prediction", "x", "--target", "g", "--per-sample", "--reduction=none"], "per_sample"),
+        (["--prediction", "x", "--target", "g", "--normalizer", "count"], "without --weight"),
     ],
 )  # fmt: skip
 def test_bad_usage_is_a_sentence(
@@ -89,6 +91,7 @@ def test_weights_beside_the_model_stay_beside_it(
     out.parent.mkdir(exist_ok=True)
     words = ["attach", str(detector), "--prediction", "boxes", "--target", "gt", "--route", route]
     assert main([*words, "-o", str(out)]) == 0
+    assert main([*words, "-o", str(out)]) == 0  # the copy of the first run is no obstacle
     bare = onnx.load(out, load_external_data=False)
     assert bare.graph.initializer[0].data_location == onnx.TensorProto.EXTERNAL
     assert (out.parent / "w.bin").read_bytes() == (detector.parent / "w.bin").read_bytes()
@@ -105,7 +108,7 @@ def test_weights_that_can_t_be_carried(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["attach", str(detector), "--prediction", "boxes", "--target", "gt"]
     (other / "w.bin").write_bytes(b"somebody else's")
     assert main([*words, "-o", str(other / "scored.onnx")]) == 2
-    assert "it exists; choose another folder" in capsys.readouterr().err
+    assert "it exists with other content; choose another folder" in capsys.readouterr().err
     assert (other / "w.bin").read_bytes() == b"somebody else's"
     (detector.parent / "w.bin").rename(tmp_path / "w.bin")
     assert main([*words, "-o", str(other / "scored.onnx")]) == 2
@@ -116,6 +119,51 @@ def test_weights_that_can_t_be_carried(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*words, "-o", str(other / "scored.onnx")]) == 2
     assert "outside of its folder" in capsys.readouterr().err
     assert not (other / "scored.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        ("model/w.bin", "holds its weights; give another name"),
+        ("other/w.bin", "holds its weights; give another name"),
+        ("other", "is a folder"),
+        ("nowhere/scored.onnx", "lies in a folder that doesn't exist"),
+    ],
+)
+def test_an_output_that_can_t_be_is_refused_before_anything_is_copied(
+    tmp_path: Path, output: str, text: str, capsys: pytest.CaptureFixture
+) -> None:
+    detector = _with_weights_beside(tmp_path / "model")
+    (tmp_path / "other").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    words = ["attach", str(detector), "--prediction", "boxes", "--target", "gt"]
+    assert main([*words, "-o", str(tmp_path / output)]) == 2
+    assert text in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+
+
+@pytest.mark.parametrize(("target", "noted"), [("boxs", True), ("gt", False), ("boxes_gt", False)])
+def test_a_new_input_that_looks_like_a_typing_error_is_noted(
+    detector: Path, target: str, noted: bool, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["attach", str(detector), "--prediction", "x", "--target", target]
+    assert main([*words, "-o", str(detector.with_name("out.onnx"))]) == 0
+    text = f"the target {target!r} is a new input; the model has 'boxes' too"
+    assert (text in capsys.readouterr().err) == noted
+
+
+def test_a_bfloat16_target_as_numpy_writes_it(tmp_path: Path) -> None:
+    model = parser.parse_model(MODEL.replace("float[", "bfloat16["))
+    onnx.save(model, tmp_path / "half.onnx")
+    target = np.full((3, 4), 0.5, ml_dtypes.bfloat16)
+    np.save(tmp_path / "gt.NPY", target)
+    (tmp_path / "gt.NPY.npy").rename(tmp_path / "gt.NPY")  # numpy appends its own suffix
+    out = tmp_path / "scored.onnx"
+    words = ["attach", str(tmp_path / "half.onnx"), "--prediction", "boxes", "-o", str(out)]
+    assert main([*words, "--target", str(tmp_path / "gt.NPY")]) == 0
+    (constant,) = onnx.load(out).graph.initializer
+    assert numpy_helper.to_array(constant).tobytes() == target.tobytes()
 
 
 def test_beyond_protobuf_s_limit_the_weights_go_beside_the_file(

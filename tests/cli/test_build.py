@@ -32,7 +32,7 @@ def test_the_engine_and_its_sidecar(cli: Callable[..., Done]) -> None:
     shapes = "1x16,64x16,4096x16"
     assert lines["profile"] == f"input={shapes} target={shapes}"
     assert lines["built"].startswith("in ")
-    assert "note: accumulates in float32 on TensorRT" in done.err
+    assert "note: computes in float32 on TensorRT" in done.err
     assert engine.sidecar is not None and engine.sidecar.spec == LossSpec()
 
 
@@ -108,12 +108,14 @@ def test_defaults_of_the_options(cli: Callable[..., Done], monkeypatch: pytest.M
         (["--profile", "x=1x16"], "the profile names the input 'x'; the model's inputs are input"),
         (["--compute-capability", "newest"], "can't read the compute capability 'newest'"),
         (["--hardware-compatibility", "all"], "unknown hardware_compatibility 'all'"),
-        (["--workspace-mb", "0"], "workspace must be a number of bytes > 0, got 0"),
+        (["--workspace-mb", "0"], "workspace must be a number of bytes, 1 to 2^63 - 1, got 0"),
         (["--no-cache", "--cache-dir", "x"], "--no-cache and --cache-dir exclude each other"),
         ([*RTX, "--timing-cache", "t"], "timing_cache has no effect on tensorrt_rtx"),
         (["--cache-dir", "loss.onnx"], "can't use loss.onnx as an engine cache"),
         (["-o", "loss.onnx/l.engine"], "can't write the engine: loss.onnx/l.engine"),
         (["-o", "."], "can't write the engine: . is a folder"),
+        (["-o", "loss.onnx"], "loss.onnx is the model it is built from; give another name"),
+        (["-o", "./loss.onnx"], "loss.onnx is the model it is built from; give another name"),
     ],
 )
 def test_bad_input_exits_with_2_and_writes_nothing(
@@ -144,6 +146,23 @@ def test_models_that_cannot_be_built(cli: Callable[..., Done], name: str, messag
     assert done.code == 2
     assert message in done.err
     assert not list(Path().glob("*.engine*"))
+
+
+def test_a_model_called_like_its_engine_is_not_overwritten(cli: Callable[..., Done]) -> None:
+    path = Path(model("loss.engine"))
+    before = path.read_bytes()
+    done = cli("build", path, *RTX)
+    assert done.code == 2
+    assert "loss.engine is the model it is built from" in done.err
+    assert path.read_bytes() == before
+
+
+def test_a_timing_cache_of_no_use_is_refused_where_the_engine_is_cached(
+    cli: Callable[..., Done],
+) -> None:
+    cli("build", model(), *RTX)
+    done = cli("build", "loss.onnx", *RTX, "--timing-cache", "t")
+    assert (done.code, "timing_cache has no effect" in done.err) == (2, True)
 
 
 def test_the_cache_can_be_listed_and_pruned(cli: Callable[..., Done]) -> None:
@@ -177,12 +196,17 @@ def test_a_damaged_entry_is_listed_as_damaged(cli: Callable[..., Done]) -> None:
         (["list", "--cache-dir", "nowhere"], "nowhere is no folder"),
         (["prune", "--max-mb", "-1"], "max_bytes must be a number of bytes >= 0"),
         (["prune", "--max-mb", "0", "--cache-dir", "nowhere"], "nowhere is no folder"),
+        (["list", "--cache-dir", "foreign"], "foreign is no engine cache"),
+        (["prune", "--max-mb", "0", "--cache-dir", "foreign"], "foreign is no engine cache"),
     ],
 )
 def test_bad_input_to_the_cache(
     cli: Callable[..., Done], arguments: list[str], message: str
 ) -> None:
+    Path("foreign").mkdir()
+    Path("foreign/a.engine").write_text("somebody's")
     done = cli("cache", *arguments)
     assert done.code == 2
     assert message in done.err
     assert not Path("nowhere").exists()
+    assert [path.name for path in Path("foreign").iterdir()] == ["a.engine"]

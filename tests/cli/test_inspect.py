@@ -95,6 +95,28 @@ def test_a_model_of_other_origin(cli: Callable[..., Done]) -> None:
     assert found["runs"]["ort-cpu"] is not None
 
 
+def test_losses_attached_to_a_model(cli: Callable[..., Done]) -> None:
+    text = "g (float[N, 4] x) => (float[N, 4] y) { y = Neg(x) }"
+    head = '<ir_version: 8, opset_import: ["" : 18]>'
+    onnx.save(onnx.parser.parse_model(f"{head} {text}"), "m.onnx")
+    attach = ("attach", "m.onnx", "--prediction", "y", "--target", "x", "-o", "m.onnx")
+    assert cli(*attach, "--per-sample").code == cli(*attach, "--beta", 0.5).code == 0
+    found = _json(cli, "m.onnx")
+    assert [loss["outputs"] for loss in found["attached"]] == [{"loss": "loss"}, {"loss": "loss_1"}]  # type: ignore[union-attr]
+    second = "; input=y, target=x, loss=loss_1, beta=0.5, dtype=float32, reduction=mean"
+    assert second in cli("inspect", "m.onnx").out
+    damaged = onnx.load("m.onnx")
+    damaged.metadata_props[0].value = "[1"
+    onnx.save(damaged, "m.onnx")
+    assert "entry smoothl1_deploy.attached is damaged" in _json(cli, "m.onnx")["problems"][0]  # type: ignore[index]
+
+
+def test_json_beside_a_model_is_no_sidecar(cli: Callable[..., Done]) -> None:
+    path = model()
+    Path(f"{path}.json").write_text("{}")
+    assert _json(cli, path)["kind"] == "onnx"
+
+
 def test_an_engine_is_not_deserialised(
     cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,11 +209,13 @@ def test_what_speaks_against_an_engine(
         (".", ". can't be read (it is a folder, a pipe or a device)"),
         ("text.onnx", "text.onnx"),
         ("empty.onnx", "empty.onnx holds no ONNX graph"),
+        ("l.engine.json", "is the sidecar of an engine; give the engine, l.engine"),
     ],
 )
 def test_files_that_are_neither(cli: Callable[..., Done], name: str, message: str) -> None:
     Path("text.onnx").write_text("beta: 0.5\n")
     Path("empty.onnx").write_bytes(b"")
+    Path("l.engine.json").write_text("{}")
     done = cli("inspect", name)
     assert (done.code, done.out) == (2, "")
     assert message in done.err

@@ -236,6 +236,23 @@ def test_an_interrupt_ends_quietly_with_130() -> None:
     assert time.monotonic() - start < 20
 
 
+def test_a_second_interrupt_does_not_wait_for_tensorrt() -> None:
+    """A build goes on in C++, and may crash the interpreter that ends meanwhile (1.7.1)."""
+    code = (
+        "import atexit, os, signal, sys, threading, time\nfrom smoothl1_deploy.cli import main\n"
+        "import smoothl1_deploy.tensorrt.builder as module\n"
+        "from smoothl1_deploy.tensorrt.progress import BuildWatch, run_watched\n"
+        "atexit.register(print, 'the interpreter ended')\n"
+        "for seconds in (0.5, 1.0):\n"
+        "    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "module.build_engine = lambda *a, **k: run_watched(lambda: time.sleep(30), BuildWatch())\n"
+        "sys.exit(main(['build', 'loss.onnx']))"
+    )
+    start = time.monotonic()
+    assert spawn(code=code) == Done(130, "", "")
+    assert time.monotonic() - start < 20
+
+
 def test_json_is_all_there_is_on_stdout(cli: Callable[..., Done], pair: object) -> None:
     """A pipe into jq works for every command that has --json."""
     for arguments in (

@@ -277,6 +277,13 @@ def _without_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+SEQUENCE = """g (float[N, 4] x) => (float[N, 4] boxes, seq(float[N, 4]) s) {
+    s = SequenceConstruct(x)
+    boxes = Relu(x) }"""
+NAMESAKE = """<ir_version: 8, opset_import: ["" : 18, "smoothl1_deploy" : 1]>
+    g (float[N, 6] x) => (float[N, 6] boxes) { boxes = smoothl1_deploy.SmoothL1Loss(x) }
+    <domain: "smoothl1_deploy", opset_import: ["" : 18]> SmoothL1Loss (a) => (b) { b = Neg(a) }"""
+
 REFUSED: list[tuple[str, Callable[[], object], str]] = [
     ("close matches first", lambda: attach(linear(), "boxs", "gt"), r"no tensor 'boxs' to be the prediction; it has 'boxes', "),
     ("an old opset", lambda: attach(linear(12), "boxes", "gt"), r"of opset 12, and this loss needs 13.*--convert-opset"),
@@ -286,6 +293,10 @@ REFUSED: list[tuple[str, Callable[[], object], str]] = [
     ("a weight too many", lambda: attach(linear(), "boxes", "gt", weight="w8"), "for a spec without one"),
     ("strings", lambda: attach(linear(), "boxes", np.array([["a"]])), "can't be a constant|STRING"),
     ("an integer prediction", lambda: attach(model_of("g (int64[N] x) => (int64[N] y) { y = Neg(x) }"), "y", "gt"), "is INT64; a loss needs a float tensor"),
+    ("a name inside a subgraph", lambda: attach(model_of(BRANCH, w=W), "boxes", "a"), "'a' is no tensor of the main graph .* choose another name"),
+    ("a sequence", lambda: attach(model_of(SEQUENCE), "boxes", "s"), "'s' is no tensor of the main graph .* a sequence"),
+    ("a function of our name", lambda: attach(parser.parse_model(NAMESAKE), "boxes", "gt"), "a function smoothl1_deploy.SmoothL1Loss that computes something else"),
+    ("a model without tensors", lambda: attach(onnx.ModelProto(), "boxes", "gt"), "it has none at all"),
     ("rank 0 per sample", lambda: attach(model_of("g (float x) => (float y) { y = Neg(x) }"), "y", "gt", LossSpec(per_sample=True)), "rank 0"),
 ]  # fmt: skip
 
@@ -304,6 +315,45 @@ def test_an_old_opset_is_converted_when_asked() -> None:
     assert_loss(LossSpec(), outputs, outputs["boxes"], T)
 
 
+def test_the_functions_of_an_old_model_survive_the_conversion() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 12, "mine" : 1]>
+    g (float[N, 6] x) => (float[N, 6] boxes) { boxes = mine.Flat(x) }
+    <domain: "mine", opset_import: ["" : 12]> Flat (a) => (b) { b = Softmax<axis = 0>(a) }"""
+    before = parser.parse_model(text)
+    outputs = untouched(
+        before, attach(before, "boxes", "gt", convert_opset=True, loss_name="l"), x=X, gt=X
+    )
+    assert_loss(LossSpec(), {"loss": outputs["l"]}, outputs["boxes"], X)
+
+
+def test_an_output_whose_type_nothing_tells() -> None:
+    before = linear()
+    before.graph.output[0].ClearField("type")
+    before.graph.node[-1].domain = "com.microsoft"
+    before.graph.node[-1].op_type = "Gelu"
+    before.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    outputs = run(attach(before, "boxes", "gt", LossSpec(gradient=True)), x=X, gt=T)
+    assert_loss(LossSpec(gradient=True), outputs, outputs["boxes"], T)
+
+
+def test_one_new_input_for_target_and_weight() -> None:
+    after = attach(linear(), "boxes", "gt", LossSpec(weight="count"), weight="gt")
+    assert [value.name for value in after.graph.input] == ["x", "gt"]
+    outputs = untouched(linear(), after, x=X, gt=T)
+    expected = eager_outputs(LossSpec(weight="count"), outputs["boxes"], T, weight=T)["loss"]
+    assert int(ulp_distance(outputs["loss"], expected)) <= 4
+
+
+def test_an_optional_output_left_out_keeps_no_node() -> None:
+    body = (
+        'g (float[N, 6] x) => (float[N, 6] boxes) { m, junk = TopK(x, k) boxes = Clip(x, "", c) }'
+    )
+    before = model_of(body, k=np.array([1]), c=np.array(1, np.float32))
+    before.graph.node[0].output[0] = ""
+    after = attach(before, "boxes", "gt", only_loss=True)
+    assert "TopK" not in {node.op_type for node in after.graph.node}
+
+
 def test_the_model_given_stays_as_it_was() -> None:
     before = linear()
     bytes_before = before.SerializeToString()
@@ -315,7 +365,7 @@ def test_the_model_given_stays_as_it_was() -> None:
 def test_more_than_protobuf_reads_is_refused_where_a_step_takes_bytes(
     step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("smoothl1_deploy.graph.attach")
+    module = importlib.import_module("smoothl1_deploy.graph.convert")
     monkeypatch.setattr(module, "_PARSED", 64)
     with pytest.raises(ArtefactError, match=r"and .* takes 64 at most .*load_external_data=False"):
         if step == "inlined":

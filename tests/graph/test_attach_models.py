@@ -123,11 +123,14 @@ MODELS = [
 LOSSES = (LossSpec(0.5), LossSpec(reduction="none", gradient=True))
 
 
-def run(model: onnx.ModelProto | Path, feeds: dict[str, Array]) -> dict[str, Array]:
+def run(
+    model: onnx.ModelProto | Path, feeds: dict[str, Array], optimised: bool = False
+) -> dict[str, Array]:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Fusions across the new nodes would be another program; the graph itself is compared.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
     session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
@@ -171,6 +174,27 @@ def test_what_was_there_is_untouched_and_the_loss_is_right(model: Model, route: 
             assert (np.isnan(got) == np.isnan(value)).all()
             distance = ulp_distance(got[finite], value[finite])
             assert distance.max(initial=0) <= 4, name
+
+
+#: Those whose prediction is an output and whose target is a new input in its dtype.
+HEADS = [
+    model
+    for model in MODELS
+    if model.seen is None
+    and model.spec is None
+    and isinstance(model.target, str)
+    and model.target == "gt"
+]
+
+
+@pytest.mark.parametrize("model", HEADS, ids=lambda model: model.name)
+def test_an_output_stays_as_it_is_under_onnx_runtime_s_optimiser(model: Model) -> None:
+    before = model.build()
+    old = run(before, model.feeds, optimised=True)
+    feeds = {"gt": np.zeros_like(old[model.prediction]), **model.feeds}
+    new = run(attach(before, model.prediction, model.target), feeds, optimised=True)
+    for name, value in old.items():
+        assert value.tobytes() == new[name].tobytes(), name
 
 
 @pytest.mark.parametrize("opset", range(27, onnx.defs.onnx_opset_version() + 1))

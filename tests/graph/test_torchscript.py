@@ -197,6 +197,14 @@ def test_undo_restores_what_was_there_before() -> None:
         unregister_custom_op_symbolic("aten::smooth_l1_loss", 14)
 
 
+def test_an_export_after_undo_ends_as_one_before() -> None:
+    with register_torchscript_symbolic():
+        pass
+    for loss in (nn.SmoothL1Loss(), nn.HuberLoss(), nn.SmoothL1Loss(beta=0.0)):
+        with pytest.raises(torch.onnx.errors.UnsupportedOperatorError):
+            exported(loss, example("float32"))
+
+
 def test_twice_is_once() -> None:
     before = registered()
     first = register_torchscript_symbolic()

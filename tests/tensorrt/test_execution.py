@@ -7,6 +7,7 @@ it is not shown.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from smoothl1_deploy.errors import (
     UnsupportedError,
 )
 from smoothl1_deploy.parity.cases import LAYOUTS
-from smoothl1_deploy.tensorrt.engine import write_engine
+from smoothl1_deploy.tensorrt.engine import read_verified, write_engine
 from smoothl1_deploy.tensorrt.execution import Program, _aligned
 from smoothl1_deploy.tensorrt.gpu import current_gpu
 from smoothl1_deploy.tensorrt.layers import engine_layers
@@ -304,6 +305,16 @@ def test_an_engine_file_that_was_changed_does_not(written):
     backend, path = written
     path.write_bytes(path.read_bytes() + b"!")
     with pytest.raises(ArtefactError, match="is not the engine its sidecar describes"):
+        backend.load_engine(path)
+
+
+def test_an_engine_that_is_no_loss_is_refused_before_it_is_deserialised(written, monkeypatch):
+    backend, path = written
+    engine = read_verified(path)
+    ports = tuple(replace(port, dtype="int64") for port in engine.sidecar.inputs)
+    write_engine(path, engine.data, replace(engine.sidecar, inputs=ports))
+    monkeypatch.setattr(backend, "_program", lambda *_: pytest.fail("deserialised"))
+    with pytest.raises(ArtefactError, match="'input' has the dtype int64; a loss artefact takes"):
         backend.load_engine(path)
 
 

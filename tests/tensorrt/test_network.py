@@ -308,7 +308,7 @@ def test_backend_is_registered():
     loaded = load(export(spec, shape=("N", 16)), backend="trt-network")
     check(spec, loaded.run(*pair)["loss"], *pair)
     assert loaded.spec == spec
-    assert "accumulates in float32" in loaded.parsed.notes[0]
+    assert "computes in float32" in loaded.parsed.notes[0]
 
 
 def test_the_backend_passes_the_choice_about_nan_on():

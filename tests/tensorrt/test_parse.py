@@ -60,7 +60,7 @@ def test_accumulators_are_narrowed_and_named(route, shape, dtype):
     prepared, notes = prepare(original)
     assert doubles(prepared) == []
     assert original.SerializeToString() == before
-    assert notes[0].startswith("accumulates in float32 on TensorRT, which has no float64: Cast to")
+    assert notes[0].startswith("computes in float32 on TensorRT, which has no float64: Cast to")
     if route == "function":
         assert notes[0].endswith("in WideSum/n0, WideMean/n2")
     # Neither refused as changed nor taken for what was exported.
@@ -134,7 +134,7 @@ def test_an_element_type_handed_to_a_function_is_found():
     assert doubles(made) == ["d"]
     prepared, notes = prepare(made)
     assert doubles(prepared) == []
-    assert "accumulates in float32" in notes[0]
+    assert "computes in float32" in notes[0]
 
 
 @pytest.mark.parametrize("as_node", [True, False])
@@ -337,11 +337,10 @@ PARSER_ERRORS = {
     ),
     "element type": (
         model(
-            [node("Abs", ["x"], ["y"])],
-            [value("x", TensorProto.INT16)],
-            [value("y", TensorProto.INT16)],
+            [node("Cast", ["c"], ["y"], to=FLOAT)],
+            initializer=[helper.make_tensor("c", TensorProto.INT16, [1], [1])],
         ),
-        "before any node: UNSUPPORTED_NODE",
+        "before any node: ",
     ),
 }
 
@@ -353,6 +352,14 @@ def test_parser_errors_name_node_operator_and_remedy(rtx, case):
         parse(made, rtx)
     assert str(caught.value).startswith("tensorrt_rtx 1.")
     assert "cudaError" not in str(caught.value)  # the missing GPU is not the reason
+
+
+@pytest.mark.parametrize("element", ["INT16", "UINT32", "STRING"])
+def test_an_input_of_a_type_that_tensorrt_lacks_is_named(rtx, element):
+    kind = TensorProto.DataType.Value(element)
+    made = model([node("Identity", ["x"], ["y"])], [value("x", kind)], [value("y", kind)])
+    with pytest.raises(UnsupportedError, match=f"the graph input 'x' is {element}.*cast it"):
+        parse(made, rtx)
 
 
 def test_the_error_inside_a_function_names_the_function(rtx):
@@ -405,6 +412,6 @@ def test_a_network_without_the_graph_s_inputs_is_refused(fake, monkeypatch):
 def test_a_gradient_of_axes_that_meet_unknown_says_what_to_export(route: str) -> None:
     pytest.importorskip("tensorrt_rtx")
     model = export(LossSpec(gradient=True), route, ("N", 4), target_shape=("M", 4))
-    with pytest.raises(BuildError, match="export with a size of 1 or one name for the axes"):
+    with pytest.raises(BuildError, match="no NonZero.*export with a size of 1 or one name for"):
         parse(model, get_flavour("tensorrt_rtx"))
     parse(export(LossSpec(gradient=True), route, ("N", 4)), get_flavour("tensorrt_rtx"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from smoothl1_deploy import LossSpec, export
@@ -20,6 +21,7 @@ ROWS = ((1, 16), (64, 16), (4096, 16))
         {"input": (1, 64, 4096)},
         {"input": [1, 64, 4096]},
         {"input": ROWS},
+        {"input": [np.int64(1), np.int32(64), 4096]},
         {"target": (1, 64, 4096)},
         {"input": (1, 64, 4096), "target": ROWS},
         ["input=1x16,64x16,4096x16", "target=1x16,64x16,4096x16"],

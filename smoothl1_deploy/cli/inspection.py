@@ -1,0 +1,242 @@
+"""What `inspect` finds in a file: facts, operators, what runs it here, what speaks against it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArtefactError, SmoothL1DeployError
+
+if TYPE_CHECKING:
+    import onnx
+
+    from ..spec import LossSpec
+    from ..tensorrt.parse import NetworkPort
+    from ..tensorrt.sidecar import Sidecar
+
+__all__ = ["Inspection", "inspect_engine", "inspect_model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a file holds.
+
+    Attributes:
+        kind: `"onnx"` or `"engine"`.
+        facts: name -> what to show, in order; JSON-ready.
+        operators: operator or layer type -> how many, by what contains them.
+        runs: backend or flavour -> None where it can run the file here, else why not.
+        problems: reasons not to trust the file.
+    """
+
+    path: Path
+    kind: str
+    facts: dict[str, Any]
+    operators: dict[str, dict[str, int]] = field(default_factory=dict)
+    runs: dict[str, str | None] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            **self.facts,
+            "operators": self.operators,
+            "runs": self.runs,
+            "problems": list(self.problems),
+        }
+
+
+def _spec_facts(spec: LossSpec | None) -> dict[str, Any]:
+    return {"spec": None if spec is None else spec.to_dict()}
+
+
+def _attached(model: onnx.ModelProto, problems: list[str]) -> list[dict[str, Any]]:
+    """The losses that `attach` grafted onto the model, as it notes them."""
+    from ..graph.metadata import read_attached
+
+    try:
+        return read_attached(model)
+    except ArtefactError as exc:
+        problems.append(str(exc))
+        return []
+
+
+def _certificate(path: Path, problems: list[str]) -> dict[str, Any]:
+    """What the certificate beside a file says; one that speaks against the file is a problem."""
+    from ..parity.certificate import read_certificate
+
+    status = read_certificate(path)
+    if status.state not in ("absent", "matches"):
+        problems.append(f"{status.state} certificate: {status.message}")
+    return status.to_dict()
+
+
+def inspect_model(path: Path) -> Inspection:
+    """Look into an ONNX file; a model of other origin is shown as far as it goes.
+
+    Raises:
+        ArtefactError: when it is missing or is no ONNX model.
+    """
+    from ..artefact import read_model, sha256
+    from ..graph.metadata import content_hash, read_route, read_spec
+    from .ports import graph_ports
+
+    model = read_model(str(path))
+    problems: list[str] = []
+    spec = None
+    try:
+        spec = read_spec(model)
+    except ArtefactError as exc:
+        problems.append(str(exc))
+    graph = model.graph
+    inputs, outputs = graph_ports(model)
+    opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    facts = {
+        **_spec_facts(spec),
+        "attached": _attached(model, problems),
+        "route": read_route(model),
+        "producer": f"{model.producer_name} {model.producer_version}".strip() or None,
+        "graph": graph.name,
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path.read_bytes()),
+        "content_sha256": content_hash(model),
+        "ir_version": model.ir_version,
+        "opsets": opsets,
+        "inputs": inputs,
+        "outputs": outputs,
+        "certificate": _certificate(path, problems),
+    }
+    operators = {"graph": dict(Counter(node.op_type for node in graph.node))}
+    for function in model.functions:
+        operators[function.name] = dict(Counter(node.op_type for node in function.node))
+    runs = _backends(model)
+    runs.update(_flavours(model, operators))
+    return Inspection(path, "onnx", facts, operators, runs, tuple(problems))
+
+
+def _backends(model: onnx.ModelProto) -> dict[str, str | None]:
+    """Load the model into every backend of this machine."""
+    from ..backends.base import BACKENDS, load
+
+    runs: dict[str, str | None] = {}
+    for name in BACKENDS:
+        try:
+            load(model, name)
+            runs[name] = None
+        except SmoothL1DeployError as exc:
+            runs[name] = str(exc)
+    return runs
+
+
+def _flavours(
+    model: onnx.ModelProto, operators: dict[str, dict[str, int]]
+) -> dict[str, str | None]:
+    """Parse the model with every flavour; the layers of the network go into `operators`."""
+    from ..tensorrt.flavour import FLAVOURS, get_flavour
+    from ..tensorrt.parse import parse
+
+    runs: dict[str, str | None] = {}
+    for name in FLAVOURS:
+        key = f"build with {name}"
+        try:
+            network = parse(model, get_flavour(name)).network
+            layers = (network.get_layer(i) for i in range(network.num_layers))
+            operators[f"{name} network"] = dict(Counter(layer.type.name for layer in layers))
+            runs[key] = None
+        except SmoothL1DeployError as exc:
+            runs[key] = str(exc)
+    return runs
+
+
+def inspect_engine(path: Path) -> Inspection:
+    """Look into an engine's sidecar; where the engine fits it and runs here, into its layers too.
+
+    An engine is executable code: one that doesn't fit its sidecar is hashed and not deserialised.
+    An engine whose sidecar is missing or doesn't fit it is shown with that problem.
+    """
+    from ..artefact import sha256
+    from ..tensorrt.engine import read_verified
+    from ..tensorrt.sidecar import Sidecar, sidecar_path
+
+    problems = []
+    try:
+        read_verified(path)
+    except ArtefactError as exc:
+        problems.append(str(exc))
+    data = path.read_bytes()
+    facts: dict[str, Any] = {
+        "bytes": len(data),
+        "sha256": sha256(data),
+        "certificate": _certificate(path, problems),
+    }
+    try:
+        sidecar = Sidecar.read(sidecar_path(path))
+    except ArtefactError:
+        return Inspection(path, "engine", facts, problems=tuple(problems))
+    facts = {
+        **_spec_facts(sidecar.spec),
+        "graph": sidecar.graph_name,
+        **facts,
+        "onnx_sha256": sidecar.onnx_sha256,
+        "flavour": f"{sidecar.flavour} {sidecar.version}",
+        "compute_capabilities": list(sidecar.options.compute_capabilities),
+        "profile": str(sidecar.profile),
+        "flags": list(sidecar.flags),
+        "options": sidecar.options.to_dict(),
+        "inputs": [_engine_port(port) for port in sidecar.inputs],
+        "outputs": [_engine_port(port) for port in sidecar.outputs],
+        "gpu": None if sidecar.gpu is None else sidecar.gpu.to_dict(),
+        "built_at": sidecar.built_at,
+        "build_seconds": sidecar.build_seconds,
+        "tool_version": sidecar.tool_version,
+        "notes": list(sidecar.notes),
+    }
+    reason = _cannot_run(path, sidecar)
+    if reason is None:
+        facts["layers"], reason = _layers(path)
+    runs = {sidecar.flavour: reason}
+    return Inspection(path, "engine", facts, runs=runs, problems=tuple(problems))
+
+
+def _layers(path: Path) -> tuple[list[str], str | None]:
+    """The layers that the engine inspector names, or why the engine can't be deserialised here."""
+    from ..tensorrt.engine import read_engine
+    from ..tensorrt.flavour import get_flavour
+    from ..tensorrt.layers import engine_layers
+
+    try:
+        engine = read_engine(path)
+        return engine_layers(engine, get_flavour(engine.sidecar.flavour)), None
+    except SmoothL1DeployError as exc:
+        return [], str(exc)
+
+
+def _engine_port(port: NetworkPort) -> dict[str, Any]:
+    shape = [name or size for name, size in zip(port.names, port.shape, strict=True)]
+    return {"name": port.name, "dtype": port.dtype, "shape": shape}
+
+
+def _cannot_run(path: Path, sidecar: Sidecar) -> str | None:
+    """Why a sound engine can't run here; None where nothing speaks against it."""
+    from ..tensorrt.engine import diagnose, read_engine
+    from ..tensorrt.flavour import get_flavour
+    from ..tensorrt.gpu import current_gpu
+
+    gpu = current_gpu()
+    if gpu is None:
+        return "this machine has no NVIDIA GPU whose driver answers"
+    built_for = sidecar.options.compute_capabilities
+    if built_for and "current" not in built_for and gpu.compute_capability not in built_for:
+        return (
+            f"it was built for compute capability {', '.join(built_for)}, "
+            f"the GPU here ({gpu.name}) has {gpu.compute_capability}"
+        )
+    try:
+        problems = diagnose(read_engine(path).data, get_flavour(sidecar.flavour))
+    except SmoothL1DeployError as exc:
+        return str(exc)
+    return f"the runtime says {', '.join(problems)}" if problems else None

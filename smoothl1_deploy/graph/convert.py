@@ -1,0 +1,55 @@
+"""A model of an old opset, converted; and how much the steps that onnx takes in C++ can read."""
+
+from __future__ import annotations
+
+import onnx
+import onnx.inliner
+import onnx.version_converter
+
+from ..errors import ArtefactError
+from .nesting import MODEL_ERRORS
+
+__all__ = ["OLDEST", "check_parsed", "converted", "opset_of"]
+
+#: The oldest opset that the functions of `functions` can be called in.
+OLDEST = 13
+
+_TARGET = 18
+_PARSED = 2**31 - 1  # bytes that protobuf reads in one message
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators that `model` uses."""
+    return max((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), default=1)
+
+
+def converted(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` in opset 18.
+
+    Its functions are put in the places where they are called: onnx's converter (1.23) drops them.
+
+    Raises:
+        ArtefactError: for what the converter can't do, and for more than it can read.
+    """
+    check_parsed(model, "the conversion of the opset")
+    try:
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model, convert_version=True)
+        return onnx.version_converter.convert_version(model, _TARGET)
+    except (onnx.version_converter.ConvertError, *MODEL_ERRORS, RuntimeError) as exc:
+        raise ArtefactError(f"onnx can't convert the model to opset {_TARGET}: {exc}") from exc
+
+
+def check_parsed(model: onnx.ModelProto, step: str) -> None:
+    """Refuse a model too big for `step`, which onnx takes in C++: it arrives there as one message.
+
+    Raises:
+        ArtefactError: for more than 2 GB in memory.
+    """
+    size = model.ByteSize()
+    if size > _PARSED:
+        raise ArtefactError(
+            f"the model holds {size} bytes in memory, and {step} takes {_PARSED} at most "
+            "(protobuf's limit); leave its weights in a file beside it with "
+            "onnx.load(path, load_external_data=False)"
+        )
