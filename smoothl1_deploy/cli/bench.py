@@ -49,11 +49,19 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Two small sizes and few turns: does it run?")
     ] = False,
+    gpu: Annotated[
+        bool,
+        typer.Option("--gpu", help="The CUDA GPU instead: the speed part of scripts/gpu_report."),
+    ] = False,
 ) -> None:
     """Time this tool's artefacts beside the plain export, PyTorch and OpenVINO, in one process.
 
     Medians of interleaved turns, as ratios; rows with their provenance are appended to bench.jsonl.
     """
+    if gpu:
+        given = {"--size": size, "--per-sample": per_sample, "--reduction": reduction}
+        _bench_gpu(output, {**given, "--dtype": dtype, "--quick": quick})
+        return
     from ..artefact import write_atomic
     from ..bench.contestants import COMPILED
     from ..bench.measure import measure, provenance
@@ -107,6 +115,20 @@ def bench(
     except MissingDependencyError as exc:
         print_note(f"no plot: {exc}")
     print_lines([f"wrote {output / 'bench.jsonl'}"])
+
+
+def _bench_gpu(output: Path, given: dict[str, object]) -> None:
+    """PyTorch eager and compiled, and every GPU backend there is, by CUDA events."""
+    for option, value in given.items():
+        if value:
+            raise SpecError(f"--gpu measures sizes and dtypes of its own; leave {option} out")
+    from rich.markdown import Markdown
+
+    from ..gpu_report.command import report_into
+
+    _, paths = report_into(output, parity=False)
+    open_console().print(Markdown(paths[1].read_text(encoding="utf-8")))
+    print_lines([f"wrote {', '.join(map(str, paths))}"])
 
 
 def _matrix_shape(size: int) -> tuple[int, int]:

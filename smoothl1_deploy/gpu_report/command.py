@@ -21,7 +21,7 @@ from .report import GpuReport, file_stem, markdown
 from .speed import Bench, run_small, run_speed
 from .timing import copy_bandwidth
 
-__all__ = ["main", "measure"]
+__all__ = ["main", "measure", "report_into"]
 
 _LIMIT = 480.0  # seconds: what an issue of this project allows the command
 _RESERVE = 40.0  # seconds of them for starting, ending, and what runs over
@@ -92,6 +92,30 @@ def _plan_text() -> str:
     return "\n".join([*lines, "then the parity matrix, float32 first, for the time that is left"])
 
 
+def report_into(
+    folder: Path, seconds: float = _LIMIT, *, parity: bool = True, speed: bool = True
+) -> tuple[GpuReport, list[Path]]:
+    """Measure this machine's GPU, and write the JSON and the Markdown into `folder`.
+
+    Raises:
+        MissingDependencyError: without torch.
+        BackendUnavailableError: without a GPU.
+        OutputError: when a file can't be written.
+    """
+    device = find_device("the GPU report")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(f"can't make the folder {folder}: {exc.strerror}") from exc
+    report = measure(device, seconds, parity=parity, speed=speed)
+    stem = folder / file_stem(report.gpu["name"], report.date)
+    paths = [
+        write_atomic(stem.with_name(stem.name + ".json"), report.to_json().encode()),
+        write_atomic(stem.with_name(stem.name + ".md"), markdown(report).encode()),
+    ]
+    return report, paths
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0 done, 1 a cell of a backend is red, 2 can't write, 3 no GPU or package."""
     parser = argparse.ArgumentParser(
@@ -114,19 +138,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_plan_text())
         return 0
     try:
-        device = find_device("the GPU report")
-        try:
-            options.output.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise OutputError(f"can't make the folder {options.output}: {exc.strerror}") from exc
-        report = measure(
-            device, options.seconds, parity=not options.no_parity, speed=not options.no_speed
+        report, paths = report_into(
+            options.output,
+            options.seconds,
+            parity=not options.no_parity,
+            speed=not options.no_speed,
         )
-        stem = options.output / file_stem(report.gpu["name"], report.date)
-        paths = [
-            write_atomic(stem.with_name(stem.name + ".json"), report.to_json().encode()),
-            write_atomic(stem.with_name(stem.name + ".md"), markdown(report).encode()),
-        ]
     except SmoothL1DeployError as exc:
         print(f"error: {exc}")
         return exc.exit_code

@@ -12,6 +12,7 @@ import pytest
 from host_device import HostDevice
 
 from smoothl1_deploy import LossSpec
+from smoothl1_deploy.cli import main as cli
 from smoothl1_deploy.gpu_report import command
 from smoothl1_deploy.gpu_report.parity import Parity, condense, run_parity
 from smoothl1_deploy.gpu_report.passes import Counted
@@ -180,6 +181,26 @@ def test_the_command_writes_both_files(
     ((backends, seconds),) = machine
     assert backends == ("trt",) and 380 < seconds <= 440  # of the 480, with a reserve
     assert "wrote " in capsys.readouterr().out
+
+
+def test_bench_on_a_gpu_is_the_speed_of_the_report(
+    machine: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(["bench", "--gpu", "-o", str(tmp_path / "bench")]) == 0
+    shown = capsys.readouterr().out
+    assert "NVIDIA L4" in shown and "wrote " in shown and "torch-compile" in shown
+    assert [path.suffix for path in sorted((tmp_path / "bench").iterdir())] == [".json", ".md"]
+    assert not machine  # no parity
+
+
+def test_bench_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["bench", "--gpu", "-o", str(tmp_path)]) == 3
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_bench_on_a_gpu_has_its_own_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["bench", "--gpu", "--size", "1024"]) == 2
+    assert "leave --size out" in capsys.readouterr().err
 
 
 def test_a_whole_run_on_memory_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
