@@ -339,3 +339,23 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         base.get_backend("torch-triton")
     assert str(caught.value).startswith("the torch-triton backend needs the package 'triton'")
     assert str(caught.value).endswith("pip install 'smoothl1-deploy[triton]'")
+
+
+def test_a_triton_that_flushes_subnormals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    with pytest.raises(BackendUnavailableError) as caught:
+        base.get_backend("torch-triton")
+    assert str(caught.value) == (
+        "the torch-triton backend needs triton 3.6 or newer; 3.5.1 here takes subnormal numbers "
+        "for 0 when it divides. Install it with: pip install -U 'smoothl1-deploy[triton]'"
+    )
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
+    assert TorchTritonBackend().name == "torch-triton"
+
+
+def test_one_launch_for_a_row_of_any_length(fused: Any) -> None:
+    assert fused.plan(1, 1 << 18, one_launch=True).programs == (1, 1)
+    spec = LossSpec(0.5, "mean")
+    a, b = pair(spec, (2000, 16))
+    runner = TorchTritonBackend(one_launch=True).load(export(spec, shape=("N", 16)))
+    assert_right(spec, runner.run(a, b)["loss"], a, b)
