@@ -133,3 +133,26 @@ def test_a_capture_is_warmed_up_first(recorded: tuple[Device, list[str]]) -> Non
         "leave graph",
     ]
     assert captured.replay() == "result" and log[-1] == "replay"
+
+
+def test_kernels_are_launched_on_this_device_whichever_is_current() -> None:
+    chosen: list[int] = []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Any:
+        chosen.append(index)
+        yield
+        chosen.append(-1)
+
+    fake = SimpleNamespace(
+        device=lambda kind, index: (kind, index), cuda=SimpleNamespace(device=device)
+    )
+    with Device(fake, 3).selected():
+        assert chosen == [3]
+    assert chosen == [3, -1]
+
+
+def test_a_tensor_is_read_as_another_dtype_without_a_copy() -> None:
+    tensor = torch.ones(4, dtype=torch.bfloat16)
+    bits = HostDevice().reread(tensor, "int16")
+    assert bits.dtype == torch.int16 and bits.data_ptr() == tensor.data_ptr()

@@ -28,6 +28,10 @@ from .gpu import Compute, GpuBackend, GpuRunner
 
 __all__ = ["InterpretedDevice", "TorchTritonBackend"]
 
+#: The first whose `div_rn` is IEEE's: it compiled to `div.rn.ftz` in 3.2, 3.4 and 3.5.1 (not in
+#: 3.6.0, 3.7.1 and 3.9.0), and a subnormal over a subnormal beta was 0 / 0.
+_OLDEST = (3, 6)
+
 
 class InterpretedDevice(Device):
     """The host, with Triton's interpreter in the place of a GPU."""
@@ -122,7 +126,8 @@ class TorchTritonBackend(GpuBackend):
 
     Raises:
         MissingDependencyError: when torch or triton is not installed.
-        BackendUnavailableError: without a GPU, when the kernels aren't interpreted.
+        BackendUnavailableError: when triton is too old; without a GPU, when the kernels aren't
+            interpreted.
     """
 
     name = "torch-triton"
@@ -134,7 +139,13 @@ class TorchTritonBackend(GpuBackend):
         self._one_launch = one_launch
         what = f"the {self.name} backend"
         torch = require("torch", "torch", what)
-        require("triton", "triton", what)
+        version = require("triton", "triton", what).__version__
+        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+            raise BackendUnavailableError(
+                f"{what} needs triton {'.'.join(map(str, _OLDEST))} or newer; {version} here takes "
+                "subnormal numbers for 0 when it divides. Install it with: pip install -U "
+                "'smoothl1-deploy[triton]'"
+            )
         self._fused = importlib.import_module(".fused", __package__)
         if device is None:
             device = InterpretedDevice(torch, 0) if self._fused.INTERPRETED else _find(what)

@@ -53,12 +53,67 @@ built = compile(source, target=GPUTarget("cuda", capability, 32),
 print(json.dumps({"ptx": built.asm["ptx"], "cubin": len(built.asm["cubin"])}))
 """
 
+# Every call that the backend makes, compiled for a card that is not there, and not launched.
+_CALLS = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Card:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device=None):
+        return 0
+
+driver.set_active(Card())
+real, built = JITFunction.run, []
+
+def run(self, *arguments, grid, warmup, **options):
+    kernel = real(self, *arguments, grid=grid, warmup=True, **options)
+    built.append((self.fn.__name__, "cubin" in kernel.asm))
+
+JITFunction.run = run
+from smoothl1_deploy.backends import fused
+
+assert not fused.INTERPRETED
+dtype = getattr(torch, sys.argv[1])
+beta = torch.tensor(1.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+data = torch.zeros(1 << 10, dtype=dtype)
+for rows, columns in ((1, 0), (1, 1), (1, 1024), (1, 1 << 20), (1, 1 << 33), (64, 16), (7, 1),
+                      (3, (1 << 17) + 3)):
+    how = fused.plan(rows, columns)
+    partial = torch.zeros(how.scratch, dtype=torch.float64)
+    fused.reduce_rows(data, data, beta, data[:rows], partial, how, mean=True)
+for count in (1, 1000):
+    fused.write_losses(data[:count], data[:count], beta, data[:count])
+assert [name for name, _ in built].count("_combine") == 3, built
+assert len(built) == 8 + 3 + 2 and all(whole for _, whole in built), built
+"""
+
+
+def _environment(tmp_path: Path) -> dict[str, str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return {**environment, "TRITON_CACHE_DIR": str(tmp_path)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int16", "float64"])
+def test_every_call_of_the_backend_compiles(tmp_path: Path, dtype: str) -> None:
+    """With the arguments it gives: of a 1 Triton makes a constant, of 2^33 an int64."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CALLS, dtype],
+        env=_environment(tmp_path), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
 
 def compiled(tmp_path: Path, capability: int, dtype: str, kernel: str) -> dict[str, Any]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", _COMPILE, str(capability), dtype, kernel],
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        env=_environment(tmp_path),
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

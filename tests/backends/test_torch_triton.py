@@ -30,7 +30,7 @@ from smoothl1_deploy.errors import (
 from smoothl1_deploy.floats import NUMPY_DTYPE
 from smoothl1_deploy.parity.cases import LAYOUTS, Case, References, check
 from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.parity.matrix import BETAS, Matrix, run_matrix
+from smoothl1_deploy.parity.matrix import BETAS, Matrix, _is_too_slow, run_matrix
 from smoothl1_deploy.spec import DTYPES, REDUCTIONS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -240,6 +240,20 @@ def test_where_it_runs_is_said() -> None:
     ) in report.notes
 
 
+def test_what_an_interpreter_is_spared() -> None:
+    backend, of = TorchTritonBackend(), Case.of
+    for beta, reduction, case, spared in (
+        (1.0, "mean", of("constant", "2^20"), False),
+        (1.0, "mean", of("normal", "2^20"), True),
+        (0.5, "mean", of("constant", "2^20"), True),
+        (1.0, "sum", of("constant", "2^20"), True),
+        (0.5, "sum", of("normal", "odd"), False),
+    ):
+        assert _is_too_slow(LossSpec(beta, reduction), case, backend) == spared
+    backend.slow = None
+    assert not _is_too_slow(LossSpec(), of("normal", "2^20"), backend)
+
+
 def test_what_it_refuses() -> None:
     backend = TorchTritonBackend()
     for spec, reason in (
@@ -339,3 +353,23 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         base.get_backend("torch-triton")
     assert str(caught.value).startswith("the torch-triton backend needs the package 'triton'")
     assert str(caught.value).endswith("pip install 'smoothl1-deploy[triton]'")
+
+
+def test_a_triton_that_flushes_subnormals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    with pytest.raises(BackendUnavailableError) as caught:
+        base.get_backend("torch-triton")
+    assert str(caught.value) == (
+        "the torch-triton backend needs triton 3.6 or newer; 3.5.1 here takes subnormal numbers "
+        "for 0 when it divides. Install it with: pip install -U 'smoothl1-deploy[triton]'"
+    )
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
+    assert TorchTritonBackend().name == "torch-triton"
+
+
+def test_one_launch_for_a_row_of_any_length(fused: Any) -> None:
+    assert fused.plan(1, 1 << 18, one_launch=True).programs == (1, 1)
+    spec = LossSpec(0.5, "mean")
+    a, b = pair(spec, (2000, 16))
+    runner = TorchTritonBackend(one_launch=True).load(export(spec, shape=("N", 16)))
+    assert_right(spec, runner.run(a, b)["loss"], a, b)

@@ -64,3 +64,22 @@ def test_two_builds_of_onnxruntime_in_each_others_way(
     both = {**facts["packages"], "onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
     monkeypatch.setattr(environment, "environment", lambda: {**facts, "packages": both})
     assert "warning: onnxruntime and onnxruntime-gpu are both installed" in cli("doctor").out
+
+
+def test_a_backend_that_is_slow_here(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(base.Backend):
+        slow = "the CPU, interpreted"
+
+        def load(self, model: object) -> base.Runner:
+            raise NotImplementedError
+
+    real = base.get_backend
+    monkeypatch.setattr(
+        base, "get_backend", lambda name: Slow() if name == "torch-triton" else real(name)
+    )
+    (warning,) = json.loads(cli("doctor", "--json").out)["warnings"]
+    assert warning == (
+        "torch-triton runs on the CPU, interpreted: its numbers are right, and it is slow"
+    )

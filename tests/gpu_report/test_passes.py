@@ -95,7 +95,9 @@ def test_in_two_stages(reduction: str) -> None:
     spec = LossSpec(1.0, reduction)
     model = export(spec, shape=("N", 16))
     twin = in_two_stages(model)
-    assert sum(node.op_type == "ReduceSum" for node in twin.graph.node) == 2
+    sums = [node for node in twin.graph.node if node.op_type == "ReduceSum"]
+    (flat,) = [node for node in twin.graph.node if node.op_type == "Reshape"]
+    assert len(sums) == 2 and flat.input[0] == sums[0].output[0]
     x, t = (np.random.default_rng(n).standard_normal((640, 16)).astype(np.float32) for n in (1, 2))
     for rows in (640, 0):
         one, two = (load(m).run(x[:rows], t[:rows])["loss"] for m in (model, twin))
