@@ -43,7 +43,7 @@ def parity(
         Path, typer.Option("-o", "--output", help="Folder for report.json and the engines.")
     ] = Path("out/parity"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer betas and sizes: half a minute at most.")
+        bool, typer.Option("--quick", help="Fewer betas and sizes: about a minute.")
     ] = False,
     beta: Annotated[
         list[float] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)
@@ -75,7 +75,8 @@ def parity(
     ] = True,
     flavour: Annotated[str, typer.Option(help="Of those engines.")] = "auto",
     html: Annotated[
-        bool, typer.Option(help="Also write report.html, with the drift and the contract measured.")
+        bool,
+        typer.Option(help="Also write report.html; of the whole matrix with drift and contract."),
     ] = True,
     bundle: Annotated[
         bool, typer.Option("--bundle", help="Write a reproduction of each red cell (10 at most).")

@@ -46,7 +46,11 @@ def verify(
         bool, typer.Option(help="Measure the error of a reduction at 2^10 to 2^22 elements.")
     ] = True,
     large: Annotated[
-        bool, typer.Option("--large", help="At 2^24 as well; takes up to 2 GB of memory.")
+        bool,
+        typer.Option(
+            "--large",
+            help="At 2^24 as well; takes up to 1.6 GB of memory, 2.7 GB for float64 with weights.",
+        ),
     ] = False,
     certificate: Annotated[
         bool, typer.Option("--certificate", help="Write what was found beside the model.")
@@ -89,6 +93,7 @@ def verify(
             console.print(drift_table(result.drift))
         if result.diagnoses:
             console.print(diagnosis_table(result))
+        print_lines([f"seen in the graph: {remark}" for remark in result.remarks])
         red, cases = len(result.failures), len(result.results) + len(result.drift)
         print_lines([f"{cases - red} of {cases} cases equal to PyTorch, or nearer to the truth"])
         if written is not None:
@@ -109,7 +114,12 @@ def _given_spec(
     from ..graph.metadata import read_spec
     from ..spec import LossSpec
 
-    known = read_spec(proto) or LossSpec(dtype=signature(proto).input.dtype)
+    known = read_spec(proto)
+    if known is None:
+        found = signature(proto)
+        # What is there to be right is held against what is right.
+        gradient = any(port.name == "grad_input" for port in found.outputs)
+        known = LossSpec(dtype=found.input.dtype, gradient=gradient)
     return replace(
         known,
         beta=known.beta if beta is None else beta,

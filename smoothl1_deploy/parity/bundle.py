@@ -66,7 +66,7 @@ class Bundle:
 
 def _matrix_model(cell: Cell, case: Case) -> onnx.ModelProto:
     """The artefact that the matrix made for a case."""
-    from .matrix import artefact_axes
+    from .plan import artefact_axes
 
     if case.layout not in LAYOUTS:
         raise ArtefactError(

@@ -146,10 +146,12 @@ def compare(
     if wrong or ulp > allowed:
         at = np.unravel_index(worst, result.shape)
         values = ", ".join(
-            f"{name} {values[at]!r}"
+            f"{name} {values[at]!s}"
             for name, values in (("got", result), ("PyTorch", torch), ("oracle", oracle))
         )
-        what = f"{wrong} of {result.size} in a wrong class" if wrong else f"{ulp} ULP > {allowed}"
+        what = (
+            f"{wrong} of {result.size} in a wrong class" if wrong else f"{ulp:,} ULP > {allowed:,}"
+        )
         detail = f"{what}; at {tuple(map(int, at))}: {values}"
     return Verdict(
         not wrong and ulp <= allowed,

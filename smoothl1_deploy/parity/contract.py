@@ -191,7 +191,7 @@ def _answer(column: str, probe: _Probe, got: Array | Exception, torch: Array | E
         return Answer(column, "equal" if same else "differs", text)
     verdict = compare(spec, got, torch, oracle(spec, input, target), input, target)
     if not verdict.ok:
-        far = f" ({verdict.ulp} ULP off)" if not verdict.wrong_class else ""
+        far = f" ({verdict.ulp:,} ULP off)" if not verdict.wrong_class else ""
         return Answer(column, "differs", text + far)
     return Answer(column, "better" if verdict.better else "equal", text)
 

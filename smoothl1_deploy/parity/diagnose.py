@@ -2,12 +2,13 @@
 
 1. Formula and reduction, on ordinary numbers: the simplest hypothesis that explains every answer.
 2. The arithmetic, where the formula is right: narrow formats, accumulators that drift.
-3. Special values: NaN, infinities, zeros, |d| exactly beta, nothing at all.
-4. The gradient, where the model gives one.
+3. The gradient, where the model gives one.
+4. Special values: NaN, infinities, zeros, |d| exactly beta, nothing at all.
 
-What can't be seen is not named. `<=` for `<` changes no value of the loss, nor of its slope: both
-formulas give beta/2 at |d| = beta, and both slopes are 1. It shows where beta is 0 (0/0 at d = 0)
-and where beta^2 over- or underflows. Swapped inputs show in a gradient alone.
+What no answer shows is not named. `<=` for `<` changes no value of the loss, nor of its slope:
+both formulas give beta/2 at |d| = beta, and both slopes are 1. It shows where beta is 0 (0/0 at
+d = 0) and where beta^2 over- or underflows; elsewhere `faults.comparison` reads it off the graph.
+Swapped inputs show in a gradient alone.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def diagnose(
     found = list(_formula(runner, spec, plan))
     if all(item.fault in _HARMLESS for item in found):
         found += accumulation(spec, drift)
-        found += special_values(runner, spec, plan)
         found += gradient_output(runner, spec, plan)
+        found += special_values(runner, spec, plan)
         found += _rest(found, failures)
     return tuple(found)
 

@@ -1,7 +1,6 @@
-"""The matrix: every beta × reduction × dtype × route × backend, over layouts and families.
+"""The matrix, run: every beta × reduction × dtype × route × backend, over layouts and families.
 
-The unit of work is a beta with a dtype: its inputs and both references' answers are computed
-once and serve every reduction, route and backend. Units run in worker processes.
+What it holds is in `plan`; its units run in worker processes.
 """
 
 from __future__ import annotations
@@ -10,208 +9,35 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import onnx
 
-from ..backends.base import PROVING, REFERENCES, TILE, Backend, Runner, get_backend, missing
+from ..backends.base import TILE, Backend, Runner, get_backend
 from ..environment import environment
 from ..errors import SmoothL1DeployError, require
 from ..graph.export import ROUTES, export
-from ..graph.shapes import Shape as Axes
-from ..graph.shapes import summed_axes
 from ..spec import DTYPES, REDUCTIONS, LossSpec
-from .cases import LAYOUTS, Case, CaseResult, References, check, with_beta
+from .cases import Case, CaseResult, References, check, with_beta
 from .engines import build_engines
-from .families import FAMILIES
+from .plan import (
+    BETAS,
+    EXTENSIONS,
+    HUGE_BACKENDS,
+    OVER_THE_WIRE,
+    Matrix,
+    Unit,
+    artefact_axes,
+    is_run,
+    is_sampled,
+    is_too_slow,
+    needs_wider,
+)
 from .pool import each
 from .report import Build, Cell, Report, cell_of, is_extended
 
-__all__ = ["BETAS", "EXTENSIONS", "OVER_THE_WIRE", "Matrix", "artefact_axes", "run_matrix"]
-
-BETAS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4, math.inf)
-_QUICK_BETAS = (0.0, 0.5, 1.0, math.inf)
-
-#: The extensions alone and together; with beta and dtype of the unit.
-EXTENSIONS = (
-    LossSpec(per_sample=True),
-    LossSpec(reduction="sum", per_sample=True),
-    LossSpec(reduction="none", gradient=True),
-    LossSpec(gradient=True),
-    LossSpec(gradient=True, upstream=True),
-    LossSpec(reduction="none", gradient=True, upstream=True),
-    LossSpec(runtime_beta=True),
-    LossSpec(weight="count"),
-    LossSpec(weight="weights"),
-    LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
-    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
-)
-
-#: Layouts by how an artefact meets them. Every family is fed to the first group.
-_FAMILY_LAYOUTS = ("matrix", "odd")
-_SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
-#: What an extension could get wrong beyond what the plain losses show.
-_EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
-#: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
-_NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
-#: A process for each artefact, half a second of time: a sample of the matrix goes this way.
-OVER_THE_WIRE = ("triton-http", "triton-grpc")
-#: Backends that compute what an artefact says it computes, and not its graph: one route is all.
-_OF_THE_SPEC = (*REFERENCES, "torch-triton")
-_WIRE_LAYOUTS = ("matrix", "no-rows")
-#: The torch route takes about a second an export: one fixed rank, this one, serves it.
-_TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """Which part of the matrix to run.
-
-    Attributes:
-        backends: names; those that can't be used here must be left out by the caller.
-        plain: what `torch.nn.SmoothL1Loss` itself computes.
-        extensions: also the variants of `EXTENSIONS` (one of them with `quick`).
-        quick: fewer betas, no large layouts, the torch route for float32 only.
-        engines: a folder to leave a TensorRT engine of every artefact in; None builds none.
-        flavour: of those engines.
-        absent: what is left out because it can't run here: `"<backend> not available: <reason>"`.
-    """
-
-    backends: tuple[str, ...]
-    betas: tuple[float, ...] = BETAS
-    reductions: tuple[str, ...] = REDUCTIONS
-    dtypes: tuple[str, ...] = DTYPES
-    routes: tuple[str, ...] = ROUTES
-    plain: bool = True
-    extensions: bool = True
-    seed: int = 0
-    quick: bool = False
-    engines: Path | None = None
-    flavour: str = "auto"
-    absent: tuple[str, ...] = ()
-
-    @classmethod
-    def quickly(cls, backends: tuple[str, ...], seed: int = 0) -> Matrix:
-        """The part that takes half a minute at most."""
-        return cls(backends, betas=_QUICK_BETAS, seed=seed, quick=True)
-
-    def units(self) -> list[_Unit]:
-        """The work, the longest first."""
-        units = [_Unit(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
-        # The one cell of 2^24 elements takes memory more than time: it comes alone.
-        if (
-            not self.quick
-            and self.plain
-            and 1.0 in self.betas
-            and {"mean", "float32"} <= {*self.reductions, *self.dtypes}
-        ):
-            units.insert(0, _Unit(self, 1.0, "float32", huge=True))
-        return units
-
-    def notes(self) -> tuple[str, ...]:
-        """What is sampled, for the report."""
-        layouts = [name for name in _TORCH_LAYOUTS if not (self.quick and name == "2^20")]
-        notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(layouts)}"]
-        narrow = [name for name in _NO_FLOAT64 if name in self.backends]
-        if self.extensions and narrow:
-            notes.append(
-                f"{', '.join(narrow)}: no gradient of a broadcast input, summed back in float32"
-            )
-        if self.extensions:
-            formats = " and ".join(["float64", *narrow])
-            notes.append("float64: no gradient of a broadcast input with an upstream one")
-            notes.append(
-                f"{formats}: no weighted gradient, and none with an upstream one, of subnormal "
-                "differences, which no wider format is there for"
-            )
-        if {*OVER_THE_WIRE} & {*self.backends}:
-            notes.append(
-                "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
-                f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
-            )
-        if "ort-cpu-tiled" in self.backends:
-            notes.append(
-                "ort-cpu-tiled, which cuts arrays into tiles as ort-cpu does with large ones: in "
-                "tiles of 64 elements; the function route, not at 2^20"
-            )
-        of_the_spec = [name for name in _OF_THE_SPEC if name in self.backends]
-        if of_the_spec:
-            notes.append(
-                f"{', '.join(of_the_spec)}: no graph is run, the spec is computed; the function "
-                "route (or the first of what is asked for)"
-            )
-        if "torch-triton" in self.backends:
-            slow = None if missing("torch-triton") else get_backend("torch-triton").slow
-            if slow:
-                notes.append(
-                    f"torch-triton on {slow}: of 2^20 elements only mean at beta 1, constant"
-                )
-        if self.quick:
-            notes.append("quick: torch route for float32 only, no layout of 2^20 or 2^24 elements")
-            notes.append("quick: of the extensions only all together")
-        else:
-            notes.append("layout 2^20: every route on ort-cpu, the function route on the others")
-            notes.append("layout 2^24: beta 1, mean, float32, families normal and constant")
-            if self.engines is not None and self.extensions:
-                notes.append(f"engines of the extensions: beta {self.betas[0]:g} only")
-        return (*notes, *self.absent)
-
-
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """One beta with one dtype; or, `huge`, the single cell of 2^24 elements."""
-
-    matrix: Matrix
-    beta: float
-    dtype: str
-    huge: bool = False
-
-    def specs(self) -> list[LossSpec]:
-        """What the artefacts compute; with `runtime_beta`, the unit's beta is fed to them."""
-        if self.huge:
-            return [LossSpec(self.beta, "mean", self.dtype)]
-        reductions = self.matrix.reductions if self.matrix.plain else ()
-        specs = [LossSpec(self.beta, reduction, self.dtype) for reduction in reductions]
-        if self.matrix.extensions:
-            chosen = EXTENSIONS[-1:] if self.matrix.quick else EXTENSIONS
-            specs += [
-                replace(e, dtype=self.dtype, beta=e.beta if e.runtime_beta else self.beta)
-                for e in chosen
-                if e.reduction in self.matrix.reductions
-            ]
-        return specs
-
-    def cases(self, spec: LossSpec) -> list[Case]:
-        of = partial(Case.of, seed=self.matrix.seed)
-        if self.huge:
-            return [of("normal", "2^24"), of("constant", "2^24")]
-        if is_extended(spec):
-            cases = [of(family, "matrix") for family in FAMILIES]
-            return cases + [of("normal", layout) for layout in _EXTENSION_LAYOUTS]
-        cases = [of(family, layout) for layout in _FAMILY_LAYOUTS for family in FAMILIES]
-        cases += [of("normal", layout) for layout in _SHAPE_LAYOUTS]
-        if not self.matrix.quick:
-            cases.append(of("normal", "2^20"))
-            if spec.reduction != "none":  # what a sum of equal numbers drifts to
-                cases.append(of("constant", "2^20"))
-        return cases
-
-    def routes(self, spec: LossSpec) -> list[str]:
-        skip_torch = is_extended(spec) or (self.matrix.quick and self.dtype != "float32")
-        return [route for route in self.matrix.routes if not (skip_torch and route == "torch")]
-
-
-def artefact_axes(route: str, layout: str, any_rank: bool) -> tuple[Axes | None, Axes | None]:
-    """The axes of input and target that the matrix exports for a layout; None for any rank.
-
-    Fixed rank for the layouts of two axes, any rank for the others where the backend runs it.
-    """
-    if route == "torch" or not any_rank or layout in _TORCH_LAYOUTS:
-        return LAYOUTS[layout].input_axes, LAYOUTS[layout].target_axes
-    return None, None
+__all__ = ["BETAS", "EXTENSIONS", "OVER_THE_WIRE", "Matrix", "run_matrix"]
 
 
 class _Artefacts:
@@ -262,39 +88,18 @@ class _Outcome:
     builds: list[Build]
 
 
-def _run_unit(unit: _Unit) -> _Outcome:
-    names = [n for n in unit.matrix.backends if not unit.huge or n in _HUGE_BACKENDS]
+def _run_unit(unit: Unit) -> _Outcome:
+    names = [n for n in unit.matrix.backends if not unit.huge or n in HUGE_BACKENDS]
     backends = {name: get_backend(name, threads=1) for name in names}
-    names = [name for name in names if not (unit.huge and backends[name].slow)]
+    if unit.huge:
+        backends = {name: found for name, found in backends.items() if found.slow is None}
     if unit.huge and "ort-cpu-tiled" in backends:
         backends["ort-cpu-tiled"].tile = TILE
     artefacts = _Artefacts(backends)
     outcome = _Outcome({}, {}, [])
     for spec in unit.specs():
-        number = with_beta(spec, unit.beta)
-        refs = {case: References.of(number, case) for case in unit.cases(spec)}
-        for route, name in product(unit.routes(spec), names):
-            if name in OVER_THE_WIRE and not _is_asked(unit, spec, route):
-                continue
-            if name in PROVING and route != _PROVEN_ROUTE:
-                continue
-            if name in _OF_THE_SPEC and route != _spec_route(unit.matrix):
-                continue
-            key = (spec, unit.beta, route, name)
-            reason = backends[name].refuses(spec)
-            if reason:
-                outcome.refused[key] = reason
-                continue
-            outcome.results[key] = [
-                _checked(artefacts, spec, route, backends[name], case, ref)
-                for case, ref in refs.items()
-                if _is_run(case, route, name)
-                and not _is_too_slow(spec, case, backends[name])
-                and not _needs_wider(spec, case, backends[name].accumulator != "float32")
-            ]
-            if unit.huge:
-                artefacts.forget()
-                gc.collect()
+        for cases in unit.batches(spec):
+            _run_cases(unit, spec, cases, backends, artefacts, outcome)
         engines = None if unit.huge else unit.matrix.engines
         # An engine of each extension, not of each with every beta.
         if engines is not None and (not is_extended(spec) or unit.beta == unit.matrix.betas[0]):
@@ -304,73 +109,35 @@ def _run_unit(unit: _Unit) -> _Outcome:
     return outcome
 
 
-#: A tile is made of the artefact's spec, whatever its route.
-_PROVEN_ROUTE = "function"
-
-
-def _spec_route(matrix: Matrix) -> str:
-    """The one route of a backend that computes the spec, whatever the graph."""
-    return _PROVEN_ROUTE if _PROVEN_ROUTE in matrix.routes else matrix.routes[0]
-
-
-def _is_too_slow(spec: LossSpec, case: Case, backend: Backend) -> bool:
-    """Whether a slow backend is spared a case; see `Matrix.notes`."""
-    if backend.slow is None or case.layout != "2^20":
-        return False
-    return (spec.reduction, spec.beta, case.family) != ("mean", 1.0, "constant")
-
-
-def _is_asked(unit: _Unit, spec: LossSpec, route: str) -> bool:
-    """Whether a combination is among those that go over the wire; see `Matrix.notes`."""
-    matrix = unit.matrix
-    beta = 1.0 if 1.0 in matrix.betas else matrix.betas[0]
-    chosen = "inlined" if "inlined" in matrix.routes else matrix.routes[0]
-    if is_extended(spec) and not (unit.dtype == "float32" or len(matrix.dtypes) == 1):
-        return False
-    return unit.beta == beta and route == chosen
-
-
-def _is_run(case: Case, route: str, backend: str) -> bool:
-    """Whether the layout is among those a route and backend are sampled at; see `Matrix.notes`."""
-    if backend in OVER_THE_WIRE:
-        return case.layout in _WIRE_LAYOUTS
-    if backend in PROVING and case.layout == "2^20":
-        return False  # in tiles of 64
-    if case.layout == "2^20" and backend != "ort-cpu":
-        return route == "function"
-    return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
-
-
-def _needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
-    """Whether a gradient can only be right in a format wider than the one at hand.
-
-    Summed back to a broadcast input, terms of either sign cancel; weighted (or multiplied by an
-    upstream gradient) and divided, a
-    subnormal slope is rounded three times. How far PyTorch itself, which computes in the
-    output's format, is off in either case is a matter of luck, and no measure.
-    """
-    if not spec.gradient:
-        return False
-    layout = LAYOUTS[case.layout]
-    sums_back = summed_axes(layout.input_axes, layout.target_axes) != ()
-    scaled = spec.weight is not None or spec.upstream
-    rounds_thrice = scaled and case.family == "subnormals"
-    if spec.dtype == "float64":
-        return rounds_thrice or (sums_back and spec.upstream)
-    return not wide and (sums_back or rounds_thrice)
-
-
-#: The others take minutes or gigabytes at 2^24 elements.
-_HUGE_BACKENDS = (
-    "ort-cpu",
-    "ort-cpu-tiled",
-    "torch-cuda",
-    "torch-triton",
-    "ort-cuda",
-    "ort-tensorrt",
-    "ort-tensorrt-rtx",
-    "trt",
-)
+def _run_cases(
+    unit: Unit,
+    spec: LossSpec,
+    cases: list[Case],
+    backends: dict[str, Backend],
+    artefacts: _Artefacts,
+    outcome: _Outcome,
+) -> None:
+    """Every route and backend on some cases of one spec; what is found goes into `outcome`."""
+    number = with_beta(spec, unit.beta)
+    refs = {case: References.of(number, case) for case in cases}
+    for route, name in product(unit.routes(spec), backends):
+        if not is_sampled(unit, spec, route, name):
+            continue
+        key = (spec, unit.beta, route, name)
+        reason = backends[name].refuses(spec)
+        if reason:
+            outcome.refused[key] = reason
+            continue
+        outcome.results.setdefault(key, []).extend(
+            _checked(artefacts, spec, route, backends[name], case, ref)
+            for case, ref in refs.items()
+            if is_run(case, route, name)
+            and not is_too_slow(spec, case, backends[name])
+            and not needs_wider(spec, case, backends[name].accumulator != "float32")
+        )
+        if unit.huge:
+            artefacts.forget()
+            gc.collect()
 
 
 def _checked(
@@ -450,6 +217,6 @@ def run_matrix(
     )
 
 
-def _left_out(units: Iterable[_Unit], seconds: float) -> list[str]:
+def _left_out(units: Iterable[Unit], seconds: float) -> list[str]:
     names = [f"{u.dtype} beta {u.beta:g}{' at 2^24' if u.huge else ''}" for u in units]
     return [f"left out after {seconds:.0f} s: {', '.join(names)}"] if names else []

@@ -18,6 +18,7 @@ from .artefact_drift import DriftPoint, artefact_drift
 from .cases import LAYOUTS, Case, CaseResult, References, check
 from .diagnose import diagnose
 from .families import BRANCHES, FAMILIES
+from .faults.comparison import choice_at_beta
 from .faults.names import Diagnosis
 from .shapes import Pair, ShapePlan, elements
 
@@ -41,6 +42,7 @@ class Verification:
         seed: of the inputs.
         drift: the error of a reduction by size; empty for `none`, and for fixed shapes.
         diagnoses: what is wrong, the likeliest first; empty where every case is green.
+        remarks: faults that the graph has and no answer shows.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Verification:
     seed: int = 0
     drift: tuple[DriftPoint, ...] = ()
     diagnoses: tuple[Diagnosis, ...] = ()
+    remarks: tuple[Diagnosis, ...] = ()
 
     def __bool__(self) -> bool:
         return not self.failures
@@ -74,6 +77,7 @@ class Verification:
             "cases": [result.to_dict() for result in self.results],
             "drift": [point.to_dict() for point in self.drift],
             "diagnoses": [diagnosis.to_dict() for diagnosis in self.diagnoses],
+            "remarks": [remark.to_dict() for remark in self.remarks],
             "environment": dict(self.environment),
         }
 
@@ -170,7 +174,8 @@ def verify(
     original = read_model(model)
     require("torch", "torch", "verify, which compares with PyTorch,")
     chosen = get_backend(backend)
-    runner = chosen.load(select_ports(original, input_name, target_name, output_name))
+    ports = select_ports(original, input_name, target_name, output_name)
+    runner = chosen.load(ports)
     expected = spec if spec is not None else runner.spec
     if expected is None:
         raise ArtefactError(
@@ -187,7 +192,9 @@ def verify(
         _checked(runner, expected, case, accumulator)
         for case in _cases(runner.signature, expected, seed)
     )
-    points = artefact_drift(runner, expected, seed=seed, large=large) if drift else ()
+    points: tuple[DriftPoint, ...] = ()
+    if drift:
+        points = artefact_drift(runner, expected, seed=seed, large=large, accumulator=accumulator)
     found = Verification(
         original.graph.name,
         sha256(original.SerializeToString(deterministic=True)),
@@ -198,10 +205,15 @@ def verify(
         seed,
         points,
     )
-    if found:
+    if not found:
+        failures = found.failures
+        named = diagnose(runner, expected, failures=failures, drift=points)
+        found = replace(found, diagnoses=named)
+    # Of our own graphs it is known that they choose by no condition.
+    unseen = choice_at_beta(ports, runner.signature, expected) if runner.spec is None else None
+    if unseen is None or any(unseen.fault is item.fault for item in found.diagnoses):
         return found
-    failures = found.failures
-    return replace(found, diagnoses=diagnose(runner, expected, failures=failures, drift=points))
+    return replace(found, remarks=(unseen,))
 
 
 def diagnosis_table(verification: Verification) -> Table:

@@ -18,21 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote
 
 from ..errors import ArtefactError, OutputError, ServerError, SpecError, require
 from . import loss_metrics, onnxruntime_backend
+from .admin import ADMIN_HEADER, Admin
 from .install import Triton, find_triton
-from .model_config import CONFIG_FILE, read_config
 
-__all__ = ["ADMIN_HEADER", "Addresses", "Server"]
+__all__ = ["Addresses", "Server"]
 
-#: The HTTP header that opens the restricted APIs; over gRPC `triton-grpc-protocol-` goes before it.
-ADMIN_HEADER = "admin-key"
 _RESTRICTED = "model-repository,shared-memory,statistics,trace,logging"
 
 _START_SECONDS = 60.0
-_LOAD_SECONDS = 120.0
 _EXIT_SECONDS = 3  # for requests in flight
 
 #: Ends the server when this process is killed; source: prctl(2), PR_SET_PDEATHSIG.
@@ -137,7 +133,7 @@ class Server:
 
         Raises:
             ServerError: when it ends at once or doesn't answer; the message has its last words.
-            SpecError: when a port that was asked for is taken.
+            SpecError: when a port that was asked for is taken, or the address is none of ours.
         """
         for attempt in range(3):
             ports = self._free_ports()
@@ -155,6 +151,10 @@ class Server:
         raise ServerError(f"the Triton server ended while it started: {words}")
 
     def _free_ports(self) -> dict[str, int]:
+        given = [port for port in self._ports.values() if port]
+        if len(set(given)) < len(given):
+            words = ", ".join(f"--{name}-port {port}" for name, port in self._ports.items())
+            raise SpecError(f"two of the ports are the same ({words}); each needs its own")
         with contextlib.ExitStack() as stack:
             chosen = {}
             for name, port in self._ports.items():
@@ -162,6 +162,11 @@ class Server:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     listener.bind((self._host, port))
+                except socket.gaierror as exc:
+                    raise SpecError(
+                        f"can't listen on {self._host!r} ({exc.strerror}); --host takes a name or "
+                        "an IPv4 address of this machine"
+                    ) from exc
                 except (OSError, OverflowError) as exc:
                     raise SpecError(
                         f"can't listen on {self._host}:{port} ({exc}); choose another --{name}-port"
@@ -229,7 +234,7 @@ class Server:
         deadline = time.monotonic() + _START_SECONDS
         while self.exit_code is None and time.monotonic() < deadline:
             with contextlib.suppress(ServerError):
-                if self._ask("GET", "health/live", timeout=1.0)[0] == 200:
+                if self._admin().is_live():
                     return True
             time.sleep(0.02)
         return False
@@ -242,71 +247,20 @@ class Server:
         errors = [line for line in lines if " E " in line or line.startswith("error")]
         return " ".join((errors or lines)[-5:]) or f"{self._log} is empty"
 
-    def _ask(self, method: str, path: str, timeout: float, body: Any = None) -> tuple[int, Any]:
-        import urllib3
-
-        try:
-            response = self._http.request(
-                method,
-                f"http://{self.addresses.http}/v2/{path}",
-                json=body if method == "POST" else None,
-                headers={ADMIN_HEADER: self.admin_key},
-                timeout=timeout,
-            )
-            data = response.json() if response.data else {}
-        except (urllib3.exceptions.HTTPError, ValueError) as exc:
-            raise ServerError(f"the Triton server does not answer ({exc})") from exc
-        return response.status, data
-
     def load(self, model: str, version: str = "") -> None:
-        """Load a model, or load it anew; the old one serves until the new one can.
-
-        Args:
-            model: its name.
-            version: the one to serve; empty for what its config says, as a rule the newest.
-
-        Raises:
-            ArtefactError: when the server refuses it, with the server's reason.
-            ServerError: when the server doesn't answer.
-        """
-        self._manage(model, "load", self._pinned(model, version) if version else {})
-
-    def _pinned(self, model: str, version: str) -> dict[str, Any]:
-        """A load request that overrides the version policy; it takes a whole config."""
-        json_format = require("google.protobuf.json_format", "serve", "serving")
-        config = read_config((self.repository / model / CONFIG_FILE).read_bytes())
-        config.ClearField("version_policy")
-        config.version_policy.specific.versions.append(int(version))
-        text = json_format.MessageToJson(config, preserving_proto_field_name=True, indent=None)
-        return {"parameters": {"config": text}}
+        """Load a model, or load it anew; see `Admin.load`."""
+        self._admin().load(model, version)
 
     def unload(self, model: str) -> None:
-        """Take a model out of service; nothing is said of one that was not in it.
-
-        Raises:
-            ServerError: when the server doesn't answer.
-        """
-        self._manage(model, "unload", {})
-
-    def _manage(self, model: str, verb: str, body: dict[str, Any]) -> None:
-        path = f"repository/models/{quote(model, safe='')}/{verb}"
-        status, answer = self._ask("POST", path, _LOAD_SECONDS, body)
-        if status != 200:
-            raise ArtefactError(
-                f"the Triton server can't {verb} the model {model!r}: "
-                f"{answer.get('error', f'status {status}')}"
-            )
+        """Take a model out of service; see `Admin.unload`."""
+        self._admin().unload(model)
 
     def metadata(self, model: str) -> dict[str, Any]:
-        """Name, versions, inputs and outputs of a loaded model, as the server tells them.
+        """Name, versions, inputs and outputs of a loaded model, as the server tells them."""
+        return self._admin().metadata(model)
 
-        Raises:
-            ServerError: when it is not loaded, or the server doesn't answer.
-        """
-        status, answer = self._ask("GET", f"models/{quote(model, safe='')}", 10.0)
-        if status != 200:
-            raise ServerError(f"the model {model!r} is not served: {answer.get('error', status)}")
-        return dict(answer)
+    def _admin(self) -> Admin:
+        return Admin(self._http, self.addresses.http, self.admin_key, self.repository)
 
     def stop(self, at_once: bool = False) -> None:
         """End the server and its children, and remove what they left; may be called twice.

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..artefact import write_atomic
-from ..errors import OutputError
 from . import events
 from .launcher import Server
+from .ready_file import ReadyFile
 from .supervise import Supervisor, models_of
 
 __all__ = ["keep_up", "ready_facts", "service"]
@@ -33,7 +31,8 @@ def service(
         server: not started.
         logs: the folder for `events.jsonl`; it exists.
         models: names; all that the server can serve by default.
-        ready_file: written, whole, when every model answered right; removed at the end.
+        ready_file: written, whole, when every model answered right; removed at the end. What a
+            server that was killed left there is removed before the start.
         note: called with each remark for people.
 
     Raises:
@@ -41,7 +40,9 @@ def service(
         ServerError: when the server ends, or a model's answer is wrong.
         OutputError: when a file can't be written.
     """
+    file = ReadyFile(ready_file)
     names, notes = models_of(server, models)
+    file.claim()
     for message in notes:
         note(message)
     handler = events.open_log(logs / "events.jsonl")
@@ -52,25 +53,14 @@ def service(
             facts = ready_facts(server, supervisor)
             events.record("ready", seconds=time.perf_counter() - started, **facts)
             try:
-                if ready_file is not None:
-                    write_atomic(ready_file, (json.dumps(facts, indent=1) + "\n").encode())
+                file.write(facts)
                 yield supervisor
             finally:
-                _remove(ready_file)
+                file.withdraw()
     finally:
         events.record("stopped")
         events.LOGGER.removeHandler(handler)
         handler.close()
-
-
-def _remove(ready_file: Path | None) -> None:
-    if ready_file is not None:
-        try:
-            ready_file.unlink(missing_ok=True)
-        except OSError as exc:
-            raise OutputError(
-                f"can't remove {ready_file}: {exc.strerror or exc}; remove it by hand"
-            ) from exc
 
 
 def ready_facts(server: Server, supervisor: Supervisor) -> dict[str, Any]:

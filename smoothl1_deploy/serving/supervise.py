@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtefactError, InvalidInputError, ServerError, SmoothL1DeployError
+from ..errors import (
+    ArtefactError,
+    InvalidInputError,
+    ServerError,
+    SmoothL1DeployError,
+    reason_of,
+)
 from ..parity.certificate import CertificateStatus, read_certificate
 from .canary import Canary, make_canary
 from .launcher import Server
@@ -92,8 +98,9 @@ def models_of(server: Server, chosen: Iterable[str] | None = None) -> tuple[list
 def _platform(folder: Path) -> str:
     try:
         config = read_config((folder / CONFIG_FILE).read_bytes())
-    except ArtefactError as exc:
-        raise ArtefactError(f"{folder / CONFIG_FILE}: {exc}") from exc
+    except (ArtefactError, OSError) as exc:
+        reason = reason_of(exc) if isinstance(exc, OSError) else exc
+        raise ArtefactError(f"can't read {folder / CONFIG_FILE}: {reason}") from exc
     return str(config.platform or config.backend)
 
 

@@ -81,6 +81,21 @@ class Transport(ABC):
             "since it may still be at work. Raise timeout="
         )
 
+    def _senseless(self, reason: object) -> ServerError:
+        return ServerError(
+            f"{self.address} answered what no Open Inference server does ({reason}); is it the "
+            "right address?"
+        )
+
+    def _described(self, found: Any) -> dict[str, Any]:
+        """Metadata, if they describe inputs and outputs."""
+        try:
+            for port in (*found["inputs"], *found["outputs"]):
+                str(port["name"]), str(port["datatype"]), [int(dim) for dim in port["shape"]]
+        except (LookupError, TypeError, ValueError) as exc:
+            raise self._senseless(f"metadata without {exc}") from exc
+        return dict(found)
+
     def _lost(self, reason: object) -> ServerError:
         return ServerError(
             f"the connection to {self.address} was lost ({reason}); the request was not "
@@ -92,17 +107,25 @@ def open_transport(url: str, timeout: float, retries: int) -> Transport:
     """The transport of a URL: `http://`, `https://`, `grpc://` or `grpcs://`.
 
     Raises:
-        SpecError: for any other URL, a timeout <= 0 or negative retries.
+        SpecError: for any other URL, a timeout <= 0, and retries that are no whole number >= 0.
         MissingDependencyError: without tritonclient.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https", "grpc", "grpcs") or not parts.netloc:
+    refusal = SpecError(
+        f"{url!r} is no address of a server; write http://HOST:PORT or grpc://HOST:PORT "
+        "(https:// or grpcs:// for TLS)"
+    )
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https", "grpc", "grpcs") and parts.hostname is not None
+        known = known and parts.port != 0
+    except ValueError as exc:  # half an IPv6 address, or a port that can't be
+        raise refusal from exc
+    if not known:
+        raise refusal
+    if not timeout > 0 or retries < 0 or retries % 1:
         raise SpecError(
-            f"{url!r} is no address of a server; write http://HOST:PORT or grpc://HOST:PORT "
-            "(https:// or grpcs:// for TLS)"
+            f"timeout={timeout!r} must be > 0 and retries={retries!r} a whole number >= 0"
         )
-    if not timeout > 0 or retries < 0:
-        raise SpecError(f"timeout={timeout!r} must be > 0 and retries={retries!r} >= 0")
     if parts.scheme.startswith("http"):
         address = parts.netloc + parts.path.rstrip("/")
         return HttpTransport(address, parts.scheme == "https", timeout, retries)
@@ -133,6 +156,7 @@ class HttpTransport(Transport):
     def __init__(self, address: str, tls: bool, timeout: float, retries: int) -> None:
         super().__init__(address, tls, timeout, retries)
         self._triton = require("tritonclient.http", "serve", "the HTTP client")
+        self._error = require("tritonclient.utils", "serve", "the client").InferenceServerException
         self._urllib3 = require("urllib3", "serve", "the HTTP client")
         self._pool = self._urllib3.PoolManager(maxsize=64, retries=False)
         self._root = f"{'https' if tls else 'http'}://{address}/v2"
@@ -140,7 +164,11 @@ class HttpTransport(Transport):
     def metadata(self, model: str, version: str) -> dict[str, Any]:
         """As `Transport.metadata`."""
         response = self._request("GET", _path(model, version))
-        return dict(json.loads(response.data))
+        try:
+            found = json.loads(response.data)
+        except ValueError as exc:
+            raise self._senseless(exc) from exc
+        return self._described(found)
 
     def infer(
         self, model: str, version: str, arrays: Mapping[str, Array], request_id: str = ""
@@ -155,11 +183,14 @@ class HttpTransport(Transport):
             headers["Inference-Header-Content-Length"] = str(json_size)
         response = self._request("POST", f"{_path(model, version)}/infer", body, headers)
         size = response.headers.get("Inference-Header-Content-Length")
-        result = client.parse_response_body(
-            response.data, header_length=None if size is None else int(size)
-        )
-        names = [output["name"] for output in result.get_response()["outputs"]]
-        return {name: result.as_numpy(name) for name in names}
+        try:
+            result = client.parse_response_body(
+                response.data, header_length=None if size is None else int(size)
+            )
+            names = [output["name"] for output in result.get_response()["outputs"]]
+            return {name: result.as_numpy(name) for name in names}
+        except (LookupError, TypeError, ValueError, self._error) as exc:
+            raise self._senseless(exc) from exc
 
     def _request(
         self, method: str, path: str, body: bytes | None = None, headers: Any = None
@@ -217,7 +248,7 @@ class GrpcTransport(Transport):
 
     def metadata(self, model: str, version: str) -> dict[str, Any]:
         """As `Transport.metadata`."""
-        return dict(
+        return self._described(
             self._call(
                 self._client.get_model_metadata,
                 model,

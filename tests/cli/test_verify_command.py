@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import onnx
+import onnx.parser
 import pytest
 from conftest_cli import spawn
 
@@ -47,6 +48,41 @@ def test_a_model_of_other_origin(model: Path, capsys: pytest.CaptureFixture) -> 
     assert main(["verify", str(model), *options]) == 1
     assert main(["verify", str(model), *options, "--input-name", "inptu"]) == 2
     assert "no input of the model" in capsys.readouterr().err
+
+
+_WITH_A_GRADIENT = """<ir_version: 10, opset_import: ["" : 18]>
+g (float[N,4] pred, float[N,4] gt) => (float[N,4] loss, float[N,4] grad_input) {{
+    high = Constant<value_float=1.0>() low = Neg(high) half = Constant<value_float=0.5>()
+    d = Sub(pred, gt) size = Abs(d) square = Mul(d, d) quadratic = Mul(half, square)
+    linear = Sub(size, half) inside = {comparison}(size, high)
+    loss = Where(inside, quadratic, linear)
+    other = Sub({order}) core = Clip(other, low, high) no = IsNaN(d) grad_input = Where(no, d, core)
+}}"""
+
+
+def test_a_gradient_that_is_there_is_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "theirs.onnx"
+    command = ["verify", str(path), "--beta", "1", "--reduction", "none", "--json"]
+    for order, status, faults in (
+        ("pred, gt", 0, []),
+        ("gt, pred", 1, ["input and target swapped in the gradient"]),
+    ):
+        text = _WITH_A_GRADIENT.format(comparison="Less", order=order)
+        onnx.save(onnx.parser.parse_model(text), path)
+        assert main(command) == status
+        assert [d["fault"] for d in json.loads(capsys.readouterr().out)["diagnoses"]] == faults
+
+
+def test_less_or_equal_is_named_though_no_answer_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "theirs.onnx"
+    text = _WITH_A_GRADIENT.format(comparison="LessOrEqual", order="pred, gt")
+    onnx.save(onnx.parser.parse_model(text), path)
+    assert main(["verify", str(path), "--beta", "1", "--reduction", "none"]) == 0
+    assert "seen in the graph: <= for <: the graph sends |d| = beta" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -242,9 +242,9 @@ def red_file(red: Report, drift: Drift, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def green_file(green: Report, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with maps of the extensions, all of them unfolded."""
+    """A page with maps of the extensions and the glossary, all of it unfolded."""
     path = tmp_path_factory.mktemp("report") / "green.html"
-    path.write_text(html.render(green).replace("<details>", "<details open>"), encoding="utf-8")
+    path.write_text(html.render(green).replace("<details", "<details open"), encoding="utf-8")
     return path
 
 

@@ -70,7 +70,7 @@ TRUTH = np.array([0.125], np.float32)
     [
         (TRUTH, TRUTH, "equal", "[0.125]"),
         (TRUTH, np.array([np.inf], np.float32), "better", "[0.125]"),
-        (TRUTH * 2, TRUTH, "differs", "[0.25] (8388608 ULP off)"),
+        (TRUTH * 2, TRUTH, "differs", "[0.25] (8,388,608 ULP off)"),
         (TRUTH * np.float32(np.nan), TRUTH, "differs", "[nan]"),
         (TRUTH.astype(np.float64), TRUTH, "differs", "[0.125] as float64[1]"),
         (TRUTH.reshape(()), TRUTH, "differs", "0.125 as float32[]"),

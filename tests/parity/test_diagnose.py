@@ -100,6 +100,17 @@ FAULTS: dict[str, tuple[list[tuple[str, str]], dict[str, object], Fault]] = {
         {"reduction": "none", "beta": 1.0},
         Fault.MISSING_HALF,
     ),
+    "no 0.5 above": ([("Sub(size, offset)", "Sub(size, beta)")], {}, Fault.MISSING_LINEAR_HALF),
+    "no 0.5 above, none": (
+        [("Sub(size, offset)", "Sub(size, beta)")],
+        {"reduction": "none", "beta": 1.0},
+        Fault.MISSING_LINEAR_HALF,
+    ),
+    "no 0.5 at all": (
+        [("Mul(half, square)", "Mul(one, square)"), ("Sub(size, offset)", "Sub(size, beta)")],
+        {},
+        Fault.MISSING_HALF,
+    ),
     "no offset above": ([("Sub(size, offset)", "Identity(size)")], {}, Fault.MISSING_OFFSET),
     "no division": ([("Div(halved, beta)", "Identity(halved)")], {}, Fault.MISSING_DIVISION),
     "huber": (
@@ -501,15 +512,80 @@ def test_verify_names_swapped_inputs_in_the_gradient() -> None:
     assert [diagnosis.fault for diagnosis in result.diagnoses] == [Fault.SWAPPED_INPUTS]
 
 
+def test_a_fault_of_the_gradient_comes_before_one_of_a_zero() -> None:
+    model = onnx.parser.parse_model("""
+<ir_version: 10, opset_import: ["" : 18]>
+g (float[N,4] pred, float[N,4] gt) => (float[N,4] loss, float[N,4] grad_input) {
+    high = Constant<value_float=1.0>() low = Neg(high) half = Constant<value_float=0.5>()
+    d = Sub(pred, gt) core = Clip(d, low, high) part = Mul(half, core) rest = Sub(d, part)
+    loss = Mul(core, rest) other = Sub(gt, pred) grad_input = Clip(other, low, high)
+}""")
+    spec = LossSpec(reduction="none", gradient=True)
+    assert found(model, spec) == [Fault.SWAPPED_INPUTS, Fault.NEGATIVE_ZERO]
+
+
 def test_swapped_inputs_are_right_for_the_loss_alone() -> None:
     assert verify(planted([("Sub(pred, gt)", "Sub(gt, pred)")]), spec=LossSpec(0.5), drift=False)
 
 
 @pytest.mark.parametrize("beta", [1e-3, 0.1, 0.5, 1.0, 3.0, 1e4])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_less_or_equal_can_t_be_seen_at_an_ordinary_beta(beta: float, reduction: str) -> None:
+def test_less_or_equal_changes_no_answer_and_is_read_off_the_graph(
+    beta: float, reduction: str
+) -> None:
     model = planted([("Less(size", "LessOrEqual(size")], beta=beta, reduction=reduction)
-    assert verify(model, spec=LossSpec(beta, reduction), drift=False)
+    result = verify(model, spec=LossSpec(beta, reduction), drift=False)
+    assert result
+    (remark,) = result.remarks
+    assert remark.fault is Fault.LESS_OR_EQUAL and f"beta = {beta:g}" in remark.explanation
+    assert result.to_dict()["remarks"][0]["fault"] == "<= for <"
+
+
+#: Ways to write a comparison, and whether |d| = beta goes to the quadratic part.
+COMPARISONS = {
+    "less": ([], False),
+    "greater, arguments exchanged": ([("Less(size, beta)", "Greater(beta, size)")], False),
+    "not greater": (
+        [("inside = Less(size, beta)", "outside = Greater(size, beta) inside = Not(outside)")],
+        True,
+    ),
+    "greater, branches exchanged": (
+        [("Less(size, beta)", "Greater(size, beta)"),
+         ("Where(inside, quadratic, linear)", "Where(inside, linear, quadratic)")],
+        True,
+    ),
+    "or equal, branches exchanged": (
+        [("Less(size, beta)", "GreaterOrEqual(size, beta)"),
+         ("Where(inside, quadratic, linear)", "Where(inside, linear, quadratic)")],
+        False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_however_the_comparison_is_written(name: str) -> None:
+    edits, or_equal = COMPARISONS[name]
+    result = verify(planted(edits, beta=1.0), spec=LossSpec(), drift=False)
+    assert result
+    assert [remark.fault for remark in result.remarks] == [Fault.LESS_OR_EQUAL] * or_equal
+
+
+def test_a_comparison_is_read_inside_a_function_too() -> None:
+    model = onnx.parser.parse_model("""
+<ir_version: 10, opset_import: ["" : 18, "theirs" : 1]>
+g (float[N,4] pred, float[N,4] gt) => (float[N,4] out) { out = theirs.loss(pred, gt) }
+<domain: "theirs", opset_import: ["" : 18]>
+loss (x, y) => (out) {
+    beta = Constant<value_float=1.0>() half = Constant<value_float=0.5>()
+    d = Sub(x, y) size = Abs(d) inside = LessOrEqual(size, beta) square = Mul(d, d)
+    quadratic = Mul(half, square) linear = Sub(size, half) out = Where(inside, quadratic, linear)
+}""")
+    result = verify(model, spec=LossSpec(reduction="none"), drift=False)
+    assert result and [remark.fault for remark in result.remarks] == [Fault.LESS_OR_EQUAL]
+
+
+def test_no_comparison_no_remark() -> None:
+    assert verify(export(LossSpec(), shape=("N", 4)), drift=False).remarks == ()
 
 
 def shown(result: Verification) -> str:

@@ -10,10 +10,14 @@ from html.parser import HTMLParser
 
 import pytest
 
+from smoothl1_deploy.backends.base import BACKENDS, PROVING, REFERENCES
+from smoothl1_deploy.graph.export import ROUTES
+from smoothl1_deploy.parity.cases import LAYOUTS
 from smoothl1_deploy.parity.contract import Contract
 from smoothl1_deploy.parity.drift import Drift
+from smoothl1_deploy.parity.families import FAMILIES
 from smoothl1_deploy.parity.report import Cell, Report, repeat_command
-from smoothl1_deploy.parity.views import html
+from smoothl1_deploy.parity.views import glossary, html
 from smoothl1_deploy.parity.views.common import clean
 from smoothl1_deploy.parity.views.heatmap import STEPS, cell_ids, maps_by_dtype, overviews, step
 
@@ -263,3 +267,33 @@ def test_environment_and_engines(red_page: str, red: Report) -> None:
     tables = Document(red_page).all("table", "plain")
     engines = next(text for _, text in tables if text.startswith("routebuiltfailed"))
     assert "function1✕ 110.25 s20 kBtensorrt_rtx" in engines  # built 1, failed 1, refused 1
+
+
+def test_every_name_is_explained(full: str, green: Report) -> None:
+    ran = [name for name in (*BACKENDS, *PROVING) if name not in REFERENCES]
+    assert set(glossary.BACKENDS) == set(ran)
+    assert tuple(glossary.ROUTES) == ROUTES
+    assert all(glossary.family_meaning(name) for name in FAMILIES)
+    assert all(glossary.layout_meaning(name) for name in LAYOUTS)
+    document = Document(full)
+    terms = {text for _, text in document.all("dt")}
+    for cell in green.cells:
+        assert {cell.route, cell.backend, *cell.layouts} <= terms
+    assert glossary.family_meaning("boundary") in " ".join(t for _, t in document.all("th"))
+
+
+def test_what_a_report_from_elsewhere_names_has_no_meaning_and_no_place() -> None:
+    assert glossary.family_meaning("theirs") == glossary.layout_meaning("theirs") == ""
+
+
+def test_a_limit_below_pytorch_s_own_distance_says_why(green: Report) -> None:
+    said = "Allowed is the proved bound here"
+    cell = dataclasses.replace(green.cells[0], bound=4, allowed=3, torch_ulp=2, ulp=1)
+    for one, there in ((cell, False), (dataclasses.replace(cell, bound=1, allowed=1), True)):
+        assert (said in html.render(dataclasses.replace(green, cells=(one,)))) is there
+
+
+def test_engines_have_tiles_where_engines_were_asked_for(red: Report) -> None:
+    assert "engines built" in html.render(red)
+    none = html.render(dataclasses.replace(red, builds=()))
+    assert "engines built" not in none and 'class="tiles four"' in none

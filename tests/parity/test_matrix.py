@@ -21,7 +21,8 @@ from smoothl1_deploy.backends import base
 from smoothl1_deploy.backends.ort_cpu import OrtCpuBackend
 from smoothl1_deploy.errors import InvalidInputError
 from smoothl1_deploy.floats import Array
-from smoothl1_deploy.parity.cases import LAYOUTS, Case
+from smoothl1_deploy.parity import cases
+from smoothl1_deploy.parity.cases import LAYOUTS, Case, References
 from smoothl1_deploy.parity.families import FAMILIES
 from smoothl1_deploy.parity.matrix import EXTENSIONS, Matrix, run_matrix
 from smoothl1_deploy.parity.report import repeat_command
@@ -204,3 +205,23 @@ def test_the_inputs_depend_on_nothing_but_the_case() -> None:
         )
         == checksum
     )
+
+
+def test_arrays_of_2_to_24_elements_are_held_one_pair_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the memory of the whole matrix peaks at."""
+    huge, *others = Matrix(("ort-cpu",)).units()
+    assert huge.huge and not any(unit.huge for unit in others)
+    (spec,) = huge.specs()
+    assert [len(batch) for batch in huge.batches(spec)] == [1, 1]
+    plain = others[0].specs()[0]
+    assert others[0].batches(plain) == [others[0].cases(plain)]
+
+    kept = cases._arrays.cache_info().currsize
+    spec = LossSpec(0.25, "none")
+    monkeypatch.setattr(cases, "_MOST_KEPT", 1000)
+    References.of(spec, Case.of("normal", "matrix", seed=99))  # 1024 elements
+    assert cases._arrays.cache_info().currsize == kept
+    References.of(spec, Case.of("normal", "empty", seed=99))
+    assert cases._arrays.cache_info().currsize in (kept + 1, 64)

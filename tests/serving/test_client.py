@@ -154,10 +154,22 @@ def test_run_with_a_url(
     assert np.float32(capfd.readouterr().out) == oracle(SPECS["mean"], x, y)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000", "ftp://127.0.0.1", "http://", "", "http://[::1", "http://127.0.0.1:99999",
+        "grpc://127.0.0.1:x", "http://:8000",
+    ],
+)  # fmt: skip
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(SpecError, match="is no address of a server; write http://HOST:PORT"):
         Client(url, "mean")
+
+
+@pytest.mark.parametrize("numbers", [{"retries": 1.5}, {"retries": -1}, {"timeout": 0}])
+def test_what_is_no_number_of_retries(numbers: dict[str, float]) -> None:
+    with pytest.raises(SpecError, match="must be > 0 and retries=.* a whole number >= 0"):
+        Client("http://127.0.0.1:1", "mean", **numbers)
 
 
 # Servers that fail
@@ -232,6 +244,47 @@ def test_a_server_that_does_not_answer_is_not_asked_again(breaker: Breaker) -> N
     ):
         client.infer({"input": np.zeros((1, 16), "f4")})
     assert breaker.requests == 1 and time.monotonic() - started < 5
+
+
+_HEADER = b"Inference-Header-Content-Length: "
+_ANSWERS = {
+    "no JSON": b"Content-Length: 5\r\n\r\nhello",
+    "no metadata": b"Content-Length: 2\r\n\r\n{}",
+    "a list": b"Content-Length: 2\r\n\r\n[]",
+    "a header that is longer": _HEADER + b"99\r\nContent-Length: 2\r\n\r\n{}",
+    "a header that is no number": _HEADER + b"x\r\nContent-Length: 2\r\n\r\n{}",
+    "binary that is missing": (
+        _HEADER
+        + b"120\r\nContent-Length: 120\r\n\r\n"
+        + b'{"model_name":"mean","outputs":[{"name":"loss","datatype":"FP32","shape":[1],'
+        b'"parameters":{"binary_data_size":4}}]}'.ljust(120)
+    ),
+}
+
+
+@pytest.mark.parametrize("answer", _ANSWERS.values(), ids=list(_ANSWERS))
+@pytest.mark.parametrize("ask", ["metadata", "infer"])
+def test_a_server_of_another_kind(answer: bytes, ask: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n" + answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with (
+            Client(url, "mean", timeout=5) as client,
+            pytest.raises(ServerError, match="answered what no Open Inference server does"),
+        ):
+            if ask == "metadata":
+                client.metadata()
+            else:
+                client.infer({"input": np.zeros((1, 16), "f4")})
+        thread.join()
 
 
 class Relay(threading.Thread):

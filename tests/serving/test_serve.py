@@ -170,6 +170,43 @@ def test_a_model_the_server_refuses_is_named_with_the_reason(models: Path) -> No
     assert "input 'input' is TYPE_FP64 in config.pbtxt and tensor(float) in the graph" in out
 
 
+def test_a_damaged_model_is_named_in_one_line(models: Path) -> None:
+    (models / "none/1/model.onnx").write_bytes(b"junk")
+    with serving(models) as (process, _):
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    (line,) = [line for line in out.splitlines() if line.strip()]
+    assert line.startswith("error: the Triton server can't load the model 'none'")
+    assert "Protobuf parsing failed" in line and ".py(" not in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--http-port", "9", "--grpc-port", "9"], "two of the ports are the same"),
+        (["--host", "::1"], "--host takes a name or an IPv4 address"),
+        (["--ready-file", "/"], "can't use / as the ready file"),
+    ],
+)
+def test_options_that_can_t_be(
+    models: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from smoothl1_deploy.cli import main
+
+    logs = ["--logs", str(models.parent / "logs")]
+    assert main(["serve", str(models), *logs, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_that_can_t_be_read(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from smoothl1_deploy.cli import main
+
+    (models / "none/config.pbtxt").unlink()
+    (models / "none/config.pbtxt").mkdir()
+    assert main(["serve", str(models), "--logs", str(models.parent / "logs")]) == 2
+    assert "config.pbtxt: Is a directory" in capsys.readouterr().err
+
+
 def test_metrics_count_what_was_asked(server: Any) -> None:
     def count() -> float:
         with urllib.request.urlopen(server.addresses.to_dict()["metrics"]) as answer:

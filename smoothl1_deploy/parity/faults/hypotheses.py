@@ -88,6 +88,18 @@ FORMS: tuple[Form, ...] = (
         _parts(lambda d, beta: 2 * _quadratic(d, beta), _linear),
     ),
     Form(
+        Fault.MISSING_LINEAR_HALF,
+        "from beta on the loss is |d| - beta, where it should be |d| - 0.5*beta",
+        _parts(_quadratic, lambda d, beta: np.abs(d) - beta),
+        cancels=True,
+    ),
+    Form(
+        Fault.MISSING_HALF,
+        "the loss is d^2 / beta below beta and |d| - beta from there on: 0.5 is missing in both",
+        _parts(lambda d, beta: 2 * _quadratic(d, beta), lambda d, beta: np.abs(d) - beta),
+        cancels=True,
+    ),
+    Form(
         Fault.MISSING_OFFSET,
         "from beta on the loss is |d|, without -0.5*beta",
         _parts(_quadratic, lambda d, beta: np.abs(d)),

@@ -16,6 +16,7 @@ class Fault(StrEnum):
     # The formula of an element.
     WRONG_BETA = "wrong beta"
     MISSING_HALF = "missing 0.5 in the quadratic part"
+    MISSING_LINEAR_HALF = "missing 0.5 in the linear part"
     MISSING_OFFSET = "missing -0.5*beta in the linear part"
     MISSING_DIVISION = "missing division by beta"
     HUBER = "Huber instead of Smooth L1"

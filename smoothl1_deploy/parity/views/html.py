@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from statistics import median
@@ -30,6 +30,7 @@ from .common import (
     plural,
     variant,
 )
+from .glossary import BACKENDS, ROUTES, family_meaning, layout_meaning
 from .heatmap import STEPS, cell_ids, maps_by_dtype, overviews
 from .plot import curves_svg
 
@@ -102,6 +103,17 @@ def _engines(builds: Sequence[Build]) -> list[_Engines]:
     return rows
 
 
+def _meant(meanings: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The meanings of the names that occur, in the order of the glossary."""
+    present = set(names)
+    return {name: meaning for name, meaning in meanings.items() if name in present}
+
+
+def _layouts(report: Report) -> dict[str, str]:
+    names = dict.fromkeys(layout for cell in report.cells for layout in cell.layouts)
+    return {name: layout_meaning(name) for name in names}
+
+
 def _bytes(count: int) -> str:
     return f"{count / 1024:,.0f} kB" if count >= 1024 else f"{count} B"
 
@@ -157,6 +169,10 @@ def render(report: Report, drift: Drift | None = None, contract: Contract | None
         backends=backend_rows(report),
         shares=family_shares(report),
         branches=BRANCHES,
+        routes_meant=_meant(ROUTES, (cell.route for cell in report.cells)),
+        backends_meant=_meant(BACKENDS, (cell.backend for cell in report.cells)),
+        layouts_meant=_layouts(report),
+        family_meaning=family_meaning,
         engines=_engines(report.builds),
         drift=drift,
         curves={k: markupsafe.Markup(v) for k, v in curves_svg(drift).items()} if drift else {},

@@ -1,0 +1,300 @@
+"""What a matrix holds: its specs, routes, layouts and families, and what of them is sampled.
+
+The unit of work is a beta with a dtype: its inputs and both references' answers are computed
+once and serve every reduction, route and backend.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from ..backends.base import PROVING, REFERENCES, Backend, get_backend, missing
+from ..graph.export import ROUTES
+from ..graph.shapes import Shape as Axes
+from ..graph.shapes import summed_axes
+from ..spec import DTYPES, REDUCTIONS, LossSpec
+from .cases import LAYOUTS, Case
+from .families import FAMILIES
+from .report import is_extended
+
+__all__ = [
+    "BETAS",
+    "EXTENSIONS",
+    "HUGE_BACKENDS",
+    "OVER_THE_WIRE",
+    "Matrix",
+    "Unit",
+    "artefact_axes",
+    "is_run",
+    "is_sampled",
+    "is_too_slow",
+    "needs_wider",
+]
+
+BETAS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4, math.inf)
+_QUICK_BETAS = (0.0, 0.5, 1.0, math.inf)
+
+#: The extensions alone and together; with beta and dtype of the unit.
+EXTENSIONS = (
+    LossSpec(per_sample=True),
+    LossSpec(reduction="sum", per_sample=True),
+    LossSpec(reduction="none", gradient=True),
+    LossSpec(gradient=True),
+    LossSpec(gradient=True, upstream=True),
+    LossSpec(reduction="none", gradient=True, upstream=True),
+    LossSpec(runtime_beta=True),
+    LossSpec(weight="count"),
+    LossSpec(weight="weights"),
+    LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
+    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
+)
+
+#: Layouts by how an artefact meets them. Every family is fed to the first group.
+_FAMILY_LAYOUTS = ("matrix", "odd")
+_SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
+#: What an extension could get wrong beyond what the plain losses show.
+_EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
+#: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
+_NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
+#: A process for each artefact, half a second of time: a sample of the matrix goes this way.
+OVER_THE_WIRE = ("triton-http", "triton-grpc")
+#: Backends that compute what an artefact says it computes, and not its graph: one route is all.
+_OF_THE_SPEC = (*REFERENCES, "torch-triton")
+_WIRE_LAYOUTS = ("matrix", "no-rows")
+#: The torch route takes about a second an export: one fixed rank, this one, serves it.
+_TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Which part of the matrix to run.
+
+    Attributes:
+        backends: names; those that can't be used here must be left out by the caller.
+        plain: what `torch.nn.SmoothL1Loss` itself computes.
+        extensions: also the variants of `EXTENSIONS` (one of them with `quick`).
+        quick: fewer betas, no large layouts, the torch route for float32 only.
+        engines: a folder to leave a TensorRT engine of every artefact in; None builds none.
+        flavour: of those engines.
+        absent: what is left out because it can't run here: `"<backend> not available: <reason>"`.
+    """
+
+    backends: tuple[str, ...]
+    betas: tuple[float, ...] = BETAS
+    reductions: tuple[str, ...] = REDUCTIONS
+    dtypes: tuple[str, ...] = DTYPES
+    routes: tuple[str, ...] = ROUTES
+    plain: bool = True
+    extensions: bool = True
+    seed: int = 0
+    quick: bool = False
+    engines: Path | None = None
+    flavour: str = "auto"
+    absent: tuple[str, ...] = ()
+
+    @classmethod
+    def quickly(cls, backends: tuple[str, ...], seed: int = 0) -> Matrix:
+        """The part that takes about a minute on two cores."""
+        return cls(backends, betas=_QUICK_BETAS, seed=seed, quick=True)
+
+    def units(self) -> list[Unit]:
+        """The work, the longest first."""
+        units = [Unit(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
+        # The one cell of 2^24 elements takes memory more than time: it comes alone.
+        if (
+            not self.quick
+            and self.plain
+            and 1.0 in self.betas
+            and {"mean", "float32"} <= {*self.reductions, *self.dtypes}
+        ):
+            units.insert(0, Unit(self, 1.0, "float32", huge=True))
+        return units
+
+    def notes(self) -> tuple[str, ...]:
+        """What is sampled, for the report."""
+        layouts = [name for name in _TORCH_LAYOUTS if not (self.quick and name == "2^20")]
+        notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(layouts)}"]
+        narrow = [name for name in _NO_FLOAT64 if name in self.backends]
+        if self.extensions and narrow:
+            notes.append(
+                f"{', '.join(narrow)}: no gradient of a broadcast input, summed back in float32"
+            )
+        if self.extensions:
+            formats = " and ".join(["float64", *narrow])
+            notes.append("float64: no gradient of a broadcast input with an upstream one")
+            notes.append(
+                f"{formats}: no weighted gradient, and none with an upstream one, of subnormal "
+                "differences, which no wider format is there for"
+            )
+        if {*OVER_THE_WIRE} & {*self.backends}:
+            notes.append(
+                "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
+                f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
+            )
+        if "ort-cpu-tiled" in self.backends:
+            notes.append(
+                "ort-cpu-tiled, which cuts arrays into tiles as ort-cpu does with large ones: in "
+                "tiles of 64 elements; the function route, not at 2^20"
+            )
+        of_the_spec = [name for name in _OF_THE_SPEC if name in self.backends]
+        if of_the_spec:
+            notes.append(
+                f"{', '.join(of_the_spec)}: no graph is run, the spec is computed; the function "
+                "route (or the first of what is asked for)"
+            )
+        if "torch-triton" in self.backends:
+            slow = None if missing("torch-triton") else get_backend("torch-triton").slow
+            if slow:
+                notes.append(
+                    f"torch-triton on {slow}: of 2^20 elements only mean at beta 1, constant"
+                )
+        if self.quick:
+            notes.append("quick: torch route for float32 only, no layout of 2^20 or 2^24 elements")
+            notes.append("quick: of the extensions only all together")
+        else:
+            notes.append("layout 2^20: every route on ort-cpu, the function route on the others")
+            notes.append("layout 2^24: beta 1, mean, float32, families normal and constant")
+            if self.engines is not None and self.extensions:
+                notes.append(f"engines of the extensions: beta {self.betas[0]:g} only")
+        return (*notes, *self.absent)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One beta with one dtype; or, `huge`, the single cell of 2^24 elements."""
+
+    matrix: Matrix
+    beta: float
+    dtype: str
+    huge: bool = False
+
+    def specs(self) -> list[LossSpec]:
+        """What the artefacts compute; with `runtime_beta`, the unit's beta is fed to them."""
+        if self.huge:
+            return [LossSpec(self.beta, "mean", self.dtype)]
+        reductions = self.matrix.reductions if self.matrix.plain else ()
+        specs = [LossSpec(self.beta, reduction, self.dtype) for reduction in reductions]
+        if self.matrix.extensions:
+            chosen = EXTENSIONS[-1:] if self.matrix.quick else EXTENSIONS
+            specs += [
+                replace(e, dtype=self.dtype, beta=e.beta if e.runtime_beta else self.beta)
+                for e in chosen
+                if e.reduction in self.matrix.reductions
+            ]
+        return specs
+
+    def cases(self, spec: LossSpec) -> list[Case]:
+        """Families and layouts, each with the matrix's seed."""
+        of = partial(Case.of, seed=self.matrix.seed)
+        if self.huge:
+            return [of("normal", "2^24"), of("constant", "2^24")]
+        if is_extended(spec):
+            cases = [of(family, "matrix") for family in FAMILIES]
+            return cases + [of("normal", layout) for layout in _EXTENSION_LAYOUTS]
+        cases = [of(family, layout) for layout in _FAMILY_LAYOUTS for family in FAMILIES]
+        cases += [of("normal", layout) for layout in _SHAPE_LAYOUTS]
+        if not self.matrix.quick:
+            cases.append(of("normal", "2^20"))
+            if spec.reduction != "none":  # what a sum of equal numbers drifts to
+                cases.append(of("constant", "2^20"))
+        return cases
+
+    def batches(self, spec: LossSpec) -> list[list[Case]]:
+        """The cases whose arrays are held at the same time: of 2^24 elements, one."""
+        cases = self.cases(spec)
+        return [[case] for case in cases] if self.huge else [cases]
+
+    def routes(self, spec: LossSpec) -> list[str]:
+        """Of the matrix, less the torch route where it is left out; see `Matrix.notes`."""
+        skip_torch = is_extended(spec) or (self.matrix.quick and self.dtype != "float32")
+        return [route for route in self.matrix.routes if not (skip_torch and route == "torch")]
+
+
+def artefact_axes(route: str, layout: str, any_rank: bool) -> tuple[Axes | None, Axes | None]:
+    """The axes of input and target that the matrix exports for a layout; None for any rank.
+
+    Fixed rank for the layouts of two axes, any rank for the others where the backend runs it.
+    """
+    if route == "torch" or not any_rank or layout in _TORCH_LAYOUTS:
+        return LAYOUTS[layout].input_axes, LAYOUTS[layout].target_axes
+    return None, None
+
+
+#: A tile is made of the artefact's spec, whatever its route.
+_PROVEN_ROUTE = "function"
+
+
+def is_sampled(unit: Unit, spec: LossSpec, route: str, backend: str) -> bool:
+    """Whether a combination is run at all; see `Matrix.notes`."""
+    if backend in PROVING:
+        return route == _PROVEN_ROUTE
+    if backend in _OF_THE_SPEC:
+        return route == _spec_route(unit.matrix)
+    return backend not in OVER_THE_WIRE or _goes_over_the_wire(unit, spec, route)
+
+
+def _spec_route(matrix: Matrix) -> str:
+    """The one route of a backend that computes the spec, whatever the graph."""
+    return _PROVEN_ROUTE if _PROVEN_ROUTE in matrix.routes else matrix.routes[0]
+
+
+def _goes_over_the_wire(unit: Unit, spec: LossSpec, route: str) -> bool:
+    matrix = unit.matrix
+    beta = 1.0 if 1.0 in matrix.betas else matrix.betas[0]
+    chosen = "inlined" if "inlined" in matrix.routes else matrix.routes[0]
+    if is_extended(spec) and not (unit.dtype == "float32" or len(matrix.dtypes) == 1):
+        return False
+    return unit.beta == beta and route == chosen
+
+
+def is_run(case: Case, route: str, backend: str) -> bool:
+    """Whether the layout is among those a route and backend are sampled at; see `Matrix.notes`."""
+    if backend in OVER_THE_WIRE:
+        return case.layout in _WIRE_LAYOUTS
+    if backend in PROVING and case.layout == "2^20":
+        return False  # in tiles of 64
+    if case.layout == "2^20" and backend != "ort-cpu":
+        return route == "function"
+    return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
+
+
+def is_too_slow(spec: LossSpec, case: Case, backend: Backend) -> bool:
+    """Whether a slow backend is spared a case; see `Matrix.notes`."""
+    if backend.slow is None or case.layout != "2^20":
+        return False
+    return (spec.reduction, spec.beta, case.family) != ("mean", 1.0, "constant")
+
+
+def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
+    """Whether a gradient can only be right in a format wider than the one at hand.
+
+    Summed back to a broadcast input, terms of either sign cancel; weighted (or multiplied by an
+    upstream gradient) and divided, a
+    subnormal slope is rounded three times. How far PyTorch itself, which computes in the
+    output's format, is off in either case is a matter of luck, and no measure.
+    """
+    if not spec.gradient:
+        return False
+    layout = LAYOUTS[case.layout]
+    sums_back = summed_axes(layout.input_axes, layout.target_axes) != ()
+    scaled = spec.weight is not None or spec.upstream
+    rounds_thrice = scaled and case.family == "subnormals"
+    if spec.dtype == "float64":
+        return rounds_thrice or (sums_back and spec.upstream)
+    return not wide and (sums_back or rounds_thrice)
+
+
+#: The others take minutes or gigabytes at 2^24 elements.
+HUGE_BACKENDS = (
+    "ort-cpu",
+    "ort-cpu-tiled",
+    "torch-cuda",
+    "torch-triton",
+    "ort-cuda",
+    "ort-tensorrt",
+    "ort-tensorrt-rtx",
+    "trt",
+)
