@@ -45,7 +45,8 @@ class DriftPoint:
         relative: the distance to the oracle over the oracle; None where one is not finite.
         torch_relative: PyTorch's.
         bound: what the graphs of this package guarantee, in ULP (`parity.bounds`); one of them is
-            held to it, anyone else's is only shown beside it.
+            held to it, anyone else's is only shown beside it. Infinite where float32 sums may be
+            off by everything.
     """
 
     elements: int
@@ -75,7 +76,7 @@ class DriftPoint:
             "oracle": json_number(self.oracle),
             "relative_error": self.relative,
             "torch_relative_error": self.torch_relative,
-            "bound_ulp": self.bound,
+            "bound_ulp": json_number(self.bound),
             "case": self.result.to_dict(),
         }
 
@@ -183,6 +184,6 @@ def drift_table(points: Sequence[DriftPoint]) -> Table:
             Text(wrong, style="green" if point.ok else "bold red"),
             str(verdict.torch_ulp),
             str(verdict.allowed),
-            f"{point.bound:,.1f}",
+            "-" if math.isinf(point.bound) else f"{point.bound:,.1f}",
         )
     return table

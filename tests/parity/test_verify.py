@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from smoothl1_deploy import LossSpec, export, verify
 from smoothl1_deploy.artefact import select_ports, signature
 from smoothl1_deploy.backends.base import load
 from smoothl1_deploy.errors import ArtefactError
-from smoothl1_deploy.parity.artefact_drift import FAMILIES, SIZES, drift_table
+from smoothl1_deploy.parity import artefact_drift as drift_module
+from smoothl1_deploy.parity.artefact_drift import FAMILIES, SIZES, artefact_drift, drift_table
 from smoothl1_deploy.parity.bounds import bound
 from smoothl1_deploy.parity.faults.names import Fault
 from smoothl1_deploy.parity.verify import verify_table
@@ -321,3 +324,32 @@ def test_a_target_s_name_decides_between_two_inputs() -> None:
     for first in ("target", "Labels", "y_true"):
         model = theirs(f"float[N] {first}, float[N] x", call=("x", first))
         assert signature(select_ports(model)).target.name == first
+
+
+def test_our_own_drift_is_held_to_the_proved_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ULP are always allowed to anyone; of our own graphs a narrower bound may be proved."""
+    monkeypatch.setattr(drift_module, "SIZES", (1 << 10,))
+    runner = load(export(LossSpec(), shape=("N", 16)))
+    honest = runner.run
+
+    def off(*arrays: np.ndarray, **given: object) -> dict[str, np.ndarray]:
+        loss = honest(*arrays, **given)["loss"]
+        return {"loss": np.nextafter(np.nextafter(loss, np.float32(9)), np.float32(9))}
+
+    assert all(point.ok for point in artefact_drift(runner, LossSpec(), accumulator="float64"))
+    runner.run = off  # type: ignore[method-assign]
+    monkeypatch.setattr(drift_module, "bound", lambda *given: 1.5)
+    for accumulator in (None, "float64"):
+        points = artefact_drift(runner, LossSpec(), accumulator=accumulator)
+        assert [point.ok for point in points] == [accumulator is None] * 2
+        assert {p.result.verdict.bound for p in points} == {1 if accumulator else None}
+
+
+def test_a_bound_that_bounds_nothing_is_strict_json_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift_module, "SIZES", (1 << 10,))
+    monkeypatch.setattr(drift_module, "bound", lambda *given: math.inf)
+    runner = load(export(LossSpec(), shape=("N", 16)))
+    points = artefact_drift(runner, LossSpec(), accumulator="float32")
+    assert all(point.ok and point.to_dict()["bound_ulp"] == "inf" for point in points)
+    json.dumps([point.to_dict() for point in points], allow_nan=False)
+    assert "inf" not in shown(drift_table(points))
