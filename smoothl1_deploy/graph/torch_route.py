@@ -23,6 +23,7 @@ from ..spec import LossSpec
 from . import functions as f
 from .plain import fold_scalars
 from .shapes import Shape
+from .torch_registry import kept_registry
 from .torch_table import translation_table
 
 __all__ = ["quiet", "torch_model"]
@@ -78,7 +79,7 @@ def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None)
         return {i: dims[d] for i, d in enumerate(axes) if isinstance(d, str)}
 
     dtype = getattr(torch, spec.dtype)
-    with quiet():
+    with quiet(), kept_registry():
         program = torch.onnx.export(
             SmoothL1Loss.from_spec(spec).eval(),
             (_example(shape, dtype, sizes), _example(target_shape, dtype, sizes)),
