@@ -30,7 +30,8 @@ from smoothl1_deploy.errors import (
 from smoothl1_deploy.floats import NUMPY_DTYPE
 from smoothl1_deploy.parity.cases import LAYOUTS, Case, References, check
 from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.parity.matrix import BETAS, Matrix, _is_too_slow, run_matrix
+from smoothl1_deploy.parity.matrix import BETAS, Matrix, run_matrix
+from smoothl1_deploy.parity.plan import is_too_slow
 from smoothl1_deploy.spec import DTYPES, REDUCTIONS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -249,9 +250,9 @@ def test_what_an_interpreter_is_spared() -> None:
         (1.0, "sum", of("constant", "2^20"), True),
         (0.5, "sum", of("normal", "odd"), False),
     ):
-        assert _is_too_slow(LossSpec(beta, reduction), case, backend) == spared
+        assert is_too_slow(LossSpec(beta, reduction), case, backend) == spared
     backend.slow = None
-    assert not _is_too_slow(LossSpec(), of("normal", "2^20"), backend)
+    assert not is_too_slow(LossSpec(), of("normal", "2^20"), backend)
 
 
 def test_what_it_refuses() -> None:

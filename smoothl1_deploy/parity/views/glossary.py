@@ -23,6 +23,7 @@ BACKENDS: Mapping[str, str] = {
         "the network that TensorRT's parser made of the file, evaluated in numpy: what TensorRT "
         "understood, not what a GPU computes"
     ),
+    "torch-triton": "fused kernels of Triton, the compiler, on a GPU or interpreted",
     "ort-cuda": "ONNX Runtime's CUDA provider",
     "ort-tensorrt": "ONNX Runtime's TensorRT provider",
     "ort-tensorrt-rtx": "ONNX Runtime's provider for TensorRT for RTX",
