@@ -97,7 +97,7 @@ class Matrix:
 
     @classmethod
     def quickly(cls, backends: tuple[str, ...], seed: int = 0) -> Matrix:
-        """The part that takes about a minute on two cores."""
+        """The part that takes about half a minute on two cores."""
         return cls(backends, betas=_QUICK_BETAS, seed=seed, quick=True)
 
     def units(self) -> list[Unit]:
