@@ -150,7 +150,7 @@ def test_every_command_is_probed_with_packages_missing() -> None:
 
 def test_the_lowest_versions_are_those_of_pyproject() -> None:
     lowest = _compat()["_lowest"]()
-    assert "onnxruntime==1.23.*" in lowest and "numpy==2.0.*" in lowest
+    assert "onnxruntime==1.31.*" in lowest and "numpy==2.0.*" in lowest
     extras = PROJECT["optional-dependencies"]
     wanted = [*PROJECT["dependencies"], *(r for e in extras if e != "gpu" for r in extras[e])]
     names = {Requirement(text).name for text in wanted} - {"torch"}
