@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -113,18 +114,24 @@ def eager_tensors(
     return outputs
 
 
+@lru_cache
+def _module(reduction: str, beta: float) -> SmoothL1Loss:
+    """It holds no state, and a loop over rows would make one for each."""
+    return SmoothL1Loss(reduction=reduction, beta=beta)
+
+
 def _eager_loss(spec: LossSpec, beta: float, *tensors: torch.Tensor) -> torch.Tensor:
     """The loss of input, target and, where the spec has one, weight."""
     x, t, *weights = tensors
     if not weights and not spec.per_sample:
-        return SmoothL1Loss(reduction=spec.reduction, beta=beta).forward(x, t)
+        return _module(spec.reduction, beta).forward(x, t)
     if spec.per_sample:
         rows: Sequence[torch.Tensor] = torch.functional.broadcast_tensors(*tensors)  # type: ignore[no-untyped-call]
         if 0 < len(rows[0]) <= 1024:
             alone = replace(spec, per_sample=False)
             return torch.stack([_eager_loss(alone, beta, *row) for row in zip(*rows, strict=True)])
         x, t, *weights = rows
-    losses = SmoothL1Loss(reduction="none", beta=beta).forward(x, t)
+    losses = _module("none", beta).forward(x, t)
     for weight in weights:
         losses = losses * weight
     if spec.reduction == "none":
