@@ -57,6 +57,8 @@ _FAMILY_LAYOUTS = ("matrix", "odd")
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
 #: What an extension could get wrong beyond what the plain losses show.
 _EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
+#: The inlined route is made of the function route: with extensions, these betas show it.
+_INLINED_BETAS = (0.0, 1.0, math.inf)
 #: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
 _NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
 #: A process for each artefact, half a second of time: a sample of the matrix goes this way.
@@ -100,6 +102,12 @@ class Matrix:
         """The part that takes about half a minute on two cores."""
         return cls(backends, betas=_QUICK_BETAS, seed=seed, quick=True)
 
+    @property
+    def samples_inlined(self) -> bool:
+        """Whether the extensions are inlined at some of the betas only."""
+        has_both = {"function", "inlined"} <= {*self.routes}
+        return has_both and {*_INLINED_BETAS} <= {*self.betas}
+
     def units(self) -> list[Unit]:
         """The work, the longest first."""
         units = [Unit(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
@@ -129,6 +137,8 @@ class Matrix:
                 f"{formats}: no weighted gradient, and none with an upstream one, of subnormal "
                 "differences, which no wider format is there for"
             )
+        if self.extensions and self.samples_inlined:
+            notes.append("extensions by the inlined route: beta 0, 1 and inf only")
         if {*OVER_THE_WIRE} & {*self.backends}:
             notes.append(
                 "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
@@ -209,8 +219,14 @@ class Unit:
 
     def routes(self, spec: LossSpec) -> list[str]:
         """Of the matrix, less the torch route where it is left out; see `Matrix.notes`."""
-        skip_torch = is_extended(spec) or (self.matrix.quick and self.dtype != "float32")
-        return [route for route in self.matrix.routes if not (skip_torch and route == "torch")]
+        routes = list(self.matrix.routes)
+        if "torch" in routes and (
+            is_extended(spec) or (self.matrix.quick and self.dtype != "float32")
+        ):
+            routes.remove("torch")
+        if is_extended(spec) and self.matrix.samples_inlined and self.beta not in _INLINED_BETAS:
+            routes.remove("inlined")
+        return routes
 
 
 def artefact_axes(route: str, layout: str, any_rank: bool) -> tuple[Axes | None, Axes | None]:
