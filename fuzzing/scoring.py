@@ -37,7 +37,7 @@ def _tables() -> tuple[bytes, ...]:
 
     columns: list[Any] = [[1.0, 2.0, 3.0], [1, None, 3], ["a", "b", "c"], [True, False, True]]
     columns += [[[1.0, 2.0]] * 3, [[1.0], [], [2.0]], [[1.0], None, [2.0]], [None] * 3]
-    columns += [[[[1.0]]] * 3, [{"a": 1.0}] * 3, pa.array([1.5] * 3, pa.float16()), []]
+    columns += [[[[1.0]]] * 3, [{"a": 1.0}] * 3, pa.array(np.full(3, 1.5, np.float16)), []]
     written = []
     for column in columns:
         buffer = io.BytesIO()
