@@ -7,7 +7,7 @@ with a small fake where there is none. No GPU has run this module yet.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -137,6 +137,20 @@ class Device:
             )
         return tensor.contiguous()
 
+    def as_it_is(self, value: Any) -> tuple[Any, Any] | None:
+        """Shape and dtype of a torch tensor that `adopt` would leave alone; None for all else."""
+        torch = self._torch
+        if (
+            type(value) is torch.Tensor
+            and value.device == self._place
+            and not value.requires_grad
+            and value.layout is torch.strided
+            and value.is_contiguous()
+            and not value.is_neg()
+        ):
+            return value.shape, value.dtype
+        return None
+
     def convert(self, tensor: Any, dtype: str) -> Any:
         """The tensor in another dtype; itself where it has it."""
         return tensor.to(getattr(self._torch, dtype))
@@ -147,7 +161,10 @@ class Device:
 
     def selected(self) -> AbstractContextManager[None]:
         """Where kernels that aren't torch's are launched: on this device, whichever is current."""
-        scope: AbstractContextManager[None] = self._torch.cuda.device(self.index)
+        cuda = self._torch.cuda
+        scope: AbstractContextManager[None] = (
+            nullcontext() if cuda.current_device() == self.index else cuda.device(self.index)
+        )
         return scope
 
     def new_stream(self) -> Any:

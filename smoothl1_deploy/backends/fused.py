@@ -24,16 +24,17 @@ The sizes below are an estimate; no GPU has run this module yet.
 """
 
 # Triton reads the source of these functions, and their annotations as objects.
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "Plan", "plan", "reduce_rows", "write_losses"]
+__all__ = ["INTERPRETED", "Launch", "Losses", "Plan", "Rows", "plan"]
 
-_BLOCK = 2048  # elements of a tile of `none`
-_TILE = 4096  # and of a reduction
+_BLOCK, _BLOCK_WARPS = 2048, 4  # elements of a tile of `none`, and the warps on it
+_TILE, _TILE_WARPS = 4096, 8  # and of a reduction
 _FEW = 4  # tiles of a row that one program adds up alone: one launch
 _PROGRAMS = 2048  # in which a reduction is cut at most; each leaves one partial sum
 _AS_WRITTEN = {"enable_fp_fusion": False}  # a product and a sum are two roundings, as interpreted
@@ -259,47 +260,99 @@ def _power(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def write_losses(input: Any, target: Any, beta: Any, loss: Any) -> None:
-    """Launch `none`: contiguous tensors of one shape and dtype, bfloat16 as int16.
+class Launch:
+    """A kernel on a grid, with its numbers; after the first call without Triton's own preparation.
 
-    beta has rank 0 and lies on the device, so that no call waits for it.
-    """
-    count = loss.numel()
-    if count:
-        grid = (-(-count // _BLOCK),)
-        _write_losses[grid](
-            input, target, beta, loss, count, BLOCK=_BLOCK, num_warps=4, **_AS_WRITTEN
-        )
-
-
-def reduce_rows(
-    input: Any, target: Any, beta: Any, loss: Any, partial: Any, how: Plan, *, mean: bool
-) -> None:
-    """Launch the sums, or means, of the rows of `input` and `target` into `loss`, one number a row.
+    To find a compiled kernel by its arguments takes Triton longer than PyTorch takes for a small
+    loss altogether. What decides which it is, the caller holds still.
 
     Args:
-        input: contiguous, of `how.rows` times `how.columns` elements; bfloat16 as int16.
-        target: likewise.
-        beta: of rank 0, on the device.
-        loss: of `how.rows` elements, in the dtype of `input`.
-        partial: float64, of `how.scratch` elements.
-        how: `plan(rows, columns)`.
-        mean: divide by `how.columns`; the mean of nothing is NaN.
+        kernel: takes tensors, then `numbers`, then `constants`, in this order.
+        grid: programs along each axis.
+        numbers: integers.
+        constants: by name, in the order of the kernel's parameters.
+        warps: a program's.
     """
-    if not how.rows:
-        return
-    height, width = how.tile
-    down, parts = how.programs
-    item = input.element_size()
-    form: dict[str, Any] = {
-        "MEAN": mean, "RUN": 4 if item == 2 else 1, "EXACT": item == 8, "UNROLLED": INTERPRETED,
-        "num_warps": 8, **_AS_WRITTEN,
-    }  # fmt: skip
-    _sum_rows[down, parts](
-        input, target, beta, loss if parts == 1 else partial, how.rows, how.columns, how.tiles,
-        parts, FINAL=parts == 1, ROWS=height, COLUMNS=width, **form,
-    )  # fmt: skip
-    if parts > 1:
-        _combine[(how.rows,)](
-            partial, loss, how.rows, how.columns, parts, SIZE=_power(parts), **form
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...],
+        constants: dict[str, Any], warps: int,
+    ) -> None:  # fmt: skip
+        self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
+        self._numbers, self._constants, self._warps = numbers, constants, warps
+        self._rest = (*numbers, *constants.values())
+        self._compiled: Callable[..., object] | None = None
+
+    def __call__(self, *tensors: Any) -> None:
+        """Launch it on tensors, of one set of dtypes and of divisors (16) of their addresses."""
+        if self._compiled is not None:
+            self._compiled(*tensors, *self._rest)
+            return
+        compiled = self._kernel[self._grid](
+            *tensors, *self._numbers, **self._constants, num_warps=self._warps, **_AS_WRITTEN
         )
+        if compiled is not None:  # the interpreter compiles nothing
+            self._compiled = compiled[self._grid]
+
+
+class Losses:
+    """`none`: the losses of `count` elements."""
+
+    scratch = 0
+
+    def __init__(self, count: int) -> None:
+        grid = (-(-count // _BLOCK),)
+        constants = {"BLOCK": _BLOCK}
+        self._launch = (
+            Launch(_write_losses, grid, (count,), constants, _BLOCK_WARPS) if count else None
+        )
+
+    def __call__(self, input: Any, target: Any, beta: Any, loss: Any, partial: Any) -> None:
+        """Launch it on contiguous tensors of one dtype, bfloat16 as int16.
+
+        beta has rank 0 and lies on the device, so that no call waits for it. `partial` is not used.
+        """
+        if self._launch is not None:
+            self._launch(input, target, beta, loss)
+
+
+class Rows:
+    """The sums, or means, of rows: one number a row.
+
+    Args:
+        how: `plan(rows, columns)`.
+        item: bytes of an element of the input.
+        mean: divide by `how.columns`; the mean of nothing is NaN.
+
+    Attributes:
+        scratch: float64 numbers that `partial` has to hold.
+    """
+
+    def __init__(self, how: Plan, item: int, *, mean: bool) -> None:
+        self.scratch = how.scratch
+        self._first: Launch | None = None
+        self._second: Launch | None = None
+        if not how.rows:
+            return
+        height, width = how.tile
+        down, parts = how.programs
+        numbers = how.rows, how.columns, how.tiles, parts
+        form: dict[str, Any] = {"RUN": 4 if item == 2 else 1, "EXACT": item == 8,
+                                "UNROLLED": INTERPRETED}  # fmt: skip
+        constants = {"MEAN": mean, "FINAL": parts == 1, "ROWS": height, "COLUMNS": width, **form}
+        self._first = Launch(_sum_rows, (down, parts), numbers, constants, _TILE_WARPS)
+        if parts > 1:
+            constants = {"MEAN": mean, "SIZE": _power(parts), **form}
+            self._second = Launch(
+                _combine, (how.rows,), (how.rows, how.columns, parts), constants, _TILE_WARPS
+            )
+
+    def __call__(self, input: Any, target: Any, beta: Any, loss: Any, partial: Any) -> None:
+        """Launch it on contiguous tensors, bfloat16 as int16; `partial` is float64."""
+        if self._first is None:
+            return
+        if self._second is None:
+            self._first(input, target, beta, loss)
+        else:
+            self._first(input, target, beta, partial)
+            self._second(partial, loss)

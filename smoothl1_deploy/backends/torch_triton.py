@@ -24,13 +24,15 @@ import onnx
 from ..device import Device, find_device
 from ..errors import ArtefactError, BackendUnavailableError, UnsupportedError, require
 from ..spec import LossSpec
-from .gpu import Compute, GpuBackend, GpuRunner
+from .gpu import REMEMBERED, Compute, GpuBackend, GpuRunner
 
 __all__ = ["InterpretedDevice", "TorchTritonBackend"]
 
 #: The first whose `div_rn` is IEEE's: it compiled to `div.rn.ftz` in 3.2, 3.4 and 3.5.1 (not in
 #: 3.6.0, 3.7.1 and 3.9.0), and a subnormal over a subnormal beta was 0 / 0.
 _OLDEST = (3, 6)
+
+_ALIGNED = 16  # bytes; Triton compiles a kernel of its own for addresses that aren't multiples
 
 
 class InterpretedDevice(Device):
@@ -69,37 +71,47 @@ class TorchTritonRunner(GpuRunner):
         if reason:
             raise UnsupportedError(reason)
         self._fused, self._one_launch = fused, one_launch
+        self._launches: dict[tuple[int, ...], Any] = {}  # of `_prepared`, by shape
         # On the device from the start: no call has to wait for it, and a CUDA graph may read it.
         beta, dtype = self.spec.effective_beta, self.spec.compute_dtype
         self._beta = None if self.spec.runtime_beta else device.filled(beta, dtype)
+        self._as_bits = self.signature.input.dtype == "bfloat16"
 
     def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        spec, fused = self.spec, self._fused
+        spec, device = self.spec, self.device
         assert spec is not None
+        input, target = (_of_shape(feeds[name], shape) for name in ("input", "target"))
         beta = feeds.get("beta", self._beta)
-        rows, out = 1, shape if spec.reduction == "none" else ()
-        if spec.per_sample:
-            rows, out = shape[0], shape[:1]
-        loss = self.device.empty(out, spec.dtype)
-        input, target, written = (
-            self._bits(x)
-            for x in (*(_of_shape(feeds[n], shape) for n in ("input", "target")), loss)
-        )
-        with self.device.selected():
-            if spec.reduction == "none":
-                fused.write_losses(input, target, beta, written)
-            else:
-                columns = math.prod(shape[1:] if spec.per_sample else shape)
-                how = fused.plan(rows, columns, one_launch=self._one_launch)
-                partial = self.device.empty((how.scratch,), "float64")
-                mean = spec.reduction == "mean"
-                fused.reduce_rows(input, target, beta, written, partial, how, mean=mean)
+        # Which kernel a launch has compiled must not change; memory of torch's own is aligned.
+        aligned = (input.data_ptr() | target.data_ptr()) % _ALIGNED == 0
+        launch = self._launches.get(shape) if aligned else None
+        if launch is None:
+            launch = self._prepared(shape)
+            if aligned:
+                if len(self._launches) >= REMEMBERED:
+                    self._launches.clear()
+                self._launches[shape] = launch
+        out = shape if spec.reduction == "none" else shape[:1] if spec.per_sample else ()
+        loss = device.empty(out, spec.dtype)
+        partial = device.empty((launch.scratch,), "float64") if launch.scratch else None
+        written = loss
+        if self._as_bits:
+            input, target, written = (device.reread(x, "int16") for x in (input, target, loss))
+        with device.selected():
+            launch(input, target, beta, written, partial)
         return {"loss": loss}
 
-    def _bits(self, tensor: Any) -> Any:
-        """The tensor as the kernels take it."""
-        dtype = self.signature.input.dtype
-        return self.device.reread(tensor, "int16") if dtype == "bfloat16" else tensor
+    def _prepared(self, shape: tuple[int, ...]) -> Any:
+        """`fused.Losses` or `fused.Rows` for input and target of a shape."""
+        spec, fused = self.spec, self._fused
+        assert spec is not None
+        if spec.reduction == "none":
+            return fused.Losses(math.prod(shape))
+        rows, columns = 1, math.prod(shape)
+        if spec.per_sample:
+            rows, columns = shape[0], math.prod(shape[1:])
+        how = fused.plan(rows, columns, one_launch=self._one_launch)
+        return fused.Rows(how, self._dtype.itemsize, mean=spec.reduction == "mean")
 
     def _recordable(self) -> Compute:
         return self._compute

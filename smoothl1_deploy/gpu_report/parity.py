@@ -15,7 +15,7 @@ __all__ = ["Parity", "condense", "run_parity"]
 #: The betas of the matrix, those first that go by a path of their own.
 _BETAS = (1.0, 0.0, 0.5, math.inf, 0.1, 2.0, 10.0, 1e-3, 1e4)
 _REFERENCE = "torch-cuda"
-_WORKERS = 4  # each holds a CUDA context of its own
+_WORKERS = 8  # each holds a CUDA context of its own
 
 
 @dataclass(frozen=True, slots=True)

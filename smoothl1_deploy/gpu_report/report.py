@@ -198,8 +198,13 @@ def _parity(parity: Parity) -> list[str]:
 def _speed(report: GpuReport) -> list[str]:
     """One table a dtype and reduction: microseconds by size, and the share of the bandwidth."""
     rows = {row.cell: row for row in report.speed}
-    lines = ["## Speed", "", "Median microseconds between CUDA events; the share of the copy's "
-             "bandwidth, counting each input read and each output written once.", ""]  # fmt: skip
+    lines = [
+        "## Speed",
+        "",
+        "Median microseconds of the GPU between CUDA events, the caches swept before each call; "
+        "the share of the copy's bandwidth, counting each input read and each output written once.",
+        "",
+    ]
     some = False
     for dtype in DTYPES:
         for reduction in REDUCTIONS:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from ..device import Device
 from .contestants import Call, prepare, record
 from .plan import COLUMNS, Budget, Group, SmallCell, SpeedCell, bytes_to_move
-from .timing import Timing, time_calls
+from .timing import Timing, sweep, time_calls
 
 __all__ = ["Bench", "SmallRow", "SpeedRow", "run_small", "run_speed"]
 
@@ -60,7 +60,7 @@ class Bench:
         tensors: (rows, dtype) -> input and target on the device.
         prepare: as `contestants.prepare`.
         record: as `contestants.record`, the device given.
-        time: seconds of a call, so many in a row.
+        time: seconds of a call, so many in a row; of a single one without what caches hold.
     """
 
     tensors: Callable[[int, str], tuple[Any, Any]]
@@ -71,6 +71,7 @@ class Bench:
     @classmethod
     def on(cls, torch: Any, device: Device) -> Bench:
         """The real one."""
+        swept = cache(partial(sweep, torch, device.kind))  # made when it is needed
 
         def tensors(rows: int, dtype: str) -> tuple[Any, Any]:
             made = torch.Generator(device=device.kind).manual_seed(0)
@@ -82,7 +83,7 @@ class Bench:
             tensors,
             prepare,
             lambda call, runner, x, t: record(device, call, runner, x, t),
-            lambda call, calls: time_calls(torch, call, calls),
+            lambda call, calls: time_calls(torch, call, calls, swept() if calls == 1 else None),
         )
 
 

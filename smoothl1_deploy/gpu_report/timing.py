@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Timing", "copy_bandwidth", "summarise", "time_calls"]
+__all__ = ["Timing", "copy_bandwidth", "summarise", "sweep", "time_calls"]
 
 _WARM_UP = 3
 _FEWEST, _MOST = 10, 200  # samples
 _ENOUGH = 0.3  # seconds of samples
-_COPIED = 1 << 28  # bytes, far beyond any cache
+_COPIED = 1 << 30  # bytes, far beyond any cache, and beyond what a launch takes
+_SWEPT = 1 << 29  # bytes, beyond any cache; to write them takes longer than to launch a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +48,44 @@ def summarise(seconds: Sequence[float], calls: int = 1) -> Timing:
     return Timing(median, lower, upper, len(seconds), calls)
 
 
-def time_calls(torch: Any, call: Callable[[], object], calls: int = 1) -> Timing:
+def time_calls(
+    torch: Any,
+    call: Callable[[], object],
+    calls: int = 1,
+    before: Callable[[], object] | None = None,
+) -> Timing:
     """Time `call` on torch's current stream, after a warm-up.
 
-    A sample is the time between two events around `calls` calls: with one call the GPU's own
-    time where that is longer than the launch; with many, what a loop of them gets done.
+    A sample is the time between two events around `calls` calls. With many, that is what a loop of
+    them gets done. With one, and `sweep` before, it is the GPU's own time on memory that no cache
+    holds: the GPU is busy with the sweep while the host launches.
     """
     for _ in range(_WARM_UP):
         call()
-    first = _sample(torch, call, calls)  # how many samples there is time for
+    first = _sample(torch, call, calls, before)  # how many samples there is time for
     samples = min(_MOST, max(_FEWEST, math.ceil(_ENOUGH / max(first, 1e-7))))
-    return summarise([_sample(torch, call, calls) / calls for _ in range(samples)], calls)
+    seconds = [_sample(torch, call, calls, before) / calls for _ in range(samples)]
+    return summarise(seconds, calls)
 
 
-def _sample(torch: Any, call: Callable[[], object], calls: int) -> float:
+def _sample(
+    torch: Any, call: Callable[[], object], calls: int, before: Callable[[], object] | None
+) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if before is not None:
+        before()
     start.record()
     for _ in range(calls):
         call()
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1e3  # from milliseconds
+
+
+def sweep(torch: Any, device: str = "cuda") -> Callable[[], object]:
+    """What leaves nothing of a call's tensors in the caches: a write of far more than they hold."""
+    room: Any = torch.empty(_SWEPT, dtype=torch.uint8, device=device)
+    return lambda: room.zero_()
 
 
 def copy_bandwidth(torch: Any) -> float:

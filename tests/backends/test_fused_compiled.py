@@ -75,6 +75,8 @@ real, built = JITFunction.run, []
 def run(self, *arguments, grid, warmup, **options):
     kernel = real(self, *arguments, grid=grid, warmup=True, **options)
     built.append((self.fn.__name__, "cubin" in kernel.asm))
+    # A compiled kernel takes all of them by position: `Launch` has to keep their order.
+    assert [n for n in options if n in self.arg_names] == self.arg_names[len(arguments):]
 
 JITFunction.run = run
 from smoothl1_deploy.backends import fused
@@ -87,9 +89,9 @@ for rows, columns in ((1, 0), (1, 1), (1, 1024), (1, 1 << 20), (1, 1 << 33), (64
                       (3, (1 << 17) + 3)):
     how = fused.plan(rows, columns)
     partial = torch.zeros(how.scratch, dtype=torch.float64)
-    fused.reduce_rows(data, data, beta, data[:rows], partial, how, mean=True)
-for count in (1, 1000):
-    fused.write_losses(data[:count], data[:count], beta, data[:count])
+    fused.Rows(how, data.element_size(), mean=True)(data, data, beta, data[:rows], partial)
+for count in (0, 1, 1000):
+    fused.Losses(count)(data[:count], data[:count], beta, data[:count], None)
 assert [name for name, _ in built].count("_combine") == 3, built
 assert len(built) == 8 + 3 + 2 and all(whole for _, whole in built), built
 """

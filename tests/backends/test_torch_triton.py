@@ -327,9 +327,48 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, fused: An
         monkeypatch.setattr(torch.Tensor, name, waits)
     # In the place of the interpreter, which works on the host's numbers.
     seen = []
-    monkeypatch.setattr(fused, "reduce_rows", lambda *a, **k: seen.append(a))
+    monkeypatch.setattr(fused.Launch, "__call__", lambda *a: seen.append(a))
     assert runner.run(x, t, beta=0.5)["loss"].shape == ()
     assert len(seen) == 1
+
+
+class _Compiler:
+    """In the place of a kernel: what it is asked to compile, and what it is then called with."""
+
+    arg_names = ("input", "target", "beta", "loss", "count", "BLOCK")
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.called: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile(*arguments: Any, num_warps: int, enable_fp_fusion: bool, **known: Any) -> Any:
+            self.compiled.append((grid, arguments, known))
+            return {grid: lambda *given: self.called.append(given)}
+
+        return compile
+
+
+def test_a_kernel_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, fused: Any) -> None:
+    """The next call of a shape goes to what was compiled, unless an address is no multiple."""
+    monkeypatch.setattr(gpu, "is_on_device", on_host_device)
+    kernel = _Compiler()
+    monkeypatch.setattr(fused, "_write_losses", kernel)
+    runner = TorchTritonBackend(_Host()).load(export(LossSpec(0.5, "none"), shape=("N", 16)))
+    room = torch.zeros(65 * 16)
+    x, t = room[: 64 * 16].view(64, 16), torch.ones(64, 16)
+    for _ in range(3):
+        loss = runner.run(x, t)["loss"]
+    ((grid, arguments, known),) = kernel.compiled
+    assert grid == (1, 1, 1) and arguments[4:] == (1024,) and known == {"BLOCK": 2048}
+    assert len(kernel.called) == 2
+    assert kernel.called[-1][3] is loss and kernel.called[-1][4:] == (1024, 2048)
+    runner.run(room[1:1025].view(64, 16), t)
+    runner.run(x, room[1:1025].view(64, 16))
+    assert len(kernel.compiled) == 3 and len(kernel.called) == 2
+    runner.run(x[:32], t[:32])
+    runner.run(x, t)
+    assert len(kernel.compiled) == 4 and len(kernel.called) == 3
 
 
 # Where it can't be used

@@ -231,6 +231,7 @@ def test_a_whole_run_on_memory_of_the_host(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(command, "count_forms", lambda: Counted(problem="not tried"))
     monkeypatch.setattr(command, "usable_backends", lambda: (("ort-cpu",), {}))
     monkeypatch.setattr("smoothl1_deploy.gpu_report.plan.SIZES", (12, 10))
+    monkeypatch.setattr("smoothl1_deploy.gpu_report.timing._SWEPT", 1 << 10)
     assert command.main(["-o", str(tmp_path), "--no-parity"]) == 0
     found = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert len(found["speed"]) == 2 * 2 * 3 * 2 + 1 and found["dropped"] == []
