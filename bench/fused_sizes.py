@@ -2,8 +2,9 @@
 
     python bench/fused_sizes.py        # about a minute; PYTHONPATH=. where nothing is installed
 
-Microseconds of the GPU at 2^26 elements (caches swept before each call), and what the present sizes
-take; then where the host's time of a small call goes. The figures in bench/NOTES.md are its output.
+Where the host's time of a small call goes; then microseconds of the GPU, caches swept before each
+call, and the share of a copy's bandwidth, for the tiles in `TRIED`. The figures in bench/NOTES.md
+are its output.
 """
 
 from __future__ import annotations
@@ -20,11 +21,21 @@ from smoothl1_deploy.backends import fused
 from smoothl1_deploy.backends.torch_triton import TorchTritonBackend
 from smoothl1_deploy.gpu_report.timing import copy_bandwidth, sweep, time_calls
 
-LARGE = 1 << 26
+#: Elements -> tiles (elements, warps) of `none`, tiles of a sum, programs of a sum.
+Sizes = tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...], tuple[int, ...]]
+TRIED: dict[int, Sizes] = {
+    1 << 26: (
+        ((1024, 4), (2048, 4), (4096, 8)),
+        (*product((1024, 2048, 4096), (4, 8)), (8192, 8), (8192, 16)),
+        (1024, 2048, 4096, 8192, 16384),
+    ),
+    1 << 20: (((512, 4), (1024, 4), (2048, 4)), (*product((1024, 2048, 4096), (4, 8)),), (4096,)),
+    1 << 18: (((256, 4), (512, 4), (1024, 4)), (*product((1024, 2048, 4096), (4, 8)),), (4096,)),
+    1 << 14: (((256, 2), (256, 4), (512, 4)), (*product((1024, 2048, 4096), (4, 8)),), (4096,)),
+    1 << 10: (((128, 1), (256, 2), (256, 4), (512, 4)), ((1024, 2), (1024, 4), (1024, 8)), (1,)),
+}
 DTYPES = {"float32": 4, "float16": 2}
-BLOCKS = tuple(product((1024, 2048, 4096, 8192), (4, 8)))  # elements, warps
-TILES = tuple(product((2048, 4096, 8192), (4, 8)))
-PROGRAMS = (1024, 2048, 4096, 8192)
+OTHER_BETA = 1 / 9  # of a detector; its division is no product
 
 
 def pair(elements: int, dtype: str) -> Any:
@@ -40,19 +51,29 @@ def timed(spec: LossSpec, x: Any, t: Any, before: Any) -> float:
 
 def sizes(before: Any, limit: float) -> None:
     """The table of sizes; `limit`: bytes a second of a copy."""
-    for dtype, item in DTYPES.items():
-        x, t = pair(LARGE, dtype)
-        least = {"none": 3 * LARGE * item / limit * 1e6, "mean": 2 * LARGE * item / limit * 1e6}
-        for block, warps in BLOCKS:
-            fused._BLOCK, fused._BLOCK_WARPS = block, warps
+    for (elements, tried), (dtype, item) in product(TRIED.items(), DTYPES.items()):
+        x, t = pair(elements, dtype)
+        least = elements * item / limit * 1e6  # microseconds an array
+        blocks, tiles, programs = tried
+        for fused._BLOCK in blocks:
             found = timed(LossSpec(1.0, "none", dtype), x, t, before)
-            print(f"none {dtype} block {block} warps {warps}: {found:.1f} us, "
-                  f"{least['none'] / found:.0%}", flush=True)  # fmt: skip
-        for (tile, warps), programs in product(TILES, PROGRAMS):
-            fused._TILE, fused._TILE_WARPS, fused._PROGRAMS = tile, warps, programs
+            print(f"{elements} {dtype} none {fused._BLOCK}: {found:.1f} us {3 * least / found:.0%}")
+        for fused._TILE, fused._PROGRAMS in product(tiles, programs):
+            if elements > fused._TILE[0] * fused._PROGRAMS * 16:
+                continue
             found = timed(LossSpec(1.0, "mean", dtype), x, t, before)
-            print(f"mean {dtype} tile {tile} warps {warps} programs {programs}: {found:.1f} us, "
-                  f"{least['mean'] / found:.0%}", flush=True)  # fmt: skip
+            print(f"{elements} {dtype} mean {fused._TILE} {fused._PROGRAMS}: {found:.1f} us "
+                  f"{2 * least / found:.0%}", flush=True)  # fmt: skip
+
+
+def divided(before: Any) -> None:
+    """A beta that is a power of two, and one that isn't; the sizes as they are."""
+    for (dtype, _), reduction in product(DTYPES.items(), ("none", "mean")):
+        x, t = pair(1 << 26, dtype)
+        found = [
+            timed(LossSpec(beta, reduction, dtype), x, t, before) for beta in (1.0, OTHER_BETA)
+        ]
+        print(f"{reduction} {dtype} beta 1: {found[0]:.1f} us, 1/9: {found[1]:.1f} us", flush=True)
 
 
 def host(what: str, call: Any, calls: int = 2000) -> None:
@@ -75,16 +96,18 @@ def small() -> None:
         eager = partial(torch.nn.functional.smooth_l1_loss, x, t, reduction=reduction)
         host(f"{reduction} eager", eager)
         host(f"{reduction} run", partial(runner.run, x, t))
-        launch, loss = runner._launches[x.shape], torch.empty_like(x)
+        recorded = runner.capture(x, t)
+        host(f"{reduction} replay", recorded.replay)
+        launch, loss = runner._prepared[x.shape][0], torch.empty_like(x)
         host(f"{reduction} the launch alone", partial(launch, x, t, runner._beta, loss, None))
     host("torch.empty", lambda: torch.empty((), dtype=torch.float32, device="cuda"))
     host("as_it_is", lambda: runner.device.as_it_is(x))
 
 
 if __name__ == "__main__":
-    chosen = {name: getattr(fused, name) for name in
-              ("_BLOCK", "_BLOCK_WARPS", "_TILE", "_TILE_WARPS", "_PROGRAMS")}  # fmt: skip
     bandwidth = copy_bandwidth(torch)
-    print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e9:,.0f} GB/s; now {chosen}")
+    print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e9:,.0f} GB/s; now "
+          f"{fused._BLOCK} {fused._TILE} {fused._PROGRAMS}")  # fmt: skip
     small()
+    divided(sweep(torch))
     sizes(sweep(torch), bandwidth)

@@ -144,15 +144,32 @@ def test_kernels_are_launched_on_this_device_whichever_is_current() -> None:
         yield
         chosen.append(-1)
 
-    fake = SimpleNamespace(
-        device=lambda kind, index: (kind, index), cuda=SimpleNamespace(device=device)
-    )
+    cuda = SimpleNamespace(device=device, current_device=lambda: 0)
+    fake = SimpleNamespace(device=lambda kind, index: (kind, index), cuda=cuda)
     with Device(fake, 3).selected():
         assert chosen == [3]
     assert chosen == [3, -1]
+    with Device(fake, 0).selected():
+        assert chosen == [3, -1]  # it is current
 
 
-def test_a_tensor_is_read_as_another_dtype_without_a_copy() -> None:
-    tensor = torch.ones(4, dtype=torch.bfloat16)
-    bits = HostDevice().reread(tensor, "int16")
-    assert bits.dtype == torch.int16 and bits.data_ptr() == tensor.data_ptr()
+def test_what_is_taken_as_it_is() -> None:
+    device, tensor = HostDevice(), torch.ones(4, 6)
+    assert device.as_it_is(tensor) == ((4, 6), torch.float32)
+    for other in (
+        tensor.numpy(),
+        tensor.t(),
+        tensor.to_sparse(),
+        tensor.clone().requires_grad_(),
+        torch.nn.Parameter(tensor),
+        torch._neg_view(tensor),
+        tensor.to("meta"),
+    ):
+        assert device.as_it_is(other) is None
+
+
+def test_room_beside_a_tensor() -> None:
+    tensor = torch.ones(4, 6, dtype=torch.bfloat16)
+    for shape in ((4, 6), (4,), ()):
+        room = HostDevice().empty_beside(tensor, shape)
+        assert room.shape == shape and room.dtype == torch.bfloat16 and room.is_contiguous()

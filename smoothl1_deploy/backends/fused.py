@@ -9,8 +9,8 @@ single row. What is added up in which format:
    conversion and an addition an element take 32 % (L4) to 84 % (RTX 3090) of that rate where memory
    gives its utmost, by the data sheets. So memory stays the limit.
 2. float16, bfloat16: elements come twice as fast, beyond that rate. Four losses at a time are
-   added in float32, 2^-22 at worst where the result holds 2^-9, then in float64. Each is
-   quartered before, so that no four of them overflow.
+   added in float32, 2^-22 at worst where the result holds 2^-9, then in float64. Those of bfloat16
+   are quartered before, so that no four of them overflow.
 3. float64: two numbers a sum, which hold what each addition rounds away (Knuth's TwoSum), because
    the result must be as exact as the sum. There memory is the limit on data center cards alone.
 
@@ -20,23 +20,30 @@ their last step differs under the interpreter, which takes a millisecond an elem
 bfloat16 is read and written as its bits, int16: the interpreter of Triton 3.9 truncates to bfloat16
 and spoils its subnormals. On a GPU it is a shift in and four operations out.
 
-The sizes below are an estimate; no GPU has run this module yet.
+A division an element takes as long as the memory takes for the element: where beta is a power of
+two, which it mostly is, the product with its inverse is the same number, and cheap.
+
+The sizes below are what was fastest on an H200; see `bench/fused_sizes.py`.
 """
 
 # Triton reads the source of these functions, and their annotations as objects.
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
 __all__ = ["INTERPRETED", "Launch", "Losses", "Plan", "Rows", "plan"]
 
-_BLOCK, _BLOCK_WARPS = 2048, 4  # elements of a tile of `none`, and the warps on it
-_TILE, _TILE_WARPS = 4096, 8  # and of a reduction
-_FEW = 4  # tiles of a row that one program adds up alone: one launch
+_BLOCK = (2048, 4)  # elements of a tile of `none`, and the warps on it
+_TILE = (4096, 8)  # and of a reduction
+_FEW = 1  # tiles of a row that one program adds up alone: one launch
 _PROGRAMS = 2048  # in which a reduction is cut at most; each leaves one partial sum
+_COMBINED = 128  # partial sums a warp
+_LARGEST_POWER = 2.0**127  # of two that is a float32
 _AS_WRITTEN = {"enable_fp_fusion": False}  # a product and a sum are two roundings, as interpreted
 
 
@@ -76,17 +83,26 @@ def _rounded(values, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _losses(input, target, beta):
-    """Of each element, in float32 or float64; NaN for a beta that is none."""
+def _losses(input, target, beta, inverse, BETA: tl.constexpr):
+    """Of each element, in float32 or float64.
+
+    BETA: 0 where `beta` may be anything, and makes NaN where it is no beta; 1 where it is positive;
+    2 where it is 0, infinite or a power of two, and its division the product with `inverse`.
+    """
     difference = _widened(input) - _widened(target)
     threshold = beta.to(difference.dtype)
-    divisor = tl.where(threshold == 0, 1.0, float("nan")).to(difference.dtype)
-    divisor = tl.where(threshold > 0, threshold, divisor)
     core = tl.minimum(tl.maximum(difference, -threshold), threshold)
-    if difference.dtype == tl.float64:
-        slope = core / divisor
+    if BETA == 2:
+        slope = core * inverse
     else:
-        slope = tl.div_rn(core, divisor)  # `/` is an approximation, 2 ULP off
+        divisor = threshold
+        if BETA == 0:
+            divisor = tl.where(threshold == 0, 1.0, float("nan")).to(difference.dtype)
+            divisor = tl.where(threshold > 0, threshold, divisor)
+        if difference.dtype == tl.float64:
+            slope = core / divisor
+        else:
+            slope = tl.div_rn(core, divisor)  # `/` is an approximation, 2 ULP off
     return tl.abs(difference - core) + (core * 0.5) * slope
 
 
@@ -132,34 +148,67 @@ def _total(high, low, EXACT: tl.constexpr, UNROLLED: tl.constexpr):
 
 
 @triton.jit
-def _finish(high, low, columns, MEAN: tl.constexpr, RUN: tl.constexpr, TYPE: tl.constexpr):
+def _finish(high, low, columns, MEAN: tl.constexpr, SCALE: tl.constexpr, TYPE: tl.constexpr):
     # What an infinite sum lost is NaN.
-    total = tl.where(low == low, high + low, high) * RUN
+    total = tl.where(low == low, high + low, high) * SCALE
     if MEAN:
         total = total / columns
     return _rounded(total, TYPE)
 
 
 @triton.jit
-def _write_losses(input, target, beta, loss, count, BLOCK: tl.constexpr):
+def _threshold(beta, BETA: tl.constexpr):
+    """beta, a number or, where it may be anything, on the device."""
+    if BETA == 0:
+        return tl.load(beta)
+    else:
+        return beta
+
+
+@triton.jit
+def _write_losses(
+    input, target, loss, beta, inverse, count, BETA: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
-    here = index < tl.minimum(count - start, BLOCK).to(tl.int32)
-    left = tl.load(input + start + index, mask=here, other=0)
-    right = tl.load(target + start + index, mask=here, other=0)
-    losses = _losses(left, right, tl.load(beta))
-    tl.store(loss + start + index, _rounded(losses, loss.dtype.element_ty), mask=here)
+    threshold = _threshold(beta, BETA)
+    if EVEN:
+        left = tl.load(input + start + index)
+        right = tl.load(target + start + index)
+        losses = _losses(left, right, threshold, inverse, BETA)
+        tl.store(loss + start + index, _rounded(losses, loss.dtype.element_ty))
+    else:
+        here = index < tl.minimum(count - start, BLOCK).to(tl.int32)
+        left = tl.load(input + start + index, mask=here, other=0)
+        right = tl.load(target + start + index, mask=here, other=0)
+        losses = _losses(left, right, threshold, inverse, BETA)
+        tl.store(loss + start + index, _rounded(losses, loss.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _in_fours(losses, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TYPE: tl.constexpr):
+    """Sums of four neighbours in float64; see the module for what is added in which format."""
+    if TYPE == tl.float32:
+        losses = losses.to(tl.float64)
+    elif TYPE == tl.int16:
+        losses *= 0.25
+    one, two = tl.split(tl.reshape(losses, (ROWS, COLUMNS // 2, 2)))
+    one, two = tl.split(tl.reshape(one + two, (ROWS, COLUMNS // 4, 2)))
+    return (one + two).to(tl.float64)
 
 
 @triton.jit
 def _sum_rows(
-    input, target, beta, output, rows, columns, tiles, parts, MEAN: tl.constexpr,
-    FINAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
-    EXACT: tl.constexpr, UNROLLED: tl.constexpr,
+    input, target, output, beta, inverse, rows, columns, tiles, parts, BETA: tl.constexpr,
+    EVEN: tl.constexpr, FINAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RUN: tl.constexpr, MEAN: tl.constexpr, SCALE: tl.constexpr, EXACT: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """Add up `tiles` tiles of ROWS rows; write the loss (FINAL), or a float64 partial sum.
 
-    Partial sums are in `output` as [rows, parts], and what they lost (EXACT) as much again.
+    Partial sums are in `output` as [rows, parts], and what they lost (EXACT) as much again. EVEN:
+    no tile reaches beyond its rows. RUN: 4 to add four neighbours at a time, or 1.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     part = tl.program_id(1).to(tl.int64)
@@ -168,31 +217,32 @@ def _sum_rows(
     column = tl.arange(0, COLUMNS)
     some = row < tl.minimum(rows - first, ROWS).to(tl.int32)
     offset = row[:, None] * columns + column[None, :]
-    threshold = tl.load(beta)
+    threshold = _threshold(beta, BETA)
     high = tl.full((ROWS, COLUMNS // RUN), 0.0, tl.float64)
     low = tl.full((ROWS, COLUMNS // RUN), 0.0, tl.float64)
     for _ in range(0, tiles):
         base = first * columns + start
-        more = column < tl.minimum(tl.maximum(columns - start, 0), COLUMNS).to(tl.int32)
-        here = some[:, None] & more[None, :]
-        left = tl.load(input + base + offset, mask=here, other=0)
-        right = tl.load(target + base + offset, mask=here, other=0)
-        losses = _losses(left, right, threshold)
+        if EVEN:
+            left = tl.load(input + base + offset)
+            right = tl.load(target + base + offset)
+        else:
+            more = column < tl.minimum(tl.maximum(columns - start, 0), COLUMNS).to(tl.int32)
+            here = some[:, None] & more[None, :]
+            left = tl.load(input + base + offset, mask=here, other=0)
+            right = tl.load(target + base + offset, mask=here, other=0)
+        losses = _losses(left, right, threshold, inverse, BETA)
         if EXACT:
             high, lost = _two_sum(high, losses)
             low += lost
+        elif RUN == 4:
+            high += _in_fours(losses, ROWS, COLUMNS, input.dtype.element_ty)
         else:
-            if RUN == 4:
-                losses *= 0.25
-                one, two = tl.split(tl.reshape(losses, (ROWS, COLUMNS // 2, 2)))
-                one, two = tl.split(tl.reshape(one + two, (ROWS, COLUMNS // 4, 2)))
-                losses = one + two
             high += losses.to(tl.float64)
         start += COLUMNS
     high, low = _total(high, low, EXACT, UNROLLED)
     index = first + row
     if FINAL:
-        value = _finish(high, low, columns, MEAN, RUN, output.dtype.element_ty)
+        value = _finish(high, low, columns, MEAN, SCALE, output.dtype.element_ty)
         tl.store(output + index, value, mask=some)
     else:
         tl.store(output + index * parts + part, high, mask=some)
@@ -202,8 +252,8 @@ def _sum_rows(
 
 @triton.jit
 def _combine(
-    partial, loss, rows, columns, parts, MEAN: tl.constexpr, SIZE: tl.constexpr,
-    RUN: tl.constexpr, EXACT: tl.constexpr, UNROLLED: tl.constexpr,
+    partial, loss, rows, columns, parts, SIZE: tl.constexpr, MEAN: tl.constexpr,
+    SCALE: tl.constexpr, EXACT: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """Add up the partial sums of a row; SIZE is at least `parts`."""
     row = tl.program_id(0).to(tl.int64)
@@ -214,7 +264,7 @@ def _combine(
     if EXACT:
         low = tl.load(partial + (rows + row) * parts + part, mask=here, other=0.0)
     high, low = _total(high, low, EXACT, UNROLLED)
-    value = _finish(high, low, columns, MEAN, RUN, loss.dtype.element_ty)
+    value = _finish(high, low, columns, MEAN, SCALE, loss.dtype.element_ty)
     tl.store(loss + row + tl.arange(0, 1), value)
 
 
@@ -229,6 +279,7 @@ class Plan:
     Attributes:
         tile: rows and columns that a program reads at a time, powers of two.
         tiles: that a program reads one after the other, along a row.
+        warps: of a program.
         programs: over the rows, and along a row. Where a row takes more than one, each leaves a
             partial sum, and a second launch adds them up.
     """
@@ -236,6 +287,7 @@ class Plan:
     rows: int
     columns: int
     tile: tuple[int, int]
+    warps: int
     tiles: int
     programs: tuple[int, int]
 
@@ -247,17 +299,30 @@ class Plan:
 
 def plan(rows: int, columns: int, *, one_launch: bool = False) -> Plan:
     """One launch for short rows or many, or where it is asked for; two for others."""
-    width = min(max(_power(columns), 16), _TILE)
-    height = min(_power(rows), _TILE // width)
+    size, warps = _TILE
+    width = min(max(_power(columns), 16), size)
+    height = min(_power(rows), size // width)
     across, down = -(-columns // width), -(-rows // height)
     parts = 1 if one_launch or across <= _FEW else max(1, min(across, _PROGRAMS // max(down, 1)))
     tiles = -(-across // parts)
-    return Plan(rows, columns, (height, width), tiles, (down, max(1, -(-across // max(tiles, 1)))))
+    programs = down, max(1, -(-across // max(tiles, 1)))
+    return Plan(rows, columns, (height, width), warps, tiles, programs)
 
 
 def _power(number: int) -> int:
     """The smallest power of two that is at least the number."""
     return 1 << max(number - 1, 0).bit_length()
+
+
+def _inverse(beta: float) -> float | None:
+    """1 / beta where the product with it is the division, in float32: its rounding is the same.
+
+    1 for a beta of 0, which divides nothing; None where the inverse is no float32 or is rounded.
+    """
+    if beta in (0.0, math.inf):
+        return 1.0 if beta == 0 else 0.0
+    inverse = 1 / beta
+    return inverse if math.frexp(beta)[0] == 0.5 and inverse <= _LARGEST_POWER else None
 
 
 class Launch:
@@ -269,13 +334,13 @@ class Launch:
     Args:
         kernel: takes tensors, then `numbers`, then `constants`, in this order.
         grid: programs along each axis.
-        numbers: integers.
+        numbers: integers, and floats that are float32.
         constants: by name, in the order of the kernel's parameters.
         warps: a program's.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[int, ...],
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...],
         constants: dict[str, Any], warps: int,
     ) -> None:  # fmt: skip
         self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
@@ -286,34 +351,65 @@ class Launch:
     def __call__(self, *tensors: Any) -> None:
         """Launch it on tensors, of one set of dtypes and of divisors (16) of their addresses."""
         if self._compiled is not None:
-            self._compiled(*tensors, *self._rest)
+            # Of an address, unlike of a tensor, the driver is not asked whether it is one.
+            self._compiled(*[tensor.data_ptr() for tensor in tensors], *self._rest)
             return
         compiled = self._kernel[self._grid](
-            *tensors, *self._numbers, **self._constants, num_warps=self._warps, **_AS_WRITTEN
-        )
+            *map(_as_bits, tensors), *self._numbers, **self._constants, num_warps=self._warps,
+            **_AS_WRITTEN,
+        )  # fmt: skip
         if compiled is not None:  # the interpreter compiles nothing
             self._compiled = compiled[self._grid]
 
 
+def _as_bits(tensor: Any) -> Any:
+    """The tensor as the kernels take it."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+class _Beta:
+    """How kernels get beta: as a number, which they are compiled for, or from the device.
+
+    A number is float32; at run time and for float64 it is a tensor of rank 0, so that no call waits
+    for it.
+    """
+
+    def __init__(self, beta: float | None, dtype: str) -> None:
+        self.fixed = beta is not None and dtype != "float64"
+        inverse = _inverse(beta) if beta is not None and self.fixed else None
+        self.numbers: tuple[float, ...] = (0.0 if inverse is None else inverse,)
+        if beta is not None and self.fixed:
+            self.numbers = beta, *self.numbers
+        self.form = {"BETA": 0 if not self.fixed else 1 if inverse is None else 2}
+
+
 class Losses:
-    """`none`: the losses of `count` elements."""
+    """`none`: the losses of `count` elements.
+
+    Args:
+        count: of input, target and loss.
+        dtype: theirs.
+        beta: where it is known.
+    """
 
     scratch = 0
 
-    def __init__(self, count: int) -> None:
-        grid = (-(-count // _BLOCK),)
-        constants = {"BLOCK": _BLOCK}
-        self._launch = (
-            Launch(_write_losses, grid, (count,), constants, _BLOCK_WARPS) if count else None
-        )
+    def __init__(self, count: int, dtype: str, beta: float | None) -> None:
+        self._beta = _Beta(beta, dtype)
+        block, warps = _BLOCK
+        constants = {**self._beta.form, "EVEN": count % block == 0, "BLOCK": block}
+        numbers = *self._beta.numbers, count
+        grid = (-(-count // block),)
+        self._launch = Launch(_write_losses, grid, numbers, constants, warps) if count else None
 
     def __call__(self, input: Any, target: Any, beta: Any, loss: Any, partial: Any) -> None:
-        """Launch it on contiguous tensors of one dtype, bfloat16 as int16.
-
-        beta has rank 0 and lies on the device, so that no call waits for it. `partial` is not used.
-        """
-        if self._launch is not None:
-            self._launch(input, target, beta, loss)
+        """Launch it on contiguous tensors of one dtype; `beta` of rank 0; `partial` is not used."""
+        if self._launch is None:
+            return
+        if self._beta.fixed:
+            self._launch(input, target, loss)
+        else:
+            self._launch(input, target, loss, beta)
 
 
 class Rows:
@@ -321,38 +417,50 @@ class Rows:
 
     Args:
         how: `plan(rows, columns)`.
-        item: bytes of an element of the input.
+        dtype: of input, target and loss.
+        beta: where it is known.
         mean: divide by `how.columns`; the mean of nothing is NaN.
 
     Attributes:
         scratch: float64 numbers that `partial` has to hold.
     """
 
-    def __init__(self, how: Plan, item: int, *, mean: bool) -> None:
+    def __init__(self, how: Plan, dtype: str, beta: float | None, *, mean: bool) -> None:
         self.scratch = how.scratch
+        self._beta = _Beta(beta, dtype)
         self._first: Launch | None = None
         self._second: Launch | None = None
         if not how.rows:
             return
         height, width = how.tile
         down, parts = how.programs
-        numbers = how.rows, how.columns, how.tiles, parts
-        form: dict[str, Any] = {"RUN": 4 if item == 2 else 1, "EXACT": item == 8,
-                                "UNROLLED": INTERPRETED}  # fmt: skip
-        constants = {"MEAN": mean, "FINAL": parts == 1, "ROWS": height, "COLUMNS": width, **form}
-        self._first = Launch(_sum_rows, (down, parts), numbers, constants, _TILE_WARPS)
+        # Neighbours in memory are neighbours in a thread, where rows begin at a multiple of four.
+        fours = dtype != "float64" and (how.rows == 1 or how.columns % 4 == 0)
+        form: dict[str, Any] = {
+            "MEAN": mean, "SCALE": 4 if fours and dtype == "bfloat16" else 1,
+            "EXACT": dtype == "float64", "UNROLLED": INTERPRETED,
+        }  # fmt: skip
+        constants = {
+            **self._beta.form,
+            "EVEN": how.rows % height == 0 and how.columns == parts * how.tiles * width,
+            "FINAL": parts == 1, "ROWS": height, "COLUMNS": width, "RUN": 4 if fours else 1, **form,
+        }  # fmt: skip
+        numbers = *self._beta.numbers, how.rows, how.columns, how.tiles, parts
+        self._first = Launch(_sum_rows, (down, parts), numbers, constants, how.warps)
         if parts > 1:
-            constants = {"MEAN": mean, "SIZE": _power(parts), **form}
+            size = _power(parts)
             self._second = Launch(
-                _combine, (how.rows,), (how.rows, how.columns, parts), constants, _TILE_WARPS
-            )
+                _combine, (how.rows,), (how.rows, how.columns, parts), {"SIZE": size, **form},
+                max(1, min(size // _COMBINED, 8)),
+            )  # fmt: skip
 
     def __call__(self, input: Any, target: Any, beta: Any, loss: Any, partial: Any) -> None:
-        """Launch it on contiguous tensors, bfloat16 as int16; `partial` is float64."""
+        """Launch it on contiguous tensors; `beta` of rank 0, `partial` float64."""
         if self._first is None:
             return
+        given = () if self._beta.fixed else (beta,)
         if self._second is None:
-            self._first(input, target, beta, loss)
+            self._first(input, target, loss, *given)
         else:
-            self._first(input, target, beta, partial)
+            self._first(input, target, partial, *given)
             self._second(partial, loss)

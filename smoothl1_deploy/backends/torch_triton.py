@@ -71,47 +71,43 @@ class TorchTritonRunner(GpuRunner):
         if reason:
             raise UnsupportedError(reason)
         self._fused, self._one_launch = fused, one_launch
-        self._launches: dict[tuple[int, ...], Any] = {}  # of `_prepared`, by shape
+        self._prepared: dict[tuple[int, ...], tuple[Any, tuple[int, ...]]] = {}  # by shape
         # On the device from the start: no call has to wait for it, and a CUDA graph may read it.
         beta, dtype = self.spec.effective_beta, self.spec.compute_dtype
         self._beta = None if self.spec.runtime_beta else device.filled(beta, dtype)
-        self._as_bits = self.signature.input.dtype == "bfloat16"
 
     def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        spec, device = self.spec, self.device
-        assert spec is not None
-        input, target = (_of_shape(feeds[name], shape) for name in ("input", "target"))
-        beta = feeds.get("beta", self._beta)
+        input, target = feeds["input"], feeds["target"]
+        if not input.shape == target.shape == shape:
+            input, target = (_of_shape(each, shape) for each in (input, target))
         # Which kernel a launch has compiled must not change; memory of torch's own is aligned.
         aligned = (input.data_ptr() | target.data_ptr()) % _ALIGNED == 0
-        launch = self._launches.get(shape) if aligned else None
-        if launch is None:
-            launch = self._prepared(shape)
+        prepared = self._prepared.get(shape) if aligned else None
+        if prepared is None:
+            prepared = self._prepare(tuple(shape))
             if aligned:
-                if len(self._launches) >= REMEMBERED:
-                    self._launches.clear()
-                self._launches[shape] = launch
-        out = shape if spec.reduction == "none" else shape[:1] if spec.per_sample else ()
-        loss = device.empty(out, spec.dtype)
-        partial = device.empty((launch.scratch,), "float64") if launch.scratch else None
-        written = loss
-        if self._as_bits:
-            input, target, written = (device.reread(x, "int16") for x in (input, target, loss))
-        with device.selected():
-            launch(input, target, beta, written, partial)
+                if len(self._prepared) >= REMEMBERED:
+                    self._prepared.clear()
+                self._prepared[tuple(shape)] = prepared
+        launch, out = prepared
+        loss = self.device.empty_beside(input, out)
+        partial = self.device.empty((launch.scratch,), "float64") if launch.scratch else None
+        with self.device.selected():
+            launch(input, target, feeds.get("beta", self._beta), loss, partial)
         return {"loss": loss}
 
-    def _prepared(self, shape: tuple[int, ...]) -> Any:
-        """`fused.Losses` or `fused.Rows` for input and target of a shape."""
+    def _prepare(self, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
+        """`fused.Losses` or `fused.Rows` for arrays of a shape, and the shape of their loss."""
         spec, fused = self.spec, self._fused
         assert spec is not None
+        beta = None if spec.runtime_beta else spec.effective_beta
         if spec.reduction == "none":
-            return fused.Losses(math.prod(shape))
-        rows, columns = 1, math.prod(shape)
+            return fused.Losses(math.prod(shape), spec.dtype, beta), shape
+        rows, columns, out = 1, math.prod(shape), shape[:0]
         if spec.per_sample:
-            rows, columns = shape[0], math.prod(shape[1:])
+            rows, columns, out = shape[0], math.prod(shape[1:]), shape[:1]
         how = fused.plan(rows, columns, one_launch=self._one_launch)
-        return fused.Rows(how, self._dtype.itemsize, mean=spec.reduction == "mean")
+        return fused.Rows(how, spec.dtype, beta, mean=spec.reduction == "mean"), out
 
     def _recordable(self) -> Compute:
         return self._compute

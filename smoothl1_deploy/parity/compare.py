@@ -63,10 +63,9 @@ def _torch_lost_it(
     spec: LossSpec, torch_class: Array, input: Array, target: Array, per_element: bool
 ) -> Array | bool:
     """Where PyTorch's class may be put right: everywhere but at NaN from non-finite input."""
-    beta_overflowed = bool(
-        np.isinf(np.asarray(spec.effective_beta).astype(input.dtype))
-        != np.isinf(spec.effective_beta)
-    )
+    with np.errstate(over="ignore"):
+        beta = np.asarray(spec.effective_beta).astype(input.dtype)
+    beta_overflowed = bool(np.isinf(beta) != np.isinf(spec.effective_beta))
     if beta_overflowed or not (torch_class == _NAN).any():
         return True
     finite: Array = np.isfinite(input) & np.isfinite(target)

@@ -25,27 +25,32 @@ capability, dtype, name = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 assert not fused.INTERPRETED
 element = {"float16": "*fp16", "bfloat16": "*i16", "float32": "*fp32", "float64": "*fp64"}[dtype]
 exact = dtype == "float64"
-run = 4 if dtype.endswith("16") else 1
 types = {"input": element, "target": element, "loss": element, "partial": "*fp64",
-         "beta": "*fp64" if exact else "*fp32", "output": element}
-known = {"MEAN": True, "RUN": run, "EXACT": exact, "UNROLLED": False}
+         "beta": "*fp64" if exact else "fp32", "inverse": "fp32", "output": element}
+form = {"BETA": 0 if exact else 2 if sys.argv[4:] else 1, "EVEN": bool(sys.argv[4:])}
+known = {"MEAN": True, "RUN": 1 if exact else 4, "SCALE": 4 if dtype == "bfloat16" else 1,
+         "EXACT": exact, "UNROLLED": False}
+size, warps = fused._TILE
 if name == "none":
-    kernel, warps, known = fused._write_losses, 4, {"BLOCK": fused._BLOCK}
+    block, warps = fused._BLOCK
+    kernel, known = fused._write_losses, {**form, "BLOCK": block}
 elif name == "rows":
-    kernel, warps, known = fused._sum_rows, 8, {
-        **known, "FINAL": True, "ROWS": 256, "COLUMNS": 16, "tiles": 1, "parts": 1}
+    kernel, known = fused._sum_rows, {
+        **form, **known, "FINAL": True, "ROWS": size // 16, "COLUMNS": 16, "tiles": 1, "parts": 1}
 elif name == "small":
-    kernel, warps, known = fused._sum_rows, 8, {
-        **known, "FINAL": True, "ROWS": 1, "COLUMNS": 1024, "rows": 1, "tiles": 1, "parts": 1}
+    kernel, known = fused._sum_rows, {
+        **form, **known, "FINAL": True, "ROWS": 1, "COLUMNS": 1024, "rows": 1, "tiles": 1,
+        "parts": 1}
 elif name == "parts":
     types["output"] = "*fp64"
-    kernel, warps, known = fused._sum_rows, 8, {
-        **known, "FINAL": False, "ROWS": 1, "COLUMNS": fused._TILE, "rows": 1}
+    kernel, known = fused._sum_rows, {
+        **form, **known, "FINAL": False, "ROWS": 1, "COLUMNS": size, "rows": 1}
 else:
+    del known["RUN"]
     kernel, warps, known = fused._combine, 8, {**known, "SIZE": fused._PROGRAMS, "rows": 1}
 signature = {n: "constexpr" if n in known else types.get(n, "i64") for n in kernel.arg_names}
 round = {n: i for i, n in enumerate(kernel.arg_names)
-         if n in types or n in ("count", "columns")}
+         if n not in known and types.get(n, "")[:1] == "*" or n in ("count", "columns")}
 attributes = {(i,): [["tt.divisibility", 16]] for i in round.values()}
 source = ASTSource(kernel, signature, known, attributes)
 built = compile(source, target=GPUTarget("cuda", capability, 32),
@@ -89,11 +94,15 @@ for rows, columns in ((1, 0), (1, 1), (1, 1024), (1, 1 << 20), (1, 1 << 33), (64
                       (3, (1 << 17) + 3)):
     how = fused.plan(rows, columns)
     partial = torch.zeros(how.scratch, dtype=torch.float64)
-    fused.Rows(how, data.element_size(), mean=True)(data, data, beta, data[:rows], partial)
-for count in (0, 1, 1000):
-    fused.Losses(count)(data[:count], data[:count], beta, data[:count], None)
-assert [name for name, _ in built].count("_combine") == 3, built
-assert len(built) == 8 + 3 + 2 and all(whole for _, whole in built), built
+    for number in (None, 1.0, 0.1):
+        rowwise = fused.Rows(how, sys.argv[1], number, mean=True)
+        rowwise(data, data, beta, data[:rows], partial)
+for count in (0, 1, 1000, 8192):
+    for number in (None, 1.0, 0.1):
+        losses = fused.Losses(count, sys.argv[1], number)
+        losses(data[:count], data[:count], beta, data[:count], None)
+assert [name for name, _ in built].count("_combine") == 3 * 3, built
+assert len(built) == 3 * (8 + 3 + 3) and all(whole for _, whole in built), built
 """
 
 
@@ -102,7 +111,7 @@ def _environment(tmp_path: Path) -> dict[str, str]:
     return {**environment, "TRITON_CACHE_DIR": str(tmp_path)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_every_call_of_the_backend_compiles(tmp_path: Path, dtype: str) -> None:
     """With the arguments it gives: of a 1 Triton makes a constant, of 2^33 an int64."""
     done = subprocess.run(
@@ -112,9 +121,11 @@ def test_every_call_of_the_backend_compiles(tmp_path: Path, dtype: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def compiled(tmp_path: Path, capability: int, dtype: str, kernel: str) -> dict[str, Any]:
+def compiled(
+    tmp_path: Path, capability: int, dtype: str, kernel: str, *options: str
+) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", _COMPILE, str(capability), dtype, kernel],
+        [sys.executable, "-c", _COMPILE, str(capability), dtype, kernel, *options],
         env=_environment(tmp_path),
         capture_output=True, text=True,
     )  # fmt: skip
@@ -141,6 +152,16 @@ def test_it_computes_as_the_interpreter_does(tmp_path: Path, kernel: str) -> Non
     if kernel != "combine":
         assert "div.rn.f32" in ptx
         assert "ld.global.v4.b32" in ptx  # 16 bytes at a time
+
+
+@pytest.mark.parametrize("kernel", ["none", "parts"])
+def test_a_power_of_two_divides_nothing(tmp_path: Path, kernel: str) -> None:
+    """And where all tiles are whole, no load or store asks whether it is needed."""
+    ptx = compiled(tmp_path, 90, "float16", kernel, "a power of two, and even")["ptx"]
+    assert "div." not in ptx and ".ftz" not in ptx and "fma." not in ptx
+    loads = [line for line in ptx.splitlines() if "ld.global" in line or "st.global.v" in line]
+    assert loads and not [line for line in loads if "@" in line], loads
+    assert "div.rn.f32" in compiled(tmp_path, 90, "float16", kernel)["ptx"]
 
 
 @pytest.mark.parametrize(

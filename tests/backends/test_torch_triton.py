@@ -102,7 +102,7 @@ def test_one_number_a_row(layout: str, dtype: str, reduction: str) -> None:
 def test_many_programs_and_tiles_along_a_row(
     monkeypatch: pytest.MonkeyPatch, fused: Any, dtype: str, rows: int
 ) -> None:
-    for name, value in {"_TILE": 64, "_FEW": 1, "_PROGRAMS": 8}.items():
+    for name, value in {"_TILE": (64, 1), "_FEW": 1, "_PROGRAMS": 8}.items():
         monkeypatch.setattr(fused, name, value)
     how = fused.plan(rows, 1000)
     assert how.tiles > 1 and how.programs[1] > 1
@@ -194,6 +194,22 @@ def test_the_tree_of_the_interpreter_and_that_of_a_gpu(
     unrolled = runner.run(a, b)["loss"]
     monkeypatch.setattr(fused, "INTERPRETED", False)
     np.testing.assert_array_max_ulp(runner.run(a, b)["loss"], unrolled, 1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_product_with_an_inverse_is_the_quotient(fused: Any, dtype: str) -> None:
+    """Of all powers of two that have one, and of nothing else."""
+    for power in (-149, -128, -127, -126, -20, -1, 0, 1, 20, 126, 127):
+        beta = 2.0**power
+        inverse = fused._inverse(beta)
+        assert (inverse is None) == (power < -127)
+        if inverse is not None:
+            assert float(np.float32(inverse)) == inverse == 1 / beta
+        agrees(LossSpec(beta, "none", dtype), Case.of("normal", "odd"))
+        agrees(LossSpec(beta, "none", dtype), Case.of("subnormals", "odd"))
+    for beta in (0.1, 3.0, 1e-40, float(np.nextafter(np.float32(1), np.float32(2)))):
+        assert fused._inverse(beta) is None
+    assert fused._inverse(0.0) == 1 and fused._inverse(math.inf) == 0
 
 
 # How a sum is cut
@@ -335,8 +351,6 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, fused: An
 class _Compiler:
     """In the place of a kernel: what it is asked to compile, and what it is then called with."""
 
-    arg_names = ("input", "target", "beta", "loss", "count", "BLOCK")
-
     def __init__(self) -> None:
         self.compiled: list[tuple[Any, ...]] = []
         self.called: list[tuple[Any, ...]] = []
@@ -360,9 +374,12 @@ def test_a_kernel_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, fused: Any
     for _ in range(3):
         loss = runner.run(x, t)["loss"]
     ((grid, arguments, known),) = kernel.compiled
-    assert grid == (1, 1, 1) and arguments[4:] == (1024,) and known == {"BLOCK": 2048}
+    assert grid == (1, 1, 1) and arguments[3:] == (0.5, 2.0, 1024)
+    assert known == {"BETA": 2, "EVEN": False, "BLOCK": 2048}
+    # The addresses, and then everything by position.
+    addresses = [each.data_ptr() for each in (x, t, loss)]
     assert len(kernel.called) == 2
-    assert kernel.called[-1][3] is loss and kernel.called[-1][4:] == (1024, 2048)
+    assert kernel.called[-1] == (*addresses, 0.5, 2.0, 1024, 2, False, 2048)
     runner.run(room[1:1025].view(64, 16), t)
     runner.run(x, room[1:1025].view(64, 16))
     assert len(kernel.compiled) == 3 and len(kernel.called) == 2
