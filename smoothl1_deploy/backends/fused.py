@@ -38,10 +38,10 @@ import triton.language as tl
 
 __all__ = ["INTERPRETED", "Launch", "Losses", "Plan", "Rows", "plan"]
 
-_BLOCK = (2048, 4)  # elements of a tile of `none`, and the warps on it
-_TILE = (4096, 8)  # and of a reduction
+_BLOCK = (1024, 4)  # elements of a tile of `none`, and the warps on it
+_TILE = (2048, 8)  # and of a reduction
 _FEW = 1  # tiles of a row that one program adds up alone: one launch
-_PROGRAMS = 2048  # in which a reduction is cut at most; each leaves one partial sum
+_PROGRAMS = 4096  # in which a reduction is cut at most; each leaves one partial sum
 _COMBINED = 128  # partial sums a warp
 _LARGEST_POWER = 2.0**127  # of two that is a float32
 _AS_WRITTEN = {"enable_fp_fusion": False}  # a product and a sum are two roundings, as interpreted

@@ -4,8 +4,7 @@ A provider that can't be made, or that doesn't take a node, is replaced by the C
 error: ONNX Runtime warns at most. So each session is asked which provider took which node, and a
 node that computes on data anywhere but on the GPU is an error here.
 
-What happens where there is no GPU was tried with onnxruntime-gpu 1.31.1; no GPU has run this module
-yet.
+`ort-cuda` was run on an H200 with onnxruntime-gpu 1.31.1; the providers for TensorRT were not.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ from ..errors import (
     require,
 )
 from ..graph.elements import ELEMENT_TYPE
+from .base import Runner
 from .gpu import GpuBackend, GpuRunner
+from .ort_cpu import OrtCpuBackend
 from .ort_nodes import check_assignment, inlined
 
 __all__ = ["OrtCudaBackend", "OrtGpuBackend", "OrtGpuRunner"]
@@ -48,6 +49,8 @@ class OrtGpuRunner(GpuRunner):
     ) -> None:
         """Args: `open_session` makes a session from options and the handle of a stream."""
         super().__init__(model, device)
+        self._model = model
+        self._of_nothing: Runner | None = None
         self._ort = ort
         self._stream = device.new_stream()
         options = ort.SessionOptions()
@@ -87,6 +90,8 @@ class OrtGpuRunner(GpuRunner):
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        if 0 in shape:
+            return self._compute_nothing(feeds, shape)
         binding, device = self._session.io_binding(), self.device
         spare = device.empty((1,), "float32")  # an empty tensor has no address of its own
         outputs = {
@@ -107,6 +112,14 @@ class OrtGpuRunner(GpuRunner):
         except Exception as exc:
             raise InvalidInputError(f"ONNX Runtime refused the inputs: {exc}") from exc
         return outputs
+
+    def _compute_nothing(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """By the CPU's provider: CUDA's ReduceSum refuses an axis of length 0 (1.31.1)."""
+        if self._of_nothing is None:
+            self._of_nothing = OrtCpuBackend().load(self._model)
+        arrays = {role: self.device.download(tensor) for role, tensor in feeds.items()}
+        outputs = self._of_nothing._execute(arrays, shape)
+        return {name: self.device.upload(array) for name, array in outputs.items()}
 
     def _place(self, port: Port, tensor: Any, spare: Any) -> tuple[Any, ...]:
         """What a binding wants to know of a tensor."""

@@ -18,7 +18,7 @@ _WARM_UP = 3
 _FEWEST, _MOST = 10, 200  # samples
 _ENOUGH = 0.3  # seconds of samples
 _COPIED = 1 << 30  # bytes, far beyond any cache, and beyond what a launch takes
-_SWEPT = 1 << 29  # bytes, beyond any cache; to write them takes longer than to launch a call
+_SWEPT = 1 << 29  # bytes, beyond any cache; to read them takes longer than to launch a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,12 @@ def _sample(
 
 
 def sweep(torch: Any, device: str = "cuda") -> Callable[[], object]:
-    """What leaves nothing of a call's tensors in the caches: a write of far more than they hold."""
-    room: Any = torch.empty(_SWEPT, dtype=torch.uint8, device=device)
-    return lambda: room.zero_()
+    """What leaves nothing of a call's tensors in the caches: a read of far more than they hold.
+
+    A write would leave as much to be written back while the call is timed.
+    """
+    room: Any = torch.ones(_SWEPT // 4, dtype=torch.float32, device=device)
+    return lambda: room.sum()
 
 
 def copy_bandwidth(torch: Any) -> float:

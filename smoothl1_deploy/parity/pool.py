@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import pickle
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TypeVar
 
 __all__ = ["each"]
@@ -37,23 +41,40 @@ def each(
     others = set(active_children())
     # spawn: torch's and ONNX Runtime's threads don't survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare)
-    try:
-        futures = {pool.submit(work, unit): unit for unit in units}
-        left = None if math.isinf(until) else max(0.0, until - time.monotonic())
-        finished = as_completed(futures, timeout=left)
-        while True:
-            try:
-                future = next(finished)
-            except StopIteration:
-                return
-            except TimeoutError:
-                pool.shutdown(wait=False, cancel_futures=True)
-                _end(others)
-                return
-            yield futures[future], future.result()
-    finally:
-        # After an interrupt the units that have not begun are dropped; the others take seconds.
-        pool.shutdown(wait=False, cancel_futures=True)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        try:
+            futures = {pool.submit(_filed, work, unit, folder): unit for unit in units}
+            left = None if math.isinf(until) else max(0.0, until - time.monotonic())
+            finished = as_completed(futures, timeout=left)
+            while True:
+                try:
+                    future = next(finished)
+                except StopIteration:
+                    return
+                except TimeoutError:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    _end(others)
+                    return
+                file = Path(future.result())
+                result: Result = pickle.loads(file.read_bytes())
+                file.unlink()
+                yield futures[future], result
+        finally:
+            # After an interrupt the units that have not begun are dropped; the others take seconds.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _filed(work: Callable[[Unit], Result], unit: Unit, folder: str) -> str:
+    """Where the result lies.
+
+    A process that is ended while it sends a large one leaves half of it in the pipe, and Python
+    waits at its exit for the other half. A path is written in one piece.
+    """
+    result = work(unit)
+    handle, path = tempfile.mkstemp(dir=folder)
+    with os.fdopen(handle, "wb") as file:
+        pickle.dump(result, file)
+    return path
 
 
 def _end(others: set[BaseProcess]) -> None:

@@ -74,6 +74,26 @@ def test_arrays_and_tensors(spec: LossSpec, shape: Any) -> None:
     assert set(device.launches) == {1}  # all on the session's own stream
 
 
+@pytest.mark.parametrize(
+    "spec", [LossSpec(0.5), LossSpec(0.5, "sum", "bfloat16"), LossSpec(0.5, per_sample=True),
+             LossSpec(runtime_beta=True, weight="weights", gradient=True)],
+    ids=lambda spec: spec.name,
+)  # fmt: skip
+def test_nothing_is_computed_without_the_gpu(spec: LossSpec) -> None:
+    """CUDA's ReduceSum refuses an axis of length 0, where the sum is 0 and the mean NaN."""
+    device = HostDevice()
+    runner = Cuda(device).load(export(spec, shape=("N", 4)))
+    more: dict[str, Any] = {"beta": 1.0} if spec.runtime_beta else {}
+    a, b = pair(spec, (0, 4))
+    if spec.weight:
+        more["weight"] = device.upload(a)
+    found = runner.run(device.upload(a), device.upload(b), **more)
+    if not more:
+        assert_right(spec, device.download(found["loss"]), a, b)
+    assert all(isinstance(each, torch.Tensor) for each in found.values())
+    assert device.launches == []
+
+
 def test_every_input_and_output() -> None:
     spec = LossSpec(reduction="mean", per_sample=True, gradient=True, weight="weights")
     runner = Cuda(HostDevice()).load(export(spec, shape=("N", 4)))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +31,28 @@ def test_processes_still_at_work_are_ended() -> None:
     for child in set(multiprocessing.active_children()) - before:
         child.join(20)
         assert child.exitcode is not None
+
+
+_LARGE = """
+import sys, time
+from smoothl1_deploy.parity.pool import each
+
+def work(n):
+    return bytes(3_000_000)
+
+if __name__ == "__main__":
+    print(sum(len(r) for _, r in each(work, range(100_000), 2, time.monotonic() + 7)) > 0)
+"""
+
+
+def test_a_process_ended_while_it_sends_holds_nobody_up(tmp_path: Path) -> None:
+    """Half of a large result in a pipe: the interpreter's exit waited for the rest for ever."""
+    script = tmp_path / "large.py"
+    script.write_text(_LARGE)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr == ""
 
 
 def test_what_a_matrix_left_out_is_named() -> None:
