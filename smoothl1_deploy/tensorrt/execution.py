@@ -2,7 +2,8 @@
 
 The calls are the same in tensorrt 10.0 to 11.4 and tensorrt_rtx 1.7; what only some of them have
 is looked up by name. Written against the documented API and tested with a fake made of the real
-attribute names: no GPU has run this module yet.
+attribute names. On the one GPU there was, an H200, tensorrt_rtx refuses every engine; no other has
+run this module.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ __all__ = ["Context", "Program", "deserialize"]
 
 _ALIGNMENT = 256  # bytes, of every address TensorRT is given
 
+#: What tensorrt_rtx 1.7.1.116 says on an H200, of an engine that it built there.
+_NO_SUCH_CARD = "so the engine cannot be rebuilt for it"
+
 
 def deserialize(engine: Engine, flavour: Flavour) -> tuple[Any, Any]:
     """The runtime and the engine it made of verified bytes; the runtime must outlive the engine.
@@ -40,9 +44,16 @@ def deserialize(engine: Engine, flavour: Flavour) -> tuple[Any, Any]:
                 "GPU and its driver"
             ) from exc
     if made is None:
+        reason = log.reason()
+        remedy = "Build it again on this machine, or for its GPU's compute capability"
+        if _NO_SUCH_CARD in reason:
+            remedy = (
+                "Hopper (9.0) runs engines of flavour='tensorrt'; without an engine, the backends "
+                "torch-triton and ort-cuda run on every card"
+            )
         raise BackendUnavailableError(
             f"{flavour} can't run the engine of {engine.sidecar.graph_name!r} here: "
-            f"{log.reason()}. Build it again on this machine, or for its GPU's compute capability"
+            f"{reason.rstrip('.')}. {remedy}"
         )
     return runtime, made
 

@@ -300,7 +300,8 @@ class _Runtime:
 
     def deserialize_cuda_engine(self, data: bytes) -> Any:
         if not getattr(self._fake, "gpu", False):
-            say(self._logger, "ERROR", "CUDA initialization failure with error: 35")
+            reason = getattr(self._fake, "refusal", "CUDA initialization failure with error: 35")
+            say(self._logger, "ERROR", reason)
             return None
         return self._fake.ICudaEngine(data.split(b"\0", 1)[1], self._logger)
 

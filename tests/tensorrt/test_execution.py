@@ -261,6 +261,24 @@ def test_an_engine_tensorrt_does_not_take(fake, backend, mean_model, tmp_path):
     )
 
 
+def test_a_card_the_flavour_does_not_know(fake, mean_model, tmp_path):
+    """The words of tensorrt_rtx 1.7.1.116 on an H200, of an engine built there."""
+    flavour = fake("rtx-1.7.1")
+    flavour.trt.refusal = (
+        "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine cannot run on "
+        "this GPU, which has compute capability 9.0. Supported compute capabilities: 8.0 8.6 8.9 "
+        "12.0 12.1 >12.0. TensorRT-RTX does not support this compute capability, so the engine "
+        "cannot be rebuilt for it. In throwUnlessComputeCapSupported at runtime.cpp:84)."
+    )
+    refusing = TrtBackend(flavour, cache_dir=tmp_path, device=HostDevice())
+    with pytest.raises(BackendUnavailableError) as caught:
+        refusing.load(mean_model)
+    assert str(caught.value).endswith(
+        "cpp:84). Hopper (9.0) runs engines of flavour='tensorrt'; without an engine, the backends "
+        "torch-triton and ort-cuda run on every card"
+    )
+
+
 def test_an_engine_without_weights(backend, mean_model):
     with pytest.raises(UnsupportedError, match="built with strip_plan and holds no weights"):
         backend(options=BuildOptions(strip_plan=True)).load(mean_model)
