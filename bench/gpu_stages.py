@@ -54,8 +54,8 @@ def main() -> None:
                 for i in (0, 1)
             )
             print(
-                f"{reduction} {dtype} 2^{log2}: one {gpu['one']:.1f}, two {gpu['two']:.1f} us of the"
-                f" GPU; one over two {gpu['one'] / gpu['two']:.2f}; call after call "
+                f"{reduction} {dtype} 2^{log2}: one {gpu['one']:.1f}, two {gpu['two']:.1f} us of "
+                f"the GPU; one over two {gpu['one'] / gpu['two']:.2f}; call after call "
                 f"{cpu['one']:.0f}, {cpu['two']:.0f} us",
                 flush=True,
             )

@@ -1,7 +1,7 @@
 """`Device`: a CUDA device as torch gives it: memory, streams, graphs, and arrays in and out.
 
 Everything this package asks of torch.cuda stands here, so that what runs on a GPU can be tested
-with a small fake where there is none. No GPU has run this module yet.
+with a small fake where there is none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """`torch-cuda`: PyTorch's own CUDA kernel, a further reference beside the one on the CPU.
 
-Its float16 and its gradient at beta = 0 are reported to differ from the CPU's. No GPU has run this
-module yet.
+Where it differs from the CPU's (its half formats, its gradient): docs/tensorrt.md.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ It computes what the artefact says it computes, and not its graph: the fastest h
 where no engine is built. `Triton` here is not the inference server of that name (`triton-http`).
 
 With TRITON_INTERPRET=1 in the environment before Python starts, Triton interprets the kernels on
-the CPU, some milliseconds a tile: the numbers can be checked where there is no GPU. No GPU has run
-this module yet.
+the CPU, some milliseconds a tile: the numbers can be checked where there is no GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Who is timed: PyTorch eager and compiled, and every GPU backend that can be used here.
-
-No GPU has run this module yet.
-"""
+"""Who is timed: PyTorch eager and compiled, and every GPU backend that can be used here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Seconds on a GPU, between CUDA events; and the bandwidth to hold them against.
-
-No GPU has run this module yet.
-"""
+"""Seconds on a GPU, between CUDA events; and the bandwidth to hold them against."""
 
 from __future__ import annotations
 
