@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,15 +78,23 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def stubs(pid: int) -> list[psutil.Process]:
-    children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if "stub" in child.name()]
+def stubs(pid: int) -> dict[psutil.Process, str]:
+    """The processes of the models, each with the name of the memory that it is given.
+
+    The same program is tried out twice before: once by us, and once by the server.
+    """
+    found = {}
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a trial is over at once
+            for word in child.cmdline():
+                if re.match("smoothl1_[0-9a-f]{12}_", word):
+                    found[child] = word
+    return found
 
 
 def prefix(pid: int) -> str:
     """What the shared memory of the servers below a process begins with."""
-    words = {word for stub in stubs(pid) for word in stub.cmdline() if word.startswith("smoothl1_")}
-    (found,) = {word.rpartition("_")[0] for word in words}
+    (found,) = {region.rpartition("_")[0] for region in stubs(pid).values()}
     return found
 
 
