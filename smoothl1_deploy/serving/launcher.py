@@ -280,18 +280,19 @@ class Server:
             at_once: don't wait for requests in flight.
         """
         process, self._process = self._process, None
-        self._http.clear()  # the server waits for open connections
-        if process is not None:
-            process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
-            try:
-                process.wait(_EXIT_SECONDS + 5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            with contextlib.suppress(ProcessLookupError):  # those of a server that was killed
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if self._prefix:
-            for region in Path("/dev/shm").glob(f"{self._prefix}*"):
-                region.unlink(missing_ok=True)
-        if self._state is not None:
-            shutil.rmtree(self._state, ignore_errors=True)
+        try:
+            self._http.clear()  # the server waits for open connections
+            if process is not None:
+                process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_EXIT_SECONDS + 5)
+        finally:  # Ctrl-C may come while it waits
+            if process is not None:
+                with contextlib.suppress(ProcessLookupError):  # the children too
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if self._prefix:
+                for region in Path("/dev/shm").glob(f"{self._prefix}*"):
+                    region.unlink(missing_ok=True)
+            if self._state is not None:
+                shutil.rmtree(self._state, ignore_errors=True)

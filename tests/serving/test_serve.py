@@ -177,6 +177,29 @@ def test_sigterm_before_the_server_answers_leaves_nothing_either(models: Path) -
     assert [*temporary.glob("smoothl1-deploy-serve-*")] == []
 
 
+def test_ctrl_c_while_it_ends_cuts_nothing_short(
+    certified: Path, triton: Triton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smoothl1_deploy.serving.launcher import Server
+
+    def interrupted(process: Any, timeout: float | None = None) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    server = Server(certified, triton)
+    server.start()
+    server.load("mean")
+    pid = server.pid
+    own, children = prefix(pid), psutil.Process(pid).children(recursive=True)
+    assert regions(own) and children
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.stop()
+    assert not psutil.pid_exists(pid)
+    assert regions(own) == []
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
 def test_a_server_whose_parent_ended_before_it_could_ask_is_none() -> None:
     from smoothl1_deploy.serving.launcher import _DIE_WITH_PARENT
 
