@@ -31,9 +31,11 @@ _RESTRICTED = "model-repository,shared-memory,statistics,trace,logging"
 _START_SECONDS = 60.0
 _EXIT_SECONDS = 3  # for requests in flight
 
-#: Ends the server when this process is killed; source: prctl(2), PR_SET_PDEATHSIG.
+#: Ends the server when this process is killed; source: prctl(2), PR_SET_PDEATHSIG. The signal of a
+#: parent that ended before it was asked for never comes.
 _DIE_WITH_PARENT = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
+    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
 )
 
 
@@ -93,7 +95,7 @@ class Server:
         self._loss_metrics = loss_metrics
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
-        self._state = Path()
+        self._state: Path | None = None
         self._prefix = ""
         self._log_start = 0
         self._addresses: Addresses | None = None
@@ -129,12 +131,19 @@ class Server:
         return None if self._process is None else self._process.poll()
 
     def start(self) -> None:
-        """Start it, and return when it answers.
+        """Start it, and return when it answers; where it doesn't, Ctrl-C included, nothing is left.
 
         Raises:
             ServerError: when it ends at once or doesn't answer; the message has its last words.
             SpecError: when a port that was asked for is taken, or the address is none of ours.
         """
+        try:
+            self._start()
+        except BaseException:
+            self.stop()  # `with` ends only what it has entered
+            raise
+
+    def _start(self) -> None:
         for attempt in range(3):
             ports = self._free_ports()
             self._spawn(ports)
@@ -176,13 +185,15 @@ class Server:
             return chosen
 
     def _spawn(self, ports: Mapping[str, int]) -> None:
-        self._state = Path(tempfile.mkdtemp(prefix="smoothl1-deploy-serve-"))
+        # Named before it is made: Ctrl-C within mkdtemp would leave a folder that nobody knows.
+        self._state = Path(tempfile.gettempdir(), f"smoothl1-deploy-serve-{secrets.token_hex(8)}")
+        self._state.mkdir(mode=0o700)
         self._log_start = self._log.stat().st_size if self._log and self._log.exists() else 0
         self._prefix = f"smoothl1_{secrets.token_hex(6)}_"
         command = [str(self.triton.binary), *self._options(ports)]
         # The signal comes when the thread that started the child ends: only the main one will do.
         if threading.current_thread() is threading.main_thread() and sys.platform == "linux":
-            command = [sys.executable, "-S", "-c", _DIE_WITH_PARENT, *command]
+            command = [sys.executable, "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
         try:
             with open(self._log or os.devnull, "ab") as log:
                 self._process = subprocess.Popen(
@@ -194,7 +205,6 @@ class Server:
                     start_new_session=True,  # Ctrl-C is ours to handle, and its children are found
                 )
         except OSError as exc:
-            shutil.rmtree(self._state, ignore_errors=True)
             raise OutputError(
                 f"can't write {self._log}: {exc.strerror or exc}; choose a file in a folder that "
                 "exists and that you may write to"
@@ -220,6 +230,7 @@ class Server:
 
     def _backends(self, home: Path) -> Path:
         """A backend directory with the stub of this Python, and with a backend for ONNX."""
+        assert self._state is not None
         folder = self._state / "backends"
         # Copies: Triton refuses a library that a link leads out of the folder.
         shutil.copytree(home / "pytriton/tritonserver/backends/python", folder / "python")
@@ -269,17 +280,19 @@ class Server:
             at_once: don't wait for requests in flight.
         """
         process, self._process = self._process, None
-        self._http.clear()  # the server waits for open connections
-        if process is not None:
-            process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
-            try:
-                process.wait(_EXIT_SECONDS + 5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            with contextlib.suppress(ProcessLookupError):  # those of a server that was killed
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if self._prefix:
-            for region in Path("/dev/shm").glob(f"{self._prefix}*"):
-                region.unlink(missing_ok=True)
-            shutil.rmtree(self._state, ignore_errors=True)
+        try:
+            self._http.clear()  # the server waits for open connections
+            if process is not None:
+                process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_EXIT_SECONDS + 5)
+        finally:  # Ctrl-C may come while it waits
+            if process is not None:
+                with contextlib.suppress(ProcessLookupError):  # the children too
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if self._prefix:
+                for region in Path("/dev/shm").glob(f"{self._prefix}*"):
+                    region.unlink(missing_ok=True)
+            if self._state is not None:
+                shutil.rmtree(self._state, ignore_errors=True)

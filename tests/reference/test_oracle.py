@@ -85,8 +85,9 @@ def test_random_elements(dtype: str, beta: float) -> None:
 @pytest.mark.parametrize("beta", [0.25, 1.0, 2.0])
 def test_around_the_boundary(dtype: str, beta: float) -> None:
     """|d| = beta and its neighbours, from both sides: exact, and beta / 2 in the middle."""
-    at = to_array([beta], dtype)
-    down, up = np.nextafter(at, 0 * at), np.nextafter(at, 2 * at)
+    # Not 0 * at and 2 * at: before numpy 2.1.3 an int beside a bfloat16 makes float32.
+    at, zero, twice = (to_array([number], dtype) for number in (beta, 0.0, 2 * beta))
+    down, up = np.nextafter(at, zero), np.nextafter(at, twice)
     d = np.concatenate([down, at, up, -down, -at, -up])
     spec = LossSpec(beta, "none", dtype)
     losses = oracle(spec, d, np.zeros_like(d))

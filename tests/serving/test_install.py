@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,7 @@ def test_a_server_whose_parent_is_killed_ends(tmp_path: Path, triton: Triton) ->
     parent = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "models")],
         stdout=subprocess.PIPE, text=True, cwd=root,
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # nobody is left to remove its folder
     )  # fmt: skip
     assert parent.stdout is not None
     server = psutil.Process(int(parent.stdout.readline()))

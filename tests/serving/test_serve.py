@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -47,14 +48,18 @@ def models(tmp_path: Path, certified: Path) -> Path:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def serving(
+    folder: Path, *options: str, **variables: str
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """The command in a process of its own, and the place of its ready file."""
     ready = folder.parent / "ready.json"
     command = [sys.executable, "-m", "smoothl1_deploy", "serve", str(folder)]
     command += ["--ready-file", str(ready), "--logs", str(folder.parent / "logs"), *options]
+    environment = {**os.environ, **variables}
     process = subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
     try:
         yield process, ready
     finally:
@@ -77,15 +82,23 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def stubs(pid: int) -> list[psutil.Process]:
-    children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if "stub" in child.name()]
+def stubs(pid: int) -> dict[psutil.Process, str]:
+    """The processes of the models, each with the name of the memory that it is given.
+
+    The same program is tried out twice before: once by us, and once by the server.
+    """
+    found = {}
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a trial is over at once
+            for word in child.cmdline():
+                if re.match("smoothl1_[0-9a-f]{12}_", word):
+                    found[child] = word
+    return found
 
 
 def prefix(pid: int) -> str:
     """What the shared memory of the servers below a process begins with."""
-    words = {word for stub in stubs(pid) for word in stub.cmdline() if word.startswith("smoothl1_")}
-    (found,) = {word.rpartition("_")[0] for word in words}
+    (found,) = {region.rpartition("_")[0] for region in stubs(pid).values()}
     return found
 
 
@@ -141,6 +154,61 @@ def test_sigterm_before_it_is_ready_leaves_nothing_either(models: Path) -> None:
     assert not ready.exists()
     assert not psutil.wait_procs(children, timeout=5)[1]
     assert regions(own) == []
+
+
+def test_sigterm_before_the_server_answers_leaves_nothing_either(models: Path) -> None:
+    programs, temporary = models.parent / "programs", models.parent / "temporary"
+    for folder in (programs, temporary):
+        folder.mkdir()
+    # In the place of a server that takes long to start.
+    (programs / "tritonserver").write_text("#!/bin/sh\nexec sleep 60\n")
+    (programs / "tritonserver").chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    with serving(models, PATH=path, TMPDIR=str(temporary)) as (process, ready):
+        children = psutil.Process(process.pid).children
+        until(lambda: [child.name() for child in children()] == ["sleep"], process)
+        (server,) = children()
+        assert len([*temporary.glob("smoothl1-deploy-serve-*")]) == 1
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert not ready.exists()
+    assert not server.is_running()
+    assert [*temporary.glob("smoothl1-deploy-serve-*")] == []
+
+
+def test_ctrl_c_while_it_ends_cuts_nothing_short(
+    certified: Path, triton: Triton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smoothl1_deploy.serving.launcher import Server
+
+    def interrupted(process: Any, timeout: float | None = None) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    server = Server(certified, triton)
+    server.start()
+    server.load("mean")
+    pid = server.pid
+    own, children = prefix(pid), psutil.Process(pid).children(recursive=True)
+    assert regions(own) and children
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.stop()
+    assert not psutil.pid_exists(pid)
+    assert regions(own) == []
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+def test_a_server_whose_parent_ended_before_it_could_ask_is_none() -> None:
+    from smoothl1_deploy.serving.launcher import _DIE_WITH_PARENT
+
+    def said(parent: int) -> str:
+        command = [sys.executable, "-S", "-c", _DIE_WITH_PARENT, str(parent), "/bin/echo", "here"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert said(os.getpid()) == "here\n"
+    assert said(os.getpid() + 1) == ""
 
 
 def test_a_wrong_number_is_not_ready(models: Path) -> None:
