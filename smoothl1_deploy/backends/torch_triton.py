@@ -147,13 +147,23 @@ class TorchTritonBackend(GpuBackend):
         what = f"the {self.name} backend"
         torch = require("torch", "torch", what)
         version = require("triton", "triton", what).__version__
-        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        if _release(version) < _OLDEST:
             raise BackendUnavailableError(
                 f"{what} needs triton {'.'.join(map(str, _OLDEST))} or newer; {version} here takes "
                 "subnormal numbers for 0 when it divides. Install it with: pip install -U "
                 "'smoothl1-deploy[triton]'"
             )
         self._fused = importlib.import_module(".fused", __package__)
+        if (
+            self._fused.INTERPRETED
+            and _release(version) < (3, 7)
+            and _release(np.__version__) >= (2, 4)
+        ):
+            raise BackendUnavailableError(
+                f"{what} interpreted on the CPU needs triton 3.7 or newer with numpy "
+                f"{np.__version__}, on which the interpreter of {version} stops. Install it with: "
+                "pip install -U 'smoothl1-deploy[triton]'"
+            )
         if device is None:
             device = InterpretedDevice(torch, 0) if self._fused.INTERPRETED else _find(what)
         super().__init__(device)
@@ -172,6 +182,10 @@ class TorchTritonBackend(GpuBackend):
             UnsupportedError: for a gradient, or weights.
         """
         return TorchTritonRunner(model, self._device, self._fused, self._one_launch)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _find(what: str) -> Device:

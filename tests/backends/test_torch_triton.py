@@ -421,6 +421,14 @@ def test_a_triton_that_flushes_subnormals(monkeypatch: pytest.MonkeyPatch) -> No
         "the torch-triton backend needs triton 3.6 or newer; 3.5.1 here takes subnormal numbers "
         "for 0 when it divides. Install it with: pip install -U 'smoothl1-deploy[triton]'"
     )
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(np, "__version__", "2.4.1")
+    with pytest.raises(
+        BackendUnavailableError, match=r"needs triton 3\.7 or newer with numpy 2\.4"
+    ):
+        base.get_backend("torch-triton")
+    monkeypatch.setattr(np, "__version__", "2.3.5")
+    assert TorchTritonBackend().name == "torch-triton"
     monkeypatch.setattr(triton, "__version__", "3.10.0")
     assert TorchTritonBackend().name == "torch-triton"
 
