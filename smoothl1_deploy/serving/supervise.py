@@ -81,6 +81,13 @@ def models_of(server: Server, chosen: Iterable[str] | None = None) -> tuple[list
             "writes a model repository"
         )
     served, notes = [], []
+    if chosen is None:
+        folders = (path.name for path in server.repository.glob("[!.]*/") if path.is_dir())
+        notes = [
+            f"{name} is left out: it has no {CONFIG_FILE}; smoothl1-deploy repository --lint "
+            f"{server.repository} says what a model needs"
+            for name in sorted({*folders} - {*found})
+        ]
     for name in names:
         kind = _platform(server.repository / name)
         if server.triton.platforms is None or kind in server.triton.platforms:

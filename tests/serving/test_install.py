@@ -144,6 +144,20 @@ def test_the_models_it_can_not_serve_are_left_out_aloud(tmp_path: Path, triton: 
         models_of(server, ["huber"])
 
 
+def test_a_folder_without_a_config_is_left_out_aloud(tmp_path: Path, triton: Triton) -> None:
+    write_loss(tmp_path, LossSpec(), name="mean")
+    (tmp_path / "forgotten" / "1").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "notes.txt").write_text("a file is no model")
+    server = Server(tmp_path, triton)
+    assert models_of(server) == (
+        ["mean"],
+        ["forgotten is left out: it has no config.pbtxt; smoothl1-deploy repository --lint "
+         f"{tmp_path} says what a model needs"],
+    )  # fmt: skip
+    assert models_of(server, ["mean"]) == (["mean"], [])
+
+
 def test_a_folder_that_is_no_repository(tmp_path: Path, triton: Triton) -> None:
     with pytest.raises(ArtefactError, match="no folder with a config.pbtxt"):
         models_of(Server(tmp_path, triton))
