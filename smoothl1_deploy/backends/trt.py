@@ -1,6 +1,6 @@
 """`trt`: a TensorRT engine on the GPU, built from the model or read from a file.
 
-No GPU has run this module yet; see `smoothl1_deploy.tensorrt.execution`.
+No GPU has run an engine of this module yet; see `smoothl1_deploy.tensorrt.execution`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import onnx
 from onnx import helper
 
 from ..device import Device
-from ..errors import ArtefactError
+from ..errors import ArtefactError, BackendUnavailableError
 from ..graph.elements import ELEMENT_TYPE
 from ..spec import LossSpec
 from ..tensorrt.builder import build_engine
 from ..tensorrt.cache import EngineCache, default_cache_dir
 from ..tensorrt.engine import Engine, read_engine
 from ..tensorrt.execution import Program
-from ..tensorrt.flavour import Flavour, get_flavour
+from ..tensorrt.flavour import ELSEWHERE, Flavour, get_flavour
+from ..tensorrt.gpu import current_gpu
 from ..tensorrt.options import BuildOptions
 from ..tensorrt.profile import InputShape, ProfileRequest, input_shapes
 from .gpu import Compute, GpuBackend, GpuRunner
@@ -109,6 +110,13 @@ class TrtBackend(GpuBackend):
     ) -> None:
         self._flavour = get_flavour(flavour)
         super().__init__(device)
+        gpu = current_gpu()
+        if gpu is not None and not self._flavour.knows(gpu.compute_capability):
+            raise BackendUnavailableError(
+                f"{self._flavour} runs no engine on {gpu.name}, which has compute capability "
+                f"{gpu.compute_capability}; it knows {', '.join(self._flavour.capabilities)}. "
+                f"{ELSEWHERE}"
+            )
         self._profile = profile
         self._options = options
         self._root = default_cache_dir() if cache_dir is None else Path(cache_dir)

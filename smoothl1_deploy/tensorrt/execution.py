@@ -17,7 +17,7 @@ from typing import Any
 from ..device import Device
 from ..errors import BackendUnavailableError, InvalidInputError, SpecError, UnsupportedError
 from .engine import Engine
-from .flavour import Flavour
+from .flavour import ELSEWHERE, Flavour
 from .runtime_cache import RuntimeCache
 
 __all__ = ["Context", "Program", "deserialize"]
@@ -47,10 +47,7 @@ def deserialize(engine: Engine, flavour: Flavour) -> tuple[Any, Any]:
         reason = log.reason()
         remedy = "Build it again on this machine, or for its GPU's compute capability"
         if _NO_SUCH_CARD in reason:
-            remedy = (
-                "Hopper (9.0) runs engines of flavour='tensorrt'; without an engine, the backends "
-                "torch-triton and ort-cuda run on every card"
-            )
+            remedy = ELSEWHERE
         raise BackendUnavailableError(
             f"{flavour} can't run the engine of {engine.sidecar.graph_name!r} here: "
             f"{reason.rstrip('.')}. {remedy}"

@@ -10,6 +10,7 @@ is written against the attribute names of tensorrt 10.0 to 11.4 and tested with 
 
 from __future__ import annotations
 
+import re
 import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -24,10 +25,16 @@ from ..errors import (
 )
 from .logger import LogCapture, capture_log, get_logger
 
-__all__ = ["FLAVOURS", "Flavour", "available_flavours", "get_flavour", "missing"]
+__all__ = ["ELSEWHERE", "FLAVOURS", "Flavour", "available_flavours", "get_flavour", "missing"]
 
 #: flavour -> the extra of this package that brings it.
 FLAVOURS = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
+
+#: What helps on a card that tensorrt_rtx does not know.
+ELSEWHERE = (
+    "Hopper (9.0) runs engines of flavour='tensorrt', and the backends torch-triton and ort-cuda "
+    "need no engine"
+)
 
 _lock = threading.Lock()
 _usable: dict[str, Flavour] = {}
@@ -76,6 +83,21 @@ class Flavour:
                 f"Leave {what} out, or use another flavour or version"
             )
         return found
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The compute capabilities it has a name for (`"8.9"`), in order; () without such names.
+
+        A runtime takes newer cards than these too, and none between them (tensorrt_rtx 1.7.1).
+        """
+        names = dir(getattr(self.trt, "ComputeCapability", None))
+        numbers = sorted(int(name[2:]) for name in names if re.fullmatch(r"SM\d+", name))
+        return tuple(f"{number // 10}.{number % 10}" for number in numbers)
+
+    def knows(self, capability: str) -> bool:
+        """Whether it may run engines on a card of this compute capability."""
+        known = self.capabilities
+        return not known or capability in known or float(capability) > float(known[-1])
 
     def flags(self) -> dict[str, Any]:
         """Every builder flag of this version, by name."""

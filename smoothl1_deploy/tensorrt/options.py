@@ -187,10 +187,7 @@ def _set_capabilities(config: Any, flavour: Flavour, wanted: tuple[str, ...]) ->
         name = "CURRENT" if capability == "current" else "SM" + capability.replace(".", "")
         member = flavour.member("ComputeCapability", name)
         if member is None:
-            known = [c for c in dir(flavour.trt.ComputeCapability) if re.fullmatch(r"SM\d+", c)]
-            listed = ", ".join(
-                f"{c[2:-1]}.{c[-1]}" for c in sorted(known, key=lambda c: int(c[2:]))
-            )
+            listed = ", ".join(flavour.capabilities)
             hint = (
                 "; Hopper (9.0) runs engines of flavour='tensorrt'" if capability == "9.0" else ""
             )
