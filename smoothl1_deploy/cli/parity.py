@@ -172,7 +172,8 @@ def _matrix(
         if quick:  # a server takes longer to start than all the rest
             wire = [name for name in chosen if name in OVER_THE_WIRE]
             chosen = tuple(name for name in chosen if name not in wire)
-            absent += (f"quick: no {' and no '.join(wire)}; --backend asks for it",) * bool(wire)
+            if wire:
+                absent += (f"quick: no {' and no '.join(wire)}; --backend asks for it",)
     else:
         chosen = tuple(dict.fromkeys(backends))
         for name in chosen:
