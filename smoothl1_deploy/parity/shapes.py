@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..artefact import Signature
+from ..errors import ArtefactError
 from ..graph import shapes as graph_shapes
 
 __all__ = ["Pair", "Shape", "ShapePlan", "elements"]
@@ -43,7 +44,11 @@ class ShapePlan:
 
     @classmethod
     def of(cls, signature: Signature) -> ShapePlan:
-        """The plan of a signature; of any rank is taken as (N, 16)."""
+        """The plan of a signature; of any rank is taken as (N, 16).
+
+        Raises:
+            ArtefactError: when input and target can't be broadcast, whatever is fed.
+        """
         a = signature.input.shape
         b = signature.target.shape
         a, b = (b if a is None else a), (a if b is None else b)
@@ -64,7 +69,15 @@ class ShapePlan:
         free = dict.fromkeys(
             tuple(sorted(group[name], key=order.index)) for name in order if name not in sizes
         )
-        return cls(a, b, sizes, tuple(free))
+        plan = cls(a, b, sizes, tuple(free))
+        try:
+            elements(plan.small())
+        except ValueError:
+            raise ArtefactError(
+                f"the model's input has the shape ({', '.join(map(str, a))}) and its target "
+                f"({', '.join(map(str, b))}), so no arrays broadcast to one shape; mend the model"
+            ) from None
+        return plan
 
     @property
     def growing(self) -> str | None:

@@ -114,6 +114,11 @@ class Journal:
                 raise OutputError(
                     f"can't write the journal {path}: it is a folder; give a file with --journal"
                 )
+            if path.exists() and not path.is_file():
+                raise OutputError(  # opened, a pipe would wait for somebody who reads it
+                    f"can't write the journal {path}: it is a pipe or a device; give a file with "
+                    "--journal"
+                )
             self._lock.acquire(blocking=False)
         except filelock.Timeout:
             raise OutputError(

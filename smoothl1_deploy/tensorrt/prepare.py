@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -96,7 +97,7 @@ def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
                 casts.append(f"{scope.where}{_label(node)}")
         for tensor, where in _tensors(scope):
             if tensor.data_type == TensorProto.DOUBLE:
-                value = numpy_helper.to_array(tensor).astype(np.float32)
+                value = _value(tensor, where).astype(np.float32)
                 tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
                 constants.append(where)
         for value in scope.values:
@@ -173,7 +174,7 @@ def _check_constants(scope: _Scope) -> None:
             raise UnsupportedError(
                 f"the constant {where!r} is float64 of shape {tuple(tensor.dims)}. {_REMEDY}"
             )
-        value = numpy_helper.to_array(tensor)
+        value = _value(tensor, where)
         with np.errstate(over="ignore"):
             exact = np.float64(value.astype(np.float32)) == value or np.isnan(value)
         if not exact:
@@ -181,6 +182,18 @@ def _check_constants(scope: _Scope) -> None:
                 f"the constant {where!r} is the float64 {float(value)!r}, "
                 f"which float32 can't hold. {_REMEDY}"
             )
+
+
+def _value(tensor: TensorProto, where: str) -> Any:
+    """The numbers of a constant.
+
+    Raises:
+        ArtefactError: where there are not as many as its shape says.
+    """
+    try:
+        return numpy_helper.to_array(tensor)
+    except ValueError as exc:
+        raise ArtefactError(f"the constant {where!r} can't be read: {exc}") from exc
 
 
 def _check_nodes(scope: _Scope) -> None:

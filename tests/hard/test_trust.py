@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper
 from security_page import table
@@ -24,6 +24,9 @@ from smoothl1_deploy.artefact import read_model
 from smoothl1_deploy.cli.export import parse_shape
 from smoothl1_deploy.files import write_atomic
 from smoothl1_deploy.npy import read_archive, read_array
+from smoothl1_deploy.scoring.score import score_files
+from smoothl1_deploy.scoring.scorer import make_job
+from smoothl1_deploy.scoring.shards import locate
 from smoothl1_deploy.tensorrt.engine import read_engine
 from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
 
@@ -144,6 +147,26 @@ case("a model whose element count overflows int64")(lambda folder: load(_sized(2
 case("`verify` of a model of 2^40 elements")(
     lambda folder: verify(_sized(2**40), spec=LossSpec(reduction="none"))
 )
+
+
+@case("`verify` of a model whose input and target fit no arrays")
+def _unfit(folder: Path) -> object:
+    nodes = """
+        a = ReduceMean<keepdims=0>(input)
+        b = ReduceMean<keepdims=0>(target)
+        loss = Sub(a, b)"""
+    ports = "float[N, 16] input, float[N, 4] target"
+    text = f'<ir_version: 10, opset_import: ["" : 18]> g ({ports}) => (float loss) {{{nodes}}}'
+    return verify(onnx.parser.parse_model(text), spec=LossSpec())
+
+
+@case("a float64 constant without its number, for TensorRT")
+def _numberless(folder: Path) -> object:
+    model = _sized(4, 16)
+    model.graph.initializer.append(TensorProto(name="empty", data_type=TensorProto.DOUBLE))
+    return build_engine(model)
+
+
 case("an export whose element count overflows int64")(
     lambda folder: export(LossSpec(), shape=parse_shape(f"{2**31},{2**32},2"))
 )
@@ -247,6 +270,15 @@ case("output to a device")(lambda folder: write_atomic("/dev/null", b"data"))
 def _pipe(folder: Path) -> object:
     os.mkfifo(folder / "a.npy")
     return read_array(folder / "a.npy", "float32")
+
+
+@case("a journal that is a pipe")
+def _journal(folder: Path) -> object:
+    os.mkfifo(folder / "journal")
+    paths = {name: folder / f"{name}.npy" for name in ("input", "target")}
+    for path in paths.values():
+        np.save(path, np.ones((4, 16), np.float32))
+    return score_files(make_job(LossSpec()), locate(paths, {}), journal=folder / "journal")
 
 
 case("a file name with a NUL")(lambda folder: read_array(folder / "a\0b.npy", "float32"))
