@@ -21,17 +21,21 @@ from smoothl1_deploy.backends import fused
 from smoothl1_deploy.backends.torch_triton import TorchTritonBackend
 from smoothl1_deploy.gpu_report.timing import copy_bandwidth, sweep, time_calls
 
-#: Elements -> tiles (elements, warps) of `none`, tiles of a sum, programs of a sum.
 Sizes = tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...], tuple[int, ...]]
+#: Elements -> tiles (elements, warps) of `none`, tiles of a sum, programs of a sum.
 TRIED: dict[int, Sizes] = {
     1 << 26: (
         ((1024, 4), (2048, 4), (4096, 8)),
         (*product((1024, 2048, 4096), (4, 8)), (8192, 8), (8192, 16)),
         (1024, 2048, 4096, 8192, 16384),
     ),
-    1 << 20: (((512, 4), (1024, 4), (2048, 4)), (*product((1024, 2048, 4096), (4, 8)),), (4096,)),
-    1 << 18: (((256, 4), (512, 4), (1024, 4)), (*product((1024, 2048, 4096), (4, 8)),), (4096,)),
-    1 << 14: (((256, 2), (256, 4), (512, 4)), (*product((1024, 2048, 4096), (4, 8)),), (4096,)),
+    1 << 20: (
+        ((512, 4), (1024, 4), (2048, 4)),
+        tuple(product((1024, 2048, 4096), (4, 8))),
+        (4096,),
+    ),
+    1 << 18: (((256, 4), (512, 4), (1024, 4)), tuple(product((1024, 2048, 4096), (4, 8))), (4096,)),
+    1 << 14: (((256, 2), (256, 4), (512, 4)), tuple(product((1024, 2048, 4096), (4, 8))), (4096,)),
     1 << 10: (((128, 1), (256, 2), (256, 4), (512, 4)), ((1024, 2), (1024, 4), (1024, 8)), (1,)),
 }
 DTYPES = {"float32": 4, "float16": 2}

@@ -91,6 +91,12 @@ class Device:
         """As the driver calls it, for instance `"NVIDIA L4"`."""
         return str(self._torch.cuda.get_device_name(self.index))
 
+    @property
+    def capability(self) -> str:
+        """Its compute capability, for instance `"8.9"`."""
+        major, minor = self._torch.cuda.get_device_capability(self.index)
+        return f"{major}.{minor}"
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """A tensor with nothing in it yet."""
         return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self._place)

@@ -19,6 +19,7 @@ __all__ = ["HostDevice", "on_host_device"]
 
 class HostDevice(Device):
     kind = "cpu"
+    capability = "8.9"
 
     def __init__(self) -> None:
         super().__init__(torch, 0)

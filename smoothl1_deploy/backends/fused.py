@@ -20,10 +20,10 @@ their last step differs under the interpreter, which takes a millisecond an elem
 bfloat16 is read and written as its bits, int16: the interpreter of Triton 3.9 truncates to bfloat16
 and spoils its subnormals. On a GPU it is a shift in and four operations out.
 
-A division an element takes as long as the memory takes for the element: where beta is a power of
+A division an element costs float16 sums a fifth of their time on an H200: where beta is a power of
 two, which it mostly is, the product with its inverse is the same number, and cheap.
 
-The sizes below are what was fastest on an H200; see `bench/fused_sizes.py`.
+The sizes below were the fastest on an H200, or within 2 % of it; see `bench/fused_sizes.py`.
 """
 
 # Triton reads the source of these functions, and their annotations as objects.
@@ -40,7 +40,6 @@ __all__ = ["INTERPRETED", "Launch", "Losses", "Plan", "Rows", "plan"]
 
 _BLOCK = (1024, 4)  # elements of a tile of `none`, and the warps on it
 _TILE = (2048, 8)  # and of a reduction
-_FEW = 1  # tiles of a row that one program adds up alone: one launch
 _PROGRAMS = 4096  # in which a reduction is cut at most; each leaves one partial sum
 _COMBINED = 128  # partial sums a warp
 _LARGEST_POWER = 2.0**127  # of two that is a float32
@@ -298,12 +297,12 @@ class Plan:
 
 
 def plan(rows: int, columns: int, *, one_launch: bool = False) -> Plan:
-    """One launch for short rows or many, or where it is asked for; two for others."""
+    """One launch for rows of one tile or many rows, or where it is asked for; two for others."""
     size, warps = _TILE
     width = min(max(_power(columns), 16), size)
     height = min(_power(rows), size // width)
     across, down = -(-columns // width), -(-rows // height)
-    parts = 1 if one_launch or across <= _FEW else max(1, min(across, _PROGRAMS // max(down, 1)))
+    parts = 1 if one_launch else max(1, min(across, _PROGRAMS // max(down, 1)))
     tiles = -(-across // parts)
     programs = down, max(1, -(-across // max(tiles, 1)))
     return Plan(rows, columns, (height, width), warps, tiles, programs)
@@ -368,7 +367,7 @@ def _as_bits(tensor: Any) -> Any:
 
 
 class _Beta:
-    """How kernels get beta: as a number, which they are compiled for, or from the device.
+    """How kernels get beta: as a number, with its inverse, or from the device.
 
     A number is float32; at run time and for float64 it is a tensor of rank 0, so that no call waits
     for it.
@@ -376,11 +375,12 @@ class _Beta:
 
     def __init__(self, beta: float | None, dtype: str) -> None:
         self.fixed = beta is not None and dtype != "float64"
-        inverse = _inverse(beta) if beta is not None and self.fixed else None
-        self.numbers: tuple[float, ...] = (0.0 if inverse is None else inverse,)
+        self.numbers: tuple[float, ...] = (0.0,)
+        self.form = {"BETA": 0}
         if beta is not None and self.fixed:
-            self.numbers = beta, *self.numbers
-        self.form = {"BETA": 0 if not self.fixed else 1 if inverse is None else 2}
+            inverse = _inverse(beta)
+            self.numbers = beta, 0.0 if inverse is None else inverse
+            self.form = {"BETA": 1 if inverse is None else 2}
 
 
 class Losses:
@@ -404,12 +404,8 @@ class Losses:
 
     def __call__(self, input: Any, target: Any, beta: Any, loss: Any, partial: Any) -> None:
         """Launch it on contiguous tensors of one dtype; `beta` of rank 0; `partial` is not used."""
-        if self._launch is None:
-            return
-        if self._beta.fixed:
-            self._launch(input, target, loss)
-        else:
-            self._launch(input, target, loss, beta)
+        if self._launch is not None:
+            self._launch(input, target, loss, *(() if self._beta.fixed else (beta,)))
 
 
 class Rows:

@@ -21,7 +21,6 @@ from ..tensorrt.cache import EngineCache, default_cache_dir
 from ..tensorrt.engine import Engine, read_engine
 from ..tensorrt.execution import Program
 from ..tensorrt.flavour import ELSEWHERE, Flavour, get_flavour
-from ..tensorrt.gpu import current_gpu
 from ..tensorrt.options import BuildOptions
 from ..tensorrt.profile import InputShape, ProfileRequest, input_shapes
 from .gpu import Compute, GpuBackend, GpuRunner
@@ -110,12 +109,11 @@ class TrtBackend(GpuBackend):
     ) -> None:
         self._flavour = get_flavour(flavour)
         super().__init__(device)
-        gpu = current_gpu()
-        if gpu is not None and not self._flavour.knows(gpu.compute_capability):
+        card = self._device
+        if not self._flavour.knows(card.capability):
             raise BackendUnavailableError(
-                f"{self._flavour} runs no engine on {gpu.name}, which has compute capability "
-                f"{gpu.compute_capability}; it knows {', '.join(self._flavour.capabilities)}. "
-                f"{ELSEWHERE}"
+                f"{self._flavour} runs no engine on {card.name}, which has compute capability "
+                f"{card.capability}; it knows {', '.join(self._flavour.capabilities)}. {ELSEWHERE}"
             )
         self._profile = profile
         self._options = options

@@ -66,10 +66,10 @@ def measure(
 def _gpu(torch: Any, index: int) -> dict[str, Any]:
     """The card as torch sees it; the driver's version as nvidia-smi does."""
     found = current_gpu()
-    major, minor = torch.cuda.get_device_capability(index)
+    card = Device(torch, index)
     return {
-        "name": torch.cuda.get_device_name(index),
-        "compute_capability": f"{major}.{minor}",
+        "name": card.name,
+        "compute_capability": card.capability,
         "driver": found.driver if found else "unknown",
         "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
     }

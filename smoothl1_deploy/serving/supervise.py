@@ -82,7 +82,7 @@ def models_of(server: Server, chosen: Iterable[str] | None = None) -> tuple[list
         )
     served, notes = [], []
     if chosen is None:
-        folders = (path.name for path in server.repository.glob("[!.]*/") if path.is_dir())
+        folders = (path.name for path in server.repository.glob("[!.]*") if path.is_dir())
         notes = [
             f"{name} is left out: it has no {CONFIG_FILE}; smoothl1-deploy repository --lint "
             f"{server.repository} says what a model needs"

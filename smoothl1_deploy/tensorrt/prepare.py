@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
 from ..errors import ArtefactError, UnsupportedError
+from ..floats import Array
 from ..graph.metadata import HASH, ROUTE, SERVED, SPEC, VERSION
 from ..graph.nesting import check_nesting
 
@@ -184,16 +184,17 @@ def _check_constants(scope: _Scope) -> None:
             )
 
 
-def _value(tensor: TensorProto, where: str) -> Any:
+def _value(tensor: TensorProto, where: str) -> Array:
     """The numbers of a constant.
 
     Raises:
         ArtefactError: where there are not as many as its shape says.
     """
     try:
-        return numpy_helper.to_array(tensor)
+        value: Array = numpy_helper.to_array(tensor)
     except ValueError as exc:
         raise ArtefactError(f"the constant {where!r} can't be read: {exc}") from exc
+    return value
 
 
 def _check_nodes(scope: _Scope) -> None:

@@ -102,7 +102,7 @@ def test_one_number_a_row(layout: str, dtype: str, reduction: str) -> None:
 def test_many_programs_and_tiles_along_a_row(
     monkeypatch: pytest.MonkeyPatch, fused: Any, dtype: str, rows: int
 ) -> None:
-    for name, value in {"_TILE": (64, 1), "_FEW": 1, "_PROGRAMS": 8}.items():
+    for name, value in {"_TILE": (64, 1), "_PROGRAMS": 8}.items():
         monkeypatch.setattr(fused, name, value)
     how = fused.plan(rows, 1000)
     assert how.tiles > 1 and how.programs[1] > 1

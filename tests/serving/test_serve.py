@@ -177,21 +177,27 @@ def test_sigterm_before_the_server_answers_leaves_nothing_either(models: Path) -
     assert [*temporary.glob("smoothl1-deploy-serve-*")] == []
 
 
-def test_ctrl_c_while_it_ends_cuts_nothing_short(
-    certified: Path, triton: Triton, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def up(certified: Path, triton: Triton) -> tuple[Any, str, list[psutil.Process]]:
+    """A server in this process with a model, what its memory is called, and its processes."""
     from smoothl1_deploy.serving.launcher import Server
-
-    def interrupted(process: Any, timeout: float | None = None) -> None:
-        monkeypatch.undo()
-        raise KeyboardInterrupt
 
     server = Server(certified, triton)
     server.start()
     server.load("mean")
-    pid = server.pid
-    own, children = prefix(pid), psutil.Process(pid).children(recursive=True)
+    own, children = prefix(server.pid), psutil.Process(server.pid).children(recursive=True)
     assert regions(own) and children
+    return server, own, children
+
+
+def test_ctrl_c_while_it_ends_cuts_nothing_short(
+    certified: Path, triton: Triton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(process: Any, timeout: float | None = None) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    server, own, children = up(certified, triton)
+    pid = server.pid
     monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         server.stop()
@@ -310,14 +316,7 @@ def test_only_loopback_listens(server: Any) -> None:
 def test_a_server_that_is_killed_leaves_no_memory_and_no_child(
     certified: Path, triton: Triton
 ) -> None:
-    from smoothl1_deploy.serving.launcher import Server
-
-    server = Server(certified, triton)
-    server.start()
-    server.load("mean")
-    pid = server.pid
-    own, children = prefix(pid), psutil.Process(pid).children(recursive=True)
-    assert regions(own) and children
+    server, own, children = up(certified, triton)
     server.stop(at_once=True)
     assert regions(own) == []
     assert not psutil.wait_procs(children, timeout=5)[1]

@@ -28,7 +28,7 @@ from smoothl1_deploy.errors import (
 from smoothl1_deploy.parity.cases import LAYOUTS
 from smoothl1_deploy.tensorrt.engine import read_verified, write_engine
 from smoothl1_deploy.tensorrt.execution import Program, _aligned
-from smoothl1_deploy.tensorrt.gpu import Gpu, current_gpu
+from smoothl1_deploy.tensorrt.gpu import current_gpu
 from smoothl1_deploy.tensorrt.layers import engine_layers
 from smoothl1_deploy.tensorrt.options import BuildOptions
 from smoothl1_deploy.tensorrt.profile import InputShape, input_shapes
@@ -279,16 +279,19 @@ def test_a_card_the_flavour_does_not_know(fake, mean_model, tmp_path):
     )
 
 
+def card(capability):
+    device = HostDevice()
+    device.capability = capability
+    return device
+
+
 @pytest.mark.parametrize("capability", ["7.0", "9.0", "10.0"])
-def test_a_card_that_the_flavour_has_no_name_for(fake, tmp_path, monkeypatch, capability):
+def test_a_card_that_the_flavour_has_no_name_for(fake, tmp_path, capability):
     """It builds there and does not run, so doctor had better say it first (seen on an H200)."""
-    monkeypatch.setattr(
-        "smoothl1_deploy.backends.trt.current_gpu", lambda: Gpu("a card", capability, "580.1")
-    )
     with pytest.raises(BackendUnavailableError) as caught:
-        TrtBackend(fake("rtx-1.7.1"), cache_dir=tmp_path, device=HostDevice())
+        TrtBackend(fake("rtx-1.7.1"), cache_dir=tmp_path, device=card(capability))
     assert str(caught.value) == (
-        f"tensorrt_rtx 1.7.1 runs no engine on a card, which has compute capability {capability}; "
+        f"tensorrt_rtx 1.7.1 runs no engine on a host, which has compute capability {capability}; "
         "it knows 7.5, 8.0, 8.6, 8.9, 12.0, 12.1. Hopper (9.0) runs engines of flavour='tensorrt', "
         "and the backends torch-triton and ort-cuda need no engine"
     )
@@ -298,11 +301,8 @@ def test_a_card_that_the_flavour_has_no_name_for(fake, tmp_path, monkeypatch, ca
     ("version", "capability"),
     [("rtx-1.7.1", "8.9"), ("rtx-1.7.1", "12.0"), ("rtx-1.7.1", "13.0"), ("10.16.1", "9.0")],
 )
-def test_a_card_that_it_may_run_on(fake, tmp_path, monkeypatch, version, capability):
-    monkeypatch.setattr(
-        "smoothl1_deploy.backends.trt.current_gpu", lambda: Gpu("a card", capability, "580.1")
-    )
-    TrtBackend(fake(version), cache_dir=tmp_path, device=HostDevice())
+def test_a_card_that_it_may_run_on(fake, tmp_path, version, capability):
+    TrtBackend(fake(version), cache_dir=tmp_path, device=card(capability))
 
 
 def test_an_engine_without_weights(backend, mean_model):
