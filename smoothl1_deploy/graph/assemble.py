@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from ..spec import LossSpec
 from . import functions as f
@@ -145,8 +146,9 @@ class Assembly:
             total = self._call(function, [losses], final)
         else:
             function = f"{self._wide_name}{row}Sum"
-            sums = [self._call(function, [x], f"sum_{i}") for i, x in enumerate((losses, weights))]
-            total = self._add("Div", sums, final)
+            loss_total = self._call(function, [losses], "loss_total")
+            self._weight_total = self._call(function, [weights], "weight_total")
+            total = self._add("Div", [loss_total, self._weight_total], final)
         if total != self._tensors["loss"]:
             self._rounded(total, "loss")
 
@@ -172,7 +174,10 @@ class Assembly:
         if summed_axes is None:
             slope = self._call("SumToShape", [slope, self._data["input"]], "slope_summed")
         elif summed_axes:
-            axes = self._add("Constant", [], "summed_axes", value_ints=summed_axes)
+            tensor = helper.make_tensor(
+                "summed_axes", TensorProto.INT64, [len(summed_axes)], summed_axes
+            )
+            axes = self._add("Constant", [], "summed_axes", value=tensor)
             total = self._add("ReduceSum", [slope, axes], "slope_total", keepdims=1)
             shape = self._add("Shape", [self._data["input"]], "input_shape")
             slope = self._add("Reshape", [total, shape], "slope_summed", allowzero=1)
@@ -198,7 +203,7 @@ class Assembly:
             return self._tensors["count"]
         row = "Row" if self._spec.per_sample else ""
         if weights is not None:
-            count = self._call(f"{self._wide_name}{row}Sum", [weights], "weights_total")
+            count = self._weight_total
             return self._call("RowsLike", [count, losses], "weights_column") if row else count
         if row:
             return self._call("RowCount", [losses], "row_count")
@@ -207,10 +212,39 @@ class Assembly:
 
 @lru_cache
 def _function_proto(name: str) -> onnx.FunctionProto:
-    """onnxscript reads the source of a function anew for each proto; protobuf copies are cheap."""
+    """The function as models carry it: what other people's tools read wrongly is not in it.
+
+    * No value has a type or a shape of its own: the callers' decide.
+    * No name is in two functions: onnxscript's optimiser puts bodies in place of calls and keeps
+      what one of them said of a name (onnxscript 0.7).
+    * A constant is a tensor: onnxslim reads `value_float` as float64.
+
+    onnxscript reads the source of a function anew for each proto, which is why they are kept;
+    protobuf copies are cheap.
+    """
     proto: onnx.FunctionProto = f.FUNCTIONS[name].to_function_proto()
     proto.doc_string = inspect.cleandoc(f.FUNCTIONS[name].function.__doc__ or "")
+    del proto.value_info[:]
+    for node in proto.node:
+        for names in (node.input, node.output):
+            names[:] = [value and f"{name}_{value}" for value in names]
+        node.name = node.output[0]
+        if node.op_type == "Constant":
+            _hold_a_tensor(node)
+    for names in (proto.input, proto.output):
+        names[:] = [f"{name}_{value}" for value in names]
     return proto
+
+
+def _hold_a_tensor(constant: onnx.NodeProto) -> None:
+    """Write what a Constant holds as its attribute `value`, but for a reference to another's."""
+    (attribute,) = constant.attribute
+    if attribute.ref_attr_name or attribute.HasField("t"):
+        return
+    value = np.asarray(helper.get_attribute_value(attribute))
+    narrow = value.astype(np.float32) if value.dtype == np.float64 else value
+    constant.ClearField("attribute")
+    constant.attribute.append(helper.make_attribute("value", numpy_helper.from_array(narrow)))
 
 
 def function_closure(names: list[str]) -> list[onnx.FunctionProto]:

@@ -59,7 +59,8 @@ _domain = Opset(DOMAIN, DOMAIN_VERSION)
 _NAN = float("nan")
 
 # onnxscript 0.7 knows a Union as a bound, neither constraints nor `FLOAT | DOUBLE`. The return
-# annotations matter: torch.onnx.export counts the outputs of a function call by them.
+# annotations matter: torch.onnx.export counts the outputs of a function call by them. A tensor of any
+# shape is `FLOAT[...]`; `FLOAT` says that it has rank 0, and tools believe it.
 T = TypeVar("T", bound=Union[FLOAT, DOUBLE])
 TNarrow = TypeVar("TNarrow", bound=Union[FLOAT, FLOAT16, BFLOAT16])
 TAny = TypeVar("TAny", bound=Union[FLOAT, DOUBLE, FLOAT16, BFLOAT16])
@@ -93,7 +94,7 @@ def HuberLossTerms(input: T, target: T, delta: T, half: T, shrink: T, slope: T) 
 
 
 @script(_domain)
-def BetaDivisor(beta: FLOAT) -> FLOAT:
+def BetaDivisor(beta: FLOAT[...]) -> FLOAT[...]:
     """The divisor that `SmoothL1LossTerms` takes: beta, 1 for 0, NaN for what is no beta."""
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
@@ -102,7 +103,7 @@ def BetaDivisor(beta: FLOAT) -> FLOAT:
 
 
 @script(_domain)
-def SmoothL1Loss(input: FLOAT, target: FLOAT, beta: float = 1.0) -> FLOAT:
+def SmoothL1Loss(input: FLOAT[...], target: FLOAT[...], beta: float = 1.0) -> FLOAT[...]:
     """Smooth L1 of each element of float32 tensors; `beta` >= 0 is an attribute.
 
     Cast float16 and bfloat16 to float32 first. A model that feeds it float64 fails to load: an
@@ -135,7 +136,7 @@ def SmoothL1GradientTerms(input: T, target: T, beta: T, half: T, divisor: T) -> 
 
 
 @script(_domain)
-def WideSum(losses: TNarrow) -> DOUBLE:
+def WideSum(losses: TNarrow) -> DOUBLE[...]:
     """The sum of all elements, accumulated in float64: exact to 2^-29 for 2^24 float32 values.
 
     For formats narrower than float64, any rank; the sum of nothing is 0. The result is float64,
@@ -147,34 +148,36 @@ def WideSum(losses: TNarrow) -> DOUBLE:
 
 
 @script(_domain)
-def WideMean(losses: TNarrow) -> DOUBLE:
+def WideMean(losses: TNarrow) -> DOUBLE[...]:
     """`WideSum` over the number of elements; the mean of nothing is NaN (0 / 0), as PyTorch's."""
     return op.Div(WideSum(losses), op.Cast(op.Size(losses), to=11))
 
 
 @script(_domain)
-def WideRowSum(losses: TNarrow) -> DOUBLE:
+def WideRowSum(losses: TNarrow) -> DOUBLE[...]:
     """The sum of each row, over every axis but 0, as `WideSum` accumulates it; rank 1 at least."""
     rows = op.Flatten(op.Cast(losses, to=11), axis=1)
     return op.ReduceSum(rows, op.Constant(value_ints=[1]), keepdims=0)
 
 
 @script(_domain)
-def RowCount(losses: TAny) -> DOUBLE:
+def RowCount(losses: TAny) -> DOUBLE[...]:
     """The number of elements in a row: the product of every axis but 0."""
-    # Of every opset from 13 on, unlike Shape's start and ReduceProd's axes as an input.
-    columns = op.Gather(op.Shape(op.Flatten(losses, axis=1)), op.Constant(value_int=1))
+    # Not by Flatten: where a value is flattened twice, onnxscript's optimiser (0.7) makes an
+    # invalid model. Max, because an integer division by no rows ends the process.
+    rows = op.Gather(op.Shape(losses), op.Constant(value_int=0))
+    columns = op.Div(op.Size(losses), op.Max(rows, op.Constant(value_int=1)))
     return op.Cast(columns, to=11)
 
 
 @script(_domain)
-def WideRowMean(losses: TNarrow) -> DOUBLE:
+def WideRowMean(losses: TNarrow) -> DOUBLE[...]:
     """`WideRowSum` over the number of elements in a row."""
     return op.Div(WideRowSum(losses), RowCount(losses))
 
 
 @script(_domain)
-def CompensatedRowSum(losses: DOUBLE) -> DOUBLE:
+def CompensatedRowSum(losses: DOUBLE[...]) -> DOUBLE[...]:
     """The sum of each row (every axis but 0) of float64 elements, as if in twice the precision.
 
     A runtime that adds up float64 in one pass is thousands of ULP off at 2^24 elements. Here
@@ -204,26 +207,26 @@ def CompensatedRowSum(losses: DOUBLE) -> DOUBLE:
 
 
 @script(_domain)
-def CompensatedRowMean(losses: DOUBLE) -> DOUBLE:
+def CompensatedRowMean(losses: DOUBLE[...]) -> DOUBLE[...]:
     """`CompensatedRowSum` over the number of elements in a row."""
     return op.Div(CompensatedRowSum(losses), RowCount(losses))
 
 
 @script(_domain)
-def CompensatedSum(losses: DOUBLE) -> DOUBLE:
+def CompensatedSum(losses: DOUBLE[...]) -> DOUBLE[...]:
     """The sum of all float64 elements: `CompensatedRowSum` of them as one row."""
     row = op.Reshape(losses, op.Constant(value_ints=[1, -1]))
     return op.Squeeze(CompensatedRowSum(row), op.Constant(value_ints=[0]))
 
 
 @script(_domain)
-def CompensatedMean(losses: DOUBLE) -> DOUBLE:
+def CompensatedMean(losses: DOUBLE[...]) -> DOUBLE[...]:
     """`CompensatedSum` over the number of elements; the mean of nothing is NaN."""
     return op.Div(CompensatedSum(losses), op.Cast(op.Size(losses), to=11))
 
 
 @script(_domain)
-def RowsLike(rows: DOUBLE, like: TAny) -> DOUBLE:
+def RowsLike(rows: DOUBLE[...], like: TAny) -> DOUBLE[...]:
     """`rows` [N] in the shape [N, 1, ...] that broadcasts with `like` [N, ...]."""
     first = op.Constant(value_ints=[1])
     end = op.Constant(value_ints=[9223372036854775807])
@@ -232,7 +235,7 @@ def RowsLike(rows: DOUBLE, like: TAny) -> DOUBLE:
 
 
 @script(_domain)
-def SumToShape(values: TAny, like: TAny) -> DOUBLE:
+def SumToShape(values: TAny, like: TAny) -> DOUBLE[...]:
     """`values` summed over the axes along which `like` was broadcast to them, in `like`'s shape.
 
     What autograd does to the gradient of a broadcast input; accumulated in float64.

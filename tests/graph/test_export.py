@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from agreement import assert_right, pair
 
@@ -430,3 +431,61 @@ def test_a_target_shape_without_a_shape(route: str) -> None:
     assert str(caught.value) == (
         "target_shape without shape: an export of any rank takes any target"
     )
+
+
+EXTENDED = [
+    LossSpec(0.5),
+    LossSpec(reduction="sum", runtime_beta=True),
+    LossSpec(0.5, per_sample=True, gradient=True),
+    LossSpec(0.5, dtype="float64", per_sample=True, gradient=True, weight="weights"),
+    LossSpec(0.5, "none", "float16", gradient=True, upstream=True, weight="count"),
+]
+
+
+@pytest.mark.parametrize("spec", EXTENDED, ids=lambda spec: spec.name)
+def test_functions_say_nothing_that_a_tool_could_take_wrongly(spec):
+    """A false rank, a name said of two things and a float attribute each changed the number."""
+    model = export(spec, shape=("N", 16), weight_shape=("N", 1) if spec.weight else None)
+    locals_of = [
+        {name for node in function.node for name in node.output} | set(function.input)
+        for function in model.functions
+    ]
+    assert sum(map(len, locals_of)) == len(set().union(*locals_of))
+    assert not any(function.value_info for function in model.functions)
+    nodes = [*model.graph.node, *(node for f in model.functions for node in f.node)]
+    constants = [node.attribute[0] for node in nodes if node.op_type == "Constant"]
+    assert all(a.ref_attr_name or a.name == "value" for a in constants)
+
+
+@pytest.mark.parametrize("route", ["function", "inlined"])
+@pytest.mark.parametrize("spec", EXTENDED, ids=lambda spec: spec.name)
+def test_onnxscript_s_optimiser_changes_no_bit(route, spec):
+    """It made 48.0 of the mean of ones, which is 0.75, and invalid models of rows."""
+    from onnxscript import optimizer
+
+    model = export(spec, route, ("N", 16))
+    rng = np.random.default_rng(4)
+    feeds = {
+        value.name: np.asarray(rng.uniform(0.1, 2, () if value.name == "beta" else (4, 16))).astype(
+            onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        )
+        for value in model.graph.input
+    }
+    optimised = optimizer.optimize(onnx.ModelProto.FromString(model.SerializeToString()))
+    before, after = (
+        ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, feeds
+        )
+        for m in (model, optimised)
+    )
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new, strict=True)
+
+
+def test_onnx_runtime_loads_the_default_without_a_word(capfd):
+    """Shapes that contradict one another are warnings there ("Error merging shape info")."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 2
+    model = export(LossSpec(0.5), shape=("N", 16)).SerializeToString()
+    ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    assert capfd.readouterr().err == ""
