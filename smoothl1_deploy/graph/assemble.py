@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..spec import LossSpec
 from . import functions as f
-from .elements import ELEMENT_TYPE, IR_VERSION, loss_scalars
+from .elements import ELEMENT_TYPE, IR_VERSION, loss_scalars, slope_scalars
 
 __all__ = ["Assembly", "function_closure", "model_of"]
 
@@ -21,8 +22,9 @@ __all__ = ["Assembly", "function_closure", "model_of"]
 class Assembly:
     """Nodes that compute `spec`.
 
-    Case 1: every dtype but float64, beta a number: one node `SmoothL1Loss` with an attribute.
-    Case 2: beta an input, float64, or a gradient: the terms, with the scalars as tensors.
+    Case 1: every dtype but float64, beta a number: the element losses are one node `SmoothL1Loss`
+        with an attribute.
+    Case 2: beta an input, or float64: the terms, with the scalars as tensors.
 
     Args:
         spec: what to compute.
@@ -56,15 +58,21 @@ class Assembly:
         self._prefix = prefix
         self._partial = partial
         self._element = ELEMENT_TYPE[spec.compute_dtype]
-        self._wide_name = "Compensated" if spec.dtype == "float64" else "Wide"
+        self._sum = ("Compensated" if spec.dtype == "float64" else "Wide") + (
+            "Row" if spec.per_sample else ""
+        )
         names = [name for name in spec.inputs if name in ("input", "target", "weight")]
         self._data = {name: self._widened(tensors[name], name) for name in names}
+        self._doubles: dict[str, str] = {}
+        self._weight_total = ""  # what a mean by weights divides by
         self._scalars = self._scalar_tensors()
         losses = self._losses()
-        weights = self._broadcast_weights(losses) if spec.weight == "weights" else None
-        self._reduced(losses, weights)
+        if spec.reduction == "none":
+            self._rounded(losses, self._element, "loss")
+        else:
+            self._reduced(losses)
         if spec.gradient:
-            self._gradient(losses, weights, summed_axes)
+            self._gradient(losses, summed_axes)
 
     def _add(
         self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any
@@ -85,8 +93,8 @@ class Assembly:
             return tensor
         return self._add("Cast", [tensor], f"{name}_wide", to=self._element)
 
-    def _constant(self, name: str, value: float) -> str:
-        tensor = helper.make_tensor(name, self._element, [], [value])
+    def _constant(self, name: str, value: float, element: int = TensorProto.DOUBLE) -> str:
+        tensor = helper.make_tensor(name, element, [], [value])
         return self._add("Constant", [], name, value=tensor)
 
     def _scalar_tensors(self) -> list[str] | None:
@@ -94,120 +102,181 @@ class Assembly:
         spec = self._spec
         if spec.runtime_beta:
             beta = self._tensors["beta"]
-            scalars = [beta, self._call("BetaDivisor", [beta], "divisor")]
+            self._divisor = self._call("BetaDivisor", [beta], "divisor")
+            scalars = [beta, self._divisor]
             if spec.dtype == "float64":
-                scalars = [
-                    self._add("Cast", [name], f"{wide}_wide", to=TensorProto.DOUBLE)
-                    for name, wide in zip(scalars, ("beta", "divisor"), strict=True)
-                ]
-            return [scalars[0], self._constant("half", 0.5), scalars[1]]
-        if spec.dtype == "float64" or spec.gradient:
+                scalars = [self._cast(name) for name in scalars]
+            return [scalars[0], self._constant("half", 0.5, self._element), scalars[1]]
+        if spec.dtype == "float64":
             return [self._constant(n, value) for n, value in loss_scalars(spec.effective_beta)]
         return None
 
     def _losses(self) -> str:
-        """The element losses, weighted, in the compute dtype."""
+        """The element losses, weighted: in the compute dtype, or in float64 to be summed."""
         spec = self._spec
-        bare = spec.reduction == "none" and spec.compute_dtype == spec.dtype
-        name = "loss" if bare and not spec.weight else "losses"
         pair = [self._data["input"], self._data["target"]]
         if self._scalars is None:
-            losses = self._call("SmoothL1Loss", pair, name, beta=spec.effective_beta)
+            losses = self._call("SmoothL1Loss", pair, "losses", beta=spec.effective_beta)
         else:
-            losses = self._call("SmoothL1LossTerms", [*pair, *self._scalars], name)
-        if spec.weight:
-            output = "loss" if bare else "weighted"
-            losses = self._add("Mul", [losses, self._data["weight"]], output)
-        return losses
+            losses = self._call("SmoothL1LossTerms", [*pair, *self._scalars], "losses")
+        self._unweighted = losses
+        if not spec.weight:
+            return losses
+        weight = self._data["weight"]
+        if spec.reduction != "none":  # a product may leave the range of float32, and its mean not
+            losses, weight = self._double(losses), self._double(weight)
+        return self._add("Mul", [losses, weight], "weighted")
 
-    def _broadcast_weights(self, losses: str) -> str:
-        shape = self._add("Shape", [losses], "losses_shape")
-        return self._add("Expand", [self._data["weight"], shape], "weights")
+    def _rounded(self, result: str, element: int, output: str) -> None:
+        """`result`, which the last node gives as an `element`, as the output: rounded once."""
+        wanted = ELEMENT_TYPE[self._spec.dtype]
+        if element != wanted:
+            self._add("Cast", [result], output, to=wanted)
+            return
+        node = self.nodes[-1]
+        node.name = node.output[0] = self._tensors[output]
 
-    def _rounded(self, total: str, output: str) -> None:
-        """The one rounding from the accumulator's dtype to the output's."""
-        self._add("Cast", [total], output, to=ELEMENT_TYPE[self._spec.dtype])
-
-    def _reduced(self, losses: str, weights: str | None) -> None:
+    def _reduced(self, losses: str) -> None:
         spec = self._spec
-        if spec.reduction == "none":
-            if spec.compute_dtype != spec.dtype:
-                self._rounded(losses, "loss")
-            return
+        weights = None
+        if spec.weight == "weights":
+            shape = self._add("Shape", [losses], "losses_shape")
+            weights = self._add("Expand", [self._data["weight"], shape], "weights")
         if self._partial:
-            for tensor, name in ((losses, "loss"), (weights, "weight_total")):
-                if tensor is not None:
-                    self._call(f"{self._wide_name}Sum", [tensor], name)
+            self._call(f"{self._sum}Sum", [losses], "loss")
+            if weights is not None:
+                self._call(f"{self._sum}Sum", [weights], "weight_total")
             return
-        row = "Row" if spec.per_sample else ""
-        final = "loss" if spec.dtype == "float64" else "total"
-        if weights is None:
-            function = self._wide_name + row + spec.reduction.title()
-            total = self._call(function, [losses], final)
-        else:
-            function = f"{self._wide_name}{row}Sum"
-            loss_total = self._call(function, [losses], "loss_total")
+        by_weights = weights is not None
+        function = self._sum + ("Sum" if by_weights else spec.reduction.title())
+        total = self._call(function, [losses], "total")
+        if spec.weight:
+            total = self._call("WithoutNegativeZero", [total], "total_signed")
+        if weights is not None:
             self._weight_total = self._call(function, [weights], "weight_total")
-            total = self._add("Div", [loss_total, self._weight_total], final)
-        if total != self._tensors["loss"]:
-            self._rounded(total, "loss")
+            mean = self._add("Div", [total, self._weight_total], "weighted_mean")
+            if spec.dtype == "float64":
+                mean = self._without_overflow(mean, total, weights)
+            total = mean
+        if spec.runtime_beta and spec.reduction == "sum":  # the sum of nothing knows no beta
+            nan = self._constant("no_number", math.nan)
+            is_no_beta = self._add("IsNaN", [self._divisor], "is_no_beta")
+            total = self._add("Where", [is_no_beta, nan, total], "total_or_nan")
+        self._rounded(total, TensorProto.DOUBLE, "loss")
 
-    def _gradient(
-        self, losses: str, weights: str | None, summed_axes: tuple[int, ...] | None
-    ) -> None:
+    def _without_overflow(self, mean: str, total: str, weights: str) -> str:
+        """`mean`, or where a sum of it overflows float64 the sum of each weight's share."""
+        lost = self._add("IsInf", [total], "total_is_infinite")
+        for name, op, value in (
+            ("total_is_lost", "IsNaN", total),
+            ("weights_are_lost", "IsInf", self._weight_total),
+        ):
+            lost = self._add("Or", [lost, self._add(op, [value], f"{name}_too")], name)
+        shrunk = self._add("Mul", [weights, self._constant("tiny", 2.0**-60)], "weights_shrunk")
+        whole = self._call(f"{self._sum}Sum", [shrunk], "weight_total_shrunk")
+        if self._spec.per_sample:
+            whole = self._call("RowsLike", [whole, shrunk], "weight_column_shrunk")
+        share = self._add("Div", [shrunk, whole], "share")
+        shares = self._add("Mul", [share, self._unweighted], "loss_shares")
+        safe = self._call(f"{self._sum}Sum", [shares], "mean_of_shares")
+        return self._add("Where", [lost, safe, mean], "mean")
+
+    def _gradient(self, losses: str, summed_axes: tuple[int, ...] | None) -> None:
         """In float64 and rounded once: rounded before, terms of either sign that are summed back
         show by cancellation what they lost, and subnormal ones round up to what they aren't.
+
+        Summed before divided: differences may cancel exactly, and their quotients not.
         """
         spec = self._spec
-        assert self._scalars is not None
-        terms = [self._data["input"], self._data["target"], *self._scalars]
-        slope = self._call("SmoothL1GradientTerms", [*map(self._double, terms)], "slope")
+        beta, shrink, divisor = self._slope_scalars()
+        terms = [self._double(self._data["input"]), self._double(self._data["target"])]
+        slope = self._call("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms")
         if spec.weight:
             weight = self._double(self._data["weight"])
             slope = self._add("Mul", [slope, weight], "slope_weighted")
-        if spec.reduction == "mean":
-            count = self._count(losses, weights)
-            divisor = self._add("Cast", [count], "mean_divisor", to=TensorProto.DOUBLE)
-            slope = self._add("Div", [slope, divisor], "slope_mean")
         if spec.upstream:
             slope = self._add("Mul", [slope, self._upstream(losses)], "slope_upstream")
-        if summed_axes is None:
-            slope = self._call("SumToShape", [slope, self._data["input"]], "slope_summed")
-        elif summed_axes:
-            tensor = helper.make_tensor(
-                "summed_axes", TensorProto.INT64, [len(summed_axes)], summed_axes
+        count = self._count(losses) if spec.reduction == "mean" else None
+        if self._weight_total and spec.per_sample:  # each row has a divisor of its own
+            assert count is not None
+            column = self._call("RowsLike", [count, losses], "weight_column")
+            slope, count = self._add("Div", [slope, column], "slope_mean"), None
+        if summed_axes != ():
+            slope = self._summed(slope, summed_axes)
+            count = count and self._of_something(count, losses)
+        if count is not None:
+            slope = self._add("Div", [slope, count], "slope_mean")
+        slope = self._add("Div", [slope, divisor], "slope")
+        self._rounded(slope, TensorProto.DOUBLE, "grad_input")
+
+    def _slope_scalars(self) -> tuple[str, str, str]:
+        """beta, shrink and the divisor of the slopes' terms, float64."""
+        if self._spec.runtime_beta:
+            beta = self._tensors["beta"]
+            shrink = self._call("SlopeShrink", [beta], "slope_shrink")
+            divisor = self._call("SlopeDivisor", [self._divisor], "slope_divisor")
+            return self._cast(beta), self._cast(shrink), self._cast(divisor)
+        scalars = slope_scalars(self._spec.effective_beta)
+        beta, shrink, divisor = (self._constant(name, value) for name, value in scalars)
+        return beta, shrink, divisor
+
+    def _summed(self, slope: str, axes: tuple[int, ...] | None) -> str:
+        """`slope` in the shape of input, added up along the axes that input was broadcast to."""
+        if axes is None:
+            along = self._call("BroadcastAxes", [slope, self._data["input"]], "summed_axes")
+        else:
+            along = self._add(
+                "Constant", [], "summed_axes", value=numpy_helper.from_array(np.array(axes, "i8"))
             )
-            axes = self._add("Constant", [], "summed_axes", value=tensor)
-            total = self._add("ReduceSum", [slope, axes], "slope_total", keepdims=1)
-            shape = self._add("Shape", [self._data["input"]], "input_shape")
-            slope = self._add("Reshape", [total, shape], "slope_summed", allowzero=1)
-        self._rounded(slope, "grad_input")
+        if self._spec.dtype == "float64":
+            total = self._call("CompensatedAxesSum", [slope, along], "slope_sum")
+        else:
+            total = self._add(
+                "ReduceSum", [slope, along], "slope_sum", keepdims=1, noop_with_empty_axes=1
+            )
+        signed = self._call("WithoutNegativeZero", [total], "slope_sum_signed")
+        if axes is None:  # where nothing was added up, -0 is autograd's too
+            size = self._add("Size", [along], "summed_axis_count")
+            is_sum = self._add("Cast", [size], "is_sum", to=TensorProto.BOOL)
+            signed = self._add("Where", [is_sum, signed, total], "slope_total")
+        shape = self._add("Shape", [self._data["input"]], "input_shape")
+        return self._add("Reshape", [signed, shape], "slope_summed", allowzero=1)
+
+    def _of_something(self, count: str, losses: str) -> str:
+        """`count`, or 1 where there are no element losses: their gradients add up to 0."""
+        size = self._add("Size", [losses], "loss_count")
+        is_something = self._add("Cast", [size], "is_something", to=TensorProto.BOOL)
+        one = self._constant("one", 1.0)
+        return self._add("Where", [is_something, count, one], "mean_divisor")
 
     def _upstream(self, losses: str) -> str:
         """`grad_output` in float64, in a shape that broadcasts with the element losses."""
-        upstream = self._tensors["grad_output"]
-        if self._spec.dtype != "float64":
-            upstream = self._add("Cast", [upstream], "upstream", to=TensorProto.DOUBLE)
+        upstream = self._double(self._tensors["grad_output"])
         if not self._spec.per_sample:
             return upstream
         return self._call("RowsLike", [upstream, losses], "upstream_column")
 
     def _double(self, tensor: str) -> str:
-        if self._element == TensorProto.DOUBLE:
-            return tensor
-        return self._add("Cast", [tensor], f"{tensor}_double", to=TensorProto.DOUBLE)
+        """A tensor of the compute dtype in float64."""
+        return tensor if self._element == TensorProto.DOUBLE else self._cast(tensor)
 
-    def _count(self, losses: str, weights: str | None) -> str:
-        """What the loss of an element was divided by, in a shape that broadcasts with it."""
+    def _cast(self, tensor: str) -> str:
+        """The tensor in float64, cast once however often it is asked for."""
+        if tensor not in self._doubles:
+            name = f"{tensor}_double"
+            self._doubles[tensor] = self._add("Cast", [tensor], name, to=TensorProto.DOUBLE)
+        return self._doubles[tensor]
+
+    def _count(self, losses: str) -> str:
+        """What the loss of an element was divided by: rank 0, or one for each row."""
         if self._partial:
             return self._tensors["count"]
-        row = "Row" if self._spec.per_sample else ""
-        if weights is not None:
-            count = self._weight_total
-            return self._call("RowsLike", [count, losses], "weights_column") if row else count
-        if row:
+        if self._weight_total:
+            return self._weight_total
+        if self._spec.per_sample:
             return self._call("RowCount", [losses], "row_count")
-        return self._add("Size", [losses], "count")
+        size = self._add("Size", [losses], "count")
+        return self._add("Cast", [size], "count_double", to=TensorProto.DOUBLE)
 
 
 @lru_cache

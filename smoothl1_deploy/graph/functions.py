@@ -25,7 +25,7 @@ torch.onnx.export traces: its inliner handles no more than that (torch 2.13).
 # no `from __future__ import annotations` here.
 from typing import Any, TypeVar, Union
 
-from onnxscript import BFLOAT16, DOUBLE, FLOAT, FLOAT16, script
+from onnxscript import BFLOAT16, DOUBLE, FLOAT, FLOAT16, INT64, script
 from onnxscript import opset18 as op
 from onnxscript.values import OnnxFunction, Opset
 
@@ -35,6 +35,8 @@ __all__ = [
     "FUNCTIONS",
     "OPSET",
     "BetaDivisor",
+    "BroadcastAxes",
+    "CompensatedAxesSum",
     "CompensatedMean",
     "CompensatedRowMean",
     "CompensatedRowSum",
@@ -42,14 +44,16 @@ __all__ = [
     "HuberLossTerms",
     "RowCount",
     "RowsLike",
-    "SmoothL1GradientTerms",
+    "SlopeDivisor",
+    "SlopeShrink",
     "SmoothL1Loss",
     "SmoothL1LossTerms",
-    "SumToShape",
+    "SmoothL1SlopeTerms",
     "WideMean",
     "WideRowMean",
     "WideRowSum",
     "WideSum",
+    "WithoutNegativeZero",
 ]
 
 DOMAIN = "smoothl1_deploy"
@@ -59,8 +63,8 @@ _domain = Opset(DOMAIN, DOMAIN_VERSION)
 _NAN = float("nan")
 
 # onnxscript 0.7 knows a Union as a bound, neither constraints nor `FLOAT | DOUBLE`. The return
-# annotations matter: torch.onnx.export counts the outputs of a function call by them. A tensor of any
-# shape is `FLOAT[...]`; `FLOAT` says that it has rank 0, and tools believe it.
+# annotations matter: torch.onnx.export counts the outputs of a function call by them. A tensor of
+# any shape is `FLOAT[...]`; `FLOAT` says that it has rank 0, and tools believe it.
 T = TypeVar("T", bound=Union[FLOAT, DOUBLE])
 TNarrow = TypeVar("TNarrow", bound=Union[FLOAT, FLOAT16, BFLOAT16])
 TAny = TypeVar("TAny", bound=Union[FLOAT, DOUBLE, FLOAT16, BFLOAT16])
@@ -115,24 +119,47 @@ def SmoothL1Loss(input: FLOAT[...], target: FLOAT[...], beta: float = 1.0) -> FL
 
 
 @script(_domain)
-def SmoothL1GradientTerms(input: T, target: T, beta: T, half: T, divisor: T) -> T:
-    """d(loss)/d(input) of each element; the arguments are those of `SmoothL1LossTerms`.
+def SmoothL1SlopeTerms(input: T, target: T, beta: T, shrink: T) -> T:
+    """d(loss)/d(input) of each element times `SlopeDivisor`, for whoever sums before dividing.
 
-    `clip(d, -beta, beta) / beta`, and the sign of d for beta = 0, as PyTorch's CPU kernels have
-    it: 0 for d = 0 (the subgradient is any of [-1, 1]) and, for beta = 0 alone, 0 for d = NaN.
+    `shrink` is 1, a power of two that keeps sums of `shrink * beta` finite, or 0 for beta = inf.
+    The quotient is `clip(d, -beta, beta) / beta`, and the sign of d for beta = 0, as PyTorch's CPU
+    kernels have it: 0 for d = 0 (the subgradient is any of [-1, 1]) and, for beta = 0 alone, 0 for
+    d = NaN. Differences that cancel do so exactly, which their quotients by beta would not.
     Source: smooth_l1_loss_backward and l1_loss of torch 2.13, and tests/graph/test_extensions.py.
     """
     difference = op.Sub(input, target)
     core = op.Clip(difference, op.Neg(beta), beta)
-    zero = op.Sub(half, half)
-    is_l1 = op.Equal(beta, zero)
-    # Only beta = inf lets an infinite core through: inf / inf is no slope. A beta that is none
-    # has the divisor NaN, which has to come out of every branch.
-    unit = op.Where(op.IsNaN(divisor), divisor, op.Add(half, half))
-    slope = op.Where(op.IsInf(core), op.Mul(op.Sign(core), unit), op.Div(core, divisor))
-    smooth = op.Where(op.IsNaN(difference), difference, slope)
+    # Only beta = inf lets an infinite core through, whose slope is 1 and whose product is NaN.
+    within = op.Where(op.IsInf(core), op.Sign(core), op.Mul(core, shrink))
+    # A runtime's Clip may have dropped NaN (NVIDIA/TensorRT#4758).
+    smooth = op.Where(op.IsNaN(difference), difference, within)
+    zero = op.Sub(beta, beta)  # NaN for beta = inf, to which nothing is equal
     sign = op.Where(op.IsNaN(difference), zero, op.Sign(difference))
-    return op.Where(is_l1, sign, smooth)
+    return op.Where(op.Equal(beta, zero), sign, smooth)
+
+
+@script(_domain)
+def SlopeDivisor(divisor: FLOAT[...]) -> FLOAT[...]:
+    """What `SmoothL1SlopeTerms` is divided by, of the `BetaDivisor` of a beta that is an input."""
+    return op.Where(op.IsInf(divisor), op.Constant(value_float=1.0), divisor)
+
+
+@script(_domain)
+def SlopeShrink(beta: FLOAT[...]) -> FLOAT[...]:
+    """The `shrink` of `SmoothL1SlopeTerms`, of a beta that is an input.
+
+    It is a float32, many of which a sum in float64 holds as they are.
+    """
+    zero = op.Constant(value_float=0.0)
+    return op.Where(op.IsInf(beta), zero, op.Constant(value_float=1.0))
+
+
+@script(_domain)
+def WithoutNegativeZero(sums: DOUBLE[...]) -> DOUBLE[...]:
+    """`sums` with 0 for -0: a sum starts at 0 in PyTorch, and runtimes start at the first term."""
+    zero = op.Cast(op.Constant(value_float=0.0), to=11)
+    return op.Where(op.Equal(sums, zero), zero, sums)
 
 
 @script(_domain)
@@ -177,8 +204,8 @@ def WideRowMean(losses: TNarrow) -> DOUBLE[...]:
 
 
 @script(_domain)
-def CompensatedRowSum(losses: DOUBLE[...]) -> DOUBLE[...]:
-    """The sum of each row (every axis but 0) of float64 elements, as if in twice the precision.
+def CompensatedAxesSum(values: DOUBLE[...], axes: INT64[...]) -> DOUBLE[...]:
+    """The sum of float64 `values` over `axes`, kept with size 1, as if in twice the precision.
 
     A runtime that adds up float64 in one pass is thousands of ULP off at 2^24 elements. Here
     `scale`, a power of two of at least twice the sum of magnitudes, splits each element into a
@@ -188,22 +215,38 @@ def CompensatedRowSum(losses: DOUBLE[...]) -> DOUBLE[...]:
     Source: Rump, Ogita, Oishi, "Accurate floating-point summation part I", 2008 (ExtractVector
     and NextPowerTwo).
     """
-    rows = op.Flatten(losses, axis=1)
-    axis = op.Constant(value_ints=[1])
-    magnitude = op.ReduceSum(op.Abs(rows), axis, keepdims=1)
-    # 2^53 as a float32: an attribute can't hold a float64.
+    magnitude = op.ReduceSum(op.Abs(values), axes, keepdims=1, noop_with_empty_axes=1)
+    # An attribute can't hold a float64; powers of two of float32's range are exact.
     two_53 = op.Cast(op.Constant(value_float=9007199254740992.0), to=11)
-    scaled = op.Mul(magnitude, two_53)
-    power = op.Abs(op.Sub(op.Add(scaled, magnitude), scaled))
+    # Where the split itself would overflow, all is made smaller: what that rounds off is subnormal.
+    small = op.Cast(op.Constant(value_float=2.0**-120), to=11)
+    one = op.Cast(op.Constant(value_float=1.0), to=11)
+    shrink = op.Where(op.IsInf(op.Mul(op.Mul(magnitude, two_53), two_53)), small, one)
+    whole = op.Mul(magnitude, shrink)
+    scaled = op.Mul(whole, two_53)
+    power = op.Abs(op.Sub(op.Add(scaled, whole), scaled))
     # Of a sum that is itself a power of two, the tie above rounds to 0 (NextPowerTwo's last
     # step): without Max nothing is split, and [1, 2^-54, 2^-54, ...] loses its tail.
-    bounded = op.Max(power, magnitude)
+    bounded = op.Max(power, whole)
     scale = op.Mul(bounded, op.Cast(op.Constant(value_float=4.0), to=11))
-    high = op.Sub(op.Add(rows, scale), scale)
-    low = op.Sub(rows, high)
-    exact = op.Add(op.ReduceSum(high, axis, keepdims=0), op.ReduceSum(low, axis, keepdims=0))
-    # NaN and infinite elements, and sums near the overflow limit, make the split NaN.
-    return op.Where(op.IsNaN(exact), op.ReduceSum(rows, axis, keepdims=0), exact)
+    parts = op.Mul(values, shrink)
+    high = op.Sub(op.Add(parts, scale), scale)
+    low = op.Sub(parts, high)
+    sum_high = op.ReduceSum(high, axes, keepdims=1, noop_with_empty_axes=1)
+    sum_low = op.ReduceSum(low, axes, keepdims=1, noop_with_empty_axes=1)
+    exact = op.Div(op.Add(sum_high, sum_low), shrink)
+    # NaN and infinite elements, and magnitudes that add up to more than float64 holds, make the
+    # split NaN; and where there is no axis to add up over, it makes 0 of -0.
+    plain = op.ReduceSum(values, axes, keepdims=1, noop_with_empty_axes=1)
+    is_sum = op.Cast(op.Size(axes), to=9)
+    return op.Where(op.And(is_sum, op.Not(op.IsNaN(exact))), exact, plain)
+
+
+@script(_domain)
+def CompensatedRowSum(losses: DOUBLE[...]) -> DOUBLE[...]:
+    """The sum of each row, over every axis but 0, as `CompensatedAxesSum` has it."""
+    axis = op.Constant(value_ints=[1])
+    return op.Squeeze(CompensatedAxesSum(op.Flatten(losses, axis=1), axis), axis)
 
 
 @script(_domain)
@@ -235,28 +278,24 @@ def RowsLike(rows: DOUBLE[...], like: TAny) -> DOUBLE[...]:
 
 
 @script(_domain)
-def SumToShape(values: TAny, like: TAny) -> DOUBLE[...]:
-    """`values` summed over the axes along which `like` was broadcast to them, in `like`'s shape.
-
-    What autograd does to the gradient of a broadcast input; accumulated in float64.
-    """
-    wide = op.Cast(values, to=11)
+def BroadcastAxes(values: TAny, like: TAny) -> INT64[...]:
+    """The axes of `values` along which `like` was broadcast to them, those it lacks among them."""
     shape, full = op.Shape(like), op.Shape(values)
     one = op.Constant(value_ints=[1])
-    missing = op.Sub(op.Size(full), op.Size(shape))
-    padding = op.Expand(one, op.Unsqueeze(missing, op.Constant(value_ints=[0])))
-    aligned = op.Concat(padding, shape, axis=0)
+    lacking = op.Constant(value_ints=[-1])
+    missing = op.Unsqueeze(op.Sub(op.Size(full), op.Size(shape)), op.Constant(value_ints=[0]))
+    aligned = op.Concat(op.Expand(lacking, missing), shape, axis=0)
     was_one = op.And(op.Equal(aligned, one), op.Not(op.Equal(full, one)))
-    axes = op.Reshape(op.NonZero(was_one), op.Constant(value_ints=[-1]))
-    # Without axes there is nothing to sum; ReduceSum would else sum everything.
-    summed = op.ReduceSum(wide, axes, keepdims=1, noop_with_empty_axes=1)
-    return op.Reshape(summed, shape, allowzero=1)
+    repeated = op.NonZero(op.Or(op.Equal(aligned, lacking), was_one))
+    return op.Reshape(repeated, lacking)
 
 
 FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
     f.name: f
     for f in (
         BetaDivisor,
+        BroadcastAxes,
+        CompensatedAxesSum,
         CompensatedMean,
         CompensatedRowMean,
         CompensatedRowSum,
@@ -264,13 +303,15 @@ FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
         HuberLossTerms,
         RowCount,
         RowsLike,
-        SmoothL1GradientTerms,
+        SlopeDivisor,
+        SlopeShrink,
         SmoothL1Loss,
         SmoothL1LossTerms,
-        SumToShape,
+        SmoothL1SlopeTerms,
         WideMean,
         WideRowMean,
         WideRowSum,
         WideSum,
+        WithoutNegativeZero,
     )
 }

@@ -2,7 +2,9 @@
 
 Independent of torch and of the graph code. Elements are computed in a format with at least 11
 more bits than the dtype (float64, or long double for float64), with an exponent range in which
-nothing that is finite in the dtype over- or underflows; sums are pairwise in long double.
+nothing that is finite in the dtype over- or underflows; sums are pairwise in long double. Where
+terms of either sign (of gradients, of negative weights) cancel to less than an eighth of their
+magnitudes, the sum is computed again, exactly.
 
 So a result is the correctly rounded one, but where the exact value lies so close to the middle
 of two neighbours that the wide format can't tell which is nearer: within 2^-26 ULP of it, in
@@ -12,10 +14,15 @@ arithmetic.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
 import numpy as np
 
 from ..floats import NUMPY_DTYPE, Array, round_to, wide_dtype
 from ..spec import LossSpec
+from .exact import round_fraction, sums_of_products
 
 __all__ = ["oracle", "oracle_gradient"]
 
@@ -66,7 +73,7 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
     columns = arrays[0].size // rows if rows else 0
     flat = [array.reshape(rows, columns) if rows else array for array in arrays]
     losses = np.empty((rows, columns), NUMPY_DTYPE[spec.dtype])
-    total, weights = np.zeros(rows, np.longdouble), np.zeros(rows, np.longdouble)
+    totals = np.zeros((4, rows), np.longdouble)  # losses, their magnitudes; weights, likewise
     with np.errstate(all="ignore"):
         for start in range(0, columns, _CHUNK) if rows else ():
             part = slice(start, start + _CHUNK)
@@ -74,16 +81,69 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
             exact = _element_losses(a - b, spec.effective_beta)
             if w:
                 exact *= w[0]
-                weights += w[0].sum(axis=1, dtype=np.longdouble)
             if spec.reduction == "none":
                 losses[:, part] = round_to(exact, spec.dtype)
-            else:
-                total += exact.sum(axis=1, dtype=np.longdouble)
+                continue
+            for i, terms in enumerate((exact, *w)):
+                totals[2 * i] += terms.sum(axis=1, dtype=np.longdouble)
+                if w:
+                    totals[2 * i + 1] += abs(terms).sum(axis=1, dtype=np.longdouble)
         if spec.reduction == "none":
             return losses.reshape(shape)
+        total, magnitude, weights, weight_magnitude = totals
+        result = total
         if spec.reduction == "mean":
-            total = total / (weights if spec.weight == "weights" else np.longdouble(columns))
-        return round_to(total if spec.per_sample else total[0], spec.dtype)
+            result = total / (weights if spec.weight == "weights" else np.longdouble(columns))
+        rounded = round_to(result, spec.dtype)
+        if weight is not None:
+            doubtful = _cancels(total, magnitude)
+            if spec.weight == "weights":
+                doubtful |= _cancels(weights, weight_magnitude)
+            for row in np.flatnonzero(doubtful & np.isfinite(totals).all(axis=0)):
+                rounded[row] = _exact_row(spec, *(array[row].astype(np.float64) for array in flat))
+        return rounded if spec.per_sample else np.asarray(rounded[0])
+
+
+def _cancels(total: Array, magnitude: Array) -> Array:
+    """Where what is left of the terms is so small that their roundings may show in it."""
+    return np.asarray(magnitude > 8 * abs(total))
+
+
+def _exact_row(spec: LossSpec, input: Array, target: Array, weight: Array) -> Array:
+    """The weighted sum or mean of one row, of at least one element, all of it finite."""
+    beta = spec.effective_beta
+    sign, inside = _signs(input, target, beta)
+    a, b, outside = input * inside, target * inside, sign * ~inside
+    if math.isinf(beta):
+        products: list[Sequence[Array | float]] = []
+    elif beta == 0:
+        products = [(sign, input, weight), (-sign, target, weight)]
+    else:  # 2 beta times the loss: (a - b)^2, or 2 beta |a - b| - beta^2
+        products = [(a, a, weight), (-2.0, a, b, weight), (b, b, weight)]
+        products += [(2.0, beta, outside, x, weight) for x in (input, -target)]
+        products += [(-beta, beta, ~inside, weight)]
+    keys = np.zeros(input.size, np.int64)
+    (total,) = sums_of_products(products, keys, 1)
+    if beta and not math.isinf(beta):
+        total /= 2 * Fraction(beta)
+    if spec.reduction == "mean":
+        divisor = Fraction(input.size)
+        if spec.weight == "weights":
+            (divisor,) = sums_of_products([(weight,)], keys, 1)
+        if divisor == 0:
+            return np.asarray(np.nan if total == 0 else math.copysign(math.inf, total))
+        total /= divisor
+    return round_fraction(total, spec.dtype)
+
+
+def _signs(input: Array, target: Array, beta: float) -> tuple[Array, Array]:
+    """The sign of each difference, and whether it is below beta: of the exact differences."""
+    d = input - target
+    back = d - input  # Knuth's TwoSum: d + rest is input - target
+    rest = (input - (d - back)) + (-target - back)
+    sign = np.sign(d)
+    inside = (abs(d) < beta) | ((abs(d) == beta) & (sign * rest < 0))
+    return sign, inside
 
 
 def oracle_gradient(
@@ -105,24 +165,105 @@ def oracle_gradient(
         slopes = _element_slopes(d, spec.effective_beta)
         if weight is not None:
             slopes = slopes * weight.astype(wide)
-        if spec.reduction == "mean":
-            axes = tuple(range(1 if spec.per_sample else 0, slopes.ndim))
-            parts = np.ones_like(slopes) if spec.weight != "weights" else weight
-            assert parts is not None
-            parts = np.broadcast_to(parts.astype(np.longdouble), slopes.shape)
-            slopes = slopes / parts.sum(axis=axes, keepdims=True)
+        divisors = _divisors(spec, slopes.shape, weight)
+        if divisors is not None:
+            wide_divisors = np.array([_to_long_double(value) for value in divisors])
+            column = (-1,) + (1,) * (slopes.ndim - 1) if spec.per_sample else ()
+            slopes = slopes / wide_divisors.reshape(column)
         if grad_output is not None:
-            upstream = grad_output.astype(wide)
-            if spec.per_sample:
-                upstream = upstream.reshape(-1, *[1] * (slopes.ndim - 1))
-            slopes = slopes * upstream
+            grad_output = grad_output.reshape(
+                grad_output.shape + (1,) * (slopes.ndim - 1 if spec.per_sample else 0)
+            )
+            slopes = slopes * grad_output.astype(wide)
         extra = slopes.ndim - input.ndim
         axes = tuple(range(extra)) + tuple(
             i + extra for i, n in enumerate(input.shape) if n == 1 and slopes.shape[i + extra] != 1
         )
-        if axes:
-            slopes = slopes.sum(axis=axes, keepdims=True, dtype=np.longdouble)
-        return round_to(slopes.reshape(input.shape), spec.dtype)
+        if not axes:
+            return round_to(slopes.reshape(input.shape), spec.dtype)
+        # A sum starts at 0: of nothing but -0 it is 0, as PyTorch has it.
+        total = slopes.sum(axis=axes, dtype=np.longdouble) + 0.0
+        magnitude = abs(slopes).sum(axis=axes, dtype=np.longdouble)
+        rounded = round_to(total, spec.dtype)
+        factors = [x for x in (weight, grad_output) if x is not None]
+        samples = np.arange(len(slopes)).reshape(-1, *[1] * (slopes.ndim - 1))
+        for at in map(tuple, np.argwhere(_cancels(total, magnitude) & np.isfinite(magnitude))):
+            a, b, *others = (
+                _along(array, slopes.shape, axes, at).astype(np.float64)
+                for array in (input, target, *factors)
+            )
+            keys = np.zeros(a.size, np.int64)
+            if divisors is not None and len(divisors) > 1:
+                keys = _along(samples, slopes.shape, axes, at)
+            rounded[at] = _exact_slope(spec, a, b, others, keys, divisors)
+        return rounded.reshape(input.shape)
+
+
+def _along(array: Array, shape: tuple[int, ...], axes: tuple[int, ...], at: Sequence[int]) -> Array:
+    """The elements that one element of the sum over `axes` is made of."""
+    moved = np.moveaxis(np.broadcast_to(array, shape), axes, range(-len(axes), 0))
+    return np.asarray(moved[tuple(at)]).reshape(-1)
+
+
+def _divisors(
+    spec: LossSpec, shape: tuple[int, ...], weight: Array | None
+) -> list[Fraction | float] | None:
+    """What the losses of a mean are divided by: one, or one for each row; exact where finite."""
+    if spec.reduction != "mean":
+        return None
+    rows = shape[0] if spec.per_sample else 1
+    count = math.prod(shape) // rows if rows else 0
+    if spec.weight != "weights":
+        return [Fraction(count)]
+    assert weight is not None
+    parts = np.broadcast_to(weight, shape).astype(np.float64).reshape(rows, -1)
+    keys = np.broadcast_to(np.arange(rows)[:, None], parts.shape)
+    exact = sums_of_products([(np.where(np.isfinite(parts), parts, 0),)], keys, rows)
+    plain = parts.sum(axis=1).tolist()  # NaN and infinite where an element is
+    return [e if math.isfinite(p) else p for e, p in zip(exact, plain, strict=True)]
+
+
+def _to_long_double(value: Fraction | float) -> np.longdouble:
+    high = np.longdouble(float(value))
+    if isinstance(value, Fraction) and np.isfinite(high):
+        high += np.longdouble(float(value - Fraction(float(high))))
+    return high
+
+
+#: In units of which quotients are added up whose common denominator has a million factors: far
+#: below the smallest product of four float64.
+_UNIT = 1 << 5000
+
+
+def _exact_slope(
+    spec: LossSpec,
+    input: Array,
+    target: Array,
+    factors: Sequence[Array],
+    keys: Array,
+    divisors: Sequence[Fraction | float] | None,
+) -> Array:
+    """One element of the gradient: the sum of at least one term, all of them finite."""
+    beta = spec.effective_beta
+    sign, inside = _signs(input, target, beta)
+    products: list[Sequence[Array | float]] = []
+    if beta == 0:
+        products = [(sign, *factors)]
+    elif not math.isinf(beta):
+        products = [(input * inside, *factors), (-target * inside, *factors)]
+        products += [(sign * ~inside, beta, *factors)]
+    sums = sums_of_products(products, keys, len(divisors or "1"))
+    total = Fraction(0)
+    if divisors is None or len(divisors) == 1:
+        total = sums[0] / Fraction((divisors or [1])[0])
+    else:
+        pairs = [(s, Fraction(d)) for s, d in zip(sums, divisors, strict=True) if s]
+        units = sum(
+            _UNIT * s.numerator * d.denominator // (s.denominator * d.numerator) for s, d in pairs
+        )
+        if abs(units) > len(pairs):  # else nothing but what the divisions rounded off
+            total = Fraction(units, _UNIT)
+    return round_fraction(total / Fraction(beta or 1.0), spec.dtype)
 
 
 def _check_dtypes(spec: LossSpec, *arrays: Array | None) -> None:

@@ -33,6 +33,7 @@ CALLEES_FIRST = (
     "SmoothL1Loss",
     "WideSum",
     "WideMean",
+    "CompensatedAxesSum",
     "CompensatedRowSum",
     "CompensatedSum",
     "CompensatedMean",

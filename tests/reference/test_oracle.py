@@ -15,7 +15,7 @@ from smoothl1_deploy import LossSpec
 from smoothl1_deploy.floats import NUMPY_DTYPE, ieee_class
 from smoothl1_deploy.reference import oracle as oracle_module
 from smoothl1_deploy.reference.module import eager
-from smoothl1_deploy.reference.oracle import oracle
+from smoothl1_deploy.reference.oracle import oracle, oracle_gradient
 from smoothl1_deploy.spec import DTYPES, REDUCTIONS
 
 every_format = pytest.mark.parametrize("dtype", DTYPES)
@@ -280,3 +280,77 @@ def test_is_silent_about_what_ieee_754_defines() -> None:
     with np.errstate(all="raise"):
         for reduction in REDUCTIONS:
             oracle(LossSpec(0.0, reduction), a, -a)
+
+
+def cancelling(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of many magnitudes, each beside its negative but for the last bits of some."""
+    count = math.prod(shape)
+    values = np.ldexp(rng.standard_normal(count), rng.integers(-6, 7, count))
+    half = count // 2
+    values[half : 2 * half] = -values[:half] * rng.choice([1, 1, 1 + 2**-6], half)
+    return rng.permutation(values).reshape(shape).astype(NUMPY_DTYPE[dtype])
+
+
+def clipped(input: float, target: float, beta: float) -> Fraction:
+    d = Fraction(input) - Fraction(target)
+    if beta == 0:
+        return Fraction((d > 0) - (d < 0))
+    return max(-Fraction(beta), min(d, Fraction(beta))) / Fraction(beta)
+
+
+@every_format
+@pytest.mark.parametrize("beta", [0.0, 0.375, 2.0])
+def test_sums_that_cancel_are_exact(dtype: str, beta: float) -> None:
+    """Terms of either sign leave little of themselves, and the truth is what is left."""
+    rng = np.random.default_rng([10, int(beta * 8)])
+    for weight_kind, per_sample in (("count", False), ("weights", False), ("weights", True)):
+        spec = LossSpec(beta, dtype=dtype, weight=weight_kind, per_sample=per_sample, gradient=True)
+        x, t, w = (cancelling(rng, dtype, shape) for shape in ((1, 2), (6, 2), (6, 2)))
+        if per_sample:
+            w = abs(w)  # each row's total is a divisor
+        pairs = [
+            [(float(x[0, j]), float(t[i, j]), Fraction(float(w[i, j]))) for j in (0, 1)]
+            for i in range(6)
+        ]
+        rows = pairs if per_sample else [[cell for row in pairs for cell in row]]
+        whole = [
+            sum(c[2] for c in row) if weight_kind == "weights" else Fraction(len(row))
+            for row in rows
+        ]
+        losses = [
+            sum(c[2] * exact_loss(c[0], c[1], beta) for c in row) / total
+            for row, total in zip(rows, whole, strict=True)
+        ]
+        got = np.atleast_1d(oracle(spec, x, t, w))
+        for value, exact in zip(got, losses, strict=True):
+            assert float(value) == round_fraction(exact, dtype)
+        got = oracle_gradient(spec, x, t, w)
+        for j in (0, 1):
+            divisors = whole if per_sample else whole * 6
+            exact = sum(
+                (
+                    row[j][2] * clipped(row[j][0], row[j][1], beta) / total
+                    for row, total in zip(pairs, divisors, strict=True)
+                ),
+                Fraction(0),
+            )
+            assert float(got[0, j]) == round_fraction(exact, dtype)
+
+
+def test_a_gradient_that_cancels_to_nothing_is_zero() -> None:
+    """0.1 + 0.2 - 0.3 is 2.8e-17 in float64; 1 + 2 - 3 is 0."""
+    spec = LossSpec(10.0, "sum", "float64", gradient=True)
+    got = oracle_gradient(spec, np.zeros((1, 1)), np.array([[1.0], [2.0], [-3.0]]))
+    assert (float(got[0, 0]), np.signbit(got[0, 0])) == (0.0, False)
+
+
+def test_products_that_no_float_holds_are_added_exactly() -> None:
+    """A million factors of many magnitudes, and their negatives, leave the one that is alone."""
+    from smoothl1_deploy.reference.exact import sums_of_products
+
+    rng = np.random.default_rng(3)
+    a, b = (np.ldexp(rng.standard_normal(5000), rng.integers(-1000, 900, 5000)) for _ in range(2))
+    one = [np.append(a, 3e-300), np.append(b, 7e-300)]
+    other = [np.append(-a, 0.0), np.append(b, 0.0)]
+    (total,) = sums_of_products([one, other], np.zeros(5001, np.int64), 1)
+    assert total == Fraction(3e-300) * Fraction(7e-300)
