@@ -17,7 +17,7 @@ from ..graph.tiles import why_not_tiled
 from .base import Backend, Runner
 from .crew import Crew, default_threads
 from .slots import Slots
-from .sums import Sums, has_sums
+from .sums import ROW, Sums, has_sums
 from .tiles import Tiles
 
 __all__ = ["OrtCpuBackend", "OrtTiledBackend"]
@@ -62,6 +62,10 @@ class OrtRunner(Runner):
         pair = [self.signature.input, self.signature.target]
         # Of another's model the shapes of the outputs aren't known.
         self._slots = Slots(self._session, pair) if self.spec else None
+
+    def added_in_float32(self, size: int) -> int:
+        """A row of `sums.ROW` where the sums are had that way."""
+        return ROW if self._has_sums and size > self._few else 1
 
     def _shapes(self, shape: tuple[int, ...]) -> dict[Port, tuple[int, ...]]:
         feeds = {"input": np.empty(shape)}

@@ -97,9 +97,9 @@ def _measure(runner: Runner, spec: LossSpec, case: Case, accumulator: str | None
     torch = eager_outputs(spec, input, target, weight)["loss"]
     shares = branch_shares(spec, input, target)
     count = elements((input.shape, target.shape))
-    limit = bound(spec, count, accumulator or "float64")
+    limit = bound(spec, count, accumulator or "float64", runner.added_in_float32(count))
     proved = None
-    if accumulator is not None and math.isfinite(limit) and in_range(spec, input, target):
+    if accumulator is not None and math.isfinite(limit) and in_range(spec, input, target, weight):
         proved = math.floor(limit)
     value: float | None = None
     try:

@@ -19,16 +19,20 @@ The sum of n elements >= 0:
    is off by at most gamma(n - 1, u) n u sigma; sigma is at most 8 times the naive sum; adding the
    two is one rounding (Rump, Ogita, Oishi, "Accurate floating-point summation part I", 2008).
 
-A weight is one product more an element; a mean that divides by the sum of the weights carries the
-error of that sum as well. `mean` divides once more, in float64. A result that is not yet in the
-output dtype is rounded to it, by way of float32 for the half formats.
+A weight is one product more an element, in the accumulator's dtype where there is a sum; a mean
+that divides by the sum of the weights carries the error of that sum as well. `mean` divides once
+more, in float64. A result that is not yet in the output dtype is rounded to it, by way of float32
+for the half formats.
+
+3. A runner that adds up n elements at a time in float32, and those sums in float64
+   (`backends.sums`): gamma(n - 1, 2^-24) more.
 
 From a relative error r to ULP: between x and x (1 + r), each rounded to nearest, lie at most
 `r / (u (1 - r) (1 - 2 u)) + 1` steps of the output format. The oracle's own error is counted too.
 
 What the bound assumes: IEEE arithmetic, weights >= 0, no overflow, and no underflow within the loss
 of an element (a difference whose square, over beta, is subnormal, loses bits that no sum can give
-back).
+back; so does half of a subnormal beta).
 """
 
 from __future__ import annotations
@@ -98,13 +102,14 @@ def _oracle_error(spec: LossSpec, count: int) -> float:
     return element + 2 * gamma(_ORACLE_DEPTH + count // _ORACLE_CHUNK, long_double)
 
 
-def bound(spec: LossSpec, count: int, accumulator: str = "float64") -> float:
+def bound(spec: LossSpec, count: int, accumulator: str = "float64", in_float32: int = 1) -> float:
     """The largest distance to the oracle, in ULP of the loss, that our graphs can have.
 
     Args:
         spec: dtype and reduction; the bound does not depend on beta.
         count: elements that go into one number of the output; `none` disregards it.
         accumulator: dtype of the sums, where the runtime has no float64 ("float32", TensorRT).
+        in_float32: elements that the runner adds up in float32 before anything wider.
 
     Returns:
         A real number, or infinity where `count` roundings can take everything: a distance is a
@@ -117,11 +122,14 @@ def bound(spec: LossSpec, count: int, accumulator: str = "float64") -> float:
     if count < 0:
         raise ValueError(f"count must be >= 0, got {count}")
     unit = UNIT_ROUNDOFF[spec.dtype]
-    steps = _ELEMENT + (1 if spec.weight else 0)
-    relative = gamma(steps, UNIT_ROUNDOFF[spec.compute_dtype])
+    relative = gamma(_ELEMENT, UNIT_ROUNDOFF[spec.compute_dtype])
+    if spec.weight:
+        product = spec.compute_dtype if spec.reduction == "none" else accumulator
+        relative += UNIT_ROUNDOFF[product]
     rounded = spec.dtype == spec.compute_dtype  # the last operation is in the output dtype already
     if spec.reduction != "none":
         relative += _sum_error(spec, count, accumulator) * (2 if spec.weight == "weights" else 1)
+        relative += accumulation_error("float32", in_float32)
         if spec.reduction == "mean":
             relative += UNIT_ROUNDOFF[accumulator]
         if spec.compute_dtype != spec.dtype:
@@ -136,40 +144,55 @@ def bound(spec: LossSpec, count: int, accumulator: str = "float64") -> float:
 
 
 def proved_bound(
-    spec: LossSpec, input_shape: tuple[int, ...], target_shape: tuple[int, ...], accumulator: str
+    spec: LossSpec, shape: tuple[int, ...], accumulator: str, in_float32: int = 1
 ) -> int | None:
-    """`bound` in whole ULP for inputs of these shapes; None where it bounds nothing."""
-    shape = np.broadcast_shapes(input_shape, target_shape)
+    """`bound` in whole ULP for element losses of this shape; None where it bounds nothing."""
     count = math.prod(shape[1:] if spec.per_sample else shape)
-    limit = bound(spec, count, accumulator)
+    limit = bound(spec, count, accumulator, in_float32)
     return None if math.isinf(limit) else math.floor(limit)
 
 
-def in_range(spec: LossSpec, input: Array, target: Array) -> bool:
-    """Whether no element overflows or underflows on the way, in the compute dtype.
+def in_range(spec: LossSpec, input: Array, target: Array, weight: Array | None = None) -> bool:
+    """Whether what `bound` assumes is so: no element over- or underflows, no weight is negative.
 
-    What `bound` assumes, beyond weights >= 0, asked of the exact differences.
+    Asked of the exact differences, in the compute dtype.
     """
-    one, other = (array.reshape(-1) for array in np.broadcast_arrays(input, target))
-    chunks = range(0, one.size, _ORACLE_CHUNK)
+    given = [input, target, *([] if weight is None else [weight])]
+    flat = [array.reshape(-1) for array in np.broadcast_arrays(*given)]
+    chunks = range(0, flat[0].size, _ORACLE_CHUNK)
     return all(
-        _chunk_in_range(spec, one[i : i + _ORACLE_CHUNK], other[i : i + _ORACLE_CHUNK])
-        for i in chunks
+        _chunk_in_range(spec, *(array[i : i + _ORACLE_CHUNK] for array in flat)) for i in chunks
     )
 
 
-def _chunk_in_range(spec: LossSpec, input: Array, target: Array) -> bool:
+def _chunk_in_range(
+    spec: LossSpec, input: Array, target: Array, weight: Array | None = None
+) -> bool:
     limits = np.finfo(spec.compute_dtype)
     smallest = 4 * float(limits.smallest_normal)  # room for roundings
     beta = spec.effective_beta
     with np.errstate(all="ignore"):
         distance = abs(input.astype(np.float64) - target.astype(np.float64))
         slope = np.minimum(distance, beta) / beta if beta else np.sign(distance)
-        loss = np.minimum(distance, beta) * 0.5 * slope
+        loss = distance - beta / 2
+        loss = np.where(distance < beta, np.minimum(distance, beta) * 0.5 * slope, loss)
+        if weight is not None and not _weights_in_range(spec, loss, weight.astype(np.float64)):
+            return False
     tested = distance[distance != 0]
     if not (tested <= float(limits.max) / 4).all():  # NaN and infinity too
         return False
     if math.isinf(beta):  # every loss is exactly 0
         return True
     tiny = (loss < smallest) | (slope < smallest)
-    return not (tiny & (distance > 0) & (distance < beta)).any()
+    # An L1 loss is a difference, which is exact where it is subnormal.
+    return beta == 0 or not (tiny & (distance > 0)).any()
+
+
+def _weights_in_range(spec: LossSpec, loss: Array, weight: Array) -> bool:
+    """No weight is negative, and no product leaves the range of the dtype it is computed in."""
+    narrow = spec.reduction == "none" and spec.dtype != "float64"
+    limits = np.finfo(spec.compute_dtype if narrow else "float64")
+    product = loss * weight
+    fits = (product == 0) | (product >= 4 * limits.smallest_normal)
+    zero = (loss == 0) | (weight == 0)
+    return bool(((weight >= 0) & fits & (zero | (product > 0)) & (product <= limits.max / 4)).all())

@@ -4,6 +4,9 @@
    oracle's where PyTorch itself overflowed, underflowed, or made NaN of finite input ("better
    than PyTorch").
 2. `none`, and the gradient: the largest ULP distance to the oracle is at most PyTorch's own plus 1.
+   Of fewer than 1,024 elements chance decides whose largest is larger (of 3.6e7 float32 elements
+   either was 3 ULP off at most, and in 0.03 % alone by 2 or more): PyTorch's own is then its
+   largest over that many elements drawn alike. That holds for rule 3 too.
 3. `mean`, `sum`, per sample: at most PyTorch's own plus 1, or 2.
 4. Where an error bound is proved for what made the result (`parity.bounds`): at most that.
 """
@@ -111,8 +114,12 @@ def compare(
     target: Array,
     output: str = "loss",
     bound: int | None = None,
+    torch_alike: int = 0,
 ) -> Verdict:
-    """Judge one output by PyTorch's and the oracle's answer to the same `input` and `target`."""
+    """Judge one output by PyTorch's and the oracle's answer to the same `input` and `target`.
+
+    `torch_alike` is PyTorch's own largest distance over elements like those, where they are few.
+    """
     per_element = spec.reduction == "none" or output == "grad_input"
     if result.dtype != oracle.dtype or result.shape != oracle.shape:
         return Verdict(
@@ -132,7 +139,7 @@ def compare(
     finite = np.isfinite(oracle)
     ours_at = _distances(result, oracle, finite & (ours == truth))
     torch_at = _distances(torch, oracle, finite & (theirs == truth))
-    ulp, torch_ulp = int(ours_at.max()), int(torch_at.max())
+    ulp, torch_ulp = int(ours_at.max()), max(int(torch_at.max()), torch_alike)
     allowed = torch_ulp + 1
     if not per_element or better:
         # Where PyTorch left the class its own distance is unbounded, and no measure.

@@ -216,7 +216,7 @@ def _divisors(
     if spec.weight != "weights":
         return [Fraction(count)]
     assert weight is not None
-    parts = np.broadcast_to(weight, shape).astype(np.float64).reshape(rows, -1)
+    parts = np.broadcast_to(weight, shape).astype(np.float64).reshape(rows, count)
     keys = np.broadcast_to(np.arange(rows)[:, None], parts.shape)
     exact = sums_of_products([(np.where(np.isfinite(parts), parts, 0),)], keys, rows)
     plain = parts.sum(axis=1).tolist()  # NaN and infinite where an element is
