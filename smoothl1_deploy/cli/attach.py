@@ -64,10 +64,16 @@ def attach(
     ] = False,
     route: Annotated[str, typer.Option(help="function or inlined.")] = "function",
     convert_opset: Annotated[
-        bool, typer.Option("--convert-opset", help="Convert a model that is too old.")
+        bool,
+        typer.Option(
+            "--convert-opset", help="Convert a model that is too old to the lowest opset that does."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Let -o be the model itself.")
     ] = False,
 ) -> None:
-    """Graft the loss onto any ONNX model, whose own nodes stay as they are.
+    """Graft the loss onto any ONNX model, after its own nodes.
 
     Weights beside the model stay beside it: their files are copied to where the result goes. Run
     it again on the result to attach another loss.
@@ -79,7 +85,7 @@ def attach(
     from ..spec import LossSpec
 
     proto = _read(model)
-    _check_output(output, proto, model.parent)
+    _check_output(output, proto, model, [target, weight], overwrite)
     spec = LossSpec(
         beta=beta,
         reduction=reduction,
@@ -144,7 +150,13 @@ def _note_near_miss(role: str, name: str, before: onnx.ModelProto, after: onnx.M
         print_note(f"the {role} {name!r} is a new input; the model has {close[0]!r} too")
 
 
-def _check_output(path: Path, model: onnx.ModelProto, folder: Path) -> None:
+def _check_output(
+    path: Path,
+    model: onnx.ModelProto,
+    source: Path,
+    operands: list[str | None],
+    overwrite: bool,
+) -> None:
     """Refuse, before any weights are copied, where the model can't be written or would harm."""
     from ..graph.tensors import external_locations
 
@@ -152,9 +164,17 @@ def _check_output(path: Path, model: onnx.ModelProto, folder: Path) -> None:
         problem = "is a folder" if os.path.isdir(path) else "lies in a folder that doesn't exist"
         raise OutputError(f"can't write the model: {path} {problem}; give a file name")
     weights = [_real(where / name) for name in external_locations(model)
-               for where in (folder, path.parent)]  # fmt: skip
+               for where in (source.parent, path.parent)]  # fmt: skip
     if _real(path) in weights:
         raise OutputError(f"can't write the model: {path} holds its weights; give another name")
+    arrays = [given for given in operands if given and _is_array(given) and os.path.isfile(given)]
+    if _real(path) in [_real(Path(given)) for given in arrays]:
+        raise OutputError(f"can't write the model: {path} is an array of it; give another name")
+    if _real(path) == _real(source) and not overwrite:
+        raise OutputError(
+            f"can't write the model: {path} is the one that is read; give another name, or say "
+            "--overwrite to lose it"
+        )
 
 
 def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
@@ -205,9 +225,13 @@ def _dtype_of(model: onnx.ModelProto, prediction: str) -> str:
     return float_dtype_of(model, prediction) or "float32"
 
 
+def _is_array(given: str) -> bool:
+    return given.lower().endswith(".npy")
+
+
 def _operand(given: str, dtype: str) -> Any:
     """A tensor's name, or the array of a .npy file."""
-    if not given.lower().endswith(".npy"):
+    if not _is_array(given):
         return given
     from ..npy import read_array
 

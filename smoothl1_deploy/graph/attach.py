@@ -13,14 +13,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
-from .convert import OLDEST, check_parsed, converted, opset_of
+from .convert import check_parsed, converted
 from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE, element_name
-from .hosted import add_functions, check_opset
+from .hosted import OldOpsetError, add_functions, check_opset
 from .metadata import ATTACHED, forget_spec, note_attached
 from .nesting import check_constants, check_nesting
 from .prune import prune
 from .shapes import Shape, broadcast, summed_axes
-from .tensors import Tensor, main_tensors, node_names, value_names
+from .tensors import Tensor, main_tensors, node_names, subgraphs, value_names
 
 __all__ = ["ATTACHED", "attach"]
 
@@ -44,7 +44,11 @@ def attach(
 ) -> onnx.ModelProto:
     """A copy of `model` that also computes the loss of one of its tensors.
 
-    Nodes are added after the model's own, which stay as they are. Attach again for a second loss.
+    Nodes are added after the model's own, which stay as they are but for one name: an output that
+    is read here and that a DequantizeLinear gives comes out of a Sum behind it. Initialisers of a
+    model of IR 3 or older are no longer listed as inputs, and so stay constants. With outputs,
+    inputs and constants for operands, the outputs that were there keep their bits under ONNX
+    Runtime's optimiser too. Attach again for a second loss.
 
     Args:
         model: any ONNX model of opset 13 or newer. Weights beside its file may stay there
@@ -59,12 +63,13 @@ def attach(
         loss_name: of the output (`grad_input` for the gradient); numbered where it is taken.
         only_loss: drop the other outputs, and the nodes and inputs that only they need.
         route: `"function"` adds a node of the domain `smoothl1_deploy`; `"inlined"` plain ones.
-        convert_opset: convert a model whose opset is older than 13 to 18, its functions put in
-            the places where they are called.
+        convert_opset: convert a model whose opset the loss can't be computed in to the lowest
+            that it can, 13 or, for some gradients, 14; the model's functions are then put in the
+            places where they are called.
 
     Raises:
-        SpecError: on a name that no tensor has (close matches first), shapes that can't be
-            broadcast, and a dtype that would lose precision.
+        SpecError: on a name that no tensor has (close matches first), a target that is the
+            prediction, shapes that can't be broadcast, and a dtype that would lose precision.
         ArtefactError: on a model whose opset is too old, that has a function of our name and
             another content, or with more than 2 GB in memory where a step can't take them.
     """
@@ -78,21 +83,24 @@ def attach(
         raise SpecError(f"spec must be a LossSpec, got {type(spec).__name__}")
     check_nesting(model)
     check_constants(model)
-    grafted = onnx.ModelProto()
-    grafted.CopyFrom(model)
-    forget_spec(grafted)
-    if convert_opset and opset_of(grafted) < OLDEST:
-        grafted = converted(grafted)
     _check_name("loss", loss_name)
-    graft = _Graft(grafted, prediction, spec)
-    roles = {"input": graft.prediction, "target": graft.operand("target", target)}
-    if graft.spec.weight:
-        if weight is None:
-            raise SpecError("the spec has a weight; say which tensor or array it is with weight=")
-        roles["weight"] = graft.operand("weight", weight)
-    elif weight is not None:
-        raise SpecError("weight= for a spec without one; write LossSpec(weight='count')")
-    functions = graft.add(roles, loss_name, only_loss)
+    if isinstance(target, str) and target == prediction:
+        raise SpecError(
+            f"the target {target!r} is the prediction itself, and such a loss is 0 whatever the "
+            "model computes; name another tensor, or a new input"
+        )
+    while True:
+        grafted = onnx.ModelProto()
+        grafted.CopyFrom(model)
+        forget_spec(grafted)
+        try:
+            graft = _Graft(grafted, prediction, spec)
+            functions = graft.add(graft.roles(target, weight), loss_name, only_loss)
+            break
+        except OldOpsetError as old:  # which opset it has to be, only the finished loss tells
+            if not convert_opset:
+                raise
+            model = converted(model, old.needed)
     if route == "inlined":
         check_parsed(grafted, "the route 'inlined'")
         names = [(function.domain, function.name) for function in functions]
@@ -131,13 +139,30 @@ class _Graft:
         self._prediction = found
         self._prefix = ""
         self._nodes: list[onnx.NodeProto] = []
-        self.prediction = self._in_dtype("prediction", found)
+        self.prediction = self._in_dtype("prediction", self._handed_on(found))
+
+    def roles(
+        self, target: str | np.ndarray[Any, Any], weight: str | np.ndarray[Any, Any] | None
+    ) -> dict[str, Tensor]:
+        """The tensors that the loss is computed of, by what they are to it."""
+        roles = {"input": self.prediction, "target": self._operand("target", target)}
+        if self.spec.weight:
+            if weight is None:
+                raise SpecError(
+                    "the spec has a weight; say which tensor or array it is with weight="
+                )
+            roles["weight"] = self._operand("weight", weight)
+        elif weight is not None:
+            raise SpecError("weight= for a spec without one; write LossSpec(weight='count')")
+        return roles
 
     def _known(self, what: str, name: str) -> Tensor:
         if not isinstance(name, str):
             raise SpecError(f"the {what} must be the name of a tensor, got {name!r}")
         if name in self._tensors:
             return self._tensors[name]
+        if name in self._values:
+            raise self._no_tensor(what, name)
         names = list(self._tensors)
         close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
         listed = [*close, *(other for other in reversed(names) if other not in close)]
@@ -147,18 +172,66 @@ class _Graft:
             f"{', '.join(map(repr, listed[:_SHOWN])) or 'none at all'}{more}"
         )
 
-    def operand(self, what: str, given: str | np.ndarray[Any, Any]) -> Tensor:
+    def _no_tensor(self, what: str, name: str) -> SpecError:
+        """What to say of a name that the model knows, but as no tensor of its main graph."""
+        graph = self.model.graph
+        kinds = {
+            value.name: kind.removesuffix("_type").replace("_", " ")
+            for value in (*graph.input, *graph.value_info, *graph.output)
+            if (kind := value.type.WhichOneof("value")) not in (None, "tensor_type")
+        }
+        kind = f"of the type {kinds[name]}" if name in kinds else "a sequence or the like"
+        near: list[str] = []
+        for node in graph.node:
+            if name in node.output:
+                near = [other for other in node.input if other in self._tensors]
+                break
+            if name not in kinds and _inside(node, name):
+                kind = f"inside a graph of {node.op_type}, where only that can read it"
+                near = [other for other in node.output if other in self._tensors]
+        instance = f", {' or '.join(map(repr, near))} for instance" if near else ""
+        return SpecError(
+            f"the {what} {name!r} is no tensor of the main graph but {kind}; name one that is"
+            f"{instance}"
+        )
+
+    def _handed_on(self, tensor: Tensor) -> Tensor:
+        """`tensor`, its bits kept: what a loss reads has a reader more than it had.
+
+        ONNX Runtime (1.31) gives each reader of a DequantizeLinear, and the graph's output, one
+        of its own, and fuses int8 operators with the two nodes behind them where there is one
+        alone: with a second one the output moves by a quantisation step (bench/NOTES.md). So the
+        one reader of such an output becomes a Sum of nothing else, and the loss reads that.
+        """
+        graph, name = self.model.graph, tensor.name
+        if all(name != value.name for value in graph.output) or any(
+            name in node.input or _inside(node, name) for node in graph.node
+        ):
+            return tensor
+        for node in graph.node:
+            if name in node.output and self._dequantizes(node, name):
+                inner = self._free(f"{name}_dequantized")
+                node.output[list(node.output).index(name)] = inner
+                sum_name = self._free(f"{name}_handed_on")
+                self._nodes.append(helper.make_node("Sum", [inner], [name], name=sum_name))
+        return tensor
+
+    def _dequantizes(self, node: onnx.NodeProto, output: str) -> bool:
+        """Whether a DequantizeLinear gives that output, in a function of the model for instance."""
+        for f in self.model.functions:
+            if (f.domain, f.name, f.overload) == (node.domain, node.op_type, node.overload):
+                inner = dict(zip(node.output, f.output, strict=False)).get(output, "")
+                return any(inner in n.output and self._dequantizes(n, inner) for n in f.node)
+        return node.op_type == "DequantizeLinear"
+
+    def _operand(self, what: str, given: str | np.ndarray[Any, Any]) -> Tensor:
         """The tensor that a target or weight is: an existing one, a new input, or a constant."""
         if isinstance(given, str):
             if given in self._tensors:
-                return self._in_dtype(what, self._tensors[given])
+                return self._in_dtype(what, self._handed_on(self._tensors[given]))
             _check_name(what, given)
             if given in self._values:
-                raise SpecError(
-                    f"the {what} {given!r} is no tensor of the main graph that a loss can take, "
-                    "and no free name for a new input: it is a sequence or the like, or stands "
-                    "inside a subgraph; choose another name"
-                )
+                raise self._no_tensor(what, given)
             element, shape = ELEMENT_TYPE[self.spec.dtype], self._prediction.shape
             self.model.graph.input.append(helper.make_tensor_value_info(given, element, shape))
             self._taken.add(given)
@@ -265,6 +338,11 @@ class _Graft:
             graph.output.append(helper.make_tensor_value_info(outputs["grad_input"], element, like))
         if only:
             prune(graph)
+
+
+def _inside(node: onnx.NodeProto, name: str) -> bool:
+    """Whether a graph that `node` holds has that name in it, of its own or read from outside."""
+    return any(name in value_names(subgraph) for subgraph in subgraphs(node))
 
 
 def _broadcast(roles: dict[str, Tensor]) -> Shape | None:

@@ -9,12 +9,8 @@ import onnx.version_converter
 from ..errors import ArtefactError
 from .nesting import MODEL_ERRORS
 
-__all__ = ["OLDEST", "check_parsed", "converted", "opset_of"]
+__all__ = ["check_parsed", "converted", "opset_of"]
 
-#: The oldest opset that the functions of `functions` can be called in.
-OLDEST = 13
-
-_TARGET = 18
 _PARSED = 2**31 - 1  # bytes that protobuf reads in one message
 
 
@@ -23,8 +19,8 @@ def opset_of(model: onnx.ModelProto) -> int:
     return max((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), default=1)
 
 
-def converted(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` in opset 18.
+def converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """`model` in the opset `opset`.
 
     Its functions are put in the places where they are called: onnx's converter (1.23) drops them.
 
@@ -35,9 +31,9 @@ def converted(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         if model.functions:
             model = onnx.inliner.inline_local_functions(model, convert_version=True)
-        return onnx.version_converter.convert_version(model, _TARGET)
+        return onnx.version_converter.convert_version(model, opset)
     except (onnx.version_converter.ConvertError, *MODEL_ERRORS, RuntimeError) as exc:
-        raise ArtefactError(f"onnx can't convert the model to opset {_TARGET}: {exc}") from exc
+        raise ArtefactError(f"onnx can't convert the model to opset {opset}: {exc}") from exc
 
 
 def check_parsed(model: onnx.ModelProto, step: str) -> None:

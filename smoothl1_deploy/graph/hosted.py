@@ -1,4 +1,4 @@
-"""The package's functions in somebody else's model: which opset they need, and how they go in."""
+"""The package's functions in somebody else's model: what they need of it, and how they go in."""
 
 from __future__ import annotations
 
@@ -8,9 +8,24 @@ from typing import Any
 import onnx
 
 from ..errors import ArtefactError
-from .convert import OLDEST, opset_of
+from .convert import opset_of
+from .tensors import subgraphs
 
-__all__ = ["add_functions", "check_opset"]
+__all__ = ["OldOpsetError", "add_functions", "check_opset"]
+
+_OLDEST_OPSET = 13  # that the functions of `functions` can be called in
+_OLDEST_IR = 8  # the first with functions
+
+
+class OldOpsetError(ArtefactError):
+    """A model older than `needed`, the lowest opset that has what a loss is made of."""
+
+    def __init__(self, opset: int, needed: int) -> None:
+        super().__init__(
+            f"the model is of opset {opset}, and this loss needs {needed}; convert it with "
+            "convert_opset=True (--convert-opset), or onnx.version_converter"
+        )
+        self.needed = needed
 
 
 def check_opset(
@@ -19,24 +34,45 @@ def check_opset(
     """Whether the opset of `model` has what `functions` and `nodes` are made of.
 
     Raises:
-        ArtefactError: for one that is too old; says how to convert the model.
+        OldOpsetError: for one that is too old; says how to convert the model.
     """
     every = [*nodes, *(node for function in functions for node in function.node)]
     reshapes = any(attribute.name == "allowzero" for n in every for attribute in n.attribute)
-    opset, oldest = opset_of(model), 14 if reshapes else OLDEST
-    if opset < oldest:
-        raise ArtefactError(
-            f"the model is of opset {opset}, and this loss needs {oldest}; convert it with "
-            "convert_opset=True (--convert-opset), or onnx.version_converter"
-        )
+    opset, needed = opset_of(model), 14 if reshapes else _OLDEST_OPSET
+    if opset < needed:
+        raise OldOpsetError(opset, needed)
+
+
+def _raise_ir(model: onnx.ModelProto) -> None:
+    """Make `model` one that may have functions, its constants as constant as they were.
+
+    Before IR 4 every initialiser had to be listed among the inputs. From IR 4 on one that is
+    listed may be overridden by the caller, so that no runtime folds it into anything.
+    """
+    if model.ir_version < 4:
+        _unlist_initialisers(model.graph)
+    model.ir_version = max(model.ir_version, _OLDEST_IR)
+
+
+def _unlist_initialisers(graph: onnx.GraphProto) -> None:
+    constants = {tensor.name for tensor in graph.initializer}
+    fed = [value for value in graph.input if value.name not in constants]
+    del graph.input[:]
+    graph.input.extend(fed)
+    for node in graph.node:
+        for subgraph in subgraphs(node):
+            _unlist_initialisers(subgraph)
 
 
 def add_functions(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
     """Add the functions that `model` lacks; their bodies mean the same in every opset they allow.
 
+    The IR version becomes the first that has functions, where it is older.
+
     Raises:
         ArtefactError: when a function of that name is there and computes something else.
     """
+    _raise_ir(model)
     opset = opset_of(model)
     present = {(function.domain, function.name): function for function in model.functions}
     for function in functions:

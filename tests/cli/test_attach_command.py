@@ -143,6 +143,39 @@ def test_an_output_that_can_t_be_is_refused_before_anything_is_copied(
     assert after == before
 
 
+def test_the_model_that_is_read_is_written_over_when_that_is_said(
+    detector: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = detector.read_bytes()
+    link = detector.with_name("link.onnx")
+    link.symlink_to(detector)
+    for output in (detector, link):
+        words = ["attach", str(detector), "--prediction", "boxes", "--target", "gt"]
+        words += ["-o", str(output)]
+        assert main(words) == 2
+        assert "is the one that is read; give another name, or say --overwrite" in (
+            capsys.readouterr().err
+        )
+        assert detector.read_bytes() == before
+    assert main([*words[:-1], str(detector), "--overwrite"]) == 0
+    assert [output.name for output in onnx.load(detector).graph.output] == ["boxes", "loss"]
+
+
+@pytest.mark.parametrize("role", ["target", "weight"])
+def test_the_arrays_that_are_read_are_never_written_over(
+    detector: Path, role: str, capsys: pytest.CaptureFixture
+) -> None:
+    array = detector.with_name("array.npy")
+    np.save(array, np.zeros((3, 4), np.float32))
+    before = array.read_bytes()
+    operands = {"target": "gt", role: str(array)}
+    words = [word for name, given in operands.items() for word in (f"--{name}", given)]
+    words = ["attach", str(detector), "--prediction", "boxes", *words, "--overwrite"]
+    assert main([*words, "-o", str(array)]) == 2
+    assert "is an array of it; give another name" in capsys.readouterr().err
+    assert array.read_bytes() == before
+
+
 @pytest.mark.parametrize(("target", "noted"), [("boxs", True), ("gt", False), ("boxes_gt", False)])
 def test_a_new_input_that_looks_like_a_typing_error_is_noted(
     detector: Path, target: str, noted: bool, capsys: pytest.CaptureFixture

@@ -99,7 +99,8 @@ def test_losses_attached_to_a_model(cli: Callable[..., Done]) -> None:
     text = "g (float[N, 4] x) => (float[N, 4] y) { y = Neg(x) }"
     head = '<ir_version: 8, opset_import: ["" : 18]>'
     onnx.save(onnx.parser.parse_model(f"{head} {text}"), "m.onnx")
-    attach = ("attach", "m.onnx", "--prediction", "y", "--target", "x", "-o", "m.onnx")
+    attach = ("attach", "m.onnx", "--prediction", "y", "--target", "x", "-o", "m.onnx",
+              "--overwrite")  # fmt: skip
     assert cli(*attach, "--per-sample").code == cli(*attach, "--beta", 0.5).code == 0
     found = _json(cli, "m.onnx")
     assert [loss["outputs"] for loss in found["attached"]] == [{"loss": "loss"}, {"loss": "loss_1"}]  # type: ignore[union-attr]

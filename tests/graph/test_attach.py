@@ -280,6 +280,11 @@ def _without_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
 SEQUENCE = """g (float[N, 4] x) => (float[N, 4] boxes, seq(float[N, 4]) s) {
     s = SequenceConstruct(x)
     boxes = Relu(x) }"""
+MAPS = """<ir_version: 8, opset_import: ["" : 18, "ai.onnx.ml" : 3]>
+    g (float[N, 4] x) => (seq(map(int64, float[])) scores) {
+    p = Softmax(x)
+    scores = ai.onnx.ml.ZipMap<classlabels_int64s = [0, 1, 2, 3]>(p) }"""
+HIDDEN = "g (float[N, 4] x) => (float[N, 4] y) { s = SequenceConstruct(x) y = SequenceAt(s, i) }"
 NAMESAKE = """<ir_version: 8, opset_import: ["" : 18, "smoothl1_deploy" : 1]>
     g (float[N, 6] x) => (float[N, 6] boxes) { boxes = smoothl1_deploy.SmoothL1Loss(x) }
     <domain: "smoothl1_deploy", opset_import: ["" : 18]> SmoothL1Loss (a) => (b) { b = Neg(a) }"""
@@ -293,8 +298,14 @@ REFUSED: list[tuple[str, Callable[[], object], str]] = [
     ("a weight too many", lambda: attach(linear(), "boxes", "gt", weight="w8"), "for a spec without one"),
     ("strings", lambda: attach(linear(), "boxes", np.array([["a"]])), "can't be a constant|STRING"),
     ("an integer prediction", lambda: attach(model_of("g (int64[N] x) => (int64[N] y) { y = Neg(x) }"), "y", "gt"), "is INT64; a loss needs a float tensor"),
-    ("a name inside a subgraph", lambda: attach(model_of(BRANCH, w=W), "boxes", "a"), "'a' is no tensor of the main graph .* choose another name"),
-    ("a sequence", lambda: attach(model_of(SEQUENCE), "boxes", "s"), "'s' is no tensor of the main graph .* a sequence"),
+    ("a name inside a subgraph", lambda: attach(model_of(BRANCH, w=W), "boxes", "a"), "target 'a' is no tensor of the main graph but inside a graph of If, where only that can read it; name one that is, 'boxes' for instance"),
+    ("a prediction inside a subgraph", lambda: attach(model_of(BRANCH, w=W), "b", "gt"), "prediction 'b' is .* but inside a graph of If"),
+    ("a sequence", lambda: attach(model_of(SEQUENCE), "boxes", "s"), "the target 's' is .* but of the type sequence; name one that is, 'x' for instance"),
+    ("a sequence as the prediction", lambda: attach(model_of(SEQUENCE), "s", "gt"), "the prediction 's' is .* but of the type sequence; name one that is, 'x' for instance"),
+    ("a sequence that nothing declares", lambda: attach(model_of(HIDDEN, i=np.array(0)), "s", "gt"), "'s' is .* but a sequence or the like; name one that is, 'x' for instance"),
+    ("a sequence of maps", lambda: attach(parser.parse_model(MAPS), "scores", "gt"), "'scores' is .* but of the type sequence; name one that is, 'p' for instance"),
+    ("an optional input", lambda: attach(model_of("g (float[N] x, optional(float[N]) o) => (float[N] y) { y = Relu(x) }"), "o", "gt"), "'o' is .* but of the type optional; name one that is$"),
+    ("the prediction as its own target", lambda: attach(linear(), "boxes", "boxes"), "target 'boxes' is the prediction itself, and such a loss is 0"),
     ("a function of our name", lambda: attach(parser.parse_model(NAMESAKE), "boxes", "gt"), "a function smoothl1_deploy.SmoothL1Loss that computes something else"),
     ("a model without tensors", lambda: attach(onnx.ModelProto(), "boxes", "gt"), "it has none at all"),
     ("rank 0 per sample", lambda: attach(model_of("g (float x) => (float y) { y = Neg(x) }"), "y", "gt", LossSpec(per_sample=True)), "rank 0"),
@@ -309,10 +320,22 @@ def test_what_is_refused(call: Callable[[], object], text: str) -> None:
         call()
 
 
-def test_an_old_opset_is_converted_when_asked() -> None:
-    after = attach(linear(11), "boxes", "gt", convert_opset=True)
-    outputs = run(after, x=X, gt=T)
-    assert_loss(LossSpec(), outputs, outputs["boxes"], T)
+@pytest.mark.parametrize(
+    ("opset", "spec", "needed"),
+    [(7, LossSpec(), 13), (12, LossSpec(0.5, "none", gradient=True), 14), (13, LossSpec(gradient=True), 14)],
+)  # fmt: skip
+def test_an_old_opset_is_converted_to_the_lowest_that_the_loss_needs(
+    opset: int, spec: LossSpec, needed: int
+) -> None:
+    """A gradient of what a constant was broadcast with needs a Reshape of opset 14."""
+    before = linear(opset, rest="boxes = LeakyRelu(h)")
+    before.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    with pytest.raises(ArtefactError, match=rf"opset {opset}, and this loss needs {needed}; conv"):
+        attach(before, "boxes", T, spec)
+    after = attach(before, "boxes", T, spec, convert_opset=True)
+    assert _opsets(after)[""] == needed
+    outputs = untouched(before, after, x=np.ascontiguousarray(X[:1]))
+    assert_loss(spec, outputs, outputs["boxes"], T)
 
 
 def test_the_functions_of_an_old_model_survive_the_conversion() -> None:

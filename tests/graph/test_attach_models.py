@@ -124,13 +124,12 @@ LOSSES = (LossSpec(0.5), LossSpec(reduction="none", gradient=True))
 
 
 def run(
-    model: onnx.ModelProto | Path, feeds: dict[str, Array], optimised: bool = False
+    model: onnx.ModelProto | Path, feeds: dict[str, Array], level: str = "ORT_DISABLE_ALL"
 ) -> dict[str, Array]:
+    """By default unoptimised: fusions across the new nodes would be another program."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # Fusions across the new nodes would be another program; the graph itself is compared.
-    if not optimised:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
     session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
@@ -190,11 +189,89 @@ HEADS = [
 @pytest.mark.parametrize("model", HEADS, ids=lambda model: model.name)
 def test_an_output_stays_as_it_is_under_onnx_runtime_s_optimiser(model: Model) -> None:
     before = model.build()
-    old = run(before, model.feeds, optimised=True)
-    feeds = {"gt": np.zeros_like(old[model.prediction]), **model.feeds}
-    new = run(attach(before, model.prediction, model.target), feeds, optimised=True)
-    for name, value in old.items():
-        assert value.tobytes() == new[name].tobytes(), name
+    gt = np.zeros_like(run(before, model.feeds)[model.prediction])
+    assert_as_it_was(before, attach(before, model.prediction, model.target), model.feeds, gt=gt)
+
+
+def assert_as_it_was(
+    before: onnx.ModelProto, after: onnx.ModelProto, feeds: dict[str, Array], **more: Array
+) -> None:
+    """What `before` computes, `after` does bit for bit, however ONNX Runtime optimises the two."""
+    for level in ("ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"):
+        new = run(after, {**more, **feeds}, level)
+        for name, value in run(before, feeds, level).items():
+            assert value.tobytes() == new[name].tobytes(), (name, level)
+
+
+#: A normalised convolution, and another in a branch; every weight is an input too.
+CONVOLUTIONS = """g (float[N, 3, 8, 8] x, bool c, float[4, 3, 3, 3] k, float[4] s, float[4] b)
+    => (float[N, 4, 6, 6] y, float[N, 4, 6, 6] z) {
+    h = Conv(x, k)
+    y = BatchNormalization(h, s, b, b, s)
+    z = If (c) <
+        then_branch = then (float[4, 3, 3, 3] k2) => (float[N, 4, 6, 6] a) {
+            i = Conv(x, k2)
+            a = BatchNormalization(i, s, b, b, s)
+        },
+        else_branch = other () => (float[N, 4, 6, 6] o) { o = Neg(y) }
+    > }"""
+
+
+@pytest.mark.parametrize("opset", [9, 13])
+def test_the_weights_of_an_ir_before_4_stay_constants_that_a_runtime_may_fold(opset: int) -> None:
+    """In that IR every initialiser is listed as an input; from 4 on that makes it no constant."""
+    weights = {"k": KERNEL, "s": np.abs(B) + 1, "b": B}
+    before = Model("IR 3", CONVOLUTIONS, {}, weights, opset=opset, ir=3).build()
+    branch = next(a.g for a in before.graph.node[-1].attribute if a.name == "then_branch")
+    branch.initializer.append(numpy_helper.from_array(KERNEL, "k2"))
+    after = attach(before, "y", "gt", convert_opset=True)
+    assert [port.name for port in after.graph.input] == ["x", "c", "gt"]
+    feeds = {"x": IMAGE, "c": np.array(True)}
+    assert_as_it_was(before, after, feeds, gt=normal(2, 4, 6, 6))
+
+
+#: An int8 model, to which an END has to be written.
+INT8 = """g (float[N, 6] x, float[N, 100] other) => (float[N, 100] y, float[N, 100] z) {
+    xq = QuantizeLinear(x, s, zero)
+    xd = DequantizeLinear(xq, s, zero)
+    wd = DequantizeLinear(w, r, zero)
+    h = MatMul(xd, wd)
+    q = QuantizeLinear(h, s, zero)
+    d = DequantizeLinear(q, s, zero)
+    END }"""
+SOFT = """<domain: "mine", opset_import: ["" : 18]> Soft (h, t, low) => (b) {
+    a = Softmax(h)
+    p = QuantizeLinear(a, t, low)
+    b = DequantizeLinear(p, t, low) }"""
+ENDS = {
+    "a softmax": "a = Softmax(d) p = QuantizeLinear(a, t, low) y = DequantizeLinear(p, t, low)",
+    "a product": "a = Mul(d, d) p = QuantizeLinear(a, s, zero) y = DequantizeLinear(p, s, zero)",
+    "a function": "y = mine.Soft(d, t, low)",
+}
+
+
+@pytest.mark.parametrize(("prediction", "target"), [("y", "gt"), ("other", "y")])
+@pytest.mark.parametrize("z", ["other", "y"])
+@pytest.mark.parametrize("end", ENDS)
+def test_an_output_that_is_dequantised_keeps_its_bits(
+    end: str, z: str, prediction: str, target: str
+) -> None:
+    """ONNX Runtime fuses int8 operators with a DequantizeLinear that has one reader alone."""
+    constants = {name: np.array(scale, "f4") for name, scale in (("s", 0.1), ("t", 1 / 255))}
+    constants |= {"r": np.array(0.01, "f4"), "zero": np.array(0, "i1"), "low": np.array(-128, "i1")}
+    constants["w"] = np.random.default_rng(1).integers(-127, 127, (6, 100)).astype("i1")
+    graph = INT8.replace("END", f"{ENDS[end]} z = Exp({z})")
+    before = Model(end, graph, {}, constants, imports=MINE, functions=SOFT).build()
+    after = attach(before, prediction, target, LossSpec(0.05, "none", gradient=True))
+    onnx.checker.check_model(after, full_check=True)
+    x = np.random.default_rng(2).standard_normal((200, 6)).astype("f4")
+    feeds = {"x": x, "other": np.zeros((200, 100), "f4")}
+    truth = {"gt": feeds["other"]} if target == "gt" else {}
+    assert_as_it_was(before, after, feeds, **truth)
+    new = run(after, {**feeds, **truth}, "ORT_ENABLE_ALL")
+    pair = (new["y"], feeds["other"]) if target == "gt" else (feeds["other"], new["y"])
+    expected = eager_outputs(LossSpec(0.05, "none"), *pair)["loss"]
+    assert int(ulp_distance(new["loss"], expected).max()) <= 4
 
 
 @pytest.mark.parametrize("opset", range(27, onnx.defs.onnx_opset_version() + 1))

@@ -97,7 +97,7 @@ def _attach(folder: Path) -> None:
     path = folder / "loss.onnx"
     _call("export", "--reduction", "none", "--shape", "N,16", "-o", path)
     before = path.read_bytes()
-    words = ["attach", path, "--prediction", "loss", "--target", "t", "-o", path]
+    words = ["attach", path, "--prediction", "loss", "--target", "t", "-o", path, "--overwrite"]
     _kill_at("replace", 0, *words)
     assert path.read_bytes() == before  # it was to be written over
     _call(*words)
