@@ -65,6 +65,7 @@ class Assembly:
         self._data = {name: self._widened(tensors[name], name) for name in names}
         self._doubles: dict[str, str] = {}
         self._weight_total = ""  # what a mean by weights divides by
+        self._counted = ""  # what any other mean divides by, once it is asked for
         self._scalars = self._scalar_tensors()
         losses = self._losses()
         if spec.reduction == "none":
@@ -147,11 +148,12 @@ class Assembly:
             if weights is not None:
                 self._call(f"{self._sum}Sum", [weights], "weight_total")
             return
-        by_weights = weights is not None
-        function = self._sum + ("Sum" if by_weights else spec.reduction.title())
+        function = self._sum + ("Sum" if spec.weight else spec.reduction.title())
         total = self._call(function, [losses], "total")
         if spec.weight:
             total = self._call("WithoutNegativeZero", [total], "total_signed")
+        if spec.weight == "count" and spec.reduction == "mean":
+            total = self._add("Div", [total, self._count(losses)], "weighted_mean")
         if weights is not None:
             self._weight_total = self._call(function, [weights], "weight_total")
             mean = self._add("Div", [total, self._weight_total], "weighted_mean")
@@ -191,23 +193,45 @@ class Assembly:
         beta, shrink, divisor = self._slope_scalars()
         terms = [self._double(self._data["input"]), self._double(self._data["target"])]
         slope = self._call("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms")
+        if spec.dtype == "float64" and (spec.weight or spec.upstream):
+            slope = self._add("Div", [slope, divisor], "slope_divided")
+            slope = self._add("Mul", [self._flowing_in(losses), slope], "slope")
+            if summed_axes != ():
+                slope = self._summed(slope, summed_axes)
+            self._rounded(slope, TensorProto.DOUBLE, "grad_input")
+            return
         if spec.weight:
             weight = self._double(self._data["weight"])
             slope = self._add("Mul", [slope, weight], "slope_weighted")
         if spec.upstream:
             slope = self._add("Mul", [slope, self._upstream(losses)], "slope_upstream")
         count = self._count(losses) if spec.reduction == "mean" else None
-        if self._weight_total and spec.per_sample:  # each row has a divisor of its own
-            assert count is not None
+        if count and self._weight_total and spec.per_sample:  # each row has a divisor of its own
             column = self._call("RowsLike", [count, losses], "weight_column")
             slope, count = self._add("Div", [slope, column], "slope_mean"), None
         if summed_axes != ():
             slope = self._summed(slope, summed_axes)
             count = count and self._of_something(count, losses)
+        slope = self._add("Div", [slope, divisor], "slope")
         if count is not None:
             slope = self._add("Div", [slope, count], "slope_mean")
-        slope = self._add("Div", [slope, divisor], "slope")
         self._rounded(slope, TensorProto.DOUBLE, "grad_input")
+
+    def _flowing_in(self, losses: str) -> str:
+        """What autograd multiplies each slope with, in its order: float64 has no range to spare.
+
+        The upstream gradient over the divisor of a mean, times the weight.
+        """
+        spec = self._spec
+        factor = self._upstream(losses) if spec.upstream else self._constant("one", 1.0)
+        if spec.reduction == "mean":
+            count = self._count(losses)
+            if self._weight_total and spec.per_sample:
+                count = self._call("RowsLike", [count, losses], "weight_column")
+            factor = self._add("Div", [factor, count], "upstream_mean")
+        if spec.weight:
+            factor = self._add("Mul", [self._data["weight"], factor], "upstream_weighted")
+        return factor
 
     def _slope_scalars(self) -> tuple[str, str, str]:
         """beta, shrink and the divisor of the slopes' terms, float64."""
@@ -273,10 +297,11 @@ class Assembly:
             return self._tensors["count"]
         if self._weight_total:
             return self._weight_total
-        if self._spec.per_sample:
-            return self._call("RowCount", [losses], "row_count")
-        size = self._add("Size", [losses], "count")
-        return self._add("Cast", [size], "count_double", to=TensorProto.DOUBLE)
+        if not self._counted and self._spec.per_sample:
+            self._counted = self._call("RowCount", [losses], "row_count")
+        if not self._counted:
+            self._counted = self._cast(self._add("Size", [losses], "count"))
+        return self._counted
 
 
 @lru_cache

@@ -131,7 +131,7 @@ def _exact_row(spec: LossSpec, input: Array, target: Array, weight: Array) -> Ar
         if spec.weight == "weights":
             (divisor,) = sums_of_products([(weight,)], keys, 1)
         if divisor == 0:
-            return np.asarray(np.nan if total == 0 else math.copysign(math.inf, total))
+            return np.asarray(np.nan if total == 0 else math.inf if total > 0 else -math.inf)
         total /= divisor
     return round_fraction(total, spec.dtype)
 
@@ -141,8 +141,10 @@ def _signs(input: Array, target: Array, beta: float) -> tuple[Array, Array]:
     d = input - target
     back = d - input  # Knuth's TwoSum: d + rest is input - target
     rest = (input - (d - back)) + (-target - back)
-    sign = np.sign(d)
+    sign = np.nan_to_num(np.sign(d))  # where beta is 0, the slope of NaN is 0
     inside = (abs(d) < beta) | ((abs(d) == beta) & (sign * rest < 0))
+    if math.isinf(beta):  # a difference may have overflowed
+        inside = np.isfinite(input) & np.isfinite(target)
     return sign, inside
 
 
@@ -181,9 +183,13 @@ def oracle_gradient(
         )
         if not axes:
             return round_to(slopes.reshape(input.shape), spec.dtype)
+        # numpy adds up pairwise along the last axis alone.
+        moved = np.moveaxis(slopes, axes, range(-len(axes), 0))
+        kept = moved.shape[: slopes.ndim - len(axes)]
+        terms = np.ascontiguousarray(moved).reshape(*kept, math.prod(moved.shape[len(kept) :]))
         # A sum starts at 0: of nothing but -0 it is 0, as PyTorch has it.
-        total = slopes.sum(axis=axes, dtype=np.longdouble) + 0.0
-        magnitude = abs(slopes).sum(axis=axes, dtype=np.longdouble)
+        total = terms.sum(axis=-1, dtype=np.longdouble) + 0.0
+        magnitude = abs(terms).sum(axis=-1, dtype=np.longdouble)
         rounded = round_to(total, spec.dtype)
         factors = [x for x in (weight, grad_output) if x is not None]
         samples = np.arange(len(slopes)).reshape(-1, *[1] * (slopes.ndim - 1))
@@ -224,10 +230,11 @@ def _divisors(
 
 
 def _to_long_double(value: Fraction | float) -> np.longdouble:
-    high = np.longdouble(float(value))
-    if isinstance(value, Fraction) and np.isfinite(high):
-        high += np.longdouble(float(value - Fraction(float(high))))
-    return high
+    if not isinstance(value, Fraction):
+        return np.longdouble(value)
+    unit = 2**200 if abs(value) > 2**1000 else 1  # a sum may be no float64, and is a long double
+    high = float(value / unit)
+    return (np.longdouble(high) + np.longdouble(float(value / unit - Fraction(high)))) * unit
 
 
 #: In units of which quotients are added up whose common denominator has a million factors: far
@@ -246,12 +253,11 @@ def _exact_slope(
     """One element of the gradient: the sum of at least one term, all of them finite."""
     beta = spec.effective_beta
     sign, inside = _signs(input, target, beta)
-    products: list[Sequence[Array | float]] = []
-    if beta == 0:
-        products = [(sign, *factors)]
-    elif not math.isinf(beta):
-        products = [(input * inside, *factors), (-target * inside, *factors)]
-        products += [(sign * ~inside, beta, *factors)]
+    slope_one = 1.0 if beta == 0 or math.isinf(beta) else beta
+    a, b = (np.where(inside, array, 0.0) for array in (input, -target))
+    products: list[Sequence[Array | float]] = [(sign * ~inside, slope_one, *factors)]
+    if not math.isinf(beta):
+        products += [(a, *factors), (b, *factors)]
     sums = sums_of_products(products, keys, len(divisors or "1"))
     total = Fraction(0)
     if divisors is None or len(divisors) == 1:
@@ -263,7 +269,7 @@ def _exact_slope(
         )
         if abs(units) > len(pairs):  # else nothing but what the divisions rounded off
             total = Fraction(units, _UNIT)
-    return round_fraction(total / Fraction(beta or 1.0), spec.dtype)
+    return round_fraction(total / Fraction(slope_one), spec.dtype)
 
 
 def _check_dtypes(spec: LossSpec, *arrays: Array | None) -> None:
