@@ -98,6 +98,9 @@ def _valid_choice(kind: str, value: object, choices: tuple[str, ...]) -> str:
     return choices[choices.index(name)]  # the plain str of a numpy.str_ or an enumeration
 
 
+_SMALLEST_NORMAL_FLOAT32 = 2.0**-126
+
+
 def _round_to_float32(value: float) -> float:
     try:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
@@ -222,13 +225,17 @@ class LossSpec:
 
     @property
     def compute_dtype(self) -> str:
-        """The dtype the arithmetic is done in: float32, or float64 for float64."""
-        return COMPUTE_DTYPE[self.dtype]
+        """The dtype the arithmetic is done in: float32, or float64 for float64.
+
+        And for a beta that is subnormal in float32, half of which float32 may not hold.
+        """
+        is_subnormal = 0 < self.effective_beta < _SMALLEST_NORMAL_FLOAT32
+        return "float64" if is_subnormal else COMPUTE_DTYPE[self.dtype]
 
     @property
     def effective_beta(self) -> float:
-        """beta rounded to the compute dtype, as PyTorch rounds it before it computes."""
-        return _round_to_float32(self.beta) if self.compute_dtype == "float32" else self.beta
+        """beta rounded to float32 where dtype is no wider, as PyTorch rounds it first."""
+        return self.beta if self.dtype == "float64" else _round_to_float32(self.beta)
 
     @property
     def name(self) -> str:

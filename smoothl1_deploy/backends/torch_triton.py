@@ -22,7 +22,7 @@ import onnx
 
 from ..device import Device, find_device
 from ..errors import ArtefactError, BackendUnavailableError, UnsupportedError, require
-from ..spec import LossSpec
+from ..spec import COMPUTE_DTYPE, LossSpec
 from .gpu import REMEMBERED, Compute, GpuBackend, GpuRunner
 
 __all__ = ["InterpretedDevice", "TorchTritonBackend"]
@@ -72,7 +72,7 @@ class TorchTritonRunner(GpuRunner):
         self._fused, self._one_launch = fused, one_launch
         self._prepared: dict[tuple[int, ...], tuple[Any, tuple[int, ...]]] = {}  # by shape
         # On the device from the start: no call has to wait for it, and a CUDA graph may read it.
-        beta, dtype = self.spec.effective_beta, self.spec.compute_dtype
+        beta, dtype = self.spec.effective_beta, COMPUTE_DTYPE[self.spec.dtype]
         self._beta = None if self.spec.runtime_beta else device.filled(beta, dtype)
 
     def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ __all__ = ["Assembly", "function_closure", "model_of"]
 class Assembly:
     """Nodes that compute `spec`.
 
-    Case 1: every dtype but float64, beta a number: the element losses are one node `SmoothL1Loss`
-        with an attribute.
+    Case 1: computed in float32, beta a number: the element losses are one node `SmoothL1Loss` with
+        an attribute.
     Case 2: beta an input, or float64: the terms, with the scalars as tensors.
 
     Args:
@@ -108,7 +108,7 @@ class Assembly:
             if spec.dtype == "float64":
                 scalars = [self._cast(name) for name in scalars]
             return [scalars[0], self._constant("half", 0.5, self._element), scalars[1]]
-        if spec.dtype == "float64":
+        if self._element == TensorProto.DOUBLE:
             return [self._constant(n, value) for n, value in loss_scalars(spec.effective_beta)]
         return None
 
@@ -275,7 +275,9 @@ class Assembly:
 
     def _upstream(self, losses: str) -> str:
         """`grad_output` in float64, in a shape that broadcasts with the element losses."""
-        upstream = self._double(self._tensors["grad_output"])
+        upstream = self._tensors["grad_output"]
+        if self._spec.dtype != "float64":
+            upstream = self._cast(upstream)
         if not self._spec.per_sample:
             return upstream
         return self._call("RowsLike", [upstream, losses], "upstream_column")
