@@ -160,20 +160,12 @@ class Assembly:
             if spec.dtype == "float64":
                 mean = self._without_overflow(mean, total, weights)
             total = mean
-        if spec.runtime_beta and spec.reduction == "sum":  # the sum of nothing knows no beta
-            nan = self._constant("no_number", math.nan)
-            is_no_beta = self._add("IsNaN", [self._divisor], "is_no_beta")
-            total = self._add("Where", [is_no_beta, nan, total], "total_or_nan")
+        if spec.reduction == "sum":
+            total = self._unless_no_beta(total)
         self._rounded(total, TensorProto.DOUBLE, "loss")
 
     def _without_overflow(self, mean: str, total: str, weights: str) -> str:
         """`mean`, or where a sum of it overflows float64 the sum of each weight's share."""
-        lost = self._add("IsInf", [total], "total_is_infinite")
-        for name, op, value in (
-            ("total_is_lost", "IsNaN", total),
-            ("weights_are_lost", "IsInf", self._weight_total),
-        ):
-            lost = self._add("Or", [lost, self._add(op, [value], f"{name}_too")], name)
         shrunk = self._add("Mul", [weights, self._constant("tiny", 2.0**-60)], "weights_shrunk")
         whole = self._call(f"{self._sum}Sum", [shrunk], "weight_total_shrunk")
         if self._spec.per_sample:
@@ -181,7 +173,12 @@ class Assembly:
         share = self._add("Div", [shrunk, whole], "share")
         shares = self._add("Mul", [share, self._unweighted], "loss_shares")
         safe = self._call(f"{self._sum}Sum", [shares], "mean_of_shares")
-        return self._add("Where", [lost, safe, mean], "mean")
+        # What is not finite has no difference to itself.
+        sums = self._add("Add", [total, self._weight_total], "both_sums")
+        lost = self._add("IsNaN", [self._add("Sub", [sums, sums], "none_if_finite")], "lost")
+        zero = self._add("Sub", [safe, safe], "none_if_safe")
+        use = self._add("And", [lost, self._add("Equal", [zero, zero], "is_safe")], "use_shares")
+        return self._add("Where", [use, safe, mean], "mean")
 
     def _gradient(self, losses: str, summed_axes: tuple[int, ...] | None) -> None:
         """In float64 and rounded once: rounded before, terms of either sign that are summed back
@@ -192,12 +189,17 @@ class Assembly:
         spec = self._spec
         beta, shrink, divisor = self._slope_scalars()
         terms = [self._double(self._data["input"]), self._double(self._data["target"])]
+        if spec.dtype == "float64" and math.isinf(spec.effective_beta):
+            # Differences may overflow, which are no infinite ones; halves' can't.
+            half = self._constant("half_of_both", 0.5)
+            terms = [self._add("Mul", [x, half], f"{x}_half") for x in terms]
         slope = self._call("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms")
         if spec.dtype == "float64" and (spec.weight or spec.upstream):
             slope = self._add("Div", [slope, divisor], "slope_divided")
             slope = self._add("Mul", [self._flowing_in(losses), slope], "slope")
             if summed_axes != ():
                 slope = self._summed(slope, summed_axes)
+                slope = self._unless_no_beta(slope)
             self._rounded(slope, TensorProto.DOUBLE, "grad_input")
             return
         if spec.weight:
@@ -259,12 +261,29 @@ class Assembly:
                 "ReduceSum", [slope, along], "slope_sum", keepdims=1, noop_with_empty_axes=1
             )
         signed = self._call("WithoutNegativeZero", [total], "slope_sum_signed")
-        if axes is None:  # where nothing was added up, -0 is autograd's too
-            size = self._add("Size", [along], "summed_axis_count")
-            is_sum = self._add("Cast", [size], "is_sum", to=TensorProto.BOOL)
-            signed = self._add("Where", [is_sum, signed, total], "slope_total")
         shape = self._add("Shape", [self._data["input"]], "input_shape")
+        # Where the axes turn out to have size 1, nothing is added up: -0 is autograd's too. An axis
+        # that input lacks is added up, whatever its size.
+        whole = self._add("Shape", [slope], "slope_shape")
+        pairs = [(slope, self._data["input"]), (whole, shape)]
+        same = [
+            self._add(
+                "Equal", [self._add("Size", [x], f"{name}_{i}") for i, x in enumerate(pair)], name
+            )
+            for name, pair in zip(("same_size", "same_rank"), pairs, strict=True)
+        ]
+        is_sum = self._add("Not", [self._add("And", same, "nothing_summed")], "is_sum")
+        # In this order: ONNX Runtime's Where makes 0 of a -0 that it takes from its first branch.
+        signed = self._add("Where", [is_sum, signed, total], "slope_total")
         return self._add("Reshape", [signed, shape], "slope_summed", allowzero=1)
+
+    def _unless_no_beta(self, summed: str) -> str:
+        """`summed`, or NaN where beta is an input and no beta: a sum of nothing doesn't know it."""
+        if not self._spec.runtime_beta:
+            return summed
+        nan = self._constant(f"{summed}_none", math.nan)
+        is_no_beta = self._add("IsNaN", [self._divisor], f"{summed}_has_no_beta")
+        return self._add("Where", [is_no_beta, nan, summed], f"{summed}_or_nan")
 
     def _of_something(self, count: str, losses: str) -> str:
         """`count`, or 1 where there are no element losses: their gradients add up to 0."""

@@ -137,13 +137,17 @@ def _eager_loss(spec: LossSpec, beta: float, *tensors: torch.Tensor) -> torch.Te
     if spec.reduction == "none":
         return losses
     first = 1 if spec.per_sample else 0
-    total = losses.flatten(first).sum(first) if losses.ndim > first else losses
+    total = _summed(losses, first)
     if spec.reduction == "sum":
         return total
     if spec.weight == "weights":
-        parts = weights[0].expand_as(losses)
-        return total / (parts.flatten(first).sum(first) if parts.ndim > first else parts)
+        return total / _summed(weights[0].expand_as(losses), first)
     return total / math.prod(losses.shape[first:])
+
+
+def _summed(values: torch.Tensor, first: int) -> torch.Tensor:
+    """Over the axes from `first` on; of one number too it is a sum, which makes 0 of -0."""
+    return values.unsqueeze(-1).flatten(first).sum(first)
 
 
 def _no_beta(
