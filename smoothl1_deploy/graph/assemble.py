@@ -265,15 +265,18 @@ class Assembly:
         # Where the axes turn out to have size 1, nothing is added up: -0 is autograd's too. An axis
         # that input lacks is added up, whatever its size.
         whole = self._add("Shape", [slope], "slope_shape")
-        pairs = [(slope, self._data["input"]), (whole, shape)]
-        same = [
+        larger = [
             self._add(
-                "Equal", [self._add("Size", [x], f"{name}_{i}") for i, x in enumerate(pair)], name
+                "Greater", [self._add("Size", [x], f"{name}_{i}") for i, x in enumerate(pair)], name
             )
-            for name, pair in zip(("same_size", "same_rank"), pairs, strict=True)
+            for name, pair in {
+                "is_larger": (slope, self._data["input"]),
+                "is_longer": (whole, shape),
+            }.items()
         ]
-        is_sum = self._add("Not", [self._add("And", same, "nothing_summed")], "is_sum")
-        # In this order: ONNX Runtime's Where makes 0 of a -0 that it takes from its first branch.
+        is_sum = self._add("Or", larger, "is_sum")
+        # In this order, and with no Not, for which ONNX Runtime would swap the branches: its Where
+        # makes 0 of a -0 that it takes from the first.
         signed = self._add("Where", [is_sum, signed, total], "slope_total")
         return self._add("Reshape", [signed, shape], "slope_summed", allowzero=1)
 
