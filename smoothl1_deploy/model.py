@@ -545,7 +545,7 @@ class Loss:
         for kind, roles in (("inputs", loss.spec.inputs), ("outputs", loss.spec.outputs)):
             given: dict[str, Any] = fields[kind]
             named = {role for role, name in given.items() if isinstance(name, str) and name}
-            if set(given) != set(roles) or named != set(roles):
+            if not set(given) == named == set(roles):
                 raise ValueError(
                     f"the {kind} are {given}, and its spec has {', '.join(roles)}, each the "
                     "name of a tensor"

@@ -316,6 +316,7 @@ _DAMAGED: dict[str, Any] = {
     "no roles": [{**_LOSS, "inputs": {}}],
     "no target": [{**_LOSS, "inputs": {"input": "y"}}],
     "a role too many": [{**_LOSS, "outputs": {"loss": "loss", "grad_input": "g"}}],
+    "a role too many without a name": [{**_LOSS, "outputs": {"loss": "loss", "grad_input": None}}],
     "no inputs": [{"spec": _LOSS["spec"], "outputs": _LOSS["outputs"]}],
     "lists for roles": [{**_LOSS, "inputs": [], "outputs": []}],
     "a number for a name": [{**_LOSS, "outputs": {"loss": 3}}],
