@@ -305,7 +305,7 @@ def test_attach_says_on_the_command_line_what_it_does_not_believe(
 ) -> None:
     path = tmp_path / "m.onnx"
     onnx.save(_parsed(_ONCE_OF_ONE_ROW), path)
-    arguments = ["--prediction", "y", "--target", "t", "-o", str(path)]
+    arguments = ["--prediction", "y", "--target", "t", "-o", str(tmp_path / "out.onnx")]
     assert main(["attach", str(path), *arguments]) == 0
     assert "note: the model declares 'y' with the shape (1, 4), and" in capsys.readouterr().err
 
