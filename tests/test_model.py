@@ -203,6 +203,14 @@ def test_a_server_of_unknown_rows(tmp_path: Path, unknown: str) -> None:
         _ask(served.model, x=_rows(3), t=_rows(1))  # the guard of the rows
 
 
+def test_a_server_of_a_model_with_a_name_that_is_no_text() -> None:
+    """Found by scripts/fuzz: the name was written back as it was, which protobuf refuses."""
+    model = attach(_parsed(_ONE), "y", "t", LossSpec(0.5, per_sample=True))
+    model.graph.node[0].name = "Neg____"
+    data = model.SerializeToString().replace(b"Neg____", b"Neg\xff\xff\xff\xff")
+    assert serve(onnx.load_model_from_string(data)).losses
+
+
 #: What people do to a model: the batch of its input becomes dynamic, the rest is left.
 _ONCE_OF_ONE_ROW = """g (float[N, 4] x) => (float[1, 4] y) <float[1, 4] h>
     { h = Neg(x) y = Identity(h) }"""

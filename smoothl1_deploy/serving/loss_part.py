@@ -31,10 +31,13 @@ def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
     del part.graph.value_info[:]
     for role, tensor in {**loss.inputs, **loss.outputs}.items():
         for node in part.graph.node:
-            node.output[:] = [role if name == tensor else name for name in node.output]
+            for i, name in enumerate(node.output):
+                if name == tensor:  # others may be no UTF-8, which can't be written
+                    node.output[i] = role
         rename_uses(part.graph.node, tensor, role)
         for value in (*part.graph.input, *part.graph.output):
-            value.name = role if value.name == tensor else value.name
+            if value.name == tensor:
+                value.name = role
     onnx.checker.check_model(part, full_check=True)
     stamp(part, loss.spec, "attached", "served", served=True)
     return part

@@ -227,7 +227,8 @@ class _Editor:
                     node.output[i] = narrow
         # A node may be called after its output; two nodes of one name are refused.
         for node in nodes:
-            node.name = narrow if node.name == value.name else node.name
+            if node.name == value.name:  # others may be no UTF-8, which can't be written
+                node.name = narrow
         nodes.append(helper.make_node("Unsqueeze", [narrow, axes], [value.name], name=value.name))
         restate(value, [*dims, 1])
 
