@@ -107,7 +107,7 @@ def attach(
     check_nesting(model)
     check_constants(model)
     _check_name("loss", loss_name)
-    if isinstance(target, str) and target == prediction:
+    if isinstance(target, str) and target == str(prediction):  # an array compares its elements
         raise SpecError(
             f"the target {target!r} is the prediction itself, and such a loss is 0 whatever the "
             "model computes; name another tensor, or a new input"
