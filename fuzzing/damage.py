@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 import onnx
@@ -11,8 +12,9 @@ from onnx import TensorProto, helper
 
 from smoothl1_deploy import LossSpec, attach, export
 from smoothl1_deploy.graph.metadata import HASH, content_hash, forget_spec
+from smoothl1_deploy.model import ATTACHED, Loss, metadata_of, tensors
 
-from .values import NAMES
+from .values import JSON, NAMES
 
 __all__ = [
     "BYTE_EDITS",
@@ -153,12 +155,8 @@ def damaged_models(draw: st.DrawFn) -> onnx.ModelProto:
     for _ in range(draw(st.integers(1, 3))):
         _edit(draw, model)
     if draw(st.booleans()) and model.metadata_props:
-        helper.set_model_props(model, {**_properties(model), HASH: content_hash(model)})
+        helper.set_model_props(model, {**metadata_of(model), HASH: content_hash(model)})
     return model
-
-
-def _properties(model: onnx.ModelProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _edit(draw: st.DrawFn, model: onnx.ModelProto) -> None:
@@ -169,9 +167,9 @@ def _edit(draw: st.DrawFn, model: onnx.ModelProto) -> None:
     values = [*graph.input, *graph.output, *graph.value_info]
     node: Any = draw(st.sampled_from(nodes)) if nodes else onnx.NodeProto()
     value: Any = draw(st.sampled_from(values)) if values else onnx.ValueInfoProto()
-    tensors = [*graph.initializer, *(a.t for n in nodes for a in n.attribute if a.HasField("t"))]
+    constants = [*tensors(model)]
     number = draw(_INTS)
-    what = draw(st.integers(0, 16))
+    what = draw(st.integers(0, 17))
     if what == 0 and value.type.tensor_type.shape.dim:
         draw(st.sampled_from([*value.type.tensor_type.shape.dim])).dim_value = number
     elif what == 1:
@@ -195,14 +193,14 @@ def _edit(draw: st.DrawFn, model: onnx.ModelProto) -> None:
             attribute.ints.extend([number, -number if number > -(2**63) else 0])
         if draw(st.booleans()):
             attribute.type = draw(st.integers(0, 14))
-    elif what == 8 and tensors:
-        tensor = draw(st.sampled_from(tensors))
+    elif what == 8 and constants:
+        tensor = draw(st.sampled_from(constants))
         del tensor.dims[:]
         tensor.dims.extend(draw(st.lists(_INTS, max_size=3)))
-    elif what == 9 and tensors:
-        draw(st.sampled_from(tensors)).data_type = draw(st.integers(-1, 30))
-    elif what == 10 and tensors:
-        tensor = draw(st.sampled_from(tensors))
+    elif what == 9 and constants:
+        draw(st.sampled_from(constants)).data_type = draw(st.integers(-1, 30))
+    elif what == 10 and constants:
+        tensor = draw(st.sampled_from(constants))
         tensor.data_location = TensorProto.EXTERNAL
         key, name = draw(st.sampled_from(["location", "offset", "length"])), _text(draw)
         tensor.external_data.add(key=key, value=name)
@@ -218,6 +216,11 @@ def _edit(draw: st.DrawFn, model: onnx.ModelProto) -> None:
             del body.node[draw(st.integers(0, len(body.node) - 1))]
     elif what == 15 and model.functions:
         del model.functions[draw(st.integers(0, len(model.functions) - 1))]
+    elif what == 16:
+        attached = Loss.of(LossSpec()).to_dict()
+        attached[draw(st.sampled_from([*attached]))] = draw(JSON)
+        noted = json.dumps(draw(st.sampled_from([attached, [attached], [attached, []]])))
+        helper.set_model_props(model, {**metadata_of(model), ATTACHED: noted})
     else:
         graph.input.add(name=_text(draw)).type.sequence_type.elem_type.tensor_type.elem_type = 1
 

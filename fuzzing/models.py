@@ -15,7 +15,9 @@ from smoothl1_deploy import build_engine, load, verify
 from smoothl1_deploy.artefact import read_model, select_ports
 from smoothl1_deploy.backends.base import BACKENDS, missing
 from smoothl1_deploy.floats import NUMPY_DTYPE
-from smoothl1_deploy.graph.metadata import forget_spec, read_spec
+from smoothl1_deploy.graph.metadata import forget_spec, is_served, read_spec
+from smoothl1_deploy.model import inputs_of
+from smoothl1_deploy.serving.served_graph import serve
 from smoothl1_deploy.tensorrt.options import BuildOptions
 
 from .damage import BYTE_EDITS, bases, damage_bytes, damaged_models
@@ -57,7 +59,7 @@ def _fitting(draw: st.DrawFn, odd: bool = False) -> tuple[Any, ...]:
     """A model, a backend, and arguments of which most fit; with `odd`, few do."""
     number = draw(st.integers(0, 6))
     names = [name for name in _HERE if not (name == "trt-network" and number in (4, 6))]
-    takes = [value.name for value in bases()[number].graph.input]
+    takes = [value.name for value in inputs_of(bases()[number])]
     array = np.ones((4, 16), NUMPY_DTYPE[_dtype(number)])
     given = {name: 0.5 if name == "beta" else array for name in takes}
     for name in draw(st.lists(st.sampled_from(takes), max_size=3 if odd else 1)):
@@ -96,6 +98,11 @@ def _select(case: tuple[Any, ...], folder: Path) -> None:
     model, names = case
     chosen = select_ports(read_model(model), **names)
     assert chosen.graph.output
+
+
+def _serve(model: Any, folder: Path) -> None:
+    served = serve(read_model(model))
+    assert is_served(served.model)
 
 
 def _build(case: tuple[Any, ...], folder: Path) -> None:
@@ -178,6 +185,7 @@ TARGETS = [
         _select,
         share=10,
     ),
+    Target("served", MODELS, _serve, share=10),
     Target("verify", st.tuples(MODELS, st.sampled_from(_HERE), st.none() | SPECS), _verify, 1),
 ]
 if importlib.util.find_spec("tensorrt_rtx") is not None:

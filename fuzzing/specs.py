@@ -78,6 +78,7 @@ _ATTACH_OPTIONS = st.fixed_dictionaries(
     {},
     optional={
         "weight": NAMES | ARRAYS,
+        "target_shape": SHAPES,
         "loss_name": NAMES,
         "only_loss": st.booleans(),
         "route": st.sampled_from(["function", "inlined", "torch"]),

@@ -13,8 +13,8 @@ from .errors import ArtefactError, SpecError
 from .files import write_atomic
 from .graph.elements import DTYPE_OF_ELEMENT
 from .graph.metadata import read_spec
-from .graph.nesting import check_constants, check_nesting, tensors
 from .graph.shapes import Shape, check_size, describe
+from .model import check_constants, check_nesting, dims_of, inputs_of, outputs_of, tensors
 
 __all__ = [
     "ROLES",
@@ -127,40 +127,27 @@ class Signature:
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
-    tensor = value.type.tensor_type
-    dtype = DTYPE_OF_ELEMENT.get(tensor.elem_type)
+    number = value.type.tensor_type.elem_type
+    dtype = DTYPE_OF_ELEMENT.get(number)
     if dtype is None:
-        known = onnx.TensorProto.DataType.DESCRIPTOR.values_by_number.get(tensor.elem_type)
-        element = known.name if known else tensor.elem_type
+        known = onnx.TensorProto.DataType.DESCRIPTOR.values_by_number.get(number)
+        element = known.name if known else number
         raise ArtefactError(
             f"{value.name!r} has the element type {element}; "
             f"a loss artefact takes and gives {', '.join(DTYPE_OF_ELEMENT.values())}"
         )
-    if not tensor.HasField("shape"):
-        return Port(value.name, dtype, None)
-    dims = (
-        # An axis without a name is like no other, not even one of the same position.
-        dim.dim_value
-        if dim.HasField("dim_value") and dim.dim_value >= 0  # some write -1 for a dynamic axis
-        else dim.dim_param or f"{value.name}_axis_{i}"
-        for i, dim in enumerate(tensor.shape.dim)
-    )
+    shape = dims_of(value)
     try:
-        return Port(value.name, dtype, check_size(tuple(dims), f"the shape of {value.name!r}"))
+        checked = shape and check_size(shape, f"the shape of {value.name!r}")
     except SpecError as exc:
         raise ArtefactError(str(exc)) from exc
+    return Port(value.name, dtype, checked)
 
 
 #: Names that say of one of two inputs, declared in any order, that it is the target.
 _TARGET_NAMES = {"target", "targets", "label", "labels", "y_true", "gt", "ground_truth"}
 #: Outputs that mean something here; a loss beside others is found by its name.
 _OUTPUT_NAMES = ("loss", "grad_input")
-
-
-def _fed(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
-    """The inputs that a caller must give; old models list their constants among the inputs."""
-    constants = {initializer.name for initializer in graph.initializer}
-    return {value.name: value for value in graph.input if value.name not in constants}
 
 
 def _roles(names: Iterable[str]) -> dict[str, str]:
@@ -187,15 +174,15 @@ def signature(model: onnx.ModelProto) -> Signature:
     Raises:
         ArtefactError: when it can't be told which inputs are which, or they differ in dtype.
     """
-    fed = _fed(model.graph)
-    inputs = {role: _port(fed[name]) for role, name in _roles(fed).items()}
-    input, target = inputs["input"], inputs["target"]
+    fed = {value.name: value for value in inputs_of(model)}
+    ports = {role: _port(fed[name]) for role, name in _roles(fed).items()}
+    input, target = ports["input"], ports["target"]
     if input.dtype != target.dtype:
         raise ArtefactError(
             f"the model takes {input.name!r} as {input.dtype} and {target.name!r} as "
             f"{target.dtype}; a loss artefact takes both in one dtype"
         )
-    return Signature(inputs, tuple(_port(value) for value in model.graph.output))
+    return Signature(ports, tuple(map(_port, outputs_of(model))))
 
 
 def select_ports(
@@ -221,14 +208,15 @@ def select_ports(
         ArtefactError: on a name the graph doesn't have, and where a name is missing to choose.
     """
     graph = model.graph
-    fed, outputs = _fed(graph), {value.name: value for value in graph.output}
+    fed = {value.name: value for value in inputs_of(model)}
+    given = {value.name: value for value in graph.output}
     for option, name, known in (
         ("input_name", input_name, fed),
         ("target_name", target_name, fed),
-        ("output_name", output_name, outputs),
+        ("output_name", output_name, given),
     ):
         if name is not None and name not in known:
-            kind = "output" if known is outputs else "input"
+            kind = "output" if known is given else "input"
             raise ArtefactError(
                 f"{option}={name!r} is no {kind} of the model; it has {_listed(known)}"
             )
@@ -241,8 +229,8 @@ def select_ports(
             )
         return model
     pair = _choose_pair(list(fed), input_name, target_name)
-    chosen = _choose_outputs(list(outputs), output_name)
-    if [name for name in fed if name in pair] == pair and chosen == list(outputs):
+    chosen = _choose_outputs(list(given), output_name)
+    if [name for name in fed if name in pair] == pair and chosen == list(given):
         return model
 
     copy = onnx.ModelProto()
@@ -251,7 +239,7 @@ def select_ports(
     order = [*pair, *(name for name in values if name not in pair)]
     del copy.graph.input[:], copy.graph.output[:]
     copy.graph.input.extend(values[name] for name in order)
-    copy.graph.output.extend(outputs[name] for name in chosen)
+    copy.graph.output.extend(given[name] for name in chosen)
     return copy
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import onnx
 
 from ..errors import UnsupportedError
+from ..model import inputs_of
 
 __all__ = ["check_assignment", "host_nodes", "inlined"]
 
@@ -31,11 +32,11 @@ def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def host_nodes(graph: onnx.GraphProto) -> frozenset[str]:
+def host_nodes(model: onnx.ModelProto) -> frozenset[str]:
     """The names of the nodes that work on shapes and constants alone."""
-    data = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+    data = {value.name for value in inputs_of(model)}
     names = set()
-    for node in graph.node:  # in topological order
+    for node in model.graph.node:  # in topological order
         if node.op_type not in _OF_THE_SHAPE and any(name in data for name in node.input):
             data.update(node.output)
         elif not any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute):
@@ -56,7 +57,7 @@ def check_assignment(
     Raises:
         UnsupportedError: names the nodes, their operators and who has them.
     """
-    free = host_nodes(model.graph)
+    free = host_nodes(model)
     found = [
         f"{name} ({operator}) to {other}"
         for other, name, operator in assigned

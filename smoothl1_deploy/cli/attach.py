@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ArtefactError, OutputError, SpecError
-from .console import human_size, print_fields, print_note
+from .console import human_size, print_fields, print_note, warnings_as_notes
 
 if TYPE_CHECKING:
     import onnx
@@ -58,6 +58,9 @@ def attach(
         str | None,
         typer.Option(help="What a weighted mean is divided by: count (by default) or weights."),
     ] = None,
+    target_shape: Annotated[
+        str | None, typer.Option(help="Of a new input, where it isn't the prediction's: N,4.")
+    ] = None,
     loss_name: Annotated[str, typer.Option(help="Of the output.")] = "loss",
     only_loss: Annotated[
         bool, typer.Option("--only-loss", help="Drop the other outputs and what only they need.")
@@ -82,7 +85,9 @@ def attach(
         raise SpecError("--normalizer without --weight; say what the weights are with --weight")
 
     from ..graph.attach import attach as graft
+    from ..model import inputs_of
     from ..spec import LossSpec
+    from .export import parse_shape
 
     proto = _read(model)
     _check_output(output, proto, model, [target, weight], overwrite)
@@ -96,17 +101,19 @@ def attach(
         runtime_beta=runtime_beta,
         weight=None if weight is None else normalizer or "count",
     )
-    grafted = graft(
-        proto,
-        prediction,
-        _operand(target, spec.dtype),
-        spec,
-        weight=None if weight is None else _operand(weight, spec.dtype),
-        loss_name=loss_name,
-        only_loss=only_loss,
-        route=route,
-        convert_opset=convert_opset,
-    )
+    with warnings_as_notes():
+        grafted = graft(
+            proto,
+            prediction,
+            _operand(target, spec.dtype),
+            spec,
+            weight=None if weight is None else _operand(weight, spec.dtype),
+            target_shape=parse_shape(target_shape, "--target-shape"),
+            loss_name=loss_name,
+            only_loss=only_loss,
+            route=route,
+            convert_opset=convert_opset,
+        )
     _carry(grafted, model.parent, output.parent)
     _save(grafted, output)
     for role, name in (("target", target), ("weight", weight)):
@@ -115,7 +122,7 @@ def attach(
     print_fields(
         {
             "wrote": f"{output}, {human_size(output.stat().st_size)}",
-            "inputs": ", ".join(value.name for value in grafted.graph.input),
+            "inputs": ", ".join(value.name for value in inputs_of(grafted)),
             "outputs": ", ".join(value.name for value in grafted.graph.output),
         }
     )
@@ -126,7 +133,7 @@ def _read(path: Path) -> onnx.ModelProto:
     import onnx
 
     from ..artefact import read_model
-    from ..graph.tensors import external_locations
+    from ..model import external_locations
 
     if not os.path.isfile(path):
         return read_model(path)
@@ -158,7 +165,7 @@ def _check_output(
     overwrite: bool,
 ) -> None:
     """Refuse, before any weights are copied, where the model can't be written or would harm."""
-    from ..graph.tensors import external_locations
+    from ..model import external_locations
 
     if os.path.isdir(path) or not os.path.isdir(path.parent):
         problem = "is a folder" if os.path.isdir(path) else "lies in a folder that doesn't exist"
@@ -179,7 +186,7 @@ def _check_output(
 
 def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
     """Copy the files that the model's weights are in to where it goes."""
-    from ..graph.tensors import external_locations
+    from ..model import external_locations
 
     for location in external_locations(model):
         old, new = _real(source / location), _real(target / location)
@@ -220,7 +227,7 @@ def _same_bytes(a: Path, b: Path) -> bool:
 
 def _dtype_of(model: onnx.ModelProto, prediction: str) -> str:
     """The prediction's, or float32 where attach will say that there is no such tensor."""
-    from ..graph.tensors import float_dtype_of
+    from ..model import float_dtype_of
 
     return float_dtype_of(model, prediction) or "float32"
 

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ __all__ = [
     "print_lines",
     "print_note",
     "print_table",
+    "warnings_as_notes",
 ]
 
 
@@ -60,6 +63,16 @@ def print_note(message: str) -> None:
     from rich.text import Text
 
     open_console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), message))
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """What the package warns its callers of, as remarks on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        print_note(text)
 
 
 def print_lines(lines: Iterable[str]) -> None:

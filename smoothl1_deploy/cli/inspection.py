@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,10 +57,10 @@ def _spec_facts(spec: LossSpec | None) -> dict[str, Any]:
 
 def _attached(model: onnx.ModelProto, problems: list[str]) -> list[dict[str, Any]]:
     """The losses that `attach` grafted onto the model, as it notes them."""
-    from ..graph.metadata import read_attached
+    from ..model import read_attached
 
     try:
-        return read_attached(model)
+        return [loss.to_dict() for loss in read_attached(model)]
     except ArtefactError as exc:
         problems.append(str(exc))
         return []
@@ -83,10 +84,12 @@ def inspect_model(path: Path) -> Inspection:
     """
     from ..artefact import read_model, sha256
     from ..graph.metadata import content_hash, read_route, read_spec
+    from ..model import contradiction, main_tensors
     from .ports import graph_ports
 
     model = read_model(str(path))
-    problems: list[str] = []
+    wrong = contradiction(main_tensors(model).values())
+    problems = [] if wrong is None else [wrong]
     spec = None
     try:
         spec = read_spec(model)
@@ -125,7 +128,9 @@ def _backends(model: onnx.ModelProto) -> dict[str, str | None]:
     runs: dict[str, str | None] = {}
     for name in BACKENDS:
         try:
-            load(model, name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # it is among the problems
+                load(model, name)
             runs[name] = None
         except SmoothL1DeployError as exc:
             runs[name] = str(exc)

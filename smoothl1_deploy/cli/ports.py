@@ -7,14 +7,14 @@ from typing import Any
 
 import onnx
 
+from ..model import axes_of, inputs_of, outputs_of
+
 __all__ = ["graph_ports", "show_ports"]
 
 
 def graph_ports(model: onnx.ModelProto) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Inputs (constants left out) and outputs: `name`, `dtype`, `shape` (None for any rank)."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in constants]
-    return [_port(value) for value in inputs], [_port(value) for value in model.graph.output]
+    return [*map(_port, inputs_of(model))], [*map(_port, outputs_of(model))]
 
 
 def _port(value: onnx.ValueInfoProto) -> dict[str, Any]:
@@ -23,12 +23,8 @@ def _port(value: onnx.ValueInfoProto) -> dict[str, Any]:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
     except KeyError:  # a sequence or another type that is no tensor
         dtype = value.type.WhichOneof("value") or "unknown"
-    shape = None
-    if tensor.HasField("shape"):
-        shape = [
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or -1
-            for dim in tensor.shape.dim
-        ]
+    axes = axes_of(value)
+    shape = None if axes is None else [-1 if axis is None else axis for axis in axes]
     return {"name": value.name, "dtype": dtype, "shape": shape}
 
 

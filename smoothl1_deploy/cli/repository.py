@@ -11,7 +11,7 @@ import typer
 
 from ..errors import SpecError, require
 from ..spec import DTYPES, NORMALIZERS, REDUCTIONS, LossSpec
-from .console import print_fields, print_json, print_lines, print_table
+from .console import print_fields, print_json, print_lines, print_table, warnings_as_notes
 from .export import parse_shape
 
 if TYPE_CHECKING:
@@ -206,7 +206,8 @@ def repository(
         "overwrite": overwrite,
     }
     if model is not None:
-        written = write_model(folder, model, **common)
+        with warnings_as_notes():
+            written = write_model(folder, model, **common)
     else:
         axes = parse_shape(_SHAPE if shape is None else shape) or ()
         written = write_loss(folder, loss.spec(), axes, route=route or "inlined", **common)

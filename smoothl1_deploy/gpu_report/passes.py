@@ -101,6 +101,7 @@ def count_passes(model: Any) -> tuple[int, int, float]:
 
     from ..errors import require
     from ..floats import NUMPY_DTYPE
+    from ..model import inputs_of
 
     ort = require("onnxruntime", "cpu", "counting the passes of a graph")
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +125,7 @@ def count_passes(model: Any) -> tuple[int, int, float]:
     kinds = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
     feeds = {
         port.name: np.zeros((_ROWS, _COLUMNS), NUMPY_DTYPE[kinds[port.type.tensor_type.elem_type]])
-        for port in graph.graph.input
+        for port in inputs_of(graph)
     }
     names = [port.name for port in session.get_outputs()]
     tensors = {**dict(zip(names, session.run(None, feeds), strict=True)), **feeds}

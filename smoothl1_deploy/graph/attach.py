@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +14,29 @@ import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import ArtefactError, SpecError
+from ..model import (
+    Loss,
+    Tensor,
+    axes_of,
+    check_constants,
+    check_nesting,
+    correct,
+    every_node,
+    inputs_of,
+    main_tensors,
+    note_attached,
+    subgraphs,
+    value_names,
+)
 from ..spec import LossSpec
 from .convert import check_parsed, converted
 from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE, element_name
 from .hosted import OldOpsetError, add_functions, check_opset
-from .metadata import ATTACHED, forget_spec, note_attached
-from .nesting import check_constants, check_nesting
+from .metadata import forget_spec
 from .prune import prune
-from .shapes import Shape, broadcast, summed_axes
-from .tensors import Tensor, main_tensors, node_names, subgraphs, value_names
+from .shapes import Dim, Shape, broadcast, check_shape, summed_axes
 
-__all__ = ["ATTACHED", "attach"]
+__all__ = ["attach"]
 
 _SHOWN = 20  # candidate tensors in an error
 _WIDENS = {("float16", "float32"), ("bfloat16", "float32")} | {
@@ -37,6 +51,7 @@ def attach(
     spec: LossSpec | None = None,
     *,
     weight: str | np.ndarray[Any, Any] | None = None,
+    target_shape: Sequence[Dim] | None = None,
     loss_name: str = "loss",
     only_loss: bool = False,
     route: str = "function",
@@ -57,9 +72,12 @@ def attach(
         prediction: a tensor of its main graph: output, input or internal; float of any width.
         target: another tensor of it; or the name of an input to add, in the prediction's shape;
             or an array, to be a constant. Integers and narrower floats become the spec's dtype.
+            An axis whose size or name the model's inputs don't tell is one of the target's own.
         spec: None means the mean with beta 1 in the prediction's dtype. An input `beta` is added
             for `runtime_beta`, an input `grad_output` for `upstream`.
         weight: for a spec with a weight; like `target`.
+        target_shape: of an input to add as the target, where it isn't the prediction's or nobody
+            knows that: integers, and names for dynamic axes.
         loss_name: of the output (`grad_input` for the gradient); numbered where it is taken.
         only_loss: drop the other outputs, and the nodes and inputs that only they need.
         route: `"function"` adds a node of the domain `smoothl1_deploy`; `"inlined"` plain ones.
@@ -69,9 +87,14 @@ def attach(
 
     Raises:
         SpecError: on a name that no tensor has (close matches first), a target that is the
-            prediction, shapes that can't be broadcast, and a dtype that would lose precision.
+            prediction, shapes that can't be broadcast, a shape of a target that is there already,
+            and a dtype that would lose precision.
         ArtefactError: on a model whose opset is too old, that has a function of our name and
             another content, or with more than 2 GB in memory where a step can't take them.
+
+    Warns:
+        UserWarning: where the model declares a shape that its nodes contradict; the nodes are
+            believed, and the result declares what they make.
     """
     if str(route) not in ("function", "inlined"):
         raise SpecError(f"unknown route {route!r} to attach by; choose function or inlined")
@@ -84,23 +107,27 @@ def attach(
     check_nesting(model)
     check_constants(model)
     _check_name("loss", loss_name)
-    if isinstance(target, str) and target == prediction:
+    if isinstance(target, str) and target == str(prediction):  # an array compares its elements
         raise SpecError(
             f"the target {target!r} is the prediction itself, and such a loss is 0 whatever the "
             "model computes; name another tensor, or a new input"
         )
+    target_shape = check_shape(target_shape, "target_shape")
     while True:
         grafted = onnx.ModelProto()
         grafted.CopyFrom(model)
         forget_spec(grafted)
         try:
             graft = _Graft(grafted, prediction, spec)
-            functions = graft.add(graft.roles(target, weight), loss_name, only_loss)
+            roles = graft.roles(target, target_shape, weight)
+            functions = graft.add(roles, loss_name, only_loss)
             break
         except OldOpsetError as old:  # which opset it has to be, only the finished loss tells
             if not convert_opset:
                 raise
             model = converted(model, old.needed)
+    if graft.contradiction is not None:
+        warnings.warn(graft.contradiction, stacklevel=2)
     if route == "inlined":
         check_parsed(grafted, "the route 'inlined'")
         names = [(function.domain, function.name) for function in functions]
@@ -123,8 +150,10 @@ class _Graft:
     def __init__(self, model: onnx.ModelProto, prediction: str, spec: LossSpec | None) -> None:
         self.model = model
         self._tensors = main_tensors(model)
+        self.contradiction = correct(model, self._tensors)
         self._values = set(value_names(model.graph))
-        self._taken = self._values | set(node_names(model.graph))
+        self._taken = self._values | {node.name for node in every_node(model.graph.node)}
+        self._named = {dim for value in inputs_of(model) for dim in axes_of(value) or ()}
         found = self._known("prediction", prediction)
         dtype = DTYPE_OF_ELEMENT.get(found.element or 0)
         if found.element is not None and dtype is None:
@@ -137,15 +166,19 @@ class _Graft:
             )
         self.spec = spec if spec is not None else LossSpec(dtype=str(dtype))
         self._prediction = found
+        self._new_shape = found.shape  # of inputs to add
         self._prefix = ""
         self._nodes: list[onnx.NodeProto] = []
         self.prediction = self._in_dtype("prediction", self._handed_on(found))
 
     def roles(
-        self, target: str | np.ndarray[Any, Any], weight: str | np.ndarray[Any, Any] | None
+        self,
+        target: str | np.ndarray[Any, Any],
+        target_shape: Shape | None,
+        weight: str | np.ndarray[Any, Any] | None,
     ) -> dict[str, Tensor]:
         """The tensors that the loss is computed of, by what they are to it."""
-        roles = {"input": self.prediction, "target": self._operand("target", target)}
+        roles = {"input": self.prediction, "target": self._operand("target", target, target_shape)}
         if self.spec.weight:
             if weight is None:
                 raise SpecError(
@@ -224,18 +257,33 @@ class _Graft:
                 return any(inner in n.output and self._dequantizes(n, inner) for n in f.node)
         return node.op_type == "DequantizeLinear"
 
-    def _operand(self, what: str, given: str | np.ndarray[Any, Any]) -> Tensor:
-        """The tensor that a target or weight is: an existing one, a new input, or a constant."""
+    def _operand(
+        self, what: str, given: str | np.ndarray[Any, Any], shape: Shape | None = None
+    ) -> Tensor:
+        """The tensor that a target or weight is: an existing one, a new input, or a constant.
+
+        `shape` is what the caller says of a new input.
+        """
+        if shape is not None and (not isinstance(given, str) or given in self._tensors):
+            raise SpecError(
+                f"{what}_shape={shape} for a {what} that has its own; leave {what}_shape out "
+                f"(--{what}-shape), or name a new input"
+            )
         if isinstance(given, str):
             if given in self._tensors:
                 return self._in_dtype(what, self._handed_on(self._tensors[given]))
             _check_name(what, given)
             if given in self._values:
                 raise self._no_tensor(what, given)
-            element, shape = ELEMENT_TYPE[self.spec.dtype], self._prediction.shape
+            element = ELEMENT_TYPE[self.spec.dtype]
+            if shape is None:
+                shape = self._shape_of_new(given)
+            elif self._new_shape is None:
+                self._new_shape, self._named = shape, self._named | {*shape}
             self.model.graph.input.append(helper.make_tensor_value_info(given, element, shape))
             self._taken.add(given)
-            self._tensors[given] = Tensor(given, element, shape)  # one input may play both parts
+            # One input may play both parts.
+            self._tensors[given] = Tensor(given, element, shape, shape)
             return self._tensors[given]
         array = np.ascontiguousarray(given).reshape(np.shape(given))
         try:
@@ -243,7 +291,17 @@ class _Graft:
         except (TypeError, ValueError, NotImplementedError, KeyError) as exc:
             raise SpecError(f"the {what}, an array of {array.dtype}, can't be a constant") from exc
         self.model.graph.initializer.append(tensor)
-        return self._in_dtype(what, Tensor(tensor.name, tensor.data_type, array.shape))
+        return self._in_dtype(what, Tensor(tensor.name, tensor.data_type, *[array.shape] * 2))
+
+    def _shape_of_new(self, name: str) -> Shape | None:
+        """That of the prediction, in which an axis that no input names is one of its own.
+
+        Where nobody knows the prediction's, that which the caller gave of another new input.
+        """
+        return self._new_shape and tuple(
+            dim if isinstance(dim, int) or dim in self._named else f"{name}_axis_{i}"
+            for i, dim in enumerate(self._new_shape)
+        )
 
     def _in_dtype(self, what: str, tensor: Tensor) -> Tensor:
         """`tensor`, or a cast of it to the spec's dtype where that loses nothing."""
@@ -300,9 +358,9 @@ class _Graft:
         outputs = {"loss": self._free(loss_name)}
         if spec.gradient:
             outputs["grad_input"] = self._free("grad_input")
-        axes = summed_axes(*(tensor.shape for tensor in roles.values()))
+        summed = summed_axes(*(tensor.certain for tensor in roles.values()))
         prefix = self._free_prefix(outputs["loss"])
-        assembly = Assembly(spec, {**names, **outputs}, summed_axes=axes, prefix=prefix)
+        assembly = Assembly(spec, {**names, **outputs}, summed_axes=summed, prefix=prefix)
         functions = function_closure(assembly.used)
         check_opset(self.model, functions, assembly.nodes)
         add_functions(self.model, functions)
@@ -311,7 +369,7 @@ class _Graft:
         self.model.ir_version = max(self.model.ir_version, 8)  # the first with functions
         graph.node.extend([*self._nodes, *assembly.nodes])
         self._add_outputs(outputs, reduced, only_loss)
-        note_attached(self.model, spec, names, outputs)
+        note_attached(self.model, Loss(spec, names, outputs))
         return functions
 
     def _free_prefix(self, name: str) -> str:
@@ -346,7 +404,19 @@ def _inside(node: onnx.NodeProto, name: str) -> bool:
 
 
 def _broadcast(roles: dict[str, Tensor]) -> Shape | None:
-    """The shape of the element losses; None where a rank is unknown."""
+    """The shape of the element losses; None where a rank is unknown.
+
+    Of shapes that are only declared, those that don't fit together are not refused: what is
+    certain decides.
+    """
+    certain = {role: replace(tensor, shape=tensor.certain) for role, tensor in roles.items()}
+    try:
+        return _full(roles)
+    except SpecError:
+        return _full(certain)
+
+
+def _full(roles: dict[str, Tensor]) -> Shape | None:
     full: Shape | None = roles["input"].shape
     for role, tensor in roles.items():
         if full is None or tensor.shape is None:

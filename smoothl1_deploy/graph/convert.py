@@ -7,16 +7,11 @@ import onnx.inliner
 import onnx.version_converter
 
 from ..errors import ArtefactError
-from .nesting import MODEL_ERRORS
+from ..model import MODEL_ERRORS
 
-__all__ = ["check_parsed", "converted", "opset_of"]
+__all__ = ["check_parsed", "converted"]
 
 _PARSED = 2**31 - 1  # bytes that protobuf reads in one message
-
-
-def opset_of(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators that `model` uses."""
-    return max((e.version for e in model.opset_import if e.domain in ("", "ai.onnx")), default=1)
 
 
 def converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:

@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ..errors import SpecError, require
+from ..model import axes_of
 from ..spec import LossSpec
 from .elements import ELEMENT_TYPE, IR_VERSION
 from .metadata import stamp
@@ -138,11 +139,11 @@ def _function_model(spec: LossSpec, shapes: dict[str, Shape | None]) -> onnx.Mod
 def _with_any_rank_hidden(model: onnx.ModelProto) -> onnx.ModelProto:
     """The checker demands a shape where the ONNX IR allows none: show it one of rank 1."""
     values = [*model.graph.input, *model.graph.output]
-    if all(value.type.tensor_type.HasField("shape") for value in values):
+    if None not in map(axes_of, values):
         return model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for value in [*copy.graph.input, *copy.graph.output]:
-        if not value.type.tensor_type.HasField("shape"):
+        if axes_of(value) is None:
             value.type.tensor_type.shape.dim.add().dim_param = "any"
     return copy

@@ -8,8 +8,7 @@ from typing import Any
 import onnx
 
 from ..errors import ArtefactError
-from .convert import opset_of
-from .tensors import subgraphs
+from ..model import opset_of, subgraphs
 
 __all__ = ["OldOpsetError", "add_functions", "check_opset"]
 

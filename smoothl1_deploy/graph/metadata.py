@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
 
 import onnx
 
 from .. import __version__
 from ..errors import ArtefactError, SpecError
+from ..model import metadata_of
 from ..spec import LossSpec
 
 __all__ = [
-    "ATTACHED",
     "content_hash",
     "forget_spec",
     "is_served",
-    "note_attached",
-    "read_attached",
     "read_route",
     "read_spec",
     "stamp",
@@ -29,12 +25,6 @@ _PREFIX = "smoothl1_deploy."
 SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
 #: Of a graph whose ports are a server's: see serving/served_graph.py.
 SERVED = _PREFIX + "served"
-#: Of a model that losses were attached to: which, and the names of their tensors.
-ATTACHED = _PREFIX + "attached"
-
-
-def _properties(model: onnx.ModelProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def _drop(model: onnx.ModelProto, *keys: str) -> None:
@@ -71,17 +61,17 @@ def stamp(
             **({SERVED: "1"} if served else {}),
         },
     )
-    onnx.helper.set_model_props(model, {**_properties(model), HASH: content_hash(model)})
+    onnx.helper.set_model_props(model, {**metadata_of(model), HASH: content_hash(model)})
 
 
 def read_route(model: onnx.ModelProto) -> str | None:
     """The route that made `model`, or None for a model of other origin."""
-    return _properties(model).get(ROUTE)
+    return metadata_of(model).get(ROUTE)
 
 
 def is_served(model: onnx.ModelProto) -> bool:
     """Whether loss and beta have a server's shapes: [1] for rank 0, [N, 1] for a score a row."""
-    return SERVED in _properties(model)
+    return SERVED in metadata_of(model)
 
 
 def read_spec(model: onnx.ModelProto) -> LossSpec | None:
@@ -91,7 +81,7 @@ def read_spec(model: onnx.ModelProto) -> LossSpec | None:
         ArtefactError: when the entry is damaged, or the content no longer fits the hash (a
             model cut off on its way, for instance, has lost it).
     """
-    properties = _properties(model)
+    properties = metadata_of(model)
     if SPEC not in properties:
         return None
     try:
@@ -111,35 +101,3 @@ def read_spec(model: onnx.ModelProto) -> LossSpec | None:
 def forget_spec(model: onnx.ModelProto) -> None:
     """Drop from `model` what it says of itself as a loss artefact: it is about to be another."""
     _drop(model, SPEC, ROUTE, HASH, SERVED)
-
-
-def read_attached(model: onnx.ModelProto) -> list[dict[str, Any]]:
-    """What was attached to `model`: for each loss its spec, inputs and outputs by role.
-
-    Raises:
-        ArtefactError: when the entry is damaged; the model may be anyone's.
-    """
-    try:
-        noted = json.loads(_properties(model).get(ATTACHED, "[]"))
-        if isinstance(noted, list) and all(isinstance(loss, dict) for loss in noted):
-            return noted
-        reason = f"{type(noted).__name__} instead of a list of objects"
-    except (ValueError, RecursionError) as exc:
-        reason = str(exc)
-    raise ArtefactError(
-        f"the model's metadata entry {ATTACHED} is damaged ({reason}); delete it, or attach to the "
-        "model as it was"
-    )
-
-
-def note_attached(
-    model: onnx.ModelProto, spec: LossSpec, inputs: Mapping[str, str], outputs: Mapping[str, str]
-) -> None:
-    """Add a loss to what `read_attached` tells of `model`.
-
-    Raises:
-        ArtefactError: as `read_attached` does.
-    """
-    loss = {"spec": spec.to_dict(), "inputs": dict(inputs), "outputs": dict(outputs)}
-    noted = json.dumps([*read_attached(model), loss], sort_keys=True)
-    onnx.helper.set_model_props(model, {**_properties(model), ATTACHED: noted})

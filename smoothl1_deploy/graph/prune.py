@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from .tensors import subgraphs, value_names
+from ..model import subgraphs, value_names
 
 __all__ = ["prune"]
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx
-import onnx.external_data_helper
 
 from .. import __version__
 from ..artefact import read_model, sha256, write_atomic
 from ..errors import ArtefactError, reason_of
+from ..model import external_locations
 from .cases import CaseResult
 from .verify import Verification
 
@@ -63,7 +63,7 @@ def _check_is_the_verified(path: Path, data: bytes, verification: Verification) 
         shallow = onnx.load_model_from_string(data)
     except Exception as exc:  # protobuf has many
         raise ArtefactError(f"{path} can't be read as an ONNX model: {exc}") from exc
-    if any(onnx.external_data_helper.uses_external_data(t) for t in shallow.graph.initializer):
+    if external_locations(shallow):
         raise ArtefactError(
             f"{path} keeps tensors in other files, which a certificate of one file can't vouch "
             "for; save it whole (onnx.save_model(..., save_as_external_data=False))"

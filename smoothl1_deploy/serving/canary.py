@@ -18,6 +18,7 @@ from ..artefact import read_model
 from ..errors import ServerError
 from ..floats import NUMPY_DTYPE, Array, dtype_name, ulp_distance
 from ..graph.metadata import read_spec
+from ..model import axes_of, inputs_of
 from ..parity.cases import with_beta
 from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
@@ -124,22 +125,14 @@ def _evaluated(graph: onnx.ModelProto, inputs: Mapping[str, Array]) -> Any:
 
 def _inputs(model: onnx.ModelProto) -> dict[str, Array] | None:
     """Numbers on either side of beta = 1, the same each time; None for a type that has none."""
-    constants = {tensor.name for tensor in model.graph.initializer}
     rng = np.random.default_rng(0)
-    sizes: dict[str, int] = {}
     arrays: dict[str, Array] = {}
-    for value in model.graph.input:
-        if value.name in constants:
-            continue
-        tensor = value.type.tensor_type
+    for value in inputs_of(model):
         try:
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         except KeyError:
             return None
-        shape = [
-            dim.dim_value if dim.HasField("dim_value") else sizes.setdefault(dim.dim_param, _ROWS)
-            for dim in tensor.shape.dim
-        ]
+        shape = [dim if isinstance(dim, int) else _ROWS for dim in axes_of(value) or ()]
         numbers = rng.normal(size=shape) * 2
         if value.name in ("weight", "beta"):
             numbers = np.full(shape, _BETA)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from ..artefact import ModelSource, read_model, sha256
 from ..errors import ArtefactError
+from ..model import Loss
 from ..parity.certificate import certify
 from ..parity.verify import Verification, verify
 from .loss_part import loss_part
-from .losses import Loss, read_losses
+from .losses import read_losses
 
 __all__ = ["certify_model", "only_loss"]
 

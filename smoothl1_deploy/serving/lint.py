@@ -14,13 +14,14 @@ from typing import Any
 
 from ..artefact import read_model
 from ..errors import ArtefactError
+from ..model import Loss
 from ..parity.certificate import CertificateStatus, read_certificate
 from ..tensorrt.sidecar import Sidecar
 from .finding import Finding
 from .lint_config import check_against_file, check_config, model_file
 from .lint_graph import unguarded
 from .lint_plan import check_versions, read_plan
-from .losses import Loss, read_losses
+from .losses import read_losses
 from .model_config import CONFIG_FILE, read_config
 from .ports import engine_ports, onnx_ports
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from ..model import Loss
 from .finding import Finding
-from .losses import Loss, why_unbatched
+from .losses import why_unbatched
 from .ports import ModelPorts, TensorPort
 from .repository import ONNX_FILE, PLAN_FILE
 

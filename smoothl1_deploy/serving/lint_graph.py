@@ -6,14 +6,12 @@ whose difference goes into a distance. Of any other graph nothing is said.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import onnx
 import onnx.inliner
 
-from ..graph.nesting import MODEL_ERRORS
-from .losses import Loss
-from .ports import onnx_ports
+from ..model import Loss, inputs_of, main_tensors
 
 __all__ = ["unguarded"]
 
@@ -42,19 +40,11 @@ class _Graph:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.nodes = list(model.graph.node)
         self.made_by = {name: node for node in self.nodes for name in node.output}
-        self.ports = onnx_ports(model).inputs
+        self.ports = {value.name for value in inputs_of(model)}
         self.constants = {tensor.name for tensor in model.graph.initializer}
-        try:
-            inferred = onnx.shape_inference.infer_shapes(model).graph
-        except (*MODEL_ERRORS, RuntimeError, ValueError):
-            inferred = model.graph
-        values = (*inferred.input, *inferred.value_info, *inferred.output)
-        self._shapes: Mapping[str, list[int]] = {
-            value.name: [
-                dim.dim_value if dim.HasField("dim_value") else -1
-                for dim in value.type.tensor_type.shape.dim
-            ]
-            for value in values
+        self._shapes = {
+            tensor.name: [dim if isinstance(dim, int) else -1 for dim in tensor.shape or ()]
+            for tensor in main_tensors(model).values()
         }
 
     def origin(self, tensor: str, through: tuple[str, ...] = _TRANSPARENT) -> str:
@@ -107,12 +97,11 @@ def _known(graph: _Graph, losses: tuple[Loss, ...]) -> Iterator[tuple[str, str]]
 
 
 def _recognised(graph: _Graph) -> Iterator[tuple[str, str]]:
-    names = {port.name for port in graph.ports}
     for node in graph.nodes:
         if node.op_type != "Sub":
             continue
         pair = [graph.origin(name) for name in node.input]
-        if pair[0] == pair[1] or not set(pair) <= names:
+        if pair[0] == pair[1] or not set(pair) <= graph.ports:
             continue
         users = [other for other in graph.nodes if node.output[0] in other.input]
         distance = any(user.op_type in _DISTANCE for user in users)

@@ -7,8 +7,7 @@ import onnx.utils
 
 from ..errors import ArtefactError
 from ..graph.metadata import read_spec, stamp
-from ..graph.nesting import MODEL_ERRORS
-from .losses import Loss
+from ..model import MODEL_ERRORS, Loss, main_tensors
 from .served_graph import rename_uses
 
 __all__ = ["loss_part"]
@@ -26,17 +25,32 @@ def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
         return model
     names = [loss.inputs[role] for role in loss.spec.inputs]
     try:
-        inferred = onnx.shape_inference.infer_shapes(model)  # the new inputs need their types
-        part = onnx.utils.Extractor(inferred).extract_model(names, list(loss.outputs.values()))
+        part = onnx.utils.Extractor(_typed(model)).extract_model(names, list(loss.outputs.values()))
     except (*MODEL_ERRORS, ValueError) as exc:
         raise ArtefactError(f"the loss can't be cut out of the model: {exc}") from exc
     del part.graph.value_info[:]
     for role, tensor in {**loss.inputs, **loss.outputs}.items():
         for node in part.graph.node:
-            node.output[:] = [role if name == tensor else name for name in node.output]
+            for i, name in enumerate(node.output):
+                if name == tensor:  # others may be no UTF-8, which can't be written
+                    node.output[i] = role
         rename_uses(part.graph.node, tensor, role)
         for value in (*part.graph.input, *part.graph.output):
-            value.name = role if value.name == tensor else value.name
+            if value.name == tensor:
+                value.name = role
     onnx.checker.check_model(part, full_check=True)
     stamp(part, loss.spec, "attached", "served", served=True)
     return part
+
+
+def _typed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which every tensor is declared: any of them may become an input."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.value_info[:]
+    copy.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.element, tensor.shape)
+        for tensor in main_tensors(model).values()
+        if tensor.element
+    )
+    return copy

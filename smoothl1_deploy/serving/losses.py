@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import onnx
 
-from ..errors import ArtefactError
-from ..graph.attach import ATTACHED
 from ..graph.metadata import read_spec
-from ..spec import LossSpec
+from ..model import Loss, read_attached
 from .ports import ModelPorts
 
-__all__ = ["Loss", "read_losses", "why_unbatched"]
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """One loss of a graph: its spec, and the tensor that plays each role."""
-
-    spec: LossSpec
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, str]
-
-    @classmethod
-    def of(cls, spec: LossSpec) -> Loss:
-        """That of an artefact, whose tensors are called what the spec calls them."""
-        return cls(spec, {name: name for name in spec.inputs}, {n: n for n in spec.outputs})
+__all__ = ["read_losses", "why_unbatched"]
 
 
 def read_losses(model: onnx.ModelProto) -> tuple[Loss, ...]:
@@ -38,18 +20,7 @@ def read_losses(model: onnx.ModelProto) -> tuple[Loss, ...]:
         ArtefactError: when the metadata are damaged.
     """
     spec = read_spec(model)
-    if spec is not None:
-        return (Loss.of(spec),)
-    properties = {entry.key: entry.value for entry in model.metadata_props}
-    try:
-        return tuple(
-            Loss(LossSpec.from_dict(loss["spec"]), loss["inputs"], loss["outputs"])
-            for loss in json.loads(properties.get(ATTACHED, "[]"))
-        )
-    except (ValueError, TypeError, KeyError) as exc:
-        raise ArtefactError(
-            f"the model's metadata entry {ATTACHED} is damaged ({exc}); attach the loss again"
-        ) from exc
+    return read_attached(model) if spec is None else (Loss.of(spec),)
 
 
 def why_unbatched(losses: Iterable[Loss], ports: ModelPorts) -> str | None:

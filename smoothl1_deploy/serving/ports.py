@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx
 from onnx import TensorProto
 
+from ..model import axes_of, inputs_of, outputs_of
 from ..tensorrt.sidecar import Sidecar
 
 __all__ = ["DATA_TYPES", "ModelPorts", "TensorPort", "engine_ports", "onnx_ports"]
@@ -54,24 +54,18 @@ class ModelPorts:
 
 
 def _onnx_port(value: onnx.ValueInfoProto) -> TensorPort:
-    tensor = value.type.tensor_type
+    tensor, shape = value.type.tensor_type, axes_of(value)
     known = TensorProto.DataType.DESCRIPTOR.values_by_number.get(tensor.elem_type)
     names = {"FLOAT": "float32", "DOUBLE": "float64"}
     dtype = names.get(known.name, known.name.lower()) if known else ""
-    dims = None
-    if tensor.HasField("shape"):
-        dims = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
+    dims = None if shape is None else tuple(d if isinstance(d, int) else -1 for d in shape)
     return TensorPort(value.name, DATA_TYPES.get(dtype, "TYPE_INVALID"), dims)
 
 
 def onnx_ports(model: onnx.ModelProto) -> ModelPorts:
-    """Those of an ONNX graph; old models list their constants among the inputs, which are none."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-
-    def ports(values: Iterable[onnx.ValueInfoProto]) -> tuple[TensorPort, ...]:
-        return tuple(_onnx_port(value) for value in values if value.name not in constants)
-
-    return ModelPorts(ports(model.graph.input), ports(model.graph.output))
+    """Those of an ONNX graph."""
+    ports = (tuple(map(_onnx_port, values)) for values in (inputs_of(model), outputs_of(model)))
+    return ModelPorts(*ports)
 
 
 def engine_ports(sidecar: Sidecar) -> ModelPorts:

@@ -12,7 +12,8 @@ Inside, nothing changes: the same nodes compute the same number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,20 @@ import onnx
 from onnx import TensorProto, helper
 
 from ..errors import ArtefactError, UnsupportedError
-from ..graph.inference import inferred_graph
 from ..graph.metadata import SERVED, is_served, read_route, read_spec, stamp
-from ..graph.nesting import MODEL_ERRORS
-from ..graph.shapes import describe
-from .losses import Loss, read_losses, why_unbatched
+from ..graph.shapes import Shape, describe
+from ..model import (
+    MODEL_ERRORS,
+    Loss,
+    correct,
+    every_node,
+    inputs_of,
+    main_tensors,
+    metadata_of,
+    opset_of,
+    restate,
+)
+from .losses import read_losses, why_unbatched
 from .ports import ModelPorts, onnx_ports
 
 __all__ = ["ServedGraph", "rename_uses", "serve"]
@@ -59,6 +69,10 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
             the graph is no valid one.
         UnsupportedError: on an opset older than 13, on a model of 2 GiB or more, and on a loss with
             an upstream gradient.
+
+    Warns:
+        UserWarning: where the model declares a shape that its nodes contradict; the served graph
+            declares what they make.
     """
     if model.ByteSize() >= _PROTOBUF_LIMIT:
         raise UnsupportedError(
@@ -75,6 +89,8 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     editor = _Editor(copy)
+    if editor.contradiction is not None:
+        warnings.warn(editor.contradiction, stacklevel=2)
     ports = onnx_ports(copy)
     unbatched = why_unbatched(losses, ports) or _rows_alone(ports)
     if done:
@@ -83,7 +99,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
         for role in ("target", "weight"):
             if role in loss.inputs:
                 editor.guard(loss.inputs[role], loss.inputs["input"])
-    for value in list(editor.inputs):
+    for value in inputs_of(copy):
         if not editor.dims(value.name):
             editor.widen_input(value)
     scores = {loss.outputs["loss"] for loss in losses if loss.spec.per_sample}
@@ -104,8 +120,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
 
 
 def _note_served(model: onnx.ModelProto) -> None:
-    properties = {entry.key: entry.value for entry in model.metadata_props}
-    helper.set_model_props(model, {**properties, SERVED: "1"})
+    helper.set_model_props(model, {**metadata_of(model), SERVED: "1"})
 
 
 def _rows_alone(ports: ModelPorts) -> str | None:
@@ -120,27 +135,18 @@ class _Editor:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
-        versions = [e.version for e in model.opset_import if e.domain in ("", "ai.onnx")]
         self._guarded: list[tuple[str, str]] = []
-        self._opset = max(versions, default=1)
+        self._opset = opset_of(model)
         if self._opset < _AXES_AS_INPUT:
             raise UnsupportedError(
                 f"the model is of opset {self._opset}, and a served graph needs "
                 f"{_AXES_AS_INPUT}; convert it with onnx.version_converter"
             )
-        graph = inferred_graph(model)
-        self._values = {
-            value.name: value for value in (*graph.value_info, *graph.input, *graph.output)
-        }
+        self._tensors = main_tensors(model)
+        self.contradiction = correct(model, self._tensors)
 
-    @property
-    def inputs(self) -> list[onnx.ValueInfoProto]:
-        """The inputs that a caller gives; old models list their constants among the inputs."""
-        constants = {tensor.name for tensor in self.model.graph.initializer}
-        return [value for value in self.model.graph.input if value.name not in constants]
-
-    def dims(self, name: str) -> tuple[int | str, ...]:
-        """Sizes, and names (or `?`) of dynamic axes.
+    def dims(self, name: str) -> Shape:
+        """Sizes, and names of dynamic axes.
 
         Raises:
             ArtefactError: for a port of unknown rank.
@@ -153,14 +159,8 @@ class _Editor:
             )
         return dims
 
-    def _known(self, name: str) -> tuple[int | str, ...] | None:
-        value = self._values.get(name)
-        if value is None or not value.type.tensor_type.HasField("shape"):
-            return None
-        return tuple(
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
-            for dim in value.type.tensor_type.shape.dim
-        )
+    def _known(self, name: str) -> Shape | None:
+        return self._tensors[name].shape if name in self._tensors else None
 
     def guard(self, tensor: str, like: str) -> None:
         """Make an error of a `tensor` whose rows aren't those of `like`, its declared equal.
@@ -214,9 +214,9 @@ class _Editor:
         squeeze = helper.make_node("Squeeze", [value.name, axes], [scalar], name=scalar)
         del self.model.graph.node[:]
         self.model.graph.node.extend([squeeze, *nodes])
-        _declare(value, [1])
+        restate(value, [1])
 
-    def widen_output(self, value: onnx.ValueInfoProto, dims: tuple[int | str, ...]) -> None:
+    def widen_output(self, value: onnx.ValueInfoProto, dims: Shape) -> None:
         """From rank 0 to [1], from [N] to [N, 1]."""
         narrow, axes = f"{value.name}/narrow", self._axes(value.name, len(dims))
         nodes = self.model.graph.node
@@ -227,9 +227,10 @@ class _Editor:
                     node.output[i] = narrow
         # A node may be called after its output; two nodes of one name are refused.
         for node in nodes:
-            node.name = narrow if node.name == value.name else node.name
+            if node.name == value.name:  # others may be no UTF-8, which can't be written
+                node.name = narrow
         nodes.append(helper.make_node("Unsqueeze", [narrow, axes], [value.name], name=value.name))
-        _declare(value, [*dims, 1])
+        restate(value, [*dims, 1])
 
     def _axes(self, name: str, axis: int) -> str:
         tensor = helper.make_tensor(f"{name}/axes", TensorProto.INT64, [1], [axis])
@@ -237,28 +238,13 @@ class _Editor:
         return str(tensor.name)
 
 
-def _sizes(dims: tuple[int | str, ...]) -> list[int]:
+def _sizes(dims: Shape) -> list[int]:
     return [-1 if isinstance(dim, str) else dim for dim in dims]
-
-
-def _declare(value: onnx.ValueInfoProto, dims: list[Any]) -> None:
-    element = value.type.tensor_type.elem_type
-    known = [None if dim == "?" else dim for dim in dims]
-    value.CopyFrom(helper.make_tensor_value_info(value.name, element, known))
-
-
-def _every_node(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Those of subgraphs too, which read the tensors around them."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _every_node(graph.node)
 
 
 def rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
     """Let every node that reads the tensor `old` read `new`, in subgraphs too."""
-    for node in _every_node(nodes):
+    for node in every_node(nodes):
         for i, name in enumerate(node.input):
             if name == old:
                 node.input[i] = new

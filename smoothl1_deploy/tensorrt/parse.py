@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from ..errors import ArtefactError, BuildError, UnsupportedError
 from ..graph.elements import element_name
+from ..model import axes_of, contradiction, inputs_of, main_tensors, outputs_of
 from .flavour import Flavour
 from .logger import tidy
 from .prepare import prepare
@@ -86,7 +87,8 @@ class ParsedNetwork:
 
     Attributes:
         trt: the flavour's module.
-        notes: what `prepare` changed, each a sentence.
+        notes: what `prepare` changed, and what the model declares that isn't so; each a
+            sentence.
         inputs, outputs: the ports, in the order of the ONNX graph.
     """
 
@@ -118,8 +120,7 @@ def parse(
         BackendUnavailableError: when TensorRT can't be used here.
     """
     prepared, notes = prepare(model)
-    constants = {tensor.name for tensor in prepared.graph.initializer}
-    inputs = [value for value in prepared.graph.input if value.name not in constants]
+    inputs = inputs_of(prepared)
     _check_types(inputs)
     data = _serialized(prepared)
     trt = flavour.trt
@@ -139,17 +140,18 @@ def parse(
     network.name = (
         network_name or model.graph.name or f"graph_{hashlib.sha256(data).hexdigest()[:16]}"
     )
+    wrong = contradiction(main_tensors(prepared).values())
     return ParsedNetwork(
         trt,
         builder,
         network,
         parser,
         flavour,
-        notes,
+        notes if wrong is None else (*notes, wrong),
         _checked("input", inputs, [network.get_input(i) for i in range(network.num_inputs)]),
         _checked(
             "output",
-            prepared.graph.output,
+            outputs_of(prepared),
             [network.get_output(i) for i in range(network.num_outputs)],
         ),
     )
@@ -240,22 +242,17 @@ def _port(kind: str, value: onnx.ValueInfoProto, tensor: Any) -> NetworkPort:
             "export the model with an element type TensorRT has, and declare what it computes"
         )
     shape = _rank(tensor)
-    dims = list(declared.shape.dim) if declared.HasField("shape") else None
-    names = tuple(dim.dim_param or None for dim in dims or ())
-    if dims is None:
-        names = (None,) * len(shape or ())
+    axes = axes_of(value)
+    names = tuple(axis if isinstance(axis, str) else None for axis in axes or shape or ())
     differs = shape is None or (
-        dims is not None
+        axes is not None
         and (
-            len(dims) != len(shape)
-            or any(
-                d.HasField("dim_value") and d.dim_value != n != -1
-                for d, n in zip(dims, shape, strict=True)
-            )
+            len(axes) != len(shape)
+            or any(isinstance(d, int) and d != n != -1 for d, n in zip(axes, shape, strict=True))
         )
     )
     if differs or shape is None:
-        asked = [d.dim_param or d.dim_value for d in dims or ()]
+        asked = ["?" if axis is None else axis for axis in axes or ()]
         raise UnsupportedError(
             f"the graph declares the {kind} {value.name!r} with the shape {asked}, TensorRT made "
             f"it {'of unknown rank' if shape is None else list(shape)}; declare the shape the "

@@ -10,7 +10,6 @@ refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -19,7 +18,7 @@ from onnx import TensorProto, numpy_helper
 from ..errors import ArtefactError, UnsupportedError
 from ..floats import Array
 from ..graph.metadata import HASH, ROUTE, SERVED, SPEC, VERSION
-from ..graph.nesting import check_nesting
+from ..model import Scope, axes_of, check_nesting, inputs_of, node_label, scopes
 
 __all__ = ["prepare"]
 
@@ -30,21 +29,6 @@ _REMEDY = (
 _OF_THE_EXPORT = frozenset({SPEC, ROUTE, VERSION, HASH, SERVED})
 #: Attributes of standard operators that hold the element type of an output.
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "stash_type"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Scope:
-    """The nodes of one graph or function, and where they stand."""
-
-    where: str
-    nodes: list[onnx.NodeProto]
-    initializers: list[TensorProto]
-    values: list[onnx.ValueInfoProto]
-
-    @classmethod
-    def of(cls, graph: onnx.GraphProto, where: str = "") -> _Scope:
-        values = [*graph.input, *graph.output, *graph.value_info]
-        return cls(where, list(graph.node), list(graph.initializer), values)
 
 
 def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
@@ -71,15 +55,15 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
         ) from exc
     _check_complete(model)
     _check_ports(model)
-    if any(a.ref_attr_name for scope in _scopes(model) for _, a in _element_types(scope)):
+    if any(a.ref_attr_name for scope in scopes(model) for _, a in _element_types(scope)):
         from onnx.inliner import inline_local_functions
 
         # The element type stands at the caller: put the bodies where it can be seen.
         model = inline_local_functions(model)
-    for scope in _scopes(model):
+    for scope in scopes(model):
         _check_constants(scope)
         _check_nodes(scope)
-    if not any(_has_double(scope) for scope in _scopes(model)):
+    if not any(_has_double(scope) for scope in scopes(model)):
         return model, ()
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -90,12 +74,12 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
 def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
     casts: list[str] = []
     constants: list[str] = []
-    for scope in _scopes(model):
+    for scope in scopes(model):
         for node, element in _element_types(scope):
             if element.i == TensorProto.DOUBLE:  # of a Cast: the others were refused
                 element.i = TensorProto.FLOAT
-                casts.append(f"{scope.where}{_label(node)}")
-        for tensor, where in _tensors(scope):
+                casts.append(f"{scope.where}{node_label(node)}")
+        for where, tensor in scope.constants:
             if tensor.data_type == TensorProto.DOUBLE:
                 value = _value(tensor, where).astype(np.float32)
                 tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
@@ -118,31 +102,7 @@ def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _scopes(model: onnx.ModelProto) -> Iterator[_Scope]:
-    """The graph, every subgraph, every function and its subgraphs."""
-
-    def subgraphs(where: str, nodes: list[onnx.NodeProto]) -> Iterator[_Scope]:
-        for node in nodes:
-            for attribute in node.attribute:
-                graphs = [attribute.g] if attribute.HasField("g") else []
-                for graph in (*graphs, *attribute.graphs):
-                    inner = f"{where}{_label(node)}/"
-                    yield _Scope.of(graph, inner)
-                    yield from subgraphs(inner, list(graph.node))
-
-    yield _Scope.of(model.graph)
-    yield from subgraphs("", list(model.graph.node))
-    for function in model.functions:
-        where = f"{function.name}/"
-        yield _Scope(where, list(function.node), [], list(function.value_info))
-        yield from subgraphs(where, list(function.node))
-
-
-def _label(node: onnx.NodeProto) -> str:
-    return node.name or (node.output[0] if node.output else node.op_type)
-
-
-def _element_types(scope: _Scope) -> Iterator[tuple[onnx.NodeProto, onnx.AttributeProto]]:
+def _element_types(scope: Scope) -> Iterator[tuple[onnx.NodeProto, onnx.AttributeProto]]:
     """The attributes that set an element type, with their nodes."""
     for node in scope.nodes:
         for attribute in node.attribute:
@@ -150,24 +110,14 @@ def _element_types(scope: _Scope) -> Iterator[tuple[onnx.NodeProto, onnx.Attribu
                 yield node, attribute
 
 
-def _tensors(scope: _Scope) -> Iterator[tuple[TensorProto, str]]:
-    for tensor in scope.initializers:
-        yield tensor, f"{scope.where}{tensor.name}"
-    for node in scope.nodes:
-        for attribute in node.attribute:
-            tensors = [attribute.t] if attribute.HasField("t") else []
-            for tensor in (*tensors, *attribute.tensors):
-                yield tensor, f"{scope.where}{_label(node)}"
-
-
-def _has_double(scope: _Scope) -> bool:
+def _has_double(scope: Scope) -> bool:
     return any(e.i == TensorProto.DOUBLE for _, e in _element_types(scope)) or any(
-        tensor.data_type == TensorProto.DOUBLE for tensor, _ in _tensors(scope)
+        tensor.data_type == TensorProto.DOUBLE for _, tensor in scope.constants
     )
 
 
-def _check_constants(scope: _Scope) -> None:
-    for tensor, where in _tensors(scope):
+def _check_constants(scope: Scope) -> None:
+    for where, tensor in scope.constants:
         if tensor.data_type != TensorProto.DOUBLE:
             continue
         if tensor.dims:
@@ -197,7 +147,7 @@ def _value(tensor: TensorProto, where: str) -> Array:
     return value
 
 
-def _check_nodes(scope: _Scope) -> None:
+def _check_nodes(scope: Scope) -> None:
     found = [
         (node, attribute)
         for node, attribute in _element_types(scope)
@@ -211,7 +161,7 @@ def _check_nodes(scope: _Scope) -> None:
     ]
     for node, attribute in found:
         raise UnsupportedError(
-            f"the node {scope.where}{_label(node)!r} ({node.op_type}) makes float64 "
+            f"the node {scope.where}{node_label(node)!r} ({node.op_type}) makes float64 "
             f"(attribute {attribute.name}). {_REMEDY}"
         )
 
@@ -223,8 +173,7 @@ def _check_ports(model: onnx.ModelProto) -> None:
     for sparse in graph.sparse_initializer:
         if sparse.values.data_type == TensorProto.DOUBLE:
             raise UnsupportedError(f"the constant {sparse.values.name!r} is float64. {_REMEDY}")
-    constants = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in constants]
+    inputs = inputs_of(model)
     for kind, values in (("input", inputs), ("output", graph.output)):
         for value in values:
             if not value.type.HasField("tensor_type"):
@@ -235,7 +184,7 @@ def _check_ports(model: onnx.ModelProto) -> None:
             if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
                 raise UnsupportedError(f"the graph {kind} {value.name!r} is float64. {_REMEDY}")
     for value in inputs:
-        if not value.type.tensor_type.HasField("shape"):
+        if axes_of(value) is None:
             raise UnsupportedError(
                 f"the graph input {value.name!r} has an unknown rank, which TensorRT would take "
                 "for rank 0. Export with a shape, as in shape=('N', 16): a name makes an axis "
@@ -245,8 +194,8 @@ def _check_ports(model: onnx.ModelProto) -> None:
 
 def _check_complete(model: onnx.ModelProto) -> None:
     needs = {(f.domain, f.name, f.overload): set(f.attribute) for f in model.functions}
-    for scope in _scopes(model):
-        for tensor, where in _tensors(scope):
+    for scope in scopes(model):
+        for where, tensor in scope.constants:
             if tensor.data_location == TensorProto.EXTERNAL:
                 raise ArtefactError(
                     f"the data of {where!r} lie in another file and were not loaded; "
@@ -257,6 +206,6 @@ def _check_complete(model: onnx.ModelProto) -> None:
             lacking = sorted(needed - {attribute.name for attribute in node.attribute})
             if lacking:
                 raise ArtefactError(
-                    f"the node {scope.where}{_label(node)!r} calls {node.op_type} without the "
+                    f"the node {scope.where}{node_label(node)!r} calls {node.op_type} without the "
                     f"attribute(s) {', '.join(lacking)}, which TensorRT would not notice"
                 )

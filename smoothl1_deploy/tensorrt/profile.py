@@ -22,6 +22,7 @@ import onnx
 
 from ..errors import ArtefactError, SpecError
 from ..graph.shapes import check_size
+from ..model import axes_of, inputs_of
 
 __all__ = [
     "DEFAULT_RANGE",
@@ -101,20 +102,12 @@ class Profile:
 
 def input_shapes(model: onnx.ModelProto) -> tuple[InputShape, ...]:
     """The shapes of the graph inputs, in order, constants left out."""
-    constants = {tensor.name for tensor in model.graph.initializer}
     found = []
-    for value in model.graph.input:
-        if value.name in constants:
-            continue
-        if not value.type.tensor_type.HasField("shape"):
+    for value in inputs_of(model):
+        axes = axes_of(value)
+        if axes is None:
             raise ArtefactError(f"the graph input {value.name!r} has no shape; export with one")
-        dims = (
-            dim.dim_value
-            if dim.HasField("dim_value") and dim.dim_value >= 0
-            else dim.dim_param or None
-            for dim in value.type.tensor_type.shape.dim
-        )
-        found.append(InputShape(value.name, tuple(dims)))
+        found.append(InputShape(value.name, axes))
     return tuple(found)
 
 

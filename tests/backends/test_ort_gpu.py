@@ -200,9 +200,9 @@ def test_a_node_that_is_left_to_the_cpu(monkeypatch: pytest.MonkeyPatch, listed:
     ids=lambda value: value.name if isinstance(value, LossSpec) else "",
 )
 def test_what_the_cpu_may_have(spec: LossSpec, operators: set[str]) -> None:
-    graph = inlined(export(spec, shape=("N", 4))).graph
-    free = host_nodes(graph)
-    taken = [node.op_type for node in graph.node if node.name in free]
+    model = inlined(export(spec, shape=("N", 4)))
+    free = host_nodes(model)
+    taken = [node.op_type for node in model.graph.node if node.name in free]
     # The rest prepares a beta that is a constant.
     assert set(taken) - {"Constant", "Equal", "Greater", "Where", "Neg"} == operators
     assert taken.count("Cast") <= 1  # the cast of the count, not those of data
@@ -214,7 +214,7 @@ def test_nodes_without_names_get_some() -> None:
     model = helper.make_model(helper.make_graph(nodes, "two", ports[:1], ports[1:]))
     names = [node.name for node in inlined(model).graph.node]
     assert len(set(names)) == 2 and "" not in names
-    assert host_nodes(inlined(model).graph) == frozenset()
+    assert host_nodes(inlined(model)) == frozenset()
 
 
 # The caches of the TensorRT providers

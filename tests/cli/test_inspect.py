@@ -104,7 +104,7 @@ def test_losses_attached_to_a_model(cli: Callable[..., Done]) -> None:
     assert cli(*attach, "--per-sample").code == cli(*attach, "--beta", 0.5).code == 0
     found = _json(cli, "m.onnx")
     assert [loss["outputs"] for loss in found["attached"]] == [{"loss": "loss"}, {"loss": "loss_1"}]  # type: ignore[union-attr]
-    second = "; input=y, target=x, loss=loss_1, beta=0.5, dtype=float32, reduction=mean"
+    second = "; input=y, target=x, loss=loss_1, beta=0.5, reduction=mean, dtype=float32"
     assert second in cli("inspect", "m.onnx").out
     damaged = onnx.load("m.onnx")
     damaged.metadata_props[0].value = "[1"

@@ -306,6 +306,7 @@ REFUSED: list[tuple[str, Callable[[], object], str]] = [
     ("a sequence of maps", lambda: attach(parser.parse_model(MAPS), "scores", "gt"), "'scores' is .* but of the type sequence; name one that is, 'p' for instance"),
     ("an optional input", lambda: attach(model_of("g (float[N] x, optional(float[N]) o) => (float[N] y) { y = Relu(x) }"), "o", "gt"), "'o' is .* but of the type optional; name one that is$"),
     ("the prediction as its own target", lambda: attach(linear(), "boxes", "boxes"), "target 'boxes' is the prediction itself, and such a loss is 0"),
+    ("an array for the prediction", lambda: attach(linear(), T, "boxes"), "the prediction must be the name of a tensor, got"),  # type: ignore[arg-type]
     ("a function of our name", lambda: attach(parser.parse_model(NAMESAKE), "boxes", "gt"), "a function smoothl1_deploy.SmoothL1Loss that computes something else"),
     ("a model without tensors", lambda: attach(onnx.ModelProto(), "boxes", "gt"), "it has none at all"),
     ("rank 0 per sample", lambda: attach(model_of("g (float x) => (float y) { y = Neg(x) }"), "y", "gt", LossSpec(per_sample=True)), "rank 0"),
