@@ -261,23 +261,12 @@ class Assembly:
                 "ReduceSum", [slope, along], "slope_sum", keepdims=1, noop_with_empty_axes=1
             )
         signed = self._call("WithoutNegativeZero", [total], "slope_sum_signed")
+        if axes is None:  # where nothing is added up, -0 is autograd's too
+            size = self._add("Size", [along], "summed_axis_count")
+            is_sum = self._add("Cast", [size], "is_sum", to=TensorProto.BOOL)
+            # In this order: ONNX Runtime's Where makes 0 of a -0 that it takes from its first branch.
+            signed = self._add("Where", [is_sum, signed, total], "slope_total")
         shape = self._add("Shape", [self._data["input"]], "input_shape")
-        # Where the axes turn out to have size 1, nothing is added up: -0 is autograd's too. An axis
-        # that input lacks is added up, whatever its size.
-        whole = self._add("Shape", [slope], "slope_shape")
-        larger = [
-            self._add(
-                "Greater", [self._add("Size", [x], f"{name}_{i}") for i, x in enumerate(pair)], name
-            )
-            for name, pair in {
-                "is_larger": (slope, self._data["input"]),
-                "is_longer": (whole, shape),
-            }.items()
-        ]
-        is_sum = self._add("Or", larger, "is_sum")
-        # In this order, and with no Not, for which ONNX Runtime would swap the branches: its Where
-        # makes 0 of a -0 that it takes from the first.
-        signed = self._add("Where", [is_sum, signed, total], "slope_total")
         return self._add("Reshape", [signed, shape], "slope_summed", allowzero=1)
 
     def _unless_no_beta(self, summed: str) -> str:
