@@ -11,6 +11,7 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
+from ..dlpack import as_array
 from ..errors import ArtefactError, SpecError
 from ..spec import LossSpec
 from .convert import check_parsed, converted
@@ -68,6 +69,7 @@ def attach(
             places where they are called.
 
     Raises:
+        InvalidInputError: on a constant that is no array, or has no data.
         SpecError: on a name that no tensor has (close matches first), a target that is the
             prediction, shapes that can't be broadcast, and a dtype that would lose precision.
         ArtefactError: on a model whose opset is too old, that has a function of our name and
@@ -237,7 +239,7 @@ class _Graft:
             self._taken.add(given)
             self._tensors[given] = Tensor(given, element, shape)  # one input may play both parts
             return self._tensors[given]
-        array = np.ascontiguousarray(given).reshape(np.shape(given))
+        array = as_array(given, f"the {what}")
         try:
             tensor = numpy_helper.from_array(array, self._free(what))
         except (TypeError, ValueError, NotImplementedError, KeyError) as exc:
