@@ -70,6 +70,8 @@ def _promoted(*operands: Any) -> tuple[list[Any], str]:
     loss has PyTorch's dtype everywhere; casts to what it is already stay behind.
     """
     dtype = _dtype_name(operands[0])
+    for value in operands:
+        _widen(value)
     sources = [_before_promotion(value) for value in operands]
     floats = {int(value.dtype) for value in sources} & set(DTYPE_OF_ELEMENT)
     own = DTYPE_OF_ELEMENT[floats.pop()] if len(floats) == 1 else dtype
@@ -88,6 +90,27 @@ def _before_promotion(value: Any) -> Any:
         return value
     made_by = node.metadata_props.get("pkg.torch.onnx.fx_node", "")
     return node.inputs[0] if "prims.convert_element_type" in made_by else value
+
+
+def _widen(value: Any) -> None:
+    """Let every Expand of bfloat16 that `value` comes from be one of float32 and a cast back.
+
+    ONNX Runtime's CPU provider has none of bfloat16. It becomes so in its place and not beside it:
+    without the exporter's optimiser nobody takes away what nothing reads.
+    """
+    while (node := value.producer()) is not None and node.op_type in ("Cast", "Expand"):
+        value = node.inputs[0]
+        if node.op_type == "Expand" and node.outputs[0].dtype == ir.DataType.BFLOAT16:
+            wide = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+            expand = ir.node("Expand", [*wide.outputs, node.inputs[1]])
+            for made, like in ((wide, value), (expand, node.outputs[0])):
+                made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+                made.outputs[0].shape = like.shape
+            node.prepend([wide, expand])
+            node.op_type = "Cast"
+            node.attributes.add(ir.AttrInt64("to", ir.DataType.BFLOAT16))
+            node.resize_inputs(1)
+            node.replace_input_with(0, expand.outputs[0])
 
 
 def _dtype_name(value: Any) -> str:

@@ -12,6 +12,7 @@ from inside import (
     DTYPES,
     LOSSES,
     Inside,
+    Narrow,
     arrays,
     assert_each_is_right,
     run,
@@ -243,6 +244,34 @@ def test_a_target_that_broadcasts() -> None:
     assert program is not None
     (got,) = run(session_of(program.model_proto), x, y)
     assert int(ulp_distance(got, expected)) <= 2
+
+
+@pytest.mark.parametrize(("shape", "optimize"), [((1, 4), True), ((), False)], ids=str)
+def test_bfloat16_is_never_expanded_as_such(shape: tuple[int, ...], optimize: bool) -> None:
+    """ONNX Runtime's CPU provider has no Expand of it, and refuses the file."""
+    torch.manual_seed(0)
+    args = torch.randn(3, 4), torch.randn(shape)
+    model = exported(Narrow(), args, dynamic=False, optimize=optimize)
+    Narrow.assert_right(run(session_of(model), *(t.numpy() for t in args)), *args)
+
+
+class Used(nn.Module):
+    """An expansion that something else reads too, which still has its dtype."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        own = y.bfloat16().expand(3, 4)
+        return nn.functional.smooth_l1_loss(x.bfloat16(), own), own, own.float().sum()
+
+
+def test_whoever_else_reads_the_expansion_gets_bfloat16() -> None:
+    torch.manual_seed(0)
+    args = torch.randn(3, 4), torch.randn(1, 4)
+    model = exported(Used(), args, dynamic=False)
+    assert model.graph.output[1].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    _, own, total = run(session_of(model), *(t.numpy() for t in args))
+    expected = args[1].bfloat16().float().expand(3, 4)
+    np.testing.assert_array_equal(own, expected.numpy())
+    np.testing.assert_allclose(total, expected.sum().numpy(), rtol=1e-6)
 
 
 class Wrong(nn.Module):
