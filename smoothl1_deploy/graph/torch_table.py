@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +31,9 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     A new dictionary each time, which changes nothing outside of the one export it is given to;
     `table | {...}` joins it with entries of your own.
 
+    Warns of a program that was decomposed before (`run_decompositions`): there is no loss left in
+    it to replace.
+
     Raises (inside the exporter's own error):
         SpecError: on a negative beta, a delta <= 0, and integral inputs, as PyTorch refuses them.
     """
@@ -37,6 +42,8 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         torch.ops.aten.huber_loss.default: _huber_loss,
         # smooth_l1_loss with beta = 0 reaches the exporter as this.
         torch.ops.aten.l1_loss.default: _l1_loss,
+        # No loss: what is left of one in a program that was decomposed before.
+        torch.ops.aten.abs.default: _abs,
     }
 
 
@@ -56,6 +63,27 @@ def _l1_loss(self: Any, target: Any, reduction: int = 1) -> Any:
     if int(self.dtype) not in DTYPE_OF_ELEMENT:
         return record_absolute(_record, self, target, reduction_name(reduction))
     return _smooth_l1_loss(self, target, reduction, 0.0)
+
+
+def _abs(self: Any) -> Any:
+    """PyTorch's abs, and a warning where it is that of a loss, whose decompositions all have one.
+
+    What function of torch an operator was made for, the program keeps when it is decomposed, and
+    saved and loaded too.
+    """
+    node = self.producer()
+    made_for = None if node is None else node.meta.get("node")
+    name = "" if made_for is None else made_for.meta.get("torch_fn", ("",))[0]
+    loss = re.match("smooth_l1_loss|huber_loss|l1_loss", name)
+    if loss:
+        warnings.warn(
+            f"the program has its {loss[0]} in plain operators: it was decomposed before "
+            "(run_decompositions), and translation_table() finds no loss to replace. The exported "
+            "loss is PyTorch's decomposition, whose sums drift and whose beta near 1 is dropped; "
+            "give torch.onnx.export the module, or the program as torch.export.export made it",
+            stacklevel=2,
+        )
+    return op.Abs(self)
 
 
 def _record(name: str, inputs: Sequence[Any], /, **attributes: Any) -> Any:
