@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper
 from torch.onnx import symbolic_helper, symbolic_opset9
 from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
 
-from ..errors import SpecError
+from ..errors import SpecError, require
 from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE
 from .torch_losses import record_absolute, record_huber, record_smooth_l1, reduction_name
 
@@ -69,6 +69,9 @@ def register_torchscript_symbolic() -> Registration:
         A `Registration`: `undo()`, or the end of `with`, restores what was there before, symbolic
         functions of your own for the same operators too.
 
+    Raises:
+        MissingDependencyError: with a PyTorch that keeps its registry elsewhere, as 2.8 does.
+
     Raises (by the export):
         SpecError: on a negative beta, a delta <= 0, and integral inputs, as PyTorch refuses them.
     """
@@ -82,11 +85,16 @@ def register_torchscript_symbolic() -> Registration:
     return Registration(before)
 
 
+def _registry() -> Any:
+    """PyTorch's own registry of symbolic functions; before torch 2.9 it lay elsewhere."""
+    module = "torch.onnx._internal.torchscript_exporter.registration"
+    purpose = f"register_torchscript_symbolic, with torch {torch.__version__},"
+    return require(module, "torch", purpose).registry
+
+
 def _registered(name: str, opset: int) -> Callable[..., Any] | None:
     """The custom function registered for exactly this opset; PyTorch has no public way to ask."""
-    from torch.onnx._internal.torchscript_exporter import registration
-
-    group = registration.registry.get_function_group(name)
+    group = _registry().get_function_group(name)
     if group is None or not group._functions.overridden(opset):
         return None
     found: Callable[..., Any] = group._functions[opset]
@@ -98,11 +106,9 @@ def _forget_empty(name: str) -> None:
 
     An export would end in `min() arg is an empty sequence` there, not in UnsupportedOperatorError.
     """
-    from torch.onnx._internal.torchscript_exporter import registration
-
-    group = registration.registry.get_function_group(name)
+    group = _registry().get_function_group(name)
     if group is not None and not group._functions:
-        del registration.registry._registry[name]
+        del _registry()._registry[name]
 
 
 @symbolic_helper.parse_args("v", "v", "i", "f")

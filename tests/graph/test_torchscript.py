@@ -27,7 +27,7 @@ from torch import nn
 from torch.onnx import register_custom_op_symbolic, unregister_custom_op_symbolic
 
 from smoothl1_deploy import register_torchscript_symbolic
-from smoothl1_deploy.errors import SpecError
+from smoothl1_deploy.errors import MissingDependencyError, SpecError
 from smoothl1_deploy.floats import ulp_distance
 from smoothl1_deploy.graph.elements import ELEMENT_TYPE
 from smoothl1_deploy.graph.torchscript import _SYMBOLIC, OPSETS, _registered
@@ -232,6 +232,21 @@ def test_what_pytorch_refuses_is_refused() -> None:
 
     with register_torchscript_symbolic(), pytest.raises((SpecError, RuntimeError), match="beta"):
         exported(Negative(), example("float32"))
+
+
+def test_a_pytorch_that_keeps_its_registry_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.8 has no such folder."""
+    folder = "torch.onnx._internal.torchscript_exporter"
+    monkeypatch.setitem(sys.modules, folder, None)
+    monkeypatch.setitem(sys.modules, f"{folder}.registration", None)
+    with monkeypatch.context() as old:
+        old.setattr(torch, "__version__", "2.8.0")
+        with pytest.raises(MissingDependencyError) as caught:
+            register_torchscript_symbolic()
+    text = str(caught.value)
+    assert text.startswith("register_torchscript_symbolic, with torch 2.8.0, needs the package")
+    assert text.endswith("Install it with: pip install torch==2.13.0")
+    monkeypatch.undo()
 
 
 def test_importing_the_package_registers_nothing() -> None:
