@@ -29,7 +29,10 @@ def is_on_device(value: Any) -> bool:
     if isinstance(flag, bool):
         return flag
     place = getattr(value, "__dlpack_device__", None)
-    return place is not None and int(place()[0]) == _CUDA
+    try:
+        return place is not None and int(place()[0]) == _CUDA
+    except Exception:  # the caller's code: whoever reads the value says what is wrong with it
+        return False
 
 
 def find_device(what: str) -> Device:
@@ -131,15 +134,13 @@ class Device:
         """`value` as a contiguous torch tensor over the same memory (a copy where it has strides).
 
         Raises:
-            InvalidInputError: for a tensor of another device.
+            InvalidInputError: for a tensor of another device, or without data.
         """
+        from .dlpack import adopted
+
         torch = self._torch
-        try:
-            # DLPack refuses a tensor that requires grad, and drops the sign of a negated one.
-            own = isinstance(value, torch.Tensor)
-            tensor = value.detach().resolve_neg() if own else torch.from_dlpack(value)
-        except (BufferError, RuntimeError, TypeError, ValueError) as exc:
-            raise InvalidInputError(f"{what} can't be read through DLPack ({exc})") from exc
+        own = isinstance(value, torch.Tensor)
+        tensor = adopted(value, what, (lambda plain: plain) if own else torch.from_dlpack)
         if tensor.device != self._place:
             raise InvalidInputError(
                 f"{what} is on {tensor.device}, and the artefact was loaded on {self._place}; "
@@ -157,6 +158,7 @@ class Device:
             and value.layout is torch.strided
             and value.is_contiguous()
             and not value.is_neg()
+            and value.untyped_storage().nbytes()  # 0: no element, or a storage that was freed
         ):
             return value.shape, value.dtype
         return None

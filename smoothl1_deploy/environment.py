@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from functools import lru_cache
 from typing import Any
 
 from . import __version__
 
-__all__ = ["environment"]
+__all__ = ["environment", "lowest_versions"]
 
 PACKAGES = (
     "numpy",
@@ -57,3 +58,18 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "packages": {package: _version(package) for package in PACKAGES},
     }
+
+
+def lowest_versions() -> dict[str, str]:
+    """The lowest versions of `PACKAGES` that the tests pass with, as pyproject.toml requires them.
+
+    Empty where this package runs from a folder that was not installed.
+    """
+    try:
+        wanted = importlib.metadata.requires("smoothl1-deploy") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = (re.match(r"([\w.-]+)(?:\[.*\])?>=([\d.]+)", text) for text in wanted)
+    lowest = {m[1].replace("-", "_"): m[2] for m in found if m}
+    names = {package: package.replace("-", "_") for package in PACKAGES}
+    return {package: lowest[name] for package, name in names.items() if name in lowest}

@@ -220,7 +220,12 @@ class LossSpec:
                     f"beta must be one number, got a tensor of shape {tuple(beta.shape)}; "
                     "export one loss for each beta"
                 )
-            beta = beta.item()
+            try:
+                beta = beta.item()
+            except Exception as exc:  # a FakeTensor or meta tensor
+                raise SpecError(
+                    f"beta is a {type(beta).__name__} without a number ({exc}); give one with data"
+                ) from exc
         return cls(beta=beta, reduction=module.reduction, dtype=dtype)
 
     @property

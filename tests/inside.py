@@ -57,6 +57,38 @@ class Inside(nn.Module):
         return tuple(loss(x.flatten(1), y.flatten(1)) for loss in self.losses)
 
 
+class Narrow(nn.Module):
+    """Losses of bfloat16 tensors that broadcast, or were expanded: as they are, and by autocast."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`x` [3, 4] and `y`: losses in bfloat16, then losses in float32."""
+        x, y = x.bfloat16(), y.bfloat16()
+        own = x.expand(5, 3, 4), y.expand_as(torch.zeros(5, 3, 4))
+        losses = nn.functional.smooth_l1_loss, nn.functional.huber_loss, nn.functional.l1_loss
+        narrow = [loss(*pair) for loss in losses for pair in ((x, y), own)]
+        narrow.append(torch.ops.aten.smooth_l1_loss(*own, 2, 1.0))  # nobody broadcasts before it
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = [loss(*pair) for loss in losses for pair in ((x, y), (x, y.float()), own)]
+        return *narrow, *cast
+
+    @staticmethod
+    def assert_right(outputs: list[Array], x: torch.Tensor, y: torch.Tensor) -> None:
+        """Each is the loss of the rounded tensors in float32, rounded once where it is narrow."""
+        x, y = x.bfloat16().float(), y.bfloat16().float()
+        own = x.expand(5, 3, 4), y.expand(5, 3, 4)
+        losses = nn.functional.smooth_l1_loss, nn.functional.huber_loss, nn.functional.l1_loss
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broadcasting is meant
+            narrow = [loss(*pair) for loss in losses for pair in ((x, y), own)]
+            narrow.append(nn.functional.smooth_l1_loss(*own, reduction="sum"))
+            cast = [loss(x, y) for loss in losses for _ in range(3)]
+        expected = [*(loss.bfloat16().float() for loss in narrow), *cast]
+        assert len(outputs) == len(expected)
+        for i, (got, wanted) in enumerate(zip(outputs, expected, strict=True)):
+            tolerance = torch.finfo(torch.bfloat16 if i < len(narrow) else torch.float32).eps
+            np.testing.assert_allclose(got, wanted.numpy(), rtol=2 * tolerance, err_msg=f"{i}")
+
+
 def arrays(dtype: str, rows: int, special: bool = False) -> tuple[Array, Array]:
     """Differences at, below and above every knee of `LOSSES`, of either sign."""
     rng = np.random.default_rng(7)

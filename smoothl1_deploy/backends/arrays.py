@@ -1,9 +1,8 @@
-"""What `run` takes: numpy arrays and DLPack tensors, promoted as PyTorch promotes, or refused."""
+"""What arrays `run` takes: promoted as PyTorch promotes, of shapes that fit, or refused."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,48 +12,7 @@ from ..artefact import Port
 from ..errors import InvalidInputError
 from ..floats import NUMPY_DTYPE, Array
 
-__all__ = ["as_array", "as_beta", "check_promotion", "check_shapes", "promote"]
-
-
-def as_array(value: Any, what: str) -> Array:
-    """`value` as a C-contiguous numpy array in native byte order, without a copy where possible.
-
-    Raises:
-        InvalidInputError: for anything that isn't a numeric array on the CPU.
-    """
-    if isinstance(value, np.ma.MaskedArray):
-        raise InvalidInputError(
-            f"{what} is a masked array, and a loss knows no mask; fill it or select what counts: "
-            f"{what}.filled(...) or {what}.compressed()"
-        )
-    if isinstance(value, (np.ndarray, np.generic)):
-        array = np.asarray(value)
-    elif hasattr(value, "__dlpack__"):
-        array = _from_dlpack(value, what)
-    else:
-        raise InvalidInputError(
-            f"{what} is a {type(value).__name__}; give a numpy array or a tensor with __dlpack__"
-        )
-    # order="C" instead of ascontiguousarray, which makes a rank of 0 into 1.
-    return np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
-
-
-def _from_dlpack(value: Any, what: str) -> Array:
-    torch = sys.modules.get("torch")
-    try:
-        if torch is not None and isinstance(value, torch.Tensor):
-            # DLPack hands out the memory of a lazily negated tensor without its sign.
-            value = value.detach().resolve_neg()
-            # numpy's DLPack knows no bfloat16: carry the bits.
-            if value.dtype == torch.bfloat16 and value.device.type == "cpu":
-                bits = value.contiguous().view(torch.int16).numpy()
-                return np.asarray(bits).view(NUMPY_DTYPE["bfloat16"])
-        return np.from_dlpack(value)
-    except (BufferError, RuntimeError, TypeError, ValueError) as exc:
-        raise InvalidInputError(
-            f"{what} can't be read through DLPack ({exc}); move it to the CPU, "
-            "or give a numpy array"
-        ) from exc
+__all__ = ["as_beta", "check_promotion", "check_shapes", "promote"]
 
 
 def _kind(name: str) -> str:
@@ -132,7 +90,7 @@ def as_beta(value: Any) -> Array:
             raise TypeError("a string")
         with np.errstate(over="ignore"):
             return np.asarray(np.float32(float(value)))
-    except (TypeError, ValueError, OverflowError) as exc:
+    except Exception as exc:  # the caller's `__float__`, a tensor's without a number among them
         raise InvalidInputError(f"beta must be one number, got {value!r} ({exc})") from exc
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 
 from ..artefact import Port, Signature, signature
+from ..dlpack import as_array
 from ..errors import InvalidInputError
 from ..floats import NUMPY_DTYPE, Array
 from ..graph.metadata import is_served, read_spec
 from ..spec import LossSpec
-from .arrays import as_array, as_beta, check_shapes, promote
+from .arrays import as_beta, check_shapes, promote
 
 __all__ = ["Runner"]
 

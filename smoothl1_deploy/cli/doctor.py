@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -31,9 +32,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Checkup:
-    """What `doctor` found; `environment` is `smoothl1_deploy.environment.environment()`."""
+    """What `doctor` found.
+
+    Attributes:
+        environment: `smoothl1_deploy.environment.environment()`.
+        lowest: the lowest version of a package that the tests pass with.
+        gpu: the GPU in use.
+        parts: backends and flavours.
+        warnings: what may go wrong here.
+    """
 
     environment: dict[str, Any]
+    lowest: dict[str, str]
     gpu: dict[str, Any] | None
     parts: tuple[Part, ...]
     warnings: tuple[str, ...]
@@ -42,6 +52,7 @@ class Checkup:
         """JSON-ready."""
         return {
             **self.environment,
+            "lowest": self.lowest,
             "gpu": self.gpu,
             "backends": [part.to_dict() for part in self.parts if part.kind == "backend"],
             "flavours": [part.to_dict() for part in self.parts if part.kind == "flavour"],
@@ -59,14 +70,19 @@ def _reason(kind: str, name: str, use: Callable[[str], object]) -> Part:
     return Part(kind, name, None)
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    """`2.13.0+cpu` as (2, 13, 0)."""
+    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])))
+
+
 def examine() -> Checkup:
     """Look at packages, backends, flavours and GPU; a backend is tried by importing it."""
     from ..backends.base import BACKENDS, get_backend
-    from ..environment import environment
+    from ..environment import environment, lowest_versions
     from ..tensorrt.flavour import FLAVOURS, get_flavour
     from ..tensorrt.gpu import current_gpu
 
-    facts = environment()
+    facts, lowest = environment(), lowest_versions()
     gpu = current_gpu()
     packages = facts["packages"]
     warnings = []
@@ -75,6 +91,12 @@ def examine() -> Checkup:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. "
             "Keep one: pip uninstall onnxruntime onnxruntime-gpu, then install the one you want"
         )
+    for name, least in lowest.items():
+        if packages[name] and _numbers(packages[name]) < _numbers(least):
+            warnings.append(
+                f"{name} {packages[name]} is older than {least}, the lowest that the tests pass "
+                f"with; some of it may work. For all of it: pip install '{name}>={least}'"
+            )
     parts = [_reason("backend", name, get_backend) for name in BACKENDS]
     for part in parts:
         slow = None if part.reason else get_backend(part.name).slow
@@ -82,6 +104,7 @@ def examine() -> Checkup:
             warnings.append(f"{part.name} runs on {slow}: its numbers are right, and it is slow")
     return Checkup(
         facts,
+        lowest,
         None if gpu is None else gpu.to_dict(),
         tuple(parts + [_reason("flavour", name, get_flavour) for name in FLAVOURS]),
         tuple(warnings),
@@ -113,8 +136,11 @@ def doctor(
         }
     )
     print_table(
-        ("package", "version"),
-        [(name, version or "not installed") for name, version in facts["packages"].items()],
+        ("package", "version", "lowest that passes"),
+        [
+            (name, version or "not installed", found.lowest.get(name, ""))
+            for name, version in facts["packages"].items()
+        ],
     )
     print_table(
         ("backend or flavour", "kind", "here"),

@@ -264,7 +264,7 @@ class Assembly:
         if axes is None:  # where nothing is added up, -0 is autograd's too
             size = self._add("Size", [along], "summed_axis_count")
             is_sum = self._add("Cast", [size], "is_sum", to=TensorProto.BOOL)
-            # In this order: ONNX Runtime's Where makes 0 of a -0 that it takes from its first branch.
+            # In this order: ONNX Runtime's Where makes 0 of a -0 of its first branch.
             signed = self._add("Where", [is_sum, signed, total], "slope_total")
         shape = self._add("Shape", [self._data["input"]], "input_shape")
         return self._add("Reshape", [signed, shape], "slope_summed", allowzero=1)

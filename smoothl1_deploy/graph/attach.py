@@ -13,6 +13,7 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
+from ..dlpack import as_array
 from ..errors import ArtefactError, SpecError
 from ..model import (
     Loss,
@@ -86,6 +87,7 @@ def attach(
             places where they are called.
 
     Raises:
+        InvalidInputError: on a constant that is no array, or has no data.
         SpecError: on a name that no tensor has (close matches first), a target that is the
             prediction, shapes that can't be broadcast, a shape of a target that is there already,
             and a dtype that would lose precision.
@@ -285,7 +287,7 @@ class _Graft:
             # One input may play both parts.
             self._tensors[given] = Tensor(given, element, shape, shape)
             return self._tensors[given]
-        array = np.ascontiguousarray(given).reshape(np.shape(given))
+        array = as_array(given, f"the {what}")
         try:
             tensor = numpy_helper.from_array(array, self._free(what))
         except (TypeError, ValueError, NotImplementedError, KeyError) as exc:

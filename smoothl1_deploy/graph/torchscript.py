@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from onnx import TensorProto, numpy_helper
-from torch.onnx import symbolic_helper
+from torch.onnx import symbolic_helper, symbolic_opset9
 from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
 
-from ..errors import SpecError
+from ..errors import SpecError, require
 from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE
 from .torch_losses import record_absolute, record_huber, record_smooth_l1, reduction_name
 
@@ -55,7 +55,8 @@ def register_torchscript_symbolic() -> Registration:
 
     Without it the export of `aten::smooth_l1_loss`, `aten::huber_loss` and `aten::l1_loss` ends
     in `UnsupportedOperatorError`. With it `nn.SmoothL1Loss`, `nn.HuberLoss`, `nn.L1Loss` and
-    their functions become this package's graph; `translation_table` says what that gives.
+    their functions become this package's graph; `translation_table` says what that gives. A
+    bfloat16 tensor is broadcast as float32: ONNX Runtime's CPU provider can't expand it otherwise.
 
     Registers for the whole process, so:
 
@@ -67,6 +68,9 @@ def register_torchscript_symbolic() -> Registration:
     Returns:
         A `Registration`: `undo()`, or the end of `with`, restores what was there before, symbolic
         functions of your own for the same operators too.
+
+    Raises:
+        MissingDependencyError: with a PyTorch that keeps its registry elsewhere, as 2.8 does.
 
     Raises (by the export):
         SpecError: on a negative beta, a delta <= 0, and integral inputs, as PyTorch refuses them.
@@ -81,11 +85,16 @@ def register_torchscript_symbolic() -> Registration:
     return Registration(before)
 
 
+def _registry() -> Any:
+    """PyTorch's own registry of symbolic functions; before torch 2.9 it lay elsewhere."""
+    module = "torch.onnx._internal.torchscript_exporter.registration"
+    purpose = f"register_torchscript_symbolic, with torch {torch.__version__},"
+    return require(module, "torch", purpose).registry
+
+
 def _registered(name: str, opset: int) -> Callable[..., Any] | None:
     """The custom function registered for exactly this opset; PyTorch has no public way to ask."""
-    from torch.onnx._internal.torchscript_exporter import registration
-
-    group = registration.registry.get_function_group(name)
+    group = _registry().get_function_group(name)
     if group is None or not group._functions.overridden(opset):
         return None
     found: Callable[..., Any] = group._functions[opset]
@@ -97,11 +106,9 @@ def _forget_empty(name: str) -> None:
 
     An export would end in `min() arg is an empty sequence` there, not in UnsupportedOperatorError.
     """
-    from torch.onnx._internal.torchscript_exporter import registration
-
-    group = registration.registry.get_function_group(name)
+    group = _registry().get_function_group(name)
     if group is not None and not group._functions:
-        del registration.registry._registry[name]
+        del _registry()._registry[name]
 
 
 @symbolic_helper.parse_args("v", "v", "i", "f")
@@ -122,7 +129,41 @@ def _l1_loss(g: Any, self: Any, target: Any, reduction: int) -> Any:
     return _recorded(g, record_smooth_l1, self, target, name, 0.0)
 
 
+def _broadcast_tensors(g: Any, self: Any) -> Any:
+    narrow = symbolic_helper._unpack_list(self)
+    wide = g.op("prim::ListConstruct", *(_widened(g, value) for value in narrow))
+    expanded = symbolic_helper._unpack_list(symbolic_opset9.broadcast_tensors(g, wide))
+    pairs = zip(expanded, narrow, strict=True)
+    return g.op("prim::ListConstruct", *(_narrowed(g, *pair) for pair in pairs))
+
+
+def _expand(g: Any, self: Any, *size: Any) -> Any:
+    return _narrowed(g, symbolic_opset9.expand(g, _widened(g, self), *size), self)
+
+
+def _expand_as(g: Any, self: Any, other: Any) -> Any:
+    return _narrowed(g, symbolic_opset9.expand_as(g, _widened(g, self), other), self)
+
+
+def _widened(g: Any, value: Any) -> Any:
+    """`value` as float32 where it is bfloat16, which ONNX Runtime can neither expand nor add up."""
+    return _Recorder(g)("Cast", [value], to=TensorProto.FLOAT) if _is_bfloat16(value) else value
+
+
+def _narrowed(g: Any, made: Any, value: Any) -> Any:
+    """What was made of `value` widened, in the dtype of `value`."""
+    return _Recorder(g)("Cast", [made], to=TensorProto.BFLOAT16) if _is_bfloat16(value) else made
+
+
+def _is_bfloat16(value: Any) -> bool:
+    types = torch.onnx.JitScalarType  # type: ignore[attr-defined]
+    return bool(types.from_value(value, types.UNDEFINED) == types.BFLOAT16)
+
+
 _SYMBOLIC: dict[str, Callable[..., Any]] = {
+    "aten::broadcast_tensors": _broadcast_tensors,
+    "aten::expand": _expand,
+    "aten::expand_as": _expand_as,
     "aten::smooth_l1_loss": _smooth_l1_loss,
     "aten::huber_loss": _huber_loss,
     "aten::l1_loss": _l1_loss,
@@ -134,15 +175,16 @@ def _recorded(
 ) -> Any:
     record = _Recorder(g)
     dtype = _promoted_dtype(input, target)
-    input, target = _before_broadcast(input, target)
-    ranks = [symbolic_helper._get_tensor_rank(value) for value in (input, target)]
+    elements = [_element(value) for value in (input, target)]
+    operands = _before_broadcast(record, input, target)
+    ranks = [symbolic_helper._get_tensor_rank(value) for value in operands]
     if ranks == [0, 0]:  # which the exporter would take for Python numbers
         one = record("Constant", [], value_ints=[1])
-        input, target = (record("Reshape", [value, one]) for value in (input, target))
+        operands = [record("Reshape", [value, one]) for value in operands]
     wanted = ELEMENT_TYPE[dtype]
     operands = [
-        value if _element(value) == wanted else record("Cast", [value], to=wanted)
-        for value in (input, target)
+        value if element == wanted else record("Cast", [value], to=wanted)
+        for value, element in zip(operands, elements, strict=True)
     ]
     result = loss(record, *operands, dtype, reduction, knee)
     if ranks == [0, 0] and reduction == "none":
@@ -171,34 +213,46 @@ def _promoted_dtype(*operands: Any) -> str:
     return dtype
 
 
-def _before_broadcast(a: Any, b: Any) -> tuple[Any, Any]:
+def _before_broadcast(record: _Recorder, *pair: Any) -> Sequence[Any]:
     """The pair that `torch.broadcast_tensors` was called with; the pair itself elsewhere.
 
-    The exporter broadcasts by adding the two up to learn their shape, an operator that ONNX
-    Runtime doesn't have for bfloat16; Sub broadcasts by itself. Recognised by that sum: it is
-    expanded to in both, and is 0 + a + b of just these two.
+    The exporter broadcasts by adding the two up to learn their shape; Sub broadcasts by itself.
+    Recognised by that sum: it is expanded to in both, and is 0 + a + b of just these two. What was
+    cast after that, by autocast too, is cast so before it.
     """
-    expands = [value.node() for value in (a, b)]
+    expands = []
+    casts: list[list[int]] = []
+    for value in pair:
+        node = value.node()
+        elements: list[int] = []
+        while node.kind() == "onnx::Cast":
+            elements.insert(0, node.i("to"))
+            node = next(iter(node.inputs())).node()
+        expands.append(node)
+        casts.append(elements)
     if any(node.kind() != "onnx::Expand" for node in expands):
-        return a, b
+        return pair
     sources = [next(iter(node.inputs())) for node in expands]
     shapes = [list(node.inputs())[1].node() for node in expands]
     if any(node.kind() != "onnx::Shape" for node in shapes):
-        return a, b
+        return pair
     sums = [next(iter(node.inputs())) for node in shapes]
     if sums[0].debugName() != sums[1].debugName():
-        return a, b
+        return pair
     terms = []
     last = sums[0].node()
     for _ in sources:
         if last.kind() != "onnx::Add":
-            return a, b
+            return pair
         rest, term = last.inputs()
         terms.append(term.debugName())
         last = rest.node()
     if terms[::-1] != [source.debugName() for source in sources]:
-        return a, b
-    return sources[0], sources[1]
+        return pair
+    for i, elements in enumerate(casts):
+        for element in elements:
+            sources[i] = record("Cast", [sources[i]], to=element)
+    return sources
 
 
 class _Recorder:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artefact import ModelSource
-from ..backends.arrays import as_array
+from ..dlpack import as_array
 from ..errors import InvalidInputError, SpecError
 from ..spec import LossSpec
 from .engine import PieceResult, score_locally

@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import Any
 
 from ..artefact import ROLES
-from ..backends.arrays import as_array, as_beta, promote
+from ..backends.arrays import as_beta, promote
+from ..dlpack import as_array
 from ..errors import ArtefactError, InvalidInputError
 from ..floats import Array
 from .transport import open_transport
@@ -138,6 +139,7 @@ class Client:
         Raises:
             as `run`.
         """
+        arrays = {name: as_array(array, name) for name, array in arrays.items()}
         return self._transport.infer(self.model, self.version, arrays)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What `run` takes: arrays of every kind, promoted as PyTorch promotes, or refused in words."""
+"""What arrays `run` takes: promoted as PyTorch promotes, of shapes that fit, or refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from smoothl1_deploy.artefact import Port
-from smoothl1_deploy.backends.arrays import as_array, check_shapes, promote
+from smoothl1_deploy.backends.arrays import check_shapes, promote
 from smoothl1_deploy.errors import InvalidInputError
 from smoothl1_deploy.floats import NUMPY_DTYPE
 from smoothl1_deploy.spec import DTYPES
@@ -23,159 +23,6 @@ NUMPY = {**NUMPY_DTYPE, **{name: np.dtype(name) for name in INTEGERS}}
 
 def both(input: np.ndarray, target: np.ndarray, dtype: str) -> tuple[np.ndarray, ...]:
     return tuple(promote({"input": input, "target": target}, dtype).values())
-
-
-# as_array
-
-
-@pytest.mark.parametrize("name", NUMPY)
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
-def test_a_plain_array_is_taken_without_a_copy(name: str, shape: tuple[int, ...]) -> None:
-    array = np.ones(shape, NUMPY[name])
-    taken = as_array(array, "input")
-    assert (taken.shape, taken.dtype) == (shape, NUMPY[name])
-    assert np.shares_memory(taken, array) or not array.size
-
-
-@pytest.mark.parametrize("name", TORCH)
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
-def test_a_tensor_is_taken_without_a_copy(name: str, shape: tuple[int, ...]) -> None:
-    tensor = torch.ones(shape, dtype=TORCH[name])
-    taken = as_array(tensor, "input")
-    assert (taken.shape, taken.dtype) == (shape, NUMPY[name])
-    assert (taken.astype(np.float64) == 1).all()
-    assert taken.ctypes.data == tensor.data_ptr() or not tensor.numel()
-
-
-def _layouts(base: np.ndarray) -> dict[str, np.ndarray]:
-    read_only = base.copy()
-    read_only.flags.writeable = False
-    return {
-        "transposed": base.T,
-        "strided": base[:, ::2],
-        "reversed": base[::-1, ::-1],
-        "broadcast": np.broadcast_to(base[:1], base.shape),
-        "fortran": np.asfortranarray(base),
-        "read-only": read_only,
-        "unaligned": np.frombuffer(b"\0" + base.tobytes(), base.dtype, offset=1).reshape(
-            base.shape
-        ),
-    }
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", _layouts(np.zeros((2, 2))))
-def test_layouts_of_numpy(dtype: str, layout: str) -> None:
-    array = _layouts(np.arange(12).reshape(3, 4).astype(NUMPY_DTYPE[dtype]))[layout]
-    expected = array.tolist()
-    taken = as_array(array, "input")
-    assert taken.flags.c_contiguous
-    assert taken.tolist() == expected
-    assert taken.dtype == NUMPY_DTYPE[dtype]
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int32"])
-def test_big_endian_arrays(dtype: str) -> None:
-    array = np.arange(5).astype(np.dtype(dtype).newbyteorder(">"))
-    taken = as_array(array, "input")
-    assert taken.dtype == np.dtype(dtype)
-    assert taken.dtype.isnative
-    assert taken.tolist() == [0, 1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    "scalar", [np.float16(1.5), np.float32(1.5), np.float64(1.5), ml_dtypes.bfloat16(1.5)]
-)
-def test_numpy_scalars_are_arrays_of_rank_0(scalar: np.generic) -> None:
-    taken = as_array(scalar, "input")
-    assert isinstance(taken, np.ndarray)
-    assert (taken.shape, taken.dtype, float(taken)) == ((), scalar.dtype, 1.5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts_of_torch(dtype: str) -> None:
-    base = torch.arange(12).reshape(3, 4).to(TORCH[dtype])
-    grad = base.clone().requires_grad_()
-    views = [base.T, base[:, ::2], base[:1].expand(3, 4), base.flip(0), grad, grad.T, grad * 1]
-    for tensor in (*views, torch.nn.Parameter(base)):
-        taken = as_array(tensor, "input")
-        assert taken.flags.c_contiguous
-        assert taken.dtype == NUMPY_DTYPE[dtype]
-        assert taken.tolist() == tensor.tolist()
-
-
-def test_a_lazily_negated_tensor_keeps_its_sign() -> None:
-    """`z.conj().imag` shares the memory of `z`; DLPack hands it out without the minus."""
-    tensor = torch.complex(torch.ones(3), torch.arange(3.0)).conj().imag
-    assert tensor.is_neg()
-    assert as_array(tensor, "input").tolist() == [0.0, -1.0, -2.0]
-
-
-class _OnlyDlpack:
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __dlpack__(self, **kwargs: object) -> object:
-        return self.array.__dlpack__(**kwargs)  # type: ignore[arg-type]
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.array.__dlpack_device__()
-
-
-def test_anything_with_dlpack_is_taken() -> None:
-    assert as_array(_OnlyDlpack(np.arange(3.0)), "input").tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("value", [[1.0], (1.0,), 1.0, 1, None, "1", {}, b"1", memoryview(b"1")])
-def test_what_is_no_array_is_refused(value: object) -> None:
-    with pytest.raises(InvalidInputError) as caught:
-        as_array(value, "target")
-    assert str(caught.value) == (
-        f"target is a {type(value).__name__}; give a numpy array or a tensor with __dlpack__"
-    )
-
-
-class _Broken:
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def __dlpack__(self, **kwargs: object) -> object:
-        raise self.error
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
-
-
-@pytest.mark.parametrize("error", [BufferError, RuntimeError, NotImplementedError, TypeError])
-def test_what_can_not_be_exported_is_refused(error: type[Exception]) -> None:
-    with pytest.raises(InvalidInputError) as caught:
-        as_array(_Broken(error("it is on the moon")), "input")
-    assert str(caught.value) == (
-        "input can't be read through DLPack (it is on the moon); move it to the CPU, "
-        "or give a numpy array"
-    )
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["meta", "sparse", "csr"])
-def test_tensors_without_plain_memory_are_refused(kind: str, dtype: torch.dtype) -> None:
-    tensor = torch.eye(3, dtype=dtype)
-    if kind == "meta":
-        other = tensor.to("meta")
-    else:
-        other = tensor.to_sparse() if kind == "sparse" else tensor.to_sparse_csr()
-    with pytest.raises(InvalidInputError, match="^input can't be read through DLPack .*; move it"):
-        as_array(other, "input")
-
-
-def test_a_masked_array_is_refused() -> None:
-    with pytest.raises(InvalidInputError) as caught:
-        as_array(np.ma.masked_array([1.0, 2.0], [True, False]), "input")
-    assert str(caught.value) == (
-        "input is a masked array, and a loss knows no mask; fill it or select what counts: "
-        "input.filled(...) or input.compressed()"
-    )
 
 
 # promote

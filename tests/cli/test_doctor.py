@@ -66,6 +66,50 @@ def test_two_builds_of_onnxruntime_in_each_others_way(
     assert "warning: onnxruntime and onnxruntime-gpu are both installed" in cli("doctor").out
 
 
+def test_what_is_older_than_the_tests_pass_with(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import smoothl1_deploy.environment as environment
+
+    facts = environment.environment()
+    old = {**facts["packages"], "torch": "2.8.0+cpu", "onnx": "1.23", "numpy": "2.0.0rc1"}
+    monkeypatch.setattr(environment, "environment", lambda: {**facts, "packages": old})
+    report = json.loads(cli("doctor", "--json").out)
+    assert report["lowest"]["torch"] == "2.13"
+    assert [warning for warning in report["warnings"] if "older" in warning] == [
+        "torch 2.8.0+cpu is older than 2.13, the lowest that the tests pass with; some of it may "
+        "work. For all of it: pip install 'torch>=2.13'"
+    ]
+    assert "lowest that passes" in cli("doctor").out
+
+
+def test_the_lowest_versions_are_those_of_pyproject() -> None:
+    import tomllib
+    from pathlib import Path
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    from smoothl1_deploy.environment import PACKAGES, lowest_versions
+
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    wanted = [Requirement(text) for some in (project["dependencies"], *extras) for text in some]
+    least = {canonicalize_name(r.name): str(r.specifier).removeprefix(">=") for r in wanted}
+    assert lowest_versions() == {name: least[canonicalize_name(name)] for name in PACKAGES}
+
+
+def test_without_an_installation_no_version_is_the_lowest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smoothl1_deploy.environment import lowest_versions
+
+    def absent(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    assert lowest_versions() == {}
+
+
 def test_a_backend_that_is_slow_here(
     cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:

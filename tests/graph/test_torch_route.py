@@ -78,12 +78,14 @@ def test_fixed_shapes(shape: tuple[int, ...]) -> None:
         (("N", "N", "class", "E"), None, [((4, 4, 1, 2), (4, 4, 1, 2))]),
     ],
 )
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dynamic_axes_and_broadcasting(
+    dtype: str,
     shape: tuple[int | str, ...],
     target_shape: tuple[int | str, ...] | None,
     sizes: list[tuple[tuple[int, ...], tuple[int, ...]]],
 ) -> None:
-    spec = LossSpec(0.5, "mean")
+    spec = LossSpec(0.5, "mean", dtype)
     runner = load(export(spec, "torch", shape, target_shape=target_shape))
     assert runner.signature.input.shape == shape
     assert runner.signature.target.shape == (shape if target_shape is None else target_shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from inside import (
     DTYPES,
     LOSSES,
     Inside,
+    Narrow,
     arrays,
     assert_each_is_right,
     run,
@@ -243,6 +246,86 @@ def test_a_target_that_broadcasts() -> None:
     assert program is not None
     (got,) = run(session_of(program.model_proto), x, y)
     assert int(ulp_distance(got, expected)) <= 2
+
+
+@pytest.mark.parametrize(("shape", "optimize"), [((1, 4), True), ((), False)], ids=str)
+def test_bfloat16_is_never_expanded_as_such(shape: tuple[int, ...], optimize: bool) -> None:
+    """ONNX Runtime's CPU provider has no Expand of it, and refuses the file."""
+    torch.manual_seed(0)
+    args = torch.randn(3, 4), torch.randn(shape)
+    model = exported(Narrow(), args, dynamic=False, optimize=optimize)
+    Narrow.assert_right(run(session_of(model), *(t.numpy() for t in args)), *args)
+
+
+class Used(nn.Module):
+    """An expansion that something else reads too, which still has its dtype."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        own = y.bfloat16().expand(3, 4)
+        return nn.functional.smooth_l1_loss(x.bfloat16(), own), own, own.float().sum()
+
+
+def test_whoever_else_reads_the_expansion_gets_bfloat16() -> None:
+    torch.manual_seed(0)
+    args = torch.randn(3, 4), torch.randn(1, 4)
+    model = exported(Used(), args, dynamic=False)
+    assert model.graph.output[1].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    _, own, total = run(session_of(model), *(t.numpy() for t in args))
+    expected = args[1].bfloat16().float().expand(3, 4)
+    np.testing.assert_array_equal(own, expected.numpy())
+    np.testing.assert_allclose(total, expected.sum().numpy(), rtol=1e-6)
+
+
+def warned(program: torch.export.ExportedProgram) -> list[str]:
+    """What the table warns of while it exports."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.onnx.export(
+            program, (), dynamo=True, verbose=False, custom_translation_table=translation_table()
+        )
+    return [str(w.message) for w in caught if "translation_table" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (nn.SmoothL1Loss(beta=0.5), "smooth_l1_loss"),
+        (nn.SmoothL1Loss(beta=0.0), "smooth_l1_loss"),
+        (nn.HuberLoss(reduction="none"), "huber_loss"),
+        (nn.L1Loss(reduction="sum"), "l1_loss"),
+    ],
+    ids=str,
+)
+def test_a_program_that_was_decomposed_before_is_warned_of(loss: nn.Module, name: str) -> None:
+    pair = torch.randn(3, 4).bfloat16(), torch.randn(3, 4).bfloat16()
+    program = torch.export.export(loss, pair)
+    file = io.BytesIO()
+    torch.export.save(program.run_decompositions(), file)
+    file.seek(0)
+    (text,) = warned(torch.export.load(file))
+    assert text == (
+        f"the program has its {name} in plain operators: it was decomposed before "
+        "(run_decompositions), and translation_table() finds no loss to replace. The exported "
+        "loss is PyTorch's decomposition, whose sums drift and whose beta near 1 is dropped; "
+        "give torch.onnx.export the module, or the program as torch.export.export made it"
+    )
+
+
+class Magnitude(nn.Module):
+    """An abs of the module's own, beside a loss."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return nn.functional.l1_loss(x, y), (x - y).abs(), torch.complex(x, y).abs()
+
+
+def test_an_abs_of_the_module_s_own_is_no_loss() -> None:
+    pair = promoted_pair(torch.float32, torch.float32)
+    assert warned(torch.export.export(Magnitude(), pair)) == []
+    model = exported(Magnitude(), pair, dynamic=False)
+    for got, expected in zip(
+        run(session_of(model), *(t.numpy() for t in pair)), Magnitude()(*pair), strict=True
+    ):
+        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-6)
 
 
 class Wrong(nn.Module):

@@ -16,6 +16,7 @@ from inside import (
     DTYPES,
     LOSSES,
     Inside,
+    Narrow,
     arrays,
     assert_each_is_right,
     run,
@@ -26,12 +27,12 @@ from torch import nn
 from torch.onnx import register_custom_op_symbolic, unregister_custom_op_symbolic
 
 from smoothl1_deploy import register_torchscript_symbolic
-from smoothl1_deploy.errors import SpecError
+from smoothl1_deploy.errors import MissingDependencyError, SpecError
 from smoothl1_deploy.floats import ulp_distance
 from smoothl1_deploy.graph.elements import ELEMENT_TYPE
-from smoothl1_deploy.graph.torchscript import OPSETS, _registered
+from smoothl1_deploy.graph.torchscript import _SYMBOLIC, OPSETS, _registered
 
-NAMES = ("aten::smooth_l1_loss", "aten::huber_loss", "aten::l1_loss")
+NAMES = tuple(_SYMBOLIC)
 
 
 def exported(
@@ -233,6 +234,21 @@ def test_what_pytorch_refuses_is_refused() -> None:
         exported(Negative(), example("float32"))
 
 
+def test_a_pytorch_that_keeps_its_registry_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.8 has no such folder."""
+    folder = "torch.onnx._internal.torchscript_exporter"
+    monkeypatch.setitem(sys.modules, folder, None)
+    monkeypatch.setitem(sys.modules, f"{folder}.registration", None)
+    with monkeypatch.context() as old:
+        old.setattr(torch, "__version__", "2.8.0")
+        with pytest.raises(MissingDependencyError) as caught:
+            register_torchscript_symbolic()
+    text = str(caught.value)
+    assert text.startswith("register_torchscript_symbolic, with torch 2.8.0, needs the package")
+    assert text.endswith("Install it with: pip install torch==2.13.0")
+    monkeypatch.undo()
+
+
 def test_importing_the_package_registers_nothing() -> None:
     code = (
         "import smoothl1_deploy as s; s.register_torchscript_symbolic;"
@@ -262,9 +278,18 @@ def test_a_mean_whose_sum_overflows_float32() -> None:
     assert run(session, x, 0 * x)[0] == np.float32(3e38)
 
 
-def test_the_pair_is_not_added_up_to_learn_its_shape() -> None:
+class Autocast(Inside):
+    """Casts what the loss has broadcast."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x, y)
+
+
+@pytest.mark.parametrize(("module", "dtype"), [(Inside, "float32"), (Autocast, "bfloat16")])
+def test_the_pair_is_not_added_up_to_learn_its_shape(module: type[Inside], dtype: str) -> None:
     with register_torchscript_symbolic():
-        model = exported(Inside(nn.SmoothL1Loss()), example("float32"))
+        model = exported(module(nn.SmoothL1Loss()), example(dtype))
     assert not {"Expand", "ConstantOfShape"} & {node.op_type for node in model.graph.node}
 
 
@@ -284,3 +309,31 @@ def test_an_expansion_of_the_module_s_own_stays() -> None:
         session = session_of(exported(Expanded(), args, dynamic=False))
     (got,) = run(session, *(t.numpy() for t in args))
     np.testing.assert_allclose(got, Expanded()(*args).numpy(), rtol=1e-6)
+
+
+class Rounded(nn.Module):
+    """A cast between the broadcast and the loss that changes the numbers."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        a, b = (t.half().float() for t in torch.broadcast_tensors(x, y))
+        return torch.ops.aten.smooth_l1_loss(a, b, 0, 0.5)  # type: ignore[no-any-return]
+
+
+def test_a_cast_after_the_broadcast_still_rounds() -> None:
+    torch.manual_seed(0)
+    args = torch.randn(3, 4), torch.randn(1, 4)
+    with register_torchscript_symbolic():
+        model = exported(Rounded(), args, dynamic=False)
+    assert "Expand" not in {node.op_type for node in model.graph.node}
+    (got,) = run(session_of(model), *(t.numpy() for t in args))
+    np.testing.assert_allclose(got, Rounded()(*args).numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 4), ()], ids=str)
+def test_bfloat16_is_never_expanded_as_such(shape: tuple[int, ...]) -> None:
+    """ONNX Runtime's CPU provider has no Expand of it, and refuses the file."""
+    torch.manual_seed(0)
+    args = torch.randn(3, 4), torch.randn(shape)
+    with register_torchscript_symbolic():
+        model = exported(Narrow(), args, dynamic=False)
+    Narrow.assert_right(run(session_of(model), *(t.numpy() for t in args)), *args)

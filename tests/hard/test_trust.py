@@ -266,6 +266,16 @@ def _bomb(folder: Path) -> object:
 case("output to a device")(lambda folder: write_atomic("/dev/null", b"data"))
 
 
+@case("a slice of a FakeTensor of torch")
+def _fake(folder: Path) -> object:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.ones(5, 4)[2:]  # its pointer is near 0, and reading it ends the process
+    return load(export(LossSpec()), "onnx-reference").run(fake, np.ones((3, 4), np.float32))
+
+
 @case("arrays in a pipe")
 def _pipe(folder: Path) -> object:
     os.mkfifo(folder / "a.npy")
