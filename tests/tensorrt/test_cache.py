@@ -20,6 +20,7 @@ from smoothl1_deploy.errors import OutputError, SpecError
 from smoothl1_deploy.tensorrt import builder, progress
 from smoothl1_deploy.tensorrt.cache import EngineCache, default_cache_dir
 from smoothl1_deploy.tensorrt.engine import read_engine, write_engine
+from smoothl1_deploy.tensorrt.gpu import Gpu
 from smoothl1_deploy.tensorrt.options import BuildOptions
 from smoothl1_deploy.tensorrt.progress import BuildCancelledError
 from smoothl1_deploy.tensorrt.sidecar import sidecar_path
@@ -99,6 +100,20 @@ def test_what_changed_is_said(flavour, cache, mean_model):
     (change,) = build(model=edited).changed
     assert change.startswith("onnx: ") and " -> " in change
     assert build(model=models(1)[0]).changed == ()  # another graph name is no relative
+
+
+def test_a_difference_in_any_part_is_another_engine(flavour, cache, mean_model):
+    """Of the tool's version too, which prepares the model."""
+    key = build_engine(mean_model, flavour=flavour, cache_dir=cache).sidecar.key
+    other = {
+        "options": BuildOptions(tf32=True),
+        "profile": dataclasses.replace(key.profile, ranges={}),
+        "gpu": Gpu("H100", "9.0", "580"),
+    }
+    assert cache.get(key).cached
+    for field in dataclasses.fields(key):
+        changed = dataclasses.replace(key, **{field.name: other.get(field.name, "other")})
+        assert cache.get(changed) is None and len(changed.changes(key)) == 1, field.name
 
 
 def test_the_profile_s_spelling_is_no_part_of_the_key(flavour, cache, mean_model):
