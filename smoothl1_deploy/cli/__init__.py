@@ -8,7 +8,7 @@ Exit codes:
 2     bad usage or bad input; the message says what would be right
 3     something needed is not installed or can't run here; the message says what to install
 70    a bug in smoothl1-deploy (EX_SOFTWARE of sysexits.h)
-130   interrupted
+130   interrupted (once more while the process ends: SIGINT itself, which a shell reports as 130)
 141   whoever read the output stopped reading
 ====  ==========================================================================================
 """

@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,12 +237,10 @@ def interrupt():
 def test_an_interrupt_ends_quietly_with_130() -> None:
     code = _INTERRUPTED + (
         "import smoothl1_deploy.graph.export as module\n"
-        "module.export = lambda *a, **k: (interrupt(), time.sleep(30))\n"
+        "module.export = lambda *a, **k: (interrupt(), time.sleep(600))\n"
         "sys.exit(main(['export']))"
     )
-    start = time.monotonic()
     assert spawn(code=code) == Done(130, "", "")
-    assert time.monotonic() - start < 20
 
 
 def test_a_second_interrupt_does_not_wait_for_tensorrt() -> None:
@@ -258,13 +255,11 @@ def test_a_second_interrupt_does_not_wait_for_tensorrt() -> None:
         "    while not watch.stopped:\n"
         "        time.sleep(0.01)\n"
         "    interrupt()\n"
-        "    time.sleep(30)\n"
+        "    time.sleep(600)\n"
         "module.build_engine = lambda *a, **k: run_watched(build, watch)\n"
         "sys.exit(main(['build', 'loss.onnx']))"
     )
-    start = time.monotonic()
     assert spawn(code=code) == Done(130, "", "")
-    assert time.monotonic() - start < 20
 
 
 def test_a_second_interrupt_while_the_interpreter_ends_is_as_quiet() -> None:
@@ -274,7 +269,7 @@ def test_a_second_interrupt_while_the_interpreter_ends_is_as_quiet() -> None:
         "def late():\n"
         "    threading.main_thread().join()\n"
         "    interrupt()\n"
-        "    time.sleep(30)\n"
+        "    time.sleep(600)\n"
         "def export(*a, **k):\n"
         "    threading.Thread(target=late).start()\n"
         "    interrupt()\n"
@@ -282,9 +277,7 @@ def test_a_second_interrupt_while_the_interpreter_ends_is_as_quiet() -> None:
         "sys.argv = ['smoothl1-deploy', 'export']\n"
         "sys.exit(main())"
     )
-    start = time.monotonic()
     assert spawn(code=code) == Done(-signal.SIGINT, "", "")
-    assert time.monotonic() - start < 20
 
 
 def test_json_is_all_there_is_on_stdout(cli: Callable[..., Done], pair: object) -> None:
