@@ -8,7 +8,7 @@ Exit codes:
 2     bad usage or bad input; the message says what would be right
 3     something needed is not installed or can't run here; the message says what to install
 70    a bug in smoothl1-deploy (EX_SOFTWARE of sysexits.h)
-130   interrupted
+130   interrupted (once more while the process ends: SIGINT itself, which a shell reports as 130)
 141   whoever read the output stopped reading
 ====  ==========================================================================================
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -44,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _invoke(argv)
         sys.stdout.flush()  # a broken pipe may show only here
-        return _interrupted() if status == _INTERRUPTED else status
+        return _interrupted(argv) if status == _INTERRUPTED else status
     except SmoothL1DeployError as exc:
         return _fail(str(exc), exc.exit_code)
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(argv)
     except BrokenPipeError:
         from .registry import BROKEN_PIPE
 
@@ -80,8 +81,10 @@ def _invoke(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _interrupted() -> int:
+def _interrupted(argv: Sequence[str] | None) -> int:
     """After a second interrupt TensorRT may still build, and crash when the interpreter ends."""
+    if argv is None:  # the process is this command's: one more ends it, without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     progress = sys.modules.get("smoothl1_deploy.tensorrt.progress")
     if progress is not None and progress.is_building():
         os._exit(_INTERRUPTED)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InvalidInputError, reason_of
+from ..errors import ArtefactError, InvalidInputError, reason_of
 from .console import human_size, print_fields, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
@@ -38,8 +39,23 @@ def _is_engine(path: Path) -> bool:
         raise InvalidInputError(
             f"{path} is the sidecar of an engine; give the engine, {path.with_suffix('')}"
         )
-    beside = path.suffix != ".onnx" and os.path.isfile(path.with_name(path.name + ".json"))
-    return start in _ENGINE_MAGIC or path.suffix in ENGINE_SUFFIXES or beside
+    if start in _ENGINE_MAGIC or _has_sidecar(path):
+        return True
+    if path.suffix in ENGINE_SUFFIXES:
+        raise InvalidInputError(
+            f"{path} is no engine: it doesn't begin as TensorRT's do, and has no sidecar that can "
+            "be read; give the path of an .onnx file or an engine"
+        )
+    return False
+
+
+def _has_sidecar(path: Path) -> bool:
+    from ..tensorrt.sidecar import Sidecar, sidecar_path
+
+    with contextlib.suppress(ArtefactError):
+        Sidecar.read(sidecar_path(path))
+        return True
+    return False
 
 
 def inspect(

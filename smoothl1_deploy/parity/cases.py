@@ -253,14 +253,10 @@ def check(
         )
         for name, exact in refs.oracle.items()
     }
-    name = max(verdicts, key=lambda n: _badness(verdicts[n]))
+    name = max(verdicts, key=lambda n: verdicts[n].badness)
     better = sum(verdict.better for verdict in verdicts.values())
     sample = _sample(refs, name, outputs[name], verdicts[name].worst)
     return CaseResult(case, replace(verdicts[name], better=better), refs.shares, sample)
-
-
-def _badness(verdict: Verdict) -> tuple[bool, int, int]:
-    return not verdict.ok, verdict.wrong_class, verdict.ulp - verdict.allowed
 
 
 def _sample(refs: References, output: str, got: Array | None, worst: int | None) -> Sample | None:

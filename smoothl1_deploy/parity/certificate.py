@@ -76,14 +76,9 @@ def _check_is_the_verified(path: Path, data: bytes, verification: Verification) 
 
 
 def _worst(verification: Verification) -> list[CaseResult]:
-    """The red cases and those nearest to their limit, the worst first."""
+    """The red cases and those furthest from the oracle, the worst first."""
     results = [*verification.results, *(point.result for point in verification.drift)]
-
-    def badness(result: CaseResult) -> tuple[bool, int, int]:
-        verdict = result.verdict
-        return not verdict.ok, verdict.wrong_class, verdict.ulp - verdict.allowed
-
-    return sorted(results, key=badness, reverse=True)[:_WORST]
+    return sorted(results, key=lambda result: result.verdict.badness, reverse=True)[:_WORST]
 
 
 def _content(verification: Verification, artefact: Path, data: bytes) -> dict[str, Any]:

@@ -57,6 +57,11 @@ class Verdict:
     detail: str = ""
     bound: int | None = None
 
+    @property
+    def badness(self) -> tuple[bool, int, int]:
+        """Larger for the worse of two verdicts: the red one, then by wrong classes and distance."""
+        return not self.ok, self.wrong_class, self.ulp
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return asdict(self)

@@ -104,7 +104,7 @@ def cell_of(
 ) -> Cell:
     """Sum up the cases (at least one) of one combination."""
     failures = tuple(result for result in results if not result.verdict.ok)
-    worst = max(failures or results, key=lambda r: (r.verdict.wrong_class > 0, r.verdict.ulp))
+    worst = max(results, key=lambda result: result.verdict.badness)
     by_family: dict[str, list[Mapping[str, float]]] = {}
     for result in results:
         if any(result.shares.values()):  # an empty case has none to count

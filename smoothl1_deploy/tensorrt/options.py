@@ -8,7 +8,7 @@ must be what was asked for. The two whose defaults depend on the flavour, `tf32`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -72,7 +72,8 @@ class BuildOptions:
     def __post_init__(self) -> None:
         given: Any = self.compute_capabilities
         listed = [given] if isinstance(given, (str, int, float)) else given
-        if not isinstance(listed, Iterable):
+        # Bytes are a sequence of numbers, and an array of rank 0 says that it can be iterated over.
+        if isinstance(listed, bytes) or not isinstance(listed, (Sequence, Set)):
             raise SpecError(f"compute_capabilities must be a list such as ['8.6'], got {given!r}")
         wanted = {_capability(value) for value in listed}
         if "current" in wanted and len(wanted) > 1:

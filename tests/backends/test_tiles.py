@@ -202,7 +202,7 @@ def test_many_threads_share_the_tiles() -> None:
 
     def work(case: tuple[np.ndarray, np.ndarray, bytes]) -> int:
         a, b, expected = case
-        barrier.wait(timeout=60)
+        barrier.wait(timeout=300)
         return sum(tiled.run(a, b)["loss"].tobytes() != expected for _ in range(20))
 
     with ThreadPoolExecutor(8) as pool:

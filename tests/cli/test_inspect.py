@@ -211,12 +211,19 @@ def test_what_speaks_against_an_engine(
         ("text.onnx", "text.onnx"),
         ("empty.onnx", "empty.onnx holds no ONNX graph"),
         ("l.engine.json", "is the sidecar of an engine; give the engine, l.engine"),
+        ("l.engine", "l.engine is no engine: it doesn't begin as TensorRT's do, and has no"),
+        ("empty.plan", "empty.plan is no engine: "),
+        ("data.bin", "data.bin can't be read as an ONNX model"),
     ],
 )
 def test_files_that_are_neither(cli: Callable[..., Done], name: str, message: str) -> None:
     Path("text.onnx").write_text("beta: 0.5\n")
     Path("empty.onnx").write_bytes(b"")
-    Path("l.engine.json").write_text("{}")
+    for beside in ("l.engine.json", "data.bin.json"):
+        Path(beside).write_text("{}")
+    Path("l.engine").write_text("beta: 0.5\n")
+    Path("empty.plan").write_bytes(b"")
+    Path("data.bin").write_bytes(bytes(40))
     done = cli("inspect", name)
     assert (done.code, done.out) == (2, "")
     assert message in done.err

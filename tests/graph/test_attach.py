@@ -160,6 +160,15 @@ def test_names_that_are_taken_are_avoided_the_same_way_each_time() -> None:
     assert_loss(LossSpec(), {"loss": outputs["loss_1"]}, outputs["boxes"], T)
 
 
+def test_names_below_the_loss_s_own_are_avoided() -> None:
+    """The tensors in between are called `loss/...`, and so may one of the model's be."""
+    before = linear(rest="losses = Relu(h) boxes = Identity(losses)")
+    inner = next(n.name for n in attach(before, "boxes", "gt").graph.node if "/" in n.name)
+    before.graph.node[1].output[0] = before.graph.node[2].input[0] = inner
+    outputs = untouched(before, attach(before, "boxes", "gt"), x=X, gt=T)
+    assert_loss(LossSpec(), outputs, outputs["boxes"], T)
+
+
 def test_weights_as_input_and_as_constant() -> None:
     spec = LossSpec(0.5, weight="weights")
     weights = np.abs(T) + 0.5
@@ -194,6 +203,12 @@ def test_integers_and_narrower_floats_are_widened_and_nothing_is_narrowed() -> N
     assert_loss(LossSpec(), outputs, outputs["boxes"], half.astype(np.float32))
     with pytest.raises(SpecError, match=r"float64, and float32 would lose.*dtype='float64'"):
         attach(linear(), "boxes", T.astype(np.float64))
+    other = model_of("g (float16[N, 4] x) => (float16[N, 4] boxes) { boxes = Relu(x) }")
+    with pytest.raises(SpecError, match="is bfloat16, and float16 would lose some of it"):
+        attach(other, "boxes", T.astype("bfloat16"))
+    other = model_of("g (bfloat16[N, 4] x) => (bfloat16[N, 4] boxes) { boxes = Relu(x) }")
+    with pytest.raises(SpecError, match="is float16, and bfloat16 would lose some of it"):
+        attach(other, "boxes", T.astype(np.float16))
     wide = LossSpec(dtype="float64")
     outputs = untouched(linear(), attach(linear(), "boxes", T.astype(np.float64), wide), x=X)
     assert_loss(wide, outputs, outputs["boxes"].astype(np.float64), T.astype(np.float64))

@@ -12,7 +12,7 @@ import onnx.inliner
 import onnxruntime as ort
 import pytest
 from agreement import assert_right, pair
-from exact import error_in_ulp
+from exact import error_in_ulp, exact_loss, round_fraction
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -177,6 +177,20 @@ def test_elements_in_double(beta: float) -> None:
     a, b = pair(spec, (200,), special=True)
     model = node_model("SmoothL1LossTerms", ["float64"] * 5, "float64")
     assert_right(spec, call(model, a, b, *terms(beta, "float64")), a, b)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_subnormal_loss_is_rounded_once(dtype: str, runtime: str) -> None:
+    """Halved as a product it is rounded twice: 2.6 steps to 3, their half of 1.5 to 2 and not 1."""
+    beta = 2.0  # a power of two, by which dividing is exact
+    step = float(np.finfo(dtype).smallest_subnormal)
+    x = (np.sqrt(2 * beta * step) * np.sqrt(np.linspace(0.4, 9, 200))).astype(dtype)
+    model = node_model("SmoothL1LossTerms", [dtype] * 5, dtype)
+    got = call(model, x, np.zeros_like(x), *terms(beta, dtype), runtime=runtime)
+    exact = [round_fraction(exact_loss(value, 0.0, beta), dtype) for value in x.tolist()]
+    assert got.tolist() == exact
+    assert {value / step for value in exact} == set(range(10))
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

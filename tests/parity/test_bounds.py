@@ -150,6 +150,23 @@ def test_a_naive_sum_is_within_its_own_bound(dtype: str) -> None:
     assert UNIT_ROUNDOFF[dtype] < error <= accumulation_error(dtype, len(values))
 
 
+def test_the_sum_of_the_weights_errs_beside_that_of_the_losses() -> None:
+    """Each product rounds up and each weight is lost: twice the error of one sum, in float32."""
+    count, half = 1000, np.float32(2.0**-24)  # half an ULP of 1
+    losses, weights = np.full((2, count), [[1 + 2.0**-20], [half]], np.float32)
+    # The quotient is to stay below 1, where an ULP is one unit roundoff.
+    losses[0], weights[0] = 1 - 2.0**-12, 1 + 2.0**-12
+    products = losses * weights
+    naive = np.add.accumulate(products)[-1] / np.add.accumulate(weights)[-1]
+    exact = sum(map(Fraction, products.tolist())) / sum(map(Fraction, weights.tolist()))
+    distance = int(ulp_distance(naive, np.float32(float(exact))))
+    once, twice = (
+        bound(LossSpec(0.0, weight=normalizer), count, "float32")
+        for normalizer in ("count", "weights")
+    )
+    assert 1.9 * count < distance and once < distance <= twice
+
+
 @pytest.mark.parametrize(
     ("beta", "d", "within"),
     [

@@ -157,8 +157,8 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, script: str, value: Any) -> Any:
-        """The expression's value, once it is `value`, or after three seconds whatever it is."""
-        deadline = time.monotonic() + 3
+        """The expression's value, once it is `value`, or in the end whatever it is."""
+        deadline = time.monotonic() + _PATIENCE
         while (found := self.run(script)) != value and time.monotonic() < deadline:
             time.sleep(0.02)
         return found

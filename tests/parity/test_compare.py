@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from smoothl1_deploy import LossSpec
+from smoothl1_deploy import LossSpec, export, load
 from smoothl1_deploy.floats import Array
+from smoothl1_deploy.parity.cases import Case, References, check
 from smoothl1_deploy.parity.compare import Verdict, compare
+from smoothl1_deploy.reference.module import eager_outputs
+from smoothl1_deploy.reference.oracle import oracle
 
 NONE = LossSpec(reduction="none")
 MEAN = LossSpec(reduction="mean")
@@ -105,9 +110,39 @@ def test_agreeing_with_pytorch_where_the_oracle_differs_is_green() -> None:
     assert verdict.better == 0
 
 
+@pytest.mark.parametrize(("overflows", "ok"), [(True, True), (False, False)])
+def test_a_weight_of_0_that_makes_nan_of_an_overflow_is_no_contract(
+    overflows: bool, ok: bool
+) -> None:
+    """PyTorch squares 1e25 to inf, and 0 * inf is NaN; beside it stands an infinite loss."""
+    spec = LossSpec(1e30, per_sample=True, weight="count")
+    input, weight = f32(np.inf, 1e25 if overflows else 1.0), f32(1, 0)
+    data = [np.stack([f32(0, 0), values]) for values in (input, f32(0, 0), weight)]
+    torch, truth = eager_outputs(spec, *data)["loss"], oracle(spec, *data)
+    assert (truth == [0, np.inf]).all() and np.isnan(torch[1]) == overflows
+    assert compare(spec, truth, torch, truth, *data[:2]).ok
+    # Where nothing overflowed, NaN of an infinite input stays PyTorch's word.
+    nan = f32(0, np.nan)
+    assert compare(spec, truth, nan, truth, *data[:2]).ok is ok
+
+
 def test_an_overflow_in_pytorch_is_no_licence_for_the_rest() -> None:
     truth = f32(125, 1)
     assert not judge(NONE, up(truth, 3), f32(np.inf, 1), truth).ok
+
+
+def test_the_worst_of_several_outputs_is_the_furthest_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 of 4 and not 2 of 2, which is nearer to its limit."""
+    spec = LossSpec(gradient=True)
+    runner, case = load(export(spec)), Case.of("normal", "odd")
+    refs = References.of(spec, case)
+    torch = {name: up(refs.oracle[name], steps) for name, steps in (("loss", 1), ("grad_input", 3))}
+    ours = {name: up(refs.oracle[name], steps) for name, steps in (("loss", 2), ("grad_input", 3))}
+    monkeypatch.setattr(runner, "run", lambda *_, **__: ours)
+    verdict = check(runner, case, replace(refs, torch=torch)).verdict
+    assert (verdict.ok, verdict.ulp, verdict.allowed) == (True, 3, 4)
+    red = replace(verdict, ok=False, ulp=0)
+    assert max([red, verdict, replace(red, wrong_class=1)], key=lambda v: v.badness).wrong_class
 
 
 @pytest.mark.parametrize(

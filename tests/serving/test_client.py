@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -207,12 +206,19 @@ class Breaker(threading.Thread):
                 connection, _ = self.listener.accept()
             except OSError:
                 return
-            if connection.recv(65536):
-                self.requests += 1
-            if self.then == "close":
+            asked = bool(connection.recv(65536))
+            self.requests += asked
+            if self.then == "close" or not asked:
                 connection.close()
             else:
                 self.kept.append(connection)
+
+    def counted(self) -> int:
+        """The requests that came: behind them all a connection of our own, without one."""
+        with socket.create_connection(("127.0.0.1", self.port)) as last:
+            last.shutdown(socket.SHUT_WR)
+            assert last.recv(1) == b""
+        return self.requests
 
 
 @pytest.fixture
@@ -232,18 +238,17 @@ def test_a_request_whose_connection_breaks_is_not_repeated(breaker: Breaker) -> 
         pytest.raises(ServerError, match="was lost .*was not repeated, since the server may have"),
     ):
         client.infer({"input": np.zeros((1, 16), "f4")})
-    assert breaker.requests == 1 and client.retried == 0
+    assert breaker.counted() == 1 and client.retried == 0
 
 
 @pytest.mark.parametrize("breaker", ["keep"], indirect=True)
 def test_a_server_that_does_not_answer_is_not_asked_again(breaker: Breaker) -> None:
-    started = time.monotonic()
     with (
         Client(f"http://127.0.0.1:{breaker.port}", "mean", timeout=0.3) as client,
         pytest.raises(ServerError, match="gave no answer within 0.3 s; it was not asked again"),
     ):
         client.infer({"input": np.zeros((1, 16), "f4")})
-    assert breaker.requests == 1 and time.monotonic() - started < 5
+    assert breaker.counted() == 1
 
 
 _HEADER = b"Inference-Header-Content-Length: "
@@ -272,12 +277,16 @@ def test_a_server_of_another_kind(answer: bytes, ask: str) -> None:
             with connection:
                 connection.recv(65536)
                 connection.sendall(b"HTTP/1.1 200 OK\r\n" + answer)
+                # Closed with half of a request unread, it would take the answer back.
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with (
-            Client(url, "mean", timeout=5) as client,
+            Client(url, "mean", timeout=60) as client,
             pytest.raises(ServerError, match="answered what no Open Inference server does"),
         ):
             if ask == "metadata":

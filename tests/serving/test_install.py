@@ -184,7 +184,7 @@ def test_a_server_whose_parent_is_killed_ends(tmp_path: Path, triton: Triton) ->
         "import sys, time\n"
         "from smoothl1_deploy.serving.launcher import Server\n"
         "server = Server(sys.argv[1])\nserver.start()\nserver.load('mean')\n"
-        "print(server.pid, flush=True)\ntime.sleep(60)\n"
+        "print(server.pid, flush=True)\ntime.sleep(600)\n"
     )
     root = Path(module.__file__).parents[2]
     parent = subprocess.Popen(
@@ -197,7 +197,7 @@ def test_a_server_whose_parent_is_killed_ends(tmp_path: Path, triton: Triton) ->
     family = [server, *server.children(recursive=True)]
     parent.kill()
     parent.communicate()
-    assert not psutil.wait_procs(family, timeout=20)[1]
+    assert not psutil.wait_procs(family, timeout=60)[1]
 
 
 def test_the_version_before_serves_on_after_a_broken_one(tmp_path: Path, triton: Triton) -> None:

@@ -20,6 +20,7 @@ from smoothl1_deploy.errors import OutputError, SpecError
 from smoothl1_deploy.tensorrt import builder, progress
 from smoothl1_deploy.tensorrt.cache import EngineCache, default_cache_dir
 from smoothl1_deploy.tensorrt.engine import read_engine, write_engine
+from smoothl1_deploy.tensorrt.gpu import Gpu
 from smoothl1_deploy.tensorrt.options import BuildOptions
 from smoothl1_deploy.tensorrt.progress import BuildCancelledError
 from smoothl1_deploy.tensorrt.sidecar import sidecar_path
@@ -101,6 +102,20 @@ def test_what_changed_is_said(flavour, cache, mean_model):
     assert build(model=models(1)[0]).changed == ()  # another graph name is no relative
 
 
+def test_a_difference_in_any_part_is_another_engine(flavour, cache, mean_model):
+    """Of the tool's version too, which prepares the model."""
+    key = build_engine(mean_model, flavour=flavour, cache_dir=cache).sidecar.key
+    other = {
+        "options": BuildOptions(tf32=True),
+        "profile": dataclasses.replace(key.profile, ranges={}),
+        "gpu": Gpu("H100", "9.0", "580"),
+    }
+    assert cache.get(key).cached
+    for field in dataclasses.fields(key):
+        changed = dataclasses.replace(key, **{field.name: other.get(field.name, "other")})
+        assert cache.get(changed) is None and len(changed.changes(key)) == 1, field.name
+
+
 def test_the_profile_s_spelling_is_no_part_of_the_key(flavour, cache, mean_model):
     build_engine(mean_model, flavour=flavour, cache_dir=cache)
     for profile in ("input=1x16,64x16,4096x16", {"target": (1, 64, 4096)}):
@@ -167,7 +182,7 @@ def test_processes_build_a_key_once_and_the_same_bytes(rtx, mean_model, tmp_path
     running = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
     ]
-    answers = [process.communicate(timeout=60)[0].split() for process in running]
+    answers = [process.communicate(timeout=300)[0].split() for process in running]
     assert sorted(cached for cached, _ in answers) == ["False", "True"]
     cached = build_engine(mean_model, flavour=rtx, cache_dir=tmp_path)
     assert {sha for _, sha in answers} == {cached.sha256}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from smoothl1_deploy.errors import SpecError, UnsupportedError
@@ -24,7 +25,9 @@ def test_compute_capabilities_are_sorted():
     [
         ({"compute_capabilities": ["Ampere"]}, "can't read the compute capability 'Ampere'"),
         ({"compute_capabilities": ["current", "8.6"]}, "'current' stands alone"),
-        ({"compute_capabilities": True}, "must be a list|can't read"),
+        ({"compute_capabilities": True}, "can't read the compute capability True"),
+        ({"compute_capabilities": np.array(8.6)}, r"must be a list such as .* got array\(8\.6\)"),
+        ({"compute_capabilities": b"86"}, "must be a list such as .* got b'86'"),
         ({"hardware_compatibility": "volta"}, "choose one of none, ampere_plus, same_compute_cap"),
         ({"workspace": 0}, "workspace must be a number of bytes, 1 to 2.63 - 1, got 0"),
         ({"workspace": True}, "workspace must be a number of bytes, 1 to 2.63 - 1, got True"),

@@ -137,19 +137,20 @@ def test_an_element_type_handed_to_a_function_is_found():
     assert "computes in float32" in notes[0]
 
 
+@pytest.mark.parametrize("number", [0.25, np.nan])
 @pytest.mark.parametrize("as_node", [True, False])
-def test_an_exact_scalar_is_narrowed(as_node):
-    scalar = numpy_helper.from_array(np.float64(0.25), "quarter")
-    constant = helper.make_node("Constant", [], ["quarter"], name="quarter", value=scalar)
+def test_an_exact_scalar_is_narrowed_and_nan_is_exact(as_node, number):
+    scalar = numpy_helper.from_array(np.float64(number), "scalar")
+    constant = helper.make_node("Constant", [], ["scalar"], name="scalar", value=scalar)
     nodes = [
         node("Cast", ["x"], ["d"], to=DOUBLE),
-        node("Mul", ["d", "quarter"], ["p"]),
+        node("Mul", ["d", "scalar"], ["p"]),
         node("Cast", ["p"], ["y"], to=FLOAT),
     ]
     made = model([constant, *nodes]) if as_node else model(nodes, initializer=[scalar])
     prepared, notes = prepare(made)
     assert doubles(prepared) == []
-    assert notes[1] == "float64 scalars, exact in float32, became float32: quarter"
+    assert notes[1] == "float64 scalars, exact in float32, became float32: scalar"
 
 
 # --- prepare: what is refused ----------------------------------------------------------------
@@ -203,6 +204,11 @@ def refused_models():
         "bits as float64",
         model([node("BitCast", ["x"], ["d"], to=DOUBLE), narrow], [value("x", TensorProto.INT64)]),
         r"'the_bitcast' \(BitCast\) makes float64 \(attribute to\)",
+    )
+    yield (
+        "float64 inside a layer",
+        model([node("LayerNormalization", ["x", "x"], ["y"], stash_type=DOUBLE)]),
+        r"'the_layernormalization' \(LayerNormalization\) makes float64 \(attribute stash_type\)",
     )
     inner = node("RandomNormalLike", ["a"], ["b"])
     inner.attribute.append(onnx.AttributeProto(name="dtype", ref_attr_name="dtype", type=2))

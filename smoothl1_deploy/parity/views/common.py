@@ -91,12 +91,12 @@ def measured_text(cell: Cell) -> str:
 
 
 def representative(cells: Iterable[Cell]) -> Cell | None:
-    """The cell to show for several: the reddest, or the nearest to its limit; None if none ran."""
+    """The cell to show for several: the reddest, then the furthest off; None if none ran."""
     run = [cell for cell in cells if cell.refused is None]
     if not run:
         return None
     order = ("", "distance", "class", "error")
-    return max(run, key=lambda cell: (order.index(finding(cell)), cell.ulp - cell.allowed))
+    return max(run, key=lambda cell: (order.index(finding(cell)), cell.ulp, -cell.allowed))
 
 
 def family_shares(report: Report) -> dict[str, dict[str, float]]:
