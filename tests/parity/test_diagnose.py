@@ -621,10 +621,13 @@ def test_what_is_not_finite_is_a_string_in_json() -> None:
     assert data["diagnoses"][0]["evidence"][0]["got"] == "nan"
 
 
-def test_an_error_instead_of_an_answer() -> None:
+def test_an_error_instead_of_an_answer_and_no_line_of_the_runtime_s_on_stderr(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     row = "i = Constant<value_int=100>() p = Gather<axis=0>(pred, i) d = Sub(p, gt)"
     edits = [("d = Sub(pred, gt)", row)]  # there is no row 100
     result = verify(planted(edits), spec=LossSpec(0.5), drift=False)
     (diagnosis,) = result.diagnoses
     assert diagnosis.fault is Fault.NO_ANSWER
     assert "ONNX Runtime refused the inputs" in diagnosis.explanation
+    assert capfd.readouterr() == ("", "")
