@@ -23,11 +23,11 @@ from ..floats import dtype_name
 from ..spec import LossSpec
 from .artefact_drift import DriftPoint
 from .cases import CaseResult
-from .faults.arithmetic import accumulation, narrow_format
+from .faults.arithmetic import accumulation, accumulation_of_cases, narrow_format
 from .faults.evidence import SHOWN, clearest, evidence_of
-from .faults.fit import Hypothesis, find, nearest, right
+from .faults.fit import Hypothesis, find, nearest, right, weighted
 from .faults.names import ACCUMULATION, Diagnosis, Fault
-from .faults.probes import Answer, ask_all, formula_probes
+from .faults.probes import Answer, ask_all, formula_probes, place_probes
 from .faults.symptoms import gradient_output, special_values
 from .shapes import ShapePlan
 
@@ -61,7 +61,7 @@ def diagnose(
         found += accumulation(spec, drift)
         found += gradient_output(runner, spec, plan)
         found += special_values(runner, spec, plan)
-        found += _rest(found, failures)
+        found += _rest(spec, found, failures)
     return tuple(found)
 
 
@@ -83,10 +83,18 @@ def _formula(runner: Runner, spec: LossSpec, plan: ShapePlan) -> Iterator[Diagno
         why = "every loss is NaN: a formula that divides by beta is used without a guard for 0"
         yield Diagnosis(Fault.ZERO_DIVISION, why, (evidence_of(spec, answers[0]),))
         return
-    found = find(spec, answers)
+    # An infinity where the truth is finite is a matter of range, whatever the formula is.
+    lost = [a for a in answers if _overflowed(a)]
+    told = [a for a in answers if not _overflowed(a)]
+    found = find(spec, told) if len(told) > len(lost) else []
+    if not found and not any_rank:
+        places = ask_all(runner, spec, place_probes(spec, plan))
+        found = [each for each in [weighted(spec, places, told)] if each]
     if found:
-        if not found[0].right:
-            yield from _named(spec, found, answers)
+        yield from _named(spec, found, told)
+        if lost:
+            why = f"infinite in {len(lost)} of {len(answers)} probes, where the loss is finite"
+            yield Diagnosis(Fault.RANGE, why, tuple(evidence_of(spec, a) for a in lost[:SHOWN]))
         return
     narrow = narrow_format(runner, spec, plan, answers)
     if narrow is not None:
@@ -101,6 +109,10 @@ def _formula(runner: Runner, spec: LossSpec, plan: ShapePlan) -> Iterator[Diagno
         f"{count}",
         clearest(spec, answers, right(spec)),
     )
+
+
+def _overflowed(answer: Answer) -> bool:
+    return bool(np.isinf(answer.got).any() and np.isfinite(answer.expected).all())  # type: ignore[arg-type]
 
 
 def _form_of_result(spec: LossSpec, answers: Sequence[Answer]) -> Iterator[Diagnosis]:
@@ -166,10 +178,16 @@ def _accounts(fault: Fault, case: CaseResult) -> bool:
     return case.case.family in _FAMILIES.get(fault, {case.case.family})
 
 
-def _rest(found: Sequence[Diagnosis], failures: Sequence[CaseResult]) -> Iterator[Diagnosis]:
+def _rest(
+    spec: LossSpec, found: Sequence[Diagnosis], failures: Sequence[CaseResult]
+) -> Iterator[Diagnosis]:
     """What stays red after every fault that was found."""
     left = [c for c in failures if not any(_accounts(item.fault, c) for item in found)]
     if not left:
+        return
+    summed = accumulation_of_cases(spec, left)
+    if summed is not None:
+        yield summed
         return
     fault, text = (
         Fault.UNKNOWN,
