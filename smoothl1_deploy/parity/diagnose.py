@@ -33,7 +33,8 @@ from .shapes import ShapePlan
 
 __all__ = ["diagnose"]
 
-#: These say nothing about the numbers; after any other fault of the formula the rest is noise.
+#: These say nothing about the numbers; after any other fault of the formula, but one of range,
+#: the rest is noise.
 _HARMLESS = {Fault.SHAPE, Fault.DTYPE}
 
 
@@ -57,7 +58,7 @@ def diagnose(
     """
     plan = ShapePlan.of(runner.signature)
     found = list(_formula(runner, spec, plan))
-    if all(item.fault in _HARMLESS for item in found):
+    if all(item.fault in {*_HARMLESS, Fault.RANGE} for item in found):
         found += accumulation(spec, drift)
         found += gradient_output(runner, spec, plan)
         found += special_values(runner, spec, plan)
@@ -83,9 +84,8 @@ def _formula(runner: Runner, spec: LossSpec, plan: ShapePlan) -> Iterator[Diagno
         why = "every loss is NaN: a formula that divides by beta is used without a guard for 0"
         yield Diagnosis(Fault.ZERO_DIVISION, why, (evidence_of(spec, answers[0]),))
         return
-    # An infinity where the truth is finite is a matter of range, whatever the formula is.
-    lost = [a for a in answers if _overflowed(a)]
-    told = [a for a in answers if not _overflowed(a)]
+    lost = [answer for answer in answers if answer.overflowed]
+    told = [answer for answer in answers if not answer.overflowed]
     found = find(spec, told) if len(told) > len(lost) else []
     if not found and not any_rank:
         places = ask_all(runner, spec, place_probes(spec, plan))
@@ -109,10 +109,6 @@ def _formula(runner: Runner, spec: LossSpec, plan: ShapePlan) -> Iterator[Diagno
         f"{count}",
         clearest(spec, answers, right(spec)),
     )
-
-
-def _overflowed(answer: Answer) -> bool:
-    return bool(np.isinf(answer.got).any() and np.isfinite(answer.expected).all())  # type: ignore[arg-type]
 
 
 def _form_of_result(spec: LossSpec, answers: Sequence[Answer]) -> Iterator[Diagnosis]:

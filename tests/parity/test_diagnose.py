@@ -388,6 +388,17 @@ def test_log_cosh_by_its_name_overflows_as_well() -> None:
     assert found(planted(edits), LossSpec(0.5)) == [Fault.LOG_COSH, Fault.RANGE]
 
 
+def test_a_right_formula_that_overflows_on_the_way_and_what_else_is_wrong_with_it() -> None:
+    """log(exp(d)) is infinite beyond d = 88; the mean of nothing is looked at all the same."""
+    edits = [
+        ("Where(inside, quadratic, linear)", "Where(inside, quadratic, lost)"),
+        ("linear =", "e = Exp(size) f = Log(e) lost = Sub(f, offset) linear ="),
+        ("Cast<to=11>(number)", "Cast<to=11>(atleast)"),
+        ("count =", "i = Constant<value_int=1>() atleast = Max(number, i) count ="),
+    ]
+    assert found(planted(edits), LossSpec(0.5)) == [Fault.RANGE, Fault.EMPTY_MEAN]
+
+
 def test_an_accumulation_in_rows_is_named_of_which_no_drift_is_measured() -> None:
     edits = [
         *FLOAT32_SUMS,

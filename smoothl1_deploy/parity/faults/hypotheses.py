@@ -125,12 +125,12 @@ def _smoothed(a: Array, b: Array, p: float) -> Array:
 
 def _excess(d: float, loss: float, beta: float) -> float:
     """The e for which sqrt(d^2 + e) - beta/2 is that loss."""
-    return (loss + beta / 2) ** 2 - d * d
+    size = loss + beta / 2
+    return size * size - d * d
 
 
 #: What is made an integer, and the loss of elements in which `f` makes it one.
-_INTEGERS: tuple[tuple[str, Callable[[Callable[[Array], Array], Array, Array, float], Array]], ...]
-_INTEGERS = (
+_INTEGERS: tuple[tuple[str, Callable[..., Array]], ...] = (
     ("input and target are", lambda f, a, b, beta: smooth_l1(f(a), f(b), beta)),
     ("the target alone is", lambda f, a, b, beta: smooth_l1(a, f(b), beta)),
     ("the input alone is", lambda f, a, b, beta: smooth_l1(f(a), b, beta)),
@@ -243,9 +243,10 @@ FORMS: tuple[Form, ...] = (
 
 def _beta_text(beta: float, spec: LossSpec) -> str:
     why = f"beta = {beta:.9g} fits every answer; the spec says {spec.beta:.9g}"
-    if spec.beta and math.isclose(beta, 1 / spec.beta, rel_tol=1e-6):
+    six_digits = 5e-6
+    if math.isclose(beta * spec.beta, 1, rel_tol=six_digits):
         why += "; that is 1/beta"
-    elif spec.beta and math.isclose(beta, 1 / spec.beta**2, rel_tol=1e-6):
+    elif math.isclose(beta * spec.beta * spec.beta, 1, rel_tol=six_digits):
         why += "; that is 1/beta^2, as where beta was taken for a sigma"
     return why
 
@@ -291,9 +292,7 @@ FITS: tuple[Fit, ...] = (
         Fault.SMOOTH_ABS,
         lambda e, _: f"|d| is sqrt(d^2 + {e:.9g}) in both parts; {_BY_ABS}",
         lambda a, b, beta, e: smooth_l1(_smoothed(a, b, e), 0 * b, beta),
-        lambda d, loss, beta: (
-            2 * beta * loss - d * d if d < beta else (loss + beta / 2) ** 2 - d * d
-        ),
+        lambda d, loss, beta: 2 * beta * loss - d * d if d < beta else _excess(d, loss, beta),
     ),
     Fit(
         Fault.SMOOTH_ABS,

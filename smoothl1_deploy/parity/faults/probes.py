@@ -69,6 +69,13 @@ class Answer:
     gradient: Array | None = None
     error: str = ""
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether it is infinite where the truth is not: a matter of range, not of a formula."""
+        if self.got is None:
+            return False
+        return bool(np.isinf(self.got).any() and np.isfinite(self.expected).all())
+
 
 def run_spec(
     runner: Runner, spec: LossSpec, input: Array, target: Array, weight: Array | None = None
