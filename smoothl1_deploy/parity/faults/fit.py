@@ -208,16 +208,12 @@ def _responses(
             yield abs(d), value
 
 
-#: From the roundest numbers, powers of ten, to all that a float64 has: people choose round numbers.
-_DIGITS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17)
+#: From the roundest numbers to all digits that a float64 has: people choose round numbers.
+_DIGITS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17)
 
 
 def _rounded(values: Iterable[float], digits: int) -> Iterable[float]:
-    if not digits:
-        return dict.fromkeys(
-            math.copysign(10.0 ** round(math.log10(abs(v))), v) for v in values if v
-        )
-    return dict.fromkeys(float(f"{value:.{max(digits, 1) - 1}e}") for value in values)
+    return dict.fromkeys(float(f"{value:.{digits - 1}e}") for value in values)
 
 
 def _rounder(value: float) -> Iterator[float]:
