@@ -20,9 +20,11 @@ from .slots import Slots
 from .sums import ROW, Sums, has_sums
 from .tiles import Tiles
 
-__all__ = ["OrtCpuBackend", "OrtTiledBackend"]
+__all__ = ["SILENT", "OrtCpuBackend", "OrtTiledBackend"]
 
-_ERROR = 3  # ONNX Runtime's logging level
+#: ONNX Runtime's logging level of sessions: fatal only. What else a session would write to the
+#: process's stderr, it raises as well, and probes of anyone's model fail on purpose.
+SILENT = 4
 
 #: Elements up to which a sum is quickest by the artefact's own graph; see bench/NOTES.md.
 _FEW = 1 << 12
@@ -74,7 +76,7 @@ class OrtRunner(Runner):
     def _open(self, model: bytes, threads: int) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = _ERROR
+        options.log_severity_level = SILENT
         # Idle threads sleep: others have work for the cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:

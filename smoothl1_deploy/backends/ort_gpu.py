@@ -27,12 +27,10 @@ from ..errors import (
 from ..graph.elements import ELEMENT_TYPE
 from .base import Runner
 from .gpu import GpuBackend, GpuRunner
-from .ort_cpu import OrtCpuBackend
+from .ort_cpu import SILENT, OrtCpuBackend
 from .ort_nodes import check_assignment, inlined
 
 __all__ = ["OrtCudaBackend", "OrtGpuBackend", "OrtGpuRunner"]
-
-_SILENT = 4  # ONNX Runtime's logging level: fatal only; what matters is raised
 
 
 class OrtGpuRunner(GpuRunner):
@@ -54,7 +52,7 @@ class OrtGpuRunner(GpuRunner):
         self._ort = ort
         self._stream = device.new_stream()
         options = ort.SessionOptions()
-        options.log_severity_level = _SILENT
+        options.log_severity_level = SILENT
         listed = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
         # Before 1.24 a session can't be asked; then not even the arithmetic of shapes may be left
         # to the CPU.

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import ArtefactError, OutputError, SpecError
 from .console import human_size, print_fields, print_note, warnings_as_notes
+from .export import Gradient, PerSample, RuntimeBeta, Upstream
 
 if TYPE_CHECKING:
     import onnx
@@ -41,16 +42,10 @@ def attach(
     dtype: Annotated[
         str | None, typer.Option(help="Of the loss; the prediction's by default.")
     ] = None,
-    per_sample: Annotated[bool, typer.Option("--per-sample", help="One score per row.")] = False,
-    gradient: Annotated[
-        bool, typer.Option("--gradient", help="A second output, grad_input.")
-    ] = False,
-    upstream: Annotated[
-        bool, typer.Option("--upstream", help="The gradient is multiplied by a new input.")
-    ] = False,
-    runtime_beta: Annotated[
-        bool, typer.Option("--runtime-beta", help="beta becomes an input.")
-    ] = False,
+    per_sample: PerSample = False,
+    gradient: Gradient = False,
+    upstream: Upstream = False,
+    runtime_beta: RuntimeBeta = False,
     weight: Annotated[
         str | None, typer.Option(help="Weights of the elements; like --target.")
     ] = None,

@@ -20,6 +20,48 @@ EXAMPLE = "smoothl1-deploy export --beta 0.5 --reduction mean --shape N,16 -o lo
 _EXTENSIONS = "Beyond PyTorch's arguments"
 _DEPRECATED = "Deprecated arguments of PyTorch"
 
+# The extensions of a spec, as every command takes them.
+PerSample = Annotated[
+    bool,
+    typer.Option(
+        "--per-sample",
+        help="Reduce every axis but the first: one score per row.",
+        rich_help_panel=_EXTENSIONS,
+    ),
+]
+Gradient = Annotated[
+    bool,
+    typer.Option(
+        "--gradient",
+        help="A second output grad_input, the gradient with respect to input.",
+        rich_help_panel=_EXTENSIONS,
+    ),
+]
+Upstream = Annotated[
+    bool,
+    typer.Option(
+        "--upstream",
+        help="Multiply the gradient by an input grad_output, of the loss's shape.",
+        rich_help_panel=_EXTENSIONS,
+    ),
+]
+RuntimeBeta = Annotated[
+    bool,
+    typer.Option(
+        "--runtime-beta",
+        help="beta is an input of the graph: one file for every beta.",
+        rich_help_panel=_EXTENSIONS,
+    ),
+]
+Weight = Annotated[
+    str | None,
+    typer.Option(
+        help="An input weight multiplies the losses of the elements; a mean divides "
+        f"by: {' or '.join(NORMALIZERS)} (the number of elements or the sum of weights).",
+        rich_help_panel=_EXTENSIONS,
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Exported:
@@ -97,46 +139,11 @@ def export(
     any_rank: Annotated[
         bool, typer.Option("--any-rank", help="Say that no --shape is meant.")
     ] = False,
-    per_sample: Annotated[
-        bool,
-        typer.Option(
-            "--per-sample",
-            help="Reduce every axis but the first: one score per row.",
-            rich_help_panel=_EXTENSIONS,
-        ),
-    ] = False,
-    gradient: Annotated[
-        bool,
-        typer.Option(
-            "--gradient",
-            help="A second output grad_input, the gradient with respect to input.",
-            rich_help_panel=_EXTENSIONS,
-        ),
-    ] = False,
-    upstream: Annotated[
-        bool,
-        typer.Option(
-            "--upstream",
-            help="Multiply the gradient by an input grad_output, of the loss's shape.",
-            rich_help_panel=_EXTENSIONS,
-        ),
-    ] = False,
-    runtime_beta: Annotated[
-        bool,
-        typer.Option(
-            "--runtime-beta",
-            help="Make beta an input of the graph: one file for every beta.",
-            rich_help_panel=_EXTENSIONS,
-        ),
-    ] = False,
-    weight: Annotated[
-        str | None,
-        typer.Option(
-            help="Add an input weight that multiplies the losses of the elements; a mean divides "
-            f"by: {' or '.join(NORMALIZERS)} (the number of elements or the sum of weights).",
-            rich_help_panel=_EXTENSIONS,
-        ),
-    ] = None,
+    per_sample: PerSample = False,
+    gradient: Gradient = False,
+    upstream: Upstream = False,
+    runtime_beta: RuntimeBeta = False,
+    weight: Weight = None,
     weight_shape: Annotated[
         str | None,
         typer.Option(

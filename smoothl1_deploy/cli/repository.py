@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import SpecError, require
-from ..spec import DTYPES, NORMALIZERS, REDUCTIONS, LossSpec
+from ..spec import DTYPES, REDUCTIONS, LossSpec
 from .console import print_fields, print_json, print_lines, print_table, warnings_as_notes
-from .export import parse_shape
+from .export import Gradient, PerSample, RuntimeBeta, Weight, parse_shape
 
 if TYPE_CHECKING:
     from ..serving.repository import ServedModel
@@ -121,23 +121,10 @@ def repository(
         str | None,
         typer.Option(help="As of export; inlined by default.", rich_help_panel=_LOSS),
     ] = None,
-    per_sample: Annotated[
-        bool, typer.Option("--per-sample", help="One score a row.", rich_help_panel=_LOSS)
-    ] = False,
-    gradient: Annotated[
-        bool,
-        typer.Option("--gradient", help="A second output, grad_input.", rich_help_panel=_LOSS),
-    ] = False,
-    runtime_beta: Annotated[
-        bool, typer.Option("--runtime-beta", help="beta is an input.", rich_help_panel=_LOSS)
-    ] = False,
-    weight: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Add an input weight; a mean divides by {' or '.join(NORMALIZERS)}.",
-            rich_help_panel=_LOSS,
-        ),
-    ] = None,
+    per_sample: PerSample = False,
+    gradient: Gradient = False,
+    runtime_beta: RuntimeBeta = False,
+    weight: Weight = None,
     kserve: Annotated[
         Path | None,
         typer.Option(help="Also write a KServe InferenceService here.", rich_help_panel=_KSERVE),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import open_console, print_json, print_lines
+from .export import Gradient, PerSample, RuntimeBeta, Upstream, Weight
 
 if TYPE_CHECKING:
     import onnx
@@ -33,6 +34,14 @@ def verify(
     reduction: Annotated[
         str | None, typer.Option(help="none, mean or sum.", rich_help_panel=_OTHERS)
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Default: the model's own.", rich_help_panel=_OTHERS)
+    ] = None,
+    per_sample: PerSample = False,
+    gradient: Gradient = False,
+    upstream: Upstream = False,
+    runtime_beta: RuntimeBeta = False,
+    weight: Weight = None,
     input_name: Annotated[
         str | None, typer.Option(help="Which input is the prediction.", rich_help_panel=_OTHERS)
     ] = None,
@@ -61,7 +70,8 @@ def verify(
     """Hold one artefact against PyTorch and the exact loss, on every input family.
 
     Exits with 1 where a case is red, and names the likeliest fault. What the artefact computes is
-    read from its metadata; a model of other origin needs --beta and --reduction.
+    read from its metadata; a model of other origin needs --beta and --reduction, and an option for
+    whatever else it computes.
     """
     from ..artefact import read_model, select_ports
     from ..parity.artefact_drift import drift_table
@@ -71,7 +81,10 @@ def verify(
 
     proto = read_model(model)
     ports = select_ports(proto, input_name, target_name, output_name)
-    spec = _given_spec(ports, beta, reduction)
+    spec = _given_spec(
+        ports, beta=beta, reduction=reduction, dtype=dtype, per_sample=per_sample,
+        gradient=gradient, upstream=upstream, runtime_beta=runtime_beta, weight=weight,
+    )  # fmt: skip
     result = hold_against_references(
         proto,
         backend,
@@ -102,11 +115,12 @@ def verify(
         raise typer.Exit(1)
 
 
-def _given_spec(
-    proto: onnx.ModelProto, beta: float | None, reduction: str | None
-) -> LossSpec | None:
+def _given_spec(proto: onnx.ModelProto, **options: Any) -> LossSpec | None:
     """What the options say, completed by the model's metadata and dtype; None without options."""
-    if beta is None and reduction is None:
+    given = {
+        name: value for name, value in options.items() if value is not None and value is not False
+    }
+    if not given:
         return None
     from dataclasses import replace
 
@@ -120,8 +134,4 @@ def _given_spec(
         # What is there to be right is held against what is right.
         gradient = any(port.name == "grad_input" for port in found.outputs)
         known = LossSpec(dtype=found.input.dtype, gradient=gradient)
-    return replace(
-        known,
-        beta=known.beta if beta is None else beta,
-        reduction=known.reduction if reduction is None else reduction,
-    )
+    return replace(known, **given)

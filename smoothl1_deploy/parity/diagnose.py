@@ -23,17 +23,18 @@ from ..floats import dtype_name
 from ..spec import LossSpec
 from .artefact_drift import DriftPoint
 from .cases import CaseResult
-from .faults.arithmetic import accumulation, narrow_format
+from .faults.arithmetic import accumulation, accumulation_of_cases, narrow_format
 from .faults.evidence import SHOWN, clearest, evidence_of
-from .faults.fit import Hypothesis, find, nearest, right
+from .faults.fit import Hypothesis, find, nearest, right, weighted
 from .faults.names import ACCUMULATION, Diagnosis, Fault
-from .faults.probes import Answer, ask_all, formula_probes
+from .faults.probes import Answer, ask_all, formula_probes, place_probes
 from .faults.symptoms import gradient_output, special_values
 from .shapes import ShapePlan
 
 __all__ = ["diagnose"]
 
-#: These say nothing about the numbers; after any other fault of the formula the rest is noise.
+#: These say nothing about the numbers; after any other fault of the formula, but one of range,
+#: the rest is noise.
 _HARMLESS = {Fault.SHAPE, Fault.DTYPE}
 
 
@@ -57,11 +58,11 @@ def diagnose(
     """
     plan = ShapePlan.of(runner.signature)
     found = list(_formula(runner, spec, plan))
-    if all(item.fault in _HARMLESS for item in found):
+    if all(item.fault in {*_HARMLESS, Fault.RANGE} for item in found):
         found += accumulation(spec, drift)
         found += gradient_output(runner, spec, plan)
         found += special_values(runner, spec, plan)
-        found += _rest(found, failures)
+        found += _rest(spec, found, failures)
     return tuple(found)
 
 
@@ -83,10 +84,17 @@ def _formula(runner: Runner, spec: LossSpec, plan: ShapePlan) -> Iterator[Diagno
         why = "every loss is NaN: a formula that divides by beta is used without a guard for 0"
         yield Diagnosis(Fault.ZERO_DIVISION, why, (evidence_of(spec, answers[0]),))
         return
-    found = find(spec, answers)
+    lost = [answer for answer in answers if answer.overflowed]
+    told = [answer for answer in answers if not answer.overflowed]
+    found = find(spec, told) if len(told) > len(lost) else []
+    if not found and not any_rank:
+        places = ask_all(runner, spec, place_probes(spec, plan))
+        found = [each for each in [weighted(spec, places, told)] if each]
     if found:
-        if not found[0].right:
-            yield from _named(spec, found, answers)
+        yield from _named(spec, found, told)
+        if lost:
+            why = f"infinite in {len(lost)} of {len(answers)} probes, where the loss is finite"
+            yield Diagnosis(Fault.RANGE, why, tuple(evidence_of(spec, a) for a in lost[:SHOWN]))
         return
     narrow = narrow_format(runner, spec, plan, answers)
     if narrow is not None:
@@ -166,10 +174,16 @@ def _accounts(fault: Fault, case: CaseResult) -> bool:
     return case.case.family in _FAMILIES.get(fault, {case.case.family})
 
 
-def _rest(found: Sequence[Diagnosis], failures: Sequence[CaseResult]) -> Iterator[Diagnosis]:
+def _rest(
+    spec: LossSpec, found: Sequence[Diagnosis], failures: Sequence[CaseResult]
+) -> Iterator[Diagnosis]:
     """What stays red after every fault that was found."""
     left = [c for c in failures if not any(_accounts(item.fault, c) for item in found)]
     if not left:
+        return
+    summed = accumulation_of_cases(spec, left)
+    if summed is not None:
+        yield summed
         return
     fault, text = (
         Fault.UNKNOWN,

@@ -24,7 +24,7 @@ from ..spec import LossSpec
 from .cache import EngineCache
 from .engine import Engine, write_engine
 from .flavour import Flavour, get_flavour
-from .gpu import current_gpu
+from .gpu import current_gpu, has_driver
 from .key import BuildKey
 from .options import BuildOptions, check_timing_cache, configure
 from .parse import ParsedNetwork, parse
@@ -141,6 +141,9 @@ def _build(
     """Parse, configure, build; the work of the building thread."""
     start = time.monotonic()
     options = key.options
+    # Not tried: TensorRT's compiler writes of the missing driver to stderr, past every logger.
+    if options.refit and not has_driver():
+        raise BuildError(f"{flavour} can't build {key.graph_name!r}{_hint(options)}")
     parsed = parse(model, flavour, network_name=key.graph_name)
     config = parsed.builder.create_builder_config()
     with flavour.capture() as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Gpu", "current_gpu"]
+__all__ = ["Gpu", "current_gpu", "has_driver"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +50,12 @@ def current_gpu() -> Gpu | None:
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None  # a driver that is not running answers with an error: no GPU to build with
     return Gpu(name, capability, driver)
+
+
+def has_driver() -> bool:
+    """Whether CUDA's driver can be loaded, without which no GPU can be used."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True

@@ -50,6 +50,30 @@ def test_a_model_of_other_origin(model: Path, capsys: pytest.CaptureFixture) -> 
     assert "no input of the model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"per_sample": True}, ["--beta", "0.5", "--per-sample"]),
+        ({"gradient": True, "upstream": True}, ["--beta", "0.5", "--gradient", "--upstream"]),
+        ({"weight": "weights"}, ["--beta", "0.5", "--weight", "weights"]),
+        ({"beta": 1.0, "runtime_beta": True}, ["--runtime-beta"]),
+        ({"beta": 0.0, "reduction": "sum"}, ["--beta", "0", "--reduction", "sum"]),
+    ],
+)
+def test_a_stranger_s_model_is_given_every_field_of_its_spec(
+    fields: dict[str, object], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    spec = LossSpec(**{"beta": 0.5, **fields})  # type: ignore[arg-type]
+    proto = export(spec, "inlined", ("N", 4))
+    del proto.metadata_props[:]
+    path = tmp_path / "theirs.onnx"
+    onnx.save(proto, path)
+    assert main(["verify", str(path), *words, "--no-drift", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["spec"] == spec.to_dict()
+    assert main(["verify", str(path), *words, "--dtype", "float16"]) == 2
+    assert "takes float32, the spec says float16" in capsys.readouterr().err
+
+
 _WITH_A_GRADIENT = """<ir_version: 10, opset_import: ["" : 18]>
 g (float[N,4] pred, float[N,4] gt) => (float[N,4] loss, float[N,4] grad_input) {{
     high = Constant<value_float=1.0>() low = Neg(high) half = Constant<value_float=0.5>()

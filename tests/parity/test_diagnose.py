@@ -245,7 +245,132 @@ FAULTS: dict[str, tuple[list[tuple[str, str]], dict[str, object], Fault]] = {
         {"out": "[1,1]"},
         Fault.SHAPE,
     ),
+    "pseudo-Huber": (
+        [("Where(inside, quadratic, linear)", "Mul(most, more)"),
+         ("inside = Less(size, beta)",
+          "r = Div(d, beta) rr = Mul(r, r) s = Add(one, rr) root = Sqrt(s) more = Sub(root, one) "
+          "most = Mul(beta, beta) inside = Less(size, beta)")],
+        {},
+        Fault.PSEUDO_HUBER,
+    ),
+    "pseudo-Huber over delta, which is not beta": (
+        [("Where(inside, quadratic, linear)", "Sub(root, one)"),
+         ("halved =", "s = Add(square, one) root = Sqrt(s) halved =")],
+        {"reduction": "none"},
+        Fault.PSEUDO_HUBER,
+    ),
+    "log-cosh": (
+        [("Where(inside, quadratic, linear)", "Sub(sum, log2)"),
+         ("size = Abs(d)",
+          "e = Sub(gt, pred) f = Add(e, e) g = Softplus(f) sum = Add(d, g) two = Add(one, one) "
+          "log2 = Log(two) size = Abs(d)")],
+        {"reduction": "sum"},
+        Fault.LOG_COSH,
+    ),
+    "Charbonnier": (
+        [("Where(inside, quadratic, linear)", "Sqrt(s)"),
+         ("halved =", "e = Constant<value_float=1e-6>() s = Add(square, e) halved =")],
+        {},
+        Fault.SMOOTH_ABS,
+    ),
+    "abs as a square root": (
+        [("size = Abs(d)\n", ""),
+         ("inside = Less(size, beta)\n", ""),
+         ("square = Mul(d, d)",
+          "square = Mul(d, d) e = Constant<value_float=1e-6>() s = Add(square, e) size = Sqrt(s) "
+          "inside = Less(size, beta)")],
+        {"beta": 1.0},
+        Fault.SMOOTH_ABS,
+    ),
+    "abs as a square root, both parts": (
+        [("d = Sub(pred, gt)",
+          "f = Sub(pred, gt) ff = Mul(f, f) e = Constant<value_float=1e-6>() s = Add(ff, e) "
+          "d = Sqrt(s)")],
+        {},
+        Fault.SMOOTH_ABS,
+    ),
+    "abs as a square root that shows at d = 0 alone": (
+        [("d = Sub(pred, gt)",
+          "f = Sub(pred, gt) ff = Mul(f, f) e = Constant<value_float=1e-12>() s = Add(ff, e) "
+          "d = Sqrt(s)")],
+        {},
+        Fault.SMOOTH_ABS,
+    ),
+    "loss clipped": (
+        [("Where(inside, quadratic, linear)", "Min(raw, two)"),
+         ("linear = Sub(size, offset)",
+          "linear = Sub(size, offset) two = Add(one, one) raw = Where(inside, quadratic, linear)")],
+        {},
+        Fault.CLIPPED,
+    ),
+    "difference clipped": (
+        [("d = Sub(pred, gt)",
+          "e = Sub(pred, gt) two = Add(one, one) low = Neg(two) d = Clip(e, low, two)")],
+        {"reduction": "sum"},
+        Fault.CLIPPED,
+    ),
+    "sum clipped": (
+        [("Cast<to=1>(total)", "Min(s, two)"),
+         ("total = ReduceSum<keepdims=0>(wide)",
+          "total = ReduceSum<keepdims=0>(wide) s = Cast<to=1>(total) two = Add(one, one)")],
+        {"reduction": "sum"},
+        Fault.CLIPPED,
+    ),
+    "mask of the target": (
+        [("Where(inside, quadratic, linear)", "Mul(raw, mask)"),
+         ("linear = Sub(size, offset)",
+          "linear = Sub(size, offset) raw = Where(inside, quadratic, linear) "
+          "nought = Sub(one, one) known = Greater(gt, nought) mask = Cast<to=1>(known)")],
+        {},
+        Fault.WEIGHTED,
+    ),
+    "mask of the target, in the count as well": (
+        [("d = Sub(pred, gt)",
+          "nought = Sub(one, one) none = Equal(gt, nought) known = Not(none) "
+          "shape = Constant<value_ints=[-1]>() flat = Reshape(known, shape) "
+          "p = Compress(pred, flat) g = Compress(gt, flat) d = Sub(p, g)")],
+        {},
+        Fault.WEIGHTED,
+    ),
+    "mask of a constant": (
+        [("Where(inside, quadratic, linear)", "Mul(raw, mask)"),
+         ("linear = Sub(size, offset)",
+          "linear = Sub(size, offset) raw = Where(inside, quadratic, linear) "
+          "mask = Constant<value_floats=[1.0, 1.0, 0.0, 1.0]>()")],
+        {},
+        Fault.WEIGHTED,
+    ),
+    "target cast to integers": (
+        [("d = Sub(pred, gt)", "i = Cast<to=7>(gt) g = Cast<to=1>(i) d = Sub(pred, g)")],
+        {},
+        Fault.TRUNCATION,
+    ),
+    "target rounded": (
+        [("d = Sub(pred, gt)", "g = Round(gt) d = Sub(pred, g)")], {"reduction": "none"},
+        Fault.TRUNCATION,
+    ),
 }  # fmt: skip
+
+#: What the explanation of some of them says: the number that was inferred, and the remedy.
+SAID = {
+    "pseudo-Huber": "delta^2 * (sqrt(1 + (d/delta)^2) - 1), with delta = 0.5; compute it by torch",
+    "pseudo-Huber over delta, which is not beta": "with delta = 1; compute it by torch",
+    "log-cosh": "log(cosh(d)), whatever beta is; compute it by torch.nn.SmoothL1Loss",
+    "Charbonnier": "Charbonnier's, sqrt(d^2 + 1e-06) everywhere",
+    "abs as a square root": "|d| is sqrt(d^2 + 1e-06) in the linear part; compute |d| by Abs",
+    "abs as a square root, both parts": "sqrt(d^2 + 1e-06) in both parts; compute |d| by Abs",
+    "abs as a square root that shows at d = 0 alone": "d = 0 gives 1e-12",
+    "loss clipped": "never above 2, as where |d| is clipped to 2.25; leave the clip out",
+    "difference clipped": "never above 1.75, as where |d| is clipped to 2; leave the clip out",
+    "sum clipped": "the result is never above 2; leave the clip out",
+    "mask of the target": "whose target is 0 or less count as 0; give the mask as weights of 0 "
+    "and 1, which LossSpec(weight='count') takes",
+    "mask of the target, in the count as well": "whose target is 0 are left out, of the mean's "
+    "count as well; give the mask as weights of 0 and 1, which LossSpec(weight='weights') takes",
+    "mask of a constant": "count 1, 1, 0, 1 times each; give these factors as weights",
+    "target cast to integers": "the target alone is truncated to an integer; cast to a float type",
+    "target rounded": "the target alone is rounded to an integer; cast to a float type",
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -253,7 +378,41 @@ def test_a_planted_fault_is_named(name: str) -> None:
     edits, options, fault = FAULTS[name]
     model = planted(edits, **options)  # type: ignore[arg-type]
     spec = LossSpec(options.get("beta", 0.5), options.get("reduction", "mean"))  # type: ignore[arg-type]
-    assert found(model, spec) == [fault]
+    (diagnosis,) = verify(model, spec=spec, drift=False).diagnoses
+    assert diagnosis.fault is fault
+    if name in SAID:
+        assert SAID[name] in diagnosis.explanation
+        assert "would explain" not in diagnosis.explanation  # no other is in question
+
+
+def test_log_cosh_by_its_name_overflows_as_well() -> None:
+    edits = [("Where(inside, quadratic, linear)", "Log(c)"), ("size =", "c = Cosh(d) size =")]
+    assert found(planted(edits), LossSpec(0.5)) == [Fault.LOG_COSH, Fault.RANGE]
+
+
+def test_a_right_formula_that_overflows_on_the_way_and_what_else_is_wrong_with_it() -> None:
+    """log(exp(d)) is infinite beyond d = 88; the mean of nothing is looked at all the same."""
+    edits = [
+        ("Where(inside, quadratic, linear)", "Where(inside, quadratic, lost)"),
+        ("linear =", "e = Exp(size) f = Log(e) lost = Sub(f, offset) linear ="),
+        ("Cast<to=11>(number)", "Cast<to=11>(atleast)"),
+        ("count =", "i = Constant<value_int=1>() atleast = Max(number, i) count ="),
+    ]
+    assert found(planted(edits), LossSpec(0.5)) == [Fault.RANGE, Fault.EMPTY_MEAN]
+
+
+def test_an_accumulation_in_rows_is_named_of_which_no_drift_is_measured() -> None:
+    edits = [
+        *FLOAT32_SUMS,
+        ("Size(each)", "Shape<start=1, end=2>(each)"),
+        ("ReduceSum<keepdims=0>(wide)", "ReduceSum<keepdims=0>(wide, last)"),
+        ("d = Sub(pred, gt)", "last = Constant<value_ints=[1]>() d = Sub(pred, gt)"),
+    ]
+    by_row = LossSpec(0.5, per_sample=True)
+    result = verify(planted(edits, shape="N,4096", out="[N]"), spec=by_row)
+    (diagnosis,) = result.diagnoses
+    assert diagnosis.fault is Fault.FLOAT32_ACCUMULATION
+    assert "right on a few elements, and" in diagnosis.explanation
 
 
 @pytest.mark.parametrize(
@@ -621,10 +780,13 @@ def test_what_is_not_finite_is_a_string_in_json() -> None:
     assert data["diagnoses"][0]["evidence"][0]["got"] == "nan"
 
 
-def test_an_error_instead_of_an_answer() -> None:
+def test_an_error_instead_of_an_answer_and_no_line_of_the_runtime_s_on_stderr(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     row = "i = Constant<value_int=100>() p = Gather<axis=0>(pred, i) d = Sub(p, gt)"
     edits = [("d = Sub(pred, gt)", row)]  # there is no row 100
     result = verify(planted(edits), spec=LossSpec(0.5), drift=False)
     (diagnosis,) = result.diagnoses
     assert diagnosis.fault is Fault.NO_ANSWER
     assert "ONNX Runtime refused the inputs" in diagnosis.explanation
+    assert capfd.readouterr() == ("", "")

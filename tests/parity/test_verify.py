@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import subprocess
 import sys
-import warnings
 from io import StringIO
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +25,7 @@ from smoothl1_deploy.parity import artefact_drift as drift_module
 from smoothl1_deploy.parity.artefact_drift import FAMILIES, SIZES, artefact_drift, drift_table
 from smoothl1_deploy.parity.bounds import bound
 from smoothl1_deploy.parity.faults.names import Fault
+from smoothl1_deploy.parity.plain_export import plain_export as export_plainly
 from smoothl1_deploy.parity.verify import verify_table
 
 
@@ -67,19 +65,7 @@ def test_a_path_will_do(tmp_path) -> None:  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="module")
 def plain_export() -> onnx.ModelProto:
     """What torch.onnx.export makes of the loss without this package."""
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            torch.nn.SmoothL1Loss().eval(),
-            (torch.zeros(3, 16), torch.zeros(3, 16)),
-            dynamic_shapes=({0: torch.export.Dim("N")},) * 2,
-            dynamo=True,
-            verbose=False,
-        )
-    logging.disable(logging.NOTSET)
-    assert program is not None
-    return program.model_proto
+    return export_plainly({}, "float32", ("N", 16))
 
 
 def test_the_plain_exporter_s_drift_and_its_empty_mean_are_found(
@@ -93,6 +79,14 @@ def test_the_plain_exporter_s_drift_and_its_empty_mean_are_found(
         Fault.FLOAT32_ACCUMULATION,
         Fault.EMPTY_MEAN,
     ]
+
+
+def test_float32_sums_of_the_plain_exporter_s_float16_are_named() -> None:
+    """Three ULP of float16 too many, at the largest size alone."""
+    result = verify(export_plainly({}, "float16", ("N", 16)), spec=LossSpec(dtype="float16"))
+    summed, empty = result.diagnoses
+    assert (summed.fault, empty.fault) == (Fault.FLOAT32_ACCUMULATION, Fault.EMPTY_MEAN)
+    assert "which adding up in float32 explains; accumulate in float64" in summed.explanation
 
 
 def test_the_drift_is_a_curve_beside_pytorch_s_and_the_bound(

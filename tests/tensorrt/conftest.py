@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy.tensorrt import builder
 from smoothl1_deploy.tensorrt.flavour import Flavour, get_flavour
 
 
@@ -30,8 +31,9 @@ def fake_trt() -> Any:
 
 
 @pytest.fixture
-def fake(fake_trt: Any) -> Callable[[str], Flavour]:
-    """`fake("10.16.1")`: a flavour whose module is a fake of that version."""
+def fake(fake_trt: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Flavour]:
+    """`fake("10.16.1")`: a flavour whose module is a fake of that version, beside a driver."""
+    monkeypatch.setattr(builder, "has_driver", lambda: True)
 
     def make(version: str) -> Flavour:
         name = "tensorrt_rtx" if version.startswith("rtx") else "tensorrt"

@@ -180,10 +180,13 @@ def test_options_of_another_type_are_refused(rtx, mean_model):
         (BuildOptions("current"), "'current' needs a GPU: name one, as in '8.6'"),
     ],
 )
-def test_what_needs_a_gpu_says_so(rtx, mean_model, tmp_path, options, message):
+def test_what_needs_a_gpu_says_so_and_nothing_on_stderr(
+    rtx, mean_model, tmp_path, options, message, capfd
+):
     with pytest.raises(BuildError, match=message):
         build_engine(mean_model, tmp_path / "loss.engine", rtx, options=options)
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
 
 
 # --- watching and stopping -------------------------------------------------------------------

@@ -13,13 +13,14 @@ from ...floats import NUMPY_DTYPE, round_to, wide_dtype
 from ...spec import LossSpec
 from ..artefact_drift import DriftPoint
 from ..bounds import UNIT_ROUNDOFF, accumulation_error
+from ..cases import CaseResult
 from ..shapes import ShapePlan
 from .evidence import SHOWN, evidence_of
 from .fit import count_of, explains, narrower, right
 from .names import ACCUMULATION, Diagnosis, Evidence, Fault
 from .probes import Answer, ask, narrow_probe
 
-__all__ = ["accumulation", "narrow_format"]
+__all__ = ["accumulation", "accumulation_of_cases", "narrow_format"]
 
 
 def _fits_format(spec: LossSpec, answer: Answer, dtype: str) -> bool:
@@ -75,15 +76,16 @@ def _consistent(spec: LossSpec, point: DriftPoint, dtype: str) -> bool:
     return point.value == math.inf and overflows
 
 
-def _grows(spec: LossSpec, points: Sequence[DriftPoint], red: Sequence[DriftPoint]) -> bool:
+def _grows(points: Sequence[DriftPoint], red: Sequence[DriftPoint]) -> bool:
     """A formula is off by as much at every size; a sum by more and more, until it is all gone."""
     if any(point.value == math.inf for point in red):
         return True
     fewest = min(point.elements for point in points)
-    worst = max(point.relative or 0.0 for point in red)
-    start = max(point.relative or 0.0 for point in points if point.elements == fewest)
+    # In ULP: a half format's own rounding is a large relative error, but never many of these.
+    worst = max(point.result.verdict.ulp for point in red)
+    start = max(p.result.verdict.ulp for p in points if p.elements == fewest)
     alone = all(point.elements == fewest for point in points)
-    return alone or worst > 4 * max(start, 2 * UNIT_ROUNDOFF[spec.dtype]) or worst > 0.25
+    return alone or worst > 4 * start or any((point.relative or 0.0) > 0.25 for point in red)
 
 
 def _error(relative: float | None) -> str:
@@ -93,7 +95,7 @@ def _error(relative: float | None) -> str:
 def accumulation(spec: LossSpec, points: Sequence[DriftPoint]) -> Iterator[Diagnosis]:
     """An error that grows with the number of elements: a sum in too narrow a format."""
     red = [point for point in points if not point.ok]
-    if not red or not _grows(spec, points, red):
+    if not red or not _grows(points, red):
         return
     worst = max(red, key=lambda point: (point.relative or 0.0, point.elements))
     finest_first = sorted(UNIT_ROUNDOFF, key=UNIT_ROUNDOFF.__getitem__)
@@ -115,3 +117,31 @@ def accumulation(spec: LossSpec, points: Sequence[DriftPoint]) -> Iterator[Diagn
         for p in sorted(red, key=lambda p: -p.elements)[:SHOWN]
     ]
     yield Diagnosis(ACCUMULATION[dtype], explanation, tuple(evidence), worst.relative)
+
+
+def accumulation_of_cases(spec: LossSpec, red: Sequence[CaseResult]) -> Diagnosis | None:
+    """Sums that no drift was measured of (`--no-drift`, rows): the formula's probes are right."""
+    dtype = spec.compute_dtype
+    for case in red:
+        shape = np.broadcast_shapes(case.case.input_shape, case.case.target_shape)
+        count = math.prod(shape[1:] if spec.per_sample else shape)
+        off = 2 * UNIT_ROUNDOFF[spec.dtype] * (case.verdict.ulp - 1)
+        of_the_loss = case.sample is not None and case.sample.output == "loss"
+        if case.verdict.wrong_class or not of_the_loss or off > accumulation_error(dtype, count):
+            return None
+    if spec.reduction == "none":
+        return None
+    worst = max(red, key=lambda case: case.verdict.ulp)
+    explanation = (
+        f"right on a few elements, and {worst.verdict.ulp:,} ULP off in family "
+        f"{worst.case.family}, {worst.case.layout}, which adding up in {dtype} explains; "
+        "accumulate in float64, or compensate"
+    )
+    evidence = tuple(
+        Evidence(
+            f"{c.case.layout}, family {c.case.family}", float(c.sample.oracle), float(c.sample.got)
+        )
+        for c in red[:SHOWN]
+        if c.sample
+    )
+    return Diagnosis(ACCUMULATION[dtype], explanation, evidence)

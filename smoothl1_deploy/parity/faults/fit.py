@@ -7,7 +7,7 @@ can make: (8 + n) u relative for n elements, u the unit roundoff of the format i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from ...floats import Array, round_to, wide_dtype
 from ...spec import LossSpec
 from ..bounds import UNIT_ROUNDOFF
-from .hypotheses import FORMS, Elements, Form, Reduction, reductions, smooth_l1
+from .hypotheses import FITS, FORMS, Elements, Form, Reduction, reductions, smooth_l1
 from .names import Fault
 from .probes import Answer
 
@@ -28,6 +28,7 @@ __all__ = [
     "nearest",
     "predict",
     "right",
+    "weighted",
 ]
 
 _FLAT = 0.01  # relative: more than this is never a matter of rounding, but for bfloat16
@@ -89,13 +90,17 @@ def explains(
     rounded = round_to(predicted, spec.dtype).astype(predicted.dtype)
     unit = UNIT_ROUNDOFF[spec.dtype] if unit is None else unit
     scale = np.abs(predicted)
-    if hypothesis.form.cancels:
-        scale = scale + float(np.abs(np.subtract(*_wide(spec, answer))).max())
+    if hypothesis.form.cancels is not None:
+        scale = scale + _subtracted(spec, hypothesis.form.cancels, answer)
     limit = _tolerance(unit, count_of(answer)) * scale
     with np.errstate(invalid="ignore"):
         close = np.abs(got - predicted) <= limit
     same = (got == rounded) | (np.isnan(got) & np.isnan(rounded))
     return bool(np.all(close | same))
+
+
+def _subtracted(spec: LossSpec, cancels: Callable[[float], float], answer: Answer) -> float:
+    return cancels(float(np.abs(np.subtract(*_wide(spec, answer))).max()))
 
 
 def count_of(answer: Answer) -> int:
@@ -106,7 +111,14 @@ def count_of(answer: Answer) -> int:
 def _holds(
     spec: LossSpec, hypothesis: Hypothesis, answers: Sequence[Answer], unit: float | None = None
 ) -> bool:
-    return all(explains(spec, hypothesis, answer, unit) for answer in answers)
+    if not all(explains(spec, hypothesis, answer, unit) for answer in answers):
+        return False
+    cancels = hypothesis.form.cancels
+    # Where all that is predicted may cancel, to be near it says nothing.
+    return cancels is None or any(
+        _subtracted(spec, cancels, answer) <= 4 * np.abs(predict(spec, hypothesis, answer)).min()
+        for answer in answers
+    )
 
 
 def find(spec: LossSpec, answers: Sequence[Answer]) -> list[Hypothesis]:
@@ -122,12 +134,14 @@ def find(spec: LossSpec, answers: Sequence[Answer]) -> list[Hypothesis]:
         yield [Hypothesis(form, own)]
         yield [Hypothesis(each, own) for each in wrong]
         yield [Hypothesis(form, reduction) for reduction in others]
-        yield (Hypothesis(each, own) for each in _betas(spec, own, answers))
         yield (Hypothesis(each, own) for each in _narrowed(spec))
+        yield (Hypothesis(each, own) for each in _fitted(spec, own, answers))
         yield (Hypothesis(form, reduction) for reduction in _scales(spec, own, answers))
         yield (Hypothesis(each, own) for each in _coefficients(spec, own, answers))
         yield (Hypothesis(each, other) for other in others for each in wrong)
-        yield (Hypothesis(form, other) for other in others for form in _betas(spec, other, answers))
+        yield (
+            Hypothesis(each, other) for other in others for each in _fitted(spec, other, answers)
+        )
 
     if not answers:
         return []
@@ -141,6 +155,31 @@ def find(spec: LossSpec, answers: Sequence[Answer]) -> list[Hypothesis]:
         if found:
             return found
     return []
+
+
+def weighted(
+    spec: LossSpec, places: Sequence[Answer], answers: Sequence[Answer]
+) -> Hypothesis | None:
+    """The right losses times a factor for each place, which the answers to `place_probes` tell."""
+    if any(answer.got is None or not np.isfinite(answer.got).all() for answer in places):
+        return None
+    found = [float(a.got.sum() / a.expected.sum()) for a in places if a.got is not None]
+    for digits in (3, 6, 17):  # a mask is of ones and zeros
+        factors = np.array([float(f"{factor:.{digits}g}") for factor in found])
+
+        def losses(a: Array, b: Array, beta: float, factors: Array = factors) -> Array:
+            return (smooth_l1(a, b, beta).reshape(-1, len(factors)) * factors).reshape(a.shape)
+
+        listed = ", ".join(f"{factor:.6g}" for factor in factors[:8])
+        more = ", ..." if len(factors) > 8 else ""
+        why = (
+            f"the elements of a row count {listed}{more} times each; give these factors as "
+            "weights, which LossSpec(weight='count') takes"
+        )
+        hypothesis = Hypothesis(Form(Fault.WEIGHTED, why, losses), reductions(spec)[0])
+        if len(set(factors)) > 1 and _holds(spec, hypothesis, answers):
+            return hypothesis
+    return None
 
 
 def nearest(spec: LossSpec, answers: Sequence[Answer]) -> tuple[Hypothesis, int]:
@@ -169,43 +208,35 @@ def _responses(
             yield abs(d), value
 
 
-def _rounder(values: Iterable[float]) -> Iterator[float]:
-    """Each number rounded to 1, 2, ... digits before it as it is: people choose round numbers."""
-    unique = list(dict.fromkeys(values))
-    for digits in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12):
-        yield from dict.fromkeys(float(f"{value:.{digits - 1}e}") for value in unique)
-    yield from unique
+#: From the roundest numbers to all digits that a float64 has: people choose round numbers.
+_DIGITS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17)
 
 
-def _betas(spec: LossSpec, reduction: Reduction, answers: Sequence[Answer]) -> Iterator[Form]:
-    """Smooth L1 with the betas that single answers suggest, solved for from each formula."""
-    candidates = []
-    for d, loss in _responses(spec, reduction, answers):
-        linear, quadratic = 2 * (d - loss), d * d / (2 * loss) if loss > 0 else math.inf
-        if 0 < linear <= d:
-            candidates.append(linear)
-        if quadratic > d:
-            candidates.append(quadratic)
-    single = UNIT_ROUNDOFF["float32"]
-    if spec.dtype == "float64":
-        candidates.insert(0, float(np.float32(spec.beta)))
-    for beta in _rounder(candidates):
-        why = f"beta = {beta:.9g} fits every answer; the spec says {spec.beta:.9g}"
-        if spec.dtype == "float64" and 0 < abs(beta - spec.beta) <= single * spec.beta:
-            beta = float(np.float32(spec.beta))
-            why = f"beta is rounded to float32 ({beta!r} for {spec.beta!r})"
-        elif spec.beta and math.isclose(beta, 1 / spec.beta, rel_tol=1e-6):
-            why += "; that is 1/beta"
-        elif spec.beta and math.isclose(beta, 1 / spec.beta**2, rel_tol=1e-6):
-            why += "; that is 1/beta^2, as where beta was taken for a sigma"
+def _rounded(values: Iterable[float], digits: int) -> Iterable[float]:
+    return dict.fromkeys(float(f"{value:.{digits - 1}e}") for value in values)
 
-        def losses(a: Array, b: Array, _: float, beta: float = beta) -> Array:
-            return smooth_l1(a, b, beta)
 
-        yield Form(Fault.WRONG_BETA, why, losses, beta)
+def _rounder(value: float) -> Iterator[float]:
+    """A number rounded, from the roundest on, to itself."""
+    for digits in _DIGITS:
+        yield from _rounded([value], digits)
+
+
+def _fitted(spec: LossSpec, reduction: Reduction, answers: Sequence[Answer]) -> Iterator[Form]:
+    """Every formula with a number, at the numbers that single answers suggest, roundest first."""
+    beta = spec.effective_beta
+    told = [(d, loss) for d, loss in _responses(spec, reduction, answers) if d > 0 < loss]
+    solved = [[fit.solve(d, loss, beta) for d, loss in told] for fit in FITS]
+    for digits in _DIGITS:
+        for fit, numbers in zip(FITS, solved, strict=True):
+            useful = [number for number in numbers if 0 < number < math.inf]
+            yield from (fit.form(number, spec) for number in _rounded(useful, digits))
 
 
 def _narrowed(spec: LossSpec) -> Iterator[Form]:
+    if spec.dtype == "float64" and (beta := float(np.float32(spec.beta))) != spec.beta:
+        why = f"beta is rounded to float32 ({beta!r} for {spec.beta!r})"
+        yield Form(Fault.WRONG_BETA, why, lambda a, b, _: smooth_l1(a, b, beta), beta)
     for dtype in narrower(spec.dtype):
 
         def losses(a: Array, b: Array, beta: float, dtype: str = dtype) -> Array:
@@ -226,7 +257,7 @@ def narrower(dtype: str) -> list[str]:
 
 
 def _scales(spec: LossSpec, own: Reduction, answers: Sequence[Answer]) -> Iterator[Reduction]:
-    """The right loss times a factor, or over a count, read off the first answer of each shape."""
+    """The right loss clipped, times a factor, or over a count read off answers of each shape."""
     factors: dict[int, float] = {}
     for answer in answers:
         expected, count = float(answer.expected.reshape(-1)[0]), count_of(answer)
@@ -234,8 +265,15 @@ def _scales(spec: LossSpec, own: Reduction, answers: Sequence[Answer]) -> Iterat
             factors[count] = float(answer.got.reshape(-1)[0]) / expected
     if not factors or not all(math.isfinite(f) and f for f in factors.values()):
         return
+    top = max(float(answer.got.max()) for answer in answers if answer.got is not None)
+    yield Reduction(
+        Fault.CLIPPED,
+        f"the result is never above {top:.9g}; leave the clip out",
+        lambda x, a, b: np.minimum(own.apply(x, a, b), top),
+        top,
+    )
     first = next(iter(factors.values()))
-    for factor in _rounder([first]):
+    for factor in _rounder(first):
         yield Reduction(
             Fault.SCALED,
             f"every answer is {factor:.9g} times the right one",
@@ -268,8 +306,8 @@ def _coefficients(spec: LossSpec, own: Reduction, answers: Sequence[Answer]) -> 
             above.append(((d - loss) / beta, d))
     # The offset is best read off where |d| is smallest.
     offset = min(above, key=lambda pair: pair[1])[0] if above else 0.5
-    for p in _rounder([float(np.median(below)) if below else 0.5]):
-        for q in _rounder([offset]):
+    for p in _rounder(float(np.median(below)) if below else 0.5):
+        for q in _rounder(offset):
 
             def losses(a: Array, b: Array, beta: float, p: float = p, q: float = q) -> Array:
                 d = a - b

@@ -15,7 +15,7 @@ from ...floats import Array
 from ...spec import LossSpec
 from .names import Fault
 
-__all__ = ["FORMS", "Form", "Reduction", "reductions", "smooth_l1"]
+__all__ = ["FITS", "FORMS", "Fit", "Form", "Reduction", "reductions", "smooth_l1"]
 
 #: Losses of the elements, from input, target (broadcast, wide) and beta.
 Elements = Callable[[Array, Array, float], Array]
@@ -30,15 +30,46 @@ class Form:
         explanation: what it computes, in words.
         losses: the formula.
         estimate: a number that was inferred for it.
-        cancels: whether it subtracts numbers that may be nearly equal, so that its rounding
-            errors are those of |d|, not of the result.
+        cancels: from |d|, the size of the numbers that it subtracts where they may be nearly
+            equal: its rounding errors are theirs, not those of the result. None where none are.
     """
 
     fault: Fault | None
     explanation: str
     losses: Elements
     estimate: float | None = None
-    cancels: bool = False
+    cancels: Callable[[float], float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A formula with a number of its own, which is read off the answers.
+
+    Attributes:
+        fault: of every form it has.
+        explain: what it computes, in words, from the number and the spec.
+        losses: the formula, from input, target, beta and the number.
+        solve: the number, from |d| > 0, the loss of that element, > 0, and beta; what is not > 0
+            and finite says that this element doesn't tell.
+        cancels: as a form's, from |d| and the number.
+    """
+
+    fault: Fault
+    explain: Callable[[float, LossSpec], str]
+    losses: Callable[[Array, Array, float, float], Array]
+    solve: Callable[[float, float, float], float]
+    cancels: Callable[[float, float], float] | None = None
+
+    def form(self, p: float, spec: LossSpec) -> Form:
+        """The formula with the number `p`."""
+        losses, cancels = self.losses, self.cancels
+        return Form(
+            self.fault,
+            self.explain(p, spec),
+            lambda a, b, beta: losses(a, b, beta, p),
+            p,
+            None if cancels is None else lambda d: cancels(d, p),
+        )
 
 
 def _parts(
@@ -67,16 +98,59 @@ def smooth_l1(a: Array, b: Array, beta: float) -> Array:
     return _parts(_quadratic, _linear)(a, b, beta)
 
 
-def _truncated_inputs(a: Array, b: Array, beta: float) -> Array:
-    return smooth_l1(np.trunc(a), np.trunc(b), beta)
+def _log_cosh(a: Array, b: Array, beta: float) -> Array:
+    d = np.abs(a - b)
+    return np.asarray(d + np.log1p(np.exp(-2 * d)) - math.log(2))
 
 
-def _truncated_difference(a: Array, b: Array, beta: float) -> Array:
-    return smooth_l1(np.trunc(a - b), np.zeros_like(b), beta)
+def _masked(keep: Callable[[Array], Array], of_none: float | None) -> Elements:
+    """0 where not kept. A mean over the kept alone is one over all of that much larger losses.
+
+    `of_none` is that mean where nothing is kept; None where the mean is over all.
+    """
+
+    def losses(a: Array, b: Array, beta: float) -> Array:
+        kept = keep(b)
+        share = 1.0 if of_none is None else float(kept.mean())
+        if not share:
+            return np.full_like(b, of_none)
+        return np.where(kept, smooth_l1(a, b, beta) / share, 0.0)
+
+    return losses
 
 
-def _truncated_loss(a: Array, b: Array, beta: float) -> Array:
-    return np.trunc(smooth_l1(a, b, beta))
+def _smoothed(a: Array, b: Array, p: float) -> Array:
+    return np.sqrt((a - b) ** 2 + p)
+
+
+def _excess(d: float, loss: float, beta: float) -> float:
+    """The e for which sqrt(d^2 + e) - beta/2 is that loss."""
+    size = loss + beta / 2
+    return size * size - d * d
+
+
+#: What is made an integer, and the loss of elements in which `f` makes it one.
+_INTEGERS: tuple[tuple[str, Callable[..., Array]], ...] = (
+    ("input and target are", lambda f, a, b, beta: smooth_l1(f(a), f(b), beta)),
+    ("the target alone is", lambda f, a, b, beta: smooth_l1(a, f(b), beta)),
+    ("the input alone is", lambda f, a, b, beta: smooth_l1(f(a), b, beta)),
+    ("the difference is", lambda f, a, b, beta: smooth_l1(f(a - b), 0 * b, beta)),
+    ("the loss of each element is", lambda f, a, b, beta: f(smooth_l1(a, b, beta))),
+)
+_MASKS: tuple[tuple[str, Callable[[Array], Array]], ...] = (
+    ("0", lambda b: b != 0),
+    ("0 or less", lambda b: b > 0),
+    ("below 0", lambda b: b >= 0),
+    *((str(value), lambda b, value=value: b != value) for value in (-1, -100, 255)),
+)
+_LEFT_OUT = "are left out, of the mean's count as well"
+_MASKED_MEANS: tuple[tuple[str, str, float | None], ...] = (
+    ("count as 0", "count", None),
+    (_LEFT_OUT, "weights", math.nan),
+    (_LEFT_OUT, "weights", 0.0),
+)
+_INSTEAD = "compute it by torch.nn.SmoothL1Loss instead"
+_BY_ABS = "compute |d| by Abs, which is exact"
 
 
 #: In the order in which one that explains as much as another is preferred.
@@ -91,13 +165,13 @@ FORMS: tuple[Form, ...] = (
         Fault.MISSING_LINEAR_HALF,
         "from beta on the loss is |d| - beta, where it should be |d| - 0.5*beta",
         _parts(_quadratic, lambda d, beta: np.abs(d) - beta),
-        cancels=True,
+        cancels=abs,
     ),
     Form(
         Fault.MISSING_HALF,
         "the loss is d^2 / beta below beta and |d| - beta from there on: 0.5 is missing in both",
         _parts(lambda d, beta: 2 * _quadratic(d, beta), lambda d, beta: np.abs(d) - beta),
-        cancels=True,
+        cancels=abs,
     ),
     Form(
         Fault.MISSING_OFFSET,
@@ -126,7 +200,7 @@ FORMS: tuple[Form, ...] = (
         Fault.BRANCHES_SWAPPED,
         "the linear part is used below beta and the quadratic part above",
         _parts(_linear, _quadratic),
-        cancels=True,
+        cancels=abs,
     ),
     Form(
         Fault.MISSING_ABS,
@@ -139,9 +213,107 @@ FORMS: tuple[Form, ...] = (
         "quadratic part",
         lambda a, b, beta: np.where(a - b < beta, _quadratic(a - b, beta), _linear(a - b, beta)),
     ),
-    Form(Fault.TRUNCATION, "input and target are truncated to integers", _truncated_inputs),
-    Form(Fault.TRUNCATION, "the difference is truncated to an integer", _truncated_difference),
-    Form(Fault.TRUNCATION, "the loss of each element is truncated", _truncated_loss),
+    Form(
+        Fault.LOG_COSH,
+        f"the loss is log(cosh(d)), whatever beta is; {_INSTEAD}",
+        _log_cosh,
+        cancels=lambda d: d + 1,
+    ),
+    *(
+        Form(
+            Fault.TRUNCATION,
+            f"{what} {how} to an integer; cast to a float type",
+            lambda a, b, beta, f=f, made=made: made(f, a, b, beta),  # type: ignore[misc]
+        )
+        for f, how in ((np.trunc, "truncated"), (np.rint, "rounded"))
+        for what, made in _INTEGERS
+    ),
+    *(
+        Form(
+            Fault.WEIGHTED,
+            f"elements whose target is {which} {are}; give the mask as weights of 0 and 1, which "
+            f"LossSpec(weight={weight!r}) takes",
+            _masked(keep, of_none),
+        )
+        for which, keep in _MASKS
+        for are, weight, of_none in _MASKED_MEANS
+    ),
+)
+
+
+def _beta_text(beta: float, spec: LossSpec) -> str:
+    why = f"beta = {beta:.9g} fits every answer; the spec says {spec.beta:.9g}"
+    six_digits = 5e-6
+    if math.isclose(beta * spec.beta, 1, rel_tol=six_digits):
+        why += "; that is 1/beta"
+    elif math.isclose(beta * spec.beta * spec.beta, 1, rel_tol=six_digits):
+        why += "; that is 1/beta^2, as where beta was taken for a sigma"
+    return why
+
+
+def _clip_text(top: float, spec: LossSpec) -> str:
+    beta = spec.effective_beta
+    d = top + beta / 2 if 2 * top >= beta else math.sqrt(2 * beta * top)
+    return (
+        f"the loss of an element is never above {top:.9g}, as where |d| is clipped to {d:.9g}; "
+        "leave the clip out"
+    )
+
+
+#: In the order in which one that explains as much with a number as round is preferred.
+FITS: tuple[Fit, ...] = (
+    Fit(
+        Fault.WRONG_BETA,
+        _beta_text,
+        lambda a, b, _, beta: smooth_l1(a, b, beta),
+        lambda d, loss, _: 2 * (d - loss) if 2 * loss >= d else d * d / (2 * loss),
+    ),
+    Fit(
+        Fault.PSEUDO_HUBER,
+        lambda delta, _: (
+            "the loss is pseudo-Huber, delta^2 * (sqrt(1 + (d/delta)^2) - 1), with "
+            f"delta = {delta:.9g}; {_INSTEAD}"
+        ),
+        lambda a, b, _, delta: delta * (np.hypot(a - b, delta) - delta),
+        lambda d, loss, _: loss / math.sqrt(d * d - 2 * loss) if d * d > 2 * loss else 0.0,
+        lambda d, delta: delta * (d + delta),
+    ),
+    Fit(
+        Fault.PSEUDO_HUBER,
+        lambda delta, _: (
+            "the loss is pseudo-Huber over delta, sqrt(d^2 + delta^2) - delta, with "
+            f"delta = {delta:.9g}; {_INSTEAD}"
+        ),
+        lambda a, b, _, delta: np.hypot(a - b, delta) - delta,
+        lambda d, loss, _: (d * d - loss * loss) / (2 * loss),
+        lambda d, delta: d + delta,
+    ),
+    Fit(
+        Fault.SMOOTH_ABS,
+        lambda e, _: f"|d| is sqrt(d^2 + {e:.9g}) in both parts; {_BY_ABS}",
+        lambda a, b, beta, e: smooth_l1(_smoothed(a, b, e), 0 * b, beta),
+        lambda d, loss, beta: 2 * beta * loss - d * d if d < beta else _excess(d, loss, beta),
+    ),
+    Fit(
+        Fault.SMOOTH_ABS,
+        lambda e, _: f"|d| is sqrt(d^2 + {e:.9g}) in the linear part; {_BY_ABS}",
+        lambda a, b, beta, e: np.where(
+            _smoothed(a, b, e) < beta, _quadratic(a - b, beta), _smoothed(a, b, e) - 0.5 * beta
+        ),
+        lambda d, loss, beta: _excess(d, loss, beta) if d >= beta else 0.0,
+    ),
+    Fit(
+        Fault.SMOOTH_ABS,
+        lambda e, _: f"the loss is Charbonnier's, sqrt(d^2 + {e:.9g}) everywhere; {_INSTEAD}",
+        lambda a, b, _, e: _smoothed(a, b, e),
+        lambda d, loss, _: _excess(d, loss, 0.0),
+    ),
+    Fit(
+        Fault.CLIPPED,
+        _clip_text,
+        lambda a, b, beta, top: np.minimum(smooth_l1(a, b, beta), top),
+        lambda d, loss, _: loss,
+    ),
 )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "boundary_probe",
     "formula_probes",
     "narrow_probe",
+    "place_probes",
     "run_spec",
     "special_probes",
 ]
@@ -32,8 +33,12 @@ __all__ = [
 #: Differences around every knee, and around none: the response of a model is read off these.
 _TIMES_BETA = (0.125, 0.5, 0.75, 1.0, 1.25, 2.0, 8.0)
 _ABSOLUTE = (2.0**-6, 0.125, 0.75, 1.0, 3.0, 8.0, 64.0, 1024.0)
-#: Pairs whose parts and difference an integer can't hold.
-_FRACTIONS = ((2.75, 0.5), (-1.5, 1.25), (0.75, 0.5), (3.5, -0.75))
+#: Pairs whose parts or difference an integer can't hold; targets that stand for "no value".
+_FRACTIONS = (
+    *((2.75, 0.5), (-1.5, 1.25), (0.75, 0.5), (3.5, -0.75)),
+    *((-0.5, -1.0), (-99.5, -100.0), (254.5, 255.0)),
+)
+_MOST_PLACES = 256  # of a row that are asked one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,13 @@ class Answer:
     shape: tuple[int, ...] = ()
     gradient: Array | None = None
     error: str = ""
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether it is infinite where the truth is not: a matter of range, not of a formula."""
+        if self.got is None:
+            return False
+        return bool(np.isinf(self.got).any() and np.isfinite(self.expected).all())
 
 
 def run_spec(
@@ -145,17 +157,22 @@ def _knee(spec: LossSpec) -> float:
 
 
 def _mixed(spec: LossSpec, shapes: Pair) -> Iterator[Probe]:
-    """All elements different, in the dtype's full precision; inputs and targets of unlike sign."""
+    """All elements different, in the dtype's full precision; signs mostly unlike, so that what is
+    lost of input and target is not much more of their difference.
+    """
     rng = np.random.default_rng(20)
     dtype = NUMPY_DTYPE[spec.dtype]
-    for scale in (0.4, 1.0, 4.0):
+    for scale, targets in ((0.4, None), (1.0, None), (4.0, None), (1.0, (-0.6, 0.0, 0.15))):
         size = _knee(spec) * scale
         left = rng.uniform(0.3, 1.0, shapes[0]) * size
         right = rng.uniform(-1.0, -0.3, shapes[1]) * size
+        if targets is not None:  # of either sign and 0, as a mask is made of
+            right = rng.permutation(np.resize(targets, right.size)).reshape(right.shape) * size
         sign = rng.choice([-1.0, 1.0])
+        low, high = (0.6, 2.0) if targets is None else (0.15, 1.6)
         probe = Probe(
             "mixed",
-            f"random differences of {0.6 * size:g} to {2 * size:g}, shapes {shapes[0]} and "
+            f"random differences of {low * size:g} to {high * size:g}, shapes {shapes[0]} and "
             f"{shapes[1]}",
             (left * sign).astype(dtype),
             (right * sign).astype(dtype),
@@ -180,16 +197,39 @@ def formula_probes(spec: LossSpec, plan: ShapePlan, any_rank: bool) -> list[Prob
         if _usable(spec, a - b, elements(first)):
             text = f"input {a:g}, target {b:g} in all {elements(first)} elements"
             probes.append(Probe("fraction", text, *_full(spec, first, a, b)))
-    others = [first, second] if second != first else [first]
+    sizes = _differences(spec)
+    others = {second: sizes[::3]}
+    # One row, where |d| counts most: the fewer elements, the less can be rounding. Per sample one
+    # row can't be told from all.
+    if not spec.per_sample:
+        others[plan.small(1)] = [d for d in sizes if d >= spec.effective_beta][:2]
     if any_rank:
-        others.append(((3, 1), (1, 4)))
-    for shapes in others:
+        others[(3, 1), (1, 4)] = sizes[::3]
+    for shapes in {first: [], **others}:
         probes += _mixed(spec, shapes)
-        if shapes != first:
-            for d in _differences(spec)[::3]:
-                if _usable(spec, d, elements(shapes)):
-                    text = f"d = {d:g}, shapes {shapes[0]} and {shapes[1]}"
-                    probes.append(Probe("constant", text, *_full(spec, shapes, d)))
+        for d in others[shapes] if shapes != first else []:
+            if _usable(spec, d, elements(shapes)):
+                text = f"d = {d:g}, shapes {shapes[0]} and {shapes[1]}"
+                probes.append(Probe("constant", text, *_full(spec, shapes, d)))
+    return probes
+
+
+def place_probes(spec: LossSpec, plan: ShapePlan) -> list[Probe]:
+    """One place of a row different from the target, each in turn: what it counts shows alone.
+
+    Where every axis is fixed the row is the whole. None of one place, nor of very many.
+    """
+    shapes, d = plan.small(), 3.0
+    whole = np.broadcast_shapes(*shapes)
+    row = whole if plan.growing is None else whole[1:]
+    places = math.prod(row)
+    if shapes[0] != whole or not 1 < places <= _MOST_PLACES or not _usable(spec, d, 1):
+        return []
+    probes = []
+    for place in range(places):
+        input, target = _full(spec, shapes, 0.0)
+        input.reshape(-1, places)[:, place] = d
+        probes.append(Probe("place", f"d = {d:g} in place {place} of a row", input, target))
     return probes
 
 

@@ -75,6 +75,10 @@ def _zero(spec: LossSpec, answer: Answer) -> tuple[Fault, str]:
             "into the quadratic part, which is 0/0; |d| < beta does not"
         )
         return Fault.LESS_OR_EQUAL, why
+    least = number(answer.got)
+    if least:  # smaller than the probes of the formula see
+        why = f"d = 0 gives {least:.3g}, as where |d| is sqrt(d^2 + e) with a tiny e; use Abs"
+        return Fault.SMOOTH_ABS, why
     why = f"{answer.probe.text} gives {_classes(answer.got)} where PyTorch gives +0"
     return Fault.NEGATIVE_ZERO, why
 
