@@ -12,7 +12,7 @@ import onnx
 from .errors import ArtefactError, SpecError
 from .files import write_atomic
 from .graph.elements import DTYPE_OF_ELEMENT
-from .graph.metadata import read_spec
+from .graph.metadata import is_changed, read_spec
 from .graph.shapes import Shape, check_size, describe
 from .model import check_constants, check_nesting, dims_of, inputs_of, outputs_of, tensors
 
@@ -194,8 +194,8 @@ def select_ports(
     """`model` with its inputs in the order input, target, and no output but those compared.
 
     A model that is so already comes back as it is, and so does one that carries its spec: its
-    names are its roles. Otherwise the result is a copy, so that every backend finds the same
-    inputs and outputs without being told.
+    names are its roles, until something else has changed it. Otherwise the result is a copy, so
+    that every backend finds the same inputs and outputs without being told.
 
     Args:
         model: anyone's.
@@ -220,7 +220,7 @@ def select_ports(
             raise ArtefactError(
                 f"{option}={name!r} is no {kind} of the model; it has {_listed(known)}"
             )
-    if read_spec(model) is not None:
+    if read_spec(model) is not None and not is_changed(model):
         named = (input_name or "input", target_name or "target", output_name or "loss")
         if named != ("input", "target", "loss"):
             raise ArtefactError(

@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose, and the exit code the command line gives it.
+"""Every error this package raises on purpose, the exit code the command line gives it, a warning.
 
 Each message says the problem, the values, and the remedy. Exit codes: 2 for bad usage or bad
 input, 3 for something that is not installed (the message then holds the install command).
@@ -13,6 +13,7 @@ __all__ = [
     "ArtefactError",
     "BackendUnavailableError",
     "BuildError",
+    "ChangedModelWarning",
     "InvalidInputError",
     "MissingDependencyError",
     "OutputError",
@@ -52,6 +53,13 @@ class InvalidInputError(SmoothL1DeployError, ValueError):
 
 class ArtefactError(SmoothL1DeployError, ValueError):
     """A model, engine or sidecar that can't be read, or that doesn't say what it computes."""
+
+
+class ChangedModelWarning(UserWarning):
+    """A model that this package exported and something else has changed since.
+
+    It is used as it is; `verify` holds it against the spec in its metadata.
+    """
 
 
 class UnsupportedError(SmoothL1DeployError):

@@ -22,6 +22,7 @@ from ..errors import (
     SpecError,
     UnsupportedError,
 )
+from ..graph.metadata import warn_if_changed
 from ..spec import LossSpec
 from .runner import Runner
 
@@ -138,6 +139,9 @@ def load(
 ) -> Runner:
     """Load an artefact into a backend.
 
+    One that something else has changed since it was exported runs as it is, with a
+    `ChangedModelWarning`.
+
     Args:
         model: an `onnx.ModelProto`, its bytes, or the path of a file; the backend `trt` takes an
             `.engine` file too.
@@ -160,7 +164,9 @@ def load(
         chosen.tile = TILE
     if isinstance(model, (str, os.PathLike)) and Path(model).suffix in ENGINE_SUFFIXES:
         return chosen.load_engine(Path(model))
-    return chosen.load(select_ports(read_model(model), input_name, target_name, output_name))
+    read = read_model(model)
+    warn_if_changed(read)
+    return chosen.load(select_ports(read, input_name, target_name, output_name))
 
 
 def missing(name: str) -> str | None:

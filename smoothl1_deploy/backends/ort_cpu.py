@@ -56,14 +56,16 @@ class OrtRunner(Runner):
         self._lock = threading.Lock()
         self._tiles: Tiles | None = None
         self._sums: Sums | None = None
-        self._has_sums = self.spec is not None and has_sums(self.spec)
+        # What is known of an exported graph holds of no other: another's runs as it is, and of
+        # its outputs the shapes aren't known.
+        own = self.spec if self.exported else None
+        self._has_sums = own is not None and has_sums(own)
         # Up to so many elements the artefact's own graph is what runs.
         self._few: float = min(tile, _FEW) if self._has_sums else tile
-        if not tile or self.spec is None or why_not_tiled(self.spec):
+        if not tile or own is None or why_not_tiled(own):
             self._few = math.inf
         pair = [self.signature.input, self.signature.target]
-        # Of another's model the shapes of the outputs aren't known.
-        self._slots = Slots(self._session, pair) if self.spec else None
+        self._slots = Slots(self._session, pair) if own else None
 
     def added_in_float32(self, size: int) -> int:
         """A row of `sums.ROW` where the sums are had that way."""

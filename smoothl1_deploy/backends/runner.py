@@ -11,9 +11,9 @@ import onnx
 
 from ..artefact import Port, Signature, signature
 from ..dlpack import as_array
-from ..errors import InvalidInputError
+from ..errors import ArtefactError, InvalidInputError
 from ..floats import NUMPY_DTYPE, Array
-from ..graph.metadata import is_served, read_spec
+from ..graph.metadata import is_changed, is_served, read_spec
 from ..spec import LossSpec
 from .arrays import as_beta, check_shapes, promote
 
@@ -26,12 +26,15 @@ class Runner(ABC):
     Attributes:
         signature: names, dtypes and shapes of the inputs and outputs.
         spec: what is computed, or None for a model of other origin.
+        exported: whether the graph is the one that this package exported for that spec: nothing
+            else has changed it, and what is known of such graphs holds.
         served: whether the graph has a server's shapes; `run` takes and gives the spec's.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.signature: Signature = signature(model)
         self.spec: LossSpec | None = read_spec(model)
+        self.exported = self.spec is not None and not is_changed(model)
         self.served = self.spec is not None and is_served(model)
         self._dtype = NUMPY_DTYPE[self.signature.input.dtype]
         self._takes_a_pair = list(self.signature.inputs) == ["input", "target"] and not self.served
@@ -105,10 +108,26 @@ class Runner(ABC):
         """
         if not self.served:
             return outputs
-        wanted = self._loss_shape(shape)
-        if tuple(outputs["loss"].shape) == self._served_shape(wanted):
-            outputs["loss"] = outputs["loss"].reshape(wanted)
+        wanted, name = self._loss_shape(shape), self.signature.loss.name
+        if tuple(outputs[name].shape) == self._served_shape(wanted):
+            outputs[name] = outputs[name].reshape(wanted)
         return outputs
+
+    def _check_exported(self, backend: str, instead: str) -> None:
+        """Refuse a model whose graph need not be what its spec says.
+
+        Raises:
+            ArtefactError: for a model of other origin, and for one that was changed since.
+        """
+        if self.exported:
+            return
+        why = "this model carries none"
+        if self.spec is not None:
+            why = "this model was changed since it was exported: its graph may compute another loss"
+        raise ArtefactError(
+            f"the {backend} backend computes what an artefact's spec says, and {why}; use a "
+            f"backend that runs the graph, such as {instead}"
+        )
 
     def _broadcast(self, arrays: Mapping[str, Any]) -> tuple[int, ...]:
         """The shape that the arrays broadcast to; refuses what the artefact can't take."""

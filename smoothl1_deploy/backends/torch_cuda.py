@@ -10,7 +10,6 @@ from typing import Any
 import onnx
 
 from ..device import Device
-from ..errors import ArtefactError
 from .gpu import Compute, GpuBackend, GpuRunner
 
 __all__ = ["TorchCudaBackend"]
@@ -21,11 +20,7 @@ class TorchCudaRunner(GpuRunner):
 
     def __init__(self, model: onnx.ModelProto, device: Device) -> None:
         super().__init__(model, device)
-        if self.spec is None:
-            raise ArtefactError(
-                "the torch-cuda backend computes what an artefact's spec says, and this model "
-                "carries none; use a backend that runs the graph, such as ort-cuda"
-            )
+        self._check_exported("torch-cuda", "ort-cuda")
 
     def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         from ..reference.module import eager_tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from ..errors import ArtefactError, require
+from ..errors import require
 from ..floats import Array
 from .base import Backend, Runner
 
@@ -16,11 +16,7 @@ class TorchRunner(Runner):
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
-        if self.spec is None:
-            raise ArtefactError(
-                "the torch backend computes what an artefact's spec says, and this model carries "
-                "none; use a backend that runs the graph, such as ort-cpu"
-            )
+        self._check_exported("torch", "ort-cpu")
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         from ..reference.module import eager_outputs

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 
 from ..device import Device, find_device
-from ..errors import ArtefactError, BackendUnavailableError, UnsupportedError, require
+from ..errors import BackendUnavailableError, UnsupportedError, require
 from ..spec import COMPUTE_DTYPE, LossSpec
 from .gpu import REMEMBERED, Compute, GpuBackend, GpuRunner
 
@@ -61,11 +61,8 @@ class TorchTritonRunner(GpuRunner):
         self, model: onnx.ModelProto, device: Device, fused: ModuleType, one_launch: bool
     ) -> None:
         super().__init__(model, device)
-        if self.spec is None:
-            raise ArtefactError(
-                "the torch-triton backend computes what an artefact's spec says, and this model "
-                "carries none; use a backend that runs the graph, such as ort-cuda"
-            )
+        self._check_exported("torch-triton", "ort-cuda")
+        assert self.spec is not None
         reason = _refusal(self.spec)
         if reason:
             raise UnsupportedError(reason)

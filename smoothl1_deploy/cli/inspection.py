@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArtefactError, SmoothL1DeployError
+from ..errors import ArtefactError, ChangedModelWarning, SmoothL1DeployError
 
 if TYPE_CHECKING:
     import onnx
@@ -83,7 +83,7 @@ def inspect_model(path: Path) -> Inspection:
         ArtefactError: when it is missing or is no ONNX model.
     """
     from ..artefact import read_model, sha256
-    from ..graph.metadata import content_hash, read_route, read_spec
+    from ..graph.metadata import CHANGED, content_hash, is_changed, read_route, read_spec
     from ..model import contradiction, main_tensors
     from .ports import graph_ports
 
@@ -112,11 +112,14 @@ def inspect_model(path: Path) -> Inspection:
         "inputs": inputs,
         "outputs": outputs,
         "certificate": _certificate(path, problems),
+        "notes": [CHANGED] if is_changed(model) else [],
     }
     operators = {"graph": dict(Counter(node.op_type for node in graph.node))}
     for function in model.functions:
         operators[function.name] = dict(Counter(node.op_type for node in function.node))
-    runs = _backends(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ChangedModelWarning)  # it is noted, once
+        runs = _backends(model)
     runs.update(_flavours(model, operators))
     return Inspection(path, "onnx", facts, operators, runs, tuple(problems))
 

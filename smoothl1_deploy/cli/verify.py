@@ -70,8 +70,8 @@ def verify(
     """Hold one artefact against PyTorch and the exact loss, on every input family.
 
     Exits with 1 where a case is red, and names the likeliest fault. What the artefact computes is
-    read from its metadata; a model of other origin needs --beta and --reduction, and an option for
-    whatever else it computes.
+    read from its metadata, though something else may have changed it since; a model of other origin
+    needs --beta and --reduction, and an option for whatever else it computes.
     """
     from ..artefact import read_model, select_ports
     from ..parity.artefact_drift import drift_table

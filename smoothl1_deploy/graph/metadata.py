@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 
 import onnx
 
 from .. import __version__
-from ..errors import ArtefactError, SpecError
+from ..errors import ArtefactError, ChangedModelWarning, SpecError
 from ..model import metadata_of
 from ..spec import LossSpec
 
 __all__ = [
+    "CHANGED",
     "content_hash",
     "forget_spec",
+    "is_changed",
     "is_served",
     "read_route",
     "read_spec",
     "stamp",
+    "warn_if_changed",
 ]
 
 _PREFIX = "smoothl1_deploy."
 SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
 #: Of a graph whose ports are a server's: see serving/served_graph.py.
 SERVED = _PREFIX + "served"
+#: What is said of a model for which `is_changed` is true.
+CHANGED = (
+    "the model was changed by something else after smoothl1-deploy exported it: its content does "
+    f"not match its own metadata entry {HASH}, or has lost that entry. It is used as it is; "
+    "whether it still computes the spec in its metadata, smoothl1-deploy verify says"
+)
 
 
 def _drop(model: onnx.ModelProto, *keys: str) -> None:
@@ -42,9 +52,18 @@ def content_hash(model: onnx.ModelProto) -> str:
 
 
 def stamp(
-    model: onnx.ModelProto, spec: LossSpec, route: str, shapes: str, *, served: bool = False
+    model: onnx.ModelProto,
+    spec: LossSpec,
+    route: str,
+    shapes: str,
+    *,
+    served: bool = False,
+    changed: bool = False,
 ) -> None:
-    """Write name, doc string and metadata into `model`, the content hash last."""
+    """Write name, doc string and metadata into `model`, the content hash last.
+
+    A model that something else has changed gets no hash, and so stays known for that.
+    """
     model.graph.name = f"{spec.name}_{route}_{shapes}"
     model.graph.doc_string = (
         f"Smooth L1 loss: beta={spec.beta!r}, reduction={spec.reduction}, dtype={spec.dtype}"
@@ -61,7 +80,8 @@ def stamp(
             **({SERVED: "1"} if served else {}),
         },
     )
-    onnx.helper.set_model_props(model, {**metadata_of(model), HASH: content_hash(model)})
+    if not changed:
+        onnx.helper.set_model_props(model, {**metadata_of(model), HASH: content_hash(model)})
 
 
 def read_route(model: onnx.ModelProto) -> str | None:
@@ -77,25 +97,34 @@ def is_served(model: onnx.ModelProto) -> bool:
 def read_spec(model: onnx.ModelProto) -> LossSpec | None:
     """The spec `model` carries, or None for a model of other origin.
 
+    Of a model that was changed since (`is_changed`) it is what the model ought to compute.
+
     Raises:
-        ArtefactError: when the entry is damaged, or the content no longer fits the hash (a
-            model cut off on its way, for instance, has lost it).
+        ArtefactError: when the entry is damaged.
     """
     properties = metadata_of(model)
     if SPEC not in properties:
         return None
     try:
-        spec = LossSpec.from_dict(json.loads(properties[SPEC]))
+        return LossSpec.from_dict(json.loads(properties[SPEC]))
     except (ValueError, TypeError, AttributeError, RecursionError) as exc:
         kind = "" if isinstance(exc, SpecError) else "damaged "
         raise ArtefactError(f"the model's {kind}metadata entry {SPEC}: {exc}") from exc
-    if properties.get(HASH) != content_hash(model):
-        raise ArtefactError(
-            "the model was changed after it was exported: its content does not match its own "
-            f"metadata entry {HASH}, or has lost that entry. Export it again, or delete the "
-            "smoothl1_deploy.* metadata entries to treat it as a model of your own"
-        )
-    return spec
+
+
+def is_changed(model: onnx.ModelProto) -> bool:
+    """Whether `model` carries a spec and its content is no longer what was exported with it.
+
+    A model cut off on its way, for instance, has lost its hash.
+    """
+    properties = metadata_of(model)
+    return SPEC in properties and properties.get(HASH) != content_hash(model)
+
+
+def warn_if_changed(model: onnx.ModelProto) -> None:
+    """Warn the caller of the public function that calls this of a model that was changed."""
+    if is_changed(model):
+        warnings.warn(CHANGED, ChangedModelWarning, stacklevel=3)
 
 
 def forget_spec(model: onnx.ModelProto) -> None:

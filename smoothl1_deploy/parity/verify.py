@@ -13,6 +13,7 @@ from ..artefact import ModelSource, Signature, read_model, select_ports, sha256
 from ..backends.base import Runner, get_backend
 from ..environment import environment
 from ..errors import ArtefactError, SmoothL1DeployError, UnsupportedError, require
+from ..graph.metadata import is_changed, warn_if_changed
 from ..spec import LossSpec
 from .artefact_drift import DriftPoint, artefact_drift
 from .cases import LAYOUTS, Case, CaseResult, References, check
@@ -43,6 +44,7 @@ class Verification:
         drift: the error of a reduction by size; empty for `none`, and for fixed shapes.
         diagnoses: what is wrong, the likeliest first; empty where every case is green.
         remarks: faults that the graph has and no answer shows.
+        changed: whether something else has changed the model since it was exported.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Verification:
     drift: tuple[DriftPoint, ...] = ()
     diagnoses: tuple[Diagnosis, ...] = ()
     remarks: tuple[Diagnosis, ...] = ()
+    changed: bool = False
 
     def __bool__(self) -> bool:
         return not self.failures
@@ -71,6 +74,7 @@ class Verification:
             "ok": bool(self),
             "name": self.name,
             "sha256": self.sha256,
+            "changed": self.changed,
             "spec": self.spec.to_dict(),
             "backend": self.backend,
             "seed": self.seed,
@@ -127,7 +131,10 @@ def _checked(runner: Runner, spec: LossSpec, case: Case, accumulator: str | None
 
 def _check_ports(signature: Signature, spec: LossSpec) -> None:
     if signature.input.dtype != spec.dtype:
-        raise ArtefactError(f"the model takes {signature.input.dtype}, the spec says {spec.dtype}")
+        raise ArtefactError(
+            f"the model takes {signature.input.dtype}, the spec says {spec.dtype}; give the spec "
+            f"of what the model computes, on the command line --dtype {signature.input.dtype}"
+        )
     if set(signature.inputs) != set(spec.inputs):
         raise ArtefactError(
             f"the model takes {', '.join(signature.inputs)}, the spec {', '.join(spec.inputs)}; "
@@ -151,6 +158,9 @@ def verify(
 ) -> Verification:
     """Hold one artefact against PyTorch and the oracle, and say what is wrong where it is red.
 
+    One that something else has changed since it was exported is held against the spec in its
+    metadata as well, with a `ChangedModelWarning`.
+
     Args:
         model: an `onnx.ModelProto`, its bytes, or a path; of this tool's making or anyone's.
         backend: what runs it.
@@ -172,6 +182,7 @@ def verify(
         MissingDependencyError: when torch or the backend is not installed.
     """
     original = read_model(model)
+    warn_if_changed(original)
     require("torch", "torch", "verify, which compares with PyTorch,")
     chosen = get_backend(backend)
     ports = select_ports(original, input_name, target_name, output_name)
@@ -187,7 +198,7 @@ def verify(
     if reason:
         raise UnsupportedError(reason)
     # A bound is proved of our own graphs alone.
-    accumulator = chosen.accumulator if runner.spec is not None else None
+    accumulator = chosen.accumulator if runner.exported else None
     results = tuple(
         _checked(runner, expected, case, accumulator)
         for case in _cases(runner.signature, expected, seed)
@@ -204,13 +215,14 @@ def verify(
         environment(),
         seed,
         points,
+        changed=is_changed(original),
     )
     if not found:
         failures = found.failures
         named = diagnose(runner, expected, failures=failures, drift=points)
         found = replace(found, diagnoses=named)
     # Of our own graphs it is known that they choose by no condition.
-    unseen = choice_at_beta(ports, runner.signature, expected) if runner.spec is None else None
+    unseen = None if runner.exported else choice_at_beta(ports, runner.signature, expected)
     if unseen is None or any(unseen.fault is item.fault for item in found.diagnoses):
         return found
     return replace(found, remarks=(unseen,))

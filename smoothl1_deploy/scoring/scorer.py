@@ -22,7 +22,7 @@ from ..artefact import ModelSource, read_model, select_ports, sha256, signature
 from ..backends.base import get_backend
 from ..errors import InvalidInputError, SpecError
 from ..floats import Array
-from ..graph.metadata import read_spec
+from ..graph.metadata import read_spec, warn_if_changed
 from ..spec import LossSpec
 from .partial import ExactSum, Partial, exact_sum
 
@@ -89,7 +89,9 @@ def make_job(
         if spec is None:
             raise SpecError("give spec=LossSpec(...) or artefact='loss.onnx'")
         return _job_of_spec(spec, backend, threads)
-    model = select_ports(read_model(artefact))
+    read = read_model(artefact)
+    warn_if_changed(read)
+    model = select_ports(read)
     own = read_spec(model)
     if own is None and spec is None:
         raise SpecError(

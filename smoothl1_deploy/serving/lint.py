@@ -14,6 +14,7 @@ from typing import Any
 
 from ..artefact import read_model
 from ..errors import ArtefactError
+from ..graph.metadata import CHANGED, is_changed
 from ..model import Loss
 from ..parity.certificate import CertificateStatus, read_certificate
 from ..tensorrt.sidecar import Sidecar
@@ -176,7 +177,10 @@ class _Visit:
             losses = read_losses(model)
         except ArtefactError as exc:
             remedy = "write the model again with smoothl1-deploy repository"
-            yield Finding(self.name, "changed-model", str(exc), remedy)
+            yield Finding(self.name, "damaged-metadata", str(exc), remedy)
+        if is_changed(model) and read_certificate(path).state != "matches":
+            remedy = f"smoothl1-deploy verify {path} --certificate; a green certificate settles it"
+            yield Finding(self.name, "changed-model", CHANGED, remedy)
         ports = onnx_ports(model)
         yield from check_against_file(self.name, config, ports, losses)
         # Where Triton batches, it holds the rows of the inputs against each other itself.

@@ -21,6 +21,7 @@ from typing import Any
 from ..artefact import ModelSource, read_model, sha256
 from ..errors import ArtefactError, OutputError, SpecError, UnsupportedError
 from ..graph.export import export
+from ..graph.metadata import warn_if_changed
 from ..graph.shapes import Dim
 from ..spec import LossSpec
 from ..tensorrt.engine import Engine, read_verified
@@ -146,10 +147,14 @@ def write_model(
 ) -> tuple[ServedModel, ...]:
     """Write a model, such as one with a loss attached, as a served model.
 
-    Args and errors are those of `write_loss`; the name is that of the file by default.
+    Args and errors are those of `write_loss`; the name is that of the file by default. One that
+    something else has changed since it was exported is written with a `ChangedModelWarning`, and
+    stays known as changed.
     """
     given = model if isinstance(model, (str, os.PathLike)) else None
-    served = serve(read_model(model))
+    read = read_model(model)
+    warn_if_changed(read)
+    served = serve(read)
     name = _checked_name(name or (Path(given).stem if given else served.model.graph.name))
     batch = _batch_size(served, max_batch_size)
     data = served.model.SerializeToString(deterministic=True)

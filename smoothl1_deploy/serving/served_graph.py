@@ -21,7 +21,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ..errors import ArtefactError, UnsupportedError
-from ..graph.metadata import SERVED, is_served, read_route, read_spec, stamp
+from ..graph.metadata import SERVED, is_changed, is_served, read_route, read_spec, stamp
 from ..graph.shapes import Shape, describe
 from ..model import (
     MODEL_ERRORS,
@@ -109,7 +109,8 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
             editor.widen_output(value, dims)
     if spec is not None:
         shape = editor.dims("input")
-        stamp(copy, spec, route or "unknown", f"served_{describe(shape)}", served=True)
+        name, changed = f"served_{describe(shape)}", is_changed(model)
+        stamp(copy, spec, route or "unknown", name, served=True, changed=changed)
     else:
         _note_served(copy)
     try:

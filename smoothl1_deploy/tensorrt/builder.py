@@ -19,7 +19,7 @@ import onnx
 from .. import __version__
 from ..artefact import ModelSource, read_model, sha256
 from ..errors import BuildError, OutputError, SpecError, UnsupportedError
-from ..graph.metadata import read_spec
+from ..graph.metadata import CHANGED, is_changed, read_spec, warn_if_changed
 from ..spec import LossSpec
 from .cache import EngineCache
 from .engine import Engine, write_engine
@@ -53,7 +53,8 @@ def build_engine(
     Args:
         model: an `onnx.ModelProto`, its bytes, or the path of a file; float64 is refused, all
             but casts to it inside the model, as our own reductions accumulate: they become casts
-            to float32, and the sidecar's notes name them.
+            to float32, and the sidecar's notes name them. One that something else has changed
+            since it was exported is built as it is: a `ChangedModelWarning`, and a note too.
         path: where to write the engine; its sidecar goes to `<path>.json`. None writes nothing
             outside the cache.
         flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.
@@ -69,7 +70,7 @@ def build_engine(
         `changed` what differs from the nearest engine of the same graph name that it has.
 
     Raises:
-        ArtefactError: when `model` can't be read, or was changed since it was exported.
+        ArtefactError: when `model` can't be read.
         SpecError: for a profile or option that makes no sense.
         UnsupportedError: for what TensorRT or the flavour can't do faithfully.
         BuildError: when TensorRT refuses; BuildCancelledError, one of them, when it was stopped.
@@ -78,6 +79,7 @@ def build_engine(
     """
     target = _checked_path(path, model)
     loaded = read_model(model)
+    warn_if_changed(loaded)
     spec = read_spec(loaded)
     options = options or BuildOptions()
     if not isinstance(options, BuildOptions):
@@ -165,6 +167,8 @@ def _build(
     data = bytes(memory)
     save_timing_cache(config, options.timing_cache)
     notes = [*parsed.notes, *([unused] if unused else [])]
+    if is_changed(model):
+        notes.append(CHANGED)
     if options.strict_nans is None and "STRICT_NANS" not in flags:
         notes.append(f"{flavour} has no STRICT_NANS: it may reorder operations on NaN")
     if options.strip_plan:

@@ -19,6 +19,7 @@ from smoothl1_deploy.backends import base
 from smoothl1_deploy.backends.base import BACKENDS, get_backend, load
 from smoothl1_deploy.errors import (
     ArtefactError,
+    ChangedModelWarning,
     InvalidInputError,
     MissingDependencyError,
     SpecError,
@@ -88,15 +89,51 @@ def test_load_takes_a_model_bytes_and_a_path(backend: str, tmp_path: Path) -> No
 
 
 @every_backend
-def test_load_refuses_a_damaged_file_and_a_changed_model(backend: str, tmp_path: Path) -> None:
+def test_load_refuses_a_damaged_file(backend: str, tmp_path: Path) -> None:
     path = tmp_path / "loss.onnx"
     path.write_bytes(b"not a model")
     with pytest.raises(ArtefactError, match="it is damaged, or of another format"):
         load(path, backend)
+
+
+@pytest.mark.parametrize("backend", ["ort-cpu", "onnx-reference"])
+def test_of_a_changed_model_its_own_graph_runs_at_every_size(backend: str) -> None:
+    """And not a graph made from the spec in its metadata, which it may no longer compute."""
+    spec = LossSpec(0.5, "sum")
+    model = export(spec)
+    model.graph.node[0].attribute[0].f = 2.0
+    for size in (3, 1 << 18):
+        with pytest.warns(ChangedModelWarning, match="changed by something else after"):
+            runner = load(model, backend)
+        a, b = pair(spec, (size,))
+        assert_right(LossSpec(2.0, "sum"), runner.run(a, b)["loss"], a, b)
+
+
+def test_torch_refuses_a_changed_model_whose_graph_it_would_not_run() -> None:
     model = export(LossSpec(0.5))
     model.graph.node[0].attribute[0].f = 2.0
-    with pytest.raises(ArtefactError, match="the model was changed after it was exported"):
-        load(model, backend)
+    with (
+        pytest.warns(ChangedModelWarning),
+        pytest.raises(ArtefactError, match="this model was changed since it was exported: its "),
+    ):
+        load(model, "torch")
+
+
+def test_a_changed_model_that_answers_in_another_shape_than_its_spec_s_is_no_crash() -> None:
+    """bfloat16 results are written to memory of the shape that the spec promises."""
+    model = export(LossSpec(0.5, "none", "bfloat16"), "inlined", shape=("N",))
+    onnx.helper.set_model_props(
+        model,
+        {
+            **{entry.key: entry.value for entry in model.metadata_props},
+            "smoothl1_deploy.spec": '{"dtype": "bfloat16", "reduction": "sum"}',
+        },
+    )
+    with pytest.warns(ChangedModelWarning):
+        runner = load(model)
+    a, b = pair(LossSpec(dtype="bfloat16"), (5,))
+    with pytest.raises(InvalidInputError, match="ONNX Runtime refused"):
+        runner.run(a, b)
 
 
 def test_torch_refuses_a_model_without_a_spec() -> None:

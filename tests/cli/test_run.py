@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from conftest_cli import Done, model
 
@@ -299,6 +300,19 @@ def test_a_truncated_model(cli: Callable[..., Done], pair: Pair) -> None:
     done = cli("run", "loss.onnx", *FILES)
     assert done.code == 2
     assert "loss.onnx" in done.err
+
+
+def test_a_model_that_something_else_has_changed_runs_with_one_note(
+    cli: Callable[..., Done], pair: Pair
+) -> None:
+    path = model(beta=0.5)
+    changed = onnx.load(path)
+    changed.producer_name = "an optimiser"
+    onnx.save(changed, path)
+    done = cli("run", path, *FILES)
+    assert done.code == 0
+    assert done.out == cli("run", model("as_it_was.onnx", beta=0.5), *FILES).out
+    assert done.err.count("note: the model was changed by something else after") == 1
 
 
 def test_an_unknown_backend(cli: Callable[..., Done], pair: Pair) -> None:

@@ -74,6 +74,38 @@ def test_a_stranger_s_model_is_given_every_field_of_its_spec(
     assert "takes float32, the spec says float16" in capsys.readouterr().err
 
 
+def test_a_model_that_something_else_has_changed(
+    model: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """It is held against the spec in its metadata, or one of the options, with one note."""
+    proto = onnx.load(model)
+    proto.producer_name = "an optimiser"
+    onnx.save(proto, model)
+    assert main(["verify", str(model), "--no-drift", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["changed"] is True
+    assert err.count("note: the model was changed by something else after smoothl1-deploy") == 1
+    assert ".py" not in err  # no line of source, as Python shows a warning
+    options = ["--beta", "0.25", "--reduction", "mean", "--no-drift"]
+    assert main(["verify", str(model), *options]) == 1
+    assert "wrong beta" in capsys.readouterr().out
+
+
+def test_a_changed_model_of_another_dtype_is_held_against_that_by_an_option(
+    model: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A converter leaves the metadata as they were."""
+    proto = export(LossSpec(0.5, dtype="float16"), "inlined", ("N", 4))
+    onnx.helper.set_model_props(
+        proto, {entry.key: entry.value for entry in onnx.load(model).metadata_props}
+    )
+    onnx.save(proto, model)
+    assert main(["verify", str(model)]) == 2
+    message = "the model takes float16, the spec says float32; give the spec of what the model com"
+    assert message in capsys.readouterr().err
+    assert main(["verify", str(model), "--dtype", "float16", "--no-drift"]) == 0
+
+
 _WITH_A_GRADIENT = """<ir_version: 10, opset_import: ["" : 18]>
 g (float[N,4] pred, float[N,4] gt) => (float[N,4] loss, float[N,4] grad_input) {{
     high = Constant<value_float=1.0>() low = Neg(high) half = Constant<value_float=0.5>()

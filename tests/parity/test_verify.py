@@ -20,7 +20,7 @@ from rich.table import Table
 from smoothl1_deploy import LossSpec, export, verify
 from smoothl1_deploy.artefact import select_ports, signature
 from smoothl1_deploy.backends.base import load
-from smoothl1_deploy.errors import ArtefactError
+from smoothl1_deploy.errors import ArtefactError, ChangedModelWarning
 from smoothl1_deploy.parity import artefact_drift as drift_module
 from smoothl1_deploy.parity.artefact_drift import FAMILIES, SIZES, artefact_drift, drift_table
 from smoothl1_deploy.parity.bounds import bound
@@ -266,11 +266,36 @@ def test_our_own_artefact_is_taken_by_its_names() -> None:
         select_ports(model, output_name="grad_input")
 
 
-def test_an_artefact_that_was_changed_is_not_excused_by_a_name() -> None:
+def test_a_changed_artefact_is_held_against_the_spec_in_its_metadata() -> None:
+    model = export(LossSpec(0.5), "inlined", shape=("N",))
+    assert not verify(model, drift=False).changed
+    model.graph.name = "optimised"
+    with pytest.warns(ChangedModelWarning, match="changed by something else after"):
+        found = verify(model, drift=False)
+    assert found and found.changed and found.to_dict()["changed"] is True
+    assert found.spec == LossSpec(0.5)
+    half = next(node for node in model.graph.node if node.op_type == "Abs")
+    half.op_type = "Neg"
+    with pytest.warns(ChangedModelWarning):
+        assert not verify(model, drift=False)
+
+
+def test_a_changed_artefact_is_held_to_no_bound_that_is_proved_of_exported_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drift_module, "SIZES", (1 << 10,))
+    model = export(LossSpec(0.5), shape=("N",))
+    assert all(point.result.verdict.bound is not None for point in verify(model).drift)
+    model.doc_string = "optimised"
+    with pytest.warns(ChangedModelWarning):
+        assert all(point.result.verdict.bound is None for point in verify(model).drift)
+
+
+def test_the_ports_of_a_changed_artefact_are_chosen_like_anyone_s() -> None:
     model = export(LossSpec(0.5), "inlined", shape=("N",))
     model.graph.output.append(model.graph.input[0])
-    with pytest.raises(ArtefactError, match="changed after it was exported"):
-        select_ports(model, output_name="loss")
+    chosen = select_ports(model, output_name="loss")
+    assert [value.name for value in chosen.graph.output] == ["loss"]
 
 
 @pytest.mark.parametrize(

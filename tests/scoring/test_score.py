@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 from conftest_cli import Done, spawn
 from hypothesis import given
@@ -257,8 +259,6 @@ def test_what_is_missing_is_said_with_its_command(
 
 
 def test_a_model_of_other_origin(cli: Callable[..., Done], saved: Pair) -> None:
-    import onnx
-
     text = """<ir_version: 8, opset_import: ["" : 18]> g (float[N, 3] y, float[N, 3] y_true)
     => (float l) { d = Sub(y, y_true) a = Abs(d) l = ReduceMean<keepdims=0>(a) }"""
     onnx.save(onnx.parser.parse_model(text), "l1.onnx")
@@ -270,6 +270,19 @@ def test_a_model_of_other_origin(cli: Callable[..., Done], saved: Pair) -> None:
     assert found["loss"] == pytest.approx(np.abs(saved[0] - saved[1]).mean(dtype=float), rel=1e-6)
     done = cli("score", *FILES, "--model", "l1.onnx", "--reduction", "sum", "--per-sample")
     assert done.code == 2 and "its metadata or the given reduction is wrong" in done.err
+
+
+def test_a_changed_artefact_is_scored_as_it_is_with_a_note(
+    cli: Callable[..., Done], saved: Pair
+) -> None:
+    model = export(LossSpec(0.5, "sum"), shape=("N", 3))
+    model.graph.node[0].attribute[0].f = 0.0  # its metadata still say 0.5
+    onnx.save(model, "changed.onnx")
+    done = cli("score", *FILES, "--model", "changed.onnx", "--json")
+    assert "note: the model was changed by something else after" in done.err
+    assert json.loads(done.out)["loss"] == pytest.approx(
+        np.abs(saved[0] - saved[1]).sum(dtype=float)
+    )
 
 
 def test_a_model_that_is_asked_for_what_it_is_not(cli: Callable[..., Done], saved: Pair) -> None:

@@ -129,6 +129,13 @@ def changed(root: Path) -> None:
     onnx.save(model, path)
 
 
+def damaged_metadata(root: Path) -> None:
+    path = root / "mean" / "1" / "model.onnx"
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {"smoothl1_deploy.spec": "{"})
+    onnx.save(model, path)
+
+
 def certificate(model: str, verdict: str = "green") -> Callable[[Path], None]:
     def write(root: Path) -> None:
         from smoothl1_deploy import verify
@@ -285,7 +292,12 @@ FAULTS = {
     "a graph that was changed": (
         changed,
         "changed-model",
-        "the model was changed after it was exported",
+        "the model was changed by something else after",
+    ),
+    "metadata that can't be read": (
+        damaged_metadata,
+        "damaged-metadata",
+        "damaged metadata entry smoothl1_deploy.spec",
     ),
     "a certificate of another file": (
         certificate("mean", "stale"),
@@ -303,6 +315,13 @@ FAULTS = {
         "cases were red on",
     ),
 }
+
+
+@pytest.mark.filterwarnings("ignore::smoothl1_deploy.errors.ChangedModelWarning")
+def test_a_graph_that_was_changed_is_settled_by_a_green_certificate(repository: Path) -> None:
+    changed(repository)
+    certificate("mean")(repository)
+    assert lint(repository)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -10,9 +10,16 @@ from typing import Any
 import onnx
 import pytest
 
-from smoothl1_deploy import LossSpec
+from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.artefact import sha256
-from smoothl1_deploy.errors import ArtefactError, OutputError, SpecError, UnsupportedError
+from smoothl1_deploy.errors import (
+    ArtefactError,
+    ChangedModelWarning,
+    OutputError,
+    SpecError,
+    UnsupportedError,
+)
+from smoothl1_deploy.graph.metadata import is_changed, is_served, read_spec
 from smoothl1_deploy.serving import repository
 from smoothl1_deploy.serving.repository import write_loss, write_model
 
@@ -209,8 +216,16 @@ def test_an_engine_of_another_graph(tmp_path: Path) -> None:
 
 
 def test_a_model_from_a_file_has_its_name(tmp_path: Path) -> None:
-    from smoothl1_deploy import export
-
     onnx.save(export(LossSpec(), shape=("N", 4)), tmp_path / "mine.onnx")
     (written,) = write_model(tmp_path / "models", tmp_path / "mine.onnx")
     assert written.name == "mine"
+
+
+def test_a_changed_model_stays_known_as_changed(tmp_path: Path) -> None:
+    """A fresh hash would say that this tool exported the graph."""
+    model = export(LossSpec(0.5), shape=("N", 4))
+    model.graph.node[0].attribute[0].f = 0.25
+    with pytest.warns(ChangedModelWarning, match="changed by something else after"):
+        (written,) = write_model(tmp_path / "models", model, name="mine")
+    served = onnx.load(written.file)
+    assert (read_spec(served), is_changed(served), is_served(served)) == (LossSpec(0.5), True, True)

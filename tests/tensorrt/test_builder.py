@@ -15,12 +15,13 @@ import smoothl1_deploy
 from smoothl1_deploy import LossSpec, build_engine, export
 from smoothl1_deploy.artefact import sha256
 from smoothl1_deploy.errors import (
-    ArtefactError,
     BuildError,
+    ChangedModelWarning,
     OutputError,
     SpecError,
     UnsupportedError,
 )
+from smoothl1_deploy.graph.metadata import CHANGED
 from smoothl1_deploy.tensorrt import builder, progress
 from smoothl1_deploy.tensorrt.engine import read_engine
 from smoothl1_deploy.tensorrt.gpu import current_gpu
@@ -155,11 +156,13 @@ def test_a_bad_path_is_refused_before_the_build(rtx, mean_model, tmp_path, name,
         build_engine(mean_model, tmp_path / name, rtx)
 
 
-def test_a_changed_model_is_refused(rtx):
+def test_a_changed_model_is_built_as_it_is_and_the_sidecar_says_so(rtx, mean_model):
     model = export(LossSpec(), shape=("N",))
     model.graph.node[0].attribute[0].f = 0.75
-    with pytest.raises(ArtefactError, match="was changed after it was exported"):
-        build_engine(model, flavour=rtx)
+    with pytest.warns(ChangedModelWarning, match="was changed by something else after"):
+        built = build_engine(model, flavour=rtx)
+    assert CHANGED in built.sidecar.notes
+    assert CHANGED not in build_engine(mean_model, flavour=rtx).sidecar.notes
 
 
 def test_a_bad_profile_is_refused(rtx, mean_model):
