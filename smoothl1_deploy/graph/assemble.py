@@ -24,7 +24,9 @@ class Assembly:
 
     Case 1: computed in float32, beta a number: the element losses are one node `SmoothL1Loss` with
         an attribute.
-    Case 2: beta an input, or float64: the terms, with the scalars as tensors.
+    Case 2: beta an input, float64, or nodes that are to be inlined: the terms, with the scalars as
+        tensors. Inlined, an attribute becomes a Constant whose number is no tensor, which others
+        read in another dtype or leave in its own (onnxslim 0.1.98, the float16 converters).
 
     Args:
         spec: what to compute.
@@ -36,6 +38,7 @@ class Assembly:
         partial: end with the sum of the element losses in float64, `loss`, and that of the
             weights a mean divides by, `weight_total`. The gradient of a mean is divided by
             `count`, float64 and rank 0. `tensors` then names these too.
+        inlined: whether the functions are going to be inlined.
 
     Attributes:
         nodes: in topological order.
@@ -50,6 +53,7 @@ class Assembly:
         summed_axes: tuple[int, ...] | None = None,
         prefix: str = "",
         partial: bool = False,
+        inlined: bool = False,
     ) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.used: list[str] = []
@@ -57,6 +61,7 @@ class Assembly:
         self._tensors = tensors
         self._prefix = prefix
         self._partial = partial
+        self._inlined = inlined
         self._element = ELEMENT_TYPE[spec.compute_dtype]
         self._sum = ("Compensated" if spec.dtype == "float64" else "Wide") + (
             "Row" if spec.per_sample else ""
@@ -108,8 +113,11 @@ class Assembly:
             if spec.dtype == "float64":
                 scalars = [self._cast(name) for name in scalars]
             return [scalars[0], self._constant("half", 0.5, self._element), scalars[1]]
-        if self._element == TensorProto.DOUBLE:
-            return [self._constant(n, value) for n, value in loss_scalars(spec.effective_beta)]
+        if self._element == TensorProto.DOUBLE or self._inlined:
+            return [
+                self._constant(name, value, self._element)
+                for name, value in loss_scalars(spec.effective_beta)
+            ]
         return None
 
     def _losses(self) -> str:
@@ -126,7 +134,8 @@ class Assembly:
         weight = self._data["weight"]
         if spec.reduction != "none":  # a product may leave the range of float32, and its mean not
             losses, weight = self._double(losses), self._double(weight)
-        return self._add("Mul", [losses, weight], "weighted")
+        # A function, since quantisers leave those alone and would quantise a Mul of float32.
+        return self._call("Weighted", [losses, weight], "weighted")
 
     def _rounded(self, result: str, element: int, output: str) -> None:
         """`result`, which the last node gives as an `element`, as the output: rounded once."""

@@ -115,6 +115,7 @@ def attach(
             "model computes; name another tensor, or a new input"
         )
     target_shape = check_shape(target_shape, "target_shape")
+    inlined = str(route) == "inlined"
     while True:
         grafted = onnx.ModelProto()
         grafted.CopyFrom(model)
@@ -122,7 +123,7 @@ def attach(
         try:
             graft = _Graft(grafted, prediction, spec)
             roles = graft.roles(target, target_shape, weight)
-            functions = graft.add(roles, loss_name, only_loss)
+            functions = graft.add(roles, loss_name, only_loss, inlined)
             break
         except OldOpsetError as old:  # which opset it has to be, only the finished loss tells
             if not convert_opset:
@@ -130,7 +131,7 @@ def attach(
             model = converted(model, old.needed)
     if graft.contradiction is not None:
         warnings.warn(graft.contradiction, stacklevel=2)
-    if route == "inlined":
+    if inlined:
         check_parsed(grafted, "the route 'inlined'")
         names = [(function.domain, function.name) for function in functions]
         grafted = onnx.inliner.inline_selected_functions(grafted, names)
@@ -336,7 +337,7 @@ class _Graft:
         return free
 
     def add(
-        self, roles: dict[str, Tensor], loss_name: str, only_loss: bool
+        self, roles: dict[str, Tensor], loss_name: str, only_loss: bool, inlined: bool
     ) -> list[onnx.FunctionProto]:
         """Append nodes, functions, inputs and outputs; gives the functions."""
         from . import functions as f
@@ -362,7 +363,9 @@ class _Graft:
             outputs["grad_input"] = self._free("grad_input")
         summed = summed_axes(*(tensor.certain for tensor in roles.values()))
         prefix = self._free_prefix(outputs["loss"])
-        assembly = Assembly(spec, {**names, **outputs}, summed_axes=summed, prefix=prefix)
+        assembly = Assembly(
+            spec, {**names, **outputs}, summed_axes=summed, prefix=prefix, inlined=inlined
+        )
         functions = function_closure(assembly.used)
         check_opset(self.model, functions, assembly.nodes)
         add_functions(self.model, functions)

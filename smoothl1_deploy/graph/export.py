@@ -65,7 +65,7 @@ def export(
 
         model = torch_model(spec, shapes["input"], shapes["target"])
     else:
-        model = _function_model(spec, shapes)
+        model = _function_model(spec, shapes, inlined=route == "inlined")
         if route == "inlined":
             from .plain import inline
 
@@ -118,13 +118,15 @@ def _shapes(
     return {**shapes, "loss": loss, "grad_output": loss, "grad_input": shape}
 
 
-def _function_model(spec: LossSpec, shapes: dict[str, Shape | None]) -> onnx.ModelProto:
+def _function_model(
+    spec: LossSpec, shapes: dict[str, Shape | None], *, inlined: bool
+) -> onnx.ModelProto:
     """The assembly as a graph of its own, every tensor called what the spec calls it."""
     from .assemble import Assembly, model_of  # onnxscript takes most of a second
 
     names = {name: name for name in (*spec.inputs, *spec.outputs)}
     given = [shapes[name] for name in ("input", "target", "weight") if name in spec.inputs]
-    assembly = Assembly(spec, names, summed_axes=summed_axes(*given))
+    assembly = Assembly(spec, names, summed_axes=summed_axes(*given), inlined=inlined)
 
     def value(name: str) -> onnx.ValueInfoProto:
         element = TensorProto.FLOAT if name == "beta" else ELEMENT_TYPE[spec.dtype]

@@ -49,6 +49,7 @@ __all__ = [
     "SmoothL1Loss",
     "SmoothL1LossTerms",
     "SmoothL1SlopeTerms",
+    "Weighted",
     "WideMean",
     "WideRowMean",
     "WideRowSum",
@@ -95,6 +96,12 @@ def HuberLossTerms(input: T, target: T, delta: T, half: T, shrink: T, slope: T) 
     beyond = op.Sub(difference, core)
     linear = op.Mul(op.Mul(shrink, op.Abs(beyond)), slope)
     return op.Add(linear, op.Mul(op.Mul(half, core), core))
+
+
+@script(_domain)
+def Weighted(losses: T, weight: T) -> T:
+    """The losses times their weight, which broadcasts with them."""
+    return op.Mul(losses, weight)
 
 
 @script(_domain)
@@ -308,6 +315,7 @@ FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
         SmoothL1Loss,
         SmoothL1LossTerms,
         SmoothL1SlopeTerms,
+        Weighted,
         WideMean,
         WideRowMean,
         WideRowSum,

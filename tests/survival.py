@@ -1,0 +1,661 @@
+"""What is left of the number when other tools have had the file: scripts/survival.
+
+Each of our files goes through each tool, by its own documented entry and with its defaults, and
+what comes out is run by ONNX Runtime on every input family. A loss is the same where the rule of
+parity holds against PyTorch and the oracle; the loss of an attached model is held against the
+prediction that the same run gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from smoothl1_deploy import LossSpec, attach, export
+from smoothl1_deploy.floats import NUMPY_DTYPE, Array, dtype_name
+from smoothl1_deploy.graph.elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE
+from smoothl1_deploy.parity.cases import Case
+from smoothl1_deploy.parity.compare import compare
+from smoothl1_deploy.parity.families import FAMILIES
+from smoothl1_deploy.reference.module import eager_outputs
+from smoothl1_deploy.reference.oracle import oracle, oracle_gradient
+from smoothl1_deploy.spec import DTYPES
+
+ROUTES = ("function", "inlined", "torch", "attach function", "attach inlined")
+
+#: What is asked of a spec, besides its dtype.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {"reduction": "none"},
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "per sample": {"per_sample": True},
+    "gradient": {"gradient": True},
+    "gradient per sample": {"gradient": True, "per_sample": True},
+    "weight": {"weight": "count"},
+    "unreduced weight": {"weight": "count", "reduction": "none"},
+    "weighted mean": {"weight": "weights"},
+    "run-time beta": {"runtime_beta": True},
+}
+_OF_TORCH = ("none", "mean", "sum")  # what the torch route can export
+
+_BETA = 0.5
+_COLUMNS = 16
+_ROWS = 64
+_MANY = 1 << 16  # rows of the large case, where a sum in float32 shows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of our files."""
+
+    route: str
+    variant: str
+    dtype: str
+
+    @property
+    def attached(self) -> bool:
+        return self.route.startswith("attach")
+
+    @property
+    def spec(self) -> LossSpec:
+        given = VARIANTS[self.variant]
+        beta = {} if given.get("runtime_beta") else {"beta": _BETA}
+        return LossSpec(dtype=self.dtype, **beta, **given)
+
+    def model(self) -> onnx.ModelProto:
+        if not self.attached:
+            return export(self.spec, self.route, ("N", _COLUMNS))
+        kinds = {"target": "target", **({"weight": "weight"} if self.spec.weight else {})}
+        return attach(host(self.dtype), "y", spec=self.spec, route=self.route.split()[1], **kinds)
+
+
+_HOST = ("linear", "narrow")  # the nodes of the model that a loss is attached to
+
+
+def host(dtype: str) -> onnx.ModelProto:
+    """A linear layer in float32, its output in `dtype`; its weights leave every number as it is."""
+    element, value = ELEMENT_TYPE[dtype], helper.make_tensor_value_info
+    narrow = [helper.make_node("Cast", ["h"], ["y"], "narrow", to=element)]
+    weights = numpy_helper.from_array(np.eye(_COLUMNS, dtype=np.float32), "w")
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["y" if dtype == "float32" else "h"], "linear"),
+            *(narrow if dtype != "float32" else []),
+        ],
+        "host",
+        [value("x", TensorProto.FLOAT, ["N", _COLUMNS])],
+        [value("y", element, ["N", _COLUMNS])],
+        [weights],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def rows() -> Iterator[Row]:
+    """Every file that can be made."""
+    for route, variant, dtype in itertools.product(ROUTES, VARIANTS, DTYPES):
+        if route != "torch" or variant in _OF_TORCH:
+            yield Row(route, variant, dtype)
+
+
+# --- tools -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _files(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = (os.path.join(folder, name) for name in ("before.onnx", "after.onnx"))
+        onnx.save(model, before)
+        yield before, after
+
+
+def _untouched(model: onnx.ModelProto) -> onnx.ModelProto:
+    return model
+
+
+def _onnxscript_optimizer(model: onnx.ModelProto) -> onnx.ModelProto:
+    from onnxscript import optimizer
+
+    return optimizer.optimize(model)
+
+
+def _onnx_ir(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnx_ir
+    from onnx_ir.passes import common
+
+    # Each of them but the one that drops the model's metadata, in turn on what the last left.
+    names = [name for name in common.__all__ if name != "ClearMetadataAndDocStringPass"]
+    ir = onnx_ir.serde.deserialize_model(model)
+    for name in names:
+        ir = getattr(common, name)()(ir).model
+    return onnx_ir.serde.serialize_model(ir)
+
+
+def _onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxsim
+
+    return onnxsim.simplify(model)[0]
+
+
+def _onnxslim(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxslim
+
+    return onnxslim.slim(model)
+
+
+def _onnxoptimizer(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxoptimizer
+
+    return onnxoptimizer.optimize(model)
+
+
+def _ort_saved(model: onnx.ModelProto, level: str) -> onnx.ModelProto:
+    import onnxruntime as ort
+
+    with _files(model) as (before, after):
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = getattr(
+            ort.GraphOptimizationLevel, f"ORT_ENABLE_{level}"
+        )
+        options.optimized_model_filepath = after
+        ort.InferenceSession(before, options, providers=["CPUExecutionProvider"])
+        return onnx.load(after)
+
+
+def _ort_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    return convert_float_to_float16(model)
+
+
+def _common_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    from onnxconverter_common.float16 import convert_float_to_float16
+
+    return convert_float_to_float16(model)
+
+
+def _version(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
+    import onnx.version_converter
+
+    return onnx.version_converter.convert_version(model, version)
+
+
+def _inliner(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnx.inliner
+
+    return onnx.inliner.inline_local_functions(model)
+
+
+def _merged(model: onnx.ModelProto) -> onnx.ModelProto:
+    """With a model in front, whose output becomes the first input."""
+    import onnx.compose
+
+    first, element = model.graph.input[0].name, model.graph.input[0].type.tensor_type.elem_type
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["front_x"], ["front_y"], "front")],
+        "front",
+        [value("front_x", element, ["N", _COLUMNS])],
+        [value("front_y", element, ["N", _COLUMNS])],
+    )
+    opset = next(entry for entry in model.opset_import if not entry.domain)
+    front = helper.make_model(graph, opset_imports=[opset], ir_version=model.ir_version)
+    return onnx.compose.merge_models(front, model, io_map=[("front_y", first)])
+
+
+def _quantize_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
+    from onnxruntime.quantization import quantize_dynamic
+
+    with _files(model) as (before, after):
+        quantize_dynamic(before, after)
+        return onnx.load(after)
+
+
+def _quantize_static(model: onnx.ModelProto) -> onnx.ModelProto:
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            rng = np.random.default_rng(0)
+            self.batches = [_some_feeds(model, rng) for _ in range(4)]
+
+        def get_next(self) -> dict[str, Array] | None:
+            return self.batches.pop() if self.batches else None
+
+    # It takes plain operators of a loss for a part of the network, as it must: whoever attached
+    # them by `inlined` excludes them. Nodes of local functions it leaves alone by itself.
+    own = () if model.functions else [n.name for n in model.graph.node if n.name not in _HOST]
+    with _files(model) as (before, after):
+        quantize_static(before, after, Reader(), nodes_to_exclude=own)
+        return onnx.load(after)
+
+
+def _some_feeds(model: onnx.ModelProto, rng: np.random.Generator) -> dict[str, Array]:
+    feeds = {}
+    for value in model.graph.input:
+        tensor = value.type.tensor_type
+        shape = [dim.dim_value or _ROWS for dim in tensor.shape.dim]
+        dtype = NUMPY_DTYPE[DTYPE_OF_ELEMENT[tensor.elem_type]]
+        feeds[value.name] = np.asarray(rng.normal(size=shape)).astype(dtype)
+    return feeds
+
+
+def _polygraphy(model: onnx.ModelProto) -> onnx.ModelProto:
+    from polygraphy.tools import main
+
+    with _files(model) as (before, after):
+        words = ["polygraphy", "surgeon", "sanitize", "--fold-constants", before, "-o", after]
+        given, sys.argv = sys.argv, words
+        try:
+            main()
+        except SystemExit as exc:
+            if exc.code:
+                raise RuntimeError(f"it ends with {exc.code}") from exc
+        finally:
+            sys.argv = given
+        return onnx.load(after)
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What people run on a file.
+
+    Attributes:
+        name: as docs/compat.md shows it.
+        package: that has it; its version is shown.
+        module: that must be there.
+        run: a model to the changed one.
+        only: a word that the routes it is tried on begin with; empty for every route.
+        narrows: whether it makes float16 of float32: its number is held against the loss in
+            float16, on inputs within that range.
+    """
+
+    name: str
+    package: str
+    module: str
+    run: Callable[[onnx.ModelProto], onnx.ModelProto]
+    only: str = ""
+    narrows: bool = False
+
+
+_NEWEST = 26  # what the ONNX Runtime of constraints.txt reads; it calls later ones unfinished
+
+TOOLS = (
+    Tool("untouched", "onnxruntime", "onnxruntime", _untouched),
+    Tool("onnxscript.optimizer", "onnxscript", "onnxscript", _onnxscript_optimizer),
+    Tool("onnx_ir, every common pass", "onnx-ir", "onnx_ir", _onnx_ir),
+    Tool("onnxsim", "onnxsim", "onnxsim", _onnxsim),
+    Tool("onnxslim", "onnxslim", "onnxslim", _onnxslim),
+    Tool("onnxoptimizer", "onnxoptimizer", "onnxoptimizer", _onnxoptimizer),
+    *(
+        Tool(
+            f"ONNX Runtime's saved model, {level.lower()}",
+            "onnxruntime",
+            "onnxruntime",
+            functools.partial(_ort_saved, level=level),
+        )
+        for level in ("BASIC", "EXTENDED", "ALL")
+    ),
+    Tool(
+        "onnxruntime.transformers.float16",
+        "onnxruntime",
+        "onnxruntime",
+        _ort_float16,
+        narrows=True,
+    ),
+    Tool(
+        "onnxconverter_common.float16",
+        "onnxconverter-common",
+        "onnxconverter_common",
+        _common_float16,
+        narrows=True,
+    ),
+    *(
+        Tool(
+            f"onnx.version_converter to {version}",
+            "onnx",
+            "onnx",
+            functools.partial(_version, version=version),
+        )
+        for version in (17, _NEWEST)
+    ),
+    Tool("onnx.inliner", "onnx", "onnx", _inliner),
+    Tool("onnx.compose.merge_models", "onnx", "onnx", _merged),
+    Tool("quantize_dynamic", "onnxruntime", "onnxruntime", _quantize_dynamic, "attach"),
+    Tool("quantize_static", "onnxruntime", "onnxruntime", _quantize_static, "attach"),
+    Tool("polygraphy surgeon sanitize", "polygraphy", "polygraphy", _polygraphy),
+)
+
+
+# --- the judge -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a file.
+
+    Attributes:
+        status: `same`, `refuses` (the tool by itself), `unloadable` or `wrong`.
+        detail: what was said, or what is wrong.
+        fault: of the tool, where the file can't be loaded for that.
+    """
+
+    status: str
+    detail: str = ""
+    fault: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Nothing here is ours to mend."""
+        return self.status in ("same", "refuses") or bool(self.fault)
+
+    def __str__(self) -> str:
+        """Without what differs from file to file."""
+        if self.fault:
+            return f"unloadable, the tool's own fault: {self.fault}"
+        return self.status + (f": {self.detail}" if self.detail else "")
+
+
+#: Part of a tool's name, what is said of the file it makes, and what the tool does there. Each was
+#: looked up in the tool's source, in the version that docs/compat.md names.
+FAULTS = (
+    (
+        "version_converter",
+        "is not a registered function/op",
+        "it drops every local function of a model",
+    ),
+    (
+        "float16",
+        r"Op \((SmoothL1Loss|SmoothL1LossTerms|BetaDivisor)\) .*ShapeInferenceError",
+        "it does not look into local functions, whose constants stay float32",
+    ),
+    (
+        "onnxconverter_common",
+        r"Type \(tensor\(float16\)\) of output arg .* does not match expected type",
+        "it declares the result of a Cast to float32 to be float16, and leaves the Cast",
+    ),
+)
+
+
+class _Session:
+    """A model in ONNX Runtime, as anyone runs it; bfloat16 goes in and out by address."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        data = model.SerializeToString()
+        self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        self.inputs = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
+        self.outputs = {v.name: v.type.tensor_type.elem_type for v in model.graph.output}
+
+    def run(
+        self, feeds: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Array]:
+        binding = self._session.io_binding()
+        kept, results = [], {}
+        for name, array in feeds.items():
+            array = np.ascontiguousarray(array).reshape(array.shape)
+            kept.append(array)
+            element = self.inputs[name]
+            binding.bind_input(name, "cpu", 0, element, array.shape, array.ctypes.data)
+        for name, element in self.outputs.items():
+            dtype = NUMPY_DTYPE[DTYPE_OF_ELEMENT[element]]
+            results[name] = np.empty(shapes[name], dtype)
+            place = results[name].ctypes.data
+            binding.bind_output(name, "cpu", 0, element, shapes[name], place)
+        self._session.run_with_iobinding(binding)
+        return results
+
+
+#: Families whose numbers, and all that is computed on the way, are within the range of float16.
+_OF_FLOAT16 = ("normal", "quadratic", "linear", "boundary", "zeros")
+
+
+def _cases(row: Row, narrows: bool) -> Iterator[Case]:
+    if narrows:
+        yield from (Case.of(family, "matrix") for family in _OF_FLOAT16)
+        return
+    yield from (Case.of(family, "matrix") for family in FAMILIES)
+    if row.spec.reduction != "none" and not row.spec.per_sample:
+        shape = (_MANY, _COLUMNS)
+        yield Case("constant", "large", shape, shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _references(
+    spec: LossSpec, shape: tuple[int, ...], *data: bytes | None
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """PyTorch's and the exact answer to input, target and weight."""
+    dtype = NUMPY_DTYPE[spec.dtype]
+    arrays = [None if d is None else np.frombuffer(d, dtype).reshape(shape) for d in data]
+    input, target, weight = arrays
+    exact = {"loss": oracle(spec, input, target, weight)}
+    if spec.gradient:
+        exact["grad_input"] = oracle_gradient(spec, input, target, weight)
+    return eager_outputs(spec, input, target, weight), exact
+
+
+def judge(row: Row, model: onnx.ModelProto, narrows: bool = False) -> Outcome:
+    """Load and run a changed file, and hold every output against PyTorch and the oracle."""
+    try:
+        session = _Session(model)
+    except Exception as exc:  # pybind raises a class of its own for each status code
+        return Outcome("unloadable", _first(exc))
+    for case in _cases(row, narrows):
+        try:
+            detail = _check(row, session, case, narrows)
+        except Exception as exc:
+            return Outcome("unloadable", f"when it runs: {_first(exc)}")
+        if detail:
+            return Outcome("wrong", f"{case.family} {case.input_shape}: {detail}")
+    return Outcome("same")
+
+
+def _check(row: Row, session: _Session, case: Case, narrows: bool) -> str:
+    """What is wrong with one case; empty where nothing is."""
+    spec = row.spec
+    number = LossSpec(_BETA, spec.reduction, spec.dtype) if spec.runtime_beta else spec
+    input, target = case.arrays(number)
+    shape = input.shape
+    given = {"input": input, "x": input, "front_x": input, "target": target}
+    if spec.weight:
+        given["weight"] = case.weights(spec)
+    if spec.runtime_beta:
+        given["beta"] = np.asarray(_BETA, np.float32)
+    with np.errstate(over="ignore"):
+        feeds = {
+            name: given[name].astype(NUMPY_DTYPE[DTYPE_OF_ELEMENT[element]])
+            for name, element in session.inputs.items()
+        }
+    loss = shape if spec.reduction == "none" else shape[:1] if spec.per_sample else ()
+    outputs = session.run(feeds, {"y": shape, "grad_input": shape, "loss": loss})
+    compared = outputs["y"] if row.attached else feeds.get("input", feeds.get("front_x"))
+    dtype = dtype_name(outputs["loss"].dtype)
+    if narrows:
+        number = replace(number, dtype=dtype)
+    if dtype != number.dtype:
+        return f"the loss is {dtype}"
+    data = [compared, feeds["target"], feeds.get("weight")]
+    torch, exact = _references(
+        number, shape, *(None if array is None else array.tobytes() for array in data)
+    )
+    for name in exact:
+        verdict = compare(
+            number, outputs[name], torch[name], exact[name], compared, feeds["target"], name
+        )
+        if not verdict.ok:
+            return f"{name}: {verdict.detail}"
+    return ""
+
+
+def _first(exc: Exception) -> str:
+    said = " ".join(str(exc).split()) or type(exc).__name__
+    return said[:400]
+
+
+def survive(tool: Tool, row: Row, data: bytes | None = None) -> Outcome:
+    """One cell of the table; `data` is the row's file, where it is made already."""
+    copy = onnx.load_model_from_string(data or row.model().SerializeToString())
+    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+        warnings.simplefilter("ignore")
+        try:
+            changed = tool.run(copy)
+        except Exception as exc:  # a tool raises what it likes
+            return Outcome("refuses", f"{type(exc).__name__}: {_first(exc)}")
+    found = judge(row, changed, tool.narrows)
+    if found.status == "unloadable":
+        for word, pattern, fault in FAULTS:
+            if word in tool.name and re.search(pattern, found.detail):
+                return replace(found, fault=fault)
+    return found
+
+
+# --- the table -------------------------------------------------------------------------------
+
+_ROOT = Path(__file__).resolve().parent.parent
+_PAGE = _ROOT / "docs" / "compat.md"
+_BEGIN, _END = (
+    "<!-- written by scripts/survival -->\n",
+    "<!-- end of what scripts/survival wrote -->\n",
+)
+
+Found = Mapping[Row, Outcome]
+
+
+def _quiet() -> None:
+    """What libraries print from C++ is nothing to read here."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
+def _every_cell(tool: Tool, files: Mapping[Row, bytes]) -> Found:
+    """In a process of its own, which a tool may end."""
+    found: dict[Row, Outcome] = {}
+    pending = [row for row in files if row.route.startswith(tool.only)]
+    while pending:
+        with ProcessPoolExecutor(1, get_context("spawn"), _quiet) as pool:
+            jobs = [pool.submit(survive, tool, row, files[row]) for row in pending]
+            for row, job in zip(list(pending), jobs, strict=True):
+                try:
+                    found[row] = job.result()
+                except BrokenProcessPool:
+                    found[row] = Outcome("wrong", "it ends the interpreter")
+                pending.remove(row)
+                if found[row].detail == "it ends the interpreter":
+                    break
+    return found
+
+
+def _which(cells: Sequence[Row]) -> str:
+    """Rows of one route in few words: `mean, sum of float32`; empty for all there are."""
+    route = cells[0].route
+    variants = _OF_TORCH if route == "torch" else tuple(VARIANTS)
+    by_dtypes: dict[tuple[str, ...], list[str]] = {}
+    for variant in variants:
+        dtypes = tuple(d for d in DTYPES if Row(route, variant, d) in cells)
+        if dtypes:
+            by_dtypes.setdefault(dtypes, []).append(variant)
+    parts = []
+    for dtypes, some in by_dtypes.items():
+        what = "" if len(some) == len(variants) else ", ".join(some)
+        of = "" if len(dtypes) == len(DTYPES) else ", ".join(dtypes)
+        parts.append(" of ".join(part for part in (what, of) if part))
+    return "; ".join(parts)
+
+
+def table(results: Mapping[str, Found]) -> str:
+    """A Markdown table of tools and routes, equal cells told together in its notes.
+
+    Args:
+        results: name of a tool, as it is to be shown, -> what became of each file.
+    """
+    notes: list[str] = []
+    lines = ["| tool | " + " | ".join(ROUTES) + " |", "| --- |" + " --- |" * len(ROUTES)]
+    for name, found in results.items():
+        shown = []
+        for route in ROUTES:
+            by_text: dict[str, list[Row]] = {}
+            for row, outcome in found.items():
+                if row.route == route:
+                    by_text.setdefault(str(outcome), []).append(row)
+            marks = []
+            for text, some in by_text.items():
+                if text == "same":
+                    continue
+                note = ": ".join(part for part in (_which(some), text) if part)
+                if note not in notes:
+                    notes.append(note)
+                marks.append(f"[{notes.index(note) + 1}]")
+            words = ["same"] * ("same" in by_text) + marks
+            shown.append(", ".join(words) if by_text else "")
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    listed = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    return "\n".join([*lines, "", *listed]).rstrip() + "\n"
+
+
+def missing(tool: Tool) -> bool:
+    """Whether what it lives on is not installed."""
+    return importlib.util.find_spec(tool.module) is None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make the table; write it where every tool was there."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help="words of the tools' names")
+    words = parser.parse_args(arguments).tools
+    chosen = [tool for tool in TOOLS if not words or any(word in tool.name for word in words)]
+    here = [tool for tool in chosen if not missing(tool)]
+    for tool in chosen:
+        if tool not in here:
+            print(f"{tool.name} is missing: pip install -c constraints.txt {tool.package}")
+    files = {row: row.model().SerializeToString() for row in rows()}
+    results: dict[str, Found] = {}
+    for tool in here:
+        version = importlib.metadata.version(tool.package)
+        found = results[f"{tool.name} ({version})"] = _every_cell(tool, files)
+        same = sum(outcome.status == "same" for outcome in found.values())
+        print(f"{tool.name}: {same} of {len(found)} the same", flush=True)
+    text = table(results)
+    if not words and here == chosen:
+        head, _, rest = _PAGE.read_text().partition(_BEGIN)
+        tail = rest.partition(_END)[2]
+        _PAGE.write_text(f"{head}{_BEGIN}\n{text}\n{_END}{tail}")
+        print(f"wrote {_PAGE.relative_to(_ROOT)}")
+    else:
+        print(text)
+    bad = [
+        f"{name}: {row}: {outcome}"
+        for name, found in results.items()
+        for row, outcome in found.items()
+        if not outcome.ok
+    ]
+    print("\n".join(bad) or "nothing is wrong")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
