@@ -537,10 +537,7 @@ def survive(tool: Tool, row: Row, data: bytes | None = None) -> Outcome:
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PAGE = _ROOT / "docs" / "compat.md"
-_BEGIN, _END = (
-    "<!-- written by scripts/survival -->\n",
-    "<!-- end of what scripts/survival wrote -->\n",
-)
+_BEGIN, _END = (f"<!-- {what} scripts/survival -->\n" for what in ("written by", "end of"))
 
 Found = Mapping[Row, Outcome]
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import numpy_helper
 
 from smoothl1_deploy import LossSpec, load
 from smoothl1_deploy.graph.metadata import read_spec
@@ -104,9 +105,9 @@ def test_the_score_tells_digits_from_noise() -> None:
 def test_a_wrong_loss_gets_a_red_certificate(anew: Path, tmp_path: Path) -> None:
     model = onnx.load(anew / AUTOENCODER / "1" / "model.onnx")
     for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.f == np.float32(0.1):
-                attribute.f = 0.2
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            if numpy_helper.to_array(attribute.t).tolist() == float(np.float32(0.1)):
+                attribute.t.CopyFrom(numpy_helper.from_array(np.float32(0.2)))
     path = tmp_path / "model.onnx"
     onnx.save(model, path)
     found, _ = certify_model(path, drift=False)
