@@ -13,9 +13,9 @@ __all__ = [
     "ArtefactError",
     "BackendUnavailableError",
     "BuildError",
-    "ChangedModelWarning",
     "InvalidInputError",
     "MissingDependencyError",
+    "ModelWarning",
     "OutputError",
     "ServerError",
     "SmoothL1DeployError",
@@ -55,10 +55,11 @@ class ArtefactError(SmoothL1DeployError, ValueError):
     """A model, engine or sidecar that can't be read, or that doesn't say what it computes."""
 
 
-class ChangedModelWarning(UserWarning):
-    """A model that this package exported and something else has changed since.
+class ModelWarning(UserWarning):
+    """A model that is used as it is, though something speaks against it.
 
-    It is used as it is; `verify` holds it against the spec in its metadata.
+    It was exported by this package and something else has changed it since, or it declares a shape
+    that its nodes contradict. The command line shows it as a note.
     """
 
 

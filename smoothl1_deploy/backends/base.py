@@ -140,7 +140,7 @@ def load(
     """Load an artefact into a backend.
 
     One that something else has changed since it was exported runs as it is, with a
-    `ChangedModelWarning`.
+    `ModelWarning`.
 
     Args:
         model: an `onnx.ModelProto`, its bytes, or the path of a file; the backend `trt` takes an

@@ -15,16 +15,14 @@ Exit codes:
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import signal
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from ..errors import ChangedModelWarning, SmoothL1DeployError
+from ..errors import SmoothL1DeployError
+from .console import warnings_as_notes
 
 __all__ = ["main"]
 
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _warnings_as_notes():
+        with warnings_as_notes():
             status = _invoke(argv)
         sys.stdout.flush()  # a broken pipe may show only here
         return _interrupted(argv) if status == _INTERRUPTED else status
@@ -72,27 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except Exception as exc:  # whatever is left is a bug, and users get no traceback
         return _report_bug(exc)
-
-
-@contextlib.contextmanager
-def _warnings_as_notes() -> Iterator[None]:
-    """Show each `ChangedModelWarning` as a sentence without a line of source, and once."""
-    told = set[str]()
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", ChangedModelWarning)
-        shown = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *place: Any, **how: Any) -> None:
-            if category is not ChangedModelWarning:
-                shown(message, category, *place, **how)
-            elif str(message) not in told:
-                from .console import print_note
-
-                told.add(str(message))
-                print_note(str(message))
-
-        warnings.showwarning = show
-        yield
 
 
 def _invoke(argv: Sequence[str] | None) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ArtefactError, OutputError, SpecError
-from .console import human_size, print_fields, print_note, warnings_as_notes
+from .console import human_size, print_fields, print_note
 from .export import Gradient, PerSample, RuntimeBeta, Upstream
 
 if TYPE_CHECKING:
@@ -96,19 +96,18 @@ def attach(
         runtime_beta=runtime_beta,
         weight=None if weight is None else normalizer or "count",
     )
-    with warnings_as_notes():
-        grafted = graft(
-            proto,
-            prediction,
-            _operand(target, spec.dtype),
-            spec,
-            weight=None if weight is None else _operand(weight, spec.dtype),
-            target_shape=parse_shape(target_shape, "--target-shape"),
-            loss_name=loss_name,
-            only_loss=only_loss,
-            route=route,
-            convert_opset=convert_opset,
-        )
+    grafted = graft(
+        proto,
+        prediction,
+        _operand(target, spec.dtype),
+        spec,
+        weight=None if weight is None else _operand(weight, spec.dtype),
+        target_shape=parse_shape(target_shape, "--target-shape"),
+        loss_name=loss_name,
+        only_loss=only_loss,
+        route=route,
+        convert_opset=convert_opset,
+    )
     _carry(grafted, model.parent, output.parent)
     _save(grafted, output)
     for role, name in (("target", target), ("weight", weight)):

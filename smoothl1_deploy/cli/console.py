@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..errors import ModelWarning
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -67,12 +69,21 @@ def print_note(message: str) -> None:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """What the package warns its callers of, as remarks on stderr."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    """Each `ModelWarning` is a remark on stderr, and made once; others are Python's to show."""
+    told = set[str]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ModelWarning)
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **how: Any) -> None:
+            if category is not ModelWarning:
+                shown(message, category, *place, **how)
+            elif str(message) not in told:
+                told.add(str(message))
+                print_note(str(message))
+
+        warnings.showwarning = show
         yield
-    for text in dict.fromkeys(str(warning.message) for warning in caught):
-        print_note(text)
 
 
 def print_lines(lines: Iterable[str]) -> None:

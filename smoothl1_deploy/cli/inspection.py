@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArtefactError, ChangedModelWarning, SmoothL1DeployError
+from ..errors import ArtefactError, ModelWarning, SmoothL1DeployError
 
 if TYPE_CHECKING:
     import onnx
@@ -117,9 +117,7 @@ def inspect_model(path: Path) -> Inspection:
     operators = {"graph": dict(Counter(node.op_type for node in graph.node))}
     for function in model.functions:
         operators[function.name] = dict(Counter(node.op_type for node in function.node))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ChangedModelWarning)  # it is noted, once
-        runs = _backends(model)
+    runs = _backends(model)
     runs.update(_flavours(model, operators))
     return Inspection(path, "onnx", facts, operators, runs, tuple(problems))
 
@@ -132,7 +130,7 @@ def _backends(model: onnx.ModelProto) -> dict[str, str | None]:
     for name in BACKENDS:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # it is among the problems
+                warnings.simplefilter("ignore", ModelWarning)  # it is among notes and problems
                 load(model, name)
             runs[name] = None
         except SmoothL1DeployError as exc:

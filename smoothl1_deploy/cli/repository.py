@@ -11,7 +11,7 @@ import typer
 
 from ..errors import SpecError, require
 from ..spec import DTYPES, REDUCTIONS, LossSpec
-from .console import print_fields, print_json, print_lines, print_table, warnings_as_notes
+from .console import print_fields, print_json, print_lines, print_table
 from .export import Gradient, PerSample, RuntimeBeta, Weight, parse_shape
 
 if TYPE_CHECKING:
@@ -193,8 +193,7 @@ def repository(
         "overwrite": overwrite,
     }
     if model is not None:
-        with warnings_as_notes():
-            written = write_model(folder, model, **common)
+        written = write_model(folder, model, **common)
     else:
         axes = parse_shape(_SHAPE if shape is None else shape) or ()
         written = write_loss(folder, loss.spec(), axes, route=route or "inlined", **common)

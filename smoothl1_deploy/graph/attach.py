@@ -14,7 +14,7 @@ import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
 from ..dlpack import as_array
-from ..errors import ArtefactError, SpecError
+from ..errors import ArtefactError, ModelWarning, SpecError
 from ..model import (
     Loss,
     Tensor,
@@ -130,7 +130,7 @@ def attach(
                 raise
             model = converted(model, old.needed)
     if graft.contradiction is not None:
-        warnings.warn(graft.contradiction, stacklevel=2)
+        warnings.warn(graft.contradiction, ModelWarning, stacklevel=2)
     if inlined:
         check_parsed(grafted, "the route 'inlined'")
         names = [(function.domain, function.name) for function in functions]

@@ -9,7 +9,7 @@ import warnings
 import onnx
 
 from .. import __version__
-from ..errors import ArtefactError, ChangedModelWarning, SpecError
+from ..errors import ArtefactError, ModelWarning, SpecError
 from ..model import metadata_of
 from ..spec import LossSpec
 
@@ -124,7 +124,7 @@ def is_changed(model: onnx.ModelProto) -> bool:
 def warn_if_changed(model: onnx.ModelProto) -> None:
     """Warn the caller of the public function that calls this of a model that was changed."""
     if is_changed(model):
-        warnings.warn(CHANGED, ChangedModelWarning, stacklevel=3)
+        warnings.warn(CHANGED, ModelWarning, stacklevel=3)
 
 
 def forget_spec(model: onnx.ModelProto) -> None:

@@ -159,7 +159,7 @@ def verify(
     """Hold one artefact against PyTorch and the oracle, and say what is wrong where it is red.
 
     One that something else has changed since it was exported is held against the spec in its
-    metadata as well, with a `ChangedModelWarning`.
+    metadata as well, with a `ModelWarning`.
 
     Args:
         model: an `onnx.ModelProto`, its bytes, or a path; of this tool's making or anyone's.

@@ -148,7 +148,7 @@ def write_model(
     """Write a model, such as one with a loss attached, as a served model.
 
     Args and errors are those of `write_loss`; the name is that of the file by default. One that
-    something else has changed since it was exported is written with a `ChangedModelWarning`, and
+    something else has changed since it was exported is written with a `ModelWarning`, and
     stays known as changed.
     """
     given = model if isinstance(model, (str, os.PathLike)) else None

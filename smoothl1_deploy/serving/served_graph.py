@@ -20,7 +20,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from ..errors import ArtefactError, UnsupportedError
+from ..errors import ArtefactError, ModelWarning, UnsupportedError
 from ..graph.metadata import SERVED, is_changed, is_served, read_route, read_spec, stamp
 from ..graph.shapes import Shape, describe
 from ..model import (
@@ -90,7 +90,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     copy.CopyFrom(model)
     editor = _Editor(copy)
     if editor.contradiction is not None:
-        warnings.warn(editor.contradiction, stacklevel=2)
+        warnings.warn(editor.contradiction, ModelWarning, stacklevel=2)
     ports = onnx_ports(copy)
     unbatched = why_unbatched(losses, ports) or _rows_alone(ports)
     if done:

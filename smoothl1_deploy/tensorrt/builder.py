@@ -54,7 +54,7 @@ def build_engine(
         model: an `onnx.ModelProto`, its bytes, or the path of a file; float64 is refused, all
             but casts to it inside the model, as our own reductions accumulate: they become casts
             to float32, and the sidecar's notes name them. One that something else has changed
-            since it was exported is built as it is: a `ChangedModelWarning`, and a note too.
+            since it was exported is built as it is: a `ModelWarning`, and a note too.
         path: where to write the engine; its sidecar goes to `<path>.json`. None writes nothing
             outside the cache.
         flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.

@@ -19,9 +19,9 @@ from smoothl1_deploy.backends import base
 from smoothl1_deploy.backends.base import BACKENDS, get_backend, load
 from smoothl1_deploy.errors import (
     ArtefactError,
-    ChangedModelWarning,
     InvalidInputError,
     MissingDependencyError,
+    ModelWarning,
     SpecError,
     UnsupportedError,
 )
@@ -103,7 +103,7 @@ def test_of_a_changed_model_its_own_graph_runs_at_every_size(backend: str) -> No
     model = export(spec)
     model.graph.node[0].attribute[0].f = 2.0
     for size in (3, 1 << 18):
-        with pytest.warns(ChangedModelWarning, match="changed by something else after"):
+        with pytest.warns(ModelWarning, match="changed by something else after"):
             runner = load(model, backend)
         a, b = pair(spec, (size,))
         assert_right(LossSpec(2.0, "sum"), runner.run(a, b)["loss"], a, b)
@@ -113,7 +113,7 @@ def test_torch_refuses_a_changed_model_whose_graph_it_would_not_run() -> None:
     model = export(LossSpec(0.5))
     model.graph.node[0].attribute[0].f = 2.0
     with (
-        pytest.warns(ChangedModelWarning),
+        pytest.warns(ModelWarning),
         pytest.raises(ArtefactError, match="this model was changed since it was exported: its "),
     ):
         load(model, "torch")
@@ -129,7 +129,7 @@ def test_a_changed_model_that_answers_in_another_shape_than_its_spec_s_is_no_cra
             "smoothl1_deploy.spec": '{"dtype": "bfloat16", "reduction": "sum"}',
         },
     )
-    with pytest.warns(ChangedModelWarning):
+    with pytest.warns(ModelWarning):
         runner = load(model)
     a, b = pair(LossSpec(dtype="bfloat16"), (5,))
     with pytest.raises(InvalidInputError, match="ONNX Runtime refused"):

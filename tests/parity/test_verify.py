@@ -20,7 +20,7 @@ from rich.table import Table
 from smoothl1_deploy import LossSpec, export, verify
 from smoothl1_deploy.artefact import select_ports, signature
 from smoothl1_deploy.backends.base import load
-from smoothl1_deploy.errors import ArtefactError, ChangedModelWarning
+from smoothl1_deploy.errors import ArtefactError, ModelWarning
 from smoothl1_deploy.parity import artefact_drift as drift_module
 from smoothl1_deploy.parity.artefact_drift import FAMILIES, SIZES, artefact_drift, drift_table
 from smoothl1_deploy.parity.bounds import bound
@@ -270,13 +270,13 @@ def test_a_changed_artefact_is_held_against_the_spec_in_its_metadata() -> None:
     model = export(LossSpec(0.5), "inlined", shape=("N",))
     assert not verify(model, drift=False).changed
     model.graph.name = "optimised"
-    with pytest.warns(ChangedModelWarning, match="changed by something else after"):
+    with pytest.warns(ModelWarning, match="changed by something else after"):
         found = verify(model, drift=False)
     assert found and found.changed and found.to_dict()["changed"] is True
     assert found.spec == LossSpec(0.5)
     half = next(node for node in model.graph.node if node.op_type == "Abs")
     half.op_type = "Neg"
-    with pytest.warns(ChangedModelWarning):
+    with pytest.warns(ModelWarning):
         assert not verify(model, drift=False)
 
 
@@ -287,7 +287,7 @@ def test_a_changed_artefact_is_held_to_no_bound_that_is_proved_of_exported_ones(
     model = export(LossSpec(0.5), shape=("N",))
     assert all(point.result.verdict.bound is not None for point in verify(model).drift)
     model.doc_string = "optimised"
-    with pytest.warns(ChangedModelWarning):
+    with pytest.warns(ModelWarning):
         assert all(point.result.verdict.bound is None for point in verify(model).drift)
 
 

@@ -317,7 +317,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::smoothl1_deploy.errors.ChangedModelWarning")
+@pytest.mark.filterwarnings("ignore::smoothl1_deploy.errors.ModelWarning")
 def test_a_graph_that_was_changed_is_settled_by_a_green_certificate(repository: Path) -> None:
     changed(repository)
     certificate("mean")(repository)

@@ -14,7 +14,7 @@ from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.artefact import sha256
 from smoothl1_deploy.errors import (
     ArtefactError,
-    ChangedModelWarning,
+    ModelWarning,
     OutputError,
     SpecError,
     UnsupportedError,
@@ -225,7 +225,7 @@ def test_a_changed_model_stays_known_as_changed(tmp_path: Path) -> None:
     """A fresh hash would say that this tool exported the graph."""
     model = export(LossSpec(0.5), shape=("N", 4))
     model.graph.node[0].attribute[0].f = 0.25
-    with pytest.warns(ChangedModelWarning, match="changed by something else after"):
+    with pytest.warns(ModelWarning, match="changed by something else after"):
         (written,) = write_model(tmp_path / "models", model, name="mine")
     served = onnx.load(written.file)
     assert (read_spec(served), is_changed(served), is_served(served)) == (LossSpec(0.5), True, True)

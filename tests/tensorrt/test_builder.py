@@ -16,7 +16,7 @@ from smoothl1_deploy import LossSpec, build_engine, export
 from smoothl1_deploy.artefact import sha256
 from smoothl1_deploy.errors import (
     BuildError,
-    ChangedModelWarning,
+    ModelWarning,
     OutputError,
     SpecError,
     UnsupportedError,
@@ -159,7 +159,7 @@ def test_a_bad_path_is_refused_before_the_build(rtx, mean_model, tmp_path, name,
 def test_a_changed_model_is_built_as_it_is_and_the_sidecar_says_so(rtx, mean_model):
     model = export(LossSpec(), shape=("N",))
     model.graph.node[0].attribute[0].f = 0.75
-    with pytest.warns(ChangedModelWarning, match="was changed by something else after"):
+    with pytest.warns(ModelWarning, match="was changed by something else after"):
         built = build_engine(model, flavour=rtx)
     assert CHANGED in built.sidecar.notes
     assert CHANGED not in build_engine(mean_model, flavour=rtx).sidecar.notes
