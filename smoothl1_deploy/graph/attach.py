@@ -95,7 +95,7 @@ def attach(
             another content, or with more than 2 GB in memory where a step can't take them.
 
     Warns:
-        UserWarning: where the model declares a shape that its nodes contradict; the nodes are
+        ModelWarning: where the model declares a shape that its nodes contradict; the nodes are
             believed, and the result declares what they make.
     """
     if str(route) not in ("function", "inlined"):

@@ -71,7 +71,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
             an upstream gradient.
 
     Warns:
-        UserWarning: where the model declares a shape that its nodes contradict; the served graph
+        ModelWarning: where the model declares a shape that its nodes contradict; the served graph
             declares what they make.
     """
     if model.ByteSize() >= _PROTOBUF_LIMIT:
