@@ -151,7 +151,7 @@ def damaged_models(draw: st.DrawFn) -> onnx.ModelProto:
     model = onnx.ModelProto()
     model.CopyFrom(draw(st.sampled_from(bases())))
     if draw(st.booleans()):
-        forget_spec(model)  # else most are refused at the sight of their hash
+        forget_spec(model)  # a model of other origin
     for _ in range(draw(st.integers(1, 3))):
         _edit(draw, model)
     if draw(st.booleans()) and model.metadata_props:
