@@ -364,13 +364,17 @@ def _hold_a_tensor(constant: onnx.NodeProto) -> None:
 
 
 def function_closure(names: list[str]) -> list[onnx.FunctionProto]:
-    """The functions called `names` and every function they call, callees first."""
+    """The functions called `names` and every function they call, callees first.
+
+    Copies, the caller's own: torch.onnx.export names the tensors of constants it is given.
+    """
     found: dict[str, onnx.FunctionProto] = {}
 
     def visit(name: str) -> None:
         if name in found:
             return
-        proto = _function_proto(name)
+        proto = onnx.FunctionProto()
+        proto.CopyFrom(_function_proto(name))
         for node in proto.node:
             if node.domain == f.DOMAIN:
                 visit(node.op_type)
