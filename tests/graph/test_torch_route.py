@@ -195,7 +195,7 @@ def test_the_translation_table_serves_a_model_of_the_users(beta: float) -> None:
 
 def test_an_export_by_torch_leaves_the_functions_as_they_were() -> None:
     """torch.onnx.export writes names into the constants it is given; other files had them then."""
-    spec = LossSpec(0.5)
+    spec = LossSpec(0.5, per_sample=True)  # whose sums the exporter is given
     before = export(spec).SerializeToString(deterministic=True)
     test_the_translation_table_serves_a_model_of_the_users(0.5)
     assert export(spec).SerializeToString(deterministic=True) == before
