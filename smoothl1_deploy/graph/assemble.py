@@ -193,7 +193,10 @@ class Assembly:
         """In float64 and rounded once: rounded before, terms of either sign that are summed back
         show by cancellation what they lost, and subnormal ones round up to what they aren't.
 
-        Summed before divided: differences may cancel exactly, and their quotients not.
+        Case 1: what flows into each loss is one number. Summed before divided by beta: differences
+            may cancel exactly, and their quotients not.
+        Case 2: weights, or an upstream gradient for each loss or row. In autograd's order, a slope
+            of at most 1 last: nothing over- or underflows that it keeps, in float32 neither.
         """
         spec = self._spec
         beta, shrink, divisor = self._slope_scalars()
@@ -203,45 +206,37 @@ class Assembly:
             half = self._constant("half_of_both", 0.5)
             terms = [self._add("Mul", [x, half], f"{x}_half") for x in terms]
         slope = self._call("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms")
-        if spec.dtype == "float64" and (spec.weight or spec.upstream):
-            slope = self._add("Div", [slope, divisor], "slope_divided")
-            slope = self._add("Mul", [self._flowing_in(losses), slope], "slope")
-            if summed_axes != ():
+        is_summed = summed_axes != ()
+        if spec.weight or (spec.upstream and (spec.per_sample or spec.reduction == "none")):
+            slope = self._add("Div", [slope, divisor], "slope")
+            slope = self._add("Mul", [self._flowing_in(losses), slope], "slope_weighted")
+            if is_summed:
+                slope = self._unless_no_beta(self._summed(slope, summed_axes))
+        else:
+            if is_summed:
                 slope = self._summed(slope, summed_axes)
-                slope = self._unless_no_beta(slope)
-            self._rounded(slope, TensorProto.DOUBLE, "grad_input")
-            return
-        if spec.weight:
-            weight = self._double(self._data["weight"])
-            slope = self._add("Mul", [slope, weight], "slope_weighted")
-        if spec.upstream:
-            slope = self._add("Mul", [slope, self._upstream(losses)], "slope_upstream")
-        count = self._count(losses) if spec.reduction == "mean" else None
-        if count and self._weight_total and spec.per_sample:  # each row has a divisor of its own
-            column = self._call("RowsLike", [count, losses], "weight_column")
-            slope, count = self._add("Div", [slope, column], "slope_mean"), None
-        if summed_axes != ():
-            slope = self._summed(slope, summed_axes)
-            count = count and self._of_something(count, losses)
-        slope = self._add("Div", [slope, divisor], "slope")
-        if count is not None:
-            slope = self._add("Div", [slope, count], "slope_mean")
+            slope = self._add("Div", [slope, divisor], "slope")
+            if spec.upstream or spec.reduction == "mean":
+                scalar = self._flowing_in(losses) if spec.upstream else self._count(losses)
+                scalar = self._of_something(scalar, losses) if is_summed else scalar
+                operator = "Mul" if spec.upstream else "Div"
+                slope = self._add(operator, [slope, scalar], "slope_scaled")
         self._rounded(slope, TensorProto.DOUBLE, "grad_input")
 
     def _flowing_in(self, losses: str) -> str:
-        """What autograd multiplies each slope with, in its order: float64 has no range to spare.
-
-        The upstream gradient over the divisor of a mean, times the weight.
+        """What autograd multiplies each slope with: the upstream gradient over the divisor of a
+        mean, times the weight.
         """
         spec = self._spec
         factor = self._upstream(losses) if spec.upstream else self._constant("one", 1.0)
         if spec.reduction == "mean":
             count = self._count(losses)
-            if self._weight_total and spec.per_sample:
+            if self._weight_total and spec.per_sample:  # each row has a divisor of its own
                 count = self._call("RowsLike", [count, losses], "weight_column")
             factor = self._add("Div", [factor, count], "upstream_mean")
         if spec.weight:
-            factor = self._add("Mul", [self._data["weight"], factor], "upstream_weighted")
+            weight = self._double(self._data["weight"])
+            factor = self._add("Mul", [weight, factor], "upstream_weighted")
         return factor
 
     def _slope_scalars(self) -> tuple[str, str, str]:
@@ -286,12 +281,12 @@ class Assembly:
         is_no_beta = self._add("IsNaN", [self._divisor], f"{summed}_has_no_beta")
         return self._add("Where", [is_no_beta, nan, summed], f"{summed}_or_nan")
 
-    def _of_something(self, count: str, losses: str) -> str:
-        """`count`, or 1 where there are no element losses: their gradients add up to 0."""
+    def _of_something(self, scalar: str, losses: str) -> str:
+        """`scalar`, or 1 where there are no element losses: their gradients add up to 0."""
         size = self._add("Size", [losses], "loss_count")
         is_something = self._add("Cast", [size], "is_something", to=TensorProto.BOOL)
-        one = self._constant("one", 1.0)
-        return self._add("Where", [is_something, count, one], "mean_divisor")
+        one = self._constant("one_of_nothing", 1.0)
+        return self._add("Where", [is_something, scalar, one], "scalar_of_something")
 
     def _upstream(self, losses: str) -> str:
         """`grad_output` in float64, in a shape that broadcasts with the element losses."""
