@@ -98,7 +98,7 @@ def _run_again(model: onnx.ModelProto, case: Case, refs: References, backend: st
         chosen = get_backend(backend, threads=1)
         runner = chosen.load(model)
         accumulator = chosen.accumulator if runner.exported else None
-        beta = refs.spec.effective_beta if "beta" in runner.signature.inputs else None
+        beta = refs.beta if "beta" in runner.signature.inputs else None
         outputs = runner.run(
             refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output
         )
