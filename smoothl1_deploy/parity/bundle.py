@@ -26,6 +26,7 @@ from ..graph.metadata import read_spec
 from ..spec import LossSpec
 from .cases import LAYOUTS, Case, CaseResult, References, check, with_beta
 from .compare import Verdict
+from .draws import Draw
 from .report import Cell, repeat_command
 from .repro_script import repro_script
 
@@ -68,16 +69,16 @@ def _matrix_model(cell: Cell, case: Case) -> onnx.ModelProto:
     """The artefact that the matrix made for a case."""
     from .plan import artefact_axes
 
+    any_rank = get_backend(cell.backend).any_rank
+    if cell.draw is not None:
+        return Draw.of(cell.draw).model(any_rank)
     if case.layout not in LAYOUTS:
         raise ArtefactError(
             f"the case's layout {case.layout!r} is not one of the matrix's "
             f"({', '.join(LAYOUTS)}), so its artefact can't be exported again; give the model"
         )
-    spec = cell.spec
-    axes, target = artefact_axes(cell.route, case.layout, get_backend(cell.backend).any_rank)
-    target = target if target != axes else None
-    weight = target if spec.weight else None
-    return export(spec, cell.route, axes, target_shape=target, weight_shape=weight)
+    axes = artefact_axes(cell.spec, cell.route, case.layout, any_rank)
+    return export(cell.spec, cell.route, **axes)
 
 
 def _stored(array: Array) -> Array:

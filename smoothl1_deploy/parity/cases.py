@@ -29,7 +29,7 @@ __all__ = ["LAYOUTS", "Case", "CaseResult", "Layout", "References", "check", "is
 class Layout:
     """Named shapes, and the axes to export an artefact of fixed rank for them.
 
-    Weights, where a spec has them, are of the target's shape, or of one that the layout is for.
+    Weights, where a spec has them, are of the target's shape (None), or of one of their own.
     """
 
     input: Shape
@@ -291,13 +291,15 @@ def check(
         outputs = {"loss": outputs.get("loss", next(iter(outputs.values())))}
     few = 0 < math.prod(shape) < _ENOUGH
     alike = _torch_alike(case.family, spec.effective_beta, spec.dtype) if few else {}
+    # Weights may be of more axes than the pair: a verdict counts what everything broadcasts to.
+    input = np.broadcast_to(refs.input, shape)
     verdicts = {
         name: compare(
             spec,
             outputs[name],
             refs.torch[name],
             exact,
-            refs.input,
+            input,
             refs.target,
             name,
             proved if name == "loss" else None,

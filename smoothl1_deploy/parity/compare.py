@@ -79,12 +79,18 @@ def _torch_lost_it(
     finite: Array = np.isfinite(input) & np.isfinite(target)
     if spec.reduction != "none" and torch_class.ndim < finite.ndim:
         finite = finite | _overflowed_rows(spec, input, target)
-    if spec.per_sample and not per_element:
-        finite = np.asarray(finite.all(axis=tuple(range(1, finite.ndim))))
-    elif not per_element or finite.shape != torch_class.shape:
-        finite = np.asarray(finite.all())
     not_nan: Array = torch_class != _NAN
-    return np.asarray(not_nan | finite)
+    if per_element:
+        return np.asarray(not_nan | _all_behind(finite, torch_class.shape))
+    first = 1 if spec.per_sample else 0
+    return np.asarray(not_nan | finite.all(axis=tuple(range(first, finite.ndim))))
+
+
+def _all_behind(conditions: Array, shape: tuple[int, ...]) -> Array:
+    """For each element of an array of `shape` that was broadcast: whether all that it met hold."""
+    own = (1,) * (conditions.ndim - len(shape)) + shape
+    axes = tuple(i for i, n in enumerate(own) if n != conditions.shape[i])
+    return np.asarray(conditions.all(axis=axes, keepdims=True)).reshape(shape)
 
 
 def _overflowed_rows(spec: LossSpec, input: Array, target: Array) -> Array:
