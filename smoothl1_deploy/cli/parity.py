@@ -240,13 +240,14 @@ def _show(report: Report) -> None:
     from ..parity.report import repeat_command
     from ..parity.views.terminal import (
         backend_table,
+        draws_table,
         extension_table,
         families_table,
         matrix_table,
     )
 
     console = open_console()
-    for view in (matrix_table, extension_table, backend_table, families_table):
+    for view in (matrix_table, extension_table, backend_table, draws_table, families_table):
         table = view(report)
         if table is not None and table.row_count:
             console.print(table)
@@ -294,7 +295,8 @@ def _write(report: Report, folder: Path, html: bool) -> None:
     print_lines(
         [
             "",
-            f"{summary['cells']} cells, {summary['cases']} cases in {summary['seconds']:.0f} s: "
+            f"{summary['cells']} cells, {summary['draws']} draws, {summary['cases']} cases "
+            f"in {summary['seconds']:.0f} s: "
             f"{summary['red']} red{built if report.builds else ''}",
             f"wrote {', '.join(map(str, paths))}",
         ]

@@ -150,8 +150,11 @@ def write_bundle(
                 "the model does not say what it computes; say it with spec=LossSpec(...)"
             )
     case = result.case
-    number = with_beta(spec, found.beta if isinstance(found, Cell) else spec.beta)
-    refs = References.of(number, case)
+    if isinstance(found, Cell) and found.draw is not None:
+        refs = Draw.of(found.draw).references(case)
+    else:
+        beta = found.beta if isinstance(found, Cell) else spec.beta
+        refs = References.of(with_beta(spec, beta), case)
     again = _run_again(proto, case, refs, backend)
     sample = (again.result and again.result.sample) or result.sample
     output, at = (sample.output, sample.index) if sample else ("loss", None)
@@ -161,7 +164,7 @@ def write_bundle(
     if refs.grad_output is not None:
         arrays["grad_output"] = refs.grad_output
     if spec.runtime_beta:
-        arrays["beta"] = np.asarray(number.effective_beta, np.float32)
+        arrays["beta"] = np.asarray(refs.beta, np.float32)
     if again.outputs:
         arrays["got"] = again.outputs.get(output, next(iter(again.outputs.values())))
     packed = io.BytesIO()
@@ -180,7 +183,8 @@ def write_bundle(
         "environment": environment(),
     }
     script = repro_script(
-        number,
+        refs.spec,
+        refs.beta,
         case,
         signature(proto),
         backend,

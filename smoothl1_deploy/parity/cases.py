@@ -59,6 +59,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "4-d": _same((2, 3, 8, 5), ("N", 3, "H", "W")),
     "broadcast-row": Layout((64, 16), (16,), ("N", 16), (16,)),
     "broadcast-both": Layout((7, 1, 5), (3, 1), ("N", 1, 5), (3, 1)),
+    "broadcast-10^6": Layout((1, 4), (1_000_000, 4), (1, 4), ("N", 4)),
     "weight-column": _weighted((64, 1), ("N", 1)),
     "weight-row": _weighted((16,), (16,)),
     "weight-one": _weighted((1,), (1,)),

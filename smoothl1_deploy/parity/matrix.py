@@ -237,8 +237,7 @@ def run_matrix(
         )
 
     def by_draw(cell: Cell) -> tuple[object, ...]:
-        format = DTYPES.index(cell.spec.dtype)
-        return matrix.backends.index(cell.backend), ROUTES.index(cell.route), format, cell.draw
+        return matrix.backends.index(cell.backend), ROUTES.index(cell.route), cell.draw
 
     return Report(
         tuple(sorted(cells, key=order)),

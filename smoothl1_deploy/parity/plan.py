@@ -63,6 +63,8 @@ EXTENSIONS = (
     LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
 )
 
+#: Whose gradient is summed back over a million rows.
+_TALL = LossSpec(gradient=True)
 #: Layouts by how an artefact meets them. Every family is fed to the first group.
 _FAMILY_LAYOUTS = ("matrix", "odd")
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
@@ -155,8 +157,7 @@ class Matrix:
         if self.draws:
             notes[0] += "; other shapes by the random draws"
             notes.append(
-                f"{self.draws} random combinations of spec, shapes and data; what a backend is "
-                "spared in the grid, it is spared there; none over the wire"
+                f"{self.draws} random combinations of spec, shapes and data, none over the wire"
             )
         narrow = [name for name in _NO_FLOAT64 if name in self.backends]
         if self.extensions and narrow:
@@ -199,6 +200,11 @@ class Matrix:
         else:
             notes.append("layout 2^20: every route on ort-cpu, the function route on the others")
             notes.append("layout 2^24: beta 1, mean, float32, families normal and constant")
+            if self.extensions:
+                notes.append(
+                    "layout broadcast-10^6, a gradient summed back over a million rows: beta 1, "
+                    "mean, the function route on ort-cpu and those with a GPU"
+                )
             if self.engines is not None and self.extensions:
                 notes.append(f"engines of the extensions: beta {self.betas[0]:g} only")
         return (*notes, *self.absent)
@@ -241,7 +247,10 @@ class Unit:
         if is_extended(spec):
             cases = [of(family, "matrix") for family in FAMILIES]
             layouts = (layout for layout in _EXTENSION_LAYOUTS if is_for(spec, layout))
-            return cases + [of("normal", layout) for layout in layouts]
+            cases += [of("normal", layout) for layout in layouts]
+            if spec == replace(_TALL, dtype=self.dtype) and not self.matrix.quick:
+                cases += [of(family, "broadcast-10^6") for family in ("normal", "constant")]
+            return cases
         cases = [of(family, layout) for layout in _FAMILY_LAYOUTS for family in FAMILIES]
         cases += [of("normal", layout) for layout in _SHAPE_LAYOUTS]
         if not self.matrix.quick:
@@ -350,8 +359,10 @@ def is_run(case: Case, route: str, backend: str) -> bool:
     """Whether the layout is among those a route and backend are sampled at; see `Matrix.notes`."""
     if backend in OVER_THE_WIRE:
         return case.layout in _WIRE_LAYOUTS
-    if backend in PROVING and case.layout == "2^20":
+    if backend in PROVING and "^" in case.layout:
         return False  # in tiles of 64
+    if case.layout == "broadcast-10^6":
+        return route == "function" and backend in HUGE_BACKENDS
     if case.layout == "2^20" and backend != "ort-cpu":
         return route == "function"
     return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
@@ -363,7 +374,7 @@ def is_too_slow(spec: LossSpec, case: Case, backend: Backend) -> bool:
         return False
     if case.layout in LAYOUTS:
         constant = (spec.reduction, spec.beta, case.family) == ("mean", 1.0, "constant")
-        return case.layout == "2^20" and not constant
+        return "^" in case.layout and not constant
     return math.prod(case.shape(spec)) > _MOST_SLOWLY
 
 

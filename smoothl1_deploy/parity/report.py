@@ -166,7 +166,7 @@ class Build:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """The random draws that one backend met by one route in one dtype, summed up.
+    """The random draws that one backend met by one route, summed up.
 
     Attributes:
         draws: that were run; `refused`: that were not.
@@ -176,7 +176,6 @@ class Draws:
 
     backend: str
     route: str
-    dtype: str
     draws: int
     cases: int
     refused: int
@@ -189,7 +188,6 @@ class Draws:
         return {
             "backend": self.backend,
             "route": self.route,
-            "dtype": self.dtype,
             "draws": self.draws,
             "cases": self.cases,
             "refused": self.refused,
@@ -200,10 +198,10 @@ class Draws:
 
 
 def draws_of(cells: Iterable[Cell]) -> tuple[Draws, ...]:
-    """The cells of draws, summed up by backend, route and dtype, in the order they come in."""
-    groups: dict[tuple[str, str, str], list[Cell]] = {}
+    """The cells of draws, summed up by backend and route, in the order they come in."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.backend, cell.route, cell.spec.dtype), []).append(cell)
+        groups.setdefault((cell.backend, cell.route), []).append(cell)
     found = []
     for key, group in groups.items():
         run = [cell for cell in group if cell.refused is None]
