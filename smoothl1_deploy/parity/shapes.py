@@ -78,8 +78,8 @@ class ShapePlan:
                 for role, axes in zip(roles, arrays, strict=True)
             ]
             raise ArtefactError(
-                f"the model takes the shapes {', '.join(shown)}, and no arrays of these broadcast "
-                "to one shape; mend the model"
+                f"the model takes the shapes {', '.join(shown)}, so no arrays broadcast to one "
+                "shape; mend the model"
             ) from None
         return plan
 
