@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 import onnx
@@ -30,6 +31,8 @@ _RANKS = (0, 1, 1, 2, 2, 2, 3, 4)
 _SIZES = (1, 2, 3, 5, 7, 16, 17, 33, 64)
 _FEW_SIZES = 5  # of these, for the axes of a rank above 2
 _LARGE = 12, 17  # powers of 2 that the elements of a large case are between
+_UNUSUAL = 0.25  # of the cases with a dynamic axis are empty or large, and empty:
+_EMPTY, _EMPTY_WITHOUT_BETA = 0.06, 0.2
 _FAMILIES = (*FAMILIES, *ADVERSARIAL, *ADVERSARIAL)
 
 #: An array's axes, as indices into those of the whole; None for one of size 1.
@@ -79,18 +82,10 @@ class Draw:
         ]
         whole.append("copies")  # the axis that weights alone may have, at index -1
         axes = tuple(tuple(1 if i is None else whole[i] for i in array) for array in arrays)
-        declared: tuple[Axes, ...] | None = axes
-        if not by_torch and random.random() < 0.3:
-            declared = None
-        elif not by_torch and random.random() < 0.2:
-            declared = tuple(
-                tuple(
-                    dim if isinstance(dim, int) and dim > 1 else f"{role}_{i}"
-                    for i, dim in enumerate(own)
-                )
-                for role, own in zip("abw", axes, strict=False)
-            )
-        cases = tuple(_case(random, spec, arrays, whole, sizes, number) for _ in range(_CASES))
+        declared = axes if by_torch else _declared(random, axes)
+        empty = _EMPTY if beta >= 0 else _EMPTY_WITHOUT_BETA
+        draw = partial(_case, random, spec, arrays, whole, sizes, number, empty)
+        cases = tuple(draw() for _ in range(_CASES))
         return cls(number, spec, beta, route, axes, declared, cases)
 
     def model(self, any_rank: bool) -> onnx.ModelProto:
@@ -165,6 +160,18 @@ def _arrays(random: Random, spec: LossSpec, rank: int) -> tuple[_Axes, ...]:
     )
 
 
+def _declared(random: Random, axes: tuple[Axes, ...]) -> tuple[Axes, ...] | None:
+    """`axes`, None for any rank, or names of each array's own for what is dynamic or broadcast."""
+    if random.random() < 0.3:
+        return None
+    if random.random() < 0.8:
+        return axes
+    return tuple(
+        tuple(dim if isinstance(dim, int) and dim > 1 else f"{role}_{i}" for i, dim in enumerate(x))
+        for role, x in zip("abw", axes, strict=False)
+    )
+
+
 def _case(
     random: Random,
     spec: LossSpec,
@@ -172,16 +179,18 @@ def _case(
     whole: list[Dim],
     sizes: tuple[int, ...],
     number: int,
+    empty: float,
 ) -> Case:
+    """One input pair in the shapes of `arrays`, whose dynamic axes get sizes of their own."""
     given = [dim if isinstance(dim, int) else random.choice(sizes) for dim in whole]
     given[-1] = random.choice((1, 2, 3))
     dynamic = [i for i, dim in enumerate(whole[:-1]) if isinstance(dim, str)]
     kind = random.random()
-    if dynamic and kind < 0.25:
+    if dynamic and kind < _UNUSUAL:
         axis = random.choice(dynamic)
         given[axis] = 1
         many = int(2 ** random.uniform(*_LARGE))
-        given[axis] = 0 if kind < 0.06 else max(1, many // math.prod(given))
+        given[axis] = 0 if kind < empty else max(1, many // math.prod(given))
     shapes: Shapes = tuple(tuple(1 if i is None else given[i] for i in array) for array in arrays)
     case = Case.at(random.choice(_FAMILIES), " ".join(map(describe, shapes)), shapes, number)
     weighs = spec.weight is not None or spec.upstream

@@ -109,6 +109,7 @@ def test_a_beta_that_is_none_is_fed_to_empty_batches_too() -> None:
     none = [drawn for drawn in ALL if not drawn.beta >= 0]
     assert none and all(drawn.spec.runtime_beta for drawn in none)
     assert any(math.isnan(drawn.beta) for drawn in none)
+    assert met(lambda d, c: not d.beta >= 0 and not math.prod(c.shape(d.spec)))
     spec = LossSpec(reduction="sum", runtime_beta=True)
     drawn = Draw(0, spec, math.nan, "function", (("N",), ("N",)), None, ())
     refs = drawn.references(Case("normal", "nothing", (0,), (0,)))
