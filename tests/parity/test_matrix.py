@@ -25,8 +25,10 @@ from smoothl1_deploy.parity import cases
 from smoothl1_deploy.parity.cases import LAYOUTS, Case, References
 from smoothl1_deploy.parity.families import FAMILIES
 from smoothl1_deploy.parity.matrix import EXTENSIONS, Matrix, run_matrix
+from smoothl1_deploy.parity.plan import Unit, is_run, needs_wider
 from smoothl1_deploy.parity.report import repeat_command
 from smoothl1_deploy.parity.views.terminal import extension_table, matrix_table
+from smoothl1_deploy.spec import DTYPES
 
 SMALL = Matrix(
     ("ort-cpu", "onnx-reference"),
@@ -209,11 +211,27 @@ def test_the_inputs_depend_on_nothing_but_the_case() -> None:
     )
 
 
+def test_a_gradient_is_summed_back_over_a_million_rows_in_every_dtype() -> None:
+    units = [unit for unit in Matrix(("ort-cpu",)).units() if isinstance(unit, Unit)]
+    cases = {
+        (spec.dtype, case.family)
+        for unit in units
+        if not unit.huge
+        for spec in unit.specs()
+        for case in unit.cases(spec)
+        if spec.gradient
+        and (case.input_shape, case.target_shape) == ((1, 4), (1_000_000, 4))
+        and is_run(case, "function", "ort-cpu")
+        and not needs_wider(spec, case, wide=True)
+    }
+    assert cases == {(dtype, family) for dtype in DTYPES for family in ("normal", "constant")}
+
+
 def test_arrays_of_2_to_24_elements_are_held_one_pair_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the memory of the whole matrix peaks at."""
-    huge, *others = Matrix(("ort-cpu",)).units()
+    huge, *others = Matrix(("ort-cpu",))._grid()
     assert huge.huge and not any(unit.huge for unit in others)
     (spec,) = huge.specs()
     assert [len(batch) for batch in huge.batches(spec)] == [1, 1]
