@@ -86,7 +86,7 @@ def parity(
         int | None,
         typer.Option(
             min=0,
-            help="Random combinations beside the grid; 360, 36 with --quick, none of a part of it.",
+            help="Random combinations beside the grid; 240, 36 with --quick, none of a part of it.",
         ),
     ] = None,
     draw: Annotated[

@@ -24,6 +24,7 @@ from .shapes import Shapes
 
 __all__ = ["Draw"]
 
+_BY_TORCH = 0.15  # of the plain ones: that export takes ten times as long as the others
 _CASES = 3  # of a draw: to export takes longer than to run
 _BETAS = (0.0, 1e-3, 0.5, 1.0, 2.0, 1e4, 3e38, math.inf)
 _NO_BETAS = (-1.0, -1e-45, -math.inf, math.nan)  # what only a run-time beta can be
@@ -72,7 +73,7 @@ class Draw:
             beta = LossSpec(_beta(random, "float32")).effective_beta
             if random.random() < 0.15:
                 beta = random.choice(_NO_BETAS)
-        by_torch = not is_extended(spec) and random.random() < 0.3
+        by_torch = not is_extended(spec) and random.random() < _BY_TORCH
         route = "torch" if by_torch else random.choice(ROUTES[:2])
         rank = max(random.choice(_RANKS), int(spec.per_sample))
         arrays = _arrays(random, spec, rank)
