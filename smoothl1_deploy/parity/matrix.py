@@ -107,7 +107,7 @@ def _run_draws(unit: DrawUnit) -> _Outcome:
                 case: ref
                 for case, ref in refs.items()
                 if not is_too_slow(draw.spec, case, backend)
-                and not needs_wider(draw.spec, case, backend.accumulator != "float32")
+                and not needs_wider(ref.spec, case, backend.accumulator != "float32")
             }
             key = (draw.spec, draw.beta, draw.route, backend.name)
             if reason is not None:

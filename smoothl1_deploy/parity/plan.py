@@ -46,6 +46,7 @@ DRAWS = 240
 QUICK_DRAWS = 36
 _DRAWS_A_SEED = 1 << 20  # so that two seeds have none in common
 _DRAWS_A_UNIT = 12
+_SMALLEST_NORMAL = 2.0**-126  # of float32
 _MOST_SLOWLY = 1 << 14  # elements of a draw that a slow backend is fed
 
 #: The extensions alone and together; with beta and dtype of the unit.
@@ -163,6 +164,11 @@ class Matrix:
         if self.extensions and narrow:
             notes.append(
                 f"{', '.join(narrow)}: no gradient of a broadcast input, summed back in float32"
+            )
+        if self.draws and narrow:
+            notes.append(
+                f"{', '.join(narrow)}, in the draws: no subnormal beta, and no gradient with weights "
+                "near the ends of the range, for both of which the graph takes float64"
             )
         if self.extensions:
             formats = " and ".join(["float64", *narrow])
@@ -379,21 +385,30 @@ def is_too_slow(spec: LossSpec, case: Case, backend: Backend) -> bool:
 
 
 def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
-    """Whether a gradient can only be right in a format wider than the one at hand.
+    """Whether an answer can only be right in a format wider than the one at hand.
 
-    Summed back to a broadcast input, terms of either sign cancel; weighted (or multiplied by an
-    upstream gradient) and divided, a
-    subnormal slope is rounded three times. How far PyTorch itself, which computes in the
-    output's format, is off in either case is a matter of luck, and no measure.
+    Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel; weighted (or
+    multiplied by an upstream gradient) and divided, a subnormal slope is rounded three times. How
+    far PyTorch itself, which computes in the output's format, is off in either case is a matter of
+    luck, and no measure.
+    Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
+    no room for it, with a subnormal beta, and for the products of a gradient with weights near the
+    ends of the range.
+
+    Args:
+        spec: beta is a number, also for an artefact that takes it at run time.
+        case: of it.
+        wide: whether the backend has float64.
     """
-    if not spec.gradient:
-        return False
-    sums_back = case.input_shape != case.shape(spec)
     scaled = spec.weight is not None or spec.upstream
-    rounds_thrice = scaled and case.family == "subnormals"
-    if spec.dtype == "float64":
-        return rounds_thrice
-    return not wide and (sums_back or rounds_thrice)
+    rounds_thrice = spec.gradient and scaled and case.family == "subnormals"
+    if spec.dtype == "float64" or wide:
+        return spec.dtype == "float64" and rounds_thrice
+    if 0 < spec.effective_beta < _SMALLEST_NORMAL:
+        return True
+    sums_back = case.input_shape != case.shape(spec)
+    leaves_range = case.weighting in ("huge", "tiny", "mixed")
+    return spec.gradient and (sums_back or rounds_thrice or leaves_range)
 
 
 #: The others take minutes or gigabytes at 2^24 elements.
