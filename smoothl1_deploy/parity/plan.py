@@ -167,8 +167,8 @@ class Matrix:
             )
         if self.draws and narrow:
             notes.append(
-                f"{', '.join(narrow)}, in the draws: no subnormal beta, and no gradient with weights "
-                "near the ends of the range, for both of which the graph takes float64"
+                f"{', '.join(narrow)}, in the draws: no subnormal beta, and no gradient with "
+                "weights near the ends of the range, for both of which the graph takes float64"
             )
         if self.extensions:
             formats = " and ".join(["float64", *narrow])

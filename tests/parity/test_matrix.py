@@ -227,6 +227,25 @@ def test_a_gradient_is_summed_back_over_a_million_rows_in_every_dtype() -> None:
     assert cases == {(dtype, family) for dtype in DTYPES for family in ("normal", "constant")}
 
 
+def test_what_is_spared_has_no_wider_format_to_be_right_in() -> None:
+    same = Case.of("normal", "odd")
+    back = Case("normal", "back", (1, 3), (4, 3))
+    gradient, weighted = LossSpec(gradient=True), LossSpec(gradient=True, weight="count")
+    spared = [
+        (gradient, back), (weighted, Case.of("subnormals", "odd")), (LossSpec(1e-44), same),
+        *((weighted, replace(same, weighting=kind)) for kind in ("huge", "tiny", "mixed")),
+    ]  # fmt: skip
+    met = [
+        (gradient, same), (LossSpec(), back), (LossSpec(weight="count"), same),
+        *((weighted, replace(same, weighting=kind)) for kind in ("usual", "signed", "zeros")),
+    ]  # fmt: skip
+    assert all(needs_wider(spec, case, wide=False) for spec, case in spared)
+    assert not any(needs_wider(spec, case, wide=False) for spec, case in met)
+    assert not any(needs_wider(spec, case, wide=True) for spec, case in (*spared, *met))
+    in_float64 = [(replace(spec, dtype="float64"), case) for spec, case in (*spared, *met)]
+    assert [pair for pair in in_float64 if needs_wider(*pair, wide=True)] == [in_float64[1]]
+
+
 def test_arrays_of_2_to_24_elements_are_held_one_pair_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
