@@ -171,6 +171,7 @@ class Matrix:
                 "weights near the ends of the range, for both of which the graph takes float64"
             )
         if self.extensions:
+            notes.append("float64: no gradient of a broadcast input with an upstream one")
             formats = " and ".join(["float64", *narrow])
             notes.append(
                 f"{formats}: no weighted gradient, and none with an upstream one, of subnormal "
@@ -387,10 +388,11 @@ def is_too_slow(spec: LossSpec, case: Case, backend: Backend) -> bool:
 def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """Whether an answer can only be right in a format wider than the one at hand.
 
-    Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel; weighted (or
-    multiplied by an upstream gradient) and divided, a subnormal slope is rounded three times. How
-    far PyTorch itself, which computes in the output's format, is off in either case is a matter of
-    luck, and no measure.
+    Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel, and in float64
+    the roundings of products with an upstream gradient are left; weighted (or multiplied by an
+    upstream gradient) and divided, a subnormal slope is rounded three times. How far PyTorch
+    itself, which computes in the output's format, is off in either case is a matter of luck, and
+    no measure.
     Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
     no room for it, with a subnormal beta, and for the products of a gradient with weights near the
     ends of the range.
@@ -402,13 +404,15 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """
     scaled = spec.weight is not None or spec.upstream
     rounds_thrice = spec.gradient and scaled and case.family == "subnormals"
-    if spec.dtype == "float64" or wide:
-        return spec.dtype == "float64" and rounds_thrice
+    sums_back = spec.gradient and case.input_shape != case.shape(spec)
+    if spec.dtype == "float64":
+        return rounds_thrice or (sums_back and spec.upstream)
+    if wide:
+        return False
     if 0 < spec.effective_beta < _SMALLEST_NORMAL:
         return True
-    sums_back = case.input_shape != case.shape(spec)
     leaves_range = case.weighting in ("huge", "tiny", "mixed")
-    return spec.gradient and (sums_back or rounds_thrice or leaves_range)
+    return sums_back or rounds_thrice or (spec.gradient and leaves_range)
 
 
 #: The others take minutes or gigabytes at 2^24 elements.

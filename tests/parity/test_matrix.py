@@ -244,6 +244,7 @@ def test_what_is_spared_has_no_wider_format_to_be_right_in() -> None:
     assert not any(needs_wider(spec, case, wide=True) for spec, case in (*spared, *met))
     in_float64 = [(replace(spec, dtype="float64"), case) for spec, case in (*spared, *met)]
     assert [pair for pair in in_float64 if needs_wider(*pair, wide=True)] == [in_float64[1]]
+    assert needs_wider(LossSpec(dtype="float64", gradient=True, upstream=True), back, wide=True)
 
 
 def test_arrays_of_2_to_24_elements_are_held_one_pair_at_a_time(
