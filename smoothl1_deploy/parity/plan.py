@@ -388,9 +388,9 @@ def is_too_slow(spec: LossSpec, case: Case, backend: Backend) -> bool:
 def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """Whether an answer can only be right in a format wider than the one at hand.
 
-    Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel, and in float64
-    the roundings of products with an upstream gradient are left; weighted (or multiplied by an
-    upstream gradient) and divided, a subnormal slope is rounded three times. How far PyTorch
+    Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel, which in
+    float64 leaves the roundings of products with an upstream gradient; weighted (or multiplied by
+    an upstream gradient) and divided, a subnormal slope is rounded three times. How far PyTorch
     itself, which computes in the output's format, is off in either case is a matter of luck, and
     no measure.
     Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
