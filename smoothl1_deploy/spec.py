@@ -12,7 +12,7 @@ import math
 import numbers
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .errors import SpecError
@@ -254,6 +254,14 @@ class LossSpec:
         if self.gradient:
             parts.append("gradient_with_upstream" if self.upstream else "gradient")
         return "_".join([*parts, self.dtype])
+
+    def without_gradient(self) -> LossSpec:
+        """The same loss alone: no `grad_input`, and no `grad_output` that would flow into it.
+
+        >>> LossSpec(0.5, gradient=True, upstream=True).without_gradient() == LossSpec(0.5)
+        True
+        """
+        return replace(self, gradient=False, upstream=False)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -33,6 +33,14 @@ def test_defaults_are_those_of_torch() -> None:
     assert LossSpec() == LossSpec(module.beta, module.reduction, "float32")
 
 
+def test_the_loss_alone_is_a_spec_whatever_flows_into_the_gradient() -> None:
+    """Without the gradient alone, `upstream` would be left over, which is no spec."""
+    for upstream in (False, True):
+        spec = LossSpec(0.5, "sum", weight="count", gradient=True, upstream=upstream)
+        assert spec.without_gradient() == LossSpec(0.5, "sum", weight="count")
+    assert LossSpec(0.5).without_gradient() == LossSpec(0.5)
+
+
 def test_is_frozen_and_hashable() -> None:
     spec = LossSpec(0.5)
     with pytest.raises(dataclasses.FrozenInstanceError):

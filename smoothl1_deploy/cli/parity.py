@@ -81,28 +81,45 @@ def parity(
     bundle: Annotated[
         bool, typer.Option("--bundle", help="Write a reproduction of each red cell (10 at most).")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs and the draws.")] = 0,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Random combinations beside the grid; 240, 36 with --quick, none of a part of it.",
+        ),
+    ] = None,
+    draw: Annotated[
+        list[int] | None, typer.Option(min=0, help="Only this random draw. Repeat for more.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core, at most 8.")] = 0,
 ) -> None:
     """Check every beta, reduction, dtype, route and backend against PyTorch and the exact loss.
 
     Exits with 1 where a cell is red, and prints the command that repeats it.
     """
+    from dataclasses import replace
+
     from ..parity.matrix import run_matrix
+    from ..parity.plan import DRAWS, QUICK_DRAWS
 
     _make_folder(output)
     matrix = _matrix(
         quick, seed, backend, beta=beta, reduction=reduction, dtype=dtype, route=route,
         extensions=extensions, extensions_only=extensions_only,
-        engines=output / "engines" if engines and not quick else None, flavour=flavour,
+        engines=output / "engines" if engines and not (quick or draw) else None, flavour=flavour,
     )  # fmt: skip
+    part = any((beta, reduction, dtype, route, extensions_only, not extensions))
+    if draws is None:
+        draws = 0 if part else QUICK_DRAWS if quick else DRAWS
+    matrix = replace(matrix, draws=draws, draw=tuple(draw or ()))
     with _bar() as progress:
         report = run_matrix(
             matrix, workers=workers or min(os.cpu_count() or 1, 8), progress=progress
         )
     _show(report)
     # Of a part of the matrix the whole picture would say little.
-    whole = not (quick or any((beta, reduction, dtype, route, backend)) or extensions_only)
+    whole = not (quick or part or backend or draw)
     if html and whole:
         report = _measured(report, matrix.backends)
     _write(report, output, html)
@@ -223,13 +240,14 @@ def _show(report: Report) -> None:
     from ..parity.report import repeat_command
     from ..parity.views.terminal import (
         backend_table,
+        draws_table,
         extension_table,
         families_table,
         matrix_table,
     )
 
     console = open_console()
-    for view in (matrix_table, extension_table, backend_table, families_table):
+    for view in (matrix_table, extension_table, backend_table, draws_table, families_table):
         table = view(report)
         if table is not None and table.row_count:
             console.print(table)
@@ -277,7 +295,8 @@ def _write(report: Report, folder: Path, html: bool) -> None:
     print_lines(
         [
             "",
-            f"{summary['cells']} cells, {summary['cases']} cases in {summary['seconds']:.0f} s: "
+            f"{summary['cells']} cells, {summary['draws']} draws, {summary['cases']} cases "
+            f"in {summary['seconds']:.0f} s: "
             f"{summary['red']} red{built if report.builds else ''}",
             f"wrote {', '.join(map(str, paths))}",
         ]

@@ -52,13 +52,14 @@ def verify(
         str | None, typer.Option(help="Which output is the loss.", rich_help_panel=_OTHERS)
     ] = None,
     drift: Annotated[
-        bool, typer.Option(help="Measure the error of a reduction at 2^10 to 2^22 elements.")
+        bool, typer.Option(help="Measure the error of what adds up at 2^10 to 2^22 elements.")
     ] = True,
     large: Annotated[
         bool,
         typer.Option(
             "--large",
-            help="At 2^24 as well; takes up to 1.6 GB of memory, 2.7 GB for float64 with weights.",
+            help="At 2^24 as well; takes up to 1.6 GB of memory, 2.7 GB for float64 with weights; "
+            "with a gradient 2.6 and 4.7 GB.",
         ),
     ] = False,
     certificate: Annotated[

@@ -1,14 +1,15 @@
-"""The drift of a reduction with the number of elements, beside PyTorch's and the proved bound.
+"""The drift of what adds up with the number of elements, beside PyTorch's and the proved bound.
 
-Two families say it all: `constant`, where every rounding error of a sum points the same way,
-and `normal`, where they partly cancel.
+A loss that is reduced adds up; so does the gradient of an input that was broadcast, and a mean's
+gradient is divided by what was added up. Two families say it all: `constant`, where every rounding
+error of a sum points the same way, and `normal`, where they partly cancel.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -16,14 +17,14 @@ from rich.text import Text
 
 from ..backends.base import Runner
 from ..errors import SmoothL1DeployError
-from ..reference.oracle import oracle
+from ..floats import Array
+from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
 from .bounds import bound, in_range
 from .cases import Case, CaseResult
 from .compare import Verdict, compare
 from .families import branch_shares
 from .faults.names import json_number
-from .faults.probes import run_spec
 from .shapes import ShapePlan, elements
 
 __all__ = ["FAMILIES", "SIZES", "DriftPoint", "artefact_drift", "drift_table"]
@@ -35,27 +36,29 @@ LARGE = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class DriftPoint:
-    """One reduction of many elements.
+    """One output of a model that was fed many elements.
 
     Attributes:
         elements: after broadcasting.
         result: the case and its verdict, ULP measured and allowed.
-        value: the model's answer; None where none came.
+        output: `loss` or `grad_input`.
+        value: the model's answer, the worst element of a gradient; None where none came.
         oracle: the exact one.
         relative: the distance to the oracle over the oracle; None where one is not finite.
         torch_relative: PyTorch's.
         bound: what the graphs of this package guarantee, in ULP (`parity.bounds`); one of them is
             held to it, anyone else's is only shown beside it. Infinite where float32 sums may be
-            off by everything.
+            off by everything; None for a gradient, of which nothing is proved.
     """
 
     elements: int
     result: CaseResult
+    output: str
     value: float | None
     oracle: float
     relative: float | None
     torch_relative: float | None
-    bound: float
+    bound: float | None
 
     @property
     def family(self) -> str:
@@ -71,6 +74,7 @@ class DriftPoint:
         """JSON-ready."""
         return {
             "elements": self.elements,
+            "output": self.output,
             "ok": self.ok,
             "value": json_number(self.value),
             "oracle": json_number(self.oracle),
@@ -87,45 +91,78 @@ def _relative(value: float | None, truth: float) -> float | None:
     return abs(value - truth) / abs(truth)
 
 
-def _measure(runner: Runner, spec: LossSpec, case: Case, accumulator: str | None) -> DriftPoint:
+def _measure(
+    runner: Runner, spec: LossSpec, case: Case, names: Sequence[str], accumulator: str | None
+) -> Iterator[DriftPoint]:
+    """A point for each of the outputs called `names`."""
     from ..reference.module import eager_outputs
 
     # Not References.of, whose cache would keep gigabytes of inputs.
     input, target = case.arrays(spec)
     weight = case.weights(spec) if spec.weight else None
-    exact = oracle(spec, input, target, weight)
-    torch = eager_outputs(spec, input, target, weight)["loss"]
+    upstream = case.upstream(spec) if spec.upstream else None
+    torch = eager_outputs(spec, input, target, weight, grad_output=upstream)
     shares = branch_shares(spec, input, target)
-    count = elements((input.shape, target.shape))
+    count = math.prod(case.shape(spec))
     limit = bound(spec, count, accumulator or "float64", runner.added_in_float32(count))
-    proved = None
-    if accumulator is not None and math.isfinite(limit) and in_range(spec, input, target, weight):
-        proved = math.floor(limit)
-    value: float | None = None
+    provable = accumulator is not None and math.isfinite(limit)
+    provable = provable and in_range(spec, input, target, weight)
+    error, outputs = "", {}
     try:
-        loss = run_spec(runner, spec, input, target, weight)[runner.signature.loss.name]
-        if loss.size == 1:  # a rank that PyTorch's result doesn't have is judged elsewhere
-            loss, value = loss.reshape(exact.shape), float(loss.reshape(-1)[0])
-        verdict = compare(spec, loss, torch, exact, input, target, bound=proved)
+        beta = spec.effective_beta if "beta" in runner.signature.inputs else None
+        outputs = runner.run(input, target, weight=weight, beta=beta, grad_output=upstream)
     except SmoothL1DeployError as exc:  # an answer that doesn't come is a wrong answer
-        verdict = Verdict(False, 0, 0, 0, 1, wrong_class=1, detail=f"{type(exc).__name__}: {exc}")
-    truth = float(exact)
-    return DriftPoint(
-        count,
-        CaseResult(case, verdict, shares),
-        value,
-        truth,
-        _relative(value, truth),
-        _relative(float(torch), truth),
-        limit,
-    )
+        error = f"{type(exc).__name__}: {exc}"
+    for name in names:
+        is_loss = name == "loss"
+        exact = (
+            oracle(spec, input, target, weight)
+            if is_loss
+            else oracle_gradient(spec, input, target, weight, upstream)
+        )
+        got = outputs.get(runner.signature.loss.name if is_loss else name)
+        if is_loss and got is not None and got.size == exact.size:
+            got = got.reshape(exact.shape)  # a rank that PyTorch's hasn't is judged elsewhere
+        verdict = Verdict(False, 0, 0, 0, 1, wrong_class=1, detail=error)
+        if got is not None:
+            proved = math.floor(limit) if is_loss and provable else None
+            verdict = compare(spec, got, torch[name], exact, input, target, name, proved)
+        at = verdict.worst or 0
+        value, truth, theirs = (_number(array, at) for array in (got, exact, torch[name]))
+        assert truth is not None
+        yield DriftPoint(
+            count,
+            CaseResult(case, verdict, shares),
+            name,
+            value,
+            truth,
+            _relative(value, truth),
+            _relative(theirs, truth),
+            limit if is_loss else None,
+        )
 
 
-def _cases(plan: ShapePlan, sizes: Sequence[int], seed: int) -> Iterator[Case]:
+def _number(array: Array | None, at: int) -> float | None:
+    """An element; None where there is none."""
+    return None if array is None or at >= array.size else float(array.reshape(-1)[at])
+
+
+def _cases(plan: ShapePlan, any_rank: bool, sizes: Sequence[int], seed: int) -> Iterator[Case]:
+    """The cases of each size; `any_rank`: with an input of one row, which is broadcast."""
     for shapes in dict.fromkeys(map(plan.of_size, sizes)):
         layout = ",".join(map(str, shapes[0]))
+        if any_rank:
+            shapes, layout = ((1, *shapes[0][1:]), *shapes[1:]), f"1 of {layout}"
         for family in FAMILIES:
-            yield Case(family, layout, *shapes, seed)
+            yield Case.at(family, layout, shapes, seed)
+
+
+def _outputs(spec: LossSpec, case: Case) -> tuple[str, ...]:
+    """What adds up, or is divided by what did."""
+    reduced = spec.reduction != "none" and not spec.per_sample
+    summed_back = case.input_shape != case.shape(spec)
+    gradient = spec.gradient and (reduced or summed_back)
+    return (*(["loss"] if reduced else []), *(["grad_input"] if gradient else []))
 
 
 def artefact_drift(
@@ -136,11 +173,11 @@ def artefact_drift(
     large: bool = False,
     accumulator: str | None = None,
 ) -> tuple[DriftPoint, ...]:
-    """The error of a reduction at 2^10 to 2^22 elements, with `large` at 2^24 too.
+    """The error of what adds up at 2^10 to 2^22 elements, with `large` at 2^24 too.
 
     Of an artefact whose axes are all fixed, at its one size, if that is as large. Nothing is
     measured of `none`, which does not add up, nor per sample, whose rows the first axis leaves
-    as they are. The gradient is not looked at.
+    as they are, but of their gradients where input is broadcast.
 
     Args:
         runner: of the artefact.
@@ -152,10 +189,14 @@ def artefact_drift(
     """
     plan = ShapePlan.of(runner.signature)
     sizes = (*SIZES, LARGE) if large else SIZES
-    spec = replace(spec, gradient=False)
-    if spec.reduction == "none" or spec.per_sample or elements(plan.of_size(sizes[0])) < sizes[0]:
+    if elements(plan.of_size(sizes[0])) < sizes[0]:
         return ()
-    return tuple(_measure(runner, spec, case, accumulator) for case in _cases(plan, sizes, seed))
+    any_rank = spec.gradient and runner.signature.input.shape is None
+    points: list[DriftPoint] = []
+    for case in _cases(plan, any_rank, sizes, seed):
+        names = _outputs(spec, case)
+        points += _measure(runner, spec, case, names, accumulator) if names else ()
+    return tuple(points)
 
 
 def _error(value: float | None) -> str:
@@ -170,20 +211,22 @@ def drift_table(points: Sequence[DriftPoint]) -> Table:
         caption="bound: what is proved of the graphs that smoothl1-deploy makes, in ULP",
         caption_justify="left",
     )
-    for column in ("elements", "inputs", "error", "PyTorch's", "ULP", "PyTorch's", "allowed"):
-        table.add_column(column, justify="left" if column == "inputs" else "right")
+    columns = ("elements", "inputs", "output", "error", "PyTorch's", "ULP", "PyTorch's", "allowed")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("inputs", "output") else "right")
     table.add_column("bound", justify="right")
-    for point in sorted(points, key=lambda p: (FAMILIES.index(p.family), p.elements)):
+    for point in sorted(points, key=lambda p: (p.output, FAMILIES.index(p.family), p.elements)):
         verdict = point.result.verdict
         wrong = "class" if verdict.wrong_class else f"{verdict.ulp:,}"
         table.add_row(
             f"{point.elements:,}",
             point.family,
+            point.output,
             _error(point.relative),
             _error(point.torch_relative),
             Text(wrong, style="green" if point.ok else "bold red"),
             str(verdict.torch_ulp),
             str(verdict.allowed),
-            "-" if math.isinf(point.bound) else f"{point.bound:,.1f}",
+            "-" if point.bound is None or math.isinf(point.bound) else f"{point.bound:,.1f}",
         )
     return table

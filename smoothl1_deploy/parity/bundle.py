@@ -26,6 +26,7 @@ from ..graph.metadata import read_spec
 from ..spec import LossSpec
 from .cases import LAYOUTS, Case, CaseResult, References, check, with_beta
 from .compare import Verdict
+from .draws import Draw
 from .report import Cell, repeat_command
 from .repro_script import repro_script
 
@@ -68,16 +69,16 @@ def _matrix_model(cell: Cell, case: Case) -> onnx.ModelProto:
     """The artefact that the matrix made for a case."""
     from .plan import artefact_axes
 
+    any_rank = get_backend(cell.backend).any_rank
+    if cell.draw is not None:
+        return Draw.of(cell.draw).model(any_rank)
     if case.layout not in LAYOUTS:
         raise ArtefactError(
             f"the case's layout {case.layout!r} is not one of the matrix's "
             f"({', '.join(LAYOUTS)}), so its artefact can't be exported again; give the model"
         )
-    spec = cell.spec
-    axes, target = artefact_axes(cell.route, case.layout, get_backend(cell.backend).any_rank)
-    target = target if target != axes else None
-    weight = target if spec.weight else None
-    return export(spec, cell.route, axes, target_shape=target, weight_shape=weight)
+    axes = artefact_axes(cell.spec, cell.route, case.layout, any_rank)
+    return export(cell.spec, cell.route, **axes)
 
 
 def _stored(array: Array) -> Array:
@@ -98,7 +99,7 @@ def _run_again(model: onnx.ModelProto, case: Case, refs: References, backend: st
         chosen = get_backend(backend, threads=1)
         runner = chosen.load(model)
         accumulator = chosen.accumulator if runner.exported else None
-        beta = refs.spec.effective_beta if "beta" in runner.signature.inputs else None
+        beta = refs.beta if "beta" in runner.signature.inputs else None
         outputs = runner.run(
             refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output
         )
@@ -149,8 +150,11 @@ def write_bundle(
                 "the model does not say what it computes; say it with spec=LossSpec(...)"
             )
     case = result.case
-    number = with_beta(spec, found.beta if isinstance(found, Cell) else spec.beta)
-    refs = References.of(number, case)
+    if isinstance(found, Cell) and found.draw is not None:
+        refs = Draw.of(found.draw).references(case)
+    else:
+        beta = found.beta if isinstance(found, Cell) else spec.beta
+        refs = References.of(with_beta(spec, beta), case)
     again = _run_again(proto, case, refs, backend)
     sample = (again.result and again.result.sample) or result.sample
     output, at = (sample.output, sample.index) if sample else ("loss", None)
@@ -160,7 +164,7 @@ def write_bundle(
     if refs.grad_output is not None:
         arrays["grad_output"] = refs.grad_output
     if spec.runtime_beta:
-        arrays["beta"] = np.asarray(number.effective_beta, np.float32)
+        arrays["beta"] = np.asarray(refs.beta, np.float32)
     if again.outputs:
         arrays["got"] = again.outputs.get(output, next(iter(again.outputs.values())))
     packed = io.BytesIO()
@@ -179,7 +183,8 @@ def write_bundle(
         "environment": environment(),
     }
     script = repro_script(
-        number,
+        refs.spec,
+        refs.beta,
         case,
         signature(proto),
         backend,

@@ -18,26 +18,34 @@ from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
 from .bounds import in_range, proved_bound
 from .compare import Verdict, compare
-from .families import branch_shares, generate
+from .families import branch_shares, generate, weigh
 from .samples import Sample, sample_of
+from .shapes import Shape, Shapes
 
-__all__ = ["LAYOUTS", "Case", "CaseResult", "Layout", "References", "check", "with_beta"]
-
-Shape = tuple[int, ...]
+__all__ = ["LAYOUTS", "Case", "CaseResult", "Layout", "References", "check", "is_for", "with_beta"]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A named pair of shapes, and the axes to export an artefact of fixed rank for it."""
+    """Named shapes, and the axes to export an artefact of fixed rank for them.
+
+    Weights, where a spec has them, are of the target's shape (None), or of one of their own.
+    """
 
     input: Shape
     target: Shape
     input_axes: graph_shapes.Shape
     target_axes: graph_shapes.Shape
+    weight: Shape | None = None
+    weight_axes: graph_shapes.Shape | None = None
 
 
 def _same(shape: Shape, axes: graph_shapes.Shape) -> Layout:
     return Layout(shape, shape, axes, axes)
+
+
+def _weighted(weight: Shape, axes: graph_shapes.Shape) -> Layout:
+    return Layout((64, 16), (64, 16), ("N", 16), ("N", 16), weight, axes)
 
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -51,43 +59,76 @@ LAYOUTS: Mapping[str, Layout] = {
     "4-d": _same((2, 3, 8, 5), ("N", 3, "H", "W")),
     "broadcast-row": Layout((64, 16), (16,), ("N", 16), (16,)),
     "broadcast-both": Layout((7, 1, 5), (3, 1), ("N", 1, 5), (3, 1)),
+    "broadcast-10^6": Layout((1, 4), (1_000_000, 4), (1, 4), ("N", 4)),
+    "weight-column": _weighted((64, 1), ("N", 1)),
+    "weight-row": _weighted((16,), (16,)),
+    "weight-one": _weighted((1,), (1,)),
+    "weight-scalar": _weighted((), ()),
+    "weight-wider": _weighted((3, 64, 16), (3, "N", 16)),
 }
+
+
+def is_for(spec: LossSpec, layout: str) -> bool:
+    """Whether a spec can meet a layout: rank 0 has no samples, and weights are for who weighs."""
+    shapes = LAYOUTS[layout]
+    if shapes.weight is not None and not spec.weight:
+        return False
+    return bool(shapes.input) or not spec.per_sample
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One input pair, reproducible from these fields alone."""
+    """One input pair, reproducible from these fields alone.
+
+    Attributes:
+        weight_shape: of the weights, where a spec has them; None for the target's.
+        weighting: one of `families.WEIGHTS`: what weights and an upstream gradient are like.
+    """
 
     family: str
     layout: str
     input_shape: Shape
     target_shape: Shape
+    weight_shape: Shape | None = None
     seed: int = 0
+    weighting: str = "usual"
 
     @classmethod
     def of(cls, family: str, layout: str, seed: int = 0) -> Case:
         """The case of a family in a named layout."""
         shapes = LAYOUTS[layout]
-        return cls(family, layout, shapes.input, shapes.target, seed)
+        return cls(family, layout, shapes.input, shapes.target, shapes.weight, seed)
+
+    @classmethod
+    def at(cls, family: str, layout: str, shapes: Shapes, seed: int = 0) -> Case:
+        """The case of a family in the shapes of input, target and, where there is one, weight."""
+        input, target, *weight = shapes
+        return cls(family, layout, input, target, weight[0] if weight else None, seed)
 
     def arrays(self, spec: LossSpec) -> tuple[Array, Array]:
         """Input and target; a function of beta and dtype, and not of the reduction."""
         rng = self._generator(spec, "")
         return generate(self.family, spec, self.input_shape, self.target_shape, rng)
 
+    def shape(self, spec: LossSpec) -> Shape:
+        """What input, target and, where the spec has them, weights broadcast to."""
+        pair = (self.input_shape, self.target_shape)
+        weight = self.weight_shape if spec.weight and self.weight_shape is not None else ()
+        return np.broadcast_shapes(*pair, weight)
+
     def weights(self, spec: LossSpec) -> Array:
-        """Weights of the target's shape, as detection heads use them: some 0, most up to 2."""
-        rng = self._generator(spec, " weight")
-        weights = rng.uniform(0.1, 2.0, self.target_shape)
-        kept = rng.random(self.target_shape) > 0.2
-        return np.asarray(np.where(kept, weights, 0.0)).astype(NUMPY_DTYPE[spec.dtype])
+        """The weights, some of them 0."""
+        shape = self.target_shape if self.weight_shape is None else self.weight_shape
+        return weigh(self.weighting, spec, shape, self._generator(spec, " weight"))
 
     def upstream(self, spec: LossSpec) -> Array:
         """A gradient to flow in, of the loss's shape and of either sign."""
-        shape = np.broadcast_shapes(self.input_shape, self.target_shape)
+        shape = self.shape(spec)
         if spec.reduction != "none":
             shape = shape[:1] if spec.per_sample else ()
         rng = self._generator(spec, " upstream")
+        if self.weighting != "usual":
+            return weigh(self.weighting, spec, shape, rng)
         values = rng.uniform(0.1, 2.0, shape) * rng.choice([-1.0, 1.0], shape)
         return np.asarray(values).astype(NUMPY_DTYPE[spec.dtype])
 
@@ -104,6 +145,8 @@ class Case:
             "input_shape": list(self.input_shape),
             "target_shape": list(self.target_shape),
             "seed": self.seed,
+            **({} if self.weight_shape is None else {"weight_shape": list(self.weight_shape)}),
+            **({} if self.weighting == "usual" else {"weighting": self.weighting}),
         }
 
 
@@ -117,6 +160,7 @@ class References:
         oracle: the exact one.
         shares: how much of each branch the case reaches.
         in_range: whether the case meets what the proved bound assumes.
+        beta: what an artefact that takes beta is fed.
     """
 
     spec: LossSpec
@@ -128,10 +172,15 @@ class References:
     oracle: Mapping[str, Array]
     shares: Mapping[str, float]
     in_range: bool
+    beta: float
 
     @classmethod
-    def of(cls, spec: LossSpec, case: Case) -> References:
-        """Generate the case's arrays and ask both references."""
+    def of(cls, spec: LossSpec, case: Case, beta: float | None = None) -> References:
+        """Generate the case's arrays and ask both references.
+
+        A `beta` that is none, negative or NaN, is what an artefact that takes beta is fed; all
+        that it gives is then NaN, of whatever arrays.
+        """
         from ..reference.module import eager_outputs
 
         large = math.prod(case.input_shape) > _MOST_KEPT
@@ -142,16 +191,21 @@ class References:
         exact = {"loss": oracle(spec, input, target, weight)}
         if spec.gradient:
             exact["grad_input"] = oracle_gradient(spec, input, target, weight, upstream)
+        asked, fed = spec, None
+        if beta is not None:
+            exact = {name: np.full_like(array, np.nan) for name, array in exact.items()}
+            asked, fed = replace(spec, beta=1.0, runtime_beta=True), np.asarray(beta, np.float32)
         return cls(
             spec,
             input,
             target,
             weight,
             upstream,
-            eager_outputs(spec, input, target, weight, grad_output=upstream),
+            eager_outputs(asked, input, target, weight, fed, upstream),
             exact,
             branch_shares(spec, input, target),
             in_range(spec, input, target, weight),
+            spec.effective_beta if beta is None else beta,
         )
 
 
@@ -226,12 +280,11 @@ def check(
     """
     spec = refs.spec
     proved = None
-    given = [refs.input, refs.target, *([] if refs.weight is None else [refs.weight])]
-    shape = np.broadcast_shapes(*(array.shape for array in given))
+    shape = case.shape(spec)
     if accumulator is not None and refs.in_range:
         in_float32 = runner.added_in_float32(math.prod(shape))
         proved = proved_bound(spec, shape, accumulator, in_float32)
-    beta = spec.effective_beta if "beta" in runner.signature.inputs else None
+    beta = refs.beta if "beta" in runner.signature.inputs else None
     outputs = runner.run(
         refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output
     )
@@ -239,13 +292,15 @@ def check(
         outputs = {"loss": outputs.get("loss", next(iter(outputs.values())))}
     few = 0 < math.prod(shape) < _ENOUGH
     alike = _torch_alike(case.family, spec.effective_beta, spec.dtype) if few else {}
+    # Weights may be of more axes than the pair: a verdict counts what everything broadcasts to.
+    input = np.broadcast_to(refs.input, shape)
     verdicts = {
         name: compare(
             spec,
             outputs[name],
             refs.torch[name],
             exact,
-            refs.input,
+            input,
             refs.target,
             name,
             proved if name == "loss" else None,

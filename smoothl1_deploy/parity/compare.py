@@ -68,23 +68,36 @@ class Verdict:
 
 
 def _torch_lost_it(
-    spec: LossSpec, torch_class: Array, input: Array, target: Array, per_element: bool
+    spec: LossSpec, torch_class: Array, input: Array, target: Array, output: str
 ) -> Array | bool:
-    """Where PyTorch's class may be put right: everywhere but at NaN from non-finite input."""
+    """Where PyTorch's class may be put right: everywhere but at NaN from non-finite input.
+
+    An infinite difference has a loss that is not finite, and a slope that is: 1 or -1.
+    """
     with np.errstate(over="ignore"):
         beta = np.asarray(spec.effective_beta).astype(input.dtype)
     beta_overflowed = bool(np.isinf(beta) != np.isinf(spec.effective_beta))
     if beta_overflowed or not (torch_class == _NAN).any():
         return True
     finite: Array = np.isfinite(input) & np.isfinite(target)
-    if spec.reduction != "none" and torch_class.ndim < finite.ndim:
-        finite = finite | _overflowed_rows(spec, input, target)
-    if spec.per_sample and not per_element:
-        finite = np.asarray(finite.all(axis=tuple(range(1, finite.ndim))))
-    elif not per_element or finite.shape != torch_class.shape:
-        finite = np.asarray(finite.all())
     not_nan: Array = torch_class != _NAN
-    return np.asarray(not_nan | finite)
+    if output == "grad_input":
+        if np.isfinite(spec.effective_beta):
+            with np.errstate(all="ignore"):
+                finite = ~np.isnan(np.subtract(input, target, dtype=np.longdouble))
+        return np.asarray(not_nan | _all_behind(finite, torch_class.shape))
+    if spec.reduction == "none":
+        return np.asarray(not_nan | finite)
+    finite = finite | _overflowed_rows(spec, input, target)
+    first = 1 if spec.per_sample else 0
+    return np.asarray(not_nan | finite.all(axis=tuple(range(first, finite.ndim))))
+
+
+def _all_behind(conditions: Array, shape: tuple[int, ...]) -> Array:
+    """For each element of an array of `shape` that was broadcast: whether all that it met hold."""
+    own = (1,) * (conditions.ndim - len(shape)) + shape
+    axes = tuple(i for i, n in enumerate(own) if n != conditions.shape[i])
+    return np.asarray(conditions.all(axis=axes, keepdims=True)).reshape(shape)
 
 
 def _overflowed_rows(spec: LossSpec, input: Array, target: Array) -> Array:
@@ -135,7 +148,7 @@ def compare(
         return Verdict(True, 0, 0, 0, 0)
 
     ours, theirs, truth = (ieee_class(values) for values in (result, torch, oracle))
-    lost = _torch_lost_it(spec, theirs, input, target, per_element)
+    lost = _torch_lost_it(spec, theirs, input, target, output)
     healed = np.asarray((ours == truth) & (theirs != truth) & lost)
     allowed_class = (ours == theirs) | healed
     better = int(healed.sum())

@@ -16,7 +16,16 @@ import numpy as np
 from ..floats import NUMPY_DTYPE, Array
 from ..spec import LossSpec
 
-__all__ = ["BRANCHES", "FAMILIES", "Family", "branch_shares", "generate"]
+__all__ = [
+    "ADVERSARIAL",
+    "BRANCHES",
+    "FAMILIES",
+    "WEIGHTS",
+    "Family",
+    "branch_shares",
+    "generate",
+    "weigh",
+]
 
 Shape = tuple[int, ...]
 Generator = np.random.Generator
@@ -128,6 +137,83 @@ def _constant(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array
     return np.full(a, low), np.full(b, high)
 
 
+def _repeated(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, Array]:
+    """A row of 32 numbers again and again: what adds up in lanes meets the same ones in each."""
+    row = _knee(spec) * rng.uniform(0.01, 3.0, 32) * rng.choice([-1.0, 1.0], 32)
+    row = np.where(rng.random(32) < 0.5, row[0], row)
+    return np.resize(row, a), np.zeros(b)
+
+
+def _magnitudes(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, Array]:
+    """Differences of every magnitude between numbers of every magnitude, nearly equal ones too."""
+    largest, tiny, _ = _limits(spec)
+    reach = min(-math.log2(tiny), math.log2(largest)) / 2
+
+    def spread(shape: Shape) -> Array:
+        return _sign(shape, rng) * np.exp2(rng.uniform(-reach, reach, shape))
+
+    right = spread(b)
+    near = np.broadcast_to(right, np.broadcast_shapes(a, b)).reshape(-1)
+    near = np.resize(near, a) * (1 + np.exp2(rng.uniform(-60, -1, a)))
+    return np.where(rng.random(a) < 0.5, near, spread(a)), right
+
+
+def _brink(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, Array]:
+    """Differences whose sum is just below the largest number."""
+    largest, _, _ = _limits(spec)
+    size = largest / max(math.prod(np.broadcast_shapes(a, b)), 1)
+    return _sign(a, rng) * size * rng.uniform(0.5, 0.99, a), np.zeros(b)
+
+
+def _usual_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
+    """As detection heads use them: a fifth 0, the others up to 2."""
+    weights = rng.uniform(0.1, 2.0, shape)
+    return np.where(rng.random(shape) > 0.2, weights, 0.0)
+
+
+def _signed_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
+    """Of either sign, zeros too."""
+    return rng.choice(np.array([-2.0, -0.3, -0.0, 0.0, 0.7, 1.0]), shape)
+
+
+def _zero_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
+    """0 and -0 alone."""
+    return rng.choice(np.array([-0.0, 0.0]), shape)
+
+
+def _huge_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
+    """Just below the largest number, 3e38 in float32."""
+    return rng.uniform(0.8, 0.99, shape) * _limits(spec)[0]
+
+
+def _tiny_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
+    """Around the smallest normal number, 1e-38 in float32."""
+    return rng.uniform(0.1, 3.0, shape) * _limits(spec)[1]
+
+
+def _mixed_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
+    """Each of these kinds in one array."""
+    kinds = (_usual_weights, _signed_weights, _huge_weights, _tiny_weights)
+    return np.choose(rng.integers(0, 4, shape), [kind(spec, shape, rng) for kind in kinds])
+
+
+#: What weights, and a gradient that flows in, are like.
+WEIGHTS: Mapping[str, Callable[[LossSpec, Shape, Generator], Array]] = {
+    "usual": _usual_weights,
+    "signed": _signed_weights,
+    "zeros": _zero_weights,
+    "huge": _huge_weights,
+    "tiny": _tiny_weights,
+    "mixed": _mixed_weights,
+}
+
+#: Families that were found by looking for what breaks; the draws of the matrix have them too.
+ADVERSARIAL: Mapping[str, Family] = {
+    "repeated": _repeated,
+    "magnitudes": _magnitudes,
+    "brink": _brink,
+}
+
 FAMILIES: Mapping[str, Family] = {
     "normal": _normal,
     "quadratic": _quadratic,
@@ -148,10 +234,16 @@ def generate(
     family: str, spec: LossSpec, a: Shape, b: Shape, rng: Generator
 ) -> tuple[Array, Array]:
     """Input of shape `a` and target of shape `b` in the spec's dtype."""
-    left, right = FAMILIES[family](spec, a, b, rng)
+    left, right = {**FAMILIES, **ADVERSARIAL}[family](spec, a, b, rng)
     dtype = NUMPY_DTYPE[spec.dtype]
     with np.errstate(over="ignore"):
         return np.asarray(left).astype(dtype), np.asarray(right).astype(dtype)
+
+
+def weigh(kind: str, spec: LossSpec, shape: Shape, rng: Generator) -> Array:
+    """Weights of a kind, in the spec's dtype."""
+    with np.errstate(over="ignore"):
+        return np.asarray(WEIGHTS[kind](spec, shape, rng)).astype(NUMPY_DTYPE[spec.dtype])
 
 
 #: Where an element can be: below beta, at or above it, or at a difference that is no number.

@@ -9,7 +9,8 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import product
 
 import onnx
@@ -26,16 +27,18 @@ from .plan import (
     EXTENSIONS,
     HUGE_BACKENDS,
     OVER_THE_WIRE,
+    DrawUnit,
     Matrix,
     Unit,
     artefact_axes,
+    draw_is_run,
     is_run,
     is_sampled,
     is_too_slow,
     needs_wider,
 )
 from .pool import each
-from .report import Build, Cell, Report, cell_of, is_extended
+from .report import Build, Cell, Report, cell_of, draws_of, is_extended
 
 __all__ = ["BETAS", "EXTENSIONS", "OVER_THE_WIRE", "Matrix", "run_matrix"]
 
@@ -56,14 +59,10 @@ class _Artefacts:
         self, spec: LossSpec, route: str, layout: str, any_rank: bool = False
     ) -> onnx.ModelProto:
         """The export for a layout."""
-        axes = artefact_axes(route, layout, any_rank)
-        key = (spec, route, axes)
+        axes = artefact_axes(spec, route, layout, any_rank)
+        key = (spec, route, *axes.values())
         if key not in self._models:
-            target = axes[1] if axes[1] != axes[0] else None
-            weight = target if spec.weight else None
-            self._models[key] = export(
-                spec, route, axes[0], target_shape=target, weight_shape=weight
-            )
+            self._models[key] = export(spec, route, **axes)
         return self._models[key]
 
     def runner(self, spec: LossSpec, route: str, layout: str, backend: str) -> Runner:
@@ -86,9 +85,41 @@ class _Outcome:
     results: dict[_Key, list[CaseResult]]
     refused: dict[_Key, str]
     builds: list[Build]
+    drawn: list[Cell]
 
 
-def _run_unit(unit: Unit) -> _Outcome:
+def _run_unit(unit: Unit | DrawUnit) -> _Outcome:
+    return _run_draws(unit) if isinstance(unit, DrawUnit) else _run_grid(unit)
+
+
+def _run_draws(unit: DrawUnit) -> _Outcome:
+    """Every backend on each draw: a cell a draw and backend."""
+    backends = [get_backend(name, threads=1) for name in unit.matrix.backends]
+    outcome = _Outcome({}, {}, [], [])
+    for draw in unit.draws():
+        refs = {case: draw.references(case) for case in draw.cases}
+        make = cache(draw.model)
+        for backend in backends:
+            if not draw_is_run(draw, backend.name):
+                continue
+            reason = backend.refuses(draw.spec)
+            chosen = {
+                case: ref
+                for case, ref in refs.items()
+                if not is_too_slow(draw.spec, case, backend)
+                and not needs_wider(ref.spec, case, backend.accumulator != "float32")
+            }
+            key = (draw.spec, draw.beta, draw.route, backend.name)
+            if reason is not None:
+                outcome.drawn.append(Cell(*key, refused=reason, draw=draw.number))
+            elif chosen:
+                load = cache(lambda: backend.load(make(backend.any_rank)))  # noqa: B023
+                results = [_checked(load, backend, case, ref) for case, ref in chosen.items()]
+                outcome.drawn.append(replace(cell_of(*key, results), draw=draw.number))
+    return outcome
+
+
+def _run_grid(unit: Unit) -> _Outcome:
     names = [n for n in unit.matrix.backends if not unit.huge or n in HUGE_BACKENDS]
     backends = {name: get_backend(name, threads=1) for name in names}
     if unit.huge:
@@ -96,7 +127,7 @@ def _run_unit(unit: Unit) -> _Outcome:
     if unit.huge and "ort-cpu-tiled" in backends:
         backends["ort-cpu-tiled"].tile = TILE
     artefacts = _Artefacts(backends)
-    outcome = _Outcome({}, {}, [])
+    outcome = _Outcome({}, {}, [], [])
     for spec in unit.specs():
         for cases in unit.batches(spec):
             _run_cases(unit, spec, cases, backends, artefacts, outcome)
@@ -129,7 +160,9 @@ def _run_cases(
             outcome.refused[key] = reason
             continue
         outcome.results.setdefault(key, []).extend(
-            _checked(artefacts, spec, route, backends[name], case, ref)
+            _checked(
+                partial(artefacts.runner, spec, route, case.layout, name), backends[name], case, ref
+            )
             for case, ref in refs.items()
             if is_run(case, route, name)
             and not is_too_slow(spec, case, backends[name])
@@ -141,16 +174,10 @@ def _run_cases(
 
 
 def _checked(
-    artefacts: _Artefacts,
-    spec: LossSpec,
-    route: str,
-    backend: Backend,
-    case: Case,
-    refs: References,
+    load: Callable[[], Runner], backend: Backend, case: Case, refs: References
 ) -> CaseResult:
     try:
-        runner = artefacts.runner(spec, route, case.layout, backend.name)
-        return check(runner, case, refs, backend.accumulator)
+        return check(load(), case, refs, backend.accumulator)
     except SmoothL1DeployError as exc:
         # A backend that fails on one case is a red case, not the end of the run.
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
@@ -181,6 +208,7 @@ def run_matrix(
     results: dict[_Key, list[CaseResult]] = {}
     refused: dict[_Key, str] = {}
     builds: list[Build] = []
+    drawn: list[Cell] = []
     progress(0, len(units))
     undone = dict.fromkeys(units)
     found = each(_run_unit, units, workers, time.monotonic() + seconds)
@@ -190,6 +218,7 @@ def run_matrix(
             results.setdefault(key, []).extend(more)
         refused |= outcome.refused
         builds += outcome.builds
+        drawn += outcome.drawn
         progress(done, len(units))
 
     cells = [cell_of(*key, found) for key, found in results.items()]
@@ -207,6 +236,9 @@ def run_matrix(
             matrix.backends.index(backend) if backend else 0,
         )
 
+    def by_draw(cell: Cell) -> tuple[object, ...]:
+        return matrix.backends.index(cell.backend), ROUTES.index(cell.route), cell.draw
+
     return Report(
         tuple(sorted(cells, key=order)),
         tuple(sorted(builds, key=order)),
@@ -214,9 +246,10 @@ def run_matrix(
         matrix.seed,
         time.perf_counter() - started,
         (*matrix.notes(), *_left_out(undone, seconds)),
+        draws=draws_of(sorted(drawn, key=by_draw)),
     )
 
 
-def _left_out(units: Iterable[Unit], seconds: float) -> list[str]:
-    names = [f"{u.dtype} beta {u.beta:g}{' at 2^24' if u.huge else ''}" for u in units]
+def _left_out(units: Iterable[Unit | DrawUnit], seconds: float) -> list[str]:
+    names = [unit.label for unit in units]
     return [f"left out after {seconds:.0f} s: {', '.join(names)}"] if names else []

@@ -1,7 +1,8 @@
 """What a matrix holds: its specs, routes, layouts and families, and what of them is sampled.
 
 The unit of work is a beta with a dtype: its inputs and both references' answers are computed
-once and serve every reduction, route and backend.
+once and serve every reduction, route and backend. Beside this grid of every value of every field
+there are random combinations of them, of `draws`.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ from pathlib import Path
 from ..backends.base import PROVING, REFERENCES, Backend, get_backend, missing
 from ..graph.export import ROUTES
 from ..graph.shapes import Shape as Axes
-from ..graph.shapes import summed_axes
 from ..spec import DTYPES, REDUCTIONS, LossSpec
-from .cases import LAYOUTS, Case
+from .cases import LAYOUTS, Case, is_for
+from .draws import Draw
 from .families import FAMILIES
 from .report import is_extended
 
 __all__ = [
     "BETAS",
+    "DRAWS",
     "EXTENSIONS",
     "HUGE_BACKENDS",
     "OVER_THE_WIRE",
+    "DrawUnit",
     "Matrix",
     "Unit",
     "artefact_axes",
+    "draw_is_run",
     "is_run",
     "is_sampled",
     "is_too_slow",
@@ -36,6 +40,14 @@ __all__ = [
 
 BETAS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4, math.inf)
 _QUICK_BETAS = (0.0, 0.5, 1.0, math.inf)
+
+#: Random combinations in the whole matrix, and in the quick one.
+DRAWS = 240
+QUICK_DRAWS = 36
+_DRAWS_A_SEED = 1 << 20  # so that two seeds have none in common
+_DRAWS_A_UNIT = 12
+_SMALLEST_NORMAL = 2.0**-126  # of float32
+_MOST_SLOWLY = 1 << 14  # elements of a draw that a slow backend is fed
 
 #: The extensions alone and together; with beta and dtype of the unit.
 EXTENSIONS = (
@@ -52,11 +64,13 @@ EXTENSIONS = (
     LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
 )
 
+#: Whose gradient is summed back over a million rows.
+_TALL = LossSpec(gradient=True)
 #: Layouts by how an artefact meets them. Every family is fed to the first group.
 _FAMILY_LAYOUTS = ("matrix", "odd")
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
 #: What an extension could get wrong beyond what the plain losses show.
-_EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both")
+_EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both", "weight-column")
 #: The inlined route is made of the function route: with extensions, these betas show it.
 _INLINED_BETAS = (0.0, 1.0, math.inf)
 #: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
@@ -78,6 +92,9 @@ class Matrix:
         backends: names; those that can't be used here must be left out by the caller.
         plain: what `torch.nn.SmoothL1Loss` itself computes.
         extensions: also the variants of `EXTENSIONS` (one of them with `quick`).
+        draws: how many random combinations of all that, after the grid. Their betas and shapes
+            are their own.
+        draw: numbers of draws, which are all that is run then; for the repetition of one.
         quick: fewer betas, no large layouts, the torch route for float32 only.
         engines: a folder to leave a TensorRT engine of every artefact in; None builds none.
         flavour: of those engines.
@@ -92,6 +109,8 @@ class Matrix:
     plain: bool = True
     extensions: bool = True
     seed: int = 0
+    draws: int = 0
+    draw: tuple[int, ...] = ()
     quick: bool = False
     engines: Path | None = None
     flavour: str = "auto"
@@ -100,7 +119,7 @@ class Matrix:
     @classmethod
     def quickly(cls, backends: tuple[str, ...], seed: int = 0) -> Matrix:
         """The part that takes about half a minute on two cores."""
-        return cls(backends, betas=_QUICK_BETAS, seed=seed, quick=True)
+        return cls(backends, betas=_QUICK_BETAS, seed=seed, draws=QUICK_DRAWS, quick=True)
 
     @property
     def samples_inlined(self) -> bool:
@@ -108,8 +127,17 @@ class Matrix:
         has_both = {"function", "inlined"} <= {*self.routes}
         return has_both and {*_INLINED_BETAS} <= {*self.betas}
 
-    def units(self) -> list[Unit]:
-        """The work, the longest first."""
+    def units(self) -> list[Unit | DrawUnit]:
+        """The work: the grid, the longest first, and the draws."""
+        first = self.seed * _DRAWS_A_SEED
+        numbers = self.draw or tuple(range(first, first + self.draws))
+        drawn = [
+            DrawUnit(self, numbers[i : i + _DRAWS_A_UNIT])
+            for i in range(0, len(numbers), _DRAWS_A_UNIT)
+        ]
+        return [*([] if self.draw else self._grid()), *drawn]
+
+    def _grid(self) -> list[Unit]:
         units = [Unit(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
         # The one cell of 2^24 elements takes memory more than time: it comes alone.
         if (
@@ -123,16 +151,28 @@ class Matrix:
 
     def notes(self) -> tuple[str, ...]:
         """What is sampled, for the report."""
+        if self.draw:
+            return (f"draws {', '.join(map(str, self.draw))} alone", *self.absent)
         layouts = [name for name in _TORCH_LAYOUTS if not (self.quick and name == "2^20")]
         notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(layouts)}"]
+        if self.draws:
+            notes[0] += "; other shapes by the random draws"
+            notes.append(
+                f"{self.draws} random combinations of spec, shapes and data, none over the wire"
+            )
         narrow = [name for name in _NO_FLOAT64 if name in self.backends]
         if self.extensions and narrow:
             notes.append(
                 f"{', '.join(narrow)}: no gradient of a broadcast input, summed back in float32"
             )
+        if self.draws and narrow:
+            notes.append(
+                f"{', '.join(narrow)}, in the draws: no subnormal beta, and no gradient with "
+                "weights near the ends of the range, for both of which the graph takes float64"
+            )
         if self.extensions:
-            formats = " and ".join(["float64", *narrow])
             notes.append("float64: no gradient of a broadcast input with an upstream one")
+            formats = " and ".join(["float64", *narrow])
             notes.append(
                 f"{formats}: no weighted gradient, and none with an upstream one, of subnormal "
                 "differences, which no wider format is there for"
@@ -167,6 +207,11 @@ class Matrix:
         else:
             notes.append("layout 2^20: every route on ort-cpu, the function route on the others")
             notes.append("layout 2^24: beta 1, mean, float32, families normal and constant")
+            if self.extensions:
+                notes.append(
+                    "layout broadcast-10^6, a gradient summed back over a million rows: beta 1, "
+                    "mean, the function route on ort-cpu and those with a GPU"
+                )
             if self.engines is not None and self.extensions:
                 notes.append(f"engines of the extensions: beta {self.betas[0]:g} only")
         return (*notes, *self.absent)
@@ -180,6 +225,11 @@ class Unit:
     beta: float
     dtype: str
     huge: bool = False
+
+    @property
+    def label(self) -> str:
+        """For a note on what was left out."""
+        return f"{self.dtype} beta {self.beta:g}{' at 2^24' if self.huge else ''}"
 
     def specs(self) -> list[LossSpec]:
         """What the artefacts compute; with `runtime_beta`, the unit's beta is fed to them."""
@@ -203,7 +253,11 @@ class Unit:
             return [of("normal", "2^24"), of("constant", "2^24")]
         if is_extended(spec):
             cases = [of(family, "matrix") for family in FAMILIES]
-            return cases + [of("normal", layout) for layout in _EXTENSION_LAYOUTS]
+            layouts = (layout for layout in _EXTENSION_LAYOUTS if is_for(spec, layout))
+            cases += [of("normal", layout) for layout in layouts]
+            if spec == replace(_TALL, dtype=self.dtype) and not self.matrix.quick:
+                cases += [of(family, "broadcast-10^6") for family in ("normal", "constant")]
+            return cases
         cases = [of(family, layout) for layout in _FAMILY_LAYOUTS for family in FAMILIES]
         cases += [of("normal", layout) for layout in _SHAPE_LAYOUTS]
         if not self.matrix.quick:
@@ -229,14 +283,56 @@ class Unit:
         return routes
 
 
-def artefact_axes(route: str, layout: str, any_rank: bool) -> tuple[Axes | None, Axes | None]:
-    """The axes of input and target that the matrix exports for a layout; None for any rank.
+@dataclass(frozen=True, slots=True)
+class DrawUnit:
+    """Some draws, by their numbers."""
+
+    matrix: Matrix
+    numbers: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """For a note on what was left out."""
+        return f"draws {self.numbers[0]} to {self.numbers[-1]}"
+
+    def draws(self) -> list[Draw]:
+        """Those of the dtypes, reductions and routes that are asked for."""
+        matrix = self.matrix
+        asked = {*matrix.dtypes}, {*matrix.reductions}, {*matrix.routes}
+        return [
+            draw
+            for draw in map(Draw.of, self.numbers)
+            if draw.spec.dtype in asked[0]
+            and draw.spec.reduction in asked[1]
+            and draw.route in asked[2]
+        ]
+
+
+def draw_is_run(draw: Draw, backend: str) -> bool:
+    """Whether a backend meets a draw at all; see `Matrix.notes`."""
+    if backend in PROVING:
+        return draw.route == _PROVEN_ROUTE
+    return backend not in OVER_THE_WIRE
+
+
+def artefact_axes(
+    spec: LossSpec, route: str, layout: str, any_rank: bool
+) -> dict[str, Axes | None]:
+    """What `export` is told of the axes for a layout.
 
     Fixed rank for the layouts of two axes, any rank for the others where the backend runs it.
     """
-    if route == "torch" or not any_rank or layout in _TORCH_LAYOUTS:
-        return LAYOUTS[layout].input_axes, LAYOUTS[layout].target_axes
-    return None, None
+    if route != "torch" and any_rank and layout not in _TORCH_LAYOUTS:
+        return {"shape": None}
+    shapes = LAYOUTS[layout]
+    axes: dict[str, Axes | None] = {
+        "shape": shapes.input_axes,
+        "target_shape": shapes.target_axes,
+    }
+    if spec.weight:
+        own = shapes.weight_axes
+        axes["weight_shape"] = shapes.target_axes if own is None else own
+    return axes
 
 
 #: A tile is made of the artefact's spec, whatever its route.
@@ -270,8 +366,10 @@ def is_run(case: Case, route: str, backend: str) -> bool:
     """Whether the layout is among those a route and backend are sampled at; see `Matrix.notes`."""
     if backend in OVER_THE_WIRE:
         return case.layout in _WIRE_LAYOUTS
-    if backend in PROVING and case.layout == "2^20":
+    if backend in PROVING and "^" in case.layout:
         return False  # in tiles of 64
+    if case.layout == "broadcast-10^6":
+        return route == "function" and backend in HUGE_BACKENDS
     if case.layout == "2^20" and backend != "ort-cpu":
         return route == "function"
     return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
@@ -279,28 +377,42 @@ def is_run(case: Case, route: str, backend: str) -> bool:
 
 def is_too_slow(spec: LossSpec, case: Case, backend: Backend) -> bool:
     """Whether a slow backend is spared a case; see `Matrix.notes`."""
-    if backend.slow is None or case.layout != "2^20":
+    if backend.slow is None:
         return False
-    return (spec.reduction, spec.beta, case.family) != ("mean", 1.0, "constant")
+    if case.layout in LAYOUTS:
+        constant = (spec.reduction, spec.beta, case.family) == ("mean", 1.0, "constant")
+        return "^" in case.layout and not constant
+    return math.prod(case.shape(spec)) > _MOST_SLOWLY
 
 
 def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
-    """Whether a gradient can only be right in a format wider than the one at hand.
+    """Whether an answer can only be right in a format wider than the one at hand.
 
-    Summed back to a broadcast input, terms of either sign cancel; weighted (or multiplied by an
-    upstream gradient) and divided, a
-    subnormal slope is rounded three times. How far PyTorch itself, which computes in the
-    output's format, is off in either case is a matter of luck, and no measure.
+    Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel, which in
+    float64 leaves the roundings of products with an upstream gradient; weighted (or multiplied by
+    an upstream gradient) and divided, a subnormal slope is rounded three times. How far PyTorch
+    itself, which computes in the output's format, is off in either case is a matter of luck, and
+    no measure.
+    Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
+    no room for it, with a subnormal beta, and for the products of a gradient with weights near the
+    ends of the range.
+
+    Args:
+        spec: beta is a number, also for an artefact that takes it at run time.
+        case: of it.
+        wide: whether the backend has float64.
     """
-    if not spec.gradient:
-        return False
-    layout = LAYOUTS[case.layout]
-    sums_back = summed_axes(layout.input_axes, layout.target_axes) != ()
     scaled = spec.weight is not None or spec.upstream
-    rounds_thrice = scaled and case.family == "subnormals"
+    rounds_thrice = spec.gradient and scaled and case.family == "subnormals"
+    sums_back = spec.gradient and case.input_shape != case.shape(spec)
     if spec.dtype == "float64":
         return rounds_thrice or (sums_back and spec.upstream)
-    return not wide and (sums_back or rounds_thrice)
+    if wide:
+        return False
+    if 0 < spec.effective_beta < _SMALLEST_NORMAL:
+        return True
+    leaves_range = case.weighting in ("huge", "tiny", "mixed")
+    return sums_back or rounds_thrice or (spec.gradient and leaves_range)
 
 
 #: The others take minutes or gigabytes at 2^24 elements.

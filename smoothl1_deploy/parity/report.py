@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..spec import LossSpec
 from .cases import CaseResult
+from .faults.names import json_number
 
 if TYPE_CHECKING:
     from .contract import Contract
@@ -21,8 +21,10 @@ __all__ = [
     "FORMAT",
     "Build",
     "Cell",
+    "Draws",
     "Report",
     "cell_of",
+    "draws_of",
     "is_extended",
     "mean_shares",
     "repeat_command",
@@ -44,6 +46,7 @@ class Cell:
         worst: the case those numbers come from; None where nothing was run.
         failures: every red case.
         refused: why this combination isn't run; None where it is.
+        draw: the number of the random draw it is; None in the grid.
     """
 
     spec: LossSpec
@@ -61,6 +64,7 @@ class Cell:
     worst: CaseResult | None = None
     failures: tuple[CaseResult, ...] = ()
     refused: str | None = None
+    draw: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -71,7 +75,7 @@ class Cell:
         """JSON-ready."""
         return {
             "spec": self.spec.to_dict(),
-            "beta": "inf" if math.isinf(self.beta) else self.beta,
+            "beta": json_number(self.beta),
             "route": self.route,
             "backend": self.backend,
             "ok": self.ok,
@@ -86,6 +90,7 @@ class Cell:
             "worst": self.worst.to_dict() if self.worst else None,
             "failures": [result.to_dict() for result in self.failures],
             "families": {name: dict(shares) for name, shares in self.families.items()},
+            **({} if self.draw is None else {"draw": self.draw}),
         }
 
 
@@ -160,8 +165,61 @@ class Build:
 
 
 @dataclass(frozen=True, slots=True)
+class Draws:
+    """The random draws that one backend met by one route, summed up.
+
+    Attributes:
+        draws: that were run; `refused`: that were not.
+        nearest: the cell that is the nearest to its limit, or over it; None where none was run.
+        red: the cells with a failing case.
+    """
+
+    backend: str
+    route: str
+    draws: int
+    cases: int
+    refused: int
+    nearest: Cell | None
+    red: tuple[Cell, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: of the green ones no more than what is nearest to its limit."""
+        nearest = self.nearest
+        return {
+            "backend": self.backend,
+            "route": self.route,
+            "draws": self.draws,
+            "cases": self.cases,
+            "refused": self.refused,
+            "nearest": nearest
+            and {"draw": nearest.draw, "ulp": nearest.ulp, "allowed": nearest.allowed},
+            "red": [cell.to_dict() for cell in self.red],
+        }
+
+
+def draws_of(cells: Iterable[Cell]) -> tuple[Draws, ...]:
+    """The cells of draws, summed up by backend and route, in the order they come in."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.backend, cell.route), []).append(cell)
+    found = []
+    for key, group in groups.items():
+        run = [cell for cell in group if cell.refused is None]
+        nearest = max(run, key=lambda cell: (not cell.ok, cell.ulp - cell.allowed), default=None)
+        cases = sum(cell.cases for cell in run)
+        red = tuple(cell for cell in run if not cell.ok)
+        found.append(Draws(*key, len(run), cases, len(group) - len(run), nearest, red))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Everything one run of the matrix found. True where no cell and no build is red."""
+    """Everything one run of the matrix found. True where no cell and no build is red.
+
+    Attributes:
+        cells: of the grid.
+        draws: of the random combinations beside it.
+    """
 
     cells: tuple[Cell, ...]
     builds: tuple[Build, ...]
@@ -171,14 +229,16 @@ class Report:
     notes: tuple[str, ...] = ()
     drift: Drift | None = None
     contract: Contract | None = None
+    draws: tuple[Draws, ...] = ()
 
     def __bool__(self) -> bool:
-        return all(cell.ok for cell in self.cells) and all(build.ok for build in self.builds)
+        return not self.red and not self.red_builds
 
     @property
     def red(self) -> tuple[Cell, ...]:
-        """The cells with a failing case."""
-        return tuple(cell for cell in self.cells if not cell.ok)
+        """The cells with a failing case, those of draws last."""
+        grid = tuple(cell for cell in self.cells if not cell.ok)
+        return (*grid, *(cell for row in self.draws for cell in row.red))
 
     @property
     def red_builds(self) -> tuple[Build, ...]:
@@ -191,9 +251,10 @@ class Report:
         run = [cell for cell in self.cells if cell.refused is None]
         return {
             "cells": len(run),
+            "draws": sum(row.draws for row in self.draws),
             "red": len(self.red),
             "refused": len(self.cells) - len(run),
-            "cases": sum(cell.cases for cell in run),
+            "cases": sum(c.cases for c in run) + sum(row.cases for row in self.draws),
             "builds": sum(build.refused is None for build in self.builds),
             "red_builds": len(self.red_builds),
             "seconds": round(self.seconds, 2),
@@ -209,6 +270,7 @@ class Report:
             "notes": list(self.notes),
             "environment": dict(self.environment),
             "cells": [cell.to_dict() for cell in self.cells],
+            "draws": [row.to_dict() for row in self.draws],
             "builds": [build.to_dict() for build in self.builds],
             "drift": self.drift.to_dict() if self.drift else None,
             "contract": self.contract.to_dict() if self.contract else None,
@@ -222,6 +284,9 @@ class Report:
 def repeat_command(cell: Cell, seed: int) -> str:
     """The command that runs this cell, and only it, on the same inputs."""
     spec = cell.spec
+    if cell.draw is not None:
+        words = ["smoothl1-deploy", "parity", "--draw", str(cell.draw), "--backend", cell.backend]
+        return shlex.join([*words, "--no-engines"])
     words = ["smoothl1-deploy", "parity", "--beta", repr(cell.beta), "--reduction", spec.reduction]
     words += ["--dtype", spec.dtype, "--route", cell.route, "--backend", cell.backend]
     words += ["--extensions-only"] if is_extended(spec) else ["--no-extensions"]

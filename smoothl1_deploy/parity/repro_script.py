@@ -67,6 +67,7 @@ got, exact = (torch.from_numpy(np.asarray(x)){view} for x in (got, data["exact"]
 if (got.dtype, got.shape) != (eager.dtype, eager.shape):
     raise SystemExit(f"got {{got.dtype}} {{got.shape}}, not {{eager.dtype}} {{eager.shape}}")
 {compare}"""
+_NO_BETA = ["eager = torch.full_like(eager, float('nan'))  # PyTorch raises on this beta"]
 _COMPARE = """\
 g, p, e = (float(x[{at}]) for x in (got, eager, exact))
 info = torch.finfo(got.dtype)
@@ -79,6 +80,7 @@ raise SystemExit(not (str(g) in (str(e), str(p)) or g != 0 != e and abs(g - e) <
 
 def repro_script(
     spec: LossSpec,
+    beta: float,
     case: Case,
     ports: Signature,
     backend: str,
@@ -92,6 +94,7 @@ def repro_script(
 
     Args:
         spec: what is computed, with beta as a number.
+        beta: what is fed; one that is negative or NaN has NaN for an answer.
         case: named in the script's first line.
         ports: of the artefact, for the names of its inputs and outputs.
         backend: what ran it; one that needs this package is shown by its recorded answer.
@@ -124,7 +127,7 @@ def repro_script(
         view=".view(torch.bfloat16)" if bits else "",
         names=", ".join(names),
         quoted=tuple(names),
-        pytorch="\n".join(_pytorch(spec, output)),
+        pytorch="\n".join(_pytorch(spec, output) + ([] if beta >= 0 else _NO_BETA)),
         compare="" if at is None else _COMPARE.format(output=output, at=at, allowed=allowed),
     )
 

@@ -16,12 +16,12 @@ from ..errors import ArtefactError, SmoothL1DeployError, UnsupportedError, requi
 from ..graph.metadata import is_changed, warn_if_changed
 from ..spec import LossSpec
 from .artefact_drift import DriftPoint, artefact_drift
-from .cases import LAYOUTS, Case, CaseResult, References, check
+from .cases import LAYOUTS, Case, CaseResult, References, check, is_for
 from .diagnose import diagnose
 from .families import BRANCHES, FAMILIES
 from .faults.comparison import choice_at_beta
 from .faults.names import Diagnosis
-from .shapes import Pair, ShapePlan, elements
+from .shapes import ShapePlan, Shapes, elements
 
 __all__ = ["Verification", "diagnosis_table", "verify", "verify_table"]
 
@@ -41,7 +41,7 @@ class Verification:
         results: one a case.
         environment: versions and hardware.
         seed: of the inputs.
-        drift: the error of a reduction by size; empty for `none`, and for fixed shapes.
+        drift: the error of what adds up, by size; empty where nothing does, and for fixed shapes.
         diagnoses: what is wrong, the likeliest first; empty where every case is green.
         remarks: faults that the graph has and no answer shows.
         changed: whether something else has changed the model since it was exported.
@@ -92,7 +92,7 @@ def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
         for name in LAYOUTS:
             if name == "matrix":
                 yield from (Case.of(family, name, seed) for family in FAMILIES)
-            elif "^" not in name and (LAYOUTS[name].input or not spec.per_sample):
+            elif "^" not in name and is_for(spec, name):
                 yield Case.of("normal", name, seed)
         if spec.reduction == "none":
             yield Case.of("normal", "2^20", seed)
@@ -101,15 +101,15 @@ def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
     usual = plan.usual()
     _check_size(usual)
     layout = ",".join(map(str, usual[0])) or "scalar"
-    yield from (Case(family, layout, *usual, seed) for family in FAMILIES)
+    yield from (Case.at(family, layout, usual, seed) for family in FAMILIES)
     if plan.growing is not None:
-        yield Case("normal", f"{plan.growing}=0", *plan.empty(), seed)
+        yield Case.at("normal", f"{plan.growing}=0", plan.empty(), seed)
         if spec.reduction == "none":
             large = plan.of_size(_LARGE)
-            yield Case("normal", ",".join(map(str, large[0])), *large, seed)
+            yield Case.at("normal", ",".join(map(str, large[0])), large, seed)
 
 
-def _check_size(shapes: Pair) -> None:
+def _check_size(shapes: Shapes) -> None:
     try:
         count = elements(shapes)
     except ValueError as exc:
@@ -169,8 +169,9 @@ def verify(
         input_name: of the graph input, where it is not clear which of several it is.
         target_name: likewise.
         output_name: of the loss, where there are several outputs and none is called `loss`.
-        drift: measure the error of a reduction at 2^10 to 2^22 elements.
-        large: at 2^24 as well: up to 1.6 GB of memory, 2.7 GB for float64 with weights.
+        drift: measure the error of what adds up, losses and gradients, at 2^10 to 2^22 elements.
+        large: at 2^24 as well: up to 1.6 GB of memory, 2.7 GB for float64 with weights; with a
+            gradient 2.6 and 4.7 GB.
 
     Returns:
         A `Verification`: true where every case is green; `to_dict()` for JSON.

@@ -66,7 +66,7 @@ def from_torch(tensor: torch.Tensor) -> Array:
 
 def eager(spec: LossSpec, input: Array, target: Array) -> Array:
     """The loss that PyTorch eager computes on the CPU, in the spec's dtype."""
-    return eager_outputs(replace(spec, gradient=False), input, target)["loss"]
+    return eager_outputs(spec.without_gradient(), input, target)["loss"]
 
 
 def eager_outputs(

@@ -123,7 +123,7 @@ def _job_of_spec(spec: LossSpec, backend: str, threads: int) -> Job:
     _check_combined(spec)
     if spec.runtime_beta:
         raise SpecError("runtime_beta leaves beta open; give beta as a number: LossSpec(beta=0.5)")
-    spec = replace(spec, gradient=False)
+    spec = spec.without_gradient()
     runs = spec
     if not spec.per_sample:
         runs = replace(spec, reduction="none", weight="count" if spec.weight else None)

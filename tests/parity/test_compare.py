@@ -59,6 +59,24 @@ def test_reductions_have_a_floor_of_two(steps: int, torch_steps: int, ok: bool) 
     assert judge(MEAN, up(truth, steps), up(truth, torch_steps), truth).ok is ok
 
 
+def test_nan_of_an_infinite_difference_is_put_right_in_a_gradient_alone() -> None:
+    """Its slope is 1: a NaN comes of what was multiplied and added up after it."""
+    data, target = f32(np.inf, 1), f32(0, 0)
+    right, nan = f32(2, 1), f32(np.nan, 1)
+    assert compare(NONE, right, nan, right, data, target, "grad_input").ok
+    assert not compare(NONE, right, nan, right, data, target).ok
+    assert not compare(NONE, right, nan, right, f32(np.nan, 1), target, "grad_input").ok
+    flat = LossSpec(np.inf, "none")  # PyTorch's slope of inf is NaN there
+    assert not compare(flat, right, nan, right, data, target, "grad_input").ok
+
+
+def test_nan_in_the_gradient_of_a_broadcast_input_is_looked_up_by_its_own_elements() -> None:
+    data, target = f32(1, 2).reshape(2, 1), f32(0, np.nan, 3, 4).reshape(2, 2)
+    right, nan = f32(2, 1).reshape(2, 1), f32(2, np.nan).reshape(2, 1)
+    assert compare(NONE, right, nan, right, data, target, "grad_input").ok
+    assert not compare(NONE, right, nan[::-1], right, data, target, "grad_input").ok
+
+
 def test_a_proved_bound_is_never_exceeded() -> None:
     """However far PyTorch itself is."""
     truth = np.asarray(np.float32(0.77))

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.floats import NUMPY_DTYPE
-from smoothl1_deploy.parity.cases import LAYOUTS, Case
-from smoothl1_deploy.parity.families import BRANCHES, FAMILIES, branch_shares
+from smoothl1_deploy.parity.cases import LAYOUTS, Case, is_for
+from smoothl1_deploy.parity.families import ADVERSARIAL, BRANCHES, FAMILIES, branch_shares
 from smoothl1_deploy.spec import DTYPES
 
 INNER = [1e-3, 0.5, 1.0, 1e4]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "^" not in name])
+@pytest.mark.parametrize("family", {**FAMILIES, **ADVERSARIAL})
+@pytest.mark.parametrize(
+    "layout", [name for name in LAYOUTS if "^" not in name and is_for(LossSpec(), name)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shapes_dtypes_and_seeds(family: str, layout: str, dtype: str) -> None:
     case, spec = Case.of(family, layout, seed=3), LossSpec(0.5, dtype=dtype)
@@ -78,13 +82,47 @@ def test_the_special_values_are_there(dtype: str) -> None:
         difference = np.subtract(*(x.astype(np.float64) for x in arrays["inf-minus-inf"]))
     assert np.isnan(difference).any()
     tiny = np.abs(arrays["subnormals"][0].astype(np.longdouble))
-    import ml_dtypes
-
     assert 0 < tiny.max() <= ml_dtypes.finfo(NUMPY_DTYPE[dtype]).tiny
     outlier = np.abs(arrays["outliers"][0].astype(np.float64)).max()
     assert math.isclose(
         outlier, min(1e30, float(ml_dtypes.finfo(NUMPY_DTYPE[dtype]).max) / 2), rel_tol=0.01
     )
+
+
+def test_what_was_found_by_looking_for_it() -> None:
+    """Numbers that repeat, cancel, or add up to just below the largest."""
+    left, _ = Case.of("repeated", "odd").arrays(LossSpec())
+    assert len(np.unique(left)) <= 32 and (left[:32] == left[32:64]).all()
+    for dtype in DTYPES:
+        spec = LossSpec(dtype=dtype)
+        left, right = (x.astype(np.longdouble) for x in Case.of("magnitudes", "odd").arrays(spec))
+        sizes = np.abs(left)
+        assert sizes.max() / sizes.min() > 1e3
+        near = np.abs(left - right) < 1e-2 * sizes
+        assert 0.2 < near.mean() < 0.8
+        left, right = (x.astype(np.longdouble) for x in Case.of("brink", "odd").arrays(spec))
+        total, largest = np.abs(left - right).sum(), float(ml_dtypes.finfo(NUMPY_DTYPE[dtype]).max)
+        assert 0.6 * largest < total < largest
+        assert dtype != "float64" or total > 5e291
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_each_kind(dtype: str) -> None:
+    spec, info = LossSpec(dtype=dtype, weight="count"), ml_dtypes.finfo(NUMPY_DTYPE[dtype])
+
+    def weights(kind: str) -> np.ndarray:
+        return replace(Case.of("normal", "odd"), weighting=kind).weights(spec).astype(np.longdouble)
+
+    assert (weights("usual") >= 0).all() and (weights("usual") == 0).any()
+    signed, zeros = weights("signed"), weights("zeros")
+    assert (signed < 0).any() and (signed > 0).any() and np.signbit(signed[signed == 0]).any()
+    assert not zeros.any() and np.signbit(zeros).any() and not np.signbit(zeros).all()
+    huge = weights("huge")
+    assert np.isfinite(huge).all() and huge.min() > 0.7 * float(info.max)
+    tiny = weights("tiny")
+    assert (tiny < float(info.tiny)).any() and (tiny > float(info.tiny)).any() and (tiny > 0).all()
+    mixed = weights("mixed")
+    assert mixed.max() > 0.7 * float(info.max) and np.abs(mixed[mixed != 0]).min() < 1e-3
 
 
 def test_squares_and_differences_overflow() -> None:

@@ -22,11 +22,13 @@ from smoothl1_deploy.backends.ort_cpu import OrtCpuBackend
 from smoothl1_deploy.errors import InvalidInputError
 from smoothl1_deploy.floats import Array
 from smoothl1_deploy.parity import cases
-from smoothl1_deploy.parity.cases import LAYOUTS, Case, References
+from smoothl1_deploy.parity.cases import LAYOUTS, Case, References, is_for
 from smoothl1_deploy.parity.families import FAMILIES
 from smoothl1_deploy.parity.matrix import EXTENSIONS, Matrix, run_matrix
+from smoothl1_deploy.parity.plan import Unit, is_run, needs_wider
 from smoothl1_deploy.parity.report import repeat_command
 from smoothl1_deploy.parity.views.terminal import extension_table, matrix_table
+from smoothl1_deploy.spec import DTYPES
 
 SMALL = Matrix(
     ("ort-cpu", "onnx-reference"),
@@ -52,7 +54,9 @@ def test_a_small_matrix_is_complete_and_green() -> None:
     for cell in report.cells:
         assert set(cell.families) == set(FAMILIES)
         expected = (
-            {n for n in LAYOUTS if "^" not in n} if cell.route != "torch" else {"matrix", "no-rows"}
+            {n for n in LAYOUTS if "^" not in n and is_for(cell.spec, n)}
+            if cell.route != "torch"
+            else {"matrix", "no-rows"}
         )
         assert set(cell.layouts) == expected
 
@@ -207,11 +211,47 @@ def test_the_inputs_depend_on_nothing_but_the_case() -> None:
     )
 
 
+def test_a_gradient_is_summed_back_over_a_million_rows_in_every_dtype() -> None:
+    units = [unit for unit in Matrix(("ort-cpu",)).units() if isinstance(unit, Unit)]
+    cases = {
+        (spec.dtype, case.family)
+        for unit in units
+        if not unit.huge
+        for spec in unit.specs()
+        for case in unit.cases(spec)
+        if spec.gradient
+        and (case.input_shape, case.target_shape) == ((1, 4), (1_000_000, 4))
+        and is_run(case, "function", "ort-cpu")
+        and not needs_wider(spec, case, wide=True)
+    }
+    assert cases == {(dtype, family) for dtype in DTYPES for family in ("normal", "constant")}
+
+
+def test_what_is_spared_has_no_wider_format_to_be_right_in() -> None:
+    same = Case.of("normal", "odd")
+    back = Case("normal", "back", (1, 3), (4, 3))
+    gradient, weighted = LossSpec(gradient=True), LossSpec(gradient=True, weight="count")
+    spared = [
+        (gradient, back), (weighted, Case.of("subnormals", "odd")), (LossSpec(1e-44), same),
+        *((weighted, replace(same, weighting=kind)) for kind in ("huge", "tiny", "mixed")),
+    ]  # fmt: skip
+    met = [
+        (gradient, same), (LossSpec(), back), (LossSpec(weight="count"), same),
+        *((weighted, replace(same, weighting=kind)) for kind in ("usual", "signed", "zeros")),
+    ]  # fmt: skip
+    assert all(needs_wider(spec, case, wide=False) for spec, case in spared)
+    assert not any(needs_wider(spec, case, wide=False) for spec, case in met)
+    assert not any(needs_wider(spec, case, wide=True) for spec, case in (*spared, *met))
+    in_float64 = [(replace(spec, dtype="float64"), case) for spec, case in (*spared, *met)]
+    assert [pair for pair in in_float64 if needs_wider(*pair, wide=True)] == [in_float64[1]]
+    assert needs_wider(LossSpec(dtype="float64", gradient=True, upstream=True), back, wide=True)
+
+
 def test_arrays_of_2_to_24_elements_are_held_one_pair_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the memory of the whole matrix peaks at."""
-    huge, *others = Matrix(("ort-cpu",)).units()
+    huge, *others = Matrix(("ort-cpu",))._grid()
     assert huge.huge and not any(unit.huge for unit in others)
     (spec,) = huge.specs()
     assert [len(batch) for batch in huge.batches(spec)] == [1, 1]

@@ -307,6 +307,8 @@ def test_the_ports_of_a_changed_artefact_are_chosen_like_anyone_s() -> None:
         LossSpec(runtime_beta=True),
         LossSpec(0.5, weight="count"),
         LossSpec(0.5, weight="weights", dtype="float16"),
+        LossSpec(0.5, gradient=True, upstream=True),
+        LossSpec(0.5, "sum", per_sample=True, gradient=True, upstream=True, weight="count"),
     ],
     ids=lambda spec: spec.name,
 )
@@ -314,6 +316,70 @@ def test_the_extensions_are_green(spec: LossSpec) -> None:
     result = verify(export(spec, shape=("N", 5)))
     assert result, result.failures
     assert bool(result.drift) is not (spec.per_sample or spec.reduction == "none")
+    assert {point.output for point in result.drift} <= {*spec.outputs}
+    assert verify_table(result).row_count and drift_table(result.drift).columns
+
+
+#: Shapes of input, target and weight as an export may declare them.
+WEIGHTED: list[dict[str, tuple[int | str, ...]]] = [
+    {"weight_shape": ("N", 1)},
+    {"weight_shape": (16,)},
+    {"weight_shape": (1,)},
+    {"weight_shape": ()},
+    {"weight_shape": ("K", "N", 16)},
+    {"target_shape": (16,)},
+    {"shape": (1, 16), "target_shape": ("N", 16), "weight_shape": ("rows", 1)},
+]
+
+
+@pytest.mark.parametrize("shapes", WEIGHTED, ids=str)
+def test_weights_are_drawn_in_the_shape_that_the_artefact_declares(
+    shapes: dict[str, tuple[int | str, ...]],
+) -> None:
+    shapes = {"shape": ("N", 16), **shapes}
+    model = export(LossSpec(0.5, weight="count"), **shapes)  # type: ignore[arg-type]
+    result = verify(model)
+    assert result, result.failures
+    declared = shapes.get("weight_shape", shapes["shape"])
+    assert {len(f.case.weight_shape or ()) for f in result.results} == {len(declared)}
+    # What is red is diagnosed with weights of that shape as well.
+    wrong = verify(model, spec=LossSpec(0.75, weight="count"), drift=False)
+    assert [item.fault for item in wrong.diagnoses] == [Fault.WRONG_BETA]
+
+
+def test_any_rank_meets_weights_of_every_shape() -> None:
+    result = verify(export(LossSpec(0.5, weight="weights")), drift=False)
+    assert result, result.failures
+    shapes = {case.case.weight_shape for case in result.results}
+    assert shapes >= {(64, 1), (16,), (1,), (), (3, 64, 16)}
+
+
+@pytest.mark.parametrize("shape", [None, (1, 16)], ids=["any rank", "one row"])
+def test_a_gradient_that_is_summed_back_is_measured_at_every_size(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...] | None
+) -> None:
+    """Thousands of ULP off in 2^18 rows, and right in the 64 that the families are fed."""
+    monkeypatch.setattr(drift_module, "SIZES", (1 << 10, 1 << 14, 1 << 18))
+    spec = LossSpec(0.5, "none", gradient=True)
+    target = ("N", 16) if shape else None
+    runner = load(export(spec, shape=shape, target_shape=target))
+    points = artefact_drift(runner, spec, accumulator="float64")
+    assert all(point.ok for point in points)
+    assert {(point.output, point.bound) for point in points} == {("grad_input", None)}
+    assert {point.result.case.input_shape for point in points} == {(1, 16)}
+    honest = runner.run
+
+    def linear(input: np.ndarray, target: np.ndarray, **given: object) -> dict[str, np.ndarray]:
+        slopes = np.clip(input - target, -0.5, 0.5) / np.float32(0.5)
+        total = np.add.accumulate(slopes, dtype=np.float32)[-1:]
+        return {**honest(input, target, **given), "grad_input": total}
+
+    runner.run = linear  # type: ignore[method-assign,assignment]
+    points = artefact_drift(runner, spec, accumulator="float64")
+    red = {point.elements for point in points if not point.ok}
+    assert 1 << 18 in red
+    assert json.dumps([point.to_dict() for point in points], allow_nan=False)
+    assert "grad_input" in shown(drift_table(points))
 
 
 def test_per_sample_of_any_rank_has_no_case_without_rows() -> None:

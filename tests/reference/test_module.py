@@ -50,6 +50,12 @@ def test_values_and_gradients_are_those_of_torch(reduction: str, beta: float) ->
     assert gradient.abs().sum() > 0
 
 
+def test_the_loss_of_a_spec_with_an_upstream_gradient_is_that_of_the_spec_without() -> None:
+    a, b = np.linspace(-3, 3, 24, dtype=np.float32), np.ones(24, np.float32)
+    spec = LossSpec(0.5, gradient=True, upstream=True)
+    assert eager(spec, a, b) == eager(LossSpec(0.5), a, b)
+
+
 def test_gradient_is_correct_by_finite_differences() -> None:
     x = torch.tensor([-2.0, -0.3, 0.1, 0.4, 1.7], dtype=torch.float64, requires_grad=True)
     y = torch.zeros(5, dtype=torch.float64, requires_grad=True)

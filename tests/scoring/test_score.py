@@ -118,6 +118,12 @@ def test_nan_and_infinity_flow(cli: Callable[..., Done], saved: Pair) -> None:
     assert np.isnan(scores[3]) and scores[50] == np.inf and np.isfinite(scores[4:50]).all()
 
 
+def test_a_spec_with_gradients_is_scored_by_its_loss(saved: Pair) -> None:
+    """The gradient and what would flow into it are left out together; one alone is no spec."""
+    spec = LossSpec(0.5, gradient=True, upstream=True)
+    assert loss_over([saved], spec).loss == loss_over([saved], LossSpec(0.5)).loss
+
+
 def test_no_rows_at_all(cli: Callable[..., Done]) -> None:
     for name in ("p", "t"):
         np.save(f"{name}.npy", np.zeros((0, 3), np.float32))

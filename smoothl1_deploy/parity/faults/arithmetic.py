@@ -94,6 +94,7 @@ def _error(relative: float | None) -> str:
 
 def accumulation(spec: LossSpec, points: Sequence[DriftPoint]) -> Iterator[Diagnosis]:
     """An error that grows with the number of elements: a sum in too narrow a format."""
+    points = [point for point in points if point.output == "loss"]
     red = [point for point in points if not point.ok]
     if not red or not _grows(points, red):
         return

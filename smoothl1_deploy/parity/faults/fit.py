@@ -54,7 +54,7 @@ def right(spec: LossSpec) -> Hypothesis:
 
 def _wide(spec: LossSpec, answer: Answer) -> tuple[Array, Array]:
     wide = wide_dtype(spec.dtype)
-    a, b = np.broadcast_arrays(answer.probe.input, answer.probe.target)
+    a, b, *_ = np.broadcast_arrays(*answer.probe.arrays)
     return a.astype(wide), b.astype(wide)
 
 
@@ -105,7 +105,7 @@ def _subtracted(spec: LossSpec, cancels: Callable[[float], float], answer: Answe
 
 def count_of(answer: Answer) -> int:
     """Elements that an answer sums up."""
-    return math.prod(np.broadcast_shapes(answer.probe.input.shape, answer.probe.target.shape))
+    return math.prod(np.broadcast_shapes(*(array.shape for array in answer.probe.arrays)))
 
 
 def _holds(
@@ -200,7 +200,7 @@ def _responses(
         if answer.probe.kind != "constant" or answer.got is None or not answer.got.size:
             continue
         shapes = answer.probe.input.shape, answer.probe.target.shape
-        ones = np.ones(np.broadcast_shapes(*shapes))
+        ones = np.ones(np.broadcast_shapes(*(array.shape for array in answer.probe.arrays)))
         weight = float(np.asarray(reduction.apply(ones, *shapes)).reshape(-1)[0])
         d = float(answer.probe.input.reshape(-1)[0]) - float(answer.probe.target.reshape(-1)[0])
         value = float(answer.got.reshape(-1)[0]) / weight

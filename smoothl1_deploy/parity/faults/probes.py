@@ -15,7 +15,7 @@ from ...floats import NUMPY_DTYPE, Array, round_to, wide_dtype
 from ...reference.oracle import oracle
 from ...spec import LossSpec
 from ..bounds import UNIT_ROUNDOFF
-from ..shapes import Pair, ShapePlan, elements
+from ..shapes import ShapePlan, Shapes, elements
 
 __all__ = [
     "Answer",
@@ -43,12 +43,22 @@ _MOST_PLACES = 256  # of a row that are asked one by one
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One input pair; `kind` says what it is for, `text` what it is."""
+    """One input pair; `kind` says what it is for, `text` what it is.
+
+    `weight` is all 1, which leaves every formula as it is; None where the model takes none.
+    """
 
     kind: str
     text: str
     input: Array
     target: Array
+    weight: Array | None = None
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """What broadcasts together."""
+        pair = (self.input, self.target)
+        return pair if self.weight is None else (*pair, self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +95,9 @@ def run_spec(
     """
     beta = spec.effective_beta if "beta" in runner.signature.inputs else None
     upstream = None
-    if spec.upstream:
-        shape = np.broadcast_shapes(input.shape, target.shape)
+    if "grad_output" in runner.signature.inputs:
+        arrays = [input, target] if weight is None else [input, target, weight]
+        shape = np.broadcast_shapes(*(array.shape for array in arrays))
         if spec.reduction != "none":
             shape = shape[:1] if spec.per_sample else ()
         upstream = np.ones(shape, NUMPY_DTYPE[spec.dtype])
@@ -94,11 +105,10 @@ def run_spec(
 
 
 def ask(runner: Runner, spec: LossSpec, probe: Probe) -> Answer:
-    """Run one probe; weights are all 1, which leaves every formula as it is."""
-    weight = np.ones_like(probe.target) if spec.weight else None
-    expected = oracle(spec, probe.input, probe.target, weight)
+    """Run one probe."""
+    expected = oracle(spec, probe.input, probe.target, probe.weight)
     try:
-        outputs = run_spec(runner, spec, probe.input, probe.target, weight)
+        outputs = run_spec(runner, spec, probe.input, probe.target, probe.weight)
     except SmoothL1DeployError as exc:
         return Answer(probe, expected, None, error=f"{type(exc).__name__}: {exc}")
     got = outputs[runner.signature.loss.name]
@@ -113,10 +123,12 @@ def ask_all(runner: Runner, spec: LossSpec, probes: Sequence[Probe]) -> list[Ans
     return [ask(runner, spec, probe) for probe in probes]
 
 
-def _full(spec: LossSpec, shapes: Pair, a: float, b: float = 0.0) -> tuple[Array, Array]:
+def _full(spec: LossSpec, shapes: Shapes, a: float, b: float = 0.0) -> tuple[Array, ...]:
+    """Input, target and, where there is one, weight, each of one number."""
     dtype = NUMPY_DTYPE[spec.dtype]
     with np.errstate(over="ignore"):
-        return np.full(shapes[0], a).astype(dtype), np.full(shapes[1], b).astype(dtype)
+        parts = zip(shapes, (a, b, 1.0), strict=False)
+        return tuple(np.full(shape, value).astype(dtype) for shape, value in parts)
 
 
 def _range(spec: LossSpec) -> tuple[float, float]:
@@ -156,7 +168,7 @@ def _knee(spec: LossSpec) -> float:
     return min(max(spec.effective_beta, 2.0**-6), 32.0)
 
 
-def _mixed(spec: LossSpec, shapes: Pair) -> Iterator[Probe]:
+def _mixed(spec: LossSpec, shapes: Shapes) -> Iterator[Probe]:
     """All elements different, in the dtype's full precision; signs mostly unlike, so that what is
     lost of input and target is not much more of their difference.
     """
@@ -176,6 +188,7 @@ def _mixed(spec: LossSpec, shapes: Pair) -> Iterator[Probe]:
             f"{shapes[1]}",
             (left * sign).astype(dtype),
             (right * sign).astype(dtype),
+            *_full(spec, shapes, 0.0)[2:],
         )
         wide = np.abs(probe.input.astype(np.float64) - probe.target.astype(np.float64))
         if all(_usable(spec, float(d), max(wide.size, 1)) for d in (wide.min(), wide.max())):
@@ -204,7 +217,7 @@ def formula_probes(spec: LossSpec, plan: ShapePlan, any_rank: bool) -> list[Prob
     if not spec.per_sample:
         others[plan.small(1)] = [d for d in sizes if d >= spec.effective_beta][:2]
     if any_rank:
-        others[(3, 1), (1, 4)] = sizes[::3]
+        others[((3, 1), (1, 4), (1, 4))[: len(first)]] = sizes[::3]
     for shapes in {first: [], **others}:
         probes += _mixed(spec, shapes)
         for d in others[shapes] if shapes != first else []:
@@ -227,9 +240,11 @@ def place_probes(spec: LossSpec, plan: ShapePlan) -> list[Probe]:
         return []
     probes = []
     for place in range(places):
-        input, target = _full(spec, shapes, 0.0)
+        input, target, *weight = _full(spec, shapes, 0.0)
         input.reshape(-1, places)[:, place] = d
-        probes.append(Probe("place", f"d = {d:g} in place {place} of a row", input, target))
+        probes.append(
+            Probe("place", f"d = {d:g} in place {place} of a row", input, target, *weight)
+        )
     return probes
 
 
@@ -269,11 +284,11 @@ def special_probes(spec: LossSpec, plan: ShapePlan) -> list[Probe]:
             ("inf", "one +inf in the target", None, math.inf),
             ("inf-inf", "+inf in input and target at the same place", math.inf, math.inf),
         ):
-            input, target = _full(spec, shapes, 0.5)
+            input, target, *weight = _full(spec, shapes, 0.5)
             for array, value in ((input, a), (target, b)):
                 if value is not None:
                     array.reshape(-1)[0] = value
-            probes.append(Probe(kind, text, input, target))
+            probes.append(Probe(kind, text, input, target, *weight))
         probes.append(Probe("zero", "input equal to target", *_full(spec, shapes, 0.5, 0.5)))
         probes.append(Probe("zero", "input -0, target +0", *_full(spec, shapes, -0.0, 0.0)))
     if plan.free:

@@ -126,8 +126,7 @@ def gradient_output(runner: Runner, spec: LossSpec, plan: ShapePlan) -> Iterator
         probe, got = answer.probe, answer.gradient
         if got is None or probe.input.shape != probe.target.shape or got.shape != probe.input.shape:
             continue
-        weight = np.ones_like(probe.target) if spec.weight else None
-        exact = oracle_gradient(spec, probe.input, probe.target, weight).astype(wide)
+        exact = oracle_gradient(spec, probe.input, probe.target, probe.weight).astype(wide)
         asked.append((probe, got.astype(wide), exact))
 
     def holds(change: Callable[[Array], Array]) -> bool:

@@ -11,11 +11,13 @@ from ...spec import LossSpec
 from ..report import Cell, Report, mean_shares
 
 __all__ = [
+    "DRAW_COLUMNS",
     "BackendRow",
     "backend_rows",
     "beta_text",
     "clean",
     "distance_text",
+    "draw_rows",
     "family_shares",
     "finding",
     "measured_text",
@@ -40,8 +42,8 @@ def plural(count: int, noun: str) -> str:
 
 def beta_text(beta: float) -> str:
     """The shortest text that is this beta and no other."""
-    if math.isinf(beta):
-        return "inf"
+    if not math.isfinite(beta):
+        return f"{beta:g}"
     digits, exponent = f"{beta:e}".split("e")
     scientific = f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
     exact = [text for text in (f"{beta:g}", scientific, repr(beta)) if float(text) == beta]
@@ -110,6 +112,21 @@ def family_shares(report: Report) -> dict[str, dict[str, float]]:
         name: mean_shares([cell.families[name] for cell in cells if name in cell.families])
         for name in names
     }
+
+
+#: Of a table of the random draws, whose rows are `draw_rows`.
+DRAW_COLUMNS = ("backend", "route", "draws", "cases", "red", "not run", "nearest to its limit")
+
+
+def draw_rows(report: Report) -> list[tuple[str, ...]]:
+    """One row a backend and route, as text."""
+    rows = []
+    for row in report.draws:
+        near = row.nearest
+        limit = f"{measured_text(near)}/{distance_text(near.allowed)}, {near.draw}" if near else "-"
+        counts = (row.draws, row.cases, len(row.red), row.refused)
+        rows.append((row.backend, row.route, *(f"{count:,}" for count in counts), limit))
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ def layout_meaning(name: str) -> str:
     layout = LAYOUTS.get(name)
     if layout is None:
         return ""
+    weight = "" if layout.weight is None else f", weights {layout.weight}"
     if layout.input == layout.target:
-        return f"two tensors of {layout.input}"
-    return f"input {layout.input}, target {layout.target}"
+        return f"two tensors of {layout.input}{weight}"
+    return f"input {layout.input}, target {layout.target}{weight}"

@@ -21,9 +21,11 @@ from ..drift import Drift
 from ..families import BRANCHES
 from ..report import Build, Cell, Report, repeat_command
 from .common import (
+    DRAW_COLUMNS,
     backend_rows,
     beta_text,
     clean,
+    draw_rows,
     family_shares,
     finding,
     measured_text,
@@ -62,8 +64,13 @@ def _panels(report: Report, ids: Mapping[int, str]) -> list[_Panel]:
             measured_text(cell) if finding(cell) in ("class", "error") else f"{cell.ulp:,}",
             repeat_command(cell, report.seed),
         )
-        for cell in report.cells
+        for cell in _shown(report)
     ]
+
+
+def _shown(report: Report) -> list[Cell]:
+    """The cells that have a panel: those of the grid, and of the draws those that are red."""
+    return [*report.cells, *(cell for row in report.draws for cell in row.red)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +161,7 @@ def render(report: Report, drift: Drift | None = None, contract: Contract | None
 
     drift = report.drift if drift is None else drift
     contract = report.contract if contract is None else contract
-    ids = cell_ids(report.cells)
+    ids = cell_ids(_shown(report))
     script = _asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     panels = _panels(report, ids)
@@ -167,6 +174,8 @@ def render(report: Report, drift: Drift | None = None, contract: Contract | None
         maps=maps_by_dtype(report, ids),
         steps=[label for _, label in STEPS],
         backends=backend_rows(report),
+        draws=draw_rows(report),
+        draw_columns=DRAW_COLUMNS,
         shares=family_shares(report),
         branches=BRANCHES,
         routes_meant=_meant(ROUTES, (cell.route for cell in report.cells)),

@@ -1,8 +1,9 @@
 """The report as JUnit XML, for the test tab of a CI system.
 
-A suite is one backend × route × dtype, a test case one cell; engines are suites of their own. A
-cell that isn't run, or an engine that is refused, is skipped with its reason. Times are those
-of the whole run only: a unit of the matrix serves many cells at once.
+A suite is one backend × route × dtype, a test case one cell; engines are suites of their own, and
+so are random draws, of which a test case is one that is red, or all of them. A cell that isn't run,
+or an engine that is refused, is skipped with its reason. Times are those of the whole run only: a
+unit of the matrix serves many cells at once.
 Source of the structure: the JUnit schema of Apache Ant, as Jenkins and GitLab read it.
 """
 
@@ -105,6 +106,14 @@ def render(report: Report) -> str:
 
     for cell in report.cells:
         _cell(suite(f"{cell.backend}.{cell.route}.{cell.spec.dtype}"), cell, report.seed)
+    for row in report.draws:
+        holder = suite(f"draws.{row.backend}.{row.route}")
+        for cell in row.red:
+            _cell(holder, cell, report.seed)
+        if row.draws and not row.red:
+            classname = f"draws.{row.backend}.{row.route}"
+            case = _child(holder, "testcase", name=plural(row.draws, "draw"), classname=classname)
+            _child(case, "system-out", plural(row.cases, "case"))
     for build in report.builds:
         _build(suite(f"engines.{build.flavour}.{build.route}"), build)
     for each in suites.values():

@@ -9,10 +9,12 @@ from ..contract import Contract
 from ..drift import Drift
 from ..report import Cell, Report, is_extended, repeat_command
 from .common import (
+    DRAW_COLUMNS,
     backend_rows,
     beta_text,
     clean,
     distance_text,
+    draw_rows,
     measured_text,
     plural,
     representative,
@@ -52,7 +54,8 @@ def _cut(text: str, limit: int = 300) -> str:
 
 def _headline(report: Report) -> str:
     counts = report.summary
-    what = f"{plural(counts['cells'], 'cell')}, {plural(counts['cases'], 'case')}"
+    parts = [plural(counts["cells"], "cell"), plural(counts["cases"], "case")]
+    what = ", ".join([*parts, *([plural(counts["draws"], "draw")] if counts["draws"] else [])])
     if report:
         return f"## ✅ Smooth L1 parity: every one of {what} is equal"
     red = [plural(counts["red"], "red cell")] if counts["red"] else []
@@ -180,6 +183,8 @@ def render(report: Report) -> str:
     lines = [_headline(report), "", *_red(report), *_matrix(report)]
     header = ["backend", "route", "cells", "cases", "red", "not run"]
     lines += _table(header, backends, "llrrrl")
+    if report.draws:
+        lines += ["Random combinations:", *_table(DRAW_COLUMNS, draw_rows(report), "llrrrrr")]
     lines += _drift(report.drift) if report.drift else []
     lines += _contract(report.contract) if report.contract else []
     environment = json.dumps(dict(report.environment), indent=1, ensure_ascii=True)

@@ -10,16 +10,18 @@ from rich.text import Text
 from ..families import BRANCHES
 from ..report import Cell, Report, is_extended
 from .common import (
+    DRAW_COLUMNS,
     backend_rows,
     beta_text,
     distance_text,
+    draw_rows,
     family_shares,
     measured_text,
     representative,
     variant,
 )
 
-__all__ = ["backend_table", "extension_table", "families_table", "matrix_table"]
+__all__ = ["backend_table", "draws_table", "extension_table", "families_table", "matrix_table"]
 
 
 def _entry(cells: Sequence[Cell]) -> Text:
@@ -88,6 +90,19 @@ def backend_table(report: Report) -> Table:
         red = Text(str(row.red), style="bold red" if row.red else "green")
         reasons = Text(f"{row.refused}: {'; '.join(row.reasons)}" if row.refused else "")
         table.add_row(row.backend, row.route, str(row.cells), str(row.cases), red, reasons)
+    return table
+
+
+def draws_table(report: Report) -> Table | None:
+    """One row a backend and route that met random draws; None where there were none."""
+    if not report.draws:
+        return None
+    table = Table(title="random combinations: ULP / allowed, number", title_justify="left")
+    for column in DRAW_COLUMNS:
+        left = column in ("backend", "route")
+        table.add_column(column, justify="left" if left else "right")
+    for row, cells in zip(draw_rows(report), report.draws, strict=True):
+        table.add_row(*row, style="bold red" if cells.red else "")
     return table
 
 

@@ -1,0 +1,212 @@
+"""Random draws: one number decides all of one, together they reach what broke, and a red one is
+repeated by the command that it prints."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import onnx
+import pytest
+
+import smoothl1_deploy.backends.ort_cpu as ort_cpu
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.backends.base import Runner
+from smoothl1_deploy.backends.ort_cpu import OrtCpuBackend
+from smoothl1_deploy.cli import main
+from smoothl1_deploy.floats import Array
+from smoothl1_deploy.parity.bundle import write_bundle
+from smoothl1_deploy.parity.cases import Case, References, check
+from smoothl1_deploy.parity.draws import Draw
+from smoothl1_deploy.parity.families import ADVERSARIAL, FAMILIES, WEIGHTS
+from smoothl1_deploy.parity.matrix import Matrix, run_matrix
+from smoothl1_deploy.parity.plan import DRAWS
+from smoothl1_deploy.parity.report import Report, is_extended, repeat_command
+from smoothl1_deploy.parity.views import html, junit, markdown
+from smoothl1_deploy.parity.views.schema import validate
+from smoothl1_deploy.parity.views.terminal import draws_table
+from smoothl1_deploy.spec import DTYPES
+
+ALL = [Draw.of(number) for number in range(DRAWS)]  # of the whole matrix, with seed 0
+
+
+def test_a_number_decides_the_spec_the_shapes_and_the_data() -> None:
+    for drawn in ALL[:40]:
+        again = Draw.of(drawn.number)
+        assert repr(again) == repr(drawn)  # a beta may be NaN, which equals nothing
+        for case in drawn.cases:
+            one, two = drawn.references(case), again.references(case)
+            assert one.input.tobytes() == two.input.tobytes()
+            assert one.oracle["loss"].tobytes() == two.oracle["loss"].tobytes()
+    assert len({repr(drawn.spec) for drawn in ALL}) > 0.8 * DRAWS
+
+
+def test_seeds_have_no_draw_in_common() -> None:
+    numbers = [
+        {number for unit in Matrix((), seed=seed, draws=DRAWS).units()
+         for number in getattr(unit, "numbers", ())}
+        for seed in (0, 1, 2)
+    ]  # fmt: skip
+    assert [len(each) for each in numbers] == [DRAWS] * 3 and len(
+        set().union(*numbers)
+    ) == 3 * DRAWS
+
+
+def met(condition: Callable[[Draw, Case], bool]) -> bool:
+    """Whether a case of some draw is so."""
+    return any(condition(drawn, case) for drawn in ALL for case in drawn.cases)
+
+
+def test_every_kind_of_data_is_drawn() -> None:
+    assert {case.family for drawn in ALL for case in drawn.cases} == {*FAMILIES, *ADVERSARIAL}
+    assert {case.weighting for drawn in ALL for case in drawn.cases} == {*WEIGHTS}
+    for family in ("repeated", "magnitudes", "brink"):  # many patterns on large arrays
+        assert met(lambda d, c: c.family == family and math.prod(c.shape(d.spec)) > 4096)  # noqa: B023
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_dtype_meets_gradients_that_are_summed_back_and_subnormal_betas(dtype: str) -> None:
+    smallest = 2.0**-1074 if dtype == "float64" else 2.0**-149
+    assert met(
+        lambda d, c: d.spec.dtype == dtype and d.spec.gradient and c.input_shape != c.shape(d.spec)
+    )
+    assert met(
+        lambda d, c: d.spec.dtype == dtype and 0 < d.beta < 1e-37 and d.beta / smallest % 2 == 1
+    )
+
+
+def test_weights_of_every_shape_are_declared_and_fed() -> None:
+    shapes = {
+        "scalar": lambda own, whole: own == (),
+        "one": lambda own, whole: own == (1,) and len(whole) > 1,
+        "row": lambda own, whole: len(own) == 1 and len(whole) > 1 and own[0] == whole[-1] > 1,
+        "column": lambda own, whole: own == (*whole[:-1], 1) and whole[0] > 1,
+        "wider": lambda own, whole: len(own) > 1 and own[0] == "copies",
+    }
+    for name in ("scalar", "one", "row", "column"):
+        assert met(
+            lambda d, c: d.spec.weight is not None and shapes[name](c.weight_shape, c.shape(d.spec))  # noqa: B023
+        ), name
+    declared = [drawn.declared[-1] for drawn in ALL if drawn.spec.weight and drawn.declared]
+    assert any(shapes["wider"](own, ()) for own in declared)
+
+
+def test_artefacts_of_every_kind_are_exported() -> None:
+    by_torch = [drawn for drawn in ALL if drawn.route == "torch"]
+    assert len({drawn.axes for drawn in by_torch}) > 5  # not (N, 16) alone
+    assert not any(is_extended(drawn.spec) for drawn in by_torch)
+    assert any(drawn.declared is None for drawn in ALL)  # any rank
+    assert any(drawn.declared not in (None, drawn.axes) for drawn in ALL)  # broadcast at run time
+
+
+def test_a_beta_that_is_none_is_fed_to_empty_batches_too() -> None:
+    none = [drawn for drawn in ALL if not drawn.beta >= 0]
+    assert none and all(drawn.spec.runtime_beta for drawn in none)
+    assert any(math.isnan(drawn.beta) for drawn in none)
+    assert met(lambda d, c: not d.beta >= 0 and not math.prod(c.shape(d.spec)))
+    spec = LossSpec(reduction="sum", runtime_beta=True)
+    drawn = Draw(0, spec, math.nan, "function", (("N",), ("N",)), None, ())
+    refs = drawn.references(Case("normal", "nothing", (0,), (0,)))
+    assert np.isnan(refs.oracle["loss"]) and np.isnan(refs.torch["loss"])
+    assert math.isnan(refs.beta)
+
+
+class Planted(OrtCpuBackend):
+    """Every NaN is lost, so that draws with NaN, as a beta too, are red."""
+
+    def load(self, model: onnx.ModelProto) -> Runner:
+        runner = super().load(model)
+        honest = runner.run
+
+        def faulty(*arrays: Array, **given: Any) -> dict[str, Array]:
+            outputs = honest(*arrays, **given)
+            return {name: np.nan_to_num(array) for name, array in outputs.items()}
+
+        runner.run = faulty  # type: ignore[method-assign]
+        return runner
+
+
+#: A draw whose beta is no number, and one with NaN in its data.
+RED = [
+    next(d.number for d in ALL if math.isnan(d.beta) and math.prod(d.cases[0].input_shape)),
+    next(
+        d.number
+        for d in ALL
+        if d.cases[0].family == "nan" and not is_extended(d.spec) and d.route == "inlined"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def red() -> Report:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ort_cpu, "OrtCpuBackend", Planted)
+        return run_matrix(Matrix(("ort-cpu",), draw=tuple(RED)))
+
+
+def test_a_red_draw_is_a_red_cell_whose_command_repeats_it(
+    red: Report,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert not red and {cell.draw for cell in red.red} == {*RED} and not red.cells
+    cell = red.red[0]
+    command = repeat_command(cell, red.seed)
+    assert command == f"smoothl1-deploy parity --draw {cell.draw} --backend ort-cpu --no-engines"
+    monkeypatch.setattr(ort_cpu, "OrtCpuBackend", Planted)
+    words = [*shlex.split(command)[1:], "-o", str(tmp_path), "--workers", "1"]
+    assert main(words) == 1 and f"repeat it: {command}" in capfd.readouterr().out
+    (row,) = json.loads((tmp_path / "report.json").read_text())["draws"]
+    assert row["red"] == [cell.to_dict()]
+
+
+def test_every_view_shows_a_red_draw(red: Report) -> None:
+    report = red.to_dict()
+    assert report["summary"]["draws"] == 2 and report["summary"]["red"] == 2
+    validate(json.loads(red.to_json()))  # strict: a beta of NaN is a word
+    assert {cell["beta"] for row in report["draws"] for cell in row["red"]} >= {"nan"}
+    table = draws_table(red)
+    assert table is not None and table.row_count == len(red.draws)
+    suites = ET.fromstring(junit.render(red))
+    assert {suite.get("name") for suite in suites} >= {f"draws.ort-cpu.{red.draws[0].route}"}
+    assert len(suites.findall(".//failure")) == 2
+    for text in (markdown.render(red), html.render(red)):
+        for number in RED:
+            assert f"--draw {number} --backend ort-cpu" in text
+
+
+def test_a_green_draw_takes_a_line_and_no_cell() -> None:
+    report = run_matrix(Matrix(("ort-cpu",), draw=(0, 1)))
+    assert report, report.red
+    found = json.loads(report.to_json())
+    validate(found)
+    assert found["cells"] == [] and not any(row["red"] for row in found["draws"])
+    assert sum(row["draws"] for row in found["draws"]) == 2
+    assert {row["nearest"]["draw"] for row in found["draws"]} <= {0, 1}
+    assert "draw" in markdown.render(report) and 'failures="0"' in junit.render(report)
+
+
+def test_a_draw_with_no_beta_is_bundled(red: Report, tmp_path: Path) -> None:
+    cell = next(cell for cell in red.red if math.isnan(cell.beta))
+    bundle = write_bundle(cell, None, tmp_path / "case")
+    assert not bundle.reproduced  # the real backend answers NaN
+    script = (bundle.folder / "repro.py").read_text()
+    assert "PyTorch raises on this beta" in script
+    assert np.isnan(np.load(bundle.folder / "inputs.npz")["beta"])
+
+
+def test_weights_of_more_axes_than_the_losses_are_judged_per_sample() -> None:
+    """PyTorch's NaN is looked up by sample: those of the whole, and not of the input."""
+    spec = LossSpec(per_sample=True, weight="count", gradient=True)
+    case = Case("nan", "wider", (5,), (5,), (3, 5))
+    refs = References.of(spec, case)
+    runner = OrtCpuBackend().load(Draw(0, spec, 1.0, "function", (), None, ()).model(True))
+    assert refs.oracle["loss"].shape == (3,) and np.isnan(refs.torch["loss"]).any()
+    assert check(runner, case, refs, "float64").verdict.ok
