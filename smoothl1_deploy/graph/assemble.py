@@ -221,6 +221,8 @@ class Assembly:
                 scalar = self._of_something(scalar, losses) if is_summed else scalar
                 operator = "Mul" if spec.upstream else "Div"
                 slope = self._add(operator, [slope, scalar], "slope_scaled")
+        if is_summed:
+            slope = self._zero_of_a_sum(slope, summed_axes)
         self._rounded(slope, TensorProto.DOUBLE, "grad_input")
 
     def _flowing_in(self, losses: str) -> str:
@@ -251,27 +253,29 @@ class Assembly:
         return beta, shrink, divisor
 
     def _summed(self, slope: str, axes: tuple[int, ...] | None) -> str:
-        """`slope` in the shape of input, added up along the axes that input was broadcast to."""
+        """`slope` in the shape of input, added up along the axes that input was broadcast to.
+
+        Compensated for every dtype: of a large beta, differences cancel that are as large.
+        """
         if axes is None:
             along = self._call("BroadcastAxes", [slope, self._data["input"]], "summed_axes")
         else:
-            along = self._add(
-                "Constant", [], "summed_axes", value=numpy_helper.from_array(np.array(axes, "i8"))
-            )
-        if self._spec.dtype == "float64":
-            total = self._call("CompensatedAxesSum", [slope, along], "slope_sum")
-        else:
-            total = self._add(
-                "ReduceSum", [slope, along], "slope_sum", keepdims=1, noop_with_empty_axes=1
-            )
-        signed = self._call("WithoutNegativeZero", [total], "slope_sum_signed")
-        if axes is None:  # where nothing is added up, -0 is autograd's too
-            size = self._add("Size", [along], "summed_axis_count")
-            is_sum = self._add("Cast", [size], "is_sum", to=TensorProto.BOOL)
-            # In this order: ONNX Runtime's Where makes 0 of a -0 of its first branch.
-            signed = self._add("Where", [is_sum, signed, total], "slope_total")
+            tensor = numpy_helper.from_array(np.array(axes, np.int64))
+            along = self._add("Constant", [], "summed_axes", value=tensor)
+        total = self._call("CompensatedAxesSum", [slope, along], "slope_sum")
         shape = self._add("Shape", [self._data["input"]], "input_shape")
-        return self._add("Reshape", [signed, shape], "slope_summed", allowzero=1)
+        return self._add("Reshape", [total, shape], "slope_summed", allowzero=1)
+
+    def _zero_of_a_sum(self, slope: str, axes: tuple[int, ...] | None) -> str:
+        """`slope`, which was added up along `axes`, with 0 for -0."""
+        signed = self._call("WithoutNegativeZero", [slope], "slope_signed")
+        if axes is not None:
+            return signed
+        # Where nothing was added up, -0 is autograd's too.
+        size = self._add("Size", [self._prefix + "summed_axes"], "summed_axis_count")
+        is_sum = self._add("Cast", [size], "is_sum", to=TensorProto.BOOL)
+        # In this order: ONNX Runtime's Where makes 0 of a -0 of its first branch.
+        return self._add("Where", [is_sum, signed, slope], "slope_or_signed")
 
     def _unless_no_beta(self, summed: str) -> str:
         """`summed`, or NaN where beta is an input and no beta: a sum of nothing doesn't know it."""

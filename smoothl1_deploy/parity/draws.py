@@ -78,6 +78,10 @@ class Draw:
         rank = max(random.choice(_RANKS), int(spec.per_sample))
         arrays = _arrays(random, spec, rank)
         sizes = _SIZES[: _FEW_SIZES if rank > 2 else None]
+        if (
+            spec.gradient
+        ):  # a sum over one term that is -0 is 0 in a runtime, and no sum in autograd
+            sizes = sizes[1:]
         whole: list[Dim] = [
             f"axis_{i}" if random.random() < 0.75 else random.choice(sizes) for i in range(rank)
         ]
@@ -119,7 +123,8 @@ def _beta(random: Random, dtype: str) -> float:
 
 def _spec(random: Random) -> LossSpec:
     reduction, dtype = random.choice(REDUCTIONS), random.choice(DTYPES)
-    beta = _beta(random, dtype)
+    # No format is wider than float64, to add up losses in that hold half of a subnormal beta.
+    beta = _beta(random, dtype if reduction == "none" else "float32")
     if random.random() < 0.25:
         return LossSpec(beta, reduction, dtype)
     normalizers = (None, *(NORMALIZERS if reduction == "mean" else NORMALIZERS[:1]))
@@ -197,4 +202,10 @@ def _case(
     weighs = spec.weight is not None or spec.upstream
     if weighs and random.random() < 0.5:
         case = replace(case, weighting=random.choice([*WEIGHTS]))
+    if spec.weight and case.family in ("overflow", "inf", "nan", "inf-minus-inf"):
+        # Where sums of weights overflow as well, PyTorch's NaN has two causes.
+        case = replace(case, weighting="usual")
+    if spec.gradient and -1 in (arrays[-1] or ()) and case.weighting in ("tiny", "mixed"):
+        # Autograd adds these up before the product that underflows to -0.
+        case = replace(case, weighting="usual")
     return case

@@ -98,11 +98,15 @@ def _overflow(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array
 
 
 def _outliers(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, Array]:
-    """A few differences of 1e30, or half the largest number, among ordinary ones."""
+    """A few differences of 1e30, or half the largest number, among ordinary ones.
+
+    And among the targets what some losses leave out as no target: 0, -1, -100, 255.
+    """
     largest, _, _ = _limits(spec)
     size = min(1e30, largest / 2)
     left = np.where(rng.random(a) < 0.01, size, rng.standard_normal(a))
-    return np.where(np.arange(left.size).reshape(a) == 0, size, left), rng.standard_normal(b)
+    left = np.where(np.arange(left.size).reshape(a) == 0, size, left)
+    return left, _sprinkle(rng.standard_normal(b), rng, (0.0, -1.0, -100.0, 255.0))
 
 
 def _sprinkle(value: Array, rng: Generator, specials: tuple[float, ...]) -> Array:

@@ -389,13 +389,12 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """Whether an answer can only be right in a format wider than the one at hand.
 
     Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel, which in
-    float64 leaves the roundings of products with an upstream gradient; weighted (or multiplied by
-    an upstream gradient) and divided, a subnormal slope is rounded three times. How far PyTorch
-    itself, which computes in the output's format, is off in either case is a matter of luck, and
-    no measure.
+    float64 leaves the roundings of products with weights or an upstream gradient, and of numbers
+    near the largest those of the differences; weighted (or multiplied by an upstream gradient) and
+    divided, a subnormal slope is rounded three times. How far PyTorch itself, which computes in the
+    output's format, is off in these cases is a matter of luck, and no measure.
     Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
-    no room for it, with a subnormal beta, and for the products of a gradient with weights near the
-    ends of the range.
+    no room for it, with a subnormal beta, and for products with subnormal weights.
 
     Args:
         spec: beta is a number, also for an artefact that takes it at run time.
@@ -405,14 +404,16 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     scaled = spec.weight is not None or spec.upstream
     rounds_thrice = spec.gradient and scaled and case.family == "subnormals"
     sums_back = spec.gradient and case.input_shape != case.shape(spec)
+    if sums_back and case.family == "overflow":
+        return True
     if spec.dtype == "float64":
-        return rounds_thrice or (sums_back and spec.upstream)
+        return rounds_thrice or (sums_back and scaled)
     if wide:
         return False
     if 0 < spec.effective_beta < _SMALLEST_NORMAL:
         return True
-    leaves_range = case.weighting in ("huge", "tiny", "mixed")
-    return sums_back or rounds_thrice or (spec.gradient and leaves_range)
+    is_subnormal = spec.weight is not None and case.weighting in ("tiny", "mixed")
+    return sums_back or rounds_thrice or is_subnormal
 
 
 #: The others take minutes or gigabytes at 2^24 elements.
