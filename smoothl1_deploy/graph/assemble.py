@@ -288,9 +288,11 @@ class Assembly:
     def _of_something(self, scalar: str, losses: str) -> str:
         """`scalar`, or 1 where there are no element losses: their gradients add up to 0."""
         size = self._add("Size", [losses], "loss_count")
-        is_something = self._add("Cast", [size], "is_something", to=TensorProto.BOOL)
+        none = self._constant("no_losses", 0, TensorProto.INT64)
+        is_nothing = self._add("Equal", [size, none], "is_nothing")
         one = self._constant("one_of_nothing", 1.0)
-        return self._add("Where", [is_something, scalar, one], "scalar_of_something")
+        # The scalar may be -0, which ONNX Runtime's Where loses in its first branch.
+        return self._add("Where", [is_nothing, one, scalar], "scalar_of_something")
 
     def _upstream(self, losses: str) -> str:
         """`grad_output` in float64, in a shape that broadcasts with the element losses."""

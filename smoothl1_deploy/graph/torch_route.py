@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -71,8 +72,10 @@ def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None)
                 "name, or one of them the size 1, or use route='function'"
             )
     names = sorted({d for d in (*shape, *target_shape) if isinstance(d, str)})
-    # Distinct sizes above 1: the exporter specialises on 0 and 1, and on axes that are equal.
-    sizes = {name: 3 + 2 * i for i, name in enumerate(names)}
+    # Distinct sizes above 1, and no fixed axis's: the exporter specialises on 0 and 1, and on axes
+    # that are equal.
+    free = (size for size in itertools.count(2) if size not in (*shape, *target_shape))
+    sizes = dict(zip(names, free, strict=False))
     dims = {name: torch.export.Dim(name) for name in names}
 
     def dynamic(axes: Shape) -> dict[int, Any]:

@@ -70,7 +70,8 @@ class Draw:
         spec = _spec(random)
         beta = spec.beta
         if spec.runtime_beta:
-            beta = LossSpec(_beta(random, "float32")).effective_beta
+            # Half of a subnormal one is what an artefact that can't know it rounds.
+            beta = max(LossSpec(_beta(random)).effective_beta, 2.0**-126)
             if random.random() < 0.15:
                 beta = random.choice(_NO_BETAS)
         by_torch = not is_extended(spec) and random.random() < _BY_TORCH
@@ -108,8 +109,12 @@ class Draw:
         return References.of(with_beta(self.spec, 1.0), case, self.beta)
 
 
-def _beta(random: Random, dtype: str) -> float:
-    """A usual one, any between 1e-6 and 1e6, a subnormal odd one, or one that is nearly 1."""
+def _beta(random: Random) -> float:
+    """A usual one, any between 1e-6 and 1e6, one that is odd among float32's subnormal ones, or one
+    that is nearly 1.
+
+    A subnormal one of float64 has a half that no format holds.
+    """
     kind = random.random()
     if kind < 0.5:
         return random.choice(_BETAS)
@@ -117,14 +122,13 @@ def _beta(random: Random, dtype: str) -> float:
         return 10 ** random.uniform(-6, 6)
     if kind < 0.9:
         odd = 2 * random.randrange(1 << random.randrange(12)) + 1
-        return math.ldexp(odd, -1074 if dtype == "float64" else -149)
+        return math.ldexp(odd, -149)
     return 1 + math.ldexp(random.choice((-1, 1)), -random.randrange(10, 24))
 
 
 def _spec(random: Random) -> LossSpec:
     reduction, dtype = random.choice(REDUCTIONS), random.choice(DTYPES)
-    # No format is wider than float64, to add up losses in that hold half of a subnormal beta.
-    beta = _beta(random, dtype if reduction == "none" else "float32")
+    beta = _beta(random)
     if random.random() < 0.25:
         return LossSpec(beta, reduction, dtype)
     normalizers = (None, *(NORMALIZERS if reduction == "mean" else NORMALIZERS[:1]))

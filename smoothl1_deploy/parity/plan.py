@@ -167,11 +167,11 @@ class Matrix:
             )
         if self.draws and narrow:
             notes.append(
-                f"{', '.join(narrow)}, in the draws: no subnormal beta and no subnormal weights, "
-                "for which the graph takes float64"
+                f"{', '.join(narrow)}, in the draws: no subnormal beta or weights and no slopes by "
+                "a beta above 1e30, for which the graph takes float64"
             )
         if self.extensions:
-            notes.append("float64: no gradient of a broadcast input with an upstream one")
+            notes.append("float64: no gradient of a broadcast input with weights or upstream")
             notes.append("no gradient of a broadcast input of the largest numbers")
             formats = " and ".join(["float64", *narrow])
             notes.append(
@@ -390,13 +390,13 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """Whether an answer can only be right in a format wider than the one at hand.
 
     Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel, which in
-    float64 leaves the roundings of products with an upstream gradient (with weights, where they are
-    of every magnitude), and of numbers near the largest those of the differences; weighted (or
-    multiplied by an upstream gradient) and divided, a subnormal slope is rounded three times. How
-    far PyTorch itself, which computes in the output's format, is off in these cases is a matter of
-    luck, and no measure.
+    float64 leaves the roundings of products with weights or an upstream gradient, and of numbers
+    near the largest those of the differences; weighted (or multiplied by an upstream gradient) and
+    divided, a subnormal slope is rounded three times. How far PyTorch itself, which computes in the
+    output's format, is off in these cases is a matter of luck, and no measure.
     Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
-    no room for it, with a subnormal beta, and for products with subnormal weights.
+    no room for it: a subnormal beta, slopes by a beta near the largest, products with subnormal
+    weights.
 
     Args:
         spec: beta is a number, also for an artefact that takes it at run time.
@@ -409,11 +409,12 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     if sums_back and case.family == "overflow":
         return True
     if spec.dtype == "float64":
-        in_float64 = spec.upstream or (spec.weight is not None and case.family == "magnitudes")
-        return rounds_thrice or (sums_back and in_float64)
+        return rounds_thrice or (sums_back and scaled)
     if wide:
         return False
-    if 0 < spec.effective_beta < _SMALLEST_NORMAL:
+    if 0 < spec.effective_beta < _SMALLEST_NORMAL or (
+        spec.gradient and 1e30 < spec.effective_beta < math.inf
+    ):
         return True
     is_subnormal = spec.weight is not None and case.weighting in ("tiny", "mixed")
     return sums_back or rounds_thrice or is_subnormal

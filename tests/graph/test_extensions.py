@@ -328,3 +328,12 @@ def test_float64_sums_are_compensated_up_to_the_largest(size: float, backend: st
     x = np.abs(pair((20000,), (1,), "float64")[0]) * size
     loss = run(spec, x, np.zeros_like(x), backend=backend)["loss"]
     assert ulp_distance(loss, oracle(spec, x, np.zeros_like(x))) <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_upstream_gradient_of_negative_zero_keeps_its_sign(backend: str) -> None:
+    """ONNX Runtime's Where loses it in its first branch."""
+    spec = LossSpec(1.0, "sum", gradient=True, upstream=True)
+    x, y = np.full((2, 3), 2, np.float32), np.zeros((2, 3), np.float32)
+    got = run(spec, x, y, backend=backend, grad_output=np.float32(-0.0).reshape(()))
+    assert np.signbit(got["grad_input"]).all()

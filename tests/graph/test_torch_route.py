@@ -199,3 +199,10 @@ def test_an_export_by_torch_leaves_the_functions_as_they_were() -> None:
     before = export(spec).SerializeToString(deterministic=True)
     test_the_translation_table_serves_a_model_of_the_users(0.5)
     assert export(spec).SerializeToString(deterministic=True) == before
+
+
+def test_an_example_is_as_long_as_no_fixed_axis() -> None:
+    """The exporter takes axes that are equal for one: of (N,) against (3, N) it fixed N at 3."""
+    model = export(LossSpec(0.5), "torch", ("N",), target_shape=(3, "N"))
+    arrays = np.ones(64, np.float32), np.zeros((3, 64), np.float32)
+    assert load(model).run(*arrays)["loss"] == 0.75
