@@ -197,7 +197,7 @@ def test_the_proved_bound_counts_what_goes_into_one_number() -> None:
 
 
 def test_rows_added_up_in_float32_are_in_the_bound() -> None:
-    """Without them the runner broke its bound of 5: a search found 32 numbers for 7 ULP."""
+    """Without them the runner breaks its bound of 5: a long search found 32 numbers for 7 ULP."""
     spec = LossSpec(0.5)
     model = load(export(spec, "inlined", ("N",)))
     assert (model.added_in_float32(4096), model.added_in_float32(4097)) == (1, 32)
