@@ -43,7 +43,8 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
         says about itself (read the spec from `model`); and the notes, each a sentence.
 
     Raises:
-        UnsupportedError: for any other float64, and for inputs of unknown rank.
+        UnsupportedError: for any other float64, for inputs of unknown rank, and for names that are
+            no UTF-8.
         ArtefactError: for a model without outputs, for external data that was not loaded, and for
             a call of a local function without a required attribute.
     """
@@ -61,6 +62,7 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
         # The element type stands at the caller: put the bodies where it can be seen.
         model = inline_local_functions(model)
     for scope in scopes(model):
+        _check_names(scope)
         _check_constants(scope)
         _check_nodes(scope)
     if not any(_has_double(scope) for scope in scopes(model)):
@@ -114,6 +116,17 @@ def _has_double(scope: Scope) -> bool:
     return any(e.i == TensorProto.DOUBLE for _, e in _element_types(scope)) or any(
         tensor.data_type == TensorProto.DOUBLE for _, tensor in scope.constants
     )
+
+
+def _check_names(scope: Scope) -> None:
+    """TensorRT's Python can't tell the name of a layer that is no UTF-8; protobuf gives bytes."""
+    for node in scope.nodes:
+        for name in (node.name, *node.input, *node.output):
+            if isinstance(name, bytes):
+                raise UnsupportedError(
+                    f"a node has the name {name!r}, which is no UTF-8 text, and TensorRT takes no "
+                    "other; the model is damaged, or its names want to be written anew"
+                )
 
 
 def _check_constants(scope: Scope) -> None:

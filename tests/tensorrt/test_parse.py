@@ -432,3 +432,11 @@ def test_a_gradient_of_axes_that_meet_unknown_says_what_to_export(route: str) ->
     with pytest.raises(BuildError, match="no NonZero.*export with a size of 1 or one name for"):
         parse(model, get_flavour("tensorrt_rtx"))
     parse(export(LossSpec(gradient=True), route, ("N", 4)), get_flavour("tensorrt_rtx"))
+
+
+def test_a_name_that_is_no_utf_8_is_refused_before_tensorrt_reads_it():
+    """Its Python ends with a UnicodeDecodeError at the layer of that name."""
+    data = export(LossSpec(0.5), "inlined", ("N", 16)).SerializeToString()
+    damaged = onnx.ModelProto.FromString(data.replace(b"WideSum_flat", b"WideSum\xf5flat"))
+    with pytest.raises(UnsupportedError, match=r"a node has the name b'WideSum\\xf5flat"):
+        prepare(damaged)
