@@ -121,8 +121,12 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
-    """The metadata entries."""
-    return {entry.key: entry.value for entry in model.metadata_props}
+    """The metadata entries, as text: protobuf gives bytes of what is no UTF-8, and takes none."""
+    return {_text(entry.key): _text(entry.value) for entry in model.metadata_props}
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 # What stands where

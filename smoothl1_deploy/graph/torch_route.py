@@ -44,7 +44,9 @@ def quiet() -> Iterator[None]:
 
 
 def _example(shape: Shape, dtype: torch.dtype, sizes: dict[str, int]) -> torch.Tensor:
-    return torch.zeros([sizes[d] if isinstance(d, str) else d for d in shape], dtype=dtype)
+    """Zeros, one in memory however many there are."""
+    size = [sizes[d] if isinstance(d, str) else d for d in shape]
+    return torch.zeros((), dtype=dtype).expand(size)
 
 
 def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None) -> onnx.ModelProto:

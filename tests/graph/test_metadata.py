@@ -12,6 +12,7 @@ import smoothl1_deploy
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.errors import ArtefactError
 from smoothl1_deploy.graph.metadata import content_hash, is_changed, read_route, read_spec, stamp
+from smoothl1_deploy.model import metadata_of
 
 KEYS = [f"smoothl1_deploy.{key}" for key in ("spec", "route", "version", "sha256")]
 
@@ -170,3 +171,15 @@ def test_a_damaged_entry_is_refused(text: str, reason: str) -> None:
         read_spec(with_spec_entry(text))
     assert str(caught.value).startswith("the model's ")
     assert reason in str(caught.value)
+
+
+def test_a_route_that_is_no_utf_8_is_text_that_can_be_written_again() -> None:
+    """protobuf reads it as bytes, which it takes for no entry of another model."""
+    data = (
+        export(LossSpec(0.5))
+        .SerializeToString()
+        .replace(b"\x12\x08function", b"\x12\x08func\xc4ion")
+    )
+    damaged = onnx.ModelProto.FromString(data)
+    assert read_route(damaged) == "func�ion"
+    onnx.helper.set_model_props(damaged, metadata_of(damaged))

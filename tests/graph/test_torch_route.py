@@ -206,3 +206,9 @@ def test_an_example_is_as_long_as_no_fixed_axis() -> None:
     model = export(LossSpec(0.5), "torch", ("N",), target_shape=(3, "N"))
     arrays = np.ones(64, np.float32), np.zeros((3, 64), np.float32)
     assert load(model).run(*arrays)["loss"] == 0.75
+
+
+def test_an_example_takes_no_memory() -> None:
+    """Of a fixed shape of 2^34 bytes the exporter is given one zero, expanded."""
+    model = export(LossSpec(0.5), "torch", (1 << 32,))
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1 << 32
