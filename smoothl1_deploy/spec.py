@@ -230,12 +230,13 @@ class LossSpec:
 
     @property
     def compute_dtype(self) -> str:
-        """The dtype the arithmetic is done in: float32, or float64 for float64.
+        """The dtype the arithmetic is done in: float32, or float64 for float64 and a tiny beta."""
+        return "float64" if self.has_subnormal_beta else COMPUTE_DTYPE[self.dtype]
 
-        And for a beta that is subnormal in float32, half of which float32 may not hold.
-        """
-        is_subnormal = 0 < self.effective_beta < _SMALLEST_NORMAL_FLOAT32
-        return "float64" if is_subnormal else COMPUTE_DTYPE[self.dtype]
+    @property
+    def has_subnormal_beta(self) -> bool:
+        """Whether beta is subnormal in float32, where dtype is no wider: half of it may be none."""
+        return self.dtype != "float64" and 0 < self.effective_beta < _SMALLEST_NORMAL_FLOAT32
 
     @property
     def effective_beta(self) -> float:

@@ -225,8 +225,6 @@ def _arrays(case: Case, beta: float, dtype: str) -> tuple[Array, Array]:
     return case.arrays(LossSpec(beta=beta, dtype=dtype))
 
 
-_SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)
-
 #: Elements from which on the largest distance of PyTorch says something of PyTorch.
 _ENOUGH = 1024
 
@@ -283,12 +281,13 @@ def check(
     spec = refs.spec
     proved = None
     shape = case.shape(spec)
+    takes_beta = "beta" in runner.signature.inputs
     # Of a subnormal beta that it doesn't know beforehand, an artefact takes half in float32.
-    is_known = "beta" not in runner.signature.inputs or refs.beta >= _SMALLEST_NORMAL
-    if accumulator is not None and refs.in_range and is_known:
+    is_provable = refs.in_range and not (takes_beta and spec.has_subnormal_beta)
+    if accumulator is not None and is_provable:
         in_float32 = runner.added_in_float32(math.prod(shape))
         proved = proved_bound(spec, shape, accumulator, in_float32)
-    beta = refs.beta if "beta" in runner.signature.inputs else None
+    beta = refs.beta if takes_beta else None
     outputs = runner.run(
         refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output
     )

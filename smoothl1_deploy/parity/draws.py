@@ -70,8 +70,9 @@ class Draw:
         spec = _spec(random)
         beta = spec.beta
         if spec.runtime_beta:
+            fed = LossSpec(_beta(random))
             # Half of a subnormal one is what an artefact that can't know it rounds.
-            beta = max(LossSpec(_beta(random)).effective_beta, 2.0**-126)
+            beta = 1.0 if fed.has_subnormal_beta else fed.effective_beta
             if random.random() < 0.15:
                 beta = random.choice(_NO_BETAS)
         by_torch = not is_extended(spec) and random.random() < _BY_TORCH

@@ -46,7 +46,6 @@ DRAWS = 240
 QUICK_DRAWS = 36
 _DRAWS_A_SEED = 1 << 20  # so that two seeds have none in common
 _DRAWS_A_UNIT = 12
-_SMALLEST_NORMAL = 2.0**-126  # of float32
 _MOST_SLOWLY = 1 << 14  # elements of a draw that a slow backend is fed
 
 #: The extensions alone and together; with beta and dtype of the unit.
@@ -412,9 +411,7 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         return rounds_thrice or (sums_back and scaled)
     if wide:
         return False
-    if 0 < spec.effective_beta < _SMALLEST_NORMAL or (
-        spec.gradient and 1e30 < spec.effective_beta < math.inf
-    ):
+    if spec.has_subnormal_beta or (spec.gradient and 1e30 < spec.effective_beta < math.inf):
         return True
     is_subnormal = spec.weight is not None and case.weighting in ("tiny", "mixed")
     return sums_back or rounds_thrice or is_subnormal

@@ -205,6 +205,15 @@ def test_rows_added_up_in_float32_are_in_the_bound() -> None:
     assert proved_bound(spec, (1 << 16,), "float64", 32) == 36
 
 
+@pytest.mark.parametrize(("beta", "proved"), [(0.0, 5), (0.5, 5), (4.2e-45, None)])
+def test_an_artefact_that_takes_beta_is_held_to_the_bound(beta: float, proved: int | None) -> None:
+    """But of a subnormal one, which it can't know beforehand, it takes half in float32."""
+    model = load(export(LossSpec(runtime_beta=True)))
+    case = Case("normal", "bound", (64,), (64,))
+    refs = References.of(LossSpec(beta), case)
+    assert check(model, case, refs, "float64").verdict.bound == proved
+
+
 @pytest.mark.parametrize(
     ("dtype", "beta", "d", "weight", "within"),
     [

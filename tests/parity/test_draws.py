@@ -105,6 +105,10 @@ def test_artefacts_of_every_kind_are_exported() -> None:
     assert any(drawn.declared not in (None, drawn.axes) for drawn in ALL)  # broadcast at run time
 
 
+def test_a_beta_of_0_is_fed_too() -> None:
+    assert met(lambda d, c: d.spec.runtime_beta and d.beta == 0)
+
+
 def test_a_beta_that_is_none_is_fed_to_empty_batches_too() -> None:
     none = [drawn for drawn in ALL if not drawn.beta >= 0]
     assert none and all(drawn.spec.runtime_beta for drawn in none)
