@@ -26,11 +26,13 @@ from typing import Any
 
 import onnx
 import onnx.checker
+import onnx.defs
+import onnx.inliner
 import onnx.shape_inference
 from onnx import helper
 
 from .errors import ArtefactError
-from .graph.elements import DTYPE_OF_ELEMENT
+from .graph.elements import DTYPE_OF_ELEMENT, element_name
 from .graph.shapes import Shape
 from .spec import LossSpec
 
@@ -43,6 +45,7 @@ __all__ = [
     "axes_of",
     "check_constants",
     "check_nesting",
+    "check_types",
     "contradiction",
     "correct",
     "dims_of",
@@ -509,6 +512,51 @@ def _inferred(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
     except (*MODEL_ERRORS, RuntimeError, ValueError):
         graph = model.graph
     return {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
+
+
+def check_types(model: onnx.ModelProto) -> None:
+    """Refuse a model in which one of ONNX's own operators is given an element type it never takes.
+
+    TensorRT's parser ends the process at a ConstantOfShape of floats (TensorRT for RTX 1.7.1).
+    A type that ONNX takes in its newest version is let through in every version.
+
+    Raises:
+        ArtefactError: for such a node.
+    """
+    whole = onnx.inliner.inline_local_functions(_skeleton(model, declared=False))
+    version = opset_of(model)
+    told: dict[str, set[int]] = {}  # graphs beside one another may share a name
+    for value in (
+        *_inferred(whole).values(),
+        *(v for scope in scopes(whole) for v in scope.values),
+    ):
+        if element := value.type.tensor_type.elem_type:
+            told.setdefault(value.name, set()).add(element)
+    for scope in scopes(whole):
+        for node in scope.nodes:
+            for name, takes in zip(node.input, _types_taken(node, version), strict=False):
+                given = [*map(element_name, told.get(name, ()))]
+                if given and takes and not any(f"tensor({n.lower()})" in takes for n in given):
+                    raise ArtefactError(
+                        f"the node {scope.where}{node_label(node)!r} ({node.op_type}) is given "
+                        f"{name!r} in {' or '.join(given)}, which {node.op_type} doesn't take "
+                        "there; the model is damaged"
+                    )
+
+
+def _types_taken(node: onnx.NodeProto, version: int) -> list[set[str]]:
+    """The types that each input of `node` may have; nothing for an operator of someone else's."""
+    if node.domain not in ("", "ai.onnx"):
+        return []
+    found: list[set[str]] = [set() for _ in node.input]
+    for at in (version, onnx.defs.onnx_opset_version()):
+        try:
+            formal = onnx.defs.get_schema(node.op_type, at, "").inputs
+        except onnx.defs.SchemaError:
+            return []
+        for index, taken in enumerate(found if formal else ()):
+            taken |= formal[min(index, len(formal) - 1)].types
+    return found
 
 
 def _is_large(value: onnx.ValueInfoProto) -> bool:

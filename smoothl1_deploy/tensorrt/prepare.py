@@ -18,7 +18,7 @@ from onnx import TensorProto, numpy_helper
 from ..errors import ArtefactError, UnsupportedError
 from ..floats import Array
 from ..graph.metadata import HASH, ROUTE, SERVED, SPEC, VERSION
-from ..model import Scope, axes_of, check_nesting, inputs_of, node_label, scopes
+from ..model import Scope, axes_of, check_nesting, check_types, inputs_of, node_label, scopes
 
 __all__ = ["prepare"]
 
@@ -45,8 +45,9 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     Raises:
         UnsupportedError: for any other float64, for inputs of unknown rank, and for names that are
             no UTF-8.
-        ArtefactError: for a model without outputs, for external data that was not loaded, and for
-            a call of a local function without a required attribute.
+        ArtefactError: for a model without outputs, for external data that was not loaded, for a
+            call of a local function without a required attribute, and for a node that can't take
+            what it is given.
     """
     try:
         check_nesting(model, by_name=True)
@@ -56,6 +57,7 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
         ) from exc
     _check_complete(model)
     _check_ports(model)
+    check_types(model)
     if any(a.ref_attr_name for scope in scopes(model) for _, a in _element_types(scope)):
         from onnx.inliner import inline_local_functions
 
@@ -64,7 +66,7 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     for scope in scopes(model):
         _check_names(scope)
         _check_constants(scope)
-        _check_nodes(scope)
+        _check_types(scope)
     if not any(_has_double(scope) for scope in scopes(model)):
         return model, ()
     copy = onnx.ModelProto()
@@ -160,7 +162,7 @@ def _value(tensor: TensorProto, where: str) -> Array:
     return value
 
 
-def _check_nodes(scope: Scope) -> None:
+def _check_types(scope: Scope) -> None:
     found = [
         (node, attribute)
         for node, attribute in _element_types(scope)

@@ -22,6 +22,7 @@ from fuzzing.damage import foreign, nested, recursive
 from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
 from smoothl1_deploy.artefact import read_model
 from smoothl1_deploy.cli.export import parse_shape
+from smoothl1_deploy.errors import ModelWarning
 from smoothl1_deploy.files import write_atomic
 from smoothl1_deploy.npy import read_archive, read_array
 from smoothl1_deploy.scoring.score import score_files
@@ -165,6 +166,17 @@ def _numberless(folder: Path) -> object:
     model = _sized(4, 16)
     model.graph.initializer.append(TensorProto(name="empty", data_type=TensorProto.DOUBLE))
     return build_engine(model)
+
+
+@case("an operator of a function that is given a type it never takes, for TensorRT")
+def _mistyped(folder: Path) -> object:
+    """The smallest of what `scripts/fuzz` (models, seed 36) ended the process with."""
+    pytest.importorskip("tensorrt_rtx")
+    model = export(LossSpec(reduction="none"), shape=(4, 16))
+    terms = next(f for f in model.functions if f.name == "SmoothL1LossTerms")
+    next(node for node in terms.node if node.op_type == "Abs").op_type = "ConstantOfShape"
+    with pytest.warns(ModelWarning):
+        return build_engine(model)
 
 
 case("an export whose element count overflows int64")(
