@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import OutputError, reason_of
 
-__all__ = ["write_atomic"]
+__all__ = ["open_file", "read_file", "write_atomic"]
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
@@ -44,3 +46,26 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
             "and that you may write to"
         ) from exc
     return path
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file that is open for reading, in binary.
+
+    Raises:
+        OSError: also for what is no file: a pipe would wait for its writer without end.
+    """
+
+    def opened(path: str, flags: int) -> int:
+        handle = os.open(path, flags | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(0, "it is a folder, a pipe or a device")
+        return handle
+
+    return open(path, "rb", opener=opened)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """What a file holds; raises as `open_file` does."""
+    with open_file(path) as file:
+        return file.read()

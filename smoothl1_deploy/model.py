@@ -524,7 +524,8 @@ def check_types(model: onnx.ModelProto) -> None:
         ArtefactError: for such a node.
     """
     whole = onnx.inliner.inline_local_functions(_skeleton(model, declared=False))
-    version = opset_of(model)
+    newest = onnx.defs.onnx_opset_version()
+    versions = {newest, min(max(opset_of(model), 1), newest)}
     told: dict[str, set[int]] = {}  # graphs beside one another may share a name
     for value in (
         *_inferred(whole).values(),
@@ -534,7 +535,7 @@ def check_types(model: onnx.ModelProto) -> None:
             told.setdefault(value.name, set()).add(element)
     for scope in scopes(whole):
         for node in scope.nodes:
-            for name, takes in zip(node.input, _types_taken(node, version), strict=False):
+            for name, takes in zip(node.input, _types_taken(node, versions), strict=False):
                 given = [*map(element_name, told.get(name, ()))]
                 if given and takes and not any(f"tensor({n.lower()})" in takes for n in given):
                     raise ArtefactError(
@@ -544,14 +545,14 @@ def check_types(model: onnx.ModelProto) -> None:
                     )
 
 
-def _types_taken(node: onnx.NodeProto, version: int) -> list[set[str]]:
+def _types_taken(node: onnx.NodeProto, versions: Iterable[int]) -> list[set[str]]:
     """The types that each input of `node` may have; nothing for an operator of someone else's."""
     if node.domain not in ("", "ai.onnx"):
         return []
     found: list[set[str]] = [set() for _ in node.input]
-    for at in (version, onnx.defs.onnx_opset_version()):
+    for version in versions:
         try:
-            formal = onnx.defs.get_schema(node.op_type, at, "").inputs
+            formal = onnx.defs.get_schema(node.op_type, version, "").inputs
         except onnx.defs.SchemaError:
             return []
         for index, taken in enumerate(found if formal else ()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from .artefact import write_atomic
 from .errors import InvalidInputError, OutputError, reason_of
+from .files import open_file
 from .floats import NUMPY_DTYPE, Array
 
 __all__ = ["check_output", "read_archive", "read_array", "write_arrays"]
@@ -113,9 +113,7 @@ def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
 
 def _check_file(path: Path, magic: bytes, expected: str) -> None:
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(0, "it is a folder, a pipe or a device")  # a pipe would wait for ever
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(len(magic))
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise InvalidInputError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ArtefactError, InvalidInputError, reason_of
+from ..files import open_file
 from .console import human_size, print_fields, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ def _is_engine(path: Path) -> bool:
     from ..backends.base import ENGINE_SUFFIXES
 
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError(0, "it is a folder, a pipe or a device")  # a pipe would wait for ever
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(4)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise InvalidInputError(

@@ -21,6 +21,7 @@ import onnx
 from .. import __version__
 from ..artefact import read_model, sha256, write_atomic
 from ..errors import ArtefactError, reason_of
+from ..files import read_file
 from ..model import external_locations
 from .cases import CaseResult
 from .verify import Verification
@@ -48,7 +49,7 @@ def _content_hash(content: Mapping[str, Any]) -> str:
 
 def _file_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise ArtefactError(
             f"can't read the artefact {path}: {reason_of(exc)}; give the path of its file"
@@ -175,7 +176,7 @@ def read_certificate(artefact: str | os.PathLike[str]) -> CertificateStatus:
     if not os.path.exists(path):
         return status("absent", "no certificate; smoothl1-deploy verify --certificate writes one")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path))
         if content["format"] != FORMAT:
             return status(
                 "damaged", f"format {content['format']!r} is not {FORMAT}: another version's"

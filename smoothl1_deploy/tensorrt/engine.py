@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 
 from ..artefact import sha256, write_atomic
 from ..errors import ArtefactError, BackendUnavailableError, MissingDependencyError, reason_of
+from ..files import read_file
 from .flavour import Flavour, available_flavours, get_flavour
 from .sidecar import Sidecar, sidecar_path
 
@@ -138,7 +139,7 @@ def read_verified(path: Path) -> Engine:
 
 def _read(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise ArtefactError(
             f"{path} can't be read as an engine ({reason_of(exc)}); give the path of a built engine"

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..artefact import sha256
 from ..errors import ArtefactError, reason_of
+from ..files import read_file
 from ..spec import LossSpec
 from .flavour import FLAVOURS
 from .gpu import Gpu
@@ -163,7 +164,7 @@ class Sidecar:
             ArtefactError: when it is missing, damaged, or changed since it was written.
         """
         try:
-            raw = path.read_bytes()
+            raw = read_file(path)
         except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
             raise ArtefactError(
                 f"{path}, the engine's sidecar, can't be read ({reason_of(exc)}). An engine is "

@@ -13,6 +13,7 @@ import filelock
 
 from ..artefact import write_atomic
 from ..errors import OutputError, reason_of
+from ..files import read_file
 from .flavour import Flavour
 
 __all__ = ["attach_timing_cache", "save_timing_cache"]
@@ -61,7 +62,7 @@ def save_timing_cache(config: Any, path: str | None) -> None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except FileNotFoundError:
         return b""
     except (OSError, ValueError) as exc:

@@ -28,7 +28,7 @@ from smoothl1_deploy.npy import read_archive, read_array
 from smoothl1_deploy.scoring.score import score_files
 from smoothl1_deploy.scoring.scorer import make_job
 from smoothl1_deploy.scoring.shards import locate
-from smoothl1_deploy.tensorrt.engine import read_engine
+from smoothl1_deploy.tensorrt.engine import read_engine, read_verified
 from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
 
 CASES: dict[str, Callable[[Path], object]] = {}
@@ -292,6 +292,18 @@ def _fake(folder: Path) -> object:
 def _pipe(folder: Path) -> object:
     os.mkfifo(folder / "a.npy")
     return read_array(folder / "a.npy", "float32")
+
+
+@case("an engine that is a pipe")
+def _engine_pipe(folder: Path) -> object:
+    os.mkfifo(folder / "a.engine")
+    return read_verified(folder / "a.engine")
+
+
+@case("a sidecar that is a pipe")
+def _sidecar_pipe(folder: Path) -> object:
+    os.mkfifo(folder / "a.json")
+    return Sidecar.read(folder / "a.json")
 
 
 @case("a journal that is a pipe")
