@@ -39,9 +39,9 @@ OUTPUT: dict[str, Any] = {
 
 
 def answer(body: bytes, *headers: str) -> bytes:
-    """An answer of HTTP."""
-    lines = ["HTTP/1.1 200 OK", f"Content-Length: {len(body)}", *headers, "", ""]
-    return "\r\n".join(lines).encode("utf-8", "replace") + body
+    """An answer of HTTP, the last on its connection."""
+    lines = ["HTTP/1.1 200 OK", "Connection: close", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def inferred(outputs: Any, data: bytes, *headers: str) -> bytes:
@@ -88,7 +88,7 @@ class FakeServer(ThreadingHTTPServer):
         self.metadata: bytes | Callable[[], Iterable[bytes]] = answer(json.dumps(METADATA).encode())
         self.answers: bytes | Callable[[], Iterable[bytes]] = b""
         self.bodies: list[bytes] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -120,7 +120,7 @@ def _edited(draw: st.DrawFn, sound: Any) -> Any:
 _HEADERS = st.lists(
     st.sampled_from(
         [
-            *("Transfer-Encoding: chunked", "Content-Encoding: gzip", "Connection: close"),
+            *("Transfer-Encoding: chunked", "Content-Encoding: gzip", "Connection: keep-alive"),
             *("Content-Length: 5", f"Content-Length: {10**30}", f"{_SIZE}: -3", f"{_SIZE}: x"),
         ]
     ),

@@ -322,6 +322,14 @@ class HttpTransport(Transport):
             self._context.sslsocket_class = _TlsSocket
         self._idle: deque[Any] = deque()
 
+    def is_live(self) -> bool:
+        """Whether there is a server that says it lives."""
+        try:
+            self._tried(lambda due: self._ask("GET", "health/live", None, {}, _BESIDE, due))
+        except (ArtefactError, InvalidInputError, ServerError):
+            return False
+        return True
+
     def _metadata(self, model: str, version: str, due: float) -> Any:
         data, _ = self._ask("GET", _path(model, version), None, {}, _BESIDE, due)
         return self._json(data)
