@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -137,6 +138,19 @@ def test_what_does_not_fit_is_refused_before_it_is_sent(ask: Callable[..., Clien
         ask("weighted").loss(x, y)
     with pytest.raises(InvalidInputError, match="promote to float64"):
         ask("mean").loss(x, y.astype("f8"))
+
+
+@pytest.mark.parametrize(
+    "path", ["repository/index", "models/mean/stats", "systemsharedmemory/status", "logging"]
+)
+def test_restricted_apis_ask_for_the_admin_key(server: Server, path: str) -> None:
+    request = urllib.request.Request(f"{server.addresses.to_dict()['http']}/v2/{path}")
+    request.method = "POST" if path.endswith("index") else "GET"
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request)
+    request.add_header("admin-key", server.admin_key)
+    with urllib.request.urlopen(request) as answer:
+        assert answer.status == 200
 
 
 @both
