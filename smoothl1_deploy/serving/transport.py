@@ -53,6 +53,12 @@ _MOST = 2**31 - 1
 #: What is asked of an output: its data type, and its shape with -1 for any length.
 Declared = tuple[str, list[int]]
 
+#: What the server refuses with; anything else is a ServerError.
+_KINDS: dict[int | str, type[SmoothL1DeployError]] = {
+    **dict.fromkeys((400, 413, "INVALID_ARGUMENT"), InvalidInputError),
+    **dict.fromkeys((404, "NOT_FOUND"), ArtefactError),
+}
+
 
 class _NotConnectedError(Exception):
     """No connection could be made: the request was not sent, and may be sent again."""
@@ -78,19 +84,9 @@ class Transport(ABC):
 
     def metadata(self, model: str, version: str) -> dict[str, Any]:
         """Inputs and outputs of a model: `name`, `datatype` and `shape` of each."""
-        found = self._tried(lambda due: self._metadata(model, version, due))
+        found = self._tried(self._metadata, model, version)
         try:
-            ports = {
-                kind: [
-                    {
-                        "name": str(port["name"]),
-                        "datatype": str(port["datatype"]),
-                        "shape": [int(dim) for dim in port["shape"]],
-                    }
-                    for port in found[kind]
-                ]
-                for kind in ("inputs", "outputs")
-            }
+            ports = {kind: [_port(port) for port in found[kind]] for kind in ("inputs", "outputs")}
             if not ports["outputs"]:
                 raise ValueError("outputs")
         except (LookupError, TypeError, ValueError, OverflowError) as exc:
@@ -127,9 +123,8 @@ class Transport(ABC):
             raise InvalidInputError(
                 f"the arrays have {size:,} bytes, and a request {_MOST:,} at most; send fewer rows"
             )
-        outputs = self._tried(
-            lambda due: self._infer(model, version, arrays, request_id, self._most(declared), due)
-        )
+        most = self._most(declared)
+        outputs = self._tried(self._infer, model, version, arrays, request_id, most)
         try:
             found = {output[0]: self._array(declared, *output) for output in outputs}
             for name in declared or ():
@@ -141,35 +136,30 @@ class Transport(ABC):
         return found
 
     @abstractmethod
-    def _metadata(self, model: str, version: str, due: float) -> dict[str, Any]:
+    def _metadata(self, due: float, model: str, version: str) -> Any:
         """What the server says of a model."""
 
     @abstractmethod
     def _infer(
-        self,
-        model: str,
-        version: str,
-        arrays: Mapping[str, Array],
-        request_id: str,
-        most: float,
-        due: float,
+        self, due: float, model: str, version: str, arrays: Any, request_id: str, most: float
     ) -> Iterable[tuple[Any, ...]]:
-        """Name, data type, shape and bytes of every output; the answer has `most` bytes."""
+        """Name, data type, shape and bytes of every output, from an answer of `most` bytes."""
 
     @abstractmethod
     def close(self) -> None:
         """Give the connections back."""
 
-    def _tried(self, ask: Callable[[float], Any]) -> Any:
+    def _tried(self, ask: Callable[..., Any], *args: Any) -> Any:
         """What `ask` gives, called again while there is no connection; all of it within the time.
 
         Args:
-            ask: takes when the answer is due, by `time.monotonic`.
+            ask: takes when the answer is due, by `time.monotonic`, and what follows.
+            args: that.
         """
         due = time.monotonic() + self.timeout
         for attempt in itertools.count():
             try:
-                return ask(due)
+                return ask(due, *args)
             except _NotConnectedError as exc:
                 pause = _FIRST_WAIT * 2**attempt
                 if attempt == self.retries or time.monotonic() + pause >= due:
@@ -240,7 +230,8 @@ def open_transport(url: str, timeout: float, retries: int) -> Transport:
     """The transport of a URL: `http://`, `https://`, `grpc://` or `grpcs://`.
 
     Raises:
-        SpecError: for any other URL, a timeout <= 0, and retries that are no whole number >= 0.
+        SpecError: for any other URL, a timeout that is not > 0 and finite, and retries that are no
+            whole number >= 0.
         MissingDependencyError: without tritonclient.
     """
     refusal = SpecError(
@@ -257,7 +248,8 @@ def open_transport(url: str, timeout: float, retries: int) -> Transport:
         raise refusal
     if not 0 < timeout <= threading.TIMEOUT_MAX or retries < 0 or retries % 1:
         raise SpecError(
-            f"timeout={timeout!r} must be > 0 and retries={retries!r} a whole number >= 0"
+            f"timeout={timeout!r} must be > 0 and finite, and retries={retries!r} a whole number, "
+            "0 at least"
         )
     if parts.scheme.startswith("http"):
         address = parts.netloc + quote(parts.path.rstrip("/"), safe="/%")
@@ -265,8 +257,13 @@ def open_transport(url: str, timeout: float, retries: int) -> Transport:
     return GrpcTransport(parts.netloc, parts.scheme == "grpcs", timeout, retries)
 
 
-def _server_error(kind: type[SmoothL1DeployError], status: object, text: str) -> Exception:
-    return kind(f"the server says ({status}): {text}")
+def _port(said: Any) -> dict[str, Any]:
+    shape = [int(dim) for dim in said["shape"]]
+    return {"name": str(said["name"]), "datatype": str(said["datatype"]), "shape": shape}
+
+
+def _refusal(status: int | str, text: str) -> Exception:
+    return _KINDS.get(status, ServerError)(f"the server says ({status}): {text}")
 
 
 def _path(model: str, version: str) -> str:
@@ -325,23 +322,16 @@ class HttpTransport(Transport):
     def is_live(self) -> bool:
         """Whether there is a server that says it lives."""
         try:
-            self._tried(lambda due: self._ask("GET", "health/live", None, {}, _BESIDE, due))
+            self._tried(self._ask, "GET", "health/live")
         except (ArtefactError, InvalidInputError, ServerError):
             return False
         return True
 
-    def _metadata(self, model: str, version: str, due: float) -> Any:
-        data, _ = self._ask("GET", _path(model, version), None, {}, _BESIDE, due)
-        return self._json(data)
+    def _metadata(self, due: float, model: str, version: str) -> Any:
+        return self._json(self._ask(due, "GET", _path(model, version))[0])
 
     def _infer(
-        self,
-        model: str,
-        version: str,
-        arrays: Mapping[str, Array],
-        request_id: str,
-        most: float,
-        due: float,
+        self, due: float, model: str, version: str, arrays: Any, request_id: str, most: float
     ) -> Iterable[tuple[Any, ...]]:
         data = {name: self._bytes(array) for name, array in arrays.items()}
         inputs = [
@@ -362,7 +352,7 @@ class HttpTransport(Transport):
             _JSON_SIZE: str(len(head)),
         }
         path = f"{_path(model, version)}/infer"
-        return self._outputs(*self._ask("POST", path, body, headers, most, due))
+        return self._outputs(*self._ask(due, "POST", path, most, body, headers))
 
     def _bytes(self, array: Array) -> Any:
         if array.dtype.hasobject or array.dtype.kind == "S":
@@ -391,14 +381,22 @@ class HttpTransport(Transport):
             raise self._senseless(exc) from exc
 
     def _ask(
-        self, method: str, path: str, body: Any, headers: Any, most: float, due: float
+        self, due: float, method: str, path: str, most: float = _BESIDE, *sent: Any
     ) -> tuple[bytearray, str | None]:
-        """The body of a good answer of at most so many bytes, and the size of the JSON in it."""
+        """The body of a good answer of `most` bytes, and the size of the JSON in it.
+
+        Args:
+            due: when, by `time.monotonic`.
+            method: GET or POST.
+            path: below `/v2`.
+            most: bytes.
+            sent: body and headers.
+        """
         connection = self._connection(due)
         keep = False
         try:
             with contextlib.suppress(BrokenPipeError):  # an answer may come before all was sent
-                connection.request(method, f"{self._root}/{path}", body, headers)
+                connection.request(method, f"{self._root}/{path}", *sent)
             response = connection.getresponse()
             if response.status != 200:
                 most = _BESIDE
@@ -416,9 +414,7 @@ class HttpTransport(Transport):
             else:
                 connection.close()
         if response.status != 200:
-            kinds = {400: InvalidInputError, 404: ArtefactError, 413: InvalidInputError}
-            kind = kinds.get(response.status, ServerError)
-            raise _server_error(kind, response.status, _error_text(data))
+            raise _refusal(response.status, _error_text(data))
         if len(data) > most:
             raise self._senseless(f"more than {most:,} bytes, which is all that was asked for")
         return data, response.getheader(_JSON_SIZE)
@@ -506,17 +502,11 @@ class GrpcTransport(Transport):
             ],
         )
 
-    def _metadata(self, model: str, version: str, due: float) -> Any:
+    def _metadata(self, due: float, model: str, version: str) -> Any:
         return self._call(self._client.get_model_metadata, due, model, version, as_json=True)
 
     def _infer(
-        self,
-        model: str,
-        version: str,
-        arrays: Mapping[str, Array],
-        request_id: str,
-        most: float,
-        due: float,
+        self, due: float, model: str, version: str, arrays: Any, request_id: str, most: float
     ) -> Iterable[tuple[Any, ...]]:
         inputs = []
         for name, array in arrays.items():
@@ -530,8 +520,7 @@ class GrpcTransport(Transport):
 
     def _call(self, method: Any, due: float, *args: Any, **kwargs: Any) -> Any:
         try:
-            left = due - time.monotonic()
-            return method(*args, client_timeout=left, **kwargs)
+            return method(*args, client_timeout=due - time.monotonic(), **kwargs)
         except self._utils.InferenceServerException as exc:
             status = (exc.status() or "").removeprefix("StatusCode.")
             text = exc.message() or ""
@@ -540,11 +529,10 @@ class GrpcTransport(Transport):
                 raise _NotConnectedError(text) from exc
             if status == "DEADLINE_EXCEEDED":
                 raise self._late() from exc
-            kinds = {"INVALID_ARGUMENT": InvalidInputError, "NOT_FOUND": ArtefactError}
             # What the server itself says of a model that isn't loaded is UNAVAILABLE as well.
             if status == "UNAVAILABLE" and "unknown model" not in text.lower():
                 raise self._lost(text) from exc
-            raise _server_error(kinds.get(status, ServerError), status, text) from exc
+            raise _refusal(status, text) from exc
 
     def close(self) -> None:
         """As `Transport.close`."""

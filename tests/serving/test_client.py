@@ -189,9 +189,11 @@ def test_what_is_no_address(url: str) -> None:
         Client(url, "mean")
 
 
-@pytest.mark.parametrize("numbers", [{"retries": 1.5}, {"retries": -1}, {"timeout": 0}])
+@pytest.mark.parametrize(
+    "numbers", [{"retries": 1.5}, {"retries": -1}, {"timeout": 0}, {"timeout": float("inf")}]
+)
 def test_what_is_no_number_of_retries(numbers: dict[str, float]) -> None:
-    with pytest.raises(SpecError, match="must be > 0 and retries=.* a whole number >= 0"):
+    with pytest.raises(SpecError, match="must be > 0 and finite, and retries=.* a whole number"):
         Client("http://127.0.0.1:1", "mean", **numbers)
 
 
