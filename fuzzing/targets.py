@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from . import commands, files, models, scoring, specs
+from . import answers, commands, files, models, scoring, specs
 
 __all__ = ["TARGETS"]
 
 _SLOW = ("torch-route", "verify", "build", "command")
 TARGETS = sorted(
-    (*specs.TARGETS, *models.TARGETS, *files.TARGETS, *scoring.TARGETS, *commands.TARGETS),
+    (
+        *specs.TARGETS,
+        *models.TARGETS,
+        *files.TARGETS,
+        *scoring.TARGETS,
+        *answers.TARGETS,
+        *commands.TARGETS,
+    ),
     key=lambda target: _SLOW.index(target.name) if target.name in _SLOW else len(_SLOW),
 )

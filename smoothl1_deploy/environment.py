@@ -1,8 +1,9 @@
-"""What this machine runs: versions and hardware, for reports and `doctor`."""
+"""What this machine runs: versions and hardware, for reports and `doctor`; what processes of ours
+keep to themselves.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -11,7 +12,13 @@ from typing import Any
 
 from . import __version__
 
-__all__ = ["environment", "lowest_versions"]
+__all__ = ["environment", "lowest_versions", "silence", "telemetry"]
+
+#: From 1.29 on, and not on Windows, ONNX Runtime writes a device id and a queue of events below the
+#: user's cache folder when it is imported, and sends them, unless this says no; its function
+#: disable_telemetry_events comes too late (microsoft/onnxruntime#27379).
+_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+_silenced = False  # by us, and not by the user
 
 PACKAGES = (
     "numpy",
@@ -28,7 +35,30 @@ PACKAGES = (
 )
 
 
+def silence() -> None:
+    """Turn ONNX Runtime's telemetry off in a process that is ours, if the user hasn't said a word.
+
+    Before ONNX Runtime is imported; the processes that this one starts inherit it.
+    """
+    global _silenced
+    if _TELEMETRY not in os.environ:
+        os.environ[_TELEMETRY], _silenced = "1", True
+
+
+def telemetry() -> dict[str, bool] | None:
+    """Whether ONNX Runtime's is on in this `process`, and in the user's `own_sessions`.
+
+    None where no ONNX Runtime is installed.
+    """
+    if not (_version("onnxruntime") or _version("onnxruntime-gpu")):
+        return None
+    here = os.environ.get(_TELEMETRY, "").lower() not in ("1", "true", "yes", "on")
+    return {"process": here, "own_sessions": here or _silenced}
+
+
 def _version(package: str) -> str | None:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -65,6 +95,8 @@ def lowest_versions() -> dict[str, str]:
 
     Empty where this package runs from a folder that was not installed.
     """
+    import importlib.metadata
+
     try:
         wanted = importlib.metadata.requires("smoothl1-deploy") or []
     except importlib.metadata.PackageNotFoundError:

@@ -21,6 +21,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from ..environment import silence
 from ..errors import SmoothL1DeployError
 from .console import warnings_as_notes
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
+    silence()
     try:
         with warnings_as_notes():
             status = _invoke(argv)

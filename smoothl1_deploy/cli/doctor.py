@@ -38,6 +38,7 @@ class Checkup:
         environment: `smoothl1_deploy.environment.environment()`.
         lowest: the lowest version of a package that the tests pass with.
         gpu: the GPU in use.
+        telemetry: `smoothl1_deploy.environment.telemetry()`.
         parts: backends and flavours.
         warnings: what may go wrong here.
     """
@@ -45,6 +46,7 @@ class Checkup:
     environment: dict[str, Any]
     lowest: dict[str, str]
     gpu: dict[str, Any] | None
+    telemetry: dict[str, bool] | None
     parts: tuple[Part, ...]
     warnings: tuple[str, ...]
 
@@ -54,6 +56,7 @@ class Checkup:
             **self.environment,
             "lowest": self.lowest,
             "gpu": self.gpu,
+            "telemetry": self.telemetry,
             "backends": [part.to_dict() for part in self.parts if part.kind == "backend"],
             "flavours": [part.to_dict() for part in self.parts if part.kind == "flavour"],
             "warnings": list(self.warnings),
@@ -78,7 +81,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 def examine() -> Checkup:
     """Look at packages, backends, flavours and GPU; a backend is tried by importing it."""
     from ..backends.base import BACKENDS, get_backend
-    from ..environment import environment, lowest_versions
+    from ..environment import environment, lowest_versions, telemetry
     from ..tensorrt.flavour import FLAVOURS, get_flavour
     from ..tensorrt.gpu import current_gpu
 
@@ -106,9 +109,21 @@ def examine() -> Checkup:
         facts,
         lowest,
         None if gpu is None else gpu.to_dict(),
+        telemetry(),
         tuple(parts + [_reason("flavour", name, get_flavour) for name in FLAVOURS]),
         tuple(warnings),
     )
+
+
+def _telemetry(found: dict[str, bool] | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    on = {True: "on", False: "off"}
+    said = f"{on[found['process']]} in these commands, {on[found['own_sessions']]} in your own "
+    said += "sessions"
+    if found["own_sessions"]:
+        said += ": they write below your cache folder, and send; ORT_DISABLE_TELEMETRY=1 ends it"
+    return {"onnxruntime's telemetry": said}
 
 
 def doctor(
@@ -134,6 +149,7 @@ def doctor(
             else f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
             f"driver {gpu['driver']}",
         }
+        | _telemetry(found.telemetry)
     )
     print_table(
         ("package", "version", "lowest that passes"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..device import Device, find_device
-from ..environment import environment
+from ..environment import environment, silence
 from ..errors import OutputError, SmoothL1DeployError
 from ..files import write_atomic
 from ..tensorrt.gpu import current_gpu
@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--passes", action="store_true", help="count each graph's passes over memory, and end"
     )
     options = parser.parse_args(arguments)
+    silence()
     if options.passes:
         counted = count_forms()
         print("\n".join(passes_table(counted.rows)) if counted.rows else counted.problem)

@@ -14,6 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
+from ..environment import silence
+
 __all__ = ["each"]
 
 Unit = TypeVar("Unit")
@@ -91,5 +93,6 @@ def _prepare() -> None:
 
     import torch
 
+    silence()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)

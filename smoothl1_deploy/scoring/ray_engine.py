@@ -18,6 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..environment import silence
 from ..errors import BackendUnavailableError, SmoothL1DeployError, require
 from .engine import PieceResult, PieceScorer
 from .scorer import Job
@@ -143,6 +144,7 @@ class _Actor:
     """One session on one worker."""
 
     def __init__(self, job: Job, plan: Plan) -> None:
+        silence()
         self._job, self._plan = job, plan
         self._scorer: PieceScorer | None = None
         self._name = f"{socket.gethostname()}:{os.getpid()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,7 @@ from ..backends.arrays import as_beta, promote
 from ..dlpack import as_array
 from ..errors import ArtefactError, InvalidInputError
 from ..floats import Array
-from .transport import open_transport
+from .transport import Declared, open_transport
 
 __all__ = ["Client"]
 
@@ -26,7 +27,8 @@ class Client:
         url: `http://HOST:PORT` or `grpc://HOST:PORT`; `https://` and `grpcs://` with TLS.
         model: the name of the model.
         version: of the model; empty for the one that the server takes.
-        timeout: seconds for one answer.
+        timeout: seconds for one whole answer, with the tries to connect. The first call asks for
+            the metadata too: two answers.
         retries: further tries where no connection can be made. A request that was sent is never
             repeated: the server may have counted it.
 
@@ -130,7 +132,9 @@ class Client:
         feeds = promote(arrays, self.dtype)
         if beta is not None:
             feeds["beta"] = as_beta(beta).reshape(1)
-        outputs = self.infer(feeds)
+        outputs = self._transport.infer(
+            self.model, self.version, feeds, declared=self._declared(feeds["target"].shape)
+        )
         return {name: self._narrowed(name, array) for name, array in outputs.items()}
 
     def infer(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -140,7 +144,8 @@ class Client:
             as `run`.
         """
         arrays = {name: as_array(array, name) for name, array in arrays.items()}
-        return self._transport.infer(self.model, self.version, arrays)
+        declared = self._declared()
+        return self._transport.infer(self.model, self.version, arrays, declared=declared)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -148,13 +153,35 @@ class Client:
 
     def _inputs(self) -> dict[str, str]:
         """Name -> data type of the model's inputs, those of a loss."""
-        inputs = {port["name"]: str(port["datatype"]) for port in self.metadata()["inputs"]}
+        inputs = {port["name"]: port["datatype"] for port in self.metadata()["inputs"]}
         if not {"input", "target"} <= set(inputs) <= set(ROLES):
             raise ArtefactError(
                 f"the model {self.model!r} takes {', '.join(inputs)}; a loss takes input and "
                 "target. Send the arrays by these names, with infer()"
             )
         return inputs
+
+    def _declared(self, target: tuple[int, ...] | None = None) -> dict[str, Declared]:
+        """Name -> data type and shape of each output, where an axis of -1 can have any length.
+
+        Args:
+            target: the shape of a loss's target, which the loss and its gradient share; None for
+                outputs of another kind.
+        """
+        declared = {}
+        for port in self.metadata()["outputs"]:
+            name, kind, dims = port["name"], port["datatype"], port["shape"]
+            of_loss = target is not None and name in ("loss", "grad_input")
+            if kind not in _DTYPES if of_loss else target is not None and kind == "BYTES":
+                raise ArtefactError(
+                    f"the model {self.model!r} gives {name} as {kind}, which is no number format "
+                    "of a loss; ask it with infer()"
+                )
+            if of_loss:
+                lengths = itertools.zip_longest(dims, (target or ())[: len(dims)], fillvalue=-1)
+                dims = [length if dim == -1 else dim for dim, length in lengths]
+            declared[name] = kind, dims
+        return declared
 
     def _check_given(self, given: Mapping[str, Any]) -> None:
         ports = self._inputs()
@@ -169,10 +196,7 @@ class Client:
     def _narrowed(self, name: str, array: Array) -> Array:
         """An output without the axis that a server needs and a loss doesn't have."""
         known = self.metadata()
-        declared = {
-            port["name"]: [int(dim) for dim in port["shape"]]
-            for port in (*known["inputs"], *known["outputs"])
-        }
+        declared = {port["name"]: port["shape"] for port in (*known["inputs"], *known["outputs"])}
         if name != "loss" or declared[name] == declared["input"]:
             return array
         if declared[name] == [1]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..artefact import write_atomic
-from ..errors import OutputError, reason_of
+from ..errors import OutputError, SpecError, reason_of
+from .transport import HttpTransport, open_transport
 
 __all__ = ["ReadyFile"]
 
@@ -106,11 +105,8 @@ def _runs(facts: Mapping[str, Any]) -> bool:
         pass  # another user's
     except (OSError, ValueError, TypeError, OverflowError):
         return False
-    address = str(facts["http"])
-    if not address.startswith("http://"):
-        return False
     try:
-        with urllib.request.urlopen(f"{address}/v2/health/live", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (OSError, ValueError, urllib.error.URLError):
+        transport = open_transport(str(facts["http"]), 2, 0)
+    except SpecError:
         return False
+    return isinstance(transport, HttpTransport) and transport.is_live()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from conftest_cli import Done, spawn
+from conftest_cli import _WITHOUT, Done, spawn
 
 import smoothl1_deploy.backends.base as base
 from smoothl1_deploy.backends.base import BACKENDS
@@ -127,3 +128,48 @@ def test_a_backend_that_is_slow_here(
     assert warning == (
         "torch-triton runs on the CPU, interpreted: its numbers are right, and it is slow"
     )
+
+
+_LIBRARY = """
+import numpy
+from smoothl1_deploy import LossSpec, export, load
+
+load(export(LossSpec(), shape=("N", 16))).run(*numpy.ones((2, 1, 16), "f4"))
+"""
+
+
+def _wrote_a_device_id(
+    folder: Path, code: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[bool, str]:
+    pytest.importorskip("onnxruntime")
+    for name in ("CI", "GITHUB_ACTIONS"):  # where it is off by itself
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    done = spawn("doctor", code=code)
+    assert done.code == 0
+    return any(folder.rglob("deviceid")), done.out
+
+
+@pytest.mark.parametrize(
+    ("setting", "wrote", "said"),
+    [
+        (None, False, "off in these commands, on in your own sessions: they write below"),
+        ("0", True, "on in these commands, on in your own sessions: they write below"),
+        ("1", False, "off in these commands, off in your own sessions\n"),
+    ],
+)
+def test_telemetry_is_off_in_a_command_unless_the_user_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str | None, wrote: bool, said: str
+) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("ORT_DISABLE_TELEMETRY", setting)
+    found, out = _wrote_a_device_id(tmp_path, _WITHOUT, monkeypatch)
+    assert found == wrote and f"onnxruntime's telemetry  {said}" in out
+
+
+def test_telemetry_is_the_programs_own_where_the_package_is_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    assert _wrote_a_device_id(tmp_path, _LIBRARY, monkeypatch)[0]

@@ -6,8 +6,10 @@ import io
 import os
 import pickle
 import re
+import time
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from onnx import TensorProto, helper
 from security_page import table
 
 import smoothl1_deploy.errors as errors
+from fuzzing.answers import OUTPUT, FakeServer, answer, inferred
 from fuzzing.damage import foreign, nested, recursive
 from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
 from smoothl1_deploy.artefact import read_model
@@ -28,6 +31,7 @@ from smoothl1_deploy.npy import read_archive, read_array
 from smoothl1_deploy.scoring.score import score_files
 from smoothl1_deploy.scoring.scorer import make_job
 from smoothl1_deploy.scoring.shards import locate
+from smoothl1_deploy.serving import Client
 from smoothl1_deploy.tensorrt.engine import read_engine, read_verified
 from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
 
@@ -365,6 +369,36 @@ def _edited(folder: Path) -> object:
 case("a sidecar of 100,000 brackets")(
     lambda folder: Sidecar.read(_written(folder, "a.json", b"[" * 100_000))
 )
+
+
+def _asked(said: bytes | Callable[[], Iterable[bytes]]) -> object:
+    pytest.importorskip("tritonclient")
+    with FakeServer() as server:
+        server.answers = said
+        try:
+            with Client(server.url, "m", timeout=0.5 if callable(said) else 60) as client:
+                return client.loss(np.ones((1, 16), "f4"), np.ones((1, 16), "f4"))
+        finally:
+            server.shutdown()
+
+
+def _dripped() -> Iterator[bytes]:
+    for byte in inferred([OUTPUT], bytes(64)):
+        time.sleep(0.02)
+        yield bytes([byte])
+
+
+case("a server's answer of 100,000 brackets")(lambda folder: _asked(answer(b"[" * 100_000)))
+case("a server's answer of bytes in place of a loss")(
+    lambda folder: _asked(inferred([{**OUTPUT, "datatype": "BYTES"}], b"\xff" * 64))
+)
+case("a server's answer of 64 kB that unpacks to 64 MB")(
+    lambda folder: _asked(answer(zlib.compress(bytes(2**26)), "Content-Encoding: deflate"))
+)
+case("a server's answer that goes on and on")(
+    lambda folder: _asked(inferred([OUTPUT], bytes(2**21)))
+)
+case("a server's answer of a byte now and then")(lambda folder: _asked(_dripped))
 
 ROWS = table("Bad input")
 

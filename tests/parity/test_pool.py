@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +18,11 @@ from smoothl1_deploy.parity.pool import each
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_unit_comes_back(workers: int) -> None:
     assert dict(each(abs, [-1, 2, -3], workers)) == {-1: 1, 2: 2, -3: 3}
+
+
+def test_telemetry_is_off_in_a_worker_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    assert dict(each(os.getenv, ["ORT_DISABLE_TELEMETRY"], 2)) == {"ORT_DISABLE_TELEMETRY": "1"}
 
 
 def test_nothing_is_begun_after_the_end() -> None:

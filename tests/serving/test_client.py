@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import select
 import socket
+import ssl
+import subprocess
 import threading
+import time
+import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest_serving import SPECS
 
+from fuzzing.answers import METADATA, OUTPUT, FakeServer, answer, inferred
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.errors import ArtefactError, InvalidInputError, ServerError, SpecError
@@ -22,6 +32,7 @@ from smoothl1_deploy.parity.cases import with_beta
 from smoothl1_deploy.reference.oracle import oracle, oracle_gradient
 from smoothl1_deploy.serving import Client
 from smoothl1_deploy.serving.launcher import Server
+from smoothl1_deploy.serving.transport import open_transport
 
 BETA = 0.25
 BATCHED = ("none", "scores")
@@ -129,6 +140,19 @@ def test_what_does_not_fit_is_refused_before_it_is_sent(ask: Callable[..., Clien
         ask("mean").loss(x, y.astype("f8"))
 
 
+@pytest.mark.parametrize(
+    "path", ["repository/index", "models/mean/stats", "systemsharedmemory/status", "logging"]
+)
+def test_restricted_apis_ask_for_the_admin_key(server: Server, path: str) -> None:
+    request = urllib.request.Request(f"{server.addresses.to_dict()['http']}/v2/{path}")
+    request.method = "POST" if path.endswith("index") else "GET"
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request)
+    request.add_header("admin-key", server.admin_key)
+    with urllib.request.urlopen(request) as answer:
+        assert answer.status == 200
+
+
 @both
 def test_one_client_in_many_threads(ask: Callable[..., Client]) -> None:
     client, spec = ask("scores"), SPECS["scores"]
@@ -165,9 +189,11 @@ def test_what_is_no_address(url: str) -> None:
         Client(url, "mean")
 
 
-@pytest.mark.parametrize("numbers", [{"retries": 1.5}, {"retries": -1}, {"timeout": 0}])
+@pytest.mark.parametrize(
+    "numbers", [{"retries": 1.5}, {"retries": -1}, {"timeout": 0}, {"timeout": float("inf")}]
+)
 def test_what_is_no_number_of_retries(numbers: dict[str, float]) -> None:
-    with pytest.raises(SpecError, match="must be > 0 and retries=.* a whole number >= 0"):
+    with pytest.raises(SpecError, match="must be > 0 and finite, and retries=.* a whole number"):
         Client("http://127.0.0.1:1", "mean", **numbers)
 
 
@@ -251,49 +277,286 @@ def test_a_server_that_does_not_answer_is_not_asked_again(breaker: Breaker) -> N
     assert breaker.counted() == 1
 
 
-_HEADER = b"Inference-Header-Content-Length: "
-_ANSWERS = {
-    "no JSON": b"Content-Length: 5\r\n\r\nhello",
-    "no metadata": b"Content-Length: 2\r\n\r\n{}",
-    "a list": b"Content-Length: 2\r\n\r\n[]",
-    "a header that is longer": _HEADER + b"99\r\nContent-Length: 2\r\n\r\n{}",
-    "a header that is no number": _HEADER + b"x\r\nContent-Length: 2\r\n\r\n{}",
-    "binary that is missing": (
-        _HEADER
-        + b"120\r\nContent-Length: 120\r\n\r\n"
-        + b'{"model_name":"mean","outputs":[{"name":"loss","datatype":"FP32","shape":[1],'
-        b'"parameters":{"binary_data_size":4}}]}'.ljust(120)
+# Servers that answer, and lie
+
+
+@pytest.fixture
+def liar() -> Iterator[FakeServer]:
+    with FakeServer() as fake:
+        yield fake
+        fake.shutdown()
+
+
+def _output(**changes: object) -> list[dict[str, object]]:
+    return [{**OUTPUT, **changes}]
+
+
+def _metadata(**changes: object) -> bytes:
+    return answer(json.dumps({**METADATA, **changes}).encode())
+
+
+_DEEP = b"[" * 100_000
+#: What is said of the model, or None for the truth; the answer to a request; words of the error.
+LIES: dict[str, tuple[bytes | None, bytes, str]] = {
+    "no JSON": (answer(b"hello"), b"", "Expecting value"),
+    "JSON that is nested too deep": (answer(_DEEP), b"", "recursion"),
+    "a number of 5,000 digits": (answer(b"9" * 5000), b"", "4300 digits"),
+    "metadata that are a list": (answer(b"[]"), b"", "metadata without"),
+    "metadata without outputs": (_metadata(outputs=[]), b"", "metadata without outputs"),
+    "an infinite axis": (_metadata(outputs=_output(shape=[1e999])), b"", "infinity"),
+    "a name that is a list": (None, inferred(_output(name=[]), bytes(64)), "unhashable"),
+    "an answer of no JSON": (None, answer(b"{"), "Expecting property name"),
+    "an answer that is nested too deep": (None, answer(_DEEP), "recursion"),
+    "an answer without outputs": (None, inferred([], b""), "no 'loss'"),
+    "an output that the model lacks": (
+        None, inferred(_output(name="cost"), bytes(64)), "'cost', which the model does not have",
     ),
+    "an output in JSON": (
+        None, inferred([{**OUTPUT, "parameters": {}, "data": [0.0] * 16}], b""),
+        "no 'binary_data_size'",
+    ),
+    "bytes that are not there": (None, inferred(_output(), bytes(60)), "64 bytes of loss, which"),
+    "bytes that belong to nobody": (None, inferred(_output(), bytes(72)), "8 bytes that belong"),
+    "fewer bytes than none": (
+        None, inferred(_output(parameters={"binary_data_size": -4}), bytes(64)), "-4 bytes of loss",
+    ),
+    "JSON beyond the end": (
+        None, answer(b"{}", "Inference-Header-Content-Length: 99"), "2 bytes, 99 of them JSON",
+    ),
+    "JSON of no length": (None, answer(b"{}", "Inference-Header-Content-Length: x"), "invalid lit"),
+    "bytes in place of numbers": (
+        None, inferred(_output(datatype="BYTES"), b"\xff" * 64), "loss is BYTES .*should be FP32",
+    ),
+    "another dtype": (
+        None, inferred(_output(datatype="INT32"), bytes(64)), "and should be FP32 .1, 16.",
+    ),
+    "another shape": (None, inferred(_output(shape=[16, 1]), bytes(64)), "and should be FP32"),
+    "an axis of -1": (None, inferred(_output(shape=[-1, 16]), bytes(64)), "and should be FP32"),
+    "an axis that is no number": (None, inferred(_output(shape=["1", 16]), bytes(64)), "and shou"),
+    "compressed": (
+        None, answer(zlib.compress(bytes(2**26)), "Content-Encoding: deflate"), "a compressed answ",
+    ),
+    "more than was asked for": (
+        None, inferred(_output(), bytes(2**21)), "more than 1,048,640 bytes, which is all",
+    ),
+    "more than there can be": (
+        None, answer(bytes(2**21)).replace(b": 2097152", b": " + b"9" * 15), "more than 1,048,640",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_is_one_sentence_of_the_client_and_of_the_command_line(
+    lie: str, liar: FakeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    described, said, words = LIES[lie]
+    liar.metadata = described or liar.metadata
+    liar.answers = said
+    np.savez(tmp_path / "pair.npz", input=np.ones((1, 16), "f4"), target=np.ones((1, 16), "f4"))
+    arguments = ["run", "m", "--url", liar.url, "--data", str(tmp_path / "pair.npz")]
+    assert main(arguments) == ServerError.exit_code
+    told = " ".join(capfd.readouterr().err.split())
+    assert re.search(f"answered what no Open Inference server does .*{words}", told), told
+
+
+def test_a_truth_that_the_lies_differ_from(liar: FakeServer) -> None:
+    liar.answers = inferred([OUTPUT], np.arange(16, dtype="f4").tobytes())
+    with Client(liar.url, "m") as client:
+        loss = client.loss(np.ones((1, 16), "f4"), np.ones((1, 16), "f4"))
+    assert loss.tolist() == [list(range(16))]
+
+
+def test_an_axis_that_may_have_any_length_still_has_one(liar: FakeServer) -> None:
+    liar.answers = inferred(_output(shape=[-1, 16]), bytes(64))
+    with (
+        Client(liar.url, "m") as client,
+        pytest.raises(ServerError, match="no Open Inference server does .*has the shape .-1, 16."),
+    ):
+        client.infer({"input": np.ones((1, 16), "f4")})
+
+
+def test_a_loss_that_is_declared_as_bytes_is_refused_before_it_is_asked_for(
+    liar: FakeServer,
+) -> None:
+    liar.metadata = _metadata(outputs=_output(datatype="BYTES"))
+    with (
+        Client(liar.url, "m") as client,
+        pytest.raises(ArtefactError, match="gives loss as BYTES, which is no number format of a"),
+    ):
+        client.loss(np.ones((1, 16), "f4"), np.ones((1, 16), "f4"))
+    assert not liar.bodies
+
+
+def test_an_answer_that_is_cut_is_lost(liar: FakeServer) -> None:
+    liar.answers = inferred([OUTPUT], bytes(64))[:-1]
+    with (
+        Client(liar.url, "m") as client,
+        pytest.raises(ServerError, match="was lost .*1 more expected.*was not repeated"),
+    ):
+        client.loss(np.ones((1, 16), "f4"), np.ones((1, 16), "f4"))
+    assert len(liar.bodies) == 1
+
+
+def _dripped(whole: bytes) -> Iterator[bytes]:
+    for byte in whole:
+        time.sleep(0.02)
+        yield bytes([byte])
+
+
+_WHOLE = inferred([OUTPUT], bytes(64))
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+@pytest.mark.parametrize("fast", [0, len(_WHOLE) - 64], ids=["header", "body"])
+def test_the_time_out_is_for_the_whole_answer_however_it_drips(
+    liar: FakeServer, fast: int, tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    liar.answers = lambda: itertools.chain([_WHOLE[:fast]], _dripped(_WHOLE[fast:]))
+    if tls:
+        _certify(liar, tmp_path, monkeypatch)
+    # 64 bytes take 1.3 s, all of them 5 s, and there is never half a second without one.
+    with (
+        Client(liar.url.replace("http", "https" if tls else "http"), "m", timeout=0.5) as client,
+        pytest.raises(ServerError, match="gave no answer within 0.5 s; it was not asked again"),
+    ):
+        client.loss(np.ones((1, 16), "f4"), np.ones((1, 16), "f4"))
+
+
+def _certify(fake: FakeServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have it speak TLS, with a certificate that the client trusts."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj"]
+    command += ["/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    try:
+        files = ["-keyout", key, "-out", certificate]
+        subprocess.run([*command, *files], check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("openssl is missing")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    fake.socket = context.wrap_socket(fake.socket, server_side=True)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+
+
+def test_a_certificate_that_nobody_trusts_is_no_connection(
+    liar: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _certify(liar, tmp_path, monkeypatch)
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with (
+        Client(liar.url.replace("http", "https"), "m", retries=0) as client,
+        pytest.raises(ServerError, match="no connection .*CERTIFICATE_VERIFY_FAILED"),
+    ):
+        client.metadata()
+
+
+@pytest.mark.parametrize("breaker", ["keep"], indirect=True)
+def test_the_time_out_of_a_big_send_says_so(breaker: Breaker) -> None:
+    arrays = {"input": np.zeros(2**24, "u1")}  # more than the sockets hold; the server reads 64 kB
+    transport = open_transport(f"http://127.0.0.1:{breaker.port}", 0.3, 0)
+    with pytest.raises(ServerError, match="gave no answer within 0.3 s; it was not asked again"):
+        transport.infer("mean", "", arrays)
+
+
+@both
+def test_the_tries_to_connect_are_within_the_time_out(protocol: str) -> None:
+    with (
+        Client(f"{protocol}://127.0.0.1:{_free_port()}", "mean", timeout=0.5, retries=9) as client,
+        pytest.raises(ServerError, match="no connection to .* after [123] tries"),
+    ):
+        client.metadata()  # the fourth would come after 0.7 s, the last after 51
+
+
+@both
+def test_a_request_over_the_limit_of_the_protocol_is_refused_before_it_is_sent(
+    protocol: str,
+) -> None:
+    transport = open_transport(f"{protocol}://127.0.0.1:{_free_port()}", 1, 0)
+    with pytest.raises(InvalidInputError, match="have 2,147,483,648 bytes, and a request 2,147,48"):
+        transport.infer("mean", "", {"input": np.zeros(2**31, "u1")})
+    transport.close()
+
+
+@both
+def test_no_proxy_of_the_environment_is_used(
+    server: Server, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+            monkeypatch.setenv(name.upper(), f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        x, y, _ = arrays(SPECS["mean"], 2)
+        with Client(server.addresses.to_dict()[protocol], "mean", timeout=5) as client:
+            assert client.loss(x, y) == oracle(SPECS["mean"], x, y)
+
+
+def test_a_connection_that_the_server_closed_meanwhile_is_not_used(liar: FakeServer) -> None:
+    # It closes its connections after each answer, and says nothing of that.
+    liar.metadata, liar.answers = (
+        one.replace(b"Connection: close\r\n", b"") for one in (_metadata(), _WHOLE)
+    )
+    x = np.ones((1, 16), "f4")
+    with Client(liar.url, "m") as client:
+        for ask in (client.metadata, lambda: client.loss(x, x), lambda: client.loss(x, x)):
+            ask()
+            idle = client._transport._idle[0].sock  # type: ignore[attr-defined]
+            assert select.select([idle], [], [], 30)[0]  # it is closed now
+
+
+def _grpc_answer(**changes: Any) -> Any:
+    from tritonclient.grpc import service_pb2
+
+    output = {"name": "loss", "datatype": "FP32", "shape": [1, 16]}
+    raw = changes.pop("raw", [bytes(64)])
+    return service_pb2.ModelInferResponse(outputs=[{**output, **changes}], raw_output_contents=raw)
+
+
+GRPC_LIES: dict[str, tuple[dict[str, Any], str]] = {
+    "no numbers": ({"raw": []}, "no Open Inference server does .*shorter"),
+    "more than the outputs": ({"raw": [bytes(64)] * 2}, "no Open Inference server does .*longer"),
+    "too few numbers": ({"raw": [bytes(60)]}, "no Open Inference server does .*cannot reshape"),
+    "bytes": ({"datatype": "BYTES", "raw": [b"\xff" * 8]}, "loss is BYTES .* should be FP32"),
+    "a type that there is not": ({"datatype": "FP7"}, "loss is FP7 .* should be FP32"),
+    "a negative axis": ({"shape": [-1, 16]}, "loss is FP32 .* should be FP32 .1, 16."),
+    "another name": ({"name": "cost"}, "the output 'cost', which the model does not have"),
+    "compressed": ({"compressed": True}, "the server says .*gzip"),
 }
 
 
-@pytest.mark.parametrize("answer", _ANSWERS.values(), ids=list(_ANSWERS))
-@pytest.mark.parametrize("ask", ["metadata", "infer"])
-def test_a_server_of_another_kind(answer: bytes, ask: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+@pytest.fixture(scope="module")
+def grpc_liar() -> Iterator[Any]:
+    """A server over gRPC that gives the answer in its `said`."""
+    grpc = pytest.importorskip("grpc")
+    from google.protobuf.json_format import ParseDict
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-        def serve() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 200 OK\r\n" + answer)
-                # Closed with half of a request unread, it would take the answer back.
-                connection.shutdown(socket.SHUT_WR)
-                while connection.recv(65536):
-                    pass
+    class Fake(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+        def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, the name is gRPC's
+            return ParseDict(METADATA, service_pb2.ModelMetadataResponse())
 
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with (
-            Client(url, "mean", timeout=60) as client,
-            pytest.raises(ServerError, match="answered what no Open Inference server does"),
-        ):
-            if ask == "metadata":
-                client.metadata()
-            else:
-                client.infer({"input": np.zeros((1, 16), "f4")})
-        thread.join()
+        def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+            said = dict(self.said)
+            if said.pop("compressed", False):
+                context.set_compression(grpc.Compression.Gzip)
+            return _grpc_answer(**said)
+
+    fake, serving = Fake(), grpc.server(ThreadPoolExecutor(1))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, serving)
+    fake.url = f"grpc://127.0.0.1:{serving.add_insecure_port('127.0.0.1:0')}"
+    serving.start()
+    yield fake
+    serving.stop(None).wait()
+
+
+@pytest.mark.parametrize("lie", GRPC_LIES)
+def test_a_lie_over_grpc(lie: str, grpc_liar: Any) -> None:
+    x = np.ones((1, 16), "f4")
+    with Client(grpc_liar.url, "m") as client:
+        grpc_liar.said = {}
+        assert not client.loss(x, x).any()  # the truth
+        grpc_liar.said, words = GRPC_LIES[lie]
+        with pytest.raises(ServerError, match=words):
+            client.loss(x, x)
 
 
 class Relay(threading.Thread):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fuzzing.answers import FakeServer
 from smoothl1_deploy.errors import OutputError
 from smoothl1_deploy.serving.ready_file import ReadyFile
 
@@ -58,6 +59,24 @@ def test_that_of_a_running_server_is_left_to_it(tmp_path: Path, address: str) ->
     with pytest.raises(OutputError, match=rf"a server that runs \(process {os.getpid()}, http"):
         ReadyFile(path).claim()
     assert path.read_bytes() == before
+
+
+def test_a_proxy_of_the_environment_is_not_asked_whether_it_runs(
+    tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with pytest.raises(OutputError, match="a server that runs"):
+        ReadyFile(left(tmp_path / "ready.json", os.getpid(), address)).claim()
+
+
+@pytest.mark.parametrize("said", [b"", b"hello\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"a" * 70_000])
+def test_what_answers_no_http_is_no_server(tmp_path: Path, said: bytes) -> None:
+    with FakeServer() as fake:
+        fake.metadata = said
+        path = left(tmp_path / "ready.json", os.getpid(), fake.url)
+        ReadyFile(path).claim()
+        fake.shutdown()
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("pid", [DEAD, "x", None])
