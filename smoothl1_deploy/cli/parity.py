@@ -86,13 +86,16 @@ def parity(
         int | None,
         typer.Option(
             min=0,
+            max=1_000_000_000,
             help="Random combinations beside the grid; 240, 36 with --quick, none of a part of it.",
         ),
     ] = None,
     draw: Annotated[
         list[int] | None, typer.Option(min=0, help="Only this random draw. Repeat for more.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core, at most 8.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, max=4096, help="Processes; 0: one a core, at most 8.")
+    ] = 0,
 ) -> None:
     """Check every beta, reduction, dtype, route and backend against PyTorch and the exact loss.
 

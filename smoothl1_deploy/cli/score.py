@@ -104,7 +104,10 @@ def score(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Actors of the ray engine. Default: every CPU.", rich_help_panel=_ENGINE
+            min=1,
+            max=4096,
+            help="Actors of the ray engine. Default: every CPU.",
+            rich_help_panel=_ENGINE,
         ),
     ] = None,
     threads: Annotated[

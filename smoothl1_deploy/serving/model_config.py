@@ -43,11 +43,15 @@ def make_config(name: str, platform: str, ports: ModelPorts, max_batch_size: int
             Triton, and rows of different requests are batched together.
 
     Raises:
-        SpecError: on a negative max_batch_size, and on ports that Triton can't configure.
+        SpecError: on a max_batch_size that Triton can't hold, and on ports that Triton can't configure.
         MissingDependencyError: without tritonclient.
     """
-    if isinstance(max_batch_size, bool) or max_batch_size < 0:
-        raise SpecError(f"max_batch_size must be >= 0, got {max_batch_size!r}; 0 is no batching")
+    if (
+        isinstance(max_batch_size, bool) or not 0 <= max_batch_size < 1 << 31
+    ):  # Triton's is an int32
+        raise SpecError(
+            f"max_batch_size must be 0 to {(1 << 31) - 1}, got {max_batch_size!r}; 0 is no batching"
+        )
     config = _messages().ModelConfig(name=name, platform=platform, max_batch_size=max_batch_size)
     for field, given in ((config.input, ports.inputs), (config.output, ports.outputs)):
         for port in given:

@@ -102,7 +102,11 @@ def test_a_batch_of_any_size_where_rows_are_independent(tmp_path: Path) -> None:
         ),
         (
             {"spec": LossSpec(per_sample=True), "max_batch_size": -1},
-            "max_batch_size must be >= 0, got -1; 0 is no batching",
+            "max_batch_size must be 0 to 2147483647, got -1; 0 is no batching",
+        ),
+        (
+            {"spec": LossSpec(per_sample=True), "max_batch_size": 1 << 31},
+            "max_batch_size must be 0 to 2147483647, got 2147483648",
         ),
         ({"spec": LossSpec(), "shape": (4, 16)}, r"got the shape \(4, 16\); give a name for"),
         ({"spec": LossSpec(), "shape": ()}, r"got the shape \(\); give a name for"),
