@@ -43,7 +43,8 @@ def make_config(name: str, platform: str, ports: ModelPorts, max_batch_size: int
             Triton, and rows of different requests are batched together.
 
     Raises:
-        SpecError: on a max_batch_size that Triton can't hold, and on ports that Triton can't configure.
+        SpecError: on a max_batch_size that Triton can't hold, and on ports that it can't
+            configure.
         MissingDependencyError: without tritonclient.
     """
     if (
