@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 import tempfile
 import traceback
@@ -17,13 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smoothl1_deploy.errors import SmoothL1DeployError
+from smoothl1_deploy.files import is_unfinished
 
 __all__ = ["Outcome", "Target", "buffer_of", "check_case", "draw"]
 
 _BUFFER = 4096  # bytes a case is drawn from
 _SHOWN = 4000  # characters of a case in its record
-#: What `artefact.write_atomic` calls an unfinished file.
-_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def check_case(target: Target, case: Any) -> Outcome:
     except BaseException:
         outcome.kind, outcome.detail = "fault", traceback.format_exc()
     finally:
-        left = [path.name for path in folder.rglob(".*") if _UNFINISHED.fullmatch(path.name)]
+        left = [path.name for path in folder.rglob(".*") if is_unfinished(path.name)]
         os.chdir(before)
         shutil.rmtree(folder, ignore_errors=True)
     if left:

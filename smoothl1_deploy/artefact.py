@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx
 
-from .errors import ArtefactError, SpecError
+from .errors import ArtefactError, SpecError, is_shortage
 from .files import write_atomic
 from .graph.elements import DTYPE_OF_ELEMENT
 from .graph.metadata import is_changed, read_spec
@@ -45,6 +46,7 @@ def read_model(source: ModelSource) -> onnx.ModelProto:
     Raises:
         ArtefactError: when there is no such file or its content is no ONNX model, and for one that
             nests without end.
+        MemoryError, OSError: where the machine lacks memory or files for it.
     """
     model = source if isinstance(source, onnx.ModelProto) else _read(source)
     check_nesting(model)
@@ -75,8 +77,13 @@ def _read(source: bytes | str | os.PathLike[str]) -> onnx.ModelProto:
         if isinstance(source, bytes):
             model = onnx.load_model_from_string(source)
         else:
-            model = onnx.load(what)
+            model = onnx.load(what, load_external_data=False)
+            _load_weights(model, what)
+    except ArtefactError:
+        raise
     except Exception as exc:  # protobuf, the checker and the file system each raise their own
+        if is_shortage(exc):
+            raise
         raise ArtefactError(
             f"{what} can't be read as an ONNX model ({exc}); it is damaged, or of another format"
         ) from exc
@@ -84,6 +91,43 @@ def _read(source: bytes | str | os.PathLike[str]) -> onnx.ModelProto:
     if not model.ir_version or not model.graph.output:
         raise ArtefactError(f"{what} holds no ONNX graph; it is damaged, or of another format")
     return model
+
+
+_LARGE = 1 << 30  # bytes of weights; fewer are no harm, however often a file is read for them
+_MOST_TIMES = 4  # that a file is read; tensors that share their weights read them twice
+
+
+def _load_weights(model: onnx.ModelProto, what: str) -> None:
+    """Read the weights that lie in other files, once it is known that there is room for them.
+
+    protobuf (6.33) ends the process where it gets no memory for them.
+    """
+    folder = os.path.dirname(what)
+    files: dict[tuple[int, int], int] = {}
+    asked = largest = 0
+    for tensor in tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        path = os.path.join(folder, entries.get("location", ""))
+        if os.path.isfile(path):  # of others, onnx says what is wrong with them
+            there = os.stat(path)
+            files[there.st_dev, there.st_ino] = there.st_size
+            rest = there.st_size - int(entries.get("offset", 0))
+            size = min(int(entries.get("length", rest)), rest)
+            asked, largest = asked + size, max(largest, size)
+    held = sum(files.values())
+    if asked > _LARGE and asked > _MOST_TIMES * held:
+        raise ArtefactError(
+            f"the tensors of {what} ask for {asked:,} bytes of files that have {held:,}; it is "
+            "damaged or made to harm"
+        )
+    if asked:
+        try:
+            mmap.mmap(-1, asked + largest).close()  # a message takes a copy of what was read
+        except OSError as exc:
+            raise MemoryError(f"the weights of {what} take {asked:,} bytes") from exc
+    onnx.load_external_data_for_model(model, folder)
 
 
 @dataclass(frozen=True, slots=True)

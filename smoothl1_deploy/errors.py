@@ -6,7 +6,10 @@ input, 3 for something that is not installed (the message then holds the install
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import re
 from types import ModuleType
 
 __all__ = [
@@ -21,8 +24,10 @@ __all__ = [
     "SmoothL1DeployError",
     "SpecError",
     "UnsupportedError",
+    "is_shortage",
     "reason_of",
     "require",
+    "shortage",
 ]
 
 
@@ -96,15 +101,49 @@ def reason_of(exc: OSError | ValueError) -> str:
     return str(getattr(exc, "strerror", None) or exc)
 
 
+_SHORTAGES = {
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO
+}  # fmt: skip
+#: The same in the words of the dynamic linker, whose errors carry no number, and of threading.
+_SHORTAGE_SAID = re.compile(
+    "|".join(map(os.strerror, _SHORTAGES))
+    + "|cannot allocate memory|failed to map segment|can't start new thread"
+)
+
+
+def is_shortage(exc: BaseException) -> bool:
+    """Whether `exc` tells of what the machine lacks (memory, files, room): no fault of the input.
+
+    Whoever takes exceptions of any class for damage lets these through; the command line says what
+    they are.
+    """
+    if isinstance(exc, OSError) and exc.errno:
+        return exc.errno in _SHORTAGES
+    said = type(exc) in (RuntimeError, OSError) or isinstance(exc, ImportError)
+    return isinstance(exc, MemoryError) or (said and bool(_SHORTAGE_SAID.search(str(exc))))
+
+
+def shortage(exc: BaseException) -> str:
+    """The reason in what `is_shortage` is true of; numpy has a page of advice before it."""
+    return (str(exc).strip() or type(exc).__name__).splitlines()[-1]
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import `module`, or say which extra of this package brings it.
 
     Raises:
         MissingDependencyError: when the import fails; the message holds the install command.
+        BackendUnavailableError: where this process gets too little memory or too few files.
     """
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as exc:  # a package may load its own libraries by ctypes
+    # A package may load its own libraries by ctypes, which raises OSError.
+    except (ImportError, OSError, MemoryError) as exc:
+        if is_shortage(exc):
+            raise BackendUnavailableError(
+                f"{purpose} needs the package {module!r}, for which this process gets too little "
+                f"memory or too few files ({shortage(exc)}); raise its limits (see ulimit -a)"
+            ) from exc
         command = "torch==2.13.0" if extra == "torch" else f"'smoothl1-deploy[{extra}]'"
         raise MissingDependencyError(
             f"{purpose} needs the package {module!r}, which can't be imported ({exc}). "

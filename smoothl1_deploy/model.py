@@ -250,7 +250,7 @@ def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
 
     Raises:
         ArtefactError: for graphs nested deeper than 24, functions that call themselves, directly
-            or through others, and calls that unfold to more than a million nodes.
+            or through others, and more than a million nodes, those of called functions with them.
     """
     key = _name if by_name else _full_name
     functions = {key(f.domain, f.name, f.overload): f for f in model.functions}
@@ -268,9 +268,10 @@ def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
         sizes[name] = _unfolded(len(functions[name].node), calls[name], sizes)
     whole = _unfolded(len(model.graph.node), _calls(model.graph, functions, key), sizes)
     if whole > _MOST_NODES:
+        own = len(model.graph.node) > _MOST_NODES
+        what = "graph has" if own else "model's functions unfold to"
         raise ArtefactError(
-            f"the model's functions unfold to {whole:,} nodes, more than {_MOST_NODES:,}; it is "
-            "damaged or made to harm"
+            f"the {what} {whole:,} nodes, more than {_MOST_NODES:,}; it is damaged or made to harm"
         )
 
 

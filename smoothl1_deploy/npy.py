@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -11,17 +12,26 @@ from typing import IO, Any
 import numpy as np
 
 from .artefact import write_atomic
-from .errors import InvalidInputError, OutputError, reason_of
+from .errors import InvalidInputError, OutputError, is_shortage, reason_of
 from .files import open_file
 from .floats import NUMPY_DTYPE, Array
 
-__all__ = ["check_output", "read_archive", "read_array", "write_arrays"]
+__all__ = [
+    "as_bfloat16",
+    "check_output",
+    "open_array",
+    "read_archive",
+    "read_array",
+    "read_header",
+    "write_arrays",
+]
 
 _REQUIRED = ("input", "target")
 _OPTIONAL = ("weight", "grad_output")
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
+    (3, 0): np.lib.format.read_array_header_2_0,  # differs in the names of fields alone
 }
 _LARGE = 1 << 30  # bytes; an array that unpacks to no more is no bomb
 _MOST_TIMES = 100  # deflate reaches 1,032 on zeros, random floats 1.1
@@ -29,7 +39,7 @@ _REMEDY = "write it with numpy.save(path, array)"
 
 
 def read_array(path: Path, dtype: str) -> Array:
-    """The array of a .npy file, mapped into memory instead of read.
+    """The array of a .npy file.
 
     Args:
         path: of the file.
@@ -38,23 +48,52 @@ def read_array(path: Path, dtype: str) -> Array:
 
     Raises:
         InvalidInputError: for a file that is missing, truncated, pickled or of another format.
+        MemoryError, OSError: where the machine lacks memory or files for it.
     """
-    _check_file(path, b"\x93NUMPY", f"a .npy file; {_REMEDY}, or use --data for an .npz file")
+    file, shape, fortran, stored = open_array(path)
+    count = math.prod(shape)
+    with file:
+        # Read, not mapped: where a mapped file is cut meanwhile, the process ends by SIGBUS.
+        data = np.fromfile(file, stored, count)
+    if data.size != count:
+        raise InvalidInputError(f"{path} was cut off while it was read; {_REMEDY}")
+    array = data.reshape(shape[::-1]).T if fortran else data.reshape(shape)
+    return as_bfloat16(array, str(path), dtype)
+
+
+def open_array(path: Path) -> tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]:
+    """A .npy file, its shape, whether it is in Fortran order, and its dtype.
+
+    The file stands at the first element, and is long enough for all of them.
+
+    Raises:
+        InvalidInputError: as `read_array` does.
+        MemoryError, OSError: likewise.
+    """
+    _check_file(path, b"\x93NUMPY", f"a .npy file; {_REMEDY}")
     try:
-        with path.open("rb") as file:
-            expected, _ = _data_bytes(file)
-            stored = path.stat().st_size - file.tell()
-        if stored < expected:  # numpy multiplies in int64, which may overflow to a small number
-            raise ValueError(f"{stored} bytes where its header says {expected}")
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        file = open_file(path)
+        try:
+            shape, fortran, dtype = read_header(file)
+            if dtype.hasobject:
+                raise InvalidInputError(
+                    f"{path} holds Python objects, which are not loaded (a pickle can run any "
+                    "code); convert it: numpy.save(path, array.astype('float32'))"
+                )
+            stored = os.fstat(file.fileno()).st_size - file.tell()
+            expected = math.prod(shape) * dtype.itemsize
+            if stored < expected or not dtype.itemsize or min(shape, default=0) < 0:
+                raise ValueError(f"{stored} bytes where its header says {expected}")
+        except BaseException:
+            file.close()
+            raise
+    except InvalidInputError:
+        raise
     except Exception as exc:  # damage comes to light in numpy, tokenize or the file system
-        if "Python objects" in str(exc):
-            raise InvalidInputError(
-                f"{path} holds Python objects, which are not loaded (a pickle can run any code); "
-                "convert it: numpy.save(path, array.astype('float32'))"
-            ) from exc
+        if is_shortage(exc):
+            raise
         raise InvalidInputError(f"{path} is truncated or damaged ({exc}); {_REMEDY}") from exc
-    return _named(array, str(path), dtype)
+    return file, shape, fortran, dtype
 
 
 def read_archive(path: Path, dtype: str) -> dict[str, Array]:
@@ -77,11 +116,13 @@ def read_archive(path: Path, dtype: str) -> dict[str, Array]:
             for name in names:
                 _check_member(archive.zip, name, path)
             arrays = {name: archive[name] for name in names}
-    except (InvalidInputError, MemoryError):
+    except InvalidInputError:
         raise
     except Exception as exc:  # or in zipfile and the decompressors, each with classes of its own
+        if is_shortage(exc):
+            raise
         raise InvalidInputError(f"{path} is truncated or damaged ({exc}); {remedy}") from exc
-    return {name: _named(array, f"{name} in {path}", dtype) for name, array in arrays.items()}
+    return {name: as_bfloat16(array, f"{name} in {path}", dtype) for name, array in arrays.items()}
 
 
 def _data_bytes(file: IO[bytes]) -> tuple[int, bool]:
@@ -89,11 +130,20 @@ def _data_bytes(file: IO[bytes]) -> tuple[int, bool]:
 
     Of pickled objects numpy says what is wrong, and the size is 0.
     """
+    shape, _, dtype = read_header(file)
+    return (0, True) if dtype.hasobject else (math.prod(shape) * dtype.itemsize, False)
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether it is in Fortran order, and dtype, of the array that `file` begins with.
+
+    Raises:
+        Exception: of numpy, tokenize or the file, where there is no such header.
+    """
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
         raise ValueError(f"a header of version {version}")
-    shape, _, dtype = _HEADERS[version](file)
-    return (0, True) if dtype.hasobject else (math.prod(shape) * dtype.itemsize, False)
+    return _HEADERS[version](file)
 
 
 def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
@@ -116,6 +166,8 @@ def _check_file(path: Path, magic: bytes, expected: str) -> None:
         with open_file(path) as file:
             start = file.read(len(magic))
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+        if is_shortage(exc):
+            raise
         raise InvalidInputError(
             f"{path} can't be read ({reason_of(exc)}); give the path of {expected}"
         ) from exc
@@ -125,7 +177,7 @@ def _check_file(path: Path, magic: bytes, expected: str) -> None:
         raise InvalidInputError(f"{path} is not {expected}")
 
 
-def _named(array: Any, what: str, dtype: str) -> Array:
+def as_bfloat16(array: Any, what: str, dtype: str) -> Array:
     """`array` with bfloat16 where the file says no more than two raw bytes an element."""
     if not isinstance(array, np.ndarray):
         raise InvalidInputError(f"{what} is not an array of numpy; {_REMEDY}")

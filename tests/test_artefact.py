@@ -244,7 +244,7 @@ def test_write_atomic_below_a_file(tmp_path: Path) -> None:
 
 def test_write_atomic_onto_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match=r"can't write .*folder: it is a folder or a device"):
+    with pytest.raises(OutputError, match=r"can't write .*folder: it is a folder or a disk"):
         write_atomic(tmp_path / "folder", b"one")
     assert names(tmp_path) == ["folder"]
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from smoothl1_deploy import errors
-from smoothl1_deploy.errors import MissingDependencyError, SmoothL1DeployError, require
+from smoothl1_deploy.errors import (
+    BackendUnavailableError,
+    MissingDependencyError,
+    SmoothL1DeployError,
+    require,
+)
 
 EXIT_CODES = {
     "ArtefactError": 2,
@@ -24,7 +29,13 @@ EXIT_CODES = {
 
 
 def test_every_error_is_of_the_family_and_has_its_exit_code() -> None:
-    others = {"reason_of", "require", "ModelWarning"}  # a warning is no error
+    others = {
+        "is_shortage",
+        "reason_of",
+        "require",
+        "shortage",
+        "ModelWarning",
+    }  # a warning is no error
     classes = {name: getattr(errors, name) for name in errors.__all__ if name not in others}
     assert all(issubclass(cls, SmoothL1DeployError) for cls in classes.values())
     found = {name: cls.exit_code for name, cls in classes.items()}
@@ -86,6 +97,24 @@ def test_require_speaks_of_a_package_that_is_there_but_broken(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MissingDependencyError, match=reason):
         require("smoothl1_broken", "cpu", "a test")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "raise MemoryError",
+        "raise ImportError('libtorch_cpu.so: failed to map segment from shared object')",
+        "raise OSError('lib.so: cannot open shared object file: Too many open files')",
+    ],
+)
+def test_a_package_that_gets_too_little_memory_is_not_said_to_be_missing(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "smoothl1_large.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendUnavailableError, match="too little memory or too few files") as said:
+        require("smoothl1_large", "torch", "a test")
+    assert "pip install" not in str(said.value)
 
 
 def test_require_lets_the_other_errors_of_a_package_through(

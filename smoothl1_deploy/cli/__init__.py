@@ -5,7 +5,7 @@ Exit codes:
 ====  ==========================================================================================
 0     done
 1     a check failed (`verify`, `parity`)
-2     bad usage or bad input; the message says what would be right
+2     bad usage, bad input, or less memory, files or room than it takes; the message says which
 3     something needed is not installed or can't run here; the message says what to install
 70    a bug in smoothl1-deploy (EX_SOFTWARE of sysexits.h)
 130   interrupted (once more while the process ends: SIGINT itself, which a shell reports as 130)
@@ -15,15 +15,15 @@ Exit codes:
 
 from __future__ import annotations
 
-import io
+import errno
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
 from ..environment import silence
-from ..errors import SmoothL1DeployError
-from .console import warnings_as_notes
+from ..errors import SmoothL1DeployError, is_shortage, reason_of, shortage
+from .console import safe_streams, warnings_as_notes
 
 __all__ = ["main"]
 
@@ -42,9 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         One of the exit codes in this module's docstring.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text
-        sys.stdout.reconfigure(errors="backslashreplace")
     silence()
+    with safe_streams():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         with warnings_as_notes():
             status = _invoke(argv)
@@ -57,11 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         from .registry import BROKEN_PIPE
 
-        # The interpreter flushes stdout once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except MemoryError as exc:
-        return _fail(f"not enough memory for this ({exc}); use smaller arrays", 2)
     except ModuleNotFoundError as exc:
         if (exc.name or "").startswith("smoothl1_deploy"):
             return _report_bug(exc)
@@ -70,8 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "Repair it with: pip install --force-reinstall smoothl1-deploy",
             3,
         )
-    except Exception as exc:  # whatever is left is a bug, and users get no traceback
-        return _report_bug(exc)
+    except Exception as exc:
+        if is_shortage(exc):
+            return _fail(_lack(exc), 2)
+        return _report_bug(exc)  # whatever is left is one, and users get no traceback
 
 
 def _invoke(argv: Sequence[str] | None) -> int:
@@ -100,6 +101,16 @@ def _fail(message: str, status: int) -> int:
 
     print_error(message)
     return status
+
+
+def _lack(exc: Exception) -> str:
+    if isinstance(exc, OSError) and exc.errno not in (None, errno.ENOMEM):
+        where = f": {exc.filename}" if exc.filename else ""
+        return (
+            f"the system refuses more to this process ({reason_of(exc)}{where}); make room, or "
+            "raise its limits (ulimit -a shows them)"
+        )
+    return f"not enough memory for this ({shortage(exc)}); use smaller arrays, or give it more"
 
 
 def _report_bug(exc: Exception) -> int:

@@ -180,6 +180,7 @@ def _check_output(
 
 def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
     """Copy the files that the model's weights are in to where it goes."""
+    from ..files import replacing
     from ..model import external_locations
 
     for location in external_locations(model):
@@ -199,13 +200,11 @@ def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
                 f"can't copy the weights of the model to {new}: it exists with other content; "
                 "choose another folder"
             )
-        partial = new.with_name(f".{new.name}.part")
         try:
             new.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(old, partial)
-            partial.replace(new)
+            with old.open("rb") as file, replacing(new) as copy:
+                shutil.copyfileobj(file, copy)
         except OSError as exc:
-            partial.unlink(missing_ok=True)
             raise OutputError(
                 f"can't copy the weights of the model to {new}: {exc.strerror or exc}; choose "
                 "another -o"
@@ -243,12 +242,21 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
     """In one file, written whole or not at all; beyond protobuf's limit with the weights beside."""
     import onnx
 
-    from ..artefact import write_atomic
+    from ..files import put, unfinished, write_atomic
 
     if model.ByteSize() < _PROTOBUF_LIMIT:
         write_atomic(path, model.SerializeToString(deterministic=True))
         return
+    weights = path.with_name(f"{path.name}.data")
+    folder = unfinished(path)
     try:
-        onnx.save(model, str(path), save_as_external_data=True, location=f"{path.name}.data")
+        folder.mkdir()
+        try:
+            whole = str(folder / path.name)
+            onnx.save(model, whole, save_as_external_data=True, location=weights.name)
+            for place in (weights, path):
+                put(folder / place.name, place)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as exc:
         raise OutputError(f"can't write {path}: {exc.strerror or exc}; choose another -o") from exc

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from ..errors import ModelWarning
+from ..errors import ModelWarning, OutputError, reason_of
+from ..files import descriptors_written
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,8 +28,84 @@ __all__ = [
     "print_lines",
     "print_note",
     "print_table",
+    "safe_streams",
     "warnings_as_notes",
 ]
+
+
+class _Stream:
+    """stdout or stderr, which may be full, closed, or taken."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._failure_told():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._failure_told():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _failure_told(self) -> Iterator[None]:
+        """Nothing of stderr: there is nowhere to tell it, and the exit code stays."""
+        try:
+            yield
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """What is left in a buffer would fail once more when the interpreter ends."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+class _Results(_Stream):
+    """stdout; where it is an output of the command itself, what else is said goes to stderr."""
+
+    #: Raised again at the end, because libraries try a stream and swallow what it says.
+    _failure: Exception | None = None
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text) if 1 in descriptors_written else super().write(text)
+
+    @contextmanager
+    def _failure_told(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except OSError as exc:
+            self._drop()
+            self._failure = exc
+            if isinstance(exc, BrokenPipeError):  # whoever read it has stopped, which is no fault
+                raise
+            self._failure = OutputError(
+                f"can't write the result to stdout: {reason_of(exc)}; send it elsewhere. Files "
+                "that were asked for are written"
+            )
+            raise self._failure from exc
+
+
+@contextmanager
+def safe_streams() -> Iterator[None]:
+    """Streams that fail in a sentence; one that is closed fails when something is written to it."""
+    for name, access in (("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, access)  # its own number, which any file would get else
+            os.set_inheritable(handle, True)
+            setattr(sys, name, open(handle, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    descriptors_written.clear()
+    results: Any = _Results(sys.stdout)
+    remarks: Any = _Stream(sys.stderr)
+    with redirect_stdout(results), redirect_stderr(remarks):
+        yield
 
 
 def open_console(stderr: bool = False) -> Console:
@@ -56,7 +134,7 @@ def print_error(message: str) -> None:
 
         text = Text.assemble(("error: ", "bold red"), (message, "red"))
         open_console(stderr=True).print(text)
-    except ModuleNotFoundError:  # rich itself may be what is missing
+    except (ImportError, OSError, MemoryError):  # rich itself may be what can't be imported
         print(f"error: {message}", file=sys.stderr)
 
 

@@ -142,15 +142,18 @@ def run(
             "give the arrays by --input A.npy --target B.npy or --data PAIR.npz"
         )
 
+    from ..files import check_apart
     from ..npy import check_output, read_archive, read_array, write_arrays
 
+    files = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
+    named = {"MODEL": Path(model) if url is None else None, "--data": data}
+    check_apart([("-o", output)], [*named.items(), *((f"--{n}", p) for n, p in files.items())])
     runner = _runner(model, backend, threads) if url is None else _client(model, url)
     if output is not None:
         check_output(output, runner.outputs)
     if data is not None:
         arrays = read_archive(data, runner.dtype)
     else:
-        files = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
         arrays = {
             name: read_array(path, runner.dtype) for name, path in files.items() if path is not None
         }

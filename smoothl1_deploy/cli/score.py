@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import SpecError
+from ..errors import OutputError, SpecError
 from ..spec import DTYPES, NORMALIZERS, LossSpec
 from .console import json_number, open_console, print_fields, print_json, print_note
 
@@ -174,6 +174,10 @@ def score(
         except KeyboardInterrupt:
             print_note(f"interrupted with {done} % done; the same command goes on from there")
             raise typer.Exit(_INTERRUPTED) from None
+        except OutputError:
+            if done:
+                print_note(f"{done} % are done and kept; the same command goes on from there")
+            raise
     _show(result, as_json)
 
 

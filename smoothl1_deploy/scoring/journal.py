@@ -1,26 +1,31 @@
 """`Journal`: which pieces are finished, in a file that survives a kill at any moment.
 
-The first line says what is scored and what the files looked like; each further line is a finished
-piece. A line begins with the CRC-32 of the rest, and is on the disk before the piece counts as
-finished. A line that was cut off by a kill is dropped: its piece is done again.
+The first line says that it is a journal, the second what is scored, into which unfinished file.
+Each further line is a finished piece, or what the files of the data look like now. A line begins
+with the CRC-32 of the rest, and is on the disk before the piece counts as finished. A line that was
+cut off by a kill is dropped: its piece is done again.
+
+The file itself is locked, so that one process works with it and nothing else is made beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import filelock
 import platformdirs
 
-from ..artefact import write_atomic
-from ..errors import ArtefactError, InvalidInputError, OutputError
+from ..errors import InvalidInputError, OutputError, reason_of
+from ..files import token
 from .engine import PieceResult, checksums
 from .partial import Partial
 from .scorer import Job
@@ -28,7 +33,7 @@ from .shards import Plan
 
 __all__ = ["Journal", "default_journal"]
 
-_KIND = "smoothl1-deploy score 1"
+_KIND = "smoothl1-deploy score 2"
 _AGAIN = "start again with --restart"
 
 
@@ -56,8 +61,11 @@ def _fields(line: bytes) -> dict[str, Any] | None:
     check, _, text = line.removesuffix(b"\n").partition(b" ")
     if not line.endswith(b"\n") or check != b"%08x" % zlib.crc32(text):
         return None
-    fields: dict[str, Any] = json.loads(text)
-    return fields
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
 
 
 def _identity(path: Path) -> list[int]:
@@ -75,6 +83,44 @@ def _key(path: Path) -> str:
     return str(path.absolute())
 
 
+def _locked(path: Path) -> FileIO:
+    """The file, made where there is none, and locked as long as it is open.
+
+    Raises:
+        OutputError: where that can't be.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OutputError(
+                f"can't write the journal {path}: it is a folder, a pipe or a device; give a file "
+                "with --journal"
+            )
+        while True:
+            file = FileIO(os.open(path, flags, 0o666), "r+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    return file
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                file.close()
+                raise
+            file.close()  # whoever had locked it has finished, and removed it
+    except BlockingIOError:
+        raise OutputError(
+            f"another process works with the journal {path}; wait for it, or give another place "
+            "with --journal"
+        ) from None
+    except OutputError:
+        raise
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+        raise OutputError(
+            f"can't write the journal {path} ({reason_of(exc)}); give another place with --journal"
+        ) from exc
+
+
 class Journal:
     """The journal of one run; a context manager that holds a lock on it.
 
@@ -87,9 +133,11 @@ class Journal:
 
     Attributes:
         done: index of a finished piece -> what it adds.
+        part: what `files.unfinished` tells the file of the scores by, as long as it is unfinished.
 
     Raises:
-        InvalidInputError: when the files have changed since, or it is another run's journal.
+        InvalidInputError: when the files have changed since, or it is another run's journal, or no
+            journal at all.
         OutputError: when it can't be written, or another process works with it.
     """
 
@@ -98,93 +146,76 @@ class Journal:
     ) -> None:
         self.path = path
         self.done: dict[int, Partial] = {}
+        self.part = token()
         self._plan = plan
-        self._file: IO[bytes] | None = None
         self._ours = False
         self._before = _identities(plan)
         self._head = {
-            "kind": _KIND,
             "job": job.to_dict(),
             "plan": plan.to_dict(),
             "output": None if output is None else str(output.absolute()),
         }
-        self._lock = filelock.FileLock(f"{path}.lock")
+        self._file = _locked(path)
         try:
-            if path.is_dir():
-                raise OutputError(
-                    f"can't write the journal {path}: it is a folder; give a file with --journal"
-                )
-            if path.exists() and not path.is_file():
-                raise OutputError(  # opened, a pipe would wait for somebody who reads it
-                    f"can't write the journal {path}: it is a pipe or a device; give a file with "
-                    "--journal"
-                )
-            self._lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise OutputError(
-                f"another process works with the journal {path}; wait for it, or give another "
-                "place with --journal"
-            ) from None
-        except OutputError:
-            raise
-        except OSError as exc:
-            raise OutputError(
-                f"can't write the journal {path} ({exc.strerror}); give another place with "
-                "--journal"
-            ) from exc
-        try:
-            if restart:
-                path.unlink(missing_ok=True)
-            self._open()
+            self._open(restart)
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> None:
-        lines = [_line({**self._head, "files": self._before})]
-        if self.path.exists():
-            try:
-                lines += self._resume(self.path.read_bytes().splitlines(keepends=True))
-            except InvalidInputError:
-                raise
-            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as exc:
-                raise InvalidInputError(
-                    f"the journal {self.path} makes no sense ({type(exc).__name__}: {exc}), though "
-                    f"it was written whole; {_AGAIN}"
-                ) from exc
-        write_atomic(self.path, b"".join(lines))
-        self._file = self.path.open("ab")
-        self._ours = True
-
-    def _resume(self, lines: list[bytes]) -> list[bytes]:
-        """The lines that hold still; fills `done`."""
-        head = _fields(lines[0]) if lines else None
-        if head is None or head.get("kind") != _KIND:
+    def _open(self, restart: bool) -> None:
+        data = self._file.readall()
+        lines = data.splitlines(keepends=True)
+        begun = _line({"kind": _KIND}).startswith(data)  # nothing, or cut off by a kill
+        kind = "" if begun else str((_fields(lines[0]) or {}).get("kind"))
+        # That of another version can be thrown away, but not read.
+        if not begun and kind != _KIND and not (restart and kind.startswith(_KIND[:-1])):
             raise InvalidInputError(
                 f"{self.path} is not a journal of this version of smoothl1-deploy score; it is "
                 "left as it is. Give another place with --journal"
             )
+        head = _fields(lines[1]) if kind == _KIND and len(lines) > 1 else None
+        if head is not None and re.fullmatch(r"[0-9a-f]{16}", str(head.get("part"))):
+            self.part = head["part"]
+        if head is None or restart:
+            self.forget()
+            return
+        try:
+            self._resume(head, lines)
+            self._ours = True
+        except InvalidInputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise InvalidInputError(
+                f"the journal {self.path} makes no sense ({type(exc).__name__}: {exc}), though "
+                f"it was written whole; {_AGAIN}"
+            ) from exc
+
+    def _resume(self, head: Mapping[str, Any], lines: list[bytes]) -> None:
+        """Fill `done`, and cut off what a kill has left of a line."""
         for part in ("job", "plan", "output"):
             if head[part] != self._head[part]:
                 raise InvalidInputError(
                     f"the journal {self.path} is of another run: {_difference(head, self._head)}. "
                     f"Restore what it was, or {_AGAIN}"
                 )
-        kept, sums = list[bytes](), dict[int, dict[str, int]]()
-        for line in lines[1:]:
+        before, sums = head["files"], dict[int, dict[str, int]]()
+        kept = len(lines[0]) + len(lines[1])
+        for line in lines[2:]:
             fields = _fields(line)
             if fields is None:
                 break
-            try:
+            if "files" in fields:
+                before = fields["files"]
+            else:
                 self.done[fields["piece"]] = Partial.from_dict(fields["partial"])
-            except ArtefactError:
-                break
-            sums[fields["piece"]] = fields["checksums"]
-            kept.append(line)
+                sums[fields["piece"]] = fields["checksums"]
+            kept += len(line)
         if not set(sums) <= set(range(len(self._plan.pieces))):
             raise ValueError("it names a piece that the data don't have")
-        self._check_content(head["files"], sums)
-        return kept
+        self._check_content(before, sums)
+        self._file.truncate(kept)
+        if before != self._before:
+            self._write({"files": self._before})
 
     def _check_content(
         self, before: Mapping[str, list[int]], sums: Mapping[int, dict[str, int]]
@@ -215,7 +246,6 @@ class Journal:
             InvalidInputError: when a file of the piece has changed while it was scored.
             OutputError: when the disk is full, for instance.
         """
-        assert self._file is not None
         shard = self._plan.shards[self._plan.pieces[result.piece].shard]
         for place in shard.files.values():
             before = self._before[_key(place.path)]
@@ -226,41 +256,41 @@ class Journal:
             "partial": result.partial.to_dict(),
             "checksums": result.checksums,
         }
-        try:
-            self._file.write(_line(fields))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as exc:
-            raise OutputError(f"can't write the journal {self.path}: {exc.strerror}") from exc
+        self._write(fields)
         self.done[result.piece] = result.partial
 
-    def forget(self) -> None:
-        """Drop what earlier runs have done: their scores are gone."""
-        self.done.clear()
-        self.close_file()
-        write_atomic(self.path, _line({**self._head, "files": self._before}))
-        self._file = self.path.open("ab")
+    def _write(self, fields: Mapping[str, Any]) -> None:
+        data = _line(fields)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
+        except OSError as exc:
+            raise OutputError(
+                f"can't write the journal {self.path}: {exc.strerror}; give another place with "
+                "--journal"
+            ) from exc
 
-    def close_file(self) -> None:
-        """Keep the journal, and the lock."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def forget(self) -> None:
+        """Begin anew: there is nothing that could be gone on with."""
+        self.done.clear()
+        self._ours = True
+        self._file.truncate(0)
+        self._write({"kind": _KIND})
+        self._write({**self._head, "part": self.part, "files": self._before})
 
     def finish(self) -> None:
         """All is done and written: the journal goes."""
-        self.close_file()
-        self.path.unlink(missing_ok=True)
+        self.done.clear()
+        self.close()
 
     def close(self) -> None:
         """Keep the journal for the next run, where anything is done."""
-        self.close_file()
-        if self._ours and not self.done:
-            self.path.unlink(missing_ok=True)
-        if not self.path.exists():
-            with contextlib.suppress(OSError):
-                os.unlink(self._lock.lock_file)
-        self._lock.release()
+        if self._ours and not self.done and not self._file.closed:
+            with contextlib.suppress(OSError):  # somebody was quicker
+                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                    os.unlink(os.path.realpath(self.path))
+        self._file.close()
 
     def __enter__(self) -> Journal:
         return self

@@ -17,15 +17,12 @@ import numpy as np
 
 from ..errors import InvalidInputError
 from ..floats import NUMPY_DTYPE, Array
+from ..npy import read_header
 from .sources import Location, Source
 
 __all__ = ["NpzSource"]
 
 _REMEDY = "write it with numpy.savez(path, input=..., target=...)"
-_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
 #: zipfile raises RuntimeError for an encrypted member; numpy's header goes through tokenize.
 _DAMAGE = (
     EOFError,
@@ -64,10 +61,7 @@ class NpzSource(Source):
     def _open(self) -> None:
         try:
             self._file: IO[bytes] = self._archive.open(f"{self._name}.npy")
-            version = np.lib.format.read_magic(self._file)
-            if version not in _HEADERS:
-                raise ValueError(f"a header of version {version}")
-            shape, fortran, dtype = _HEADERS[version](self._file)
+            shape, fortran, dtype = read_header(self._file)
         except _DAMAGE as exc:
             raise self._damaged(exc) from exc
         self._check(shape, fortran, dtype)

@@ -1,20 +1,22 @@
 """`ScoreFile`: one score a row, each written to its own place, so that it can be written twice.
 
-While the run goes on the scores stand in a .npy file beside the target, which has its name only
-when it is whole.
+While the run goes on the scores stand in a .npy file beside the target, or beside the journal where
+the target is no file. The target gets them when they are whole.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
+import stat
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
-from ..errors import OutputError, require
+from ..errors import OutputError, reason_of, require
+from ..files import create, put, replacing, resolve, unfinished
 from ..floats import NUMPY_DTYPE, Array
+from .journal import Journal
 from .shards import Plan
 
 __all__ = ["ScoreFile"]
@@ -29,6 +31,7 @@ class ScoreFile:
         path: ends in .npy or .parquet.
         plan: how many rows there are.
         dtype: of the scores. Parquet has no bfloat16; it gets float32, which holds every one.
+        journal: of the run, which remembers the unfinished file by its `part`.
 
     Attributes:
         kept: whether an unfinished file of this plan was there, to go on with.
@@ -38,49 +41,65 @@ class ScoreFile:
         MissingDependencyError: for Parquet without pyarrow.
     """
 
-    def __init__(self, path: Path, plan: Plan, dtype: str) -> None:
+    def __init__(self, path: Path, plan: Plan, dtype: str, journal: Journal) -> None:
         if path.suffix not in (".npy", ".parquet"):
             raise OutputError(f"can't write {path}: choose a name that ends in .npy or .parquet")
         if path.suffix == ".parquet":
             require("pyarrow", "score", "writing Parquet")
         self.path = path
-        self.part = path.with_name(f".{path.name}.part")
         self._plan, self._dtype = plan, NUMPY_DTYPE[dtype]
-        self._file: IO[bytes] | None = None
+        self._handle = -1
         header = _header(self._dtype, plan.rows)
         self._offset = len(header)
-        size = self._offset + plan.rows * self._dtype.itemsize
         try:
-            self.kept = self._fits(header, size)
-            if not self.kept:
-                self.part.write_bytes(header)
-                os.truncate(self.part, size)
-        except OSError as exc:
+            self.part = unfinished(resolve(path) or journal.path, journal.part)
+            self.kept = self._open(header, len(header) + plan.rows * self._dtype.itemsize)
+        except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
             raise self._error(exc) from exc
 
-    def _fits(self, header: bytes, size: int) -> bool:
-        if not self.part.exists() or self.part.stat().st_size != size:
-            return False
-        with self.part.open("rb") as file:
-            return file.read(len(header)) == header
+    def _open(self, header: bytes, size: int) -> bool:
+        """Whether the unfinished file was there; otherwise all the room is taken for a new one."""
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            self._handle = os.open(self.part, flags)
+        except FileNotFoundError:
+            pass
+        else:
+            there = os.fstat(self._handle)
+            ours = stat.S_ISREG(there.st_mode) and there.st_uid == os.geteuid()
+            if ours and there.st_size == size and os.pread(self._handle, len(header), 0) == header:
+                return True
+            self.close(keep=False)
+        self._handle = create(self.part, self.path)
+        try:
+            _take_room(self._handle, size)
+            self._write_at(0, header)
+        except BaseException:
+            self.close(keep=False)
+            raise
+        return False
 
-    def _error(self, exc: OSError) -> OutputError:
+    def _error(self, exc: OSError | ValueError) -> OutputError:
+        if isinstance(exc, OutputError):
+            return exc
         return OutputError(
-            f"can't write {self.part}: {exc.strerror}; choose a file in a folder that exists, that "
-            "you may write to and that has room"
+            f"can't write {self.path}: {reason_of(exc)}; choose a file in a folder that exists, "
+            "that you may write to and that has room"
         )
+
+    def _write_at(self, offset: int, data: bytes) -> None:
+        while data:
+            written = os.pwrite(self._handle, data, offset)
+            data, offset = data[written:], offset + written
 
     def write(self, piece: int, scores: Array) -> None:
         """The scores of a piece, on the disk when this returns."""
         found = self._plan.pieces[piece]
         row = self._plan.shards[found.shard].first + found.start
+        data = np.ascontiguousarray(scores, self._dtype).tobytes()
         try:
-            if self._file is None:
-                self._file = self.part.open("r+b")
-            self._file.seek(self._offset + row * self._dtype.itemsize)
-            self._file.write(np.ascontiguousarray(scores, self._dtype).tobytes())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._write_at(self._offset + row * self._dtype.itemsize, data)
+            os.fsync(self._handle)
         except OSError as exc:
             raise self._error(exc) from exc
 
@@ -89,7 +108,7 @@ class ScoreFile:
         self.close()
         try:
             if self.path.suffix == ".npy":
-                os.replace(self.part, self.path)
+                put(self.part, self.path)
             else:
                 self._write_parquet()
         except OSError as exc:
@@ -100,24 +119,34 @@ class ScoreFile:
         parquet = require("pyarrow.parquet", "score", "writing Parquet")
         stored = np.dtype(np.float32) if self._dtype == NUMPY_DTYPE["bfloat16"] else self._dtype
         schema = pyarrow.schema([("score", pyarrow.from_numpy_dtype(stored))])
-        whole = self.part.with_suffix(".whole")
-        with contextlib.ExitStack() as undo:
-            undo.callback(whole.unlink, missing_ok=True)
-            with parquet.ParquetWriter(whole, schema) as writer, self.part.open("rb") as file:
-                file.seek(self._offset)
-                while data := file.read(_ROWS * self._dtype.itemsize):
-                    scores = np.frombuffer(data, self._dtype).astype(stored)
-                    writer.write_table(pyarrow.table([scores], schema=schema))
-            os.replace(whole, self.path)
+        with (
+            self.part.open("rb") as file,
+            replacing(self.path) as whole,
+            parquet.ParquetWriter(whole, schema) as writer,
+        ):
+            file.seek(self._offset)
+            while data := file.read(_ROWS * self._dtype.itemsize):
+                scores = np.frombuffer(data, self._dtype).astype(stored)
+                writer.write_table(pyarrow.table([scores], schema=schema))
         self.part.unlink()
 
     def close(self, keep: bool = True) -> None:
         """Keep the unfinished file, unless nothing is in it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
         if not keep:
             self.part.unlink(missing_ok=True)
+
+
+def _take_room(handle: int, size: int) -> None:
+    """A full disk is found now, and not after hours of work."""
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system without it
+            raise
+        os.ftruncate(handle, size)
 
 
 def _header(dtype: np.dtype[np.generic], rows: int) -> bytes:

@@ -12,6 +12,7 @@ round's block, and is nearly empty.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -82,9 +83,18 @@ class ExactSum:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ExactSum:
-        """The inverse of `to_dict`."""
-        counts = (int(fields.get(name, 0)) for name in ("nan", "+inf", "-inf"))
-        return cls(Fraction(fields["finite"]), *counts)
+        """The inverse of `to_dict`; whoever wrote the fields may have meant to harm."""
+        finite = fields["finite"]
+        if not re.fullmatch(r"-?\d+(/[1-9]\d*)?", finite):  # Fraction("1e300000000") takes hours
+            raise ValueError(f"{finite!r} is no sum")
+        return cls(Fraction(finite), *(_count(fields, name) for name in ("nan", "+inf", "-inf")))
+
+
+def _count(fields: Mapping[str, Any], name: str) -> int:
+    value = fields.get(name, 0)
+    if not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}")
+    return value
 
 
 _ONE = ExactSum(Fraction(1))
@@ -136,7 +146,7 @@ class Partial:
         """
         try:
             total, divisor = (ExactSum.from_dict(fields[name]) for name in ("total", "divisor"))
-            return cls(total, divisor, int(fields["count"]))
+            return cls(total, divisor, _count(fields, "count"))
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise ArtefactError(f"a partial result is damaged: {exc!r}") from exc
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..artefact import ModelSource
 from ..dlpack import as_array
 from ..errors import InvalidInputError, SpecError
+from ..files import check_apart
 from ..spec import LossSpec
 from .engine import PieceResult, score_locally
 from .journal import Journal, default_journal
@@ -181,7 +182,8 @@ def score_files(
 
     Raises:
         InvalidInputError: on files that don't fit together, or that changed; it names the shard.
-        OutputError: when scores or journal can't be written.
+        OutputError: when scores or journal can't be written, or would take the place of another of
+            the files that are named.
     """
     if output is not None and not job.spec.per_sample:
         raise SpecError(f"{output} is for one score a row; give --per-sample, or leave it out")
@@ -189,13 +191,15 @@ def score_files(
         raise SpecError(f"a batch of {batch} rows; give at least one")
     if job.rows is not None and batch not in (None, job.rows):
         raise SpecError(f"the artefact takes {job.rows} rows at a time, not {batch}")
+    read = [(f"--{r}", place.path) for files in located.values() for r, place in files.items()]
+    check_apart([("-o", output), ("--journal", journal)], read)
     start = time.monotonic()
     flat = job.elementwise and job.any_rank
     plan = make_plan(located, flat=flat, rows=job.rows or batch)
     where = None if output is None else str(output.absolute())
     request = {"job": job.to_dict(), "plan": _request(plan), "output": where, "batch": batch}
     with Journal(journal or default_journal(request), job, plan, output, restart) as log:
-        scores = None if output is None else ScoreFile(output, plan, job.spec.dtype)
+        scores = None if output is None else ScoreFile(output, plan, job.spec.dtype, log)
         if scores is not None and log.done and not scores.kept:
             log.forget()
         resumed = sum(partial.count for partial in log.done.values())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-import mmap
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import InvalidInputError
 from ..floats import NUMPY_DTYPE, Array, dtype_name
-from ..npy import read_array
+from ..npy import as_bfloat16, open_array
 
 __all__ = ["SUFFIXES", "Location", "NpySource", "Source", "open_source"]
 
@@ -106,38 +106,56 @@ class Source(ABC):
 
 
 class NpySource(Source):
-    """A .npy file, mapped into memory; what was read is unmapped again, so memory stays bounded."""
+    """A .npy file, whose rows are read into one buffer.
+
+    It is not mapped into memory: where a mapped file is cut meanwhile, the process ends by SIGBUS.
+    """
 
     def __init__(self, location: Location) -> None:
-        array = read_array(location.path, location.dtype)
-        if array.ndim == 0:
-            raise InvalidInputError(f"{location} has no axis; there is nothing to score row by row")
-        self._array = array
-        self.shape, self.dtype = array.shape, array.dtype
-        self.can_flatten = array.flags.c_contiguous
-        self._map = _mapping(array)
-
-    def flatten(self) -> None:
-        """A view: nothing is read."""
-        self._array = self._array.reshape(-1)
-        super().flatten()
+        self._path = location.path
+        self._file, self.shape, fortran, dtype = open_array(location.path)
+        try:
+            if not self.shape:
+                raise InvalidInputError(
+                    f"{location} has no axis; there is nothing to score row by row"
+                )
+            empty = as_bfloat16(np.empty(0, dtype), str(location.path), location.dtype)
+        except BaseException:
+            self._file.close()
+            raise
+        self.dtype, self._first = empty.dtype, self._file.tell()
+        # In Fortran order each element of a row has a line of its own, through all rows.
+        self._lines = max(math.prod(self.shape[1:]), 1) if fortran else 1
+        self.can_flatten = self._lines == 1
+        self._buffer = np.empty(0, np.uint8)
 
     def read(self, start: int, stop: int) -> Array:
-        """A view of the file."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)  # the pages of the rows before
-        return self._array[start:stop]
+        """The one buffer, with other rows in it."""
+        rows, axes = stop - start, self.shape[1:]
+        step = math.prod(axes) * self.dtype.itemsize // self._lines
+        size = rows * step * self._lines
+        if self._buffer.size < size:
+            self._buffer = np.empty(size, np.uint8)
+        lines = self._buffer[:size].reshape(self._lines, rows * step)
+        for number, line in enumerate(lines):
+            self._fill(line, self._first + (number * self.shape[0] + start) * step)
+        found = lines.view(self.dtype)
+        if self._lines > 1:
+            return found.reshape(*axes[::-1], rows).T
+        return found.reshape(rows, *axes)
+
+    def _fill(self, line: Any, offset: int) -> None:
+        while line.size:
+            got = os.preadv(self._file.fileno(), [line], offset)
+            if not got:
+                raise InvalidInputError(
+                    f"{self._path} was cut off while it was scored; score it again when it is whole"
+                )
+            line, offset = line[got:], offset + got
 
     def close(self) -> None:
-        """The mapping goes with its last view."""
-        self._array, self._map = self._array[:0], None
-
-
-def _mapping(array: Array) -> mmap.mmap | None:
-    base: Any = array
-    while base is not None and not isinstance(base, mmap.mmap):
-        base = getattr(base, "base", None)
-    return base if isinstance(base, mmap.mmap) else None  # an empty array is not mapped
+        """The rows that were read last stay valid."""
+        self._file.close()
 
 
 def open_source(location: Location) -> Source:

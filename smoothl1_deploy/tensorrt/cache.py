@@ -23,8 +23,8 @@ from typing import Any
 import filelock
 import platformdirs
 
-from ..artefact import write_atomic
 from ..errors import ArtefactError, OutputError, SpecError, reason_of
+from ..files import is_unfinished, write_atomic
 from .engine import Engine, read_verified, write_engine
 from .key import BuildKey
 from .sidecar import Sidecar, sidecar_path
@@ -238,9 +238,10 @@ class EngineCache:
 
     def _sweep(self) -> None:
         """Remove the unfinished files of writers that died."""
-        for path in self._engines.glob(".*.engine*"):
+        for path in self._engines.glob(".*"):
             with contextlib.suppress(OSError):  # its writer, or another sweep, was quicker
-                if time.time() - path.stat().st_mtime > _ABANDONED:
+                old = time.time() - path.stat().st_mtime > _ABANDONED
+                if old and is_unfinished(path.name):
                     path.unlink()
 
     def duration(self, key: BuildKey) -> float | None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
 from ..artefact import sha256, write_atomic
-from ..errors import ArtefactError, BackendUnavailableError, MissingDependencyError, reason_of
+from ..errors import (
+    ArtefactError,
+    BackendUnavailableError,
+    MissingDependencyError,
+    OutputError,
+    reason_of,
+)
 from ..files import read_file
 from .flavour import Flavour, available_flavours, get_flavour
 from .sidecar import Sidecar, sidecar_path
@@ -77,8 +84,10 @@ def write_engine(path: Path, data: bytes, sidecar: Sidecar) -> None:
     refused by `read_engine`.
 
     Raises:
-        OutputError: when the folder is missing or can't be written.
+        OutputError: when the folder is missing or can't be written, and for what is no file.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputError(f"can't write {path}: an engine is a file with another beside it")
     write_atomic(path, data)
     write_atomic(sidecar_path(path), sidecar.dumps())
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 from conftest_cli import Done, model, spawn
 
@@ -156,6 +157,16 @@ def test_debug_shows_the_traceback_of_a_bug(
     [
         ("raise KeyboardInterrupt", 130, ""),
         ("raise MemoryError('8 EiB')", 2, "error: not enough memory for this (8 EiB)"),
+        ("raise MemoryError", 2, "error: not enough memory for this (MemoryError)"),
+        ("raise OSError(12, 'Cannot allocate memory')", 2, "error: not enough memory for this"),
+        ("raise OSError(24, 'Too many open files', 'a.npy')", 2, "(Too many open files: a.npy)"),
+        (
+            "raise ImportError('advice\\nlib.so: failed to map segment from shared object')",
+            2,
+            "error: not enough memory for this (lib.so: failed to map segment from shared object)",
+        ),
+        ('raise RuntimeError("can\'t start new thread")', 2, "error: not enough memory for this"),
+        ("raise FileNotFoundError(2, 'No such file or directory')", 70, "this is a bug"),
         ("import typer; raise typer.Exit(1)", 1, ""),
         ("raise ModuleNotFoundError('no x', name='smoothl1_deploy.x')", 70, "this is a bug"),
         ("raise ModuleNotFoundError('no numpy', name='numpy')", 3, "--force-reinstall"),
@@ -219,8 +230,16 @@ def test_a_reader_that_stops_reading_is_no_error(arguments: list[str], buffered:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == b""
-    # typer prints its own help, and ends with 1 where that can't be read.
-    assert process.wait(60) == (1 if "--help" in arguments else 141)
+    assert process.wait(60) == 141
+
+
+def test_where_the_output_is_stdout_nothing_else_goes_there() -> None:
+    done = subprocess.run(
+        [*_PROGRAM, "export", "--beta", "2", "-o", "/dev/stdout"], capture_output=True, cwd=_ROOT
+    )
+    assert done.returncode == 0
+    assert "beta_2.0" in onnx.load_model_from_string(done.stdout).graph.name
+    assert b"wrote" in done.stderr and b"beta=2.0" in done.stderr
 
 
 #: Each sends its interrupts itself, once it is where they are to arrive: a timer is no such moment.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -157,8 +159,28 @@ def test_integers_promote_and_layouts_do_not_matter(cli: Callable[..., Done], pa
     assert cli("run", path, *FILES).code == 0
 
 
-def test_big_arrays_are_mapped_not_read(pair: Pair) -> None:
-    assert isinstance(read_array(Path("input.npy"), "float32"), np.memmap)
+@pytest.mark.parametrize("name", ["input.npy", "loss.npy"])
+def test_what_is_read_is_not_written_over(cli: Callable[..., Done], pair: Pair, name: str) -> None:
+    Path(model()).rename("loss.npy")
+    before = Path(name).read_bytes()
+    done = cli("run", "loss.npy", *FILES, "-o", name)
+    assert done.code == 2 and "are one file, which is left as it is" in done.err
+    assert Path(name).read_bytes() == before
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped into memory, it ended the process by SIGBUS where it was used."""
+    read = np.fromfile
+
+    def late(*arguments: Any) -> np.ndarray:
+        os.truncate("input.npy", 200)
+        return read(*arguments)
+
+    monkeypatch.setattr(np, "fromfile", late)
+    with pytest.raises(InvalidInputError, match=r"^input.npy was cut off while it was read; "):
+        read_array(Path("input.npy"), "float32")
 
 
 def _write(name: str, content: bytes) -> str:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,10 +59,43 @@ def fault(title: str) -> Callable[[Callable[[Path], None]], Callable[[Path], Non
     return enter
 
 
-def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: object, **streams: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    return subprocess.run(command, env=environment, text=True, timeout=300, **streams)
+
+
+def _command(*arguments: object, **streams: Any) -> subprocess.CompletedProcess[str]:
+    done = _run("-m", "smoothl1_deploy", *arguments, **streams)
+    assert "Traceback" not in (done.stderr or "") and "this is a bug" not in (done.stderr or "")
+    return done
+
+
+#: The command once with all that it likes, and then with no more of a resource than is in use.
+_LIMITED = """
+import resource, sys
+from smoothl1_deploy.cli import main
+
+assert main(sys.argv[1:]) == 0
+pages = int(open("/proc/self/statm").read().split()[0])
+most = {"NOFILE": 3, "AS": pages * resource.getpagesize() + (32 << 20)}[NAME]
+resource.setrlimit(getattr(resource, f"RLIMIT_{NAME}"), (most, most))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def _limited(name: str, *arguments: object) -> str:
+    done = _run("-c", f"NAME = {name!r}{_LIMITED}", *arguments)
+    assert done.returncode == 2 and "damaged" not in done.stderr, done.stderr
+    return done.stderr
+
+
+def _data(folder: Path) -> list[str]:
+    """How to score 20,000 rows."""
+    for name in ("p.npy", "t.npy"):
+        np.save(folder / name, np.ones((20_000, 4), np.float32))
+    return ["score", "--input", str(folder / "p.npy"), "--target", str(folder / "t.npy")]
 
 
 def _kill_at(function: str, count: int, *arguments: object) -> None:
@@ -190,6 +224,79 @@ def _full(folder: Path) -> None:
         filler.unlink()
         _call("export", "-o", path)
         onnx.load(path)
+
+
+@fault("a full disk under `score -o`")
+def _full_scores(folder: Path) -> None:
+    """There is room for those of the first piece, a shard, but not for all."""
+    for name in ("p", "t"):
+        (folder / name).mkdir()
+        for number in range(5):
+            np.save(folder / name / f"{number}.npy", np.ones((1000, 4), np.float32))
+    words = ["score", "--input", folder / "p", "--target", folder / "t"]
+    with _mounted(folder / "small", "16k") as remount:
+        path = folder / "small" / "s.npy"
+        done = _command(*words, "--per-sample", "-o", path)
+        assert done.returncode == 2
+        assert f"error: can't write {path}: No space left on device; choose" in done.stderr
+        assert os.listdir(path.parent) == []
+        remount("size=4m")
+        _call(*words, "--per-sample", "-o", path)
+        assert len(np.load(path)) == 5000
+
+
+@fault("a full disk under the journal of `score`")
+def _full_journal(folder: Path) -> None:
+    words = _data(folder)
+    with _mounted(folder / "small", "16k"):
+        (folder / "small" / "filler").write_bytes(bytes(16 << 10))
+        done = _command(*words, "--journal", folder / "small" / "j")
+        assert done.returncode == 2
+        assert "can't write the journal" in done.stderr and "No space left" in done.stderr
+        assert os.listdir(folder / "small") == ["filler"]
+
+
+@fault("a full disk under stdout")
+def _full_stdout(folder: Path) -> None:
+    words = _data(folder)
+    for arguments in (words, ["--version"]):
+        with open("/dev/full", "wb") as full:
+            done = _command(*arguments, stdout=full)
+        assert done.returncode == 2
+        assert done.stderr == (
+            "error: can't write the result to stdout: No space left on device; send it elsewhere. "
+            "Files that were asked for are written\n"
+        )
+
+
+@fault("stdout or stderr that is closed")
+def _closed(folder: Path) -> None:
+    """The number of a closed one is the next file's, into which a library might print."""
+    path = folder / "s.npy"
+    words = [*_data(folder), "--per-sample", "-o", path]
+    done = _command(*words, preexec_fn=lambda: os.close(1))
+    assert done.returncode == 2
+    assert "can't write the result to stdout: Bad file descriptor;" in done.stderr
+    assert len(np.load(path)) == 20_000  # written all the same
+    assert _command("export", "--beta", "-1", preexec_fn=lambda: os.close(2)).returncode == 2
+    with open("/dev/full", "wb") as full:
+        assert _command("exprot", stderr=full).returncode == 2
+
+
+@fault("too many open files")
+def _files(folder: Path) -> None:
+    _call("export", "-o", folder / "loss.onnx")
+    score = _data(folder)
+    for words in (score, ["run", folder / "loss.onnx", *score[1:]]):
+        assert "refuses more to this process (Too many open files" in _limited("NOFILE", *words)
+
+
+@fault("too little memory")
+def _memory(folder: Path) -> None:
+    np.save(folder / "a.npy", np.zeros(1 << 24, np.float32))
+    _call("export", "-o", folder / "loss.onnx")
+    words = ["run", folder / "loss.onnx", "--input", folder / "a.npy", "--target", folder / "a.npy"]
+    assert "error: not enough memory for this (" in _limited("AS", *words)
 
 
 @fault("a full disk under the engine cache")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
 import re
 import time
+import unittest.mock
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -28,9 +30,10 @@ from smoothl1_deploy.cli.export import parse_shape
 from smoothl1_deploy.errors import ModelWarning
 from smoothl1_deploy.files import write_atomic
 from smoothl1_deploy.npy import read_archive, read_array
-from smoothl1_deploy.scoring.score import score_files
+from smoothl1_deploy.scoring.score import Progress, score_files
 from smoothl1_deploy.scoring.scorer import make_job
 from smoothl1_deploy.scoring.shards import locate
+from smoothl1_deploy.scoring.sources import Location, open_source
 from smoothl1_deploy.serving import Client
 from smoothl1_deploy.tensorrt.engine import read_engine, read_verified
 from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
@@ -84,6 +87,19 @@ case("weights of a model beyond the end of their file")(
 )
 
 
+@case("forty tensors that each ask for all of a file of 256 MB")
+def _forty(folder: Path) -> object:
+    path = Path(_external(folder, "weights"))
+    os.truncate(folder / "model" / "weights", 256 << 20)
+    model = onnx.load(path, load_external_data=False)
+    tensor = model.graph.initializer[0]
+    for number in range(39):
+        model.graph.initializer.add().CopyFrom(tensor)
+        model.graph.initializer[-1].name = f"w{number}"
+    path.write_bytes(model.SerializeToString())
+    return read_model(path)
+
+
 @case("a model in bytes whose weights lie in a file")
 def _bytes_with_files(folder: Path) -> object:
     data = Path(_external(folder, "weights")).read_bytes()
@@ -123,6 +139,13 @@ def _laughs(folder: Path) -> object:
         else:
             function.node.append(node)
     return load(model)
+
+
+@case("a graph of 1,000,001 nodes without a function")
+def _wide(folder: Path) -> object:
+    model = foreign()
+    model.graph.node.extend([model.graph.node[0]] * (1_000_001 - len(model.graph.node)))
+    return read_model(model)
 
 
 @case("a constant of 2^31 elements in a file of 3 kB")
@@ -279,7 +302,25 @@ def _bomb(folder: Path) -> object:
     return read_archive(path, "float32")
 
 
-case("output to a device")(lambda folder: write_atomic("/dev/null", b"data"))
+case("output to a folder")(lambda folder: write_atomic(folder, b"data"))
+
+
+@case("output through a link into its own ring")
+def _ring(folder: Path) -> object:
+    os.symlink("b", folder / "a")
+    os.symlink("a", folder / "b")
+    return write_atomic(folder / "a", b"data")
+
+
+@case("an unfinished file that somebody planted, were its name known")
+def _planted(folder: Path) -> object:
+    planted = folder / ".loss.onnx.0123456789abcdef"
+    os.symlink(folder / "harmed", planted)
+    with unittest.mock.patch("secrets.token_hex", lambda size: "0123456789abcdef"):
+        try:
+            return write_atomic(folder / "loss.onnx", b"data")
+        finally:
+            assert planted.is_symlink()
 
 
 @case("a slice of a FakeTensor of torch")
@@ -310,13 +351,74 @@ def _sidecar_pipe(folder: Path) -> object:
     return Sidecar.read(folder / "a.json")
 
 
+@case("a .npy file that is cut while it is scored")
+def _cut(folder: Path) -> object:
+    """Mapped into memory, it ended the process by SIGBUS."""
+    np.save(folder / "a.npy", np.ones((1 << 16, 4), np.float32))
+    source = open_source(Location(folder / "a.npy", "input"))
+    source.read(0, 16)
+    os.truncate(folder / "a.npy", 4096)
+    return source.read(1 << 15, 1 << 16).sum()
+
+
+def _score(folder: Path, **options: Any) -> object:
+    """Of two shards, each a piece."""
+    paths = {name: folder / name for name in ("input", "target")}
+    for path in paths.values():
+        path.mkdir(exist_ok=True)
+        for name in ("0.npy", "1.npy"):
+            if not (path / name).exists():
+                np.save(path / name, np.ones((4, 16), np.float32))
+    job = make_job(LossSpec(per_sample="output" in options))
+    return score_files(job, locate(paths, {}), **options)
+
+
 @case("a journal that is a pipe")
 def _journal(folder: Path) -> object:
     os.mkfifo(folder / "journal")
-    paths = {name: folder / f"{name}.npy" for name in ("input", "target")}
-    for path in paths.values():
-        np.save(path, np.ones((4, 16), np.float32))
-    return score_files(make_job(LossSpec()), locate(paths, {}), journal=folder / "journal")
+    return _score(folder, journal=folder / "journal")
+
+
+@case("a journal with a sum of `1e300000000`")
+def _endless(folder: Path) -> object:
+    """As a Fraction it has 300 million digits."""
+    journal = folder / "journal"
+
+    def interrupt(progress: Progress) -> None:
+        if progress.done:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        _score(folder, journal=journal, on_progress=interrupt)
+    *lines, last = journal.read_bytes().splitlines(keepends=True)
+    text, changed = re.subn(rb'"finite":"[^"]*"', b'"finite":"1e300000000"', last[9:-1])
+    assert changed == 2
+    journal.write_bytes(b"".join([*lines, b"%08x %s\n" % (zlib.crc32(text), text)]))
+    return _score(folder, journal=journal)
+
+
+@case("`--restart` with the data as the journal")
+def _data_as_journal(folder: Path) -> object:
+    np.save(folder / "other.npy", np.ones(4))
+    before = (folder / "other.npy").read_bytes()
+    try:
+        return _score(folder, journal=folder / "other.npy", restart=True)
+    finally:
+        assert (folder / "other.npy").read_bytes() == before
+
+
+@case("scores that would go into the journal")
+def _scores_as_journal(folder: Path) -> object:
+    return _score(folder, output=folder / "s.npy", journal=folder / "s.npy")
+
+
+@case("scores that would go into the data, by a link")
+def _scores_as_data(folder: Path) -> object:
+    os.symlink(folder / "input" / "1.npy", folder / "s.npy")
+    try:
+        return _score(folder, output=folder / "s.npy")
+    finally:
+        assert len(np.load(folder / "s.npy")) == 4 and (folder / "s.npy").is_symlink()
 
 
 case("a file name with a NUL")(lambda folder: read_array(folder / "a\0b.npy", "float32"))

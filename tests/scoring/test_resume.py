@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -16,6 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest_cli import _ROOT, Done
+
+from smoothl1_deploy.errors import InvalidInputError, OutputError
+from smoothl1_deploy.files import is_unfinished
 
 FILES = ("--input", "p.npy", "--target", "t.npy")
 OPTIONS = (*FILES, "--journal", "j", "--per-sample", "-o", "s.npy", "--json")
@@ -83,6 +87,10 @@ def killed(moment: str, sign: str = "SIGKILL", *options: str) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
+def unfinished() -> list[Path]:
+    return [path for path in Path().iterdir() if is_unfinished(path.name)]
+
+
 def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
     import pty
 
@@ -133,7 +141,7 @@ def test_after_a_kill_the_same_command_goes_on(
 ) -> None:
     expected = whole(cli)
     assert killed(moment).returncode == -signal.SIGKILL
-    assert not Path("s.npy").exists() and Path(".s.npy.part").exists()
+    assert not Path("s.npy").exists() and unfinished()
     done = cli("score", *OPTIONS)
     assert (done.code, done.err) == (0, "")
     found = json.loads(done.out)
@@ -142,8 +150,7 @@ def test_after_a_kill_the_same_command_goes_on(
         key: expected[key] for key in ("loss", "sum", "count")
     }
     assert Path("s.npy").read_bytes() == Path("whole.npy").read_bytes()
-    assert not Path("j").exists() and not Path(".s.npy.part").exists()
-    assert not Path("j.lock").exists()
+    assert not Path("j").exists() and not unfinished()
 
 
 def test_ctrl_c_says_how_to_go_on(cli: Callable[..., Done]) -> None:
@@ -234,7 +241,7 @@ def test_a_file_that_is_no_journal_is_left_alone(cli: Callable[..., Done]) -> No
 
 def test_scores_that_are_gone_are_computed_again(cli: Callable[..., Done]) -> None:
     killed("after the journal")
-    Path(".s.npy.part").unlink()
+    unfinished()[0].unlink()
     assert json.loads(cli("score", *OPTIONS).out)["resumed"] == 0
     whole(cli)
     assert Path("s.npy").read_bytes() == Path("whole.npy").read_bytes()
@@ -243,8 +250,9 @@ def test_scores_that_are_gone_are_computed_again(cli: Callable[..., Done]) -> No
 def test_an_unfinished_file_of_other_scores_is_not_continued(cli: Callable[..., Done]) -> None:
     whole(cli)
     data = Path("whole.npy").read_bytes()
-    Path(".s.npy.part").write_bytes(data.replace(b"<f4", b"<i4"))
-    assert cli("score", *OPTIONS).code == 0
+    killed("after the journal")
+    unfinished()[0].write_bytes(data.replace(b"<f4", b"<i4"))
+    assert json.loads(cli("score", *OPTIONS).out)["resumed"] == 0
     assert Path("s.npy").read_bytes() == data
 
 
@@ -255,7 +263,7 @@ def test_a_journal_that_cannot_be_written(cli: Callable[..., Done]) -> None:
 
 def test_a_journal_that_is_a_folder(cli: Callable[..., Done]) -> None:
     done = cli("score", *FILES, "--journal", ".")
-    assert done.code == 2 and "it is a folder; give a file with --journal" in done.err
+    assert done.code == 2 and "it is a folder, a pipe or a device; give a file" in done.err
 
 
 def test_a_journal_with_a_name_that_is_too_long(cli: Callable[..., Done]) -> None:
@@ -267,16 +275,15 @@ def test_a_damaged_line_ends_what_is_believed(cli: Callable[..., Done]) -> None:
     expected = whole(cli)
     killed("after the journal")
     lines = Path("j").read_bytes().splitlines(keepends=True)
-    lines[3] = lines[3].replace(b'"piece":2', b'"piece":9')
+    lines[4] = lines[4].replace(b'"piece":2', b'"piece":9')
     Path("j").write_bytes(b"".join(lines))
     found = json.loads(cli("score", *OPTIONS).out)
     assert (found["loss"], found["resumed"]) == (expected["loss"], 24)
 
 
 def test_two_runs_at_once_are_refused(cli: Callable[..., Done]) -> None:
-    import filelock
-
-    with filelock.FileLock("j.lock"):
+    with open("j", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         done = cli("score", *OPTIONS)
     assert done.code == 2 and "another process works with the journal j;" in done.err
 
@@ -296,3 +303,86 @@ def test_a_file_that_changes_under_the_run_is_refused(
     monkeypatch.setattr(Journal, "add", touched)
     done = cli("score", *OPTIONS)
     assert done.code == 2 and "p.npy has changed while it was scored" in done.err
+
+
+def test_of_two_runs_into_one_file_the_one_that_ends_well_leaves_its_own_scores(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smoothl1_deploy.scoring.journal import Journal
+
+    whole(cli)
+    add = Journal.add
+
+    def crossed(self: Journal, result: Any) -> None:
+        add(self, result)
+        if str(self.path) == "first" and result.piece == 5:
+            options = ("--per-sample", "-o", "s.npy", "--journal", "second")
+            assert cli("score", *FILES, *options).code == 0
+            raise InvalidInputError("the first run fails")
+
+    monkeypatch.setattr(Journal, "add", crossed)
+    options = ("--per-sample", "-o", "s.npy", "--journal", "first", "--beta", "2")
+    assert cli("score", *FILES, *options).code == 2
+    assert Path("s.npy").read_bytes() == Path("whole.npy").read_bytes()
+    assert len(unfinished()) == 1 and Path("first").exists()  # to go on with
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_scores_go_through_a_link_and_keep_the_permissions(
+    cli: Callable[..., Done], suffix: str
+) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    Path("deep").mkdir()
+    Path("deep/real").touch(mode=0o600)
+    os.symlink("deep/real", f"s{suffix}")
+    assert cli("score", *FILES, "--per-sample", "-o", f"s{suffix}").code == 0
+    assert os.readlink(f"s{suffix}") == "deep/real" and os.listdir("deep") == ["real"]
+    assert os.stat("deep/real").st_mode & 0o777 == 0o600 and os.stat("deep/real").st_size > 128
+
+
+def test_scores_can_be_piped(cli: Callable[..., Done]) -> None:
+    whole(cli)
+    os.mkfifo("s.npy")
+    with subprocess.Popen(["cat", "s.npy"], stdout=subprocess.PIPE) as reader:
+        assert cli("score", *OPTIONS).code == 0
+        assert reader.communicate(timeout=60)[0] == Path("whole.npy").read_bytes()
+    assert not unfinished() and not Path("j").exists()
+
+
+def test_a_file_beside_the_scores_or_the_journal_is_left_alone(cli: Callable[..., Done]) -> None:
+    Path("secret").write_text("of somebody else")
+    others = ("j.lock", ".s.npy.part", ".s.npy.whole")
+    for name in others:
+        os.symlink("secret", name)
+    assert cli("score", *OPTIONS).code == 0
+    assert Path("secret").read_text() == "of somebody else"
+    assert all(Path(name).is_symlink() for name in others)
+
+
+def test_a_journal_that_a_kill_has_begun_is_begun_again(cli: Callable[..., Done]) -> None:
+    killed("after the journal")
+    data = Path("j").read_bytes()
+    first = data.index(b"\n") + 1
+    for size in (0, 20, first, first + 20):
+        Path("j").write_bytes(data[:size])
+        assert json.loads(cli("score", *OPTIONS).out)["resumed"] == 0
+        assert not Path("j").exists()
+
+
+def test_what_was_done_before_a_failure_is_said_to_be_kept(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smoothl1_deploy.scoring.journal import Journal
+
+    add = Journal.add
+
+    def full(self: Journal, result: Any) -> None:
+        if result.piece == 5:
+            raise OutputError("can't write the journal j: No space left on device")
+        add(self, result)
+
+    monkeypatch.setattr(Journal, "add", full)
+    done = cli("score", *OPTIONS)
+    assert done.code == 2 and "error: can't write the journal j: " in done.err
+    assert "note: 20 % are done and kept; the same command goes on from there" in done.err

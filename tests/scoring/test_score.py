@@ -227,7 +227,7 @@ def test_loss_over_takes_mappings_and_says_which_batch_is_wrong() -> None:
         (["--reduction", "none"], "reduction='none' combines nothing"),
         (["-o", "s.npy"], "s.npy is for one score a row; give --per-sample"),
         (["--per-sample", "-o", "s.csv"], "choose a name that ends in .npy or .parquet"),
-        (["--per-sample", "-o", "no/s.npy"], "can't write no/.s.npy.part: No such file"),
+        (["--per-sample", "-o", "no/s.npy"], "can't write no/s.npy: No such file"),
         (["--engine", "spark"], "unknown engine 'spark'; choose one of local, ray"),
         (["--workers", "2"], "--ray-address and --workers are for --engine ray; give that too"),
         (["--batch", "0"], "a batch of 0 rows; give at least one"),

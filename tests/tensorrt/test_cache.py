@@ -250,7 +250,9 @@ def test_prune_leaves_what_is_being_built(flavour, cache, mean_model):
 
 def test_prune_sweeps_what_a_crash_left(flavour, cache, mean_model):
     engine = build_engine(mean_model, flavour=flavour, cache_dir=cache)
-    old, new = (engine.path.with_name(f".{engine.path.name}.{tail}") for tail in ("old1", "new1"))
+    old, new = (
+        engine.path.with_name(f".{engine.path.name}.{tail}") for tail in ("0" * 16, "1" * 16)
+    )
     for path in (old, new):
         path.write_bytes(b"half a file")
     os.utime(old, (1, 1))

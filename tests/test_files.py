@@ -1,0 +1,141 @@
+"""Every write goes through `files`: to what it is meant for, and to nothing else."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from smoothl1_deploy.errors import OutputError
+from smoothl1_deploy.files import check_apart, is_unfinished, replacing, write_atomic
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_pipe_gets_the_bytes_and_stays_a_pipe() -> None:
+    os.mkfifo("pipe")
+    got = list[bytes]()
+    reader = threading.Thread(target=lambda: got.append(Path("pipe").read_bytes()))
+    reader.start()
+    write_atomic("pipe", b"data")
+    reader.join(60)
+    assert got == [b"data"]
+    assert stat.S_ISFIFO(os.stat("pipe").st_mode) and os.listdir() == ["pipe"]
+
+
+def test_a_device_behind_a_link_is_written_to_and_not_replaced() -> None:
+    os.symlink("/dev/null", "out.onnx")
+    write_atomic("out.onnx", b"data")
+    assert os.readlink("out.onnx") == "/dev/null" and Path("/dev/null").is_char_device()
+
+
+_STDOUT = """
+import sys
+from smoothl1_deploy.files import write_atomic
+write_atomic(sys.argv[1], b"one ")
+write_atomic(sys.argv[1], b"two")
+"""
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+def test_stdout_is_written_to_where_it_is_even_in_a_file(name: str) -> None:
+    """Opened by its path, the file behind it would be written over from its start."""
+    os.symlink("/dev/stdout", "link")
+    with open("out", "wb") as file:
+        file.write(b"zero ")
+        file.flush()
+        command = [sys.executable, "-c", _STDOUT, name]
+        folder = Path(__file__).parent.parent
+        subprocess.run(
+            command, stdout=file, check=True, env={**os.environ, "PYTHONPATH": str(folder)}
+        )
+    assert Path("out").read_bytes() == b"zero one two"
+    assert Path("link").is_symlink() and Path("/dev/stdout").is_symlink()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed_and_stays(there: bool) -> None:
+    os.mkdir("deep")
+    if there:
+        Path("deep/file").write_bytes(b"old")
+    os.symlink("deep/file", "link")
+    write_atomic("link", b"new")
+    assert os.readlink("link") == "deep/file" and Path("deep/file").read_bytes() == b"new"
+    assert os.listdir("deep") == ["file"]
+
+
+def test_a_file_keeps_its_permissions_and_a_new_one_has_those_of_the_umask() -> None:
+    before = os.umask(0o027)
+    try:
+        for name, mode in (("a", 0o600), ("b", 0o664)):
+            Path(name).write_bytes(b"old")
+            os.chmod(name, mode)
+        seen = []
+        for name in "abc":
+            with replacing(name) as file:
+                file.write(b"new")
+                seen.append(stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+    finally:
+        os.umask(before)
+    # While it is written, too: what is for the owner alone is at no moment for others.
+    assert seen == [stat.S_IMODE(os.stat(name).st_mode) for name in "abc"] == [0o600, 0o664, 0o640]
+
+
+def test_a_name_may_be_as_long_as_the_file_system_takes() -> None:
+    for name in ("x" * 255, "é" * 127):
+        write_atomic(name, b"data")
+    assert len(os.listdir()) == 2
+
+
+def test_names_of_unfinished_files_are_never_those_of_others() -> None:
+    names = set[str]()
+    for _ in range(3):
+        with replacing("loss.onnx"):
+            names |= set(os.listdir()) - {"loss.onnx"}
+    assert len(names) == 3 and all(map(is_unfinished, names))
+    others = [".loss.onnx.part", "loss.onnx", ".bashrc", "a.0123456789abcdef"]
+    assert not any(map(is_unfinished, others))
+
+
+def test_what_fails_in_the_middle_leaves_the_file_as_it_was() -> None:
+    write_atomic("a", b"old")
+    with pytest.raises(ZeroDivisionError), replacing("a") as file:
+        file.write(b"new")
+        raise ZeroDivisionError
+    assert Path("a").read_bytes() == b"old" and os.listdir() == ["a"]
+
+
+def test_a_reader_that_has_stopped_is_told_as_that() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with pytest.raises(BrokenPipeError):
+        write_atomic(f"/dev/fd/{writing}", b"data")
+    os.close(writing)
+
+
+def test_a_disk_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("sda").touch()
+    monkeypatch.setattr(stat, "S_ISBLK", lambda mode: True)
+    with pytest.raises(OutputError, match="it is a folder or a disk"):
+        write_atomic("sda", b"data")
+
+
+def test_a_file_that_is_read_is_not_written_under_whatever_name() -> None:
+    Path("a").touch()
+    os.link("a", "hard")
+    os.symlink("a", "soft")
+    os.symlink("new", "to-new")
+    for read, written in (("a", "hard"), ("soft", "a"), ("new", "to-new")):
+        with pytest.raises(OutputError, match=f"^-o {written} and --input {read} are one file"):
+            check_apart([("-o", Path(written))], [("--input", Path(read)), ("--weight", None)])
+    with pytest.raises(OutputError, match="^--journal soft and -o a are one file"):
+        check_apart([("-o", Path("a")), ("--journal", Path("soft"))], [])
+    check_apart([("-o", Path("a")), ("--journal", Path("b"))], [("--input", Path("new"))])
