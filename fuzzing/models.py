@@ -20,7 +20,7 @@ from smoothl1_deploy.model import inputs_of
 from smoothl1_deploy.serving.served_graph import serve
 from smoothl1_deploy.tensorrt.options import BuildOptions
 
-from .damage import BYTE_EDITS, bases, damage_bytes, damaged_models
+from .damage import BYTE_EDITS, bases, carries_engine, damage_bytes, damaged_models
 from .target import Target
 from .values import ARRAYS, NAMES, NUMBERS, SPECS, THINGS, mostly, some
 
@@ -83,6 +83,8 @@ def _damaged(case: tuple[Any, str], folder: Path) -> None:
     """Load it and run it once on plain arrays of the shape it says."""
     model, backend = case
     runner = load(model, backend)
+    read = onnx.load_model_from_string(model) if isinstance(model, bytes) else model
+    assert not carries_engine(read), "an engine was passed on"
     arrays = {}
     for role, port in runner.signature.inputs.items():
         shape = [dim if isinstance(dim, int) else 3 for dim in port.shape or ()]

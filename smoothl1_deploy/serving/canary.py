@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ..artefact import read_model
+from ..artefact import check_spec, read_model, signature
 from ..errors import ServerError
 from ..floats import NUMPY_DTYPE, Array, dtype_name, ulp_distance
 from ..graph.metadata import read_spec
@@ -90,9 +90,9 @@ def make_canary(file: Path, model: str, version: str) -> Canary | None:
         version: the version of it.
 
     Raises:
-        ArtefactError: when the file can't be read.
+        ArtefactError: when the file can't be read, or says of itself what isn't so.
     """
-    graph = read_model(file.read_bytes())
+    graph = read_model(file)
     inputs = _inputs(graph)
     if inputs is None:
         return None
@@ -100,6 +100,7 @@ def make_canary(file: Path, model: str, version: str) -> Canary | None:
     if spec is None:
         expected = _evaluated(graph, inputs)
         return expected and Canary(model, version, inputs, expected, False)
+    check_spec(signature(graph), spec)
     return Canary(model, version, inputs, _exact(spec, inputs), True)
 
 
