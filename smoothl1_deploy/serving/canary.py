@@ -100,8 +100,10 @@ def make_canary(file: Path, model: str, version: str) -> Canary | None:
     if spec is None:
         expected = _evaluated(graph, inputs)
         return expected and Canary(model, version, inputs, expected, False)
-    check_spec(signature(graph), spec)
-    return Canary(model, version, inputs, _exact(spec, inputs), True)
+    ports = signature(graph)
+    check_spec(ports, spec)
+    roles = {role: inputs[port.name] for role, port in ports.inputs.items()}
+    return Canary(model, version, inputs, _exact(spec, roles), True)
 
 
 def _exact(spec: LossSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:

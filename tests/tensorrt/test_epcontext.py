@@ -140,10 +140,13 @@ def test_one_changed_byte_is_refused(context, engine, mode, victim, tmp_path):
         read_model(context)
 
 
-def test_a_forged_sidecar_vouches_for_one_engine_alone(context, engine, mode):
+@pytest.mark.parametrize("place", ["graph", "function"])
+def test_a_forged_sidecar_vouches_for_one_engine_alone(context, place):
     """Whoever can write the sidecar is trusted; the reader must not stumble all the same."""
-    model = onnx.load(context)
-    model.graph.node.append(model.graph.node[0])
+    model, more = onnx.load(context), carrying(place)
+    model.functions.extend(more.functions)
+    if place == "graph":
+        model.graph.node.append(more.graph.node[-1])
     data = model.SerializeToString(deterministic=True)
     context.write_bytes(data)
     entries = Sidecar.read(sidecar_path(context)).to_dict() | {"context_sha256": sha256(data)}
