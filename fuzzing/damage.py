@@ -158,9 +158,7 @@ def carrying(place: str, source: str = "") -> onnx.ModelProto:
     if place in ("function", "default"):
         body = helper.make_node("If", ["y"], ["engine"])
         for name in ("then_branch", "else_branch"):
-            body.attribute.add(
-                name=name, ref_attr_name="branch", type=onnx.AttributeProto.GRAPH
-            )
+            body.attribute.add(name=name, ref_attr_name="branch", type=onnx.AttributeProto.GRAPH)
         nodes = [node if place == "function" else body]
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
         function = helper.make_function("f", "F", ["y"], ["engine"], nodes, opsets)

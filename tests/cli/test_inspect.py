@@ -124,7 +124,9 @@ def test_a_stranger_s_engine_is_shown_and_nothing_is_loaded(
     found = _json(cli, "m.onnx")
     engine = {"node": "e/engine", "provider": "QNNExecutionProvider", "bytes": 4}
     assert (found["engines"], found["runs"]) == ([engine] * 2, {})  # of then and else
-    assert "for QNNExecutionProvider in the node 'e/engine', and an engine" in str(found["problems"])
+    assert "for QNNExecutionProvider in the node 'e/engine', and an engine" in str(
+        found["problems"]
+    )
     assert "engines         node=e/engine, provider=QNN" in cli("inspect", "m.onnx").out
 
 
@@ -143,7 +145,7 @@ def test_metadata_do_not_reach_the_terminal_as_commands_or_lines(cli: Callable[.
     onnx.helper.set_model_props(changed, {"smoothl1_deploy.route": "ours\nproblem: none"})
     onnx.save(changed, path)
     done = cli("inspect", path)
-    assert not [c for c in done.out if ord(c) < 32 and c != "\n" or 127 <= ord(c) < 160]
+    assert not [c for c in done.out if (ord(c) < 32 and c != "\n") or 127 <= ord(c) < 160]
     assert "ours␊problem: none\n" in done.out and "␛]0;title" in done.out
 
 

@@ -81,9 +81,7 @@ def test_ports_keep_their_types_and_axes(rtx, tmp_path, dtype):
 def test_the_architecture_is_what_it_was_built_for(rtx, mean_model, tmp_path, fake, monkeypatch):
     def architecture(flavour, **options):
         path = tmp_path / "c.onnx"
-        build_engine(
-            mean_model, path, flavour, format="epcontext", options=BuildOptions(**options)
-        )
+        build_engine(mean_model, path, flavour, format="epcontext", options=BuildOptions(**options))
         attributes = node_of(path)[2]
         return attributes["hardware_architecture"], attributes["source"]
 
