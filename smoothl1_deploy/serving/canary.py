@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 
 from ..artefact import check_spec, read_model, signature
-from ..errors import ServerError
+from ..errors import ArtefactError, ServerError
 from ..floats import NUMPY_DTYPE, Array, dtype_name, ulp_distance
-from ..graph.metadata import read_spec
+from ..graph.metadata import SPEC, read_spec
 from ..model import axes_of, inputs_of
 from ..parity.cases import with_beta
 from ..reference.oracle import oracle, oracle_gradient
@@ -103,7 +103,13 @@ def make_canary(file: Path, model: str, version: str) -> Canary | None:
     ports = signature(graph)
     check_spec(ports, spec)
     roles = {role: inputs[port.name] for role, port in ports.inputs.items()}
-    return Canary(model, version, inputs, _exact(spec, roles), True)
+    try:
+        return Canary(model, version, inputs, _exact(spec, roles), True)
+    except (TypeError, ValueError) as exc:  # of the oracle, by dtypes and by shapes
+        raise ArtefactError(
+            f"the model's metadata say that it computes {spec.to_dict()}, and its inputs don't fit "
+            f"that ({exc}); delete its entry {SPEC}, or export the loss again"
+        ) from exc
 
 
 def _exact(spec: LossSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -198,6 +198,12 @@ def _other_dtype(folder: Path) -> object:
     return make_canary(_written(folder, "m.onnx", model.SerializeToString()), "m", "1")
 
 
+@case("metadata of a spec whose inputs fit no arrays, for `serve`")
+def _unfit_spec(folder: Path) -> object:
+    model = _said(SPEC, {}, foreign())
+    return make_canary(_written(folder, "m.onnx", model.SerializeToString()), "m", "1")
+
+
 def _sized(*dims: int) -> onnx.ModelProto:
     value = helper.make_tensor_value_info
     names = ("input", "target")

@@ -65,7 +65,7 @@ def refused(path, message, **kwargs):
 
 def test_no_engine(tmp_path):
     refused(tmp_path / "none.engine", r"can't be read as an engine \(No such file")
-    refused(tmp_path, r"can't be read as an engine \(Is a directory\)")
+    refused(tmp_path, r"can't be read as an engine \(it is a folder")
 
 
 def test_an_empty_engine(pair):
