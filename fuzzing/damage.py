@@ -19,6 +19,8 @@ from .values import JSON, NAMES
 __all__ = [
     "BYTE_EDITS",
     "bases",
+    "carries_engine",
+    "carrying",
     "damage_bytes",
     "damaged_bytes",
     "damaged_models",
@@ -140,6 +142,45 @@ def recursive(functions: int = 1) -> onnx.ModelProto:
     return model
 
 
+def engine_node(source: str = "", inputs: Any = ("y",), domain: str = "com.microsoft") -> Any:
+    """A node that carries what says of itself that it is an engine."""
+    said = {"source": source} if source else {}
+    return helper.make_node(
+        *("EPContext", [*inputs], ["engine"]), domain=domain, ep_cache_context=b"ftrt", **said
+    )
+
+
+def carrying(place: str, source: str = "") -> onnx.ModelProto:
+    """A model with an engine in its graph, a function, a subgraph, or a function's attribute."""
+    model = foreign()
+    node = engine_node(source, domain="other" if place == "other domain" else "com.microsoft")
+    branch = helper.make_graph([node], "branch", [], [onnx.ValueInfoProto(name="engine")])
+    if place in ("function", "default"):
+        body = helper.make_node("If", ["y"], ["engine"])
+        for name in ("then_branch", "else_branch"):
+            body.attribute.add(name=name, ref_attr_name="branch", type=onnx.AttributeProto.GRAPH)
+        nodes = [node if place == "function" else body]
+        opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+        function = helper.make_function("f", "F", ["y"], ["engine"], nodes, opsets)
+        if place == "default":
+            function.attribute_proto.append(helper.make_attribute("branch", branch))
+        model.functions.append(function)
+        node = helper.make_node("F", ["y"], ["engine"], domain="f")
+    elif place == "subgraph":
+        node = helper.make_node("If", ["yes"], ["e"], then_branch=branch, else_branch=branch)
+    model.graph.node.append(node)
+    return model
+
+
+def carries_engine(message: Any) -> bool:
+    """Whether a node anywhere in a message carries an engine, whatever the field is called."""
+    if isinstance(message, onnx.NodeProto) and message.op_type == "EPContext":
+        return True
+    fields = (value for field, value in message.ListFields() if field.message_type)
+    parts = (value if hasattr(value, "__len__") else [value] for value in fields)
+    return any(carries_engine(part) for values in parts for part in values)
+
+
 @st.composite
 def damaged_models(draw: st.DrawFn) -> onnx.ModelProto:
     """A model whose protobuf is sound and whose content isn't, or not always."""
@@ -169,7 +210,7 @@ def _edit(draw: st.DrawFn, model: onnx.ModelProto) -> None:
     value: Any = draw(st.sampled_from(values)) if values else onnx.ValueInfoProto()
     constants = [*tensors(model)]
     number = draw(_INTS)
-    what = draw(st.integers(0, 17))
+    what = draw(st.integers(0, 18))
     if what == 0 and value.type.tensor_type.shape.dim:
         draw(st.sampled_from([*value.type.tensor_type.shape.dim])).dim_value = number
     elif what == 1:
@@ -221,6 +262,9 @@ def _edit(draw: st.DrawFn, model: onnx.ModelProto) -> None:
         attached[draw(st.sampled_from([*attached]))] = draw(JSON)
         noted = json.dumps(draw(st.sampled_from([attached, [attached], [attached, []]])))
         helper.set_model_props(model, {**metadata_of(model), ATTACHED: noted})
+    elif what == 17 and nodes:
+        node.op_type = "EPContext"
+        node.attribute.extend(engine_node(_text(draw)).attribute)
     else:
         graph.input.add(name=_text(draw)).type.sequence_type.elem_type.tensor_type.elem_type = 1
 

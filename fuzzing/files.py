@@ -14,11 +14,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec, build_engine, export
-from smoothl1_deploy.artefact import sha256
+from smoothl1_deploy.artefact import read_model, sha256
+from smoothl1_deploy.model import engines_in
 from smoothl1_deploy.npy import read_archive, read_array
 from smoothl1_deploy.parity.certificate import certificate_path, read_certificate
 from smoothl1_deploy.tensorrt.cache import EngineCache
-from smoothl1_deploy.tensorrt.engine import read_engine
+from smoothl1_deploy.tensorrt.engine import Engine, read_engine, write_context
 from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
 
 from .damage import BYTE_EDITS, damage_bytes
@@ -174,6 +175,22 @@ def _read_engine(case: tuple[Any, ...], folder: Path) -> None:
     assert unverified or engine.sha256 == sha256(_engine()[0])
 
 
+def _read_context(case: tuple[Any, ...], folder: Path) -> None:
+    """A file that carries an engine: whatever is damaged, its engine comes back or nothing does."""
+    mode, edits, which, sidecar = case
+    data, entries = _engine()
+    whole = Engine(None, sha256(data), Sidecar.from_dict(entries), data)
+    path = write_context(folder / "a.onnx", whole, export(LossSpec()), "", mode).path
+    assert path is not None
+    victim = folder / which
+    if victim.exists():
+        victim.write_bytes(damage_bytes(victim.read_bytes(), edits))
+    if sidecar is not None:
+        sidecar_path(path).write_bytes(sidecar)
+    carried = engines_in(read_model(path))
+    assert not carried or [(e.inside, e.content) for e in carried] == [(True, data)]
+
+
 def _cache(case: tuple[Any, ...], folder: Path) -> None:
     entries, durations, max_bytes, seconds = case
     engines = folder / "engines"
@@ -250,6 +267,17 @@ TARGETS = [
         "engine",
         st.tuples(some(st.just([]), BYTE_EDITS), mostly(_sidecars(), st.none()), st.booleans()),
         _read_engine,
+        share=5,
+    ),
+    Target(
+        "epcontext",
+        st.tuples(
+            st.integers(0, 1),
+            some(st.just([]), BYTE_EDITS),
+            st.sampled_from(["a.onnx", "a.engine", "a.onnx.json"]),
+            mostly(st.none(), _sidecars()),
+        ),
+        _read_context,
         share=5,
     ),
     Target(

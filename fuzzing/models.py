@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,34 @@ import numpy as np
 import onnx
 from hypothesis import strategies as st
 
-from smoothl1_deploy import build_engine, load, verify
+from smoothl1_deploy import attach, build_engine, load, verify
 from smoothl1_deploy.artefact import read_model, select_ports
 from smoothl1_deploy.backends.base import BACKENDS, missing
+from smoothl1_deploy.cli.inspection import inspect_model
 from smoothl1_deploy.floats import NUMPY_DTYPE
-from smoothl1_deploy.graph.metadata import forget_spec, is_served, read_spec
-from smoothl1_deploy.model import inputs_of
+from smoothl1_deploy.graph.metadata import (
+    HASH,
+    ROUTE,
+    SERVED,
+    SPEC,
+    VERSION,
+    forget_spec,
+    is_served,
+    read_spec,
+)
+from smoothl1_deploy.model import ATTACHED, Loss, inputs_of, metadata_of, value_names
+from smoothl1_deploy.scoring.scorer import make_job
+from smoothl1_deploy.serving.canary import make_canary
+from smoothl1_deploy.serving.certify import only_loss
+from smoothl1_deploy.serving.lint_graph import unguarded
+from smoothl1_deploy.serving.loss_part import loss_part
+from smoothl1_deploy.serving.losses import read_losses
 from smoothl1_deploy.serving.served_graph import serve
 from smoothl1_deploy.tensorrt.options import BuildOptions
 
-from .damage import BYTE_EDITS, bases, damage_bytes, damaged_models
+from .damage import BYTE_EDITS, bases, carries_engine, damage_bytes, damaged_models
 from .target import Target
-from .values import ARRAYS, NAMES, NUMBERS, SPECS, THINGS, mostly, some
+from .values import ARRAYS, JSON, NAMES, NUMBERS, SPECS, THINGS, mostly, some
 
 __all__ = ["TARGETS"]
 
@@ -83,6 +101,8 @@ def _damaged(case: tuple[Any, str], folder: Path) -> None:
     """Load it and run it once on plain arrays of the shape it says."""
     model, backend = case
     runner = load(model, backend)
+    read = onnx.load_model_from_string(model) if isinstance(model, bytes) else model
+    assert not carries_engine(read), "an engine was passed on"
     arrays = {}
     for role, port in runner.signature.inputs.items():
         shape = [dim if isinstance(dim, int) else 3 for dim in port.shape or ()]
@@ -103,6 +123,43 @@ def _select(case: tuple[Any, ...], folder: Path) -> None:
 def _serve(model: Any, folder: Path) -> None:
     served = serve(read_model(model))
     assert is_served(served.model)
+
+
+@st.composite
+def _said(draw: st.DrawFn) -> tuple[onnx.ModelProto, str, str]:
+    """A sound model, an entry of its metadata, and what a stranger has it say."""
+    model, key = draw(_SOUND), draw(st.sampled_from([SPEC, ATTACHED, ATTACHED, *_OTHER_ENTRIES]))
+    loss = Loss.of(draw(SPECS)).to_dict()
+    names = st.sampled_from([*value_names(model.graph)]) | NAMES
+    for _ in range(draw(st.integers(0, 3))):
+        part = draw(st.sampled_from([loss, *(v for v in loss.values() if isinstance(v, dict))]))
+        if part:
+            part[draw(st.sampled_from(sorted(part)))] = draw(names | JSON)
+    told = draw(mostly(st.just([loss] if key == ATTACHED else loss["spec"]), JSON))
+    text = json.dumps(told) if draw(st.integers(0, 3)) else draw(NAMES)
+    return model, key, text.encode(errors="ignore").decode()
+
+
+def _metadata(case: tuple[Any, str], folder: Path) -> None:
+    (model, key, text), reader = case
+    said = onnx.ModelProto()
+    said.CopyFrom(model)
+    onnx.helper.set_model_props(said, {**metadata_of(model), key: text})
+    (folder / "m.onnx").write_bytes(said.SerializeToString())
+    _READERS[reader](said, folder / "m.onnx")
+
+
+_OTHER_ENTRIES = (ROUTE, VERSION, HASH, SERVED)
+#: Whoever asks a model what it says of itself.
+_READERS: dict[str, Callable[[onnx.ModelProto, Path], object]] = {
+    "inspect": lambda model, file: json.dumps(inspect_model(file).to_dict()),
+    "serve": lambda model, file: make_canary(file, "m", "1"),
+    "certify": lambda model, file: loss_part(serve(model).model, only_loss(model)),
+    "attach": lambda model, file: attach(model, model.graph.output[0].name, "another"),
+    "score": lambda model, file: make_job(artefact=model),
+    "lint": lambda model, file: [*unguarded(model, read_losses(model))],
+    "load": lambda model, file: load(model),
+}
 
 
 def _build(case: tuple[Any, ...], folder: Path) -> None:
@@ -186,6 +243,7 @@ TARGETS = [
         share=10,
     ),
     Target("served", MODELS, _serve, share=10),
+    Target("metadata", st.tuples(_said(), st.sampled_from([*_READERS])), _metadata, share=10),
     Target("verify", st.tuples(MODELS, st.sampled_from(_HERE), st.none() | SPECS), _verify, 1),
 ]
 if importlib.util.find_spec("tensorrt_rtx") is not None:

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import onnx
 
-from .errors import ArtefactError, SpecError, is_shortage
-from .files import write_atomic
+from .errors import ArtefactError, CarriedEngineError, SpecError, is_shortage, reason_of
+from .files import read_file, write_atomic
 from .graph.elements import DTYPE_OF_ELEMENT
-from .graph.metadata import is_changed, read_spec
+from .graph.metadata import HASH, is_changed, read_spec, sign
 from .graph.shapes import Shape, check_size, describe
-from .model import check_constants, check_nesting, dims_of, inputs_of, outputs_of, tensors
+from .model import (
+    ENGINE_OPERATOR,
+    check_trust,
+    dims_of,
+    engines_in,
+    inputs_of,
+    metadata_of,
+    outputs_of,
+    tensors,
+)
+from .spec import LossSpec
 
 __all__ = [
     "ROLES",
     "ModelSource",
     "Port",
     "Signature",
+    "check_spec",
+    "look_at",
     "read_model",
+    "read_sealed",
+    "seal",
     "select_ports",
     "sha256",
+    "sidecar_path",
     "signature",
     "write_atomic",
 ]
@@ -40,17 +58,128 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def seal(entries: Mapping[str, Any]) -> bytes:
+    """JSON of `entries` and of their own sha256, by which `read_sealed` knows damage."""
+    return _text({**entries, "sha256": sha256(_text(entries))})
+
+
+def _text(entries: Mapping[str, Any]) -> bytes:
+    return (json.dumps(entries, indent=1, sort_keys=True) + "\n").encode()
+
+
+def sidecar_path(engine: Path) -> Path:
+    """`loss.engine` -> `loss.engine.json`."""
+    return engine.with_name(engine.name + ".json")
+
+
+def read_sealed(path: Path, otherwise: str = "") -> dict[str, Any]:
+    """The entries of an engine's sidecar, read without trust.
+
+    Args:
+        path: of the sidecar.
+        otherwise: what else helps where there is none, at the end of the sentence.
+
+    Raises:
+        ArtefactError: when it is missing, damaged, or changed since it was written.
+    """
+    try:
+        raw = read_file(path)
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+        raise ArtefactError(
+            f"{path}, the engine's sidecar, can't be read ({reason_of(exc)}). An engine is "
+            f"executable code: build it again{otherwise}"
+        ) from exc
+    try:
+        entries = json.loads(raw)
+    except (ValueError, RecursionError) as exc:
+        raise ArtefactError(f"{path} is no JSON ({exc}); build the engine again") from exc
+    if not isinstance(entries, dict):
+        raise ArtefactError(f"{path} holds no JSON object; build the engine again")
+    claimed = entries.pop("sha256", None)
+    if claimed != sha256(_text(entries)):
+        raise ArtefactError(
+            f"{path} was damaged or changed: its content doesn't match its own sha256 entry; "
+            "build the engine again"
+        )
+    return entries
+
+
 def read_model(source: ModelSource) -> onnx.ModelProto:
     """An ONNX model from a `ModelProto`, its bytes, or a path.
 
+    A file that carries an engine (the operator EPContext of ONNX Runtime) is read where it is of
+    this package's making and fits its sidecar. The engine is then inside the model, also where the
+    file only names it: the very bytes that were verified.
+
     Raises:
         ArtefactError: when there is no such file or its content is no ONNX model, and for one that
-            nests without end.
+            nests without end; a `CarriedEngineError` for any other engine.
         MemoryError, OSError: where the machine lacks memory or files for it.
     """
+    model = look_at(source)
+    for engine in engines_in(model):
+        problem = "bytes and messages have none beside them; give the path of the file"
+        if isinstance(source, (str, os.PathLike)):
+            try:
+                return _with_own_engine(Path(source))
+            except ArtefactError as exc:
+                problem = str(exc)
+        raise CarriedEngineError(
+            f"the model carries {engine}, and an engine is executable code. It is not used unless "
+            "smoothl1-deploy build --format epcontext wrote it and its sidecar fits: " + problem
+        )
+    return model
+
+
+def _with_own_engine(path: Path) -> onnx.ModelProto:
+    """The model at `path` with its engine inside; raises ArtefactError where they don't fit.
+
+    An engine that is only named would be looked for once more by whoever gets the model as a
+    message, and in the current folder.
+    """
+    entries = read_sealed(sidecar_path(path))
+    model = look_at(_fitting(path, entries.get("context_sha256")))
+    engines = engines_in(model)
+    if len(engines) > 1 or [node.op_type for node in model.graph.node] != [ENGINE_OPERATOR]:
+        raise ArtefactError(f"{path} holds more than the node of one engine")
+    content, digest = engines[0].content, entries.get("engine_sha256")
+    if not engines[0].inside:
+        content = _fitting(path.parent / os.fsdecode(content), digest)
+        for attribute in model.graph.node[0].attribute:
+            if attribute.name == "embed_mode":
+                attribute.i = 1
+            elif attribute.name == "ep_cache_context":
+                attribute.s = content
+        if HASH in metadata_of(model):
+            sign(model)
+    elif sha256(content) != digest:
+        raise ArtefactError(f"the engine in {path} is another than its sidecar describes")
+    return model
+
+
+def _fitting(path: Path, digest: object) -> bytes:
+    """The content of a file whose sidecar knows its sha256."""
+    try:
+        data = read_file(path)
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+        if is_shortage(exc):
+            raise
+        raise ArtefactError(f"{path} can't be read ({reason_of(exc)}); build it again") from exc
+    if sha256(data) != digest:
+        raise ArtefactError(
+            f"{path} is not what its sidecar describes: it was damaged or replaced; build it again"
+        )
+    return data
+
+
+def look_at(source: ModelSource) -> onnx.ModelProto:
+    """What `read_model` reads, and any engine that it would refuse: not to be run, nor passed on.
+
+    Raises:
+        ArtefactError: as `read_model` does for all but engines.
+    """
     model = source if isinstance(source, onnx.ModelProto) else _read(source)
-    check_nesting(model)
-    check_constants(model)
+    check_trust(model)
     for tensor in tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:  # loading clears it
             raise ArtefactError(
@@ -227,6 +356,26 @@ def signature(model: onnx.ModelProto) -> Signature:
             f"{target.dtype}; a loss artefact takes both in one dtype"
         )
     return Signature(ports, tuple(map(_port, outputs_of(model))))
+
+
+def check_spec(signature: Signature, spec: LossSpec) -> None:
+    """Refuse a spec, anyone's or of a model's metadata, that is not of the model's ports.
+
+    Raises:
+        ArtefactError: where dtype, inputs or the output of the gradient differ.
+    """
+    if signature.input.dtype != spec.dtype:
+        raise ArtefactError(
+            f"the model takes {signature.input.dtype}, the spec says {spec.dtype}; give the spec "
+            f"of what the model computes, on the command line --dtype {signature.input.dtype}"
+        )
+    if set(signature.inputs) != set(spec.inputs):
+        raise ArtefactError(
+            f"the model takes {', '.join(signature.inputs)}, the spec {', '.join(spec.inputs)}; "
+            "give the spec of what the model computes"
+        )
+    if spec.gradient and all(port.name != "grad_input" for port in signature.outputs):
+        raise ArtefactError("the spec has a gradient, and the model no output called grad_input")
 
 
 def select_ports(

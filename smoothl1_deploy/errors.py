@@ -16,6 +16,7 @@ __all__ = [
     "ArtefactError",
     "BackendUnavailableError",
     "BuildError",
+    "CarriedEngineError",
     "InvalidInputError",
     "MissingDependencyError",
     "ModelWarning",
@@ -58,6 +59,10 @@ class InvalidInputError(SmoothL1DeployError, ValueError):
 
 class ArtefactError(SmoothL1DeployError, ValueError):
     """A model, engine or sidecar that can't be read, or that doesn't say what it computes."""
+
+
+class CarriedEngineError(ArtefactError):
+    """An ONNX model that carries an engine, which is executable code, where none is taken."""
 
 
 class ModelWarning(UserWarning):

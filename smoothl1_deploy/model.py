@@ -21,7 +21,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -31,24 +31,28 @@ import onnx.inliner
 import onnx.shape_inference
 from onnx import helper
 
-from .errors import ArtefactError
+from .errors import ArtefactError, CarriedEngineError
 from .graph.elements import DTYPE_OF_ELEMENT, element_name
 from .graph.shapes import Shape
 from .spec import LossSpec
 
 __all__ = [
     "ATTACHED",
+    "ENGINE_OPERATOR",
     "MODEL_ERRORS",
+    "CarriedEngine",
     "Loss",
     "Scope",
     "Tensor",
     "axes_of",
-    "check_constants",
+    "check_engines",
     "check_nesting",
+    "check_trust",
     "check_types",
     "contradiction",
     "correct",
     "dims_of",
+    "engines_in",
     "every_node",
     "external_locations",
     "float_dtype_of",
@@ -71,6 +75,8 @@ __all__ = [
 MODEL_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 #: The metadata entry that says which losses were attached to a model, and by which tensors.
 ATTACHED = "smoothl1_deploy.attached"
+#: The operator in whose place ONNX Runtime puts what a provider has compiled.
+ENGINE_OPERATOR = "EPContext"
 
 # What a model declares
 
@@ -171,7 +177,11 @@ def node_label(node: onnx.NodeProto) -> str:
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """The graphs that a node holds, of an If or a Loop for instance."""
-    for attribute in node.attribute:
+    return _graphs(node.attribute)
+
+
+def _graphs(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.GraphProto]:
+    for attribute in attributes:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
@@ -192,9 +202,12 @@ def _scopes(
         yield Scope(where, depth, body.node, body.initializer, body.sparse_initializer, values)
     else:
         yield Scope(where, depth, body.node, (), (), tuple(body.value_info))
-    for node in body.node:
-        for graph in subgraphs(node):
-            yield from _scopes(graph, f"{where}{node_label(node)}/", depth + 1)
+    held = [(node_label(node), node.attribute) for node in body.node]
+    if isinstance(body, onnx.FunctionProto):  # a caller that gives no graph gets this one
+        held.append(("", body.attribute_proto))
+    for label, attributes in held:
+        for graph in _graphs(attributes):
+            yield from _scopes(graph, f"{where}{label}/", depth + 1)
 
 
 def every_node(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -240,6 +253,16 @@ _MOST_NODES = 1_000_000  # of all functions put in the places where they are cal
 _Name = tuple[str, str, str]
 
 
+def check_trust(model: onnx.ModelProto) -> None:
+    """Refuse what harms a reader, whatever it does with the model.
+
+    Raises:
+        ArtefactError: as `check_nesting` does, and for constants of impossible sizes.
+    """
+    check_nesting(model)
+    _check_constants(model)
+
+
 def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
     """Refuse what no reader can unfold.
 
@@ -275,13 +298,10 @@ def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
         )
 
 
-def check_constants(model: onnx.ModelProto) -> None:
+def _check_constants(model: onnx.ModelProto) -> None:
     """Refuse a constant that says it has more elements than its bytes can hold.
 
     onnx's shape inference (1.23) takes memory for what is declared: 16 GB for a file of 5 kB.
-
-    Raises:
-        ArtefactError: for such a constant, and for one of a negative size.
     """
     for tensor in tensors(model):
         elements = math.prod(tensor.dims)
@@ -292,6 +312,69 @@ def check_constants(model: onnx.ModelProto) -> None:
                 f"the constant {tensor.name!r} says it has the shape {tuple(tensor.dims)}, and "
                 f"takes {tensor.ByteSize():,} bytes of the file; it is damaged or made to harm"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedEngine:
+    """A node in the place of a graph that a provider of ONNX Runtime has compiled.
+
+    Source: the schema of EPContext in ONNX Runtime, whose `embed_mode` is 1 where it is not said.
+
+    Attributes:
+        node: what to call it, after the path to it.
+        provider: the one that made it, as the model says; empty where it doesn't.
+        inside: whether `content` is the engine, or the name of a file beside the model.
+    """
+
+    node: str
+    provider: str
+    inside: bool
+    content: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        what = f"{len(self.content):,} bytes" if self.inside else f"the file {self._file!r}"
+        return f"an engine ({what}) for {self.provider or 'any provider'} in the node {self.node!r}"
+
+    @property
+    def _file(self) -> str:
+        return self.content.decode("utf-8", "replace")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the bytes."""
+        where = {"bytes": len(self.content)} if self.inside else {"file": self._file}
+        return {"node": self.node, "provider": self.provider, **where}
+
+
+def engines_in(model: onnx.ModelProto) -> list[CarriedEngine]:
+    """The engines that `model` carries, those in functions and subgraphs too.
+
+    A node is known by the name of its operator alone, as the provider for TensorRT for RTX knows it
+    (onnxruntime#27622).
+    """
+    return [
+        _engine(f"{scope.where}{node_label(node)}", {a.name: a for a in node.attribute})
+        for scope in scopes(model)
+        for node in scope.nodes
+        if node.op_type == ENGINE_OPERATOR
+    ]
+
+
+def _engine(node: str, attributes: Mapping[str, onnx.AttributeProto]) -> CarriedEngine:
+    none = onnx.AttributeProto(i=1)
+    source, mode, content = (
+        attributes.get(name, none) for name in ("source", "embed_mode", "ep_cache_context")
+    )
+    return CarriedEngine(node, source.s.decode("utf-8", "replace"), mode.i != 0, content.s)
+
+
+def check_engines(model: onnx.ModelProto, remedy: str) -> None:
+    """Refuse a model that carries an engine, where the model is to become another one.
+
+    Raises:
+        CarriedEngineError: names the first engine and the remedy.
+    """
+    for engine in engines_in(model):
+        raise CarriedEngineError(f"the model carries {engine}: {remedy}")
 
 
 def _full_name(domain: str, name: str, overload: str) -> _Name:

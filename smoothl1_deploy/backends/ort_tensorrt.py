@@ -19,6 +19,7 @@ from ..device import Device
 from ..errors import BackendUnavailableError, OutputError, reason_of, require
 from ..spec import LossSpec
 from ..tensorrt.cache import default_cache_dir
+from ..tensorrt.flavour import PROVIDERS
 from ..tensorrt.prepare import prepare
 from ..tensorrt.profile import Profile, input_shapes, resolve_profile
 from .ort_gpu import OrtGpuBackend
@@ -103,7 +104,7 @@ class OrtTensorrtBackend(_EngineBackend):
     """ONNX Runtime's TensorRT provider; it links libnvinfer 10, so it needs `tensorrt` 10.x."""
 
     name = "ort-tensorrt"
-    provider = "TensorrtExecutionProvider"
+    provider = PROVIDERS["tensorrt"]
     prefix = "trt"
 
     def _caching(self, folder: Path, key: str) -> dict[str, str]:
@@ -118,7 +119,7 @@ class OrtTensorrtRtxBackend(_EngineBackend):
     """TensorRT for RTX as ONNX Runtime's plugin provider, which is registered, not built in."""
 
     name = "ort-tensorrt-rtx"
-    provider = "NvTensorRTRTXExecutionProvider"
+    provider = PROVIDERS["tensorrt_rtx"]
     extra = "cpu"
     prefix = "nv"
 

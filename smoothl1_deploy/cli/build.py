@@ -1,4 +1,4 @@
-"""`smoothl1-deploy build`: an ONNX file to a TensorRT engine and its sidecar."""
+"""`smoothl1-deploy build`: an ONNX file to a TensorRT engine, or one that carries it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,24 @@ def build(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="The engine to write; the model's name with .engine by default."
+            "-o",
+            "--output",
+            help="The file to write; by default the model's name with .engine or _ctx.onnx.",
+        ),
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="engine, or epcontext: an ONNX file that carries the engine, for ONNX Runtime's "
+            "providers for TensorRT."
+        ),
+    ] = "engine",
+    embed_mode: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Of epcontext: 1 puts the engine inside, 0 into a file beside. Default: 1.",
         ),
     ] = None,
     profile: Annotated[
@@ -134,11 +151,13 @@ def build(
 ) -> None:
     """Build a TensorRT engine from an ONNX file.
 
-    The engine's sidecar, NAME.engine.json, ties it to its model; the two belong together. An
-    equal request is served from the cache; where it differs, what changed is named.
+    The sidecar, NAME.engine.json, ties the engine to its model; the two belong together. An equal
+    request is served from the cache; where it differs, what changed is named.
     """
     if no_cache and cache_dir is not None:
         raise SpecError("--no-cache and --cache-dir exclude each other; give one of them")
+    if embed_mode is not None and format == "engine":
+        raise SpecError("--embed-mode goes with --format epcontext; leave it out, or give both")
 
     from ..tensorrt.builder import build_engine
     from ..tensorrt.cache import EngineCache
@@ -156,7 +175,8 @@ def build(
         timing_cache=None if timing_cache is None else str(timing_cache),
     )
     # A folder has no name to change; that it is one is said when it is read.
-    path = output or (model.with_suffix(".engine") if model.name else Path("model.engine"))
+    ending = ".engine" if format == "engine" else "_ctx.onnx"
+    path = output or model.parent / f"{model.stem or 'model'}{ending}"
     with _spinner(model.name) as on_progress:
         engine = build_engine(
             str(model),
@@ -165,6 +185,8 @@ def build(
             profile,
             options=options,
             cache_dir=None if no_cache else EngineCache(cache_dir),
+            format=format,
+            embed_mode=1 if embed_mode is None else embed_mode,
             on_progress=on_progress,
         )
     if as_json:
@@ -182,9 +204,9 @@ def _show(engine: Engine) -> None:
     capabilities = ", ".join(sidecar.options.compute_capabilities) or "those of the flavour"
     print_fields(
         {
-            "wrote": f"{engine.path}, {human_size(sidecar.engine_bytes)}",
+            "wrote": f"{engine.path}, {human_size(engine.path.stat().st_size)}",
             "sidecar": sidecar_path(engine.path),
-            "sha256": engine.sha256,
+            "sha256": sidecar.context_sha256 or engine.sha256,
             "flavour": f"{sidecar.flavour} {sidecar.version}",
             "compute capabilities": capabilities,
             "profile": sidecar.profile,

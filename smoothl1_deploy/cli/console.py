@@ -108,14 +108,24 @@ def safe_streams() -> Iterator[None]:
         yield
 
 
+#: What a terminal obeys, as signs: names and metadata are anyone's. Lines and tabs stay.
+_SIGNS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
+_SIGNS |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+
+
 def open_console(stderr: bool = False) -> Console:
     """A console on the stream of this moment.
 
     Markup is off: install commands such as pip install 'smoothl1-deploy[cpu]' are no markup.
     """
     from rich.console import Console
+    from rich.segment import Segment
 
     class QuietConsole(Console):
+        def render(self, *arguments: Any, **options: Any) -> Iterator[Segment]:
+            for text, style, control in super().render(*arguments, **options):
+                yield Segment(text if control else text.translate(_SIGNS), style, control)
+
         def on_broken_pipe(self) -> NoReturn:
             raise BrokenPipeError  # rich would exit with 1, which means a failed check here
 
@@ -178,7 +188,8 @@ def print_fields(fields: Mapping[str, object]) -> None:
     console = open_console()
     width = max(map(len, fields))
     for name, value in fields.items():
-        console.print(Text.assemble((f"{name:<{width}}  ", "bold"), str(value)))
+        text = str(value).replace("\n", "\u240a")  # a second line would pass for another field
+        console.print(Text.assemble((f"{name:<{width}}  ", "bold"), text))
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:

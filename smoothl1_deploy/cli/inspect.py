@@ -51,8 +51,7 @@ def _has_sidecar(path: Path) -> bool:
     from ..tensorrt.sidecar import Sidecar, sidecar_path
 
     with contextlib.suppress(ArtefactError):
-        Sidecar.read(sidecar_path(path))
-        return True
+        return Sidecar.read(sidecar_path(path)).context_sha256 is None
     return False
 
 
@@ -63,7 +62,7 @@ def inspect(
     """Show what is inside an ONNX file or an engine, and whether this machine can run it.
 
     An engine is executable code: only one that fits its sidecar and this machine's GPU is
-    deserialised, to show its layers; any other is hashed and its sidecar read.
+    deserialised; any other, also one that an ONNX file carries, is measured and not run.
     """
     from .inspection import inspect_engine, inspect_model
 
@@ -99,6 +98,8 @@ def _text(name: str, value: Any) -> str:
     if name == "attached":
         parts = ("inputs", "outputs", "spec")
         return "; ".join(", ".join(_text("", loss.get(part)) for part in parts) for loss in value)
+    if name == "engines":
+        return "; ".join(_text("", engine) for engine in value)
     if name == "bytes":
         return human_size(value)
     if name == "certificate":

@@ -82,15 +82,21 @@ def inspect_model(path: Path) -> Inspection:
     Raises:
         ArtefactError: when it is missing or is no ONNX model.
     """
-    from ..artefact import read_model, sha256
+    from ..artefact import look_at, read_model, sha256
     from ..graph.metadata import CHANGED, content_hash, is_changed, read_route, read_spec
-    from ..model import contradiction, main_tensors
+    from ..model import contradiction, engines_in, main_tensors
     from .ports import graph_ports
 
-    model = read_model(str(path))
+    model = look_at(str(path))
     wrong = contradiction(main_tensors(model).values())
     problems = [] if wrong is None else [wrong]
-    spec = None
+    engines, trusted, spec = engines_in(model), True, None
+    if engines:
+        try:
+            read_model(str(path))
+        except ArtefactError as exc:
+            trusted = False
+            problems.append(str(exc))
     try:
         spec = read_spec(model)
     except ArtefactError as exc:
@@ -101,6 +107,7 @@ def inspect_model(path: Path) -> Inspection:
     facts = {
         **_spec_facts(spec),
         "attached": _attached(model, problems),
+        "engines": [engine.to_dict() for engine in engines],
         "route": read_route(model),
         "producer": f"{model.producer_name} {model.producer_version}".strip() or None,
         "graph": graph.name,
@@ -117,12 +124,15 @@ def inspect_model(path: Path) -> Inspection:
     operators = {"graph": dict(Counter(node.op_type for node in graph.node))}
     for function in model.functions:
         operators[function.name] = dict(Counter(node.op_type for node in function.node))
-    runs = _backends(model)
-    runs.update(_flavours(model, operators))
+    runs = {}
+    if trusted:
+        runs = _backends(str(path) if engines else model)
+    if not engines:
+        runs.update(_flavours(model, operators))
     return Inspection(path, "onnx", facts, operators, runs, tuple(problems))
 
 
-def _backends(model: onnx.ModelProto) -> dict[str, str | None]:
+def _backends(model: onnx.ModelProto | str) -> dict[str, str | None]:
     """Load the model into every backend of this machine."""
     from ..backends.base import BACKENDS, load
 

@@ -19,8 +19,8 @@ from ..model import (
     Loss,
     Tensor,
     axes_of,
-    check_constants,
-    check_nesting,
+    check_engines,
+    check_trust,
     correct,
     every_node,
     inputs_of,
@@ -106,8 +106,8 @@ def attach(
         )
     if spec is not None and not isinstance(spec, LossSpec):
         raise SpecError(f"spec must be a LossSpec, got {type(spec).__name__}")
-    check_nesting(model)
-    check_constants(model)
+    check_trust(model)
+    check_engines(model, "a loss can only be attached to the graph that it was built from")
     _check_name("loss", loss_name)
     if isinstance(target, str) and target == str(prediction):  # an array compares its elements
         raise SpecError(

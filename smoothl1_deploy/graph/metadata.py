@@ -21,6 +21,7 @@ __all__ = [
     "is_served",
     "read_route",
     "read_spec",
+    "sign",
     "stamp",
     "warn_if_changed",
 ]
@@ -81,7 +82,12 @@ def stamp(
         },
     )
     if not changed:
-        onnx.helper.set_model_props(model, {**metadata_of(model), HASH: content_hash(model)})
+        sign(model)
+
+
+def sign(model: onnx.ModelProto) -> None:
+    """Write the content hash of `model` as it is now."""
+    onnx.helper.set_model_props(model, {**metadata_of(model), HASH: content_hash(model)})
 
 
 def read_route(model: onnx.ModelProto) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..artefact import ModelSource, Signature, read_model, select_ports, sha256
+from ..artefact import ModelSource, Signature, check_spec, read_model, select_ports, sha256
 from ..backends.base import Runner, get_backend
 from ..environment import environment
 from ..errors import ArtefactError, SmoothL1DeployError, UnsupportedError, require
@@ -129,21 +129,6 @@ def _checked(runner: Runner, spec: LossSpec, case: Case, accumulator: str | None
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
 
 
-def _check_ports(signature: Signature, spec: LossSpec) -> None:
-    if signature.input.dtype != spec.dtype:
-        raise ArtefactError(
-            f"the model takes {signature.input.dtype}, the spec says {spec.dtype}; give the spec "
-            f"of what the model computes, on the command line --dtype {signature.input.dtype}"
-        )
-    if set(signature.inputs) != set(spec.inputs):
-        raise ArtefactError(
-            f"the model takes {', '.join(signature.inputs)}, the spec {', '.join(spec.inputs)}; "
-            "give the spec of what the model computes"
-        )
-    if spec.gradient and all(port.name != "grad_input" for port in signature.outputs):
-        raise ArtefactError("the spec has a gradient, and the model no output called grad_input")
-
-
 def verify(
     model: ModelSource,
     backend: str = "ort-cpu",
@@ -194,7 +179,7 @@ def verify(
             "the model does not say what it computes (it was not exported by smoothl1-deploy); "
             "say it with spec=LossSpec(...), on the command line --beta and --reduction"
         )
-    _check_ports(runner.signature, expected)
+    check_spec(runner.signature, expected)
     reason = chosen.refuses(expected)
     if reason:
         raise UnsupportedError(reason)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ..artefact import read_model
-from ..errors import ServerError
+from ..artefact import check_spec, read_model, signature
+from ..errors import ArtefactError, ServerError
 from ..floats import NUMPY_DTYPE, Array, dtype_name, ulp_distance
-from ..graph.metadata import read_spec
+from ..graph.metadata import SPEC, read_spec
 from ..model import axes_of, inputs_of
 from ..parity.cases import with_beta
 from ..reference.oracle import oracle, oracle_gradient
@@ -90,9 +90,9 @@ def make_canary(file: Path, model: str, version: str) -> Canary | None:
         version: the version of it.
 
     Raises:
-        ArtefactError: when the file can't be read.
+        ArtefactError: when the file can't be read, or says of itself what isn't so.
     """
-    graph = read_model(file.read_bytes())
+    graph = read_model(file)
     inputs = _inputs(graph)
     if inputs is None:
         return None
@@ -100,7 +100,16 @@ def make_canary(file: Path, model: str, version: str) -> Canary | None:
     if spec is None:
         expected = _evaluated(graph, inputs)
         return expected and Canary(model, version, inputs, expected, False)
-    return Canary(model, version, inputs, _exact(spec, inputs), True)
+    ports = signature(graph)
+    check_spec(ports, spec)
+    roles = {role: inputs[port.name] for role, port in ports.inputs.items()}
+    try:
+        return Canary(model, version, inputs, _exact(spec, roles), True)
+    except (TypeError, ValueError) as exc:  # of the oracle, by dtypes and by shapes
+        raise ArtefactError(
+            f"the model's metadata say that it computes {spec.to_dict()}, and its inputs don't fit "
+            f"that ({exc}); delete its entry {SPEC}, or export the loss again"
+        ) from exc
 
 
 def _exact(spec: LossSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:

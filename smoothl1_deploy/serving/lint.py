@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artefact import read_model
-from ..errors import ArtefactError
+from ..errors import ArtefactError, CarriedEngineError
 from ..graph.metadata import CHANGED, is_changed
 from ..model import Loss
 from ..parity.certificate import CertificateStatus, read_certificate
@@ -168,6 +168,10 @@ class _Visit:
     def _check_onnx(self, config: Any, path: Path) -> Iterator[Finding]:
         try:
             model = read_model(path)
+        except CarriedEngineError as exc:
+            remedy = "serve the model that it was built from"
+            yield Finding(self.name, "engine-inside", str(exc), remedy)
+            return
         except ArtefactError as exc:
             remedy = "write the file again"
             yield Finding(self.name, "bad-model", str(exc), remedy)

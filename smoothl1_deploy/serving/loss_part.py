@@ -26,19 +26,21 @@ def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
     names = [loss.inputs[role] for role in loss.spec.inputs]
     try:
         part = onnx.utils.Extractor(_typed(model)).extract_model(names, list(loss.outputs.values()))
+        del part.graph.value_info[:]
+        for role, tensor in {**loss.inputs, **loss.outputs}.items():
+            for node in part.graph.node:
+                for i, name in enumerate(node.output):
+                    if name == tensor:  # others may be no UTF-8, which can't be written
+                        node.output[i] = role
+            rename_uses(part.graph.node, tensor, role)
+            for value in (*part.graph.input, *part.graph.output):
+                if value.name == tensor:
+                    value.name = role
+        onnx.checker.check_model(part, full_check=True)
     except (*MODEL_ERRORS, ValueError) as exc:
-        raise ArtefactError(f"the loss can't be cut out of the model: {exc}") from exc
-    del part.graph.value_info[:]
-    for role, tensor in {**loss.inputs, **loss.outputs}.items():
-        for node in part.graph.node:
-            for i, name in enumerate(node.output):
-                if name == tensor:  # others may be no UTF-8, which can't be written
-                    node.output[i] = role
-        rename_uses(part.graph.node, tensor, role)
-        for value in (*part.graph.input, *part.graph.output):
-            if value.name == tensor:
-                value.name = role
-    onnx.checker.check_model(part, full_check=True)
+        raise ArtefactError(
+            f"the loss that the metadata tell of can't be cut out of the model: {exc}"
+        ) from exc
     stamp(part, loss.spec, "attached", "served", served=True)
     return part
 

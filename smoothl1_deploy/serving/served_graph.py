@@ -26,6 +26,7 @@ from ..graph.shapes import Shape, describe
 from ..model import (
     MODEL_ERRORS,
     Loss,
+    check_engines,
     correct,
     every_node,
     inputs_of,
@@ -79,6 +80,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
             "the model has 2 GiB or more, and a served one is written as a single file; keep the "
             "weights outside and write its folder by hand, then check it with repository --lint"
         )
+    check_engines(model, "serve the model that it was built from, and the engine with --engine")
     losses = read_losses(model)
     if any(loss.spec.upstream for loss in losses):
         raise UnsupportedError(

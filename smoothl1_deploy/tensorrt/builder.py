@@ -22,7 +22,7 @@ from ..errors import BuildError, OutputError, SpecError, UnsupportedError
 from ..graph.metadata import CHANGED, is_changed, read_spec, warn_if_changed
 from ..spec import LossSpec
 from .cache import EngineCache
-from .engine import Engine, write_engine
+from .engine import Engine, context_engine, write_context, write_engine
 from .flavour import Flavour, get_flavour
 from .gpu import current_gpu, has_driver
 from .key import BuildKey
@@ -34,7 +34,10 @@ from .progress import BuildCancelledError, BuildProgress, BuildWatch, run_watche
 from .sidecar import Sidecar
 from .timing_cache import attach_timing_cache, save_timing_cache
 
-__all__ = ["build_engine"]
+__all__ = ["FORMATS", "build_engine"]
+
+#: What an engine is written as.
+FORMATS = ("engine", "epcontext")
 
 
 def build_engine(
@@ -45,6 +48,8 @@ def build_engine(
     *,
     options: BuildOptions | None = None,
     cache_dir: str | Path | EngineCache | None = None,
+    format: str = "engine",
+    embed_mode: int = 1,
     cancel: Callable[[], bool] | None = None,
     on_progress: Callable[[BuildProgress], None] | None = None,
 ) -> Engine:
@@ -62,6 +67,10 @@ def build_engine(
         options: see `BuildOptions`.
         cache_dir: folder of an engine cache (`default_cache_dir()` for the user's), or an
             `EngineCache`; None builds without.
+        format: `"engine"`, or `"epcontext"` for an ONNX file that carries the engine, as ONNX
+            Runtime's providers for TensorRT read and write it.
+        embed_mode: 1 puts the engine inside that file; 0 leaves it beside, in
+            `context_engine(path)`.
         cancel: asked about 20 times a second; true stops the build at its next step.
         on_progress: called in this thread about 20 times a second while a build runs.
 
@@ -77,7 +86,18 @@ def build_engine(
         OutputError: when `path` or the cache can't be written; `path` is checked first.
         MissingDependencyError, BackendUnavailableError: when TensorRT can't be used here.
     """
+    if format not in FORMATS:
+        raise SpecError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
+    if embed_mode not in (0, 1):
+        raise SpecError(
+            f"embed_mode must be 1 (engine inside) or 0 (engine beside), got {embed_mode!r}"
+        )
     target = _checked_path(path, model)
+    if format == "epcontext":
+        if target is None or target.suffix != ".onnx":
+            raise SpecError(f"the format epcontext is an ONNX file: name it *.onnx, not {path}")
+        if embed_mode == 0:
+            _checked_path(context_engine(target), model)
     loaded = read_model(model)
     warn_if_changed(loaded)
     spec = read_spec(loaded)
@@ -107,6 +127,9 @@ def build_engine(
         engine = cache.get_or_build(key, build, watch.poll)
     if target is None:
         return engine
+    if format == "epcontext":
+        file = os.path.basename(model) if isinstance(model, (str, os.PathLike)) else ""
+        return write_context(target, engine, loaded, file, embed_mode)
     write_engine(target, engine.data, engine.sidecar)
     return Engine(target, engine.sha256, engine.sidecar, engine.data, engine.cached, engine.changed)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
+
+import onnx
+from onnx import helper
 
 from ..artefact import sha256, write_atomic
 from ..errors import (
@@ -13,20 +16,28 @@ from ..errors import (
     BackendUnavailableError,
     MissingDependencyError,
     OutputError,
+    UnsupportedError,
     reason_of,
 )
 from ..files import read_file
-from .flavour import Flavour, available_flavours, get_flavour
+from ..graph.elements import IR_VERSION
+from ..graph.metadata import is_changed, is_served, stamp
+from ..model import ENGINE_OPERATOR, opset_of
+from .flavour import PROVIDERS, Flavour, available_flavours, get_flavour
 from .sidecar import Sidecar, sidecar_path
 
 __all__ = [
     "Engine",
     "UnverifiedEngine",
+    "context_engine",
     "diagnose",
     "read_engine",
     "read_verified",
+    "write_context",
     "write_engine",
 ]
+
+_PROTOBUF_LIMIT = 2**31 - 2**20  # with room for what is beside the engine
 
 #: Diagnostics about the file itself; the others are about the machine.
 _OF_THE_FILE = ("MALFORMED_ENGINE", "VERSION_MISMATCH")
@@ -90,6 +101,88 @@ def write_engine(path: Path, data: bytes, sidecar: Sidecar) -> None:
         raise OutputError(f"can't write {path}: an engine is a file with another beside it")
     write_atomic(path, data)
     write_atomic(sidecar_path(path), sidecar.dumps())
+
+
+def context_engine(path: Path) -> Path:
+    """`loss_ctx.onnx` -> `loss_ctx.engine`, the engine beside a file that only names it."""
+    return path.with_suffix(".engine")
+
+
+def write_context(
+    path: Path, engine: Engine, model: onnx.ModelProto, file: str, embed_mode: int
+) -> Engine:
+    """Write an ONNX file whose one node is `engine`, then its sidecar.
+
+    Source of the attributes: ONNX Runtime's EP context design, and what its two providers for
+    TensorRT write and read.
+
+    Args:
+        path: of the ONNX file; the sidecar goes to `<path>.json`.
+        engine: built from `model`.
+        model: whose metadata the file repeats.
+        file: the name of the model's file, for a provider that refits weights.
+        embed_mode: 1 puts the engine inside; 0 writes it to `context_engine(path)`, with a sidecar
+            of its own.
+
+    Returns:
+        `engine` with its new path and sidecar.
+
+    Raises:
+        UnsupportedError: for an engine of 2 GiB or more inside a file.
+        OutputError: as `write_engine` does.
+    """
+    sidecar, content = engine.sidecar, engine.data
+    if embed_mode == 0:
+        beside = context_engine(path)
+        write_engine(beside, engine.data, sidecar)
+        content = beside.name.encode()
+    elif len(content) > _PROTOBUF_LIMIT:
+        raise UnsupportedError(
+            f"the engine has {len(content)} bytes, and an ONNX file holds 2 GiB at most; leave the "
+            "engine beside it with embed_mode=0, on the command line --embed-mode 0"
+        )
+    node = helper.make_node(
+        ENGINE_OPERATOR,
+        [port.name for port in sidecar.inputs],
+        [port.name for port in sidecar.outputs],
+        name=sidecar.graph_name,
+        domain="com.microsoft",
+        source=PROVIDERS[sidecar.flavour],
+        main_context=1,
+        embed_mode=embed_mode,
+        ep_cache_context=content,
+        ep_sdk_version=sidecar.version,
+        hardware_architecture=_architecture(sidecar),
+        partition_name=sidecar.graph_name,
+        onnx_model_filename=file,
+    )
+    graph = helper.make_graph(
+        [node],
+        sidecar.graph_name,
+        [port.to_value() for port in sidecar.inputs],
+        [port.to_value() for port in sidecar.outputs],
+    )
+    opsets = [helper.make_opsetid("", opset_of(model)), helper.make_opsetid("com.microsoft", 1)]
+    context = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    if sidecar.spec is not None:
+        served, changed = is_served(model), is_changed(model)
+        stamp(context, sidecar.spec, "epcontext", sidecar.flavour, served=served, changed=changed)
+    data = context.SerializeToString(deterministic=True)
+    sidecar = replace(sidecar, context_sha256=sha256(data))
+    write_atomic(path, data)
+    write_atomic(sidecar_path(path), sidecar.dumps())
+    return replace(engine, path=path, sidecar=sidecar)
+
+
+def _architecture(sidecar: Sidecar) -> str:
+    """The compute capabilities as the providers write them: `"86"`, or `"80+"` for any from 8.0."""
+    built_for, here = sidecar.options.compute_capabilities, ""
+    if sidecar.flavour == "tensorrt" and sidecar.options.hardware_compatibility != "ampere_plus":
+        built_for = ("current",)
+    if sidecar.gpu is not None:
+        here = sidecar.gpu.compute_capability
+    named = (here if name == "current" else name for name in built_for)
+    return ",".join(name.replace(".", "") for name in named) or "80+"
 
 
 @overload

@@ -25,10 +25,23 @@ from ..errors import (
 )
 from .logger import LogCapture, capture_log, get_logger
 
-__all__ = ["ELSEWHERE", "FLAVOURS", "Flavour", "available_flavours", "get_flavour", "missing"]
+__all__ = [
+    "ELSEWHERE",
+    "FLAVOURS",
+    "PROVIDERS",
+    "Flavour",
+    "available_flavours",
+    "get_flavour",
+    "missing",
+]
 
 #: flavour -> the extra of this package that brings it.
 FLAVOURS = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
+#: flavour -> the provider of ONNX Runtime that runs its engines.
+PROVIDERS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt_rtx": "NvTensorRTRTXExecutionProvider",
+}
 
 #: What helps on a card that tensorrt_rtx does not know.
 ELSEWHERE = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from ..errors import ArtefactError, BuildError, UnsupportedError
 from ..graph.elements import element_name
@@ -37,6 +37,8 @@ _DATA_TYPE: dict[int, str] = {
 
 #: The names of TensorRT's DataType that differ from numpy's by more than case.
 _NUMPY_NAME = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+#: The dtype of a port -> ONNX element type.
+_ELEMENT = {_NUMPY_NAME.get(name, name.lower()): element for element, name in _DATA_TYPE.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,11 @@ class NetworkPort:
         dims = ", ".join(n or str(d) for n, d in zip(self.names, self.shape, strict=True))
         return f"{self.name}: {self.dtype}[{dims}]"
 
+    def to_value(self) -> onnx.ValueInfoProto:
+        """Its declaration in an ONNX graph."""
+        shape = [n or (d if d >= 0 else None) for n, d in zip(self.names, self.shape, strict=True)]
+        return helper.make_tensor_value_info(self.name, _ELEMENT[self.dtype], shape)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; the inverse of `from_dict`."""
         return {
@@ -70,6 +77,8 @@ class NetworkPort:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> NetworkPort:
         """The inverse of `to_dict`; raises KeyError, TypeError or ValueError on other content."""
+        if fields["dtype"] not in _ELEMENT:
+            raise ValueError(f"unknown dtype {fields['dtype']!r}")
         return cls(
             str(fields["name"]),
             str(fields["dtype"]),

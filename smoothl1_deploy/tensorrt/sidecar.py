@@ -7,15 +7,13 @@ careless edits are told apart from the truth; a deliberate forgery needs a signa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artefact import sha256
-from ..errors import ArtefactError, reason_of
-from ..files import read_file
+from ..artefact import read_sealed, seal, sidecar_path
+from ..errors import ArtefactError
 from ..spec import LossSpec
 from .flavour import FLAVOURS
 from .gpu import Gpu
@@ -27,11 +25,6 @@ from .profile import Profile
 __all__ = ["Sidecar", "sidecar_path"]
 
 _FORMAT = 1
-
-
-def sidecar_path(engine: Path) -> Path:
-    """`loss.engine` -> `loss.engine.json`."""
-    return engine.with_name(engine.name + ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +44,8 @@ class Sidecar:
         build_seconds: how long the build took.
         built_at: date and time, ISO 8601, UTC.
         tool_version: of this package.
+        context_sha256: of the ONNX file that carries the engine, beside which this sidecar lies;
+            None where it lies beside the engine.
     """
 
     engine_sha256: str
@@ -71,6 +66,7 @@ class Sidecar:
     build_seconds: float
     built_at: str
     tool_version: str
+    context_sha256: str | None = None
 
     @property
     def key(self) -> BuildKey:
@@ -108,6 +104,7 @@ class Sidecar:
             "build_seconds": self.build_seconds,
             "built_at": self.built_at,
             "tool_version": self.tool_version,
+            **({"context_sha256": self.context_sha256} if self.context_sha256 else {}),
         }
 
     @classmethod
@@ -144,6 +141,7 @@ class Sidecar:
                 build_seconds=float(fields["build_seconds"]),
                 built_at=str(fields["built_at"]),
                 tool_version=str(fields["tool_version"]),
+                context_sha256=fields.get("context_sha256"),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise ArtefactError(
@@ -153,8 +151,7 @@ class Sidecar:
 
     def dumps(self) -> bytes:
         """The file's content: the entries and their own sha256."""
-        entries = self.to_dict()
-        return _text({**entries, "sha256": sha256(_text(entries))})
+        return seal(self.to_dict())
 
     @classmethod
     def read(cls, path: Path) -> Sidecar:
@@ -163,30 +160,8 @@ class Sidecar:
         Raises:
             ArtefactError: when it is missing, damaged, or changed since it was written.
         """
-        try:
-            raw = read_file(path)
-        except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
-            raise ArtefactError(
-                f"{path}, the engine's sidecar, can't be read ({reason_of(exc)}). An engine is "
-                "executable code: build it again, or pass allow_unverified=True if you trust it"
-            ) from exc
-        try:
-            entries = json.loads(raw)
-        except (ValueError, RecursionError) as exc:
-            raise ArtefactError(f"{path} is no JSON ({exc}); build the engine again") from exc
-        if not isinstance(entries, dict):
-            raise ArtefactError(f"{path} holds no JSON object; build the engine again")
-        claimed = entries.pop("sha256", None)
-        if claimed != sha256(_text(entries)):
-            raise ArtefactError(
-                f"{path} was damaged or changed: its content doesn't match its own sha256 entry; "
-                "build the engine again"
-            )
+        entries = read_sealed(path, ", or pass allow_unverified=True if you trust it")
         try:
             return cls.from_dict(entries)
         except ArtefactError as exc:
             raise ArtefactError(f"{path}: {exc}") from exc
-
-
-def _text(entries: Mapping[str, Any]) -> bytes:
-    return (json.dumps(entries, indent=1, sort_keys=True) + "\n").encode()

@@ -48,6 +48,20 @@ def test_the_name_of_the_engine_and_the_cache(cli: Callable[..., Done]) -> None:
     assert json.loads(cli("build", path, *RTX, "--no-cache", "--json").out)["cached"] is False
 
 
+@pytest.mark.parametrize("mode", [0, 1])
+def test_an_onnx_file_that_carries_the_engine(cli: Callable[..., Done], mode: int) -> None:
+    done = cli("build", model(), *RTX, "--format", "epcontext", "--embed-mode", mode)
+    assert done.code == 0, done.err
+    data = Path("loss_ctx.onnx").read_bytes()
+    assert f"loss_ctx.onnx, {len(data):,} bytes" in done.out
+    assert hashlib.sha256(data).hexdigest() in done.out
+    beside = {"loss_ctx.engine", "loss_ctx.engine.json"} if mode == 0 else set()
+    wrote = {path.name for path in Path().glob("loss_ctx*")}
+    assert wrote == {"loss_ctx.onnx", "loss_ctx.onnx.json", *beside}
+    done = cli("build", "loss_ctx.onnx", *RTX)
+    assert (done.code, "Plugin not found" in done.err) == (2, True)
+
+
 def test_every_option_reaches_the_build(
     cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +80,7 @@ def test_every_option_reaches_the_build(
         "--profile", "y=1", "--compute-capability", "8.9", "--compute-capability", "SM86",
         "--hardware-compatibility", "ampere_plus", "--version-compatible", "--no-strict-nans",
         "--tf32", "--refit", "--strip-plan", "--workspace-mb", 3, "--timing-cache", "t.cache",
-        "--cache-dir", "engines",
+        "--cache-dir", "engines", "--format", "epcontext", "--embed-mode", "0",
     )  # fmt: skip
     assert done.err == "error: enough seen\n"
     assert seen.pop("options") == BuildOptions(
@@ -86,6 +100,8 @@ def test_every_option_reaches_the_build(
         "path": Path("b.engine"),
         "flavour": "tensorrt",
         "profile": ["x=1,2,3", "y=1"],
+        "format": "epcontext",
+        "embed_mode": 0,
         "on_progress": None,  # no terminal, no spinner
     }
 
@@ -112,6 +128,10 @@ def test_defaults_of_the_options(cli: Callable[..., Done], monkeypatch: pytest.M
         (["--no-cache", "--cache-dir", "x"], "--no-cache and --cache-dir exclude each other"),
         ([*RTX, "--timing-cache", "t"], "timing_cache has no effect on tensorrt_rtx"),
         (["--cache-dir", "loss.onnx"], "can't use loss.onnx as an engine cache"),
+        (["--embed-mode", "0"], "--embed-mode goes with --format epcontext"),
+        (["--format", "plan"], "unknown format 'plan'; choose one of engine, epcontext"),
+        (["--format", "epcontext", "-o", "l.engine"], "name it *.onnx, not l.engine"),
+        (["--format", "epcontext", "-o", "loss.onnx"], "is the model it is built from"),
         (["-o", "loss.onnx/l.engine"], "can't write the engine: loss.onnx/l.engine"),
         (["-o", "."], "can't write the engine: . is a folder"),
         (["-o", "loss.onnx"], "loss.onnx is the model it is built from; give another name"),

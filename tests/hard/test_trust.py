@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import pickle
 import re
@@ -23,18 +24,23 @@ from security_page import table
 
 import smoothl1_deploy.errors as errors
 from fuzzing.answers import OUTPUT, FakeServer, answer, inferred
-from fuzzing.damage import foreign, nested, recursive
+from fuzzing.damage import carrying, foreign, nested, recursive
 from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
 from smoothl1_deploy.artefact import read_model
 from smoothl1_deploy.cli.export import parse_shape
 from smoothl1_deploy.errors import ModelWarning
 from smoothl1_deploy.files import write_atomic
+from smoothl1_deploy.graph.metadata import SPEC
+from smoothl1_deploy.model import ATTACHED, Loss, subgraphs
 from smoothl1_deploy.npy import read_archive, read_array
 from smoothl1_deploy.scoring.score import Progress, score_files
 from smoothl1_deploy.scoring.scorer import make_job
 from smoothl1_deploy.scoring.shards import locate
 from smoothl1_deploy.scoring.sources import Location, open_source
 from smoothl1_deploy.serving import Client
+from smoothl1_deploy.serving.canary import make_canary
+from smoothl1_deploy.serving.certify import certify_model
+from smoothl1_deploy.serving.served_graph import serve
 from smoothl1_deploy.tensorrt.engine import read_engine, read_verified
 from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
 
@@ -157,6 +163,68 @@ def _swollen(folder: Path) -> object:
     model.graph.node.add(op_type="Expand", input=["loss", "shape"], output=["wide"])
     assert model.ByteSize() < 3000
     return load(model.SerializeToString())
+
+
+case("an engine inside an ONNX file")(lambda folder: load(carrying("graph")))
+case("an engine in a function's default for a graph")(
+    lambda folder: verify(carrying("default").SerializeToString())
+)
+
+
+@case("an ONNX file that names an engine beside it")
+def _named_engine(folder: Path) -> object:
+    model = carrying("subgraph", "TensorrtExecutionProvider")
+    branch = next(subgraphs(model.graph.node[-1]))
+    branch.node[0].attribute.append(helper.make_attribute("embed_mode", 0))
+    return read_model(_written(folder, "m.onnx", model.SerializeToString()))
+
+
+@case("a file of `build --format epcontext`, one byte changed")
+def _changed_context(folder: Path) -> object:
+    pytest.importorskip("tensorrt_rtx")
+    path = folder / "c.onnx"
+    build_engine(export(LossSpec(), shape=("N", 16)), path, format="epcontext")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return load(path)
+
+
+def _said(key: str, value: object, model: onnx.ModelProto | None = None) -> onnx.ModelProto:
+    """A model whose metadata say something of it."""
+    model = model or attach(foreign(), "hidden", "hidden_gt", LossSpec(reduction="none"))
+    helper.set_model_props(model, {key: json.dumps(value)})
+    return model
+
+
+case("metadata of an attached loss without roles")(
+    lambda folder: attach(
+        _said(ATTACHED, [{"spec": {}, "inputs": {}, "outputs": {}}]), "hidden", "label"
+    )
+)
+case("metadata of attached losses that are no list")(lambda folder: serve(_said(ATTACHED, 1)))
+case("metadata of a spec whose fields have other types")(
+    lambda folder: serve(_said(SPEC, {"beta": [], "reduction": {}}, _sized(4, 16)))
+)
+
+
+@case("metadata of an attached loss that no nodes make, for a certificate")
+def _unmade(folder: Path) -> object:
+    loss = Loss.of(LossSpec()).to_dict() | {"inputs": {"input": "x", "target": "label"}}
+    model = _said(ATTACHED, [loss | {"outputs": {"loss": "w"}}])
+    return certify_model(_written(folder, "m.onnx", model.SerializeToString()))
+
+
+@case("metadata of a spec in another dtype than the graph's, for `serve`")
+def _other_dtype(folder: Path) -> object:
+    model = _said(SPEC, LossSpec(dtype="float64").to_dict(), _sized(4, 16))
+    return make_canary(_written(folder, "m.onnx", model.SerializeToString()), "m", "1")
+
+
+@case("metadata of a spec whose inputs fit no arrays, for `serve`")
+def _unfit_spec(folder: Path) -> object:
+    model = _said(SPEC, {}, foreign())
+    return make_canary(_written(folder, "m.onnx", model.SerializeToString()), "m", "1")
 
 
 def _sized(*dims: int) -> onnx.ModelProto:

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from fuzzing.damage import carrying
 from smoothl1_deploy import LossSpec, attach, export
 from smoothl1_deploy.artefact import sha256
 from smoothl1_deploy.errors import ArtefactError
@@ -196,6 +197,11 @@ FAULTS = {
         lambda root: (root / "mean" / "1" / "model.onnx").write_bytes(b"onnx"),
         "bad-model",
         "model.onnx",
+    ),
+    "an engine inside": (
+        lambda root: onnx.save(carrying("function"), root / "mean" / "1" / "model.onnx"),
+        "engine-inside",
+        "the model carries an engine (4 bytes) for any provider in the node 'F/engine'",
     ),
     "an input called otherwise": (
         edit("mean", ('name: "target"', 'name: "label"')),
