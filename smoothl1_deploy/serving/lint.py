@@ -15,6 +15,7 @@ from typing import Any
 
 from ..artefact import read_model
 from ..errors import ArtefactError, reason_of
+from ..files import read_file
 from ..graph.metadata import CHANGED, is_changed
 from ..model import Loss
 from ..parity.certificate import CertificateStatus, read_certificate
@@ -133,7 +134,7 @@ class Visit:
 
     def _faults(self) -> Iterator[Fault]:
         try:
-            self.config = config = read_config((self.folder / CONFIG_FILE).read_bytes())
+            self.config = config = read_config(read_file(self.folder / CONFIG_FILE))
         except FileNotFoundError:
             yield (
                 "no-config",

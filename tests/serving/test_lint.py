@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -136,6 +137,11 @@ def changed(root: Path) -> None:
     onnx.save(model, path)
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def damaged_metadata(root: Path) -> None:
     path = root / "mean" / "1" / "model.onnx"
     model = onnx.load(path)
@@ -173,6 +179,11 @@ FAULTS = {
         "bad-config",
         'config.pbtxt: not a model config: 2:1 : Message type "inference.ModelConfig" has no '
         'field named "plattform"',
+    ),
+    "a config that is a pipe": (
+        lambda root: pipe(root / "mean" / "config.pbtxt"),
+        "bad-config",
+        "config.pbtxt: it is a folder, a pipe or a device",
     ),
     "no model file": (
         lambda root: (root / "mean" / "1" / "model.onnx").rename(root / "mean" / "1" / "mean.onnx"),

@@ -146,6 +146,7 @@ SOUND = {
     "good": HEAD + X + Y,
     "half": HEAD + X.replace("FP32", "FP16") + Y.replace("FP32", "FP16"),
     "pair": f"{HEAD}{X}{Y}input {port('x2')}",
+    "above": steps(step(model="chain")),
     "chain": steps(step(y="t"), step("t")),
     "gpu": f"{HEAD}{X}{Y}instance_group {{ kind: KIND_GPU gpus: [ 0, 1 ] count: 4 }}",
     "warm": warmup(data='input_data_file: "rows"'),
