@@ -249,5 +249,7 @@ def _lint(folder: Path, tensorrt_version: str | None, as_json: bool) -> None:
             )
         count, models = len(report.findings), len(report.models)
         print_lines([f"{count or 'no'} finding{'s' * (count != 1)} in {models} models"])
+        if report.note:
+            print_lines([f"what Triton itself refuses was not asked: {report.note}"])
     if not report:
         raise typer.Exit(1)

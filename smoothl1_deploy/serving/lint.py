@@ -1,32 +1,35 @@
-"""The lint of a Triton model repository: this tool's or anyone's, without a server.
+"""The lint of a Triton model repository: this tool's or anyone's.
 
-Triton's own parser takes much that its loader refuses, and its loader much that answers wrongly.
-The rules stand in docs/serving-repository.md.
+A Triton says what it refuses; the rules here are for what it takes and answers wrongly. They stand
+in docs/serving-repository.md.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..artefact import read_model
-from ..errors import ArtefactError, CarriedEngineError
+from ..errors import ArtefactError, CarriedEngineError, reason_of
+from ..files import read_file
 from ..graph.metadata import CHANGED, is_changed
-from ..model import Loss
+from ..model import Loss, engines_in
 from ..parity.certificate import CertificateStatus, read_certificate
 from ..tensorrt.sidecar import Sidecar
-from .finding import Finding
-from .lint_config import check_against_file, check_config, model_file
+from .finding import Fault, Finding
+from .lint_config import check_against_file, check_config, kind_of
 from .lint_graph import unguarded
 from .lint_plan import check_versions, read_plan
+from .lint_server import refusals
 from .losses import read_losses
 from .model_config import CONFIG_FILE, read_config
 from .ports import engine_ports, onnx_ports
 
-__all__ = ["LintReport", "lint"]
+__all__ = ["LintReport", "Visit", "lint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,14 @@ class LintReport:
         models: the names of its models.
         findings: in the order of the models.
         certificates: model file, as seen from the repository -> what its certificate says.
+        note: why no Triton was asked what it refuses; empty where one was.
     """
 
     repository: Path
     models: tuple[str, ...]
     findings: tuple[Finding, ...]
     certificates: dict[str, CertificateStatus]
+    note: str
 
     def __bool__(self) -> bool:
         return not self.findings
@@ -56,16 +61,20 @@ class LintReport:
             "models": list(self.models),
             "findings": [finding.to_dict() for finding in self.findings],
             "certificates": {file: status.to_dict() for file, status in self.certificates.items()},
+            "note": self.note,
         }
 
 
-def lint(repository: str | os.PathLike[str], *, tensorrt_version: str | None = None) -> LintReport:
-    """Check every model of a repository.
+def lint(
+    repository: str | os.PathLike[str], *, tensorrt_version: str | None = None, server: bool = True
+) -> LintReport:
+    """Check every model of a repository. Nothing in it is run.
 
     Args:
         repository: a folder of model folders.
         tensorrt_version: of the server that is to load its plans, as far as it is known; without
             it the plans are held against each other.
+        server: have a Triton of this machine load the configs, where there is one.
 
     Raises:
         ArtefactError: when there is no such folder, or it holds no model.
@@ -79,134 +88,121 @@ def lint(repository: str | os.PathLike[str], *, tensorrt_version: str | None = N
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."]
     if not folders:
         raise ArtefactError(f"{root} holds no model; write one with smoothl1-deploy repository")
-    visits = [_Visit(folder) for folder in folders]
+    visits = [Visit(folder) for folder in folders]
     findings = [finding for visit in visits for finding in visit.findings]
     sidecars = {visit.name: visit.sidecar for visit in visits if visit.sidecar is not None}
     findings += check_versions(sidecars, tensorrt_version)
+    refused: dict[str, str] = {}
+    note = "it was not asked"
+    if server:
+        refused, note = refusals([visit for visit in visits if visit.config is not None])
+    findings += [Finding(name, "refused", words) for name, words in refused.items()]
     return LintReport(
         root,
         tuple(visit.name for visit in visits),
-        tuple(findings),
+        tuple(sorted(findings, key=lambda finding: finding.model)),
         {file: status for visit in visits for file, status in visit.certificates.items()},
+        note,
     )
 
 
-class _Visit:
-    """One model folder, looked through."""
+class Visit:
+    """One model folder, looked through.
+
+    Attributes:
+        config: its message; None where it can't be read.
+        kind: backend, platform and file name that Triton completes it to; None for none it knows.
+        versions: the folders that Triton takes for versions: numbers from 1 on.
+        files: the names of what lies in them.
+        sound: version -> its ONNX file, where that can be read and asks for no operator library.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.name = folder.name
+        self.folder = folder
+        self.config: Any = None
+        self.kind: tuple[str, str, str] | None = None
         self.sidecar: Sidecar | None = None
         self.certificates: dict[str, CertificateStatus] = {}
-        self._folder = folder
-        self.findings: list[Finding] = []
-        config = self._config()
-        if config is None:
-            return
-        self.findings += check_config(self.name, config)
-        if config.platform == "ensemble":
-            return
-        for version in self._versions():
-            self.findings += self._check_version(config, version)
+        numbers = [
+            p for p in folder.iterdir() if re.fullmatch("[1-9][0-9]*", p.name) and p.is_dir()
+        ]
+        self.versions = sorted(numbers, key=lambda path: int(path.name))
+        self.files = {path.name for version in self.versions for path in version.iterdir()}
+        self.sound: dict[Path, Path] = {}
+        self.findings = [Finding(self.name, *fault) for fault in self._faults()]
 
-    def _found(self, rule: str, problem: str, remedy: str) -> None:
-        self.findings.append(Finding(self.name, rule, problem, remedy))
-
-    def _config(self) -> Any:
-        path = self._folder / CONFIG_FILE
+    def _faults(self) -> Iterator[Fault]:
         try:
-            return read_config(path.read_bytes())
+            self.config = config = read_config(read_file(self.folder / CONFIG_FILE))
         except FileNotFoundError:
-            self._found(
+            yield (
                 "no-config",
                 f"there is no {CONFIG_FILE}, and a server that guesses one guesses batching too",
-                "write one, or let smoothl1-deploy repository write it",
-            )
-        except OSError as exc:
-            self._found("bad-config", f"{CONFIG_FILE}: {exc.strerror}", "make it readable")
-        except ArtefactError as exc:
-            self._found("bad-config", f"{CONFIG_FILE}: {exc}", "mend the text where it says so")
-        return None
-
-    def _versions(self) -> list[Path]:
-        """The folders that Triton takes for versions: numbers from 1 on."""
-        found = [p for p in self._folder.iterdir() if p.is_dir() and p.name.isdecimal()]
-        found = sorted((p for p in found if p.name[0] != "0"), key=lambda path: int(path.name))
-        if not found:
-            self._found(
-                "no-version",
-                "there is no version folder, and Triton loads nothing without one",
-                f"put the model file into {self.name}/1",
-            )
-        return found
-
-    def _check_version(self, config: Any, version: Path) -> Iterator[Finding]:
-        file = model_file(config)
-        if file is None:  # of a backend that anyone may have written
-            return
-        path = version / file
-        if not path.exists():
-            yield Finding(
-                self.name,
-                "no-model-file",
-                f"version {version.name} has no {file}",
-                f"put it there, or delete the folder {self.name}/{version.name}",
             )
             return
+        except (OSError, ArtefactError) as exc:
+            reason = reason_of(exc) if isinstance(exc, OSError) else exc
+            yield "bad-config", f"{CONFIG_FILE}: {reason}"
+            return
+        yield from check_config(config)
+        self.kind = kind_of(config, self.files)
+        known = config.default_model_filename or (self.kind and self.kind[2])
+        # A plan for each GPU there is may take the place of the one for any.
+        files = sorted(config.cc_model_filenames.values()) or [known]
+        for version in self.versions if config.platform != "ensemble" else ():
+            for file in filter(None, files):
+                if (version / file).exists():
+                    yield from self._check_file(config, version, version / file)
+                else:
+                    yield "no-model-file", f"version {version.name} has no {file}"
+
+    def _check_file(self, config: Any, version: Path, path: Path) -> Iterator[Fault]:
         if path.is_file():
-            yield from self._check_certificate(path, f"{self.name}/{version.name}/{file}")
+            status = read_certificate(path)
+            self.certificates[f"{self.name}/{version.name}/{path.name}"] = status
+            if status.state not in ("absent", "matches"):
+                yield f"{status.state}-certificate", status.message
         if path.suffix == ".onnx":
-            yield from self._check_onnx(config, path / file if path.is_dir() else path)
+            yield from self._check_onnx(
+                config, version, path / path.name if path.is_dir() else path
+            )
         elif path.suffix == ".plan":
-            self.sidecar, findings = read_plan(self.name, path)
-            yield from findings
+            self.sidecar, faults = read_plan(self.name, path)
+            yield from faults
             if self.sidecar is not None:
                 spec = self.sidecar.spec
                 losses = () if spec is None else (Loss.of(spec),)
-                yield from check_against_file(self.name, config, engine_ports(self.sidecar), losses)
+                yield from check_against_file(config, engine_ports(self.sidecar), losses)
 
-    def _check_onnx(self, config: Any, path: Path) -> Iterator[Finding]:
+    def _check_onnx(self, config: Any, version: Path, path: Path) -> Iterator[Fault]:
         try:
             model = read_model(path)
         except CarriedEngineError as exc:
-            remedy = "serve the model that it was built from"
-            yield Finding(self.name, "engine-inside", str(exc), remedy)
+            yield "engine-inside", str(exc)
             return
         except ArtefactError as exc:
-            remedy = "write the file again"
-            yield Finding(self.name, "bad-model", str(exc), remedy)
+            yield "bad-model", str(exc)
             return
+        # No CPU server has the provider of an engine, or is to load what nobody has read.
+        if not config.model_operations.op_library_filename and not engines_in(model):
+            self.sound[version] = path
         losses: tuple[Loss, ...] = ()
         try:
             losses = read_losses(model)
         except ArtefactError as exc:
-            remedy = "write the model again with smoothl1-deploy repository"
-            yield Finding(self.name, "damaged-metadata", str(exc), remedy)
+            yield "damaged-metadata", str(exc)
         if is_changed(model) and read_certificate(path).state != "matches":
-            remedy = f"smoothl1-deploy verify {path} --certificate; a green certificate settles it"
-            yield Finding(self.name, "changed-model", CHANGED, remedy)
+            yield "changed-model", CHANGED
         ports = onnx_ports(model)
-        yield from check_against_file(self.name, config, ports, losses)
+        yield from check_against_file(config, ports, losses)
         # Where Triton batches, it holds the rows of the inputs against each other itself.
         several = any(port.dims is not None and port.dims.count(-1) > 1 for port in ports.inputs)
         for target, input in (
             unguarded(model, losses) if not config.max_batch_size or several else ()
         ):
-            yield Finding(
-                self.name,
+            yield (
                 "missing-guard",
                 f"a {target!r} of one row would be broadcast to the rows of {input!r}, and the "
                 "answer be wrong with status 200",
-                f"put Reshape({target}, Shape({input})) before the loss: smoothl1-deploy "
-                "repository --model does",
-            )
-
-    def _check_certificate(self, path: Path, shown: str) -> Iterator[Finding]:
-        status = self.certificates[shown] = read_certificate(path)
-        if status.state not in ("absent", "matches"):
-            yield Finding(
-                self.name,
-                f"{status.state}-certificate",
-                status.message,
-                "write a new one with smoothl1-deploy verify --certificate",
             )

@@ -1,155 +1,115 @@
-"""What the lint asks of a `config.pbtxt`: by itself, and against the file it configures."""
+"""What Triton accepts and is wrong in a `config.pbtxt`: by itself, and against its model file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Container, Iterator
 from typing import Any
 
 from ..model import Loss
-from .finding import Finding
+from .finding import Fault
 from .losses import why_unbatched
 from .ports import ModelPorts, TensorPort
 from .repository import ONNX_FILE, PLAN_FILE
 
-__all__ = ["PLATFORM_FILES", "check_against_file", "check_config", "model_file"]
+__all__ = ["BACKENDS", "check_against_file", "check_config", "kind_of"]
 
-#: Platform of Triton's -> the file it looks for in a version folder; None for none.
-PLATFORM_FILES: dict[str, str | None] = {
-    "onnxruntime_onnx": ONNX_FILE,
-    "tensorrt_plan": PLAN_FILE,
-    "tensorflow_graphdef": "model.graphdef",
-    "tensorflow_savedmodel": "model.savedmodel",
-    "pytorch_libtorch": "model.pt",
-    "ensemble": None,
-}
-#: Backends may be anyone's; of these the file is known.
-_BACKEND_FILES = {
-    "onnxruntime": ONNX_FILE,
-    "tensorrt": PLAN_FILE,
-    "python": "model.py",
-    "openvino": "model.xml",
-}
+#: Backend, platform, and the file it looks for in a version folder. A backend without a platform
+#: takes any. Source: `AutoCompleteBackendFields` of Triton's model_config_utils.cc.
+_KINDS = (
+    ("onnxruntime", "onnxruntime_onnx", ONNX_FILE),
+    ("tensorrt", "tensorrt_plan", PLAN_FILE),
+    ("tensorflow", "tensorflow_savedmodel", "model.savedmodel"),
+    ("tensorflow", "tensorflow_graphdef", "model.graphdef"),
+    ("pytorch", "pytorch_libtorch", "model.pt"),
+    ("pytorch", "torch_aoti", "model.pt2"),
+    ("openvino", "", "model.xml"),
+    ("python", "", "model.py"),
+)
+#: The backends whose files are known; others may be anyone's.
+BACKENDS = frozenset(backend for backend, _, _ in _KINDS)
 
 
-def model_file(config: Any) -> str | None:
-    """The file a version folder must hold; None where there is none, or none that we know."""
-    if config.platform == "ensemble":
-        return None
-    known = PLATFORM_FILES.get(config.platform) or _BACKEND_FILES.get(config.backend)
-    return str(config.default_model_filename) or known
+def kind_of(config: Any, files: Container[str]) -> tuple[str, str, str] | None:
+    """Backend, platform and file name of a config, as Triton completes it; None where it can't.
+
+    Args:
+        config: its message.
+        files: names of what lies in a version folder; they count where the config leaves it open.
+    """
+    given = config.default_model_filename
+    if config.backend:
+        pairs = (config.backend, config.platform)
+        fits = [kind for kind in _KINDS if pairs in ((kind[0], kind[1] or pairs[1]), (kind[0], ""))]
+    elif config.platform:
+        fits = [kind for kind in _KINDS if config.platform == kind[1]]
+    else:
+        fits = [kind for kind in _KINDS if kind[2] in ((given,) if given else files)]
+    return next((kind for kind in fits if kind[2] in files), fits[0] if fits else None)
 
 
-def check_config(model: str, config: Any) -> Iterator[Finding]:
-    """What is wrong with a config by itself; `model` is the name of its folder."""
-    if config.name and config.name != model:
-        yield Finding(
-            model,
-            "wrong-name",
-            f"the config says name: {config.name!r}, and the folder is called {model!r}",
-            "rename one of them; Triton refuses a model whose names differ",
-        )
-    if config.platform and config.platform not in PLATFORM_FILES:
-        yield Finding(
-            model,
-            "unknown-platform",
-            f"Triton has no platform {config.platform!r}",
-            f"write one of {', '.join(PLATFORM_FILES)}, or name a backend instead",
-        )
-    if not config.platform and not config.backend:
-        yield Finding(
-            model,
-            "unknown-platform",
-            "the config names neither a platform nor a backend",
-            'write platform: "onnxruntime_onnx" for a model.onnx',
-        )
-    batch = config.max_batch_size
-    if batch < 0:
-        yield Finding(
-            model,
-            "negative-max-batch-size",
-            f"max_batch_size is {batch}",
-            "write 0 for no batching, or the number of rows a batch may have",
-        )
-    for port in (*config.input, *config.output):
-        if not port.dims:
-            yield Finding(
-                model,
-                "empty-dims",
-                f"{port.name!r} has no dims, and Triton refuses them",
-                "give the graph a tensor of shape [1] in the place of a number (smoothl1-deploy "
-                "repository does), and write dims: [ 1 ]",
+def check_config(config: Any) -> Iterator[Fault]:
+    """What is wrong with a config by itself."""
+    most = max(config.max_batch_size, 1)
+    for sample in config.model_warmup:
+        if sample.batch_size > most:
+            yield (
+                "warmup-batch",
+                f"the warm-up {sample.name!r} sends {sample.batch_size} requests in one batch, and "
+                f"the model takes {most}; Triton 2.51 hangs or crashes over it",
             )
-        elif port.HasField("reshape") and not port.reshape.shape and batch == 0:
-            yield Finding(
-                model,
-                "empty-dims",
-                f"{port.name!r} is reshaped to no dims, which Triton refuses without batching",
-                "give the graph a tensor of shape [1] and leave reshape out",
-            )
-    preferred = [n for n in config.dynamic_batching.preferred_batch_size if not 0 < n <= batch]
-    if preferred and batch >= 0:
-        yield Finding(
-            model,
-            "preferred-above-maximum",
-            f"preferred_batch_size {', '.join(map(str, preferred))} lies outside 1 to "
-            f"max_batch_size, which is {batch}",
-            "leave preferred_batch_size out: a queue delay alone batches what waits",
-        )
+    for name in config.model_operations.op_library_filename:
+        if not os.path.isfile(name):
+            yield "operator-library", f"the server is to load the library {name!r}; there is none"
 
 
-def check_against_file(
-    model: str, config: Any, ports: ModelPorts, losses: tuple[Loss, ...]
-) -> Iterator[Finding]:
+def check_against_file(config: Any, ports: ModelPorts, losses: tuple[Loss, ...]) -> Iterator[Fault]:
     """Where a config and the inputs and outputs of its model file differ."""
-    yield from _check_batching(model, config, ports, losses)
-    for kind, field, known in (
-        ("input", config.input, ports.inputs),
-        ("output", config.output, ports.outputs),
+    yield from _check_batching(config, ports, losses)
+    inputs = {port.name: port for port in (*ports.inputs, *ports.defaults)}
+    outputs = {port.name: port for port in ports.outputs}
+    for kind, entries, known in (
+        ("input", config.input, inputs),
+        ("output", config.output, outputs),
     ):
-        by_name = {port.name: port for port in known}
-        for entry in field:
-            port = by_name.get(entry.name)
-            if port is None:
-                yield Finding(
-                    model,
-                    "unknown-tensor",
-                    f"the config has the {kind} {entry.name!r}, the model has "
-                    f"{', '.join(map(repr, by_name)) or 'none'}",
-                    "write the names as the model has them",
-                )
+        for entry in entries:
+            if entry.name in known:
+                yield from _check_port(kind, entry, known[entry.name], config.max_batch_size > 0)
             else:
-                yield from _check_port(model, kind, entry, port, config.max_batch_size)
-        missing = set(by_name) - {entry.name for entry in field}
-        for name in sorted(missing) if kind == "input" else ():
-            yield Finding(
-                model,
-                "missing-input",
-                f"the model takes the input {name!r}, and the config doesn't have it",
-                "add it, or let smoothl1-deploy repository write the config",
-            )
+                has = ", ".join(map(repr, known)) or "none"
+                yield (
+                    "unknown-tensor",
+                    f"the config has the {kind} {entry.name!r}, the model has {has}",
+                )
+    for name in sorted({port.name for port in ports.inputs} - set(_fed(config))):
+        yield (
+            "missing-input",
+            f"the model takes the input {name!r}, and the config doesn't have it",
+        )
 
 
-def _check_batching(
-    model: str, config: Any, ports: ModelPorts, losses: Iterable[Loss]
-) -> Iterator[Finding]:
-    if config.max_batch_size <= 0 and not config.HasField("dynamic_batching"):
-        return
-    losses = tuple(losses)
-    reason = why_unbatched(losses, ports)
+def _fed(config: Any) -> Iterator[str]:
+    """The inputs that a server gives a model: its callers', and those that it makes itself."""
+    yield from (port.name for port in config.input)
+    yield from (port.name for port in config.sequence_batching.control_input)
+    yield from (state.input_name for state in config.sequence_batching.state)
+    yield from (name for port in config.batch_input for name in port.target_name)
+
+
+def _check_batching(config: Any, ports: ModelPorts, losses: tuple[Loss, ...]) -> Iterator[Fault]:
+    dynamic = config.HasField("dynamic_batching")
+    reason = why_unbatched(losses, ports) if config.max_batch_size > 0 or dynamic else None
     if reason is None:
         return
     reduces = any(
         loss.spec.reduction != "none" and not loss.spec.per_sample for loss in losses
     ) or any(_without_rows(port) for port in ports.outputs)
     if config.max_batch_size > 0 or reduces:
-        yield Finding(
-            model,
+        yield (
             "batched-reduction" if reduces else "not-batchable",
             f"max_batch_size is {config.max_batch_size}"
-            + (" and dynamic_batching is on" if config.HasField("dynamic_batching") else "")
+            + (" and dynamic_batching is on" if dynamic else "")
             + f", but {reason}",
-            "write max_batch_size: 0, leave dynamic_batching out, and give every dims its axis of "
-            "rows (-1); for one score a row export with --per-sample",
         )
 
 
@@ -157,41 +117,24 @@ def _without_rows(port: TensorPort) -> bool:
     return port.dims is not None and (not port.dims or port.dims[0] != -1)
 
 
-def _check_port(
-    model: str, kind: str, entry: Any, port: TensorPort, max_batch_size: int
-) -> Iterator[Finding]:
+def _check_port(kind: str, entry: Any, port: TensorPort, batched: bool) -> Iterator[Fault]:
     names = type(entry).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
     given = names[entry.data_type].name if entry.data_type in names else str(entry.data_type)
     if given != port.data_type:
-        yield Finding(
-            model,
+        yield (
             "wrong-dtype",
             f"the config has the {kind} {entry.name!r} as {given}, the model as {port.data_type}",
-            f"write data_type: {port.data_type}",
         )
     ragged = kind == "input" and (entry.allow_ragged_batch or entry.is_shape_tensor)
-    batched = max_batch_size > 0
-    # No dims and no rows are findings of their own.
+    # A graph without rows is a finding of its own, and Triton refuses what has no dims.
     if port.dims is None or not entry.dims or ragged or (batched and _without_rows(port)):
         return
-    dims = list(entry.reshape.shape if entry.HasField("reshape") else entry.dims)
-    whole = [-1, *dims] if batched else dims
-    rows = " after the rows of a batch" if batched else ""
-    shown = list(port.dims[1:] if batched else port.dims)
-    if len(whole) != len(port.dims):
-        yield Finding(
-            model,
-            "wrong-rank",
-            f"the {kind} {entry.name!r} has the dims {dims}{rows}, in the model {shown}",
-            f"write dims: {shown}"
-            if shown
-            else "give the graph a tensor of shape [1] in its place: smoothl1-deploy repository "
-            "--model does",
-        )
-    elif any(own not in (-1, dim) for own, dim in zip(port.dims, whole, strict=True)):
-        yield Finding(
-            model,
+    dims = [*[-1] * batched, *(entry.reshape.shape if entry.HasField("reshape") else entry.dims)]
+    if len(dims) != len(port.dims) or any(
+        own not in (-1, dim) for own, dim in zip(port.dims, dims, strict=True)
+    ):
+        rows = " with the rows of a batch" if batched else ""
+        yield (
             "wrong-dims",
-            f"the {kind} {entry.name!r} has the dims {dims}{rows}, in the model {shown}",
-            f"write dims: {shown}",
+            f"the {kind} {entry.name!r} has the dims {dims}{rows}, in the model {[*port.dims]}",
         )

@@ -12,43 +12,38 @@ from ..artefact import sha256
 from ..errors import ArtefactError
 from ..tensorrt.engine import read_verified
 from ..tensorrt.sidecar import Sidecar, sidecar_path
-from .finding import Finding
+from .finding import Fault, Finding
 from .repository import ONNX_FILE
 
 __all__ = ["check_versions", "read_plan"]
 
 
-def read_plan(model: str, plan: Path) -> tuple[Sidecar | None, list[Finding]]:
+def read_plan(model: str, plan: Path) -> tuple[Sidecar | None, list[Fault]]:
     """The sidecar of a plan, where it has one that fits it, and what is wrong with the pair."""
     if not sidecar_path(plan).exists():
         return None, []
     try:
         sidecar = read_verified(plan).sidecar
     except ArtefactError as exc:
-        remedy = "copy the plan and its sidecar again, or build it again"
-        return None, [Finding(model, "damaged-plan", str(exc), remedy)]
+        return None, [("damaged-plan", str(exc))]
     return sidecar, list(_check_plan(model, plan, sidecar))
 
 
-def _check_plan(model: str, plan: Path, sidecar: Sidecar) -> Iterator[Finding]:
+def _check_plan(model: str, plan: Path, sidecar: Sidecar) -> Iterator[Fault]:
     if sidecar.flavour != "tensorrt":
-        yield Finding(
-            model,
+        yield (
             "other-tensorrt",
             f"{plan.name} was built by {sidecar.flavour} {sidecar.version}, and Triton's backend "
             "loads plans of tensorrt alone",
-            "build it with --flavour tensorrt in the container that serves it",
         )
     origin = plan.parents[2] / model.removesuffix("_trt") / plan.parent.name / ONNX_FILE
     if not model.endswith("_trt") or not origin.is_file():
         return
     if sha256(origin.read_bytes()) != sidecar.onnx_sha256:
-        yield Finding(
-            model,
+        yield (
             "stale-plan",
             f"{plan.name} was built from another graph than {'/'.join(origin.parts[-3:])}, the "
             "model it is named after",
-            "build it again from that file",
         )
 
 
@@ -63,22 +58,14 @@ def check_versions(sidecars: Mapping[str, Sidecar], version: str | None) -> Iter
     own = {name: car for name, car in sidecars.items() if car.flavour == "tensorrt"}
     versions = sorted({car.version for car in own.values()})
     for model, car in own.items():
+        other = None
         if version is not None:
-            if not _runs(car, version):
-                yield Finding(
-                    model,
-                    "other-tensorrt",
-                    f"its plan was built by TensorRT {car.version}, the server has {version}",
-                    "build it in the container that serves it, or serve it with that version",
-                )
+            other = None if _runs(car, version) else f"the server has {version}"
         elif len(versions) > 1:
-            yield Finding(
-                model,
-                "other-tensorrt",
-                f"its plan was built by TensorRT {car.version}, and the plans of this repository "
-                f"by {' and '.join(versions)}; a server has one TensorRT",
-                "build them all in the container that serves them",
-            )
+            other = f"the plans of this repository by {' and '.join(versions)}; a server has one"
+        if other:
+            problem = f"its plan was built by TensorRT {car.version}, {other}"
+            yield Finding(model, "other-tensorrt", problem)
 
 
 def _runs(sidecar: Sidecar, version: str) -> bool:

@@ -6,26 +6,17 @@ platform, max_batch_size, inputs, outputs, dynamic_batching, instance_group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArtefactError, SpecError, require
 from .ports import ModelPorts, TensorPort
 
-__all__ = ["CONFIG_FILE", "Platform", "dump_config", "make_config", "read_config"]
+__all__ = ["CONFIG_FILE", "dump_config", "make_config", "read_config"]
 
 CONFIG_FILE = "config.pbtxt"
 
 #: A request waits this long for others to join its batch. See docs/serving-repository.md.
 _QUEUE_DELAY_US = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Platform:
-    """A platform of Triton's and the file it expects in a version folder."""
-
-    name: str
-    file: str
 
 
 def _messages() -> Any:

@@ -47,10 +47,11 @@ class TensorPort:
 
 @dataclass(frozen=True, slots=True)
 class ModelPorts:
-    """The inputs and outputs of a model file."""
+    """The inputs and outputs of a model file; `defaults` are inputs that it has values for."""
 
     inputs: tuple[TensorPort, ...]
     outputs: tuple[TensorPort, ...]
+    defaults: tuple[TensorPort, ...] = ()
 
 
 def _onnx_port(value: onnx.ValueInfoProto) -> TensorPort:
@@ -64,8 +65,11 @@ def _onnx_port(value: onnx.ValueInfoProto) -> TensorPort:
 
 def onnx_ports(model: onnx.ModelProto) -> ModelPorts:
     """Those of an ONNX graph."""
-    ports = (tuple(map(_onnx_port, values)) for values in (inputs_of(model), outputs_of(model)))
-    return ModelPorts(*ports)
+    inputs, outputs = (
+        tuple(map(_onnx_port, values)) for values in (inputs_of(model), outputs_of(model))
+    )
+    defaults = tuple(filter(lambda port: port not in inputs, map(_onnx_port, model.graph.input)))
+    return ModelPorts(inputs, outputs, defaults)
 
 
 def engine_ports(sidecar: Sidecar) -> ModelPorts:

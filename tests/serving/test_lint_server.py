@@ -1,0 +1,281 @@
+"""What Triton says of a repository, asked once for all of it; nothing that lies in it is run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.errors import MissingDependencyError
+from smoothl1_deploy.serving import lint_server
+from smoothl1_deploy.serving.install import Triton
+from smoothl1_deploy.serving.lint import LintReport, lint
+from smoothl1_deploy.serving.repository import write_loss
+
+pytest.importorskip("tritonclient", reason="the extra serve")
+
+
+def port(name: str, dtype: str = "FP32", dims: str = "4", more: str = "") -> str:
+    return f'{{ name: "{name}" data_type: TYPE_{dtype} dims: [ {dims} ] {more} }} '
+
+
+X, Y = f"input {port('x')}", f"output {port('y')}"
+NAMES = 'label_filename: "names"'
+HEAD = 'backend: "python" max_batch_size: 8 '
+ENSEMBLE = f'platform: "ensemble" max_batch_size: 8 {X}{Y}'
+
+
+def warmup(name: str = "x", dtype: str = "FP32", data: str = "zero_data: true") -> str:
+    value = f"data_type: TYPE_{dtype} dims: [ 4 ] {data}"
+    inputs = f'inputs {{ key: "{name}" value {{ {value} }} }}'
+    return f'{HEAD}{X}{Y}model_warmup {{ name: "w" batch_size: 1 {inputs} }}'
+
+
+def steps(*steps: str, head: str = ENSEMBLE) -> str:
+    return f"{head}ensemble_scheduling {{ {' '.join(steps)} }}"
+
+
+def step(x: str = "x", y: str = "y", model: str = "good", version: int = -1, key: str = "x") -> str:
+    return (
+        f'step {{ model_name: "{model}" model_version: {version} '
+        f'input_map {{ key: "{key}" value: "{x}" }} output_map {{ key: "y" value: "{y}" }} }}'
+    )
+
+
+#: A model -> its config and a part of the words with which Triton refuses it.
+REFUSED = {
+    # Ensembles.
+    "no_steps": (steps(), "must specify 'step'"),
+    "no_scheduling": (ENSEMBLE, "ensemble scheduling must be set"),
+    "no_such_step": (
+        steps(step(model="nobody")),
+        "models that are not available or ambiguous: nobody",
+    ),
+    "no_such_version": (steps(step(version=7)), "'good' whose required version 7 is not loaded"),
+    "nothing_mapped": (
+        steps('step { model_name: "good" model_version: -1 output_map { key: "y" value: "y" } }'),
+        "must specify 'input_map' in step 0",
+    ),
+    "input_not_mapped": (steps(step(model="pair")), "input x2 in model pair is not mapped"),
+    "no_such_input": (steps(step(key="z")), "mapping to non-existing input z in model good"),
+    "nobody_makes": (steps(step(y="t"), step("u")), "'u', is not connected"),
+    "nobody_reads": (steps(step(), head=f"{ENSEMBLE}input {port('z')}"), "input 'z' for ensemble"),
+    "two_make": (steps(step(), step()), "can appear in an output map only once"),
+    "other_dtype": (steps(step(y="t"), step("t", model="half")), "inconsistent data type"),
+    "other_dims": (steps(step(), head=ENSEMBLE.replace("4", "5")), "inconsistent shape"),
+    "larger_batch": (
+        steps(step(), head=ENSEMBLE.replace("8", "16")),
+        "contains model good which only allows maximum batch size to be 8",
+    ),
+    "cycle": (steps(step("b", "a"), step("a", "b"), step()), "tensor 'b' is unused"),
+    "itself": (steps(step(model="itself")), "circular dependency"),
+    "ring": (steps(step(model="second_of_ring")), "circular dependency between ensembles"),
+    "second_of_ring": (steps(step(model="ring")), "second_of_ring"),
+    "refused_step": (steps(step(model="zero")), "not available or ambiguous: zero"),
+    "instances": (f"{steps(step())} instance_group {{ }}", "instance group should not be"),
+    "with_backend": (f'backend: "mine" {steps(step())}', "empty backend type"),
+    # Warm-ups.
+    "warmup_input": (warmup("z"), "missing required input(s) ['x']"),
+    "warmup_dtype": (warmup(dtype="FP16"), "data-type is 'FP16', but model"),
+    "warmup_file": (
+        warmup(data='input_data_file: "rows"'),
+        "read warmup_file/warmup/rows: No such",
+    ),
+    # Tensors.
+    "zero": (f"{HEAD}{X}output {port('y', dims='0')}", "must be integer >= 1, or -1"),
+    "minus_two": (f"{HEAD}{X}output {port('y', dims='-2')}", "must be integer >= 1, or -1"),
+    "no_dims": (f"{HEAD}{X}output {port('y', dims='')}", "must specify 'dims'"),
+    "no_dtype": (f"{HEAD}{X}output {{ name: 'y' dims: [ 4 ] }}", "must specify 'data_type'"),
+    "no_name": (f"{HEAD}{X}output {port('')}", "model output must specify 'name'"),
+    "volume": (
+        f"{HEAD}{Y}input {port('x', more='reshape { shape: 3 }')}",
+        "different size for dims",
+    ),
+    "rank_zero": (
+        f"{HEAD.replace('8', '0')}{Y}input {port('x', dims='1', more='reshape { }')}",
+        "cannot have empty reshape for non-batching model",
+    ),
+    "label": (
+        f"{HEAD}{X}output {port('y', more=NAMES)}",
+        "read label/names: No",
+    ),
+    # The rest of a config.
+    "another": (
+        f'name: "one" {HEAD}{X}{Y}',
+        "'another' for model 'one', directory name must equal",
+    ),
+    "unknown_platform": (f'platform: "onnx" {X}{Y}', "unexpected platform type 'onnx'"),
+    "no_platform": (f"{X}{Y}", "Could not determine backend for model 'no_platform'"),
+    "not_its_platform": (
+        f'backend: "onnxruntime" platform: "a" {X}{Y}',
+        "'platform' and 'backend' pair",
+    ),
+    "versionless": (
+        f"{HEAD}{X}{Y}version_policy {{ specific {{ }} }}",
+        "at least one version must be",
+    ),
+    "negative": (f"{HEAD.replace('8', '-1')}{X}{Y}", "'max_batch_size' must be non-negative"),
+    "preferred": (
+        f"{HEAD}{X}{Y}dynamic_batching {{ preferred_batch_size: 9 }}",
+        "preferred size must be <= max batch size",
+    ),
+    "priority": (
+        f"{HEAD}{X}{Y}dynamic_batching {{ priority_levels: 2 }}",
+        "default priority level must be in range [1, 2]",
+    ),
+    "cpu_gpus": (
+        f"{HEAD}{X}{Y}instance_group {{ kind: KIND_CPU gpus: [ 0 ] }}",
+        "has kind KIND_CPU but specifies one or more GPUs",
+    ),
+    "control": (
+        f"{HEAD}{X}{Y}sequence_batching {{ control_input {{ name: 'a' control {{ }} }} }}",
+        "must specify either 'int32_false_true'",
+    ),
+    # ONNX Runtime's own.
+    "operator": (f'platform: "onnxruntime_onnx" {X}{Y}', "Frob"),
+}
+
+#: Models that Triton loads, and that are as they should be, whatever machine looks at them.
+SOUND = {
+    "good": HEAD + X + Y,
+    "half": HEAD + X.replace("FP32", "FP16") + Y.replace("FP32", "FP16"),
+    "pair": f"{HEAD}{X}{Y}input {port('x2')}",
+    "above": steps(step(model="chain")),
+    "chain": steps(step(y="t"), step("t")),
+    "gpu": f"{HEAD}{X}{Y}instance_group {{ kind: KIND_GPU gpus: [ 0, 1 ] count: 4 }}",
+    "warm": warmup(data='input_data_file: "rows"'),
+    "labelled": f"{HEAD}{X}output {port('y', more=NAMES)}",
+    # What used to be found wrong, from NVIDIA's own examples.
+    "control_input": 'platform: "onnxruntime_onnx" max_batch_size: 8 '
+    + f"{X}{Y}sequence_batching {{ control_input {{ name: 'START' control {{ "
+    + "kind: CONTROL_SEQUENCE_START fp32_false_true: [ 0, 1 ] } } }",
+    "state": f'platform: "onnxruntime_onnx" max_batch_size: 8 {X}{Y}'
+    + "sequence_batching { state { input_name: 'START' output_name: 'END' data_type: TYPE_FP32 "
+    + "dims: [ 4 ] } }",
+    "batch_input": f'platform: "onnxruntime_onnx" max_batch_size: 8 {X}{Y}'
+    + "batch_input { kind: BATCH_ELEMENT_COUNT target_name: 'START' data_type: TYPE_FP32 "
+    + "source_input: 'x' }",
+    "initialiser": f'backend: "onnxruntime" {X.replace("4", "-1, 4")}{Y.replace("4", "-1, 4")}'
+    + f"input {port('START', dims='1, 4')}",
+    "by_capability": 'backend: "tensorrt" cc_model_filenames { key: "8.0" value: "a.plan" } '
+    + f"{Y}input {port('x', more='is_shape_tensor: true')}",
+    "any_platform": f'backend: "mine" platform: "whatever" {X}{Y}',
+    "guessed": X.replace("4", "-1, 4") + Y.replace("4", "-1, 4"),
+    "newer": f"{HEAD}{X}{Y}model_metrics {{ metric_control {{ metric_identifier {{ }} }} }}",
+}
+
+
+def graph(extra: bool = False, value: bool = False, operator: str = "Abs") -> onnx.ModelProto:
+    """`x` to `y`, rows of four, where asked with an input `START` of which it may have a value."""
+
+    def info(name: str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4])
+
+    inputs = [info("x")]
+    weights = []
+    if value:
+        inputs.append(helper.make_tensor_value_info("START", TensorProto.FLOAT, [1, 4]))
+        weights.append(helper.make_tensor("START", TensorProto.FLOAT, [1, 4], [0.0] * 4))
+    elif extra:
+        inputs.append(info("START"))
+    nodes = [helper.make_node(operator, ["x"], ["y"])]
+    if extra or value:
+        nodes.append(helper.make_node("Abs", ["START"], ["END"]))
+    made = helper.make_graph(nodes, "g", inputs, [info("y")], weights)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory, triton: Triton) -> Iterator[LintReport]:
+    """All of them in one repository, in which whatever is run leaves a file `ran`."""
+    root = tmp_path_factory.mktemp("asked")
+    models = root / "models"
+    ran = f"open({str(root / 'ran')!r}, 'w')\n"
+    configs = SOUND | {name: config for name, (config, _) in REFUSED.items()}
+    # A name, a version that no int64 holds, and fields that would have a server run something.
+    configs[f"$(touch {root.name}-ran)"] = HEAD + X + Y
+    configs["too_many"] = HEAD + X + Y
+    configs["too_large"] = warmup().replace("dims: [ 4 ] zero", "dims: [ 99999999999 ] zero")
+    configs["runs"] = (
+        f'backend: "../../mine" {X}{Y}model_repository_agents {{ agents {{ name: "mine" }} }}'
+        f'parameters {{ key: "EXECUTION_ENV_PATH" value {{ string_value: "{root}/env.tar.gz" }} }}'
+        'model_operations { op_library_filename: "/no/ops.so" } runtime: "libtriton_mine.so"'
+    )
+    configs["outside"] = steps(step(model="../outside"))
+    (root / "outside" / "1").mkdir(parents=True)
+    (root / "outside" / "config.pbtxt").write_text(HEAD + X + Y)
+    (root / "outside" / "1" / "model.py").write_text(ran)
+    for name, config in configs.items():
+        version = models / name / ("1" if name != "too_many" else "9" * 20)
+        version.mkdir(parents=True)
+        (models / name / "config.pbtxt").write_text(config)
+        if "ensemble" not in config and name not in ("guessed", "no_platform"):
+            (version / "model.py").write_text(ran)
+            (version / "libtriton_mine.so").write_bytes(b"\x7fELF")
+        (version / "a.plan").write_bytes(b"plan")
+    for name in ("control_input", "state", "batch_input"):
+        onnx.save(graph(extra=True), models / name / "1" / "model.onnx")
+    onnx.save(graph(value=True), models / "initialiser" / "1" / "model.onnx")
+    onnx.save(graph(), models / "guessed" / "1" / "model.onnx")
+    onnx.save(graph(operator="Frob"), models / "operator" / "1" / "model.onnx")
+    (models / "labelled" / "names").write_text("a\nb\n")
+    (models / "warm" / "warmup").mkdir()
+    (models / "warm" / "warmup" / "rows").write_bytes(bytes(16))
+    with pytest.MonkeyPatch.context() as patch:  # others leave theirs in the system's own folder
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        report = lint(models)
+        left = os.listdir(tempfile.gettempdir())
+    yield report
+    assert not (root / "ran").exists()
+    assert not Path(f"{root.name}-ran").exists()
+    assert not [name for name in left if name.startswith("smoothl1-deploy")]
+
+
+def test_each_config_that_triton_refuses_is_found_with_its_words(asked: LintReport) -> None:
+    found = {f.model: f.problem for f in asked.findings if f.rule == "refused"}
+    missed = {
+        name: found.get(name)
+        for name, (_, words) in REFUSED.items()
+        if words not in found.get(name, "") or not found[name].startswith("Triton says: ")
+    }
+    assert not missed
+    assert asked.note == ""
+
+
+def test_what_triton_loads_is_refused_for_nothing(asked: LintReport) -> None:
+    assert [finding for finding in asked.findings if finding.model in SOUND] == []
+
+
+def test_a_model_over_which_the_server_crashes_is_told_and_the_others_are_asked(
+    asked: LintReport,
+) -> None:
+    found = {finding.model: finding.problem for finding in asked.findings}
+    for name in ("too_many", "too_large"):
+        assert found[name].startswith("Triton says: nothing, and crashes or hangs"), name
+
+
+def test_nothing_of_a_stranger_is_run_or_named_in_a_path(asked: LintReport) -> None:
+    """The fixture looks for what a run would have left."""
+    found = {finding.model: finding.rule for finding in asked.findings}
+    assert not [name for name in found if name.startswith("$(")]
+    assert found["runs"] == "operator-library"
+    (outside,) = [finding for finding in asked.findings if finding.model == "outside"]
+    assert "not available or ambiguous: ../outside" in outside.problem
+
+
+def test_without_a_server_the_lint_says_what_it_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> Triton:
+        raise MissingDependencyError("there is no Triton Inference Server")
+
+    monkeypatch.setattr(lint_server, "find_triton", none)
+    write_loss(tmp_path, LossSpec(), name="mean")
+    report = lint(tmp_path)
+    assert report and report.note == "there is no Triton Inference Server"
