@@ -178,6 +178,8 @@ def score(
             if done:
                 print_note(f"{done} % are done and kept; the same command goes on from there")
             raise
+    if per_sample and output is None:
+        print_note("no scores were written; -o scores.npy writes them")
     _show(result, as_json)
 
 
