@@ -152,11 +152,14 @@ def score(
             raise SpecError("--dtype is the model's own; leave it out")
         job = _job_of_model(model, beta, reduction, per_sample, backend, threads)
         located = locate(given, names, job.spec.dtype)
-    done = 0
+    done, forgotten = 0, None
     with _progress() as show:
 
         def tell(progress: Progress) -> None:
-            nonlocal done
+            nonlocal done, forgotten
+            if progress.forgotten and not forgotten:
+                print_note(progress.forgotten)
+            forgotten = progress.forgotten
             done = progress.done * 100 // max(progress.total, 1)
             show(progress)
 
@@ -172,7 +175,8 @@ def score(
                 on_progress=tell,
             )
         except KeyboardInterrupt:
-            print_note(f"interrupted with {done} % done; the same command goes on from there")
+            again = "begins again" if forgotten else "goes on from there"
+            print_note(f"interrupted with {done} % done; the same command {again}")
             raise typer.Exit(_INTERRUPTED) from None
         except OutputError:
             if done:

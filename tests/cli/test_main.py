@@ -56,6 +56,32 @@ def test_the_examples_in_the_help_work(cli: Callable[..., Done], pair: object) -
     assert Path("loss.onnx").is_file()
 
 
+def test_python_without_asserts_and_docstrings_changes_nothing() -> None:
+    """Docstrings are read: for the functions in a model, for --help, for the report."""
+    code = (
+        "import hashlib\n"
+        "from smoothl1_deploy import LossSpec, export\n"
+        "from smoothl1_deploy.cli import main\n"
+        "from smoothl1_deploy.parity.views.glossary import FAMILIES, family_meaning\n"
+        "specs = [LossSpec(), LossSpec(0.0, 'none', gradient=True), LossSpec(dtype='float64')]\n"
+        "models = [export(s, route) for s in specs for route in ('function', 'inlined')]\n"
+        "data = [model.SerializeToString(deterministic=True) for model in models]\n"
+        "print([hashlib.sha256(each).hexdigest() for each in data])\n"
+        "print([*map(family_meaning, FAMILIES)])\n"
+        "for words in ([], ['parity'], ['cache']):\n"
+        "    main([*words, '--help'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    told = {
+        subprocess.run(
+            [sys.executable, *flags, "-c", code], env=environment, capture_output=True, check=True
+        ).stdout
+        for flags in ([], ["-O"], ["-OO"])
+    }
+    (text,) = told
+    assert b"list   Show the engines" in text
+
+
 def test_help_imports_nothing_heavy() -> None:
     heavy = ("numpy", "ml_dtypes", "onnx", "onnxscript", "torch", "onnxruntime", "tensorrt_rtx")
     code = (
