@@ -18,7 +18,20 @@ from ..graph.metadata import is_changed, is_served, read_spec
 from ..spec import LossSpec
 from .arrays import as_beta, check_shapes, promote
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "check_interpreter"]
+
+
+def check_interpreter() -> None:
+    """Refuse to run in a `__del__` that comes when numpy can't import its parts any more.
+
+    Raises:
+        UnsupportedError: it says when to run instead.
+    """
+    if sys.meta_path is None:
+        raise UnsupportedError(
+            "the interpreter has shut down and imports nothing any more; run the artefact before, "
+            "in a function given to atexit.register for instance"
+        )
 
 
 class Runner(ABC):
@@ -71,11 +84,7 @@ class Runner(ABC):
             InvalidInputError: on arrays that don't fit; the message says what would.
             UnsupportedError: in a `__del__` that runs when the interpreter has shut down.
         """
-        if sys.meta_path is None:  # numpy imports parts of itself when they are asked for
-            raise UnsupportedError(
-                "the interpreter has shut down and imports nothing any more; run the artefact "
-                "before, in a function given to atexit.register for instance"
-            )
+        check_interpreter()
         # A loop over batches of one shape, as nearly every caller's is, checks the shape once.
         if (
             type(input) is type(target) is np.ndarray
