@@ -279,13 +279,16 @@ def interrupt():
 """
 
 
-def test_an_interrupt_ends_quietly_with_130() -> None:
+_TOLD = "note: interrupted; once more ends it at once\n"
+
+
+def test_an_interrupt_ends_with_130_and_one_sentence() -> None:
     code = _INTERRUPTED + (
         "import smoothl1_deploy.graph.export as module\n"
         "module.export = lambda *a, **k: (interrupt(), time.sleep(600))\n"
         "sys.exit(main(['export']))"
     )
-    assert spawn(code=code) == Done(130, "", "")
+    assert spawn(code=code) == Done(130, "", _TOLD)
 
 
 def test_a_second_interrupt_does_not_wait_for_tensorrt() -> None:
@@ -304,7 +307,7 @@ def test_a_second_interrupt_does_not_wait_for_tensorrt() -> None:
         "module.build_engine = lambda *a, **k: run_watched(build, watch)\n"
         "sys.exit(main(['build', 'loss.onnx']))"
     )
-    assert spawn(code=code) == Done(130, "", "")
+    assert spawn(code=code) == Done(130, "", _TOLD)
 
 
 def test_a_second_interrupt_while_the_interpreter_ends_is_as_quiet() -> None:
@@ -322,7 +325,7 @@ def test_a_second_interrupt_while_the_interpreter_ends_is_as_quiet() -> None:
         "sys.argv = ['smoothl1-deploy', 'export']\n"
         "sys.exit(main())"
     )
-    assert spawn(code=code) == Done(-signal.SIGINT, "", "")
+    assert spawn(code=code) == Done(-signal.SIGINT, "", _TOLD)
 
 
 def test_json_is_all_there_is_on_stdout(cli: Callable[..., Done], pair: object) -> None:

@@ -185,7 +185,10 @@ def test_without_a_cache_folder_it_goes_on_and_says_what_that_costs(
     assert left == {"p.npy", "t.npy", "whole.npy", "file", "user-cache"}
     again = cli("score", *options)
     assert (again.code, again.err) == (0, note)
-    assert (json.loads(again.out)["loss"], json.loads(again.out)["resumed"]) == (expected["loss"], 0)
+    assert (json.loads(again.out)["loss"], json.loads(again.out)["resumed"]) == (
+        expected["loss"],
+        0,
+    )
 
 
 def test_without_a_journal_option_it_is_found_by_the_request(cli: Callable[..., Done]) -> None:
