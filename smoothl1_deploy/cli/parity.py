@@ -99,8 +99,8 @@ def parity(
 ) -> None:
     """Check every beta, reduction, dtype, route and backend against PyTorch and the exact loss.
 
-    Exits with 1 where a cell is red, and prints the command that repeats it. After Ctrl-C the report
-    is of what was done by then.
+    Exits with 1 where a cell is red, and prints the command that repeats it. After Ctrl-C the
+    report is of what was done by then.
     """
     from dataclasses import replace
 

@@ -117,7 +117,10 @@ def report_into(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 0 done, 1 a cell of a backend is red, 2 can't write, 3 no GPU or package, 130 Ctrl-C."""
+    """The command; 0 done, 1 a cell of a backend is red, 2 can't write, 3 no GPU or package.
+
+    After Ctrl-C it is 130.
+    """
     parser = argparse.ArgumentParser(
         prog="gpu_report", description="Parity and speed on this machine's CUDA GPU, in 8 minutes."
     )
