@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context, parent_process, util
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
@@ -102,7 +103,11 @@ def _filed(work: Callable[[Unit], Result], unit: Unit, folder: str) -> str:
     A process that is ended while it sends a large one leaves half of it in the pipe, and Python
     waits at its exit for the other half. A path is written in one piece.
     """
-    result = work(unit)
+    try:
+        result = work(unit)
+    except SystemExit:  # of `_leave`; handed on, the executor would take it for a result
+        atexit._run_exitfuncs()  # a server that was started ends, temporary folders go
+        os._exit(0)
     handle, path = tempfile.mkstemp(dir=folder)
     with os.fdopen(handle, "wb") as file:
         pickle.dump(result, file)
@@ -130,8 +135,9 @@ def _prepare() -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    util._exit_function()  # type: ignore[attr-defined]  # ends what was started: a Triton, for one
-    os._exit(0)
+    """Raise: what is under way lets go of its locks, which those who tidy up may need."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the executor sends one more
+    raise SystemExit
 
 
 def _watch() -> None:
@@ -140,3 +146,5 @@ def _watch() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE)
+    os._exit(1)
