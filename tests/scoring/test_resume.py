@@ -170,7 +170,6 @@ def test_without_a_cache_folder_it_goes_on_and_says_what_that_costs(
     expected = whole(cli)
     Path("file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")  # it would say that it has no folder either
     note = (
         f"note: can't make the folder {tmp_path}/file/smoothl1-deploy/score (Not a directory), so "
         "an interrupted run begins again; give another place for the journal with --journal\n"
