@@ -4,15 +4,19 @@ keep to themselves.
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import inspect
 import os
 import platform
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from . import __version__
 
-__all__ = ["environment", "lowest_versions", "silence", "telemetry"]
+__all__ = ["docstring", "environment", "lowest_versions", "silence", "telemetry"]
 
 #: From 1.29 on, and not on Windows, ONNX Runtime writes a device id and a queue of events below the
 #: user's cache folder when it is imported, and sends them, unless this says no; its function
@@ -105,3 +109,13 @@ def lowest_versions() -> dict[str, str]:
     lowest = {m[1].replace("-", "_"): m[2] for m in found if m}
     names = {package: package.replace("-", "_") for package in PACKAGES}
     return {package: lowest[name] for package, name in names.items() if name in lowest}
+
+
+def docstring(function: Callable[..., Any]) -> str:
+    """What `function` says of itself to a user, which `python -OO` leaves in its source alone."""
+    if function.__doc__ is None:
+        with contextlib.suppress(OSError):
+            (read,) = ast.parse(inspect.getsource(function)).body
+            assert isinstance(read, ast.FunctionDef)
+            return ast.get_docstring(read) or ""
+    return inspect.getdoc(function) or ""

@@ -62,6 +62,14 @@ def test_the_page_runs(page: Path, tmp_path: Path, environment: dict[str, str]) 
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
+def test_every_command_is_run_by_a_page_in_a_process_of_its_own() -> None:
+    """What one process imported, another command would find there and miss elsewhere."""
+    from smoothl1_deploy.cli.registry import COMMANDS
+
+    text = "\n".join(_script(page.read_text(encoding="utf-8")) for page in PAGES)
+    assert {*COMMANDS} <= set(re.findall(r"^ *smoothl1-deploy ([a-z]+)", text, re.MULTILINE))
+
+
 def test_the_readme_has_commands_and_python() -> None:
     kinds = [kind for _, kind, _ in BLOCK.findall(README)]
     assert kinds.count("console") >= 1 and kinds.count("python") >= 2

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 
 __all__ = ["Crew", "default_threads"]
@@ -63,7 +64,10 @@ class Crew:
         if self._threads == 1 or parts == 1:
             work()
             return
-        helpers = [self._pool.submit(work) for _ in range(min(self._threads, parts) - 1)]
+        helpers: list[Future[None]] = []
+        with contextlib.suppress(RuntimeError):  # at the interpreter's exit nobody helps any more
+            for _ in range(min(self._threads, parts) - 1):
+                helpers.append(self._pool.submit(work))
         try:
             work()
         finally:

@@ -18,6 +18,7 @@ from ..errors import InvalidInputError, UnsupportedError
 from ..floats import Array
 from .arrays import as_beta, check_promotion
 from .base import Backend, Runner
+from .runner import check_interpreter
 
 __all__ = ["REMEMBERED", "Compute", "GpuBackend", "GpuRunner"]
 
@@ -58,6 +59,7 @@ class GpuRunner(Runner):
         Raises:
             InvalidInputError: also where some arrays are on the device and others are not.
         """
+        check_interpreter()
         # A loop over batches of one shape checks the shape once: a small loss takes the GPU a few
         # microseconds, and PyTorch a few more to launch.
         good, as_it_is = self._good_pair, self.device.as_it_is

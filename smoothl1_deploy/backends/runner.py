@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
 
 from ..artefact import Port, Signature, signature
 from ..dlpack import as_array
-from ..errors import ArtefactError, InvalidInputError
+from ..errors import ArtefactError, InvalidInputError, UnsupportedError
 from ..floats import NUMPY_DTYPE, Array
 from ..graph.metadata import is_changed, is_served, read_spec
 from ..spec import LossSpec
 from .arrays import as_beta, check_shapes, promote
 
-__all__ = ["Runner"]
+__all__ = ["Runner", "check_interpreter"]
+
+
+def check_interpreter() -> None:
+    """Refuse to run in a `__del__` that comes when numpy can't import its parts any more.
+
+    Raises:
+        UnsupportedError: it says when to run instead.
+    """
+    if sys.meta_path is None:
+        raise UnsupportedError(
+            "the interpreter has shut down and imports nothing any more; run the artefact before, "
+            "in a function given to atexit.register for instance"
+        )
 
 
 class Runner(ABC):
@@ -68,7 +82,9 @@ class Runner(ABC):
 
         Raises:
             InvalidInputError: on arrays that don't fit; the message says what would.
+            UnsupportedError: in a `__del__` that runs when the interpreter has shut down.
         """
+        check_interpreter()
         # A loop over batches of one shape, as nearly every caller's is, checks the shape once.
         if (
             type(input) is type(target) is np.ndarray
@@ -92,6 +108,17 @@ class Runner(ABC):
         if self._takes_a_pair and feeds["input"].shape == feeds["target"].shape:
             self._good_shape = shape
         return self._of_the_spec(self._execute(feeds, shape), shape)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            UnsupportedError: always; it says what to do instead.
+        """
+        raise UnsupportedError(
+            "a loaded artefact holds sessions and memory of its process, so it can't be pickled or "
+            "copied; send the model (its path or its bytes), and load() it in each process"
+        )
 
     def added_in_float32(self, size: int) -> int:
         """How many of `size` elements are added up in float32 before anything wider, at most."""

@@ -19,16 +19,16 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from ..environment import silence
 from ..errors import SmoothL1DeployError, is_shortage, reason_of, shortage
-from .console import safe_streams, warnings_as_notes
+from .console import INTERRUPTED, interrupts_told, safe_streams, warnings_as_notes
 
 __all__ = ["main"]
 
 _BUG = 70
-_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 _DEBUG = "SMOOTHL1_DEPLOY_DEBUG"
 
@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        with warnings_as_notes():
+        with warnings_as_notes(), interrupts_told():
             status = _invoke(argv)
         sys.stdout.flush()  # a broken pipe may show only here
-        return _interrupted(argv) if status == _INTERRUPTED else status
+        return _interrupted(argv) if status == INTERRUPTED else status
     except SmoothL1DeployError as exc:
         return _fail(str(exc), exc.exit_code)
     except KeyboardInterrupt:
@@ -88,12 +88,14 @@ def _invoke(argv: Sequence[str] | None) -> int:
 
 def _interrupted(argv: Sequence[str] | None) -> int:
     """After a second interrupt TensorRT may still build, and crash when the interpreter ends."""
-    if argv is None:  # the process is this command's: one more ends it, without a traceback
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        # Where the process is this command's, one more ends it, without a traceback.
+        handler = signal.SIG_DFL if argv is None else signal.default_int_handler
+        signal.signal(signal.SIGINT, handler)
     progress = sys.modules.get("smoothl1_deploy.tensorrt.progress")
     if progress is not None and progress.is_building():
-        os._exit(_INTERRUPTED)
-    return _INTERRUPTED
+        os._exit(INTERRUPTED)
+    return INTERRUPTED
 
 
 def _fail(message: str, status: int) -> int:

@@ -6,10 +6,12 @@ import io
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from ..errors import ModelWarning, OutputError, reason_of
@@ -19,8 +21,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "INTERRUPTED",
     "human_size",
+    "interrupts_told",
     "json_number",
+    "on_interrupt",
     "open_console",
     "print_error",
     "print_fields",
@@ -31,6 +36,47 @@ __all__ = [
     "safe_streams",
     "warnings_as_notes",
 ]
+
+
+INTERRUPTED = 130  # exit code: 128 + SIGINT, as a shell reports it
+
+_INTERRUPTION = "interrupted; once more ends it at once"
+_on_interrupt: list[Callable[[], str]] = []
+
+
+def on_interrupt(tell: Callable[[], str]) -> None:
+    """Say what `tell` gives, where Ctrl-C comes from now on until the command ends."""
+    _on_interrupt.append(tell)
+
+
+@contextmanager
+def interrupts_told() -> Iterator[None]:
+    """Ctrl-C is told when it comes, once: to end what is under way may take seconds.
+
+    Each is a KeyboardInterrupt within; afterwards, where one came, none is until the caller says.
+    """
+    told = False
+
+    def tell(number: int, frame: object) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            text = _on_interrupt[-1]() if _on_interrupt else _INTERRUPTION
+            line = "\n" if os.isatty(2) else ""  # where a bar stands, or what the terminal echoes
+            with suppress(OSError):  # not sys.stderr, which may be in the middle of a write
+                os.write(2, f"{line}note: {text}\n".encode())
+        raise KeyboardInterrupt
+
+    _on_interrupt.clear()
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # no interrupt comes here, or whoever calls has a way of its own
+        return
+    signal.signal(signal.SIGINT, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN if told else signal.default_int_handler)
 
 
 class _Stream:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import OutputError, SpecError, reason_of
-from .console import open_console, print_lines, print_note
+from .console import INTERRUPTED, open_console, print_lines, print_note
 
 if TYPE_CHECKING:
     from ..parity.matrix import Matrix
@@ -99,11 +99,12 @@ def parity(
 ) -> None:
     """Check every beta, reduction, dtype, route and backend against PyTorch and the exact loss.
 
-    Exits with 1 where a cell is red, and prints the command that repeats it.
+    Exits with 1 where a cell is red, and prints the command that repeats it. After Ctrl-C the
+    report is of what was done by then.
     """
     from dataclasses import replace
 
-    from ..parity.matrix import run_matrix
+    from ..parity.matrix import MatrixInterrupted, run_matrix
     from ..parity.plan import DRAWS, QUICK_DRAWS
 
     _make_folder(output)
@@ -116,16 +117,27 @@ def parity(
     if draws is None:
         draws = 0 if part else QUICK_DRAWS if quick else DRAWS
     matrix = replace(matrix, draws=draws, draw=tuple(draw or ()))
-    with _bar() as progress:
-        report = run_matrix(
-            matrix, workers=workers or min(os.cpu_count() or 1, 8), progress=progress
-        )
-    _show(report)
     # Of a part of the matrix the whole picture would say little.
     whole = not (quick or part or backend or draw)
-    if html and whole:
-        report = _measured(report, matrix.backends)
+    report, interrupted = None, False
+    try:
+        with _bar() as progress:
+            report = run_matrix(
+                matrix, workers=workers or min(os.cpu_count() or 1, 8), progress=progress
+            )
+        _show(report)
+        if html and whole:
+            report = _measured(report, matrix.backends)
+    except MatrixInterrupted as exc:
+        report, interrupted = exc.report, True
+        _show(report)
+    except KeyboardInterrupt:
+        if report is None:
+            raise
+        interrupted = True
     _write(report, output, html)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
     if bundle:
         _bundle(report, output / "bundles")
     if not report:

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ..environment import docstring
+
 # What typer hands to a group is of its own copy of click, or of click itself, by typer's version:
 # `Any` below.
 __all__ = ["BROKEN_PIPE", "COMMANDS", "Entry", "root_command"]
@@ -61,13 +63,16 @@ def _load(name: str) -> Any:
     target: Any = getattr(module, entry.attribute)
     epilog = f"Example:  {module.EXAMPLE}"
     if isinstance(target, typer.Typer):
+        for command in target.registered_commands:
+            assert command.callback is not None
+            command.help = docstring(command.callback)
         app = typer.Typer(rich_markup_mode="rich")
         app.add_typer(target, name=name, help=entry.help, epilog=epilog, no_args_is_help=True)
         group = typer.main.get_command(app)
         assert isinstance(group, TyperGroup)
         return group.commands[name]
     app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-    app.command(name, epilog=epilog)(target)
+    app.command(name, help=docstring(target), epilog=epilog)(target)
     return typer.main.get_command(app)
 
 
@@ -119,5 +124,5 @@ def root_command() -> Any:
         epilog="Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input, "
         "3 something needed is not installed, 70 a bug.",
     )
-    app.callback()(_root)
+    app.callback(help=docstring(_root))(_root)
     return typer.main.get_command(app)

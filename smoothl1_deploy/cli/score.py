@@ -11,7 +11,14 @@ import typer
 
 from ..errors import OutputError, SpecError
 from ..spec import DTYPES, NORMALIZERS, LossSpec
-from .console import json_number, open_console, print_fields, print_json, print_note
+from .console import (
+    json_number,
+    on_interrupt,
+    open_console,
+    print_fields,
+    print_json,
+    print_note,
+)
 
 if TYPE_CHECKING:
     from ..scoring.score import Engine, Progress, Score
@@ -21,7 +28,6 @@ __all__ = ["EXAMPLE", "score"]
 
 EXAMPLE = "smoothl1-deploy score --input predictions.npy --target targets.npy --beta 0.5"
 
-_INTERRUPTED = 130  # as `main` ends an interrupted run
 _NAMES = "Arrays in .npz and Parquet"
 _RESUME = "Interruptions"
 _ENGINE = "Engines"
@@ -153,10 +159,20 @@ def score(
         job = _job_of_model(model, beta, reduction, per_sample, backend, threads)
         located = locate(given, names, job.spec.dtype)
     done = 0
+    forgotten: str | None = None
+    on_interrupt(
+        lambda: (
+            f"interrupted with {done} % done; the same command "
+            + ("begins again" if forgotten else "goes on from there")
+        )
+    )
     with _progress() as show:
 
         def tell(progress: Progress) -> None:
-            nonlocal done
+            nonlocal done, forgotten
+            if progress.forgotten and not forgotten:
+                print_note(progress.forgotten)
+            forgotten = progress.forgotten
             done = progress.done * 100 // max(progress.total, 1)
             show(progress)
 
@@ -171,13 +187,12 @@ def score(
                 engine=chosen,
                 on_progress=tell,
             )
-        except KeyboardInterrupt:
-            print_note(f"interrupted with {done} % done; the same command goes on from there")
-            raise typer.Exit(_INTERRUPTED) from None
         except OutputError:
-            if done:
+            if done and not forgotten:
                 print_note(f"{done} % are done and kept; the same command goes on from there")
             raise
+    if per_sample and output is None:
+        print_note("no scores were written; -o scores.npy writes them")
     _show(result, as_json)
 
 

@@ -117,7 +117,10 @@ def report_into(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 0 done, 1 a cell of a backend is red, 2 can't write, 3 no GPU or package."""
+    """The command; 0 done, 1 a cell of a backend is red, 2 can't write, 3 no GPU or package.
+
+    After Ctrl-C it is 130.
+    """
     parser = argparse.ArgumentParser(
         prog="gpu_report", description="Parity and speed on this machine's CUDA GPU, in 8 minutes."
     )
@@ -148,6 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SmoothL1DeployError as exc:
         print(f"error: {exc}")
         return exc.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written")
+        return 130
     for text in report.dropped:
         print(f"no time for: {text}")
     print(f"wrote {', '.join(map(str, paths))}")

@@ -340,7 +340,7 @@ def _function_proto(name: str) -> onnx.FunctionProto:
     protobuf copies are cheap.
     """
     proto: onnx.FunctionProto = f.FUNCTIONS[name].to_function_proto()
-    proto.doc_string = inspect.cleandoc(f.FUNCTIONS[name].function.__doc__ or "")
+    proto.doc_string = inspect.cleandoc(proto.doc_string)
     del proto.value_info[:]
     for node in proto.node:
         for names in (node.input, node.output):

@@ -5,6 +5,7 @@ What it holds is in `plan`; its units run in worker processes.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
@@ -40,7 +41,7 @@ from .plan import (
 from .pool import each
 from .report import Build, Cell, Report, cell_of, draws_of, is_extended
 
-__all__ = ["BETAS", "EXTENSIONS", "OVER_THE_WIRE", "Matrix", "run_matrix"]
+__all__ = ["BETAS", "EXTENSIONS", "OVER_THE_WIRE", "Matrix", "MatrixInterrupted", "run_matrix"]
 
 
 class _Artefacts:
@@ -183,6 +184,13 @@ def _checked(
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
 
 
+class MatrixInterrupted(KeyboardInterrupt):
+    """Ctrl-C while the matrix ran; `report` holds what was done, and its notes what was not."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+
 def run_matrix(
     matrix: Matrix,
     *,
@@ -201,6 +209,9 @@ def run_matrix(
 
     Returns:
         The report, its cells in the order of the matrix, whatever order they finished in.
+
+    Raises:
+        MatrixInterrupted: for KeyboardInterrupt, with the report of what was done.
     """
     require("torch", "torch", "the matrix, which compares with PyTorch,")
     started = time.perf_counter()
@@ -212,14 +223,21 @@ def run_matrix(
     progress(0, len(units))
     undone = dict.fromkeys(units)
     found = each(_run_unit, units, workers, time.monotonic() + seconds)
-    for done, (unit, outcome) in enumerate(found, 1):
-        del undone[unit]
-        for key, more in outcome.results.items():
-            results.setdefault(key, []).extend(more)
-        refused |= outcome.refused
-        builds += outcome.builds
-        drawn += outcome.drawn
-        progress(done, len(units))
+    interrupted = False
+    try:
+        # Closing: an interrupt comes here as well as there, and the processes must end.
+        with contextlib.closing(found):
+            for done, (unit, outcome) in enumerate(found, 1):
+                del undone[unit]
+                for key, more in outcome.results.items():
+                    results.setdefault(key, []).extend(more)
+                refused |= outcome.refused
+                builds += outcome.builds
+                drawn += outcome.drawn
+                progress(done, len(units))
+    except KeyboardInterrupt:
+        interrupted = True
+    taken = time.perf_counter() - started
 
     cells = [cell_of(*key, found) for key, found in results.items()]
     cells += [Cell(*key, refused=reason) for key, reason in refused.items()]
@@ -239,17 +257,21 @@ def run_matrix(
     def by_draw(cell: Cell) -> tuple[object, ...]:
         return matrix.backends.index(cell.backend), ROUTES.index(cell.route), cell.draw
 
-    return Report(
+    why = f"interrupted after {taken:.0f} s" if interrupted else f"after {seconds:.0f} s"
+    report = Report(
         tuple(sorted(cells, key=order)),
         tuple(sorted(builds, key=order)),
         environment(),
         matrix.seed,
-        time.perf_counter() - started,
-        (*matrix.notes(), *_left_out(undone, seconds)),
+        taken,
+        (*matrix.notes(), *_left_out(undone, why)),
         draws=draws_of(sorted(drawn, key=by_draw)),
     )
+    if interrupted:
+        raise MatrixInterrupted(report)
+    return report
 
 
-def _left_out(units: Iterable[Unit | DrawUnit], seconds: float) -> list[str]:
+def _left_out(units: Iterable[Unit | DrawUnit], why: str) -> list[str]:
     names = [unit.label for unit in units]
-    return [f"left out after {seconds:.0f} s: {', '.join(names)}"] if names else []
+    return [f"left out {why}: {', '.join(names)}"] if names else []

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import math
 import os
 import pickle
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
@@ -18,13 +22,15 @@ from ..environment import silence
 
 __all__ = ["each"]
 
+_GRACE = 3  # seconds for a process to end in: what it is at may be a long call
+
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 
 
 def each(
     work: Callable[[Unit], Result], units: Sequence[Unit], workers: int, until: float = math.inf
-) -> Iterator[tuple[Unit, Result]]:
+) -> Generator[tuple[Unit, Result], None, None]:
     """Each unit with what `work` made of it, in the order of finishing.
 
     Args:
@@ -33,6 +39,9 @@ def each(
         workers: processes; 1 works in this one.
         until: by `time.monotonic`; no unit is begun after it, and processes still at work are
             ended. What is not yielded was left out.
+
+    After an interrupt, or where the caller takes no more, the processes are ended, and nothing of
+    them is left. They also end when this process does, however that comes.
     """
     if workers <= 1:
         for unit in units:
@@ -43,27 +52,49 @@ def each(
     others = set(active_children())
     # spawn: torch's and ONNX Runtime's threads don't survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        try:
-            futures = {pool.submit(_filed, work, unit, folder): unit for unit in units}
-            left = None if math.isinf(until) else max(0.0, until - time.monotonic())
-            finished = as_completed(futures, timeout=left)
-            while True:
-                try:
-                    future = next(finished)
-                except StopIteration:
-                    return
-                except TimeoutError:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    _end(others)
-                    return
-                file = Path(future.result())
-                result: Result = pickle.loads(file.read_bytes())
-                file.unlink()
-                yield futures[future], result
-        finally:
-            # After an interrupt the units that have not begun are dropped; the others take seconds.
-            pool.shutdown(wait=False, cancel_futures=True)
+    futures: dict[Future[str], Unit] = {}
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    try:
+        with _undisturbed():  # each unit that is handed in may start a process
+            futures = {pool.submit(_filed, work, unit, folder.name): unit for unit in units}
+        left = None if math.isinf(until) else max(0.0, until - time.monotonic())
+        finished = as_completed(futures, timeout=left)
+        while True:
+            try:
+                future = next(finished)
+            except (StopIteration, TimeoutError):
+                return
+            file = Path(future.result())
+            result: Result = pickle.loads(file.read_bytes())
+            file.unlink()
+            yield futures[future], result
+    finally:
+        with _undisturbed():
+            unfinished = not all(future.done() for future in futures)
+            if unfinished:
+                _end(set(active_children()) - others)
+            # Of processes that have ended this waits for Python's own threads.
+            pool.shutdown(wait=unfinished, cancel_futures=True)
+            folder.cleanup()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """An interrupt meanwhile comes afterwards, and never to a process that is started meanwhile."""
+    came: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    # A new process takes over what is blocked; a handler would be Python's own again.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
+            if came:
+                signal.raise_signal(signal.SIGINT)
 
 
 def _filed(work: Callable[[Unit], Result], unit: Unit, folder: str) -> str:
@@ -72,27 +103,48 @@ def _filed(work: Callable[[Unit], Result], unit: Unit, folder: str) -> str:
     A process that is ended while it sends a large one leaves half of it in the pipe, and Python
     waits at its exit for the other half. A path is written in one piece.
     """
-    result = work(unit)
+    try:
+        result = work(unit)
+    except SystemExit:  # of `_leave`; handed on, the executor would take it for a result
+        atexit._run_exitfuncs()  # a server that was started ends, temporary folders go
+        os._exit(0)
     handle, path = tempfile.mkstemp(dir=folder)
     with os.fdopen(handle, "wb") as file:
         pickle.dump(result, file)
     return path
 
 
-def _end(others: set[BaseProcess]) -> None:
-    """End the processes that are not among `others`; one may just be starting, so look again."""
-    until = time.monotonic() + 10
-    while (left := set(active_children()) - others) and time.monotonic() < until:
-        for child in left:
-            child.terminate()
-        time.sleep(0.05)
+def _end(children: Iterable[BaseProcess]) -> None:
+    for child in children:
+        child.terminate()
+    until = time.monotonic() + _GRACE
+    for child in children:
+        child.join(max(0.0, until - time.monotonic()))
+        child.kill()
 
 
 def _prepare() -> None:
-    import signal
+    """In each process: one thread for PyTorch, and an end that leaves nothing."""
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_watch, daemon=True).start()
 
     import torch
 
     silence()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
+
+
+def _leave(number: int, frame: object) -> None:
+    """Raise: what is under way lets go of its locks, which those who tidy up may need."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the executor sends one more
+    raise SystemExit
+
+
+def _watch() -> None:
+    """A killed parent tells nobody, and its processes would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE)
+    os._exit(1)

@@ -38,15 +38,21 @@ _AGAIN = "start again with --restart"
 
 
 def default_journal(request: Mapping[str, Any]) -> Path:
-    """The journal of a request in the user's cache folder: the same request finds it again."""
+    """The journal of a request in the user's cache folder: the same request finds it again.
+
+    Raises:
+        OutputError: where there can't be one.
+    """
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32]
     folder = platformdirs.user_cache_path("smoothl1-deploy") / "score"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(0, "it can't be written")
     except OSError as exc:
         raise OutputError(
-            f"can't make the folder {folder} ({exc.strerror}); give another place for the "
-            "journal with --journal"
+            f"can't make the folder {folder} ({exc.strerror}), so an interrupted run begins again; "
+            "give another place for the journal with --journal"
         ) from exc
     return folder / f"{key}.journal"
 

@@ -21,7 +21,7 @@ from .shards import Plan
 
 __all__ = ["ScoreFile"]
 
-_ROWS = 1 << 20  # of a row group of Parquet
+_ROWS = 1 << 18  # of a row group of Parquet
 
 
 class ScoreFile:
@@ -122,7 +122,8 @@ class ScoreFile:
         with (
             self.part.open("rb") as file,
             replacing(self.path) as whole,
-            parquet.ParquetWriter(whole, schema) as writer,
+            # A dictionary of scores, which hardly repeat, would only take memory.
+            parquet.ParquetWriter(whole, schema, use_dictionary=False) as writer,
         ):
             file.seek(self._offset)
             while data := file.read(_ROWS * self._dtype.itemsize):

@@ -15,6 +15,8 @@ from .sources import Location, Source
 __all__ = ["ParquetSource"]
 
 _ROWS = 1 << 16  # decoded at a time, of numbers
+#: Bytes of a file in memory. pyarrow reads whole row groups ahead, or else a whole column of one.
+_BUFFER = 1 << 20
 
 
 class ParquetSource(Source):
@@ -23,9 +25,12 @@ class ParquetSource(Source):
     def __init__(self, location: Location) -> None:
         parquet = require("pyarrow.parquet", "score", "reading Parquet")
         self._arrow = require("pyarrow", "score", "reading Parquet")
+        self._compute = require("pyarrow.compute", "score", "reading Parquet")
         self._where = str(location)
         with self._damage_told():
-            self._file: Any = parquet.ParquetFile(location.path)
+            self._file: Any = parquet.ParquetFile(
+                location.path, pre_buffer=False, buffer_size=_BUFFER
+            )
         try:
             with self._damage_told():
                 schema = self._file.schema_arrow
@@ -57,13 +62,15 @@ class ParquetSource(Source):
         """The dtype of the elements, and the shape of a row."""
         types = self._arrow.types
         width: tuple[int, ...] = ()
+        whole = kind
         if types.is_fixed_size_list(kind):
             width, kind = (kind.list_size,), kind.value_type
         elif types.is_list(kind) or types.is_large_list(kind):
             width, kind = (self._first_length(),), kind.value_type
-        if not (types.is_floating(kind) or types.is_integer(kind)):
+        if not (types.is_floating(kind) or types.is_integer(kind) or types.is_boolean(kind)):
             raise InvalidInputError(
-                f"{self._where} holds {kind}; a loss needs numbers, or lists of numbers"
+                f"{self._where} holds {whole}; a loss needs numbers, or lists of numbers: make a "
+                "column of them by cast, struct_field or list_flatten of pyarrow.compute"
             )
         return np.dtype(kind.to_pandas_dtype()), width
 
@@ -76,7 +83,7 @@ class ParquetSource(Source):
     def _first_length(self) -> int:
         for batch in self._file.iter_batches(batch_size=1, columns=[self._column]):
             if batch.num_rows:
-                value = batch.column(0)[0].as_py()
+                value = batch.column(self._column)[0].as_py()
                 return 0 if value is None else len(value)
         return 0
 
@@ -85,13 +92,13 @@ class ParquetSource(Source):
         for batch in self._file.iter_batches(
             batch_size=max(1, _ROWS // max(width, 1)), row_groups=groups, columns=[self._column]
         ):
-            yield self._numbers(batch.column(0), width)
+            yield self._numbers(batch.column(self._column), width)
 
     def _numbers(self, column: Any, width: int) -> Array:
         rows = len(column)
         nulls = column.null_count
         if len(self.shape) > 1:
-            lengths = self._arrow.compute.list_value_length(column)
+            lengths = self._compute.list_value_length(column)
             if not nulls and rows and set(lengths.unique().to_pylist()) != {width}:
                 raise InvalidInputError(
                     f"{self._where} has lists of different lengths; a loss needs rows of one "
@@ -101,8 +108,9 @@ class ParquetSource(Source):
             nulls += column.null_count
         if nulls:
             raise InvalidInputError(
-                f"{self._where} has {nulls} null(s), and a loss knows no missing number; drop "
-                "these rows, or fill them with NaN"
+                f"{self._where} has {nulls} null(s), which is also what pandas makes of NaN, and a "
+                "loss knows no missing number; drop these rows, or write NaN as it is with "
+                "pyarrow.array(frame[column].to_numpy())"
             )
         return np.asarray(column.to_numpy(zero_copy_only=False)).reshape(rows, *self.shape[1:])
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..artefact import ModelSource
 from ..dlpack import as_array
-from ..errors import InvalidInputError, SpecError
+from ..errors import InvalidInputError, OutputError, SpecError
 from ..files import check_apart
 from ..spec import LossSpec
 from .engine import PieceResult, score_locally
@@ -78,12 +79,16 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is, in elements; `worker` did the last piece, of the shard called `shard`."""
+    """How far a run is, in elements; `worker` did the last piece, of the shard called `shard`.
+
+    `forgotten` says why the run, once it is interrupted, begins again: None where it goes on.
+    """
 
     done: int
     total: int
     shard: str = ""
     worker: str = ""
+    forgotten: str | None = None
 
 
 def _score(
@@ -174,7 +179,8 @@ def score_files(
         job: as `make_job` gives it.
         located: as `shards.locate` gives it.
         output: for one score a row, .npy or .parquet; for a job that gives scores.
-        journal: its file. Default: one in the user's cache folder, for this request.
+        journal: its file. Default: one in the user's cache folder, for this request; where that
+            can't be, one that goes with the run.
         restart: throw away what an interrupted run has done.
         batch: rows at a time. Default: about 2^18 elements, or what the artefact is fixed to.
         engine: `engine.score_locally`, or `ray_engine.RayEngine`.
@@ -198,22 +204,43 @@ def score_files(
     plan = make_plan(located, flat=flat, rows=job.rows or batch)
     where = None if output is None else str(output.absolute())
     request = {"job": job.to_dict(), "plan": _request(plan), "output": where, "batch": batch}
-    with Journal(journal or default_journal(request), job, plan, output, restart) as log:
+    forgotten = None
+
+    def tell(progress: Progress) -> None:
+        if on_progress is not None:
+            on_progress(replace(progress, forgotten=forgotten))
+
+    with contextlib.ExitStack() as stack:
+        if journal is None:
+            journal, forgotten = _journal(request, stack)
+        log = stack.enter_context(Journal(journal, job, plan, output, restart))
         scores = None if output is None else ScoreFile(output, plan, job.spec.dtype, log)
         if scores is not None and log.done and not scores.kept:
             log.forget()
         resumed = sum(partial.count for partial in log.done.values())
         try:
-            _score_rest(job, plan, engine, log, scores, on_progress or (lambda progress: None))
+            _score_rest(job, plan, engine, log, scores, tell)
         except BaseException:
             if scores is not None:
-                scores.close(keep=bool(log.done))
+                scores.close(keep=bool(log.done) and forgotten is None)
             raise
         partial = sum(log.done.values(), Partial())
         if scores is not None:
             scores.finish()
         log.finish()
     return _score(job, partial, len(plan.shards), start, resumed, output)
+
+
+def _journal(request: Mapping[str, Any], stack: contextlib.ExitStack) -> tuple[Path, str | None]:
+    """Where the journal goes by itself; and, where it goes with the run, why."""
+    try:
+        return default_journal(request), None
+    except OutputError as exc:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        except OSError:
+            raise exc from None
+        return Path(folder, "journal"), str(exc)
 
 
 def _score_rest(

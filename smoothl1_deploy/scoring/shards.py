@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,11 @@ def locate(
     folders = {role for role, path in paths.items() if os.path.isdir(path)}
     for role, path in paths.items():
         if not os.path.exists(path):  # unlike Path.exists, for names that no file can have
+            if re.match(r"\w[\w+.-]+:/", str(path)):
+                raise InvalidInputError(
+                    f"--{role} {path} is an address, and score reads files; copy what is there to "
+                    "this machine, or mount it"
+                )
             raise InvalidInputError(f"--{role} {path} does not exist; give a file or a folder")
     if folders and folders != set(paths):
         files = ", ".join(str(path) for role, path in paths.items() if role not in folders)
@@ -142,6 +148,11 @@ def locate(
                 other = next(paths[r] / name for r in paths if name in found[r])
                 raise InvalidInputError(
                     f"the shard {other} has no partner {path / name}; shards are matched by name"
+                )
+            if not os.path.exists(path / name):
+                raise InvalidInputError(
+                    f"the shard {path / name} is a link to {os.path.realpath(path / name)}, which "
+                    "does not exist; restore that, or remove the link"
                 )
     return {
         name: {r: Location(p / name, r, names.get(r), dtype) for r, p in paths.items()}

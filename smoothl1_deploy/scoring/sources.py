@@ -27,6 +27,7 @@ _FORMATS = {
     ".npy": ("sources", "NpySource"),
     ".npz": ("npz", "NpzSource"),
     ".parquet": ("parquet", "ParquetSource"),
+    ".pq": ("parquet", "ParquetSource"),
 }
 SUFFIXES = tuple(_FORMATS)
 
@@ -57,16 +58,19 @@ class Location:
         Raises:
             InvalidInputError: where there is none of that name, or no telling which.
         """
-        if self.name is not None:
-            if self.name in names:
-                return self.name
-            problem = f"has no {kind} called {self.name!r}"
-        else:
-            if self.role in names:
-                return self.role
-            if len(names) == 1:
-                return names[0]
-            problem = f"has no {kind} called {self.role!r}, and more or less than one to choose"
+        name = self.name if self.name is not None else self.role
+        times = names.count(name)
+        if times > 1:
+            raise InvalidInputError(
+                f"{self.path} has {times} {kind}s called {name!r}; rename all but one"
+            )
+        if times == 1:
+            return name
+        if self.name is None and len(names) == 1:
+            return names[0]
+        problem = f"has no {kind} called {name!r}"
+        if self.name is None:
+            problem += ", and more or less than one to choose"
         raise InvalidInputError(
             f"{self.path} {problem}; it has {', '.join(map(repr, names)) or 'none'}. Name it with "
             f"--{self.role}-name"

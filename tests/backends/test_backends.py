@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -358,3 +363,38 @@ def test_running_is_silent_about_what_ieee_754_defines(backend: str) -> None:
         loss = runner.run(a, -a)["loss"]
     assert np.isinf(loss[[0, 2, 3]]).all()
     assert np.isnan(loss[1])
+
+
+_AT_EXIT = """
+import atexit
+import numpy as np
+from smoothl1_deploy import LossSpec, export, load
+
+runner = load(export(LossSpec()), threads=4)
+pair = np.full((2, 1 << 21), [[2.0], [0.0]], np.float32)  # of many tiles, for many threads
+
+class Late:
+    def __del__(self, runner=runner, pair=pair, print=print):
+        try:
+            print(runner.run(*pair)["loss"])
+        except Exception as error:
+            print(type(error).__name__, error)
+
+late = Late()  # goes when the modules have gone
+atexit.register(lambda: print(runner.run(*pair)["loss"]))
+"""
+
+
+def test_at_the_exit_of_the_interpreter_it_runs_or_says_that_it_is_too_late() -> None:
+    done = subprocess.run([sys.executable, "-c", _AT_EXIT], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        "1.5\nUnsupportedError the interpreter has shut down and imports nothing any more; run the "
+        "artefact before, in a function given to atexit.register for instance\n"
+    )
+
+
+@pytest.mark.parametrize("send", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_runner_says_why_it_is_not_sent_to_another_process(send: Callable[..., object]) -> None:
+    with pytest.raises(UnsupportedError, match=r"can't be pickled or copied; send the model"):
+        send(load(export(LossSpec())))

@@ -56,6 +56,32 @@ def test_the_examples_in_the_help_work(cli: Callable[..., Done], pair: object) -
     assert Path("loss.onnx").is_file()
 
 
+def test_python_without_asserts_and_docstrings_changes_nothing() -> None:
+    """Docstrings are read: for the functions in a model, for --help, for the report."""
+    code = (
+        "import hashlib\n"
+        "from smoothl1_deploy import LossSpec, export\n"
+        "from smoothl1_deploy.cli import main\n"
+        "from smoothl1_deploy.parity.views.glossary import FAMILIES, family_meaning\n"
+        "specs = [LossSpec(), LossSpec(0.0, 'none', gradient=True), LossSpec(dtype='float64')]\n"
+        "models = [export(s, route) for s in specs for route in ('function', 'inlined')]\n"
+        "data = [model.SerializeToString(deterministic=True) for model in models]\n"
+        "print([hashlib.sha256(each).hexdigest() for each in data])\n"
+        "print([*map(family_meaning, FAMILIES)])\n"
+        "for words in ([], ['parity'], ['cache']):\n"
+        "    main([*words, '--help'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    told = {
+        subprocess.run(
+            [sys.executable, *flags, "-c", code], env=environment, capture_output=True, check=True
+        ).stdout
+        for flags in ([], ["-O"], ["-OO"])
+    }
+    (text,) = told
+    assert b"list   Show the engines" in text
+
+
 def test_help_imports_nothing_heavy() -> None:
     heavy = ("numpy", "ml_dtypes", "onnx", "onnxscript", "torch", "onnxruntime", "tensorrt_rtx")
     code = (
@@ -253,13 +279,16 @@ def interrupt():
 """
 
 
-def test_an_interrupt_ends_quietly_with_130() -> None:
+_TOLD = "note: interrupted; once more ends it at once\n"
+
+
+def test_an_interrupt_ends_with_130_and_one_sentence() -> None:
     code = _INTERRUPTED + (
         "import smoothl1_deploy.graph.export as module\n"
         "module.export = lambda *a, **k: (interrupt(), time.sleep(600))\n"
         "sys.exit(main(['export']))"
     )
-    assert spawn(code=code) == Done(130, "", "")
+    assert spawn(code=code) == Done(130, "", _TOLD)
 
 
 def test_a_second_interrupt_does_not_wait_for_tensorrt() -> None:
@@ -278,7 +307,7 @@ def test_a_second_interrupt_does_not_wait_for_tensorrt() -> None:
         "module.build_engine = lambda *a, **k: run_watched(build, watch)\n"
         "sys.exit(main(['build', 'loss.onnx']))"
     )
-    assert spawn(code=code) == Done(130, "", "")
+    assert spawn(code=code) == Done(130, "", _TOLD)
 
 
 def test_a_second_interrupt_while_the_interpreter_ends_is_as_quiet() -> None:
@@ -296,7 +325,7 @@ def test_a_second_interrupt_while_the_interpreter_ends_is_as_quiet() -> None:
         "sys.argv = ['smoothl1-deploy', 'export']\n"
         "sys.exit(main())"
     )
-    assert spawn(code=code) == Done(-signal.SIGINT, "", "")
+    assert spawn(code=code) == Done(-signal.SIGINT, "", _TOLD)
 
 
 def test_json_is_all_there_is_on_stdout(cli: Callable[..., Done], pair: object) -> None:

@@ -265,6 +265,20 @@ def test_a_folder_that_can_not_be_made(
     assert machine == []  # before eight minutes of measuring, not after
 
 
+def test_ctrl_c_ends_in_a_sentence(
+    machine: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run_parity", interrupted)
+    assert command.main(["-o", str(tmp_path), "--no-speed"]) == 130
+    assert capsys.readouterr().out.endswith("interrupted; nothing was written\n")
+
+
 def test_without_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

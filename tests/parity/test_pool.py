@@ -39,6 +39,44 @@ def test_processes_still_at_work_are_ended() -> None:
         assert child.exitcode is not None
 
 
+_TIDY = """
+import os, sys, threading, time
+from contextlib import closing
+from multiprocessing.util import Finalize
+from pathlib import Path
+from smoothl1_deploy.parity.pool import each
+
+lock = threading.Lock()
+
+def tidy(n):
+    with lock:
+        time.sleep(n - 1)  # the executor ends the others when it sees that one has ended
+        Path(f"tidied-{os.getpid()}").touch()
+
+def work(n):
+    if n:
+        Finalize(None, tidy, (n,), exitpriority=10)
+        with lock:
+            Path(f"begun-{n}").touch()
+            time.sleep(600)
+    while len([*Path().glob("begun-*")]) < 2:
+        time.sleep(0.01)
+
+if __name__ == "__main__":
+    with closing(each(work, range(3), 3)) as found:
+        next(found)
+    print(len([*Path().glob("tidied-*")]))
+"""
+
+
+def test_a_process_that_is_ended_tidies_up_what_it_started(tmp_path: Path) -> None:
+    """A server that it was at is left otherwise, or its shared memory and its files are."""
+    (tmp_path / "tidy.py").write_text(_TIDY)
+    command = [sys.executable, "tidy.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.stderr) == ("2\n", "")
+
+
 _LARGE = """
 import sys, time
 from smoothl1_deploy.parity.pool import each

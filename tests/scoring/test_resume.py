@@ -164,6 +164,32 @@ def test_ctrl_c_says_how_to_go_on(cli: Callable[..., Done]) -> None:
     assert (found["loss"], found["resumed"]) == (expected["loss"], 96)
 
 
+def test_without_a_cache_folder_it_goes_on_and_says_what_that_costs(
+    cli: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole(cli)
+    Path("file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    note = (
+        f"note: can't make the folder {tmp_path}/file/smoothl1-deploy/score (Not a directory), so "
+        "an interrupted run begins again; give another place for the journal with --journal\n"
+    )
+    options = (*FILES, "--per-sample", "-o", "s.npy", "--json")
+    done = killed("after the journal", "SIGINT", *options)
+    assert done.returncode == 130
+    assert done.stderr == (
+        f"{note}note: interrupted with 28 % done; the same command begins again\n"
+    )
+    left = {path.name for path in Path().iterdir()}
+    assert left == {"p.npy", "t.npy", "whole.npy", "file", "user-cache"}
+    again = cli("score", *options)
+    assert (again.code, again.err) == (0, note)
+    assert (json.loads(again.out)["loss"], json.loads(again.out)["resumed"]) == (
+        expected["loss"],
+        0,
+    )
+
+
 def test_without_a_journal_option_it_is_found_by_the_request(cli: Callable[..., Done]) -> None:
     options = (*FILES, "--per-sample", "-o", "s.npy", "--json")
     killed("after the journal", "SIGKILL", *options)

@@ -75,6 +75,14 @@ def test_the_result_is_the_exact_sum_rounded_once(
     assert list(Path("user-cache/smoothl1-deploy/score").iterdir()) == []
 
 
+def test_scores_that_nobody_asked_to_be_written_are_said_to_be_lost(
+    cli: Callable[..., Done], saved: Pair
+) -> None:
+    note = "note: no scores were written; -o scores.npy writes them\n"
+    assert cli("score", *FILES, "--per-sample").err == note
+    assert cli("score", *FILES, "--per-sample", "-o", "s.npy").err == ""
+
+
 @given(st.integers(1, 400), st.booleans())
 def test_the_size_and_order_of_batches_do_not_matter(size: int, backwards: bool) -> None:
     p, t = pair(400, 1)
@@ -138,7 +146,7 @@ def test_no_rows_at_all(cli: Callable[..., Done]) -> None:
 def test_weights(cli: Callable[..., Done], saved: Pair, normalizer: str, per_sample: bool) -> None:
     weight = np.random.default_rng(1).random((100, 1)).astype(np.float32)
     np.save("w.npy", weight)
-    options = ["--per-sample"] if per_sample else []
+    options = ["--per-sample", "-o", "s.npy"] if per_sample else []
     found = report(
         cli("score", *FILES, "--weight", "w.npy", "--normalizer", normalizer, *options, "--json")
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ...environment import docstring
 from ..cases import LAYOUTS
 from ..families import FAMILIES
 
@@ -36,7 +37,7 @@ BACKENDS: Mapping[str, str] = {
 def family_meaning(name: str) -> str:
     """What a family of inputs holds: its function's docstring, without the full stop."""
     family = FAMILIES.get(name)
-    return (family.__doc__ or "").rstrip(".") if family else ""
+    return docstring(family).rstrip(".") if family else ""
 
 
 def layout_meaning(name: str) -> str:

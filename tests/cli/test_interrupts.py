@@ -1,0 +1,175 @@
+"""Ctrl-C on each command that runs long: one sentence at once, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest_cli import _ROOT, model
+
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.errors import SmoothL1DeployError
+
+#: All takes for ever but float32 in the matrix; worker processes import this too. The files say how
+#: far it is: no test waits for a time.
+_SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from smoothl1_deploy.backends.runner import Runner
+from smoothl1_deploy.bench import measure
+from smoothl1_deploy.cli import main
+from smoothl1_deploy.parity import matrix
+from smoothl1_deploy.tensorrt import builder
+from smoothl1_deploy.tensorrt.progress import BuildWatch, run_watched
+
+run, each = Runner.run, matrix.each
+
+def begin():
+    Path(f"begun-{os.getpid()}").touch()
+
+def slow(self, *given, **named):
+    if sys.argv[1] == "parity" and self.spec.dtype == "float32":
+        return run(self, *given, **named)
+    begin()
+    time.sleep(600)
+
+def counted(*given):
+    for found in each(*given):
+        yield found
+        Path("done").touch()
+
+def build(*given, **named):
+    run_watched(lambda: (begin(), time.sleep(600)), BuildWatch())
+
+def bench(*given, **named):
+    begin()
+    time.sleep(600)
+
+Runner.run, matrix.each, builder.build_engine, measure.measure = slow, counted, build, bench
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+_ONCE = "note: interrupted; once more ends it at once\n"
+_PARITY = (
+    "parity --quick -o out --no-html --backend onnx-reference --no-extensions --beta 0.5 "
+    "--route function --reduction mean --dtype float32 --dtype float16 --workers 2"
+)
+#: The command, and what is said.
+COMMANDS = {
+    "parity": (_PARITY, _ONCE),
+    "verify": ("verify loss.onnx", _ONCE),
+    "bench": ("bench --quick -o out", _ONCE),
+    "score": (
+        "score --input input.npy --target target.npy",
+        "note: interrupted with 0 % done; the same command goes on from there\n",
+    ),
+    "build": ("build loss.onnx", _ONCE),
+}
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A process group of its own, as a terminal's; the list is for children, which end with it."""
+    Path("temporary").mkdir()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(_ROOT),
+        "TMPDIR": str(Path("temporary").absolute()),
+    }
+    children: list[psutil.Process] = []
+    with open("out.txt", "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            start_new_session=True,
+            env=environment,
+            text=True,
+            stdout=out,
+            stderr=subprocess.PIPE,
+        )
+    try:
+        yield process, children
+    finally:
+        for left in (*children, process):
+            if left.is_running() if isinstance(left, psutil.Process) else left.poll() is None:
+                left.kill()
+        process.communicate()
+
+
+def wait(process: subprocess.Popen[str], *patterns: str) -> None:
+    while not all([*Path().glob(pattern)] for pattern in patterns):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+
+
+def assert_nothing_is_left(children: list[psutil.Process]) -> None:
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+    names = {path.name for path in Path("temporary").iterdir()}
+    assert not [name for name in names if name.startswith(("tmp", "smoothl1"))]
+
+
+@pytest.mark.parametrize(("name", "times"), [("parity", 1), *((name, 2) for name in COMMANDS)])
+def test_ctrl_c(name: str, times: int, pair: object) -> None:
+    command, sentence = COMMANDS[name]
+    Path("script.py").write_text(_SCRIPT)
+    model()
+    with started(["script.py", *command.split()]) as (process, children):
+        wait(process, "begun-*", *(["done"] if name == "parity" else []))
+        children += psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= (2 if name == "parity" else 0)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stderr is not None
+        assert process.stderr.readline() == sentence
+        if times == 2:
+            os.killpg(process.pid, signal.SIGINT)
+        _, more = process.communicate(timeout=300)
+        assert more == ""
+        # The second may come when all is done but the interpreter's own end.
+        assert process.returncode in ([130] if times == 1 else [130, -signal.SIGINT])
+        assert_nothing_is_left(children)
+    if times == 1:
+        report = json.loads(Path("out/report.json").read_text())
+        assert {cell["spec"]["dtype"] for cell in report["cells"]} == {"float32"}
+        assert report["notes"][-1].startswith("left out interrupted after ")
+        assert report["notes"][-1].endswith(" s: float16 beta 0.5")
+        assert "wrote out/report.json" in Path("out.txt").read_text()
+
+
+def test_a_killed_parity_takes_its_workers_along() -> None:
+    Path("script.py").write_text(_SCRIPT)
+    with started(["script.py", *_PARITY.split()]) as (process, children):
+        wait(process, "begun-*", "done")
+        children += psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        assert psutil.wait_procs(children, timeout=60)[1] == []
+
+
+def test_ctrl_c_twice_on_a_server() -> None:
+    pytest.importorskip("tritonclient")
+    from smoothl1_deploy.serving.install import install
+    from smoothl1_deploy.serving.repository import write_loss
+
+    try:
+        install()
+    except SmoothL1DeployError as exc:
+        pytest.skip(f"the embedded Triton can't run here: {exc}")
+    write_loss(Path("models"), LossSpec(), name="mean")
+    command = "-m smoothl1_deploy serve models --ready-file ready.json --logs logs"
+    with started(command.split()) as (process, children):
+        wait(process, "ready.json")
+        children += psutil.Process(process.pid).children(recursive=True)
+        assert children
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=300)[1] == ""
+        assert process.returncode == 0 and Path("out.txt").read_text().endswith("stopped\n")
+        assert_nothing_is_left(children)
