@@ -354,6 +354,13 @@ def test_any_rank_meets_weights_of_every_shape() -> None:
     assert shapes >= {(64, 1), (16,), (1,), (), (3, 64, 16)}
 
 
+def test_no_artefact_is_blamed_for_what_only_a_wider_format_holds() -> None:
+    """Weighted float64 slopes that cancel in a sum: the matrix spares them too."""
+    spec = LossSpec(0.3, dtype="float64", per_sample=True, weight="count", gradient=True)
+    result = verify(export(spec), drift=False)
+    assert result and len(result.results) > 10, result.failures
+
+
 @pytest.mark.parametrize("shape", [None, (1, 16)], ids=["any rank", "one row"])
 def test_a_gradient_that_is_summed_back_is_measured_at_every_size(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...] | None
