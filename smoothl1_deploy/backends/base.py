@@ -48,6 +48,7 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "torch": ("torch_eager", "TorchBackend"),
     "onnx-reference": ("onnx_reference", "ReferenceBackend"),
     "ort-cpu": ("ort_cpu", "OrtCpuBackend"),
+    "ort-cpu-ops": ("ort_cpu", "OrtOpsBackend"),
     "trt-network": ("trt_network", "TrtNetworkBackend"),
     "torch-cuda": ("torch_cuda", "TorchCudaBackend"),
     "torch-triton": ("torch_triton", "TorchTritonBackend"),

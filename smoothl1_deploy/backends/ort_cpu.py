@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from ..errors import InvalidInputError, UnsupportedError, require
 from ..floats import NUMPY_DTYPE, Array
 from ..graph.elements import ELEMENT_TYPE
 from ..graph.tiles import why_not_tiled
+from ..ops import library, register
 from .base import Backend, Runner
 from .crew import Crew, default_threads
 from .slots import Slots
 from .sums import ROW, Sums, has_sums
 from .tiles import Tiles
 
-__all__ = ["SILENT", "OrtCpuBackend", "OrtTiledBackend"]
+__all__ = ["SILENT", "OrtCpuBackend", "OrtOpsBackend", "OrtTiledBackend"]
 
 #: ONNX Runtime's logging level of sessions: fatal only. What else a session would write to the
 #: process's stderr, it raises as well, and probes of anyone's model fail on purpose.
@@ -39,11 +41,20 @@ class OrtRunner(Runner):
         threads: for one call.
         tile: elements of a tile, where larger arrays are to be cut into tiles; 0 to run the
             artefact's own graph on arrays of any size.
+        prepare: what is done to the options of a session before it is opened.
     """
 
-    def __init__(self, model: onnx.ModelProto, ort: Any, threads: int, tile: int) -> None:
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        ort: Any,
+        threads: int,
+        tile: int,
+        prepare: Callable[[Any], None] | None = None,
+    ) -> None:
         super().__init__(model)
         self._ort = ort
+        self._prepare = prepare
         self._threads = threads
         self._session = self._open(model.SerializeToString(), threads)
         ports = (*self.signature.inputs.values(), *self.signature.outputs)
@@ -65,7 +76,7 @@ class OrtRunner(Runner):
         if not tile or own is None or why_not_tiled(own):
             self._few = math.inf
         pair = [self.signature.input, self.signature.target]
-        self._slots = Slots(self._session, pair) if own else None
+        self._slots = Slots(self._session, pair) if own and prepare is None else None
 
     def added_in_float32(self, size: int) -> int:
         """A row of `sums.ROW` where the sums are had that way."""
@@ -81,6 +92,8 @@ class OrtRunner(Runner):
         options.log_severity_level = SILENT
         # Idle threads sleep: others have work for the cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._prepare is not None:
+            self._prepare(options)
         try:
             return self._ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # pybind raises a class of its own for each status code
@@ -172,6 +185,20 @@ class OrtCpuBackend(Backend):
     def load(self, model: onnx.ModelProto) -> Runner:
         """Open an inference session on `model`."""
         return OrtRunner(model, self._ort, self.threads or default_threads(), self.tile)
+
+
+class OrtOpsBackend(OrtCpuBackend):
+    """ONNX Runtime on the CPU, with the operators of `ops`: the file alone, at every size."""
+
+    name = "ort-cpu-ops"
+
+    def __init__(self) -> None:
+        super().__init__()
+        library()
+
+    def load(self, model: onnx.ModelProto) -> Runner:
+        """Open an inference session on `model` in which the operators are registered."""
+        return OrtRunner(model, self._ort, self.threads or default_threads(), 0, register)
 
 
 class OrtTiledBackend(OrtCpuBackend):

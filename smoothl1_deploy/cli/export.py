@@ -120,7 +120,7 @@ def export(
     route: Annotated[
         str,
         typer.Option(
-            help="function (a node SmoothL1Loss with its body in the file), inlined (plain ONNX "
+            help="function (one node with its body in the file), inlined (plain ONNX "
             "operators) or torch (torch.onnx.export; needs torch and --shape)."
         ),
     ] = "function",

@@ -1,10 +1,15 @@
-"""The nodes of a loss: one a step, on tensors of any name; what `export` and `attach` share."""
+"""The nodes of a loss, on tensors of any name: what `export` and `attach` share.
+
+`Assembly` has a node for each step. `one_node` puts them into a function, whose name says what it
+computes: where the operators of `ops` are registered, ONNX Runtime has a kernel of that name.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +21,7 @@ from ..spec import LossSpec
 from . import functions as f
 from .elements import ELEMENT_TYPE, IR_VERSION, loss_scalars, slope_scalars
 
-__all__ = ["Assembly", "function_closure", "model_of"]
+__all__ = ["Assembly", "function_closure", "function_name", "model_of", "one_node"]
 
 
 class Assembly:
@@ -106,7 +111,11 @@ class Assembly:
     def _scalar_tensors(self) -> list[str] | None:
         """beta, half and divisor for the terms; None where an attribute says it all (case 1)."""
         spec = self._spec
-        if spec.runtime_beta:
+        if self._element == TensorProto.DOUBLE and "beta" in self._tensors and not spec.gradient:
+            beta = self._cast(self._tensors["beta"])
+            self._divisor = self._call("BetaDivisorFloat64", [beta], "divisor")
+            return [beta, self._constant("half", 0.5), self._divisor]
+        if "beta" in self._tensors:
             beta = self._tensors["beta"]
             self._divisor = self._call("BetaDivisor", [beta], "divisor")
             scalars = [beta, self._divisor]
@@ -327,6 +336,96 @@ class Assembly:
         return self._counted
 
 
+#: dtype -> the end of a function's name.
+_SUFFIX = {"float32": "", "float16": "Float16", "bfloat16": "BFloat16", "float64": "Float64"}
+
+
+def function_name(spec: LossSpec) -> str:
+    """The name of the function that is the whole loss, which no loss computed otherwise has.
+
+        [Weighted]SmoothL1Loss[Row][Sum|Mean|Average][At][Float16|BFloat16|Float64][Wide]
+
+    Average divides by the sum of the weights. At takes beta as its last input, not as an attribute.
+    Wide computes in float64 what is narrower. `ops` has kernels of these names.
+
+    >>> function_name(LossSpec(0.5, "mean", weight="weights", per_sample=True, dtype="float16"))
+    'WeightedSmoothL1LossRowAverageFloat16'
+    """
+    reduction = "Average" if spec.weight == "weights" else spec.reduction.title()
+    return "".join(
+        (
+            "Weighted" * bool(spec.weight),
+            "SmoothL1Loss",
+            "Row" * spec.per_sample,
+            reduction * (spec.reduction != "none"),
+            "At" * _takes_beta(spec),
+            _SUFFIX[spec.dtype],
+            "Wide" * spec.has_subnormal_beta,
+        )
+    )
+
+
+def _takes_beta(spec: LossSpec) -> bool:
+    """Whether beta is an input: an attribute holds a float32, and what is an input isn't known."""
+    return spec.runtime_beta or spec.dtype == "float64"
+
+
+def one_node(
+    spec: LossSpec, tensors: Mapping[str, str], prefix: str = ""
+) -> tuple[onnx.NodeProto, list[onnx.TensorProto], list[onnx.FunctionProto]]:
+    """The loss as one node, the initialisers that it reads, and the functions it calls.
+
+    Args:
+        spec: what to compute, without a gradient.
+        tensors: as `Assembly` takes them.
+        prefix: of the names of the initialisers.
+    """
+    name = function_name(spec)
+    inputs = [tensors[role] for role in spec.inputs]
+    constants: list[onnx.TensorProto] = []
+    attributes: dict[str, Any] = {}
+    if not _takes_beta(spec):
+        attributes = {"beta": spec.effective_beta}
+    elif not spec.runtime_beta:
+        inputs.append(f"{prefix}beta")
+        constants = [helper.make_tensor(inputs[-1], TensorProto.DOUBLE, [], [spec.beta])]
+    loss = tensors["loss"]
+    node = helper.make_node(name, inputs, [loss], name=loss, domain=f.DOMAIN, **attributes)
+    return node, constants, _functions_of(spec)
+
+
+def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:
+    name = function_name(spec)
+    if name in f.FUNCTIONS:
+        return function_closure([name])
+    at = _takes_beta(spec)
+    if at:  # one body for the beta that is known and the one that is not
+        spec = replace(spec, beta=1.0, runtime_beta=True)
+    tensors = {role: f"{name}_{role}" for role in (*spec.inputs, "beta", *spec.outputs)}
+    assembly = Assembly(spec, tensors, prefix=f"{name}_")
+    nodes = assembly.nodes
+    if not at:
+        # A tensor of it here: TensorRT (for RTX 1.7.1) loses what one function hands on to another
+        # by reference, and computes with 0.
+        beta = helper.make_node("Constant", [], [tensors["beta"]], name=tensors["beta"])
+        beta.attribute.add(name="value_float", ref_attr_name="beta", type=onnx.AttributeProto.FLOAT)
+        nodes = [beta, *nodes]
+    whole = helper.make_function(
+        f.DOMAIN,
+        name,
+        [tensors[role] for role in spec.inputs],
+        [tensors["loss"]],
+        nodes,
+        opset_imports=[
+            helper.make_opsetid("", f.OPSET),
+            helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION),
+        ],
+        attributes=[] if at else ["beta"],
+        doc_string="The whole loss: one pass where `smoothl1_deploy.ops` is registered.",
+    )
+    return [*function_closure(assembly.used), whole]
+
+
 @lru_cache
 def _function_proto(name: str) -> onnx.FunctionProto:
     """The function as models carry it: what other people's tools read wrongly is not in it.
@@ -386,11 +485,11 @@ def function_closure(names: list[str]) -> list[onnx.FunctionProto]:
     return list(found.values())
 
 
-def model_of(graph: onnx.GraphProto, used: list[str]) -> onnx.ModelProto:
-    """The model of a graph that calls the functions `used`."""
+def model_of(graph: onnx.GraphProto, functions: list[onnx.FunctionProto]) -> onnx.ModelProto:
+    """The model of a graph that calls `functions`."""
     return helper.make_model(
         graph,
-        functions=function_closure(used),
+        functions=functions,
         opset_imports=[
             helper.make_opsetid("", f.OPSET),
             helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION),

@@ -341,7 +341,7 @@ class _Graft:
     ) -> list[onnx.FunctionProto]:
         """Append nodes, functions, inputs and outputs; gives the functions."""
         from . import functions as f
-        from .assemble import Assembly, function_closure
+        from .assemble import Assembly, function_closure, one_node
 
         spec, graph = self.spec, self.model.graph
         losses = _broadcast(roles)
@@ -363,16 +363,20 @@ class _Graft:
             outputs["grad_input"] = self._free("grad_input")
         summed = summed_axes(*(tensor.certain for tensor in roles.values()))
         prefix = self._free_prefix(outputs["loss"])
-        assembly = Assembly(
-            spec, {**names, **outputs}, summed_axes=summed, prefix=prefix, inlined=inlined
-        )
-        functions = function_closure(assembly.used)
-        check_opset(self.model, functions, assembly.nodes)
+        tensors = {**names, **outputs}
+        if inlined or spec.gradient:
+            assembly = Assembly(spec, tensors, summed_axes=summed, prefix=prefix, inlined=inlined)
+            nodes, functions = assembly.nodes, function_closure(assembly.used)
+        else:
+            node, constants, functions = one_node(spec, tensors, prefix)
+            nodes = [node]
+            graph.initializer.extend(constants)
+        check_opset(self.model, functions, nodes)
         add_functions(self.model, functions)
         if not any(entry.domain == f.DOMAIN for entry in self.model.opset_import):
             self.model.opset_import.append(helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION))
         self.model.ir_version = max(self.model.ir_version, 8)  # the first with functions
-        graph.node.extend([*self._nodes, *assembly.nodes])
+        graph.node.extend([*self._nodes, *nodes])
         self._add_outputs(outputs, reduced, only_loss)
         note_attached(self.model, Loss(spec, names, outputs))
         return functions

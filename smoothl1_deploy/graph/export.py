@@ -37,10 +37,10 @@ def export(
 
     Args:
         spec: what to compute.
-        route: `"function"`: a node `SmoothL1Loss` of the domain `smoothl1_deploy`, its body
-            among the model's functions. `"inlined"`: the same as plain ONNX operators.
-            `"torch"`: `torch.onnx.export` of the reference module, with the same body put in
-            by a translation table; needs torch and a shape.
+        route: `"function"`: one node of the domain `smoothl1_deploy`, its body among the model's
+            functions, and a kernel of `ops` for it; several nodes with a gradient. `"inlined"`:
+            the same as plain ONNX operators. `"torch"`: `torch.onnx.export` of the reference
+            module, with the same body put in by a translation table; needs torch and a shape.
         shape: of `input`: integers, and names for dynamic axes. None means any rank, which
             ONNX Runtime takes and TensorRT doesn't.
         target_shape: of `target` where it differs; it must broadcast with `shape`.
@@ -122,20 +122,35 @@ def _function_model(
     spec: LossSpec, shapes: dict[str, Shape | None], *, inlined: bool
 ) -> onnx.ModelProto:
     """The assembly as a graph of its own, every tensor called what the spec calls it."""
-    from .assemble import Assembly, model_of  # onnxscript takes most of a second
+    from .assemble import (  # onnxscript takes most of a second
+        Assembly,
+        function_closure,
+        model_of,
+        one_node,
+    )
 
     names = {name: name for name in (*spec.inputs, *spec.outputs)}
     given = [shapes[name] for name in ("input", "target", "weight") if name in spec.inputs]
-    assembly = Assembly(spec, names, summed_axes=summed_axes(*given), inlined=inlined)
+    constants: list[onnx.TensorProto] = []
+    if inlined or spec.gradient:
+        assembly = Assembly(spec, names, summed_axes=summed_axes(*given), inlined=inlined)
+        nodes, functions = assembly.nodes, function_closure(assembly.used)
+    else:
+        node, constants, functions = one_node(spec, names)
+        nodes = [node]
 
     def value(name: str) -> onnx.ValueInfoProto:
         element = TensorProto.FLOAT if name == "beta" else ELEMENT_TYPE[spec.dtype]
         return helper.make_tensor_value_info(name, element, shapes[name])
 
     graph = helper.make_graph(
-        assembly.nodes, spec.name, [*map(value, spec.inputs)], [*map(value, spec.outputs)]
+        nodes,
+        spec.name,
+        [*map(value, spec.inputs)],
+        [*map(value, spec.outputs)],
+        initializer=constants,
     )
-    return model_of(graph, assembly.used)
+    return model_of(graph, functions)
 
 
 def _with_any_rank_hidden(model: onnx.ModelProto) -> onnx.ModelProto:

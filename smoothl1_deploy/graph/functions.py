@@ -35,6 +35,7 @@ __all__ = [
     "FUNCTIONS",
     "OPSET",
     "BetaDivisor",
+    "BetaDivisorFloat64",
     "BroadcastAxes",
     "CompensatedAxesSum",
     "CompensatedMean",
@@ -58,7 +59,7 @@ __all__ = [
 ]
 
 DOMAIN = "smoothl1_deploy"
-DOMAIN_VERSION = 1
+DOMAIN_VERSION = 2
 OPSET = 18  # the lowest that every route, the parser of TensorRT and torch.onnx.export share
 _domain = Opset(DOMAIN, DOMAIN_VERSION)
 _NAN = float("nan")
@@ -110,6 +111,15 @@ def BetaDivisor(beta: FLOAT[...]) -> FLOAT[...]:
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
     otherwise = op.Where(op.Equal(beta, zero), one, op.Constant(value_float=_NAN))
+    return op.Where(op.Greater(beta, zero), beta, otherwise)
+
+
+@script(_domain)
+def BetaDivisorFloat64(beta: DOUBLE[...]) -> DOUBLE[...]:
+    """`BetaDivisor` in float64, for sums of what no float32 holds."""
+    zero = op.Cast(op.Constant(value_float=0.0), to=11)
+    one = op.Cast(op.Constant(value_float=1.0), to=11)
+    otherwise = op.Where(op.Equal(beta, zero), one, op.Cast(op.Constant(value_float=_NAN), to=11))
     return op.Where(op.Greater(beta, zero), beta, otherwise)
 
 
@@ -301,6 +311,7 @@ FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
     f.name: f
     for f in (
         BetaDivisor,
+        BetaDivisorFloat64,
         BroadcastAxes,
         CompensatedAxesSum,
         CompensatedMean,

@@ -49,7 +49,7 @@ def tile_model(spec: LossSpec) -> onnx.ModelProto:
     """
     if not is_summed(spec):
         return export(spec, "inlined", ("rows", "columns") if spec.per_sample else ("n",))
-    from .assemble import Assembly, model_of
+    from .assemble import Assembly, function_closure, model_of
     from .plain import inline
 
     inputs, outputs = [*spec.inputs], [*spec.outputs]
@@ -70,4 +70,4 @@ def tile_model(spec: LossSpec) -> onnx.ModelProto:
     graph = helper.make_graph(
         assembly.nodes, f"{spec.name}_tile", [*map(value, inputs)], [*map(value, outputs)]
     )
-    return inline(model_of(graph, assembly.used))
+    return inline(model_of(graph, function_closure(assembly.used)))

@@ -310,7 +310,7 @@ class DrawUnit:
 
 def draw_is_run(draw: Draw, backend: str) -> bool:
     """Whether a backend meets a draw at all; see `Matrix.notes`."""
-    if backend in PROVING:
+    if backend in _OF_ONE_ROUTE:
         return draw.route == _PROVEN_ROUTE
     return backend not in OVER_THE_WIRE
 
@@ -337,11 +337,13 @@ def artefact_axes(
 
 #: A tile is made of the artefact's spec, whatever its route.
 _PROVEN_ROUTE = "function"
+#: Those for which other routes are the same, or have nothing of theirs.
+_OF_ONE_ROUTE = (*PROVING, "ort-cpu-ops")
 
 
 def is_sampled(unit: Unit, spec: LossSpec, route: str, backend: str) -> bool:
     """Whether a combination is run at all; see `Matrix.notes`."""
-    if backend in PROVING:
+    if backend in _OF_ONE_ROUTE:
         return route == _PROVEN_ROUTE
     if backend in _OF_THE_SPEC:
         return route == _spec_route(unit.matrix)
@@ -420,6 +422,7 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
 #: The others take minutes or gigabytes at 2^24 elements.
 HUGE_BACKENDS = (
     "ort-cpu",
+    "ort-cpu-ops",
     "ort-cpu-tiled",
     "torch-cuda",
     "torch-triton",

@@ -58,10 +58,20 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     _check_complete(model)
     _check_ports(model)
     check_types(model)
-    if any(a.ref_attr_name for scope in scopes(model) for _, a in _element_types(scope)):
+    own = {(function.domain, function.name) for function in model.functions}
+    handed_on = (
+        any(attribute.ref_attr_name for attribute in node.attribute)
+        for scope in scopes(model)
+        for node in scope.nodes
+        if (node.domain, node.op_type) in own
+    )
+    types = (a.ref_attr_name for scope in scopes(model) for _, a in _element_types(scope))
+    if any(types) or any(handed_on):
         from onnx.inliner import inline_local_functions
 
-        # The element type stands at the caller: put the bodies where it can be seen.
+        # Where the element type stands at the caller, the bodies are put where it can be seen. And
+        # TensorRT (for RTX 1.7.1) loses what one function hands on to another by reference, and
+        # computes with 0.
         model = inline_local_functions(model)
     for scope in scopes(model):
         _check_names(scope)

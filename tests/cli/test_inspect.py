@@ -31,8 +31,8 @@ def test_an_artefact(cli: Callable[..., Done]) -> None:
     assert found["route"] == "function"
     assert found["sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert found["inputs"][0] == {"name": "input", "dtype": "float16", "shape": ["N", 16]}
-    assert found["opsets"] == {"ai.onnx": 18, "smoothl1_deploy": 1}
-    assert "SmoothL1Loss" in found["operators"]["graph"]
+    assert found["opsets"] == {"ai.onnx": 18, "smoothl1_deploy": 2}
+    assert found["operators"]["graph"] == {"SmoothL1LossMeanFloat16": 1}
     assert found["problems"] == []
     assert set(BACKENDS) <= set(found["runs"])
     assert found["runs"]["ort-cpu"] is None

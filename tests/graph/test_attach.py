@@ -163,10 +163,11 @@ def test_names_that_are_taken_are_avoided_the_same_way_each_time() -> None:
 def test_names_below_the_loss_s_own_are_avoided() -> None:
     """The tensors in between are called `loss/...`, and so may one of the model's be."""
     before = linear(rest="losses = Relu(h) boxes = Identity(losses)")
-    inner = next(n.name for n in attach(before, "boxes", "gt").graph.node if "/" in n.name)
+    spec = LossSpec(gradient=True)
+    inner = next(n.name for n in attach(before, "boxes", "gt", spec).graph.node if "/" in n.name)
     before.graph.node[1].output[0] = before.graph.node[2].input[0] = inner
-    outputs = untouched(before, attach(before, "boxes", "gt"), x=X, gt=T)
-    assert_loss(LossSpec(), outputs, outputs["boxes"], T)
+    outputs = untouched(before, attach(before, "boxes", "gt", spec), x=X, gt=T)
+    assert_loss(spec, outputs, outputs["boxes"], T)
 
 
 def test_weights_as_input_and_as_constant() -> None:
@@ -322,7 +323,7 @@ REFUSED: list[tuple[str, Callable[[], object], str]] = [
     ("an optional input", lambda: attach(model_of("g (float[N] x, optional(float[N]) o) => (float[N] y) { y = Relu(x) }"), "o", "gt"), "'o' is .* but of the type optional; name one that is$"),
     ("the prediction as its own target", lambda: attach(linear(), "boxes", "boxes"), "target 'boxes' is the prediction itself, and such a loss is 0"),
     ("an array for the prediction", lambda: attach(linear(), T, "boxes"), "the prediction must be the name of a tensor, got"),  # type: ignore[arg-type]
-    ("a function of our name", lambda: attach(parser.parse_model(NAMESAKE), "boxes", "gt"), "a function smoothl1_deploy.SmoothL1Loss that computes something else"),
+    ("a function of our name", lambda: attach(parser.parse_model(NAMESAKE), "boxes", "gt", LossSpec(reduction="none")), "a function smoothl1_deploy.SmoothL1Loss that computes something else"),
     ("a model without tensors", lambda: attach(onnx.ModelProto(), "boxes", "gt"), "it has none at all"),
     ("rank 0 per sample", lambda: attach(model_of("g (float x) => (float y) { y = Neg(x) }"), "y", "gt", LossSpec(per_sample=True)), "rank 0"),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from smoothl1_deploy.floats import NUMPY_DTYPE, ulp_distance
 from smoothl1_deploy.graph.elements import ELEMENT_TYPE
 from smoothl1_deploy.graph.export import ROUTES
 from smoothl1_deploy.reference.oracle import oracle
-from smoothl1_deploy.spec import DTYPES, REDUCTIONS
+from smoothl1_deploy.spec import DTYPES, NORMALIZERS, REDUCTIONS
 
 PLAIN_ROUTES = ("function", "inlined")
 RUNTIMES = ("ort-cpu", "onnx-reference")
@@ -228,7 +229,30 @@ def test_function_route_is_one_node_of_the_domain() -> None:
     assert [(a.name, a.f) for a in node.attribute] == [("beta", 0.25)]
     assert (list(node.input), list(node.output)) == (["input", "target"], ["loss"])
     versions = {entry.domain: entry.version for entry in model.opset_import}
-    assert versions == {"": 18, "smoothl1_deploy": 1}
+    assert versions == {"": 18, "smoothl1_deploy": 2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_name_of_the_one_node_is_that_of_no_other_loss(dtype: str) -> None:
+    """A kernel, and a second loss in one model, are found by it."""
+    bodies: dict[str, list[str]] = {}
+    for spec in _losses(dtype):
+        model = export(spec, "function", ("N", 4))
+        (node,) = model.graph.node
+        body = [str(f) for f in model.functions if f.name == node.op_type]
+        assert bodies.setdefault(node.op_type, body) == body
+    assert len(bodies) == (12 if dtype == "float64" else 24)
+
+
+def _losses(dtype: str) -> Iterator[LossSpec]:
+    for reduction, per_sample, weight in itertools.product(
+        REDUCTIONS, (False, True), (None, *NORMALIZERS)
+    ):
+        with contextlib.suppress(SpecError):
+            for extra in ({"beta": 0.3}, {"beta": 7.0}, {"runtime_beta": True}):
+                yield LossSpec(
+                    reduction=reduction, dtype=dtype, per_sample=per_sample, weight=weight, **extra
+                )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -55,7 +55,10 @@ def node_model(name: str, inputs: list[str], outputs: str, **attributes: Any) ->
     return helper.make_model(
         graph,
         functions=[functions.FUNCTIONS[f].to_function_proto() for f in CALLEES_FIRST],
-        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(functions.DOMAIN, 1)],
+        opset_imports=[
+            helper.make_opsetid("", 18),
+            helper.make_opsetid(functions.DOMAIN, functions.DOMAIN_VERSION),
+        ],
         ir_version=10,
     )
 

@@ -8,10 +8,11 @@ import itertools
 import numpy as np
 import onnx
 import onnx.inliner
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy import LossSpec, export, load
 from smoothl1_deploy.errors import ArtefactError, BuildError, UnsupportedError
 from smoothl1_deploy.graph.metadata import read_spec
 from smoothl1_deploy.tensorrt.flavour import get_flavour
@@ -272,6 +273,29 @@ def test_data_left_in_another_file():
         prepare(made)
 
 
+HANDED_ON = """<ir_version: 10, opset_import: ["" : 18, "f" : 1]>
+    g (float[N] x, float[N] y) => (float[N] z) {
+        d = Sub(x, y)
+        z = f.Outer<scale: float = 3.0>(d)
+    }
+<domain: "f", opset_import: ["" : 18, "f" : 1]> Outer <scale> (x) => (y) {
+    y = f.Inner<scale: float = @scale>(x)
+}
+<domain: "f", opset_import: ["" : 18]> Inner <scale> (x) => (y) {
+    s = Constant<value_float: float = @scale>()
+    y = Mul(x, s)
+}
+"""
+
+
+def test_what_a_function_hands_on_to_another_by_reference_is_not_lost(rtx):
+    """TensorRT's parser would compute with 0 in its place."""
+    made = onnx.parser.parse_model(HANDED_ON)
+    runner = load(made, "trt-network", input_name="x", target_name="y")
+    (got,) = runner.run(np.full(2, 5, "f4"), np.full(2, 1, "f4")).values()
+    assert got.tolist() == [12, 12]
+
+
 def test_a_function_called_without_its_attribute():
     made = export(LossSpec(beta=0.5), shape=("N",))
     call = next(n for n in made.graph.node if n.op_type.startswith("SmoothL1"))
@@ -281,7 +305,9 @@ def test_a_function_called_without_its_attribute():
         del function.attribute_proto[:]
     assert list(function.attribute) == ["beta"]
     del call.attribute[:]
-    with pytest.raises(ArtefactError, match=r"calls SmoothL1Loss without the attribute\(s\) beta"):
+    with pytest.raises(
+        ArtefactError, match=r"calls SmoothL1LossMean without the attribute\(s\) beta"
+    ):
         prepare(made)
 
 

@@ -11,7 +11,7 @@ from ..families import FAMILIES
 __all__ = ["BACKENDS", "ROUTES", "family_meaning", "layout_meaning"]
 
 ROUTES: Mapping[str, str] = {
-    "function": "a node SmoothL1Loss, its body among the functions of the model",
+    "function": "one node, its body among the functions of the model",
     "inlined": "the same as plain ONNX operators",
     "torch": "what torch.onnx.export makes of the module with this package's translation table",
 }
@@ -20,6 +20,7 @@ BACKENDS: Mapping[str, str] = {
     "onnx-reference": "the ONNX project's own evaluator: what the file means",
     "ort-cpu": "ONNX Runtime on the CPU",
     "ort-cpu-tiled": "the same, cut into small tiles as large arrays are",
+    "ort-cpu-ops": "the same with this package's operators, which compute a whole loss in one pass",
     "trt-network": (
         "the network that TensorRT's parser made of the file, evaluated in numpy: what TensorRT "
         "understood, not what a GPU computes"

@@ -1,0 +1,68 @@
+"""The loss as operators of ONNX Runtime: one pass over the inputs, in anyone's session.
+
+A file of the route `function` is one node of the domain `smoothl1_deploy` and carries its body.
+Where this library is registered, ONNX Runtime runs its kernel of that name instead; everywhere else
+the body runs, as it always did. `c/smooth_l1.c` says what the kernels promise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import BackendUnavailableError, UnsupportedError
+
+__all__ = ["library", "register"]
+
+_REGISTERED = "smoothl1_deploy.ops"
+#: Where setup.py puts it; beside this file, Python would take it for a module.
+_LIBRARY = Path(__file__).parent / "c" / "libsmoothl1_deploy.so"
+
+
+def library() -> Path:
+    """The shared library, to be registered by its path: C++, Triton's `model_operations`.
+
+    Raises:
+        BackendUnavailableError: where this installation is without it, as one is that was built
+            where no C compiler is.
+
+    >>> library().suffix
+    '.so'
+    """
+    if _LIBRARY.is_file():
+        return _LIBRARY
+    raise BackendUnavailableError(
+        "the operators were not built with this installation; install a C compiler (on Debian: "
+        "gcc) and then smoothl1-deploy again with pip install --force-reinstall --no-deps. "
+        "Without them every file runs by its own graph"
+    )
+
+
+def register(options: Any) -> None:
+    """Let the sessions opened with `options` run losses in one pass.
+
+    Args:
+        options: an `onnxruntime.SessionOptions`, to which they were not registered before.
+
+    Raises:
+        BackendUnavailableError: as `library` does.
+        UnsupportedError: where ONNX Runtime refuses the library, and at the second time: it would
+            open no session any more.
+
+    >>> import onnxruntime
+    >>> options = onnxruntime.SessionOptions()
+    >>> register(options)
+    """
+    path = str(library())
+    try:
+        options.get_session_config_entry(_REGISTERED)
+    except RuntimeError:  # there is none
+        options.add_session_config_entry(_REGISTERED, "1")
+    else:
+        raise UnsupportedError(
+            "the operators are registered with these SessionOptions already; register them once"
+        )
+    try:
+        options.register_custom_ops_library(path)
+    except Exception as exc:  # pybind raises a class of its own for each status code
+        raise UnsupportedError(f"ONNX Runtime can't register {path}: {exc}") from exc

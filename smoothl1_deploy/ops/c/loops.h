@@ -1,0 +1,263 @@
+/* The loops over elements, compiled once for each instruction set.
+ *
+ * `ISA(name)` gives each set names of its own; VECTOR_BYTES is the width of its registers. WIDEN
+ * (floats to as many doubles) and LESSER (`a < b ? a : b`) are what gcc 12 makes long ways of. What is
+ * added up goes to 16 lanes, element i of a run to lane i % 16, whatever the width: the bits of a
+ * result are those of every set. No product is fused with a sum (-ffp-contract=off).
+ */
+
+#define LANES 16
+#define FLOATS (VECTOR_BYTES / 4)
+#define DOUBLES (VECTOR_BYTES / 8)
+
+typedef float ISA(vf) __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t ISA(vi) __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t ISA(vu) __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t ISA(vh) __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef double ISA(vd) __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t ISA(vl) __attribute__((vector_size(VECTOR_BYTES)));
+typedef float ISA(vg) __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef int32_t ISA(vj) __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+#define LOAD(type, at) ({ ISA(type) loaded_; memcpy(&loaded_, (at), sizeof loaded_); loaded_; })
+#define STORE(at, value) ({ __auto_type stored_ = (value); memcpy((at), &stored_, sizeof stored_); })
+/* a where the mask is set, b elsewhere. */
+#define SELECT(mask, a, b, type, bits) \
+    ((ISA(type))(((ISA(bits))(a) & (mask)) | ((ISA(bits))(b) & ~(mask))))
+
+/* The loss of one element as the file's own body has it. */
+static inline float ISA(loss_f)(float d, float beta, float divisor) {
+    float core = d > beta ? beta : d < -beta ? -beta : d;
+    return fabsf(d - core) + (0.5f * core) * (core / divisor);
+}
+
+static inline double ISA(loss_d)(double d, double beta, double divisor) {
+    double core = d > beta ? beta : d < -beta ? -beta : d;
+    return fabs(d - core) + (0.5 * core) * (core / divisor);
+}
+
+static inline ISA(vf) ISA(losses_f)(ISA(vf) d, float beta, float divisor) {
+    ISA(vf) high = (ISA(vf)){} + beta, low = -high;
+    ISA(vf) core = SELECT(d > high, high, d, vf, vi);
+    core = SELECT(d < low, low, core, vf, vi);
+    ISA(vi) absolute = (ISA(vi)){} + 0x7fffffff;
+    return (ISA(vf))((ISA(vi))(d - core) & absolute) + (0.5f * core) * (core / divisor);
+}
+
+static inline ISA(vd) ISA(losses_d)(ISA(vd) d, double beta, double divisor) {
+    ISA(vd) high = (ISA(vd)){} + beta, low = -high;
+    ISA(vd) core = SELECT(d > high, high, d, vd, vl);
+    core = SELECT(d < low, low, core, vd, vl);
+    ISA(vl) absolute = (ISA(vl)){} + INT64_MAX;
+    return (ISA(vd))((ISA(vl))(d - core) & absolute) + (0.5 * core) * (core / divisor);
+}
+
+static void ISA(each_f)(const float *input, const float *target, const float *weight, size_t count,
+                        const Beta *beta, float *out) {
+    float b = (float)beta->value, divisor = (float)beta->divisor;
+    size_t i = 0;
+    for (; i + FLOATS <= count; i += FLOATS) {
+        ISA(vf) loss = ISA(losses_f)(LOAD(vf, input + i) - LOAD(vf, target + i), b, divisor);
+        if (weight)
+            loss *= LOAD(vf, weight + i);
+        STORE(out + i, loss);
+    }
+    for (; i < count; i++) {
+        float loss = ISA(loss_f)(input[i] - target[i], b, divisor);
+        out[i] = weight ? loss * weight[i] : loss;
+    }
+}
+
+static void ISA(each_d)(const double *input, const double *target, const double *weight,
+                        size_t count, const Beta *beta, double *out) {
+    double b = beta->value, divisor = beta->divisor;
+    size_t i = 0;
+    for (; i + DOUBLES <= count; i += DOUBLES) {
+        ISA(vd) loss = ISA(losses_d)(LOAD(vd, input + i) - LOAD(vd, target + i), b, divisor);
+        if (weight)
+            loss *= LOAD(vd, weight + i);
+        STORE(out + i, loss);
+    }
+    for (; i < count; i++) {
+        double loss = ISA(loss_d)(input[i] - target[i], b, divisor);
+        out[i] = weight ? loss * weight[i] : loss;
+    }
+}
+
+/* Float32: beta times each loss, exact differences aside, in float64, where nothing of float32's
+ * range over- or underflows; the caller divides the sum by beta, once. For beta = 0, |d|. */
+static inline double ISA(term)(double distance, double beta) {
+    double core = distance < beta ? distance : beta;
+    return core * (distance - 0.5 * core);
+}
+
+static inline ISA(vd) ISA(terms)(ISA(vd) distance, double beta) {
+    ISA(vd) core = LESSER(distance, (ISA(vd)){} + beta);
+    return core * (distance - 0.5 * core);
+}
+
+static inline __attribute__((always_inline)) void
+ISA(sum_f_as)(const float *input, const float *target, const float *weight, size_t count,
+              double beta, bool is_l1, bool is_weighted, Sum *sum) {
+    ISA(vd) lanes[LANES / DOUBLES], weights[LANES / DOUBLES];
+    ISA(vj) absolute = (ISA(vj)){} + 0x7fffffff;
+    memcpy(lanes, sum->lanes, sizeof lanes);
+    memcpy(weights, sum->weights, sizeof weights);
+    size_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+#pragma GCC unroll 8
+        for (size_t j = 0; j < LANES / DOUBLES; j++) {
+            size_t at = i + j * DOUBLES;
+            ISA(vg) d = LOAD(vg, input + at) - LOAD(vg, target + at);
+            ISA(vd) distance = WIDEN((ISA(vg))((ISA(vj))d & absolute));
+            ISA(vd) term = is_l1 ? distance : ISA(terms)(distance, beta);
+            if (is_weighted) {
+                ISA(vd) w = WIDEN(LOAD(vg, weight + at));
+                term *= w;
+                weights[j] += w;
+            }
+            lanes[j] += term;
+        }
+    memcpy(sum->lanes, lanes, sizeof lanes);
+    memcpy(sum->weights, weights, sizeof weights);
+    for (size_t lane = 0; i < count; i++, lane++) {
+        double distance = fabsf(input[i] - target[i]);
+        double term = is_l1 ? distance : ISA(term)(distance, beta);
+        if (is_weighted) {
+            term *= (double)weight[i];
+            sum->weights[lane] += (double)weight[i];
+        }
+        sum->lanes[lane] += term;
+    }
+}
+
+static void ISA(sum_f)(const float *input, const float *target, const float *weight, size_t count,
+                       const Beta *beta, Sum *sum) {
+    bool is_l1 = beta->value == 0;
+    if (weight)
+        ISA(sum_f_as)(input, target, weight, count, beta->value, is_l1, true, sum);
+    else if (is_l1)
+        ISA(sum_f_as)(input, target, weight, count, beta->value, true, false, sum);
+    else
+        ISA(sum_f_as)(input, target, weight, count, beta->value, false, false, sum);
+}
+
+/* Float64: each loss as the body has it, and beside every lane what its additions round off
+ * (Knuth's TwoSum): the sum is as good as in twice the precision. */
+static void ISA(sum_d)(const double *input, const double *target, const double *weight,
+                       size_t count, const Beta *beta, Sum *sum) {
+    ISA(vd) lanes[LANES / DOUBLES], rests[LANES / DOUBLES];
+    memcpy(lanes, sum->lanes, sizeof lanes);
+    memcpy(rests, sum->rests, sizeof rests);
+    double b = beta->value, divisor = beta->divisor;
+    size_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (size_t j = 0; j < LANES / DOUBLES; j++) {
+            size_t at = i + j * DOUBLES;
+            ISA(vd) term = ISA(losses_d)(LOAD(vd, input + at) - LOAD(vd, target + at), b, divisor);
+            if (weight)
+                term *= LOAD(vd, weight + at);
+            ISA(vd) whole = lanes[j] + term, virtual = whole - lanes[j];
+            rests[j] += (lanes[j] - (whole - virtual)) + (term - virtual);
+            lanes[j] = whole;
+        }
+    memcpy(sum->lanes, lanes, sizeof lanes);
+    memcpy(sum->rests, rests, sizeof rests);
+    for (size_t lane = 0; i < count; i++, lane++) {
+        double term = ISA(loss_d)(input[i] - target[i], b, divisor);
+        two_sum(&sum->lanes[lane], &sum->rests[lane], weight ? term * weight[i] : term);
+    }
+}
+
+static void ISA(total_f)(const float *values, size_t count, Sum *sum) {
+    ISA(vd) lanes[LANES / DOUBLES];
+    memcpy(lanes, sum->lanes, sizeof lanes);
+    size_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (size_t j = 0; j < LANES / DOUBLES; j++)
+            lanes[j] += WIDEN(LOAD(vg, values + i + j * DOUBLES));
+    memcpy(sum->lanes, lanes, sizeof lanes);
+    for (size_t lane = 0; i < count; i++, lane++)
+        sum->lanes[lane] += values[i];
+}
+
+static void ISA(total_d)(const double *values, size_t count, Sum *sum) {
+    ISA(vd) lanes[LANES / DOUBLES];
+    memcpy(lanes, sum->lanes, sizeof lanes);
+    size_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (size_t j = 0; j < LANES / DOUBLES; j++)
+            lanes[j] += LOAD(vd, values + i + j * DOUBLES);
+    memcpy(sum->lanes, lanes, sizeof lanes);
+    for (size_t lane = 0; i < count; i++, lane++)
+        sum->lanes[lane] += values[i];
+}
+
+static void ISA(widen_half)(const uint16_t *from, size_t count, float *to) {
+    size_t i = 0;
+    for (; i + FLOATS <= count; i += FLOATS) {
+        ISA(vu) half = __builtin_convertvector(LOAD(vh, from + i), ISA(vu));
+        ISA(vu) bits = (half & 0x7fff) << 13;
+        /* The exponent's bias, 15 against 127; twice for infinities and NaN. */
+        ISA(vu) normal = bits + (112u << 23) + ((ISA(vu))(bits >= (31u << 23)) & (112u << 23));
+        ISA(vf) least = (ISA(vf))((ISA(vu)){} + (113u << 23));
+        ISA(vu) subnormal = (ISA(vu))((ISA(vf))(bits + (113u << 23)) - least);
+        ISA(vu) is_tiny = (ISA(vu))(bits < (1u << 23));
+        STORE(to + i, (subnormal & is_tiny) | (normal & ~is_tiny) | ((half & 0x8000) << 16));
+    }
+    for (; i < count; i++)
+        to[i] = half_to_float(from[i]);
+}
+
+static void ISA(widen_bfloat)(const uint16_t *from, size_t count, float *to) {
+    size_t i = 0;
+    for (; i + FLOATS <= count; i += FLOATS)
+        STORE(to + i, __builtin_convertvector(LOAD(vh, from + i), ISA(vu)) << 16);
+    for (; i < count; i++)
+        to[i] = float_of((uint32_t)from[i] << 16);
+}
+
+static void ISA(narrow_half)(const float *from, size_t count, uint16_t *to) {
+    size_t i = 0;
+    for (; i + FLOATS <= count; i += FLOATS) {
+        ISA(vu) bits = LOAD(vu, from + i), size = bits & 0x7fffffffu;
+        ISA(vu) normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+        /* Added to a half, a subnormal's last bit is the sum's, and the sum rounds to it. */
+        ISA(vu) tiny = (ISA(vu))((ISA(vf))size + 0.5f) - 0x3f000000u;
+        ISA(vu) is_tiny = (ISA(vu))(size < 0x38800000u), is_huge = (ISA(vu))(size >= 0x477ff000u);
+        ISA(vu) huge = 0x7c00u | ((ISA(vu))(size > 0x7f800000u) & 0x200u);
+        ISA(vu) half = (tiny & is_tiny) | (normal & ~is_tiny & ~is_huge) | (huge & is_huge);
+        STORE(to + i, __builtin_convertvector(half | ((bits >> 16) & 0x8000u), ISA(vh)));
+    }
+    for (; i < count; i++)
+        to[i] = float_to_half(from[i]);
+}
+
+static void ISA(narrow_bfloat)(const float *from, size_t count, uint16_t *to) {
+    size_t i = 0;
+    for (; i + FLOATS <= count; i += FLOATS) {
+        ISA(vu) bits = LOAD(vu, from + i);
+        ISA(vu) rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        ISA(vu) is_nan = (ISA(vu))((bits & 0x7fffffffu) > 0x7f800000u);
+        ISA(vu) out = (rounded & ~is_nan) | (((bits >> 16) | 0x40) & is_nan);
+        STORE(to + i, __builtin_convertvector(out, ISA(vh)));
+    }
+    for (; i < count; i++)
+        to[i] = float_to_bfloat(from[i]);
+}
+
+static const Loops ISA(loops) = {
+    ISA(each_f), ISA(each_d), ISA(sum_f), ISA(sum_d), ISA(total_f), ISA(total_d),
+    ISA(widen_half), ISA(widen_bfloat), ISA(narrow_half), ISA(narrow_bfloat),
+};
+
+#undef LANES
+#undef FLOATS
+#undef DOUBLES
+#undef LOAD
+#undef STORE
+#undef SELECT
+#undef WIDEN
+#undef LESSER
+#undef ISA
+#undef VECTOR_BYTES

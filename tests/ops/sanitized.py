@@ -1,0 +1,68 @@
+"""Runs every operator on shapes that end in the middle of everything, with little imported."""
+
+import ctypes
+import itertools
+import sys
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+SHAPES = [
+    ((), (), ()),
+    ((3, 7), (3, 7), (3, 7)),
+    ((5, 1), (1, 7), (7,)),
+    ((0, 3), (1, 3), ()),
+    ((2, 40_001), (2, 40_001), (2, 1)),
+    ((300_001,), (300_001,), (300_001,)),
+    ((1030, 33), (33,), (1030, 1)),
+]
+ELEMENTS = {
+    "": TensorProto.FLOAT,
+    "Float16": TensorProto.FLOAT16,
+    "BFloat16": TensorProto.BFLOAT16,
+    "Float64": TensorProto.DOUBLE,
+}
+
+use = ctypes.CDLL(sys.argv[1]).smoothl1_deploy_use
+for suffix, reduction, row, weighted in itertools.product(
+    ELEMENTS, ("", "Sum", "Mean", "Average"), ("", "Row"), ("", "Weighted")
+):
+    if (row and not reduction) or (
+        reduction == "Average" and (not weighted or suffix == "Float64")
+    ):
+        continue
+    element = ELEMENTS[suffix]
+    names = ["input", "target", *["weight"] * bool(weighted)]
+    inputs = [helper.make_tensor_value_info(name, element, None) for name in names]
+    inputs.append(helper.make_tensor_value_info("beta", TensorProto.FLOAT, None))
+    node = helper.make_node(
+        f"{weighted}SmoothL1Loss{row}{reduction}At{suffix}",
+        [*names, "beta"],
+        ["loss"],
+        domain="smoothl1_deploy",
+    )
+    graph = helper.make_graph(
+        [node], "one", inputs, [helper.make_tensor_value_info("loss", element, None)]
+    )
+    versions = [helper.make_opsetid("", 18), helper.make_opsetid("smoothl1_deploy", 2)]
+    model = helper.make_model(graph, opset_imports=versions, ir_version=10).SerializeToString()
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(sys.argv[1])
+    options.intra_op_num_threads = 2
+    session = ort.InferenceSession(model, options)
+    for shapes, number in itertools.product(SHAPES, range(1, use(0) + 1)):
+        if row and not any(shapes):
+            continue
+        use(number)
+        binding = session.io_binding()
+        held = []
+        for name, shape in zip(names, shapes, strict=False):
+            array = np.ones(shape, helper.tensor_dtype_to_np_dtype(element))
+            held.append(array)
+            binding.bind_input(name, "cpu", 0, element, array.shape, array.ctypes.data)
+        beta = np.asarray(0.5, np.float32)
+        binding.bind_input("beta", "cpu", 0, TensorProto.FLOAT, (), beta.ctypes.data)
+        binding.bind_output("loss")
+        session.run_with_iobinding(binding)
+print("done")
