@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import numpy as np
 import psutil
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.errors import ArtefactError, SmoothL1DeployError
+from smoothl1_deploy.errors import SmoothL1DeployError
 from smoothl1_deploy.floats import NUMPY_DTYPE, ulp_distance
 from smoothl1_deploy.reference.oracle import oracle
 from smoothl1_deploy.serving import Client
@@ -118,6 +119,7 @@ class Soak:
         self.versions: tuple[str, ...] = ("1",)
         self.down: dict[str, float] = {}  # model -> when its process was killed
         self.last_down: dict[str, float] = {}  # model -> when it came back
+        self.refused: set[str] = set()  # versions of the model that gets new ones
         self.supervisor = Supervisor(server, self.record)
         urls = [server.addresses.to_dict()[name] for name in ("http", "grpc")]
         self.clients = {(u, m): Client(u, m, timeout=20) for u in urls for m in MODELS}
@@ -130,6 +132,8 @@ class Soak:
                 now = time.monotonic()
                 self.tally.recoveries.append(now - self.down.pop(name))
                 self.last_down[name] = now
+            elif event == "version_refused":
+                self.refused.add(fields["version"])
             elif event == "reload_failed":
                 self.tally.broken.append(f"{name}: {fields['reason']}")
 
@@ -191,37 +195,43 @@ class Soak:
             self.tally.faults.append(f"killed {name}")
         for process in stubs:
             process.kill()
-        deadline = time.monotonic() + RECOVERY_SECONDS
-        while name in self.down and time.monotonic() < deadline:
-            time.sleep(0.02)
+        self.waits(lambda: name not in self.down)
         with self.lock:
             if self.down.pop(name, None) is not None:
                 self.tally.broken.append(f"{name} did not come back in {RECOVERY_SECONDS:g} s")
 
     def new_version(self, version: str) -> None:
-        """Put a version beside the old one, and load it."""
+        """Put a version beside the old one; it must come to serve."""
         folder = self.server.repository / VERSIONED
         spec = LossSpec(BETAS[version])
         with tempfile.TemporaryDirectory() as made:
             (model,) = write_loss(made, spec, name=VERSIONED)
-            (folder / version).mkdir()
-            shutil.copy(model.file, folder / version)
+            (folder / f".{version}").mkdir()
+            shutil.copy(model.file, folder / f".{version}")
         self.versions = (*self.versions, version)
-        self.server.load(VERSIONED)
-        self.versions = (version,)
-        self.tally.faults.append(f"loaded version {version} of {VERSIONED}")
+        (folder / f".{version}").rename(folder / version)
+        if self.waits(lambda: self.supervisor.models[VERSIONED].version == version):
+            self.versions = (version,)
+            self.tally.faults.append(f"loaded version {version} of {VERSIONED}")
+        else:
+            self.tally.broken.append(f"version {version} of {VERSIONED} was not loaded")
 
     def broken_version(self, number: str) -> None:
         """Put a damaged version beside the old one; the server must refuse it."""
         folder = self.server.repository / VERSIONED / number
         folder.mkdir()
         (folder / "model.onnx").write_bytes(b"this is no model")
-        try:
-            self.server.load(VERSIONED)
-        except ArtefactError:
+        if self.waits(lambda: number in self.refused):
             self.tally.faults.append(f"version {number} of {VERSIONED} is broken, and was refused")
         else:
             self.tally.broken.append(f"version {number} of {VERSIONED} is broken, and was taken")
+
+    def waits(self, condition: Callable[[], bool]) -> bool:
+        """Whether something comes true in time."""
+        deadline = time.monotonic() + RECOVERY_SECONDS
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return condition()
 
     def faults(self) -> None:
         """A kill every so often, and between them, in turn, a new and a broken version."""
@@ -265,7 +275,7 @@ class Soak:
 
     def run(self) -> Tally:
         """Everything at once, for the time that was asked for."""
-        self.supervisor.bring_up(MODELS)
+        self.supervisor.bring_up(strict=True)
         threads = [self.guarded(self.supervise), self.guarded(self.faults)]
         threads += [self.guarded(self.client, n) for n in range(self.options.clients)]
         self.stop.wait(self.options.seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import answers, commands, files, models, scoring, specs
+from . import answers, commands, files, models, scoring, serving, specs
 
 __all__ = ["TARGETS"]
 
@@ -14,6 +14,7 @@ TARGETS = sorted(
         *files.TARGETS,
         *scoring.TARGETS,
         *answers.TARGETS,
+        *serving.TARGETS,
         *commands.TARGETS,
     ),
     key=lambda target: _SLOW.index(target.name) if target.name in _SLOW else len(_SLOW),

@@ -16,12 +16,12 @@ from typing import Any
 
 from . import __version__
 
-__all__ = ["docstring", "environment", "lowest_versions", "silence", "telemetry"]
+__all__ = ["TELEMETRY", "docstring", "environment", "lowest_versions", "silence", "telemetry"]
 
 #: From 1.29 on, and not on Windows, ONNX Runtime writes a device id and a queue of events below the
 #: user's cache folder when it is imported, and sends them, unless this says no; its function
 #: disable_telemetry_events comes too late (microsoft/onnxruntime#27379).
-_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _silenced = False  # by us, and not by the user
 
 PACKAGES = (
@@ -45,8 +45,8 @@ def silence() -> None:
     Before ONNX Runtime is imported; the processes that this one starts inherit it.
     """
     global _silenced
-    if _TELEMETRY not in os.environ:
-        os.environ[_TELEMETRY], _silenced = "1", True
+    if TELEMETRY not in os.environ:
+        os.environ[TELEMETRY], _silenced = "1", True
 
 
 def telemetry() -> dict[str, bool] | None:
@@ -56,7 +56,7 @@ def telemetry() -> dict[str, bool] | None:
     """
     if not (_version("onnxruntime") or _version("onnxruntime-gpu")):
         return None
-    here = os.environ.get(_TELEMETRY, "").lower() not in ("1", "true", "yes", "on")
+    here = os.environ.get(TELEMETRY, "").lower() not in ("1", "true", "yes", "on")
     return {"process": here, "own_sessions": here or _silenced}
 
 

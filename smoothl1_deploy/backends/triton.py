@@ -8,12 +8,10 @@ server ends with the process.
 from __future__ import annotations
 
 import itertools
-import tempfile
 import threading
 import weakref
 from collections import deque
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
@@ -36,11 +34,16 @@ class _Shared:
     """The server of this process."""
 
     def __init__(self) -> None:
+        from ..serving.private import PrivateFolder
+
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._server: Server | None = None
         self._unused: deque[str] = deque()
-        self._folder = tempfile.TemporaryDirectory(prefix="smoothl1-deploy-backend-")
+        self._folder = PrivateFolder()
+        self._folder.make()
+        # Worker processes of multiprocessing run these, and not those of atexit.
+        Finalize(None, self._stop, exitpriority=10)
 
     def load(self, model: onnx.ModelProto) -> str:
         """The name under which a served graph is now loaded."""
@@ -51,7 +54,7 @@ class _Shared:
             while self._unused:
                 server.unload(self._unused.popleft())
             name = f"m{next(self._numbers)}"
-            write_model(self._folder.name, model, name=name, max_batch_size=0)
+            write_model(self._folder.path, model, name=name, max_batch_size=0)
             try:
                 server.load(name)
             except ArtefactError as exc:
@@ -66,20 +69,21 @@ class _Shared:
         self._unused.append(name)
 
     def transport(self, protocol: str) -> Transport:
-        from ..serving.transport import open_transport
+        from ..serving.transport import GrpcTransport, HttpTransport
 
         with self._lock:
-            return open_transport(self._running().addresses.to_dict()[protocol], _TIMEOUT, 0)
+            addresses = self._running().addresses
+        if protocol == "grpc":
+            return GrpcTransport(addresses.grpc, False, _TIMEOUT, 0)
+        return HttpTransport(addresses.http, False, _TIMEOUT, 0)
 
     def _running(self) -> Server:
         from ..serving.launcher import Server
 
         if self._server is None:
-            server = Server(self._folder.name, log=Path(self._folder.name) / ".triton.log")
+            server = Server(self._folder.path, private=True)
             server.start()
             self._server = server
-            # Worker processes of multiprocessing run these, and not those of atexit.
-            Finalize(None, self._stop, exitpriority=10)
         return self._server
 
     def _stop(self) -> None:
@@ -87,7 +91,7 @@ class _Shared:
             server, self._server = self._server, None
             if server is not None:
                 server.stop(at_once=True)
-            self._folder.cleanup()
+            self._folder.remove()
 
 
 _shared: _Shared | None = None

@@ -46,7 +46,8 @@ def serve(
     host: Annotated[
         str,
         typer.Option(
-            rich_help_panel=_PORTS, help="The address; any but loopback opens it to the network."
+            rich_help_panel=_PORTS,
+            help="A name or address of this machine; any but loopback opens it to the network.",
         ),
     ] = "127.0.0.1",
     ready_file: Annotated[
@@ -75,9 +76,16 @@ def serve(
         typer.Option(
             envvar="SMOOTHL1_DEPLOY_ADMIN_KEY",
             show_envvar=True,
-            help="For the admin APIs (header admin-key); a secret one by default.",
+            help="Open the admin APIs to whoever has it (header admin-key); closed by default.",
         ),
     ] = None,
+    loading: Annotated[
+        bool,
+        typer.Option(
+            "--loading",
+            help="Who has the admin key may load models over the network: code of theirs runs.",
+        ),
+    ] = False,
 ) -> None:
     """Serve a model repository with the tritonserver on PATH, or else the embedded one.
 
@@ -100,18 +108,20 @@ def serve(
 
     logs = _log_folder(logs)
     ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        print_note(f"it listens on {host}: whoever can reach this machine can ask its models")
     with _signals_as_interrupt(), contextlib.suppress(KeyboardInterrupt):
         server = Server(
             repository,
+            models=model,
             ports=ports,
             host=host,
             log=logs / "triton.log",
             admin_key=admin_key,
+            loading=loading,
             loss_metrics=loss_metrics,
         )
-        with service(server, logs, model, ready_file, print_note) as supervisor:
+        for text in server.warnings():
+            print_note(text)
+        with service(server, logs, model is not None, ready_file, print_note) as supervisor:
             _show({**server.addresses.to_dict(), "logs": str(logs)}, supervisor)
             keep_up(supervisor, interval)
     print_lines(["stopped"])

@@ -11,12 +11,13 @@ from typing import Any
 
 from ..errors import OutputError
 
-__all__ = ["LOGGER", "JsonFormatter", "open_log", "record"]
+__all__ = ["LOGGER", "WARNINGS", "JsonFormatter", "open_log", "record"]
 
 #: Its records carry `fields`, a mapping; whoever uses the package may add handlers of their own.
 LOGGER = logging.getLogger("smoothl1_deploy.serving")
 
-_WARNINGS = ("canary_failed", "reload_failed", "version_refused")
+#: Those that say that something is wrong; each has `model` and `reason`.
+WARNINGS = ("canary_failed", "refused", "reload_failed", "version_refused")
 
 
 class JsonFormatter(logging.Formatter):
@@ -38,7 +39,7 @@ class JsonFormatter(logging.Formatter):
 def record(event: str, **fields: Any) -> None:
     """Log one event with its fields."""
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in fields.items()}
-    level = logging.WARNING if event in _WARNINGS else logging.INFO
+    level = logging.WARNING if event in WARNINGS else logging.INFO
     LOGGER.log(level, event, extra={"fields": rounded})
 
 

@@ -20,7 +20,9 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_data_path
 
+from ..environment import TELEMETRY
 from ..errors import BackendUnavailableError, MissingDependencyError
+from .private import PrivateFolder
 
 __all__ = ["REMEDY", "Triton", "find_triton", "install", "install_path"]
 
@@ -54,11 +56,6 @@ class Triton:
         return self.home is not None
 
     @property
-    def platforms(self) -> tuple[str, ...] | None:
-        """The platforms and backends it can serve; None where it is not known."""
-        return ("onnxruntime_onnx", "onnxruntime") if self.embedded else None
-
-    @property
     def stub(self) -> Path:
         """The process that runs a model of the embedded one, for this version of Python."""
         assert self.home is not None
@@ -66,13 +63,21 @@ class Triton:
         stubs = self.home / "pytriton/tritonserver/python_backend_stubs"
         return stubs / version / "triton_python_backend_stub"
 
-    def environment(self) -> dict[str, str]:
-        """The environment to start it in: its libraries, libpython, and this Python first."""
-        environment = dict(os.environ)
+    def environment(self, folder: Path) -> dict[str, str]:
+        """The environment to start it in: its libraries, libpython, and this Python first.
+
+        Args:
+            folder: a plain path, for links to what the loader is told: it splits at `;` and `:`.
+        """
+        environment = {TELEMETRY: "1", **os.environ}
         if self.home is None:
             return environment
-        folders = [str(self.home / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
-        folders.append(environment.get("LD_LIBRARY_PATH"))
+        libraries = {"libtriton": self.home / "nvidia_pytriton.libs"}
+        if libdir := sysconfig.get_config_var("LIBDIR"):
+            libraries["libpython"] = Path(libdir)
+        for name, target in libraries.items():
+            (folder / name).symlink_to(target)
+        folders = [*(str(folder / name) for name in libraries), environment.get("LD_LIBRARY_PATH")]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
         # The stub takes the packages of the first python3 on PATH.
         programs = [os.path.dirname(sys.executable), environment.get("PATH")]
@@ -112,18 +117,21 @@ def _checked(triton: Triton) -> Triton:
             f"{', '.join(sorted(path.name for path in triton.stub.parent.parent.iterdir()))}; use "
             "one of these, or put a tritonserver on PATH"
         )
-    for program, remedy in (
-        (triton.binary, "it needs glibc 2.35 or newer"),
-        (triton.stub, "it needs Python's shared library: on Debian the package libpython3"),
-    ):
-        done = subprocess.run(
-            [program, "--help"], env=triton.environment(), capture_output=True, text=True
-        )
-        if done.returncode in (126, 127) or "error while loading shared libraries" in done.stderr:
-            raise BackendUnavailableError(
-                f"{program} can't run here ({done.stderr.strip()}); {remedy}, or put a "
-                "tritonserver on PATH"
+    with PrivateFolder() as folder:
+        environment = triton.environment(folder)
+        for program, remedy in (
+            (triton.binary, "it needs glibc 2.35 or newer"),
+            (triton.stub, "it needs Python's shared library: on Debian the package libpython3"),
+        ):
+            done = subprocess.run(
+                [program, "--help"], env=environment, capture_output=True, text=True
             )
+            missing = "error while loading shared libraries" in done.stderr
+            if done.returncode in (126, 127) or missing:
+                raise BackendUnavailableError(
+                    f"{program} can't run here ({done.stderr.strip()}); {remedy}, or put a "
+                    "tritonserver on PATH"
+                )
     return triton
 
 

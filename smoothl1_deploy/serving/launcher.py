@@ -1,41 +1,57 @@
-"""One running Triton: started on a repository, its models loaded and unloaded, ended whole."""
+"""One running Triton: started on the mirror of a repository, and ended with nothing left."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import ipaddress
 import os
-import secrets
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from ..errors import ArtefactError, OutputError, ServerError, SpecError, require
 from . import loss_metrics, onnxruntime_backend
-from .admin import ADMIN_HEADER, Admin
 from .install import Triton, find_triton
+from .mirror import Mirror, models_of
+from .private import PrivateFolder, is_plain
+from .transport import HttpTransport
+from .triton_log import TritonLog, one_line
 
-__all__ = ["Addresses", "Server"]
+__all__ = ["ADMIN_HEADER", "Addresses", "Server"]
+
+#: The HTTP header that opens the restricted APIs; over gRPC `triton-grpc-protocol-` goes before it.
+ADMIN_HEADER = "admin-key"
 
 _RESTRICTED = "model-repository,shared-memory,statistics,trace,logging"
+#: A header that no request can have: neither protocol takes a line feed in one.
+_CLOSED = "(none opens it without serve --admin-key)\n=\n"
 
-_START_SECONDS = 60.0
+_SILENT_SECONDS = 120.0  # without a word while it loads its models
 _EXIT_SECONDS = 3  # for requests in flight
+_LOAD_SECONDS = 120.0
 
-#: Ends the server when this process is killed; source: prctl(2), PR_SET_PDEATHSIG. The signal of a
-#: parent that ended before it was asked for never comes.
-_DIE_WITH_PARENT = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); "
-    "os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
+#: Every thread of the server gets so much. It reads JSON by recursion, and lists the chunks of a
+#: body on its stack: with the usual 8 MiB a request of 7.8 MB ends it (bench/NOTES.md).
+STACK_BYTES = 256 << 20
+
+#: A program that becomes Triton, with that stack. Where a parent is named, Triton ends with it;
+#: source: prctl(2), PR_SET_PDEATHSIG. The signal of a parent that has ended already never comes.
+_BECOME = (
+    "import ctypes, os, resource, sys\n"
+    "parent, soft, hard, *command = sys.argv[1:]\n"
+    "resource.setrlimit(resource.RLIMIT_STACK, (int(soft), int(hard)))\n"
+    "if parent != '0': ctypes.CDLL(None).prctl(1, 15)\n"
+    "if parent in ('0', str(os.getppid())): os.execv(command[0], command)\n"
 )
 
 
@@ -57,19 +73,36 @@ class Addresses:
 
 
 class Server:
-    """A Triton in explicit mode: no model is loaded until `load` is called.
+    """A Triton that serves the models of a repository, and looks for new versions every second.
 
     Use it as a context manager, or call `start` and `stop`.
 
     Args:
         repository: the folder of the models.
         triton: None takes the one `find_triton` finds.
+        models: the names of those to serve; all that can be by default.
         ports: of `http`, `grpc` and `metrics`; 0 or absent is a free one.
-        host: the address to listen on.
-        log: the file that the server's own log is appended to; None throws it away.
-        admin_key: for the restricted APIs; None makes up a secret one.
+        host: the name or address to listen on.
+        log: the file that the server's own log is appended to; None throws it away at the end.
+        admin_key: what opens the restricted APIs (header `admin-key`); without one nothing does.
+            Triton takes it on its command line alone, where every user of the machine can read it.
+        loading: whether whoever has the key may load and unload models, files of theirs among them,
+            which is to run code. New versions are then loaded on request only.
+        private: for this process alone: gRPC listens on a socket that no other user can reach, and
+            a model is there when `load` has loaded it. The repository's path must be plain.
         loss_metrics: have the embedded server count losses; see `loss_metrics`. In a soak with it
             the server once ended with a segmentation fault while a model was loaded under load.
+
+    Attributes:
+        models: the names of those it serves.
+        left_out: name -> why it doesn't serve that one.
+        host: the address it listens on.
+        mirror: what it sees of the repository, once it was started.
+        log: what it says, likewise.
+
+    Raises:
+        ArtefactError: for no folder, and as `models_of`.
+        SpecError: for a host that is no address of this machine.
     """
 
     def __init__(
@@ -77,10 +110,13 @@ class Server:
         repository: str | os.PathLike[str],
         triton: Triton | None = None,
         *,
+        models: Iterable[str] | None = None,
         ports: Mapping[str, int] | None = None,
         host: str = "127.0.0.1",
         log: Path | None = None,
         admin_key: str | None = None,
+        loading: bool = False,
+        private: bool = False,
         loss_metrics: bool = False,
     ) -> None:
         self.repository = Path(repository).resolve()
@@ -88,18 +124,22 @@ class Server:
             raise ArtefactError(
                 f"{self.repository} is no folder; give a Triton model repository, a folder a model"
             )
+        if loading and not admin_key:
+            raise SpecError("loading over the network needs a key: give --admin-key too")
         self.triton = triton or find_triton()
-        self.admin_key = admin_key or secrets.token_urlsafe(24)
+        self.models, self.left_out = ([], {}) if private else models_of(self.repository, models)
+        self.admin_key = admin_key or None
         self._ports = {name: (ports or {}).get(name, 0) for name in ("http", "grpc", "metrics")}
-        self._host = host
+        self._family, self.host = _resolved(host)
+        self._loading = loading
+        self._private = private
         self._loss_metrics = loss_metrics
-        self._log = log
+        self._log_file = log
         self._process: subprocess.Popen[bytes] | None = None
-        self._state: Path | None = None
-        self._prefix = ""
-        self._log_start = 0
+        self._folder: PrivateFolder | None = None
         self._addresses: Addresses | None = None
-        self._http: Any = require("urllib3", "serve", "serving").PoolManager(retries=False)
+        self._grpc = require("tritonclient.grpc", "serve", "serving")
+        self._error = require("tritonclient.utils", "serve", "serving").InferenceServerException
 
     def __enter__(self) -> Server:
         self.start()
@@ -130,6 +170,18 @@ class Server:
         """None while it runs."""
         return None if self._process is None else self._process.poll()
 
+    def warnings(self) -> Iterator[str]:
+        """What somebody who starts it should know."""
+        if not ipaddress.ip_address(self.host).is_loopback:
+            yield f"it listens on {self.host}: whoever can reach this machine can ask its models"
+        if self.admin_key is not None:
+            yield "every user of this machine can read the admin key on the server's command line"
+        if 0 <= (soft := _stack()[0]) < STACK_BYTES:
+            yield (
+                f"the stack stays at {soft >> 20} MiB here (ulimit -Hs, -v and -d): a JSON request "
+                f"of {soft >> 21} MB may end the server; send binary"
+            )
+
     def start(self) -> None:
         """Start it, and return when it answers; where it doesn't, Ctrl-C included, nothing is left.
 
@@ -146,18 +198,24 @@ class Server:
     def _start(self) -> None:
         for attempt in range(3):
             ports = self._free_ports()
-            self._spawn(ports)
-            self._addresses = Addresses(
-                *(f"{self._host}:{ports[name]}" for name in ("http", "grpc", "metrics"))
-            )
+            self._folder = PrivateFolder(with_socket=self._private)
+            self._folder.make()
+            place = f"[{self.host}]" if ":" in self.host else self.host
+            http, grpc, metrics = (f"{place}:{ports[name]}" for name in ("http", "grpc", "metrics"))
+            if self._private:
+                grpc = f"unix:{self._folder.path}/grpc:{ports['grpc']}"
+            self._addresses = Addresses(http, grpc, metrics)
+            self._spawn(self._folder)
             if self._wait_until_live():
                 return
-            words = self._last_words()
+            ended = self.exit_code is not None
+            words = self.log.last_words()
             self.stop()
             # Between the look for a free port and the server's own, another process may take it.
-            if attempt == 2 or not all(port == 0 for port in self._ports.values()):
+            if not ended or attempt == 2 or any(self._ports.values()):
                 break
-        raise ServerError(f"the Triton server ended while it started: {words}")
+        ended_how = "ended" if ended else "fell silent"
+        raise ServerError(f"the Triton server {ended_how} while it started: {words}")
 
     def _free_ports(self) -> dict[str, int]:
         given = [port for port in self._ports.values() if port]
@@ -167,71 +225,80 @@ class Server:
         with contextlib.ExitStack() as stack:
             chosen = {}
             for name, port in self._ports.items():
-                listener = stack.enter_context(socket.socket())
+                listener = stack.enter_context(socket.socket(self._family))
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    listener.bind((self._host, port))
-                except socket.gaierror as exc:
-                    raise SpecError(
-                        f"can't listen on {self._host!r} ({exc.strerror}); --host takes a name or "
-                        "an IPv4 address of this machine"
-                    ) from exc
+                    listener.bind((self.host, port))
                 except (OSError, OverflowError) as exc:
+                    remedy = f"choose another --{name}-port, 0 for a free one"
+                    if isinstance(exc, OSError) and exc.errno == errno.EADDRNOTAVAIL:
+                        remedy = "--host takes a name or an address of this machine"
                     raise SpecError(
-                        f"can't listen on {self._host}:{port} ({exc}); choose another --{name}-port"
-                        ", 0 for a free one"
+                        f"can't listen on {self.host}:{port} ({exc}); {remedy}"
                     ) from exc
                 chosen[name] = listener.getsockname()[1]
             return chosen
 
-    def _spawn(self, ports: Mapping[str, int]) -> None:
-        # Named before it is made: Ctrl-C within mkdtemp would leave a folder that nobody knows.
-        self._state = Path(tempfile.gettempdir(), f"smoothl1-deploy-serve-{secrets.token_hex(8)}")
-        self._state.mkdir(mode=0o700)
-        self._log_start = self._log.stat().st_size if self._log and self._log.exists() else 0
-        self._prefix = f"smoothl1_{secrets.token_hex(6)}_"
-        command = [str(self.triton.binary), *self._options(ports)]
+    def _spawn(self, private: PrivateFolder) -> None:
+        folder = private.path
+        self.mirror = Mirror(self.repository, folder / "models", self.models)
+        self.log = TritonLog(self._log_file or folder / "triton.log")
         # The signal comes when the thread that started the child ends: only the main one will do.
-        if threading.current_thread() is threading.main_thread() and sys.platform == "linux":
-            command = [sys.executable, "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+        main = threading.current_thread() is threading.main_thread() and sys.platform == "linux"
+        limits = resource.getrlimit(resource.RLIMIT_STACK) if self._private else _stack()
+        become = [_BECOME, str(os.getpid() if main else 0), *map(str, limits)]
+        command = [sys.executable, "-S", "-c", *become, str(self.triton.binary)]
+        command += self._options(private)
+        environment = self.triton.environment(folder)
         try:
-            with open(self._log or os.devnull, "ab") as log:
+            with open(self.log.path, "ab") as log:
                 self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=self.triton.environment(),
+                    env=environment,
                     start_new_session=True,  # Ctrl-C is ours to handle, and its children are found
                 )
         except OSError as exc:
             raise OutputError(
-                f"can't write {self._log}: {exc.strerror or exc}; choose a file in a folder that "
-                "exists and that you may write to"
+                f"can't write {self.log.path}: {exc.strerror or exc}; choose a file in a folder "
+                "that exists and that you may write to"
             ) from exc
 
-    def _options(self, ports: Mapping[str, int]) -> list[str]:
+    def _options(self, private: PrivateFolder) -> list[str]:
+        shown = self.repository if self._private else self.mirror.folder
+        assert is_plain(str(shown))
         options = [
-            f"--model-repository={self.repository}",
-            "--model-control-mode=explicit",
+            f"--model-repository={shown}",
             "--disable-auto-complete-config",
+            "--exit-on-error=false",  # the models that work are served
             f"--exit-timeout-secs={_EXIT_SECONDS}",
             "--log-format=ISO8601",
-            f"--backend-config=python,shm-region-prefix-name={self._prefix}",
+            f"--backend-config=python,shm-region-prefix-name={private.shared_memory}",
             "--allow-gpu-metrics=false" if self.triton.embedded else "--allow-gpu-metrics=true",
-            f"--http-restricted-api={_RESTRICTED}:{ADMIN_HEADER}={self.admin_key}",
-            f"--grpc-restricted-protocol={_RESTRICTED}:{ADMIN_HEADER}={self.admin_key}",
         ]
-        for name, port in ports.items():
-            options += [f"--{name}-address={self._host}", f"--{name}-port={port}"]
+        for name, address in asdict(self.addresses).items():
+            place, _, port = address.rpartition(":")
+            if name != "grpc" and place.startswith("["):
+                place = f"ipv6:{place[1:-1]}"
+            options += [f"--{name}-address={place}", f"--{name}-port={port}"]
+        key = f"{ADMIN_HEADER}={self.admin_key}" if self.admin_key else _CLOSED
+        options.append(f"--http-restricted-api={_RESTRICTED}:{key}")
+        if not self._private:
+            options.append(f"--grpc-restricted-protocol={_RESTRICTED}:{key}")
+        if self._private or self._loading:
+            options.append("--model-control-mode=explicit")
+            options += [f"--load-model={name}" for name in self.models]
+        else:
+            options += ["--model-control-mode=poll", "--repository-poll-secs=1"]
         if self.triton.home is not None:
-            options.append(f"--backend-directory={self._backends(self.triton.home)}")
+            options.append(f"--backend-directory={self._backends(self.triton.home, private.path)}")
         return options
 
-    def _backends(self, home: Path) -> Path:
+    def _backends(self, home: Path, folder: Path) -> Path:
         """A backend directory with the stub of this Python, and with a backend for ONNX."""
-        assert self._state is not None
-        folder = self._state / "backends"
+        folder = folder / "backends"
         # Copies: Triton refuses a library that a link leads out of the folder.
         shutil.copytree(home / "pytriton/tritonserver/backends/python", folder / "python")
         shutil.copy(self.triton.stub, folder / "python")
@@ -242,36 +309,79 @@ class Server:
         return folder
 
     def _wait_until_live(self) -> bool:
-        deadline = time.monotonic() + _START_SECONDS
-        while self.exit_code is None and time.monotonic() < deadline:
-            with contextlib.suppress(ServerError):
-                if self._admin().is_live():
-                    return True
+        size, deadline = -1, 0.0
+        while self.exit_code is None:
+            if self._is_live():
+                return True
+            if self.log.size() != size:
+                size, deadline = self.log.size(), time.monotonic() + _SILENT_SECONDS
+            elif time.monotonic() > deadline:
+                break
             time.sleep(0.02)
         return False
 
-    def _last_words(self) -> str:
-        if self._log is None:
-            return "its log was thrown away; give it a log file"
-        text = self._log.read_bytes()[self._log_start :].decode(errors="replace")
-        lines = text.splitlines()
-        errors = [line for line in lines if " E " in line or line.startswith("error")]
-        return " ".join((errors or lines)[-5:]) or f"{self._log} is empty"
+    def _is_live(self) -> bool:
+        # Closed at once: the server waits for open connections when it ends.
+        with contextlib.closing(HttpTransport(self.addresses.http, False, 1.0, 0)) as transport:
+            return transport.is_live()
 
-    def load(self, model: str, version: str = "") -> None:
-        """Load a model, or load it anew; see `Admin.load`."""
-        self._admin().load(model, version)
+    def leave_out(self, model: str, reason: str) -> None:
+        """Serve a model no more."""
+        self.mirror.drop(model)
+        self.models.remove(model)
+        self.left_out[model] = reason
+
+    def withhold(self, model: str, version: str) -> bool:
+        """Serve the other versions of a model instead of one, until its files change.
+
+        Returns:
+            False where there is no other one.
+        """
+        withheld = self.mirror.withhold(model, version)
+        if withheld and self._loading:
+            with contextlib.suppress(ArtefactError):  # the log says it too
+                self.load(model)
+        return withheld
+
+    def reload(self, model: str) -> None:
+        """Have a model loaded anew though its files didn't change; its log tells how it went."""
+        if not self._loading:
+            self.mirror.touch(model)
+            return
+        self.unload(model)
+        with contextlib.suppress(ArtefactError):
+            self.load(model)
+
+    def load(self, model: str) -> None:
+        """Load a model, or load it anew; for a server that loads on request.
+
+        Raises:
+            ArtefactError: when the server refuses it, with the server's reason.
+            ServerError: when the server doesn't answer.
+        """
+        self._manage("load", model)
 
     def unload(self, model: str) -> None:
-        """Take a model out of service; see `Admin.unload`."""
-        self._admin().unload(model)
+        """Take a model out of service; nothing is said of one that was not in it.
 
-    def metadata(self, model: str) -> dict[str, Any]:
-        """Name, versions, inputs and outputs of a loaded model, as the server tells them."""
-        return self._admin().metadata(model)
+        Raises:
+            ServerError: when the server doesn't answer.
+        """
+        self._manage("unload", model)
 
-    def _admin(self) -> Admin:
-        return Admin(self._http, self.addresses.http, self.admin_key, self.repository)
+    def _manage(self, verb: str, model: str) -> None:
+        options = [("grpc.enable_http_proxy", 0)]
+        headers = {f"triton-grpc-protocol-{ADMIN_HEADER}": self.admin_key or ""}
+        with self._grpc.InferenceServerClient(self.addresses.grpc, channel_args=options) as client:
+            try:
+                method = client.load_model if verb == "load" else client.unload_model
+                method(model, headers=headers, client_timeout=_LOAD_SECONDS)
+            except self._error as exc:
+                if exc.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
+                    raise ServerError(f"the Triton server does not answer ({exc})") from exc
+                raise ArtefactError(
+                    f"the Triton server can't {verb} the model {model!r}: {one_line(exc.message())}"
+                ) from exc
 
     def stop(self, at_once: bool = False) -> None:
         """End the server and its children, and remove what they left; may be called twice.
@@ -281,7 +391,6 @@ class Server:
         """
         process, self._process = self._process, None
         try:
-            self._http.clear()  # the server waits for open connections
             if process is not None:
                 process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -291,8 +400,31 @@ class Server:
                 with contextlib.suppress(ProcessLookupError):  # the children too
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            if self._prefix:
-                for region in Path("/dev/shm").glob(f"{self._prefix}*"):
-                    region.unlink(missing_ok=True)
-            if self._state is not None:
-                shutil.rmtree(self._state, ignore_errors=True)
+            if self._folder is not None:
+                self._folder.remove()
+
+
+def _resolved(host: str) -> tuple[socket.AddressFamily, str]:
+    """The address of a name, since Triton takes any that it can't read for 255.255.255.255."""
+    try:
+        if not host:
+            raise OSError("it is empty")
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        family, *_, place = min(found, key=lambda one: one[0] != socket.AF_INET)
+        if len(place) == 4 and place[3]:
+            raise OSError("it holds for one interface alone, which Triton can't be told")
+    except (OSError, UnicodeError) as exc:
+        raise SpecError(
+            f"can't listen on {host!r} ({exc}); --host takes a name or an address of this machine"
+        ) from exc
+    return family, str(place[0])
+
+
+def _stack() -> tuple[int, int]:
+    """The limits on the server's stack, the soft one raised as far as this machine lets it be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    # Both count the stacks of the server's sixty threads, which hardly use them.
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        if resource.getrlimit(kind)[0] != resource.RLIM_INFINITY:
+            return soft, hard
+    return STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard), hard

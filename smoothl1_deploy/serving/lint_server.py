@@ -15,7 +15,6 @@ import resource
 import secrets
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -31,6 +30,7 @@ from .install import Triton, find_triton
 from .launcher import Server
 from .lint_config import BACKENDS
 from .model_config import CONFIG_FILE, dump_config
+from .private import PrivateFolder
 from .repository import ONNX_FILE
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def refusals(visits: Iterable[Visit]) -> tuple[dict[str, str], str]:
     """
     try:
         triton = find_triton()
-        with tempfile.TemporaryDirectory(prefix="smoothl1-deploy-lint-") as folder:
-            return _Mirror(Path(folder), triton).ask(visits)
+        with PrivateFolder() as folder:
+            return _Mirror(folder, triton).ask(visits)
     except (MissingDependencyError, BackendUnavailableError, ServerError) as exc:
         return {}, str(exc)
 
@@ -89,7 +89,7 @@ class _Mirror:
         names = [own.name, *map(self._add, ordered)]
         refused: dict[str, str] = {}
         while names and own.name not in refused:
-            server = Server(self._root, self._triton, log=self._log)
+            server = Server(self._root, self._triton, log=self._log, private=True)
             server.start()
             try:
                 memory = _MEMORY + 4 * sum(f.stat().st_size for f in self._root.rglob(ONNX_FILE))

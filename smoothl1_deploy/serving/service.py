@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import events
 from .launcher import Server
 from .ready_file import ReadyFile
-from .supervise import Supervisor, models_of
+from .supervise import Supervisor
 
 __all__ = ["keep_up", "ready_facts", "service"]
 
@@ -21,7 +21,7 @@ __all__ = ["keep_up", "ready_facts", "service"]
 def service(
     server: Server,
     logs: Path,
-    models: Iterable[str] | None = None,
+    strict: bool = False,
     ready_file: Path | None = None,
     note: Callable[[str], None] = lambda message: None,
 ) -> Iterator[Supervisor]:
@@ -30,10 +30,11 @@ def service(
     Args:
         server: not started.
         logs: the folder for `events.jsonl`; it exists.
-        models: names; all that the server can serve by default.
-        ready_file: written, whole, when every model answered right; removed at the end. What a
-            server that was killed left there is removed before the start.
-        note: called with each remark for people.
+        strict: whether a model that the server refuses is an error; else it is left out.
+        ready_file: written, whole, when every model answered right, and when something in it has
+            changed; removed at the end. What a server that was killed left there is removed before
+            the start.
+        note: called with each remark for people, what the server refuses among them.
 
     Raises:
         ArtefactError: for a repository or model that can't be served.
@@ -41,19 +42,27 @@ def service(
         OutputError: when a file can't be written.
     """
     file = ReadyFile(ready_file)
-    names, notes = models_of(server, models)
     file.claim()
-    for message in notes:
-        note(message)
+    for name, reason in server.left_out.items():
+        note(f"{name} is left out: {reason}")
     handler = events.open_log(logs / "events.jsonl")
+
+    def record(event: str, **fields: Any) -> None:
+        events.record(event, **fields)
+        if event in events.WARNINGS:
+            note(f"{fields['model']}: {event.replace('_', ' ')}: {fields['reason']}")
+
+    def write() -> None:
+        file.write(ready_facts(server, supervisor))
+
     try:
         started = time.perf_counter()
-        with server, contextlib.closing(Supervisor(server, events.record)) as supervisor:
-            supervisor.bring_up(names)
+        with server, contextlib.closing(Supervisor(server, record, write)) as supervisor:
+            supervisor.bring_up(strict)
             facts = ready_facts(server, supervisor)
             events.record("ready", seconds=time.perf_counter() - started, **facts)
             try:
-                file.write(facts)
+                write()
                 yield supervisor
             finally:
                 file.withdraw()
@@ -64,13 +73,14 @@ def service(
 
 
 def ready_facts(server: Server, supervisor: Supervisor) -> dict[str, Any]:
-    """What the ready file holds: the addresses as URLs, the models, who serves them."""
+    """What the ready file holds: addresses as URLs, models, those left out, who serves them."""
     return {
         **server.addresses.to_dict(),
         "pid": os.getpid(),
         "server": {"pid": server.pid, "embedded": server.triton.embedded},
         "repository": str(server.repository),
         "models": [model.to_dict() for model in supervisor.models.values()],
+        "left_out": server.left_out,
     }
 
 

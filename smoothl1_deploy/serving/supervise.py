@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import (
-    ArtefactError,
-    InvalidInputError,
-    ServerError,
-    SmoothL1DeployError,
-    reason_of,
-)
-from ..parity.certificate import CertificateStatus, read_certificate
+from ..errors import ArtefactError, ServerError, SmoothL1DeployError
+from ..parity.certificate import CertificateStatus, certificate_path, read_certificate
 from .canary import Canary, make_canary
 from .launcher import Server
-from .model_config import CONFIG_FILE, read_config
+from .mirror import Stamp
 from .stubs import is_alive, stubs_of
 from .transport import Transport, open_transport
+from .triton_log import Said
 
-__all__ = ["Model", "Supervisor", "models_of"]
+__all__ = ["Model", "Supervisor"]
 
 _CANARY_SECONDS = 10.0
+_LOAD_SECONDS = 120.0
 _FILES = {"tensorrt_plan": "model.plan"}
 
 
@@ -37,6 +34,7 @@ class Model:
         platform: Triton's.
         canary: None where the right answer can't be told; such a model is only loaded.
         certificate: what is beside the file that is served.
+        stamp: the files that canary and certificate were made from.
         processes: those that run it, under the embedded server.
     """
 
@@ -45,6 +43,7 @@ class Model:
     platform: str
     canary: Canary | None
     certificate: CertificateStatus
+    stamp: Stamp
     processes: frozenset[int] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,105 +57,110 @@ class Model:
         }
 
 
-def models_of(server: Server, chosen: Iterable[str] | None = None) -> tuple[list[str], list[str]]:
-    """The models of the server's repository that it can serve, and why it can't serve others.
-
-    Args:
-        server: its repository is read; it need not run.
-        chosen: names; all by default.
-
-    Raises:
-        ArtefactError: when there is no model, a chosen one is missing, or a config is damaged.
-    """
-    found = sorted(path.parent.name for path in server.repository.glob(f"[!.]*/{CONFIG_FILE}"))
-    names = found if chosen is None else list(chosen)
-    for name in names:
-        if name not in found:
-            raise ArtefactError(
-                f"{server.repository} has no model {name!r}; it has {', '.join(found) or 'none'}"
-            )
-    if not names:
-        raise ArtefactError(
-            f"{server.repository} has no folder with a {CONFIG_FILE}; smoothl1-deploy repository "
-            "writes a model repository"
-        )
-    served, notes = [], []
-    if chosen is None:
-        folders = (path.name for path in server.repository.glob("[!.]*") if path.is_dir())
-        notes = [
-            f"{name} is left out: it has no {CONFIG_FILE}; smoothl1-deploy repository --lint "
-            f"{server.repository} says what a model needs"
-            for name in sorted({*folders} - {*found})
-        ]
-    for name in names:
-        kind = _platform(server.repository / name)
-        if server.triton.platforms is None or kind in server.triton.platforms:
-            served.append(name)
-        else:
-            notes.append(
-                f"{name} is left out: the embedded Triton has no {kind!r}; a tritonserver on PATH "
-                "with that backend serves it"
-            )
-    if not served:
-        raise ArtefactError("; ".join(notes))
-    return served, notes
-
-
-def _platform(folder: Path) -> str:
-    try:
-        config = read_config((folder / CONFIG_FILE).read_bytes())
-    except (ArtefactError, OSError) as exc:
-        reason = reason_of(exc) if isinstance(exc, OSError) else exc
-        raise ArtefactError(f"can't read {folder / CONFIG_FILE}: {reason}") from exc
-    return str(config.platform or config.backend)
-
-
 class Supervisor:
     """The models of one server.
 
     Args:
         server: it runs.
         record: called with the name of each event and its fields; see `events`.
+        changed: called when another version of a model answers, or its files have changed.
     """
 
-    def __init__(self, server: Server, record: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        server: Server,
+        record: Callable[..., None],
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
         self._server = server
         self._record = record
+        self._changed = changed
         self._transport: Transport = open_transport(
             server.addresses.to_dict()["grpc"], _CANARY_SECONDS, 0
         )
+        self._refused: dict[str, Said] = {}
         self.models: dict[str, Model] = {}
 
-    def bring_up(self, names: Iterable[str]) -> None:
-        """Load every model and ask each its canary.
+    def bring_up(self, strict: bool = False) -> None:
+        """Ask each model its canary; one that the server refused is left out.
+
+        Args:
+            strict: whether one that is refused is an error.
 
         Raises:
-            ArtefactError: for a model that the server refuses, with its reason.
+            ArtefactError: with the server's reasons, when it refused all; with `strict`, one.
             ServerError: for a wrong answer.
         """
-        for name in names:
-            started = time.perf_counter()
-            self._server.load(name)
+        said = self._listen()
+        for name in list(self._server.models):
+            try:
+                self._loaded(name, said)
+            except ArtefactError as exc:
+                if strict:
+                    raise
+                self._server.leave_out(name, str(exc))
+                continue
             self.models[name] = self._model(name)
             self._check(self.models[name])
-            self._record("loaded", model=name, seconds=time.perf_counter() - started)
+            self._record("loaded", model=name)
+        if not self.models:
+            raise ArtefactError("; ".join(self._server.left_out.values()))
+
+    def _listen(self) -> dict[str, Said]:
+        """What the server said last of each model; a version that it refused is withheld."""
+        latest = {}
+        for said in self._server.log.news():
+            if self._server.mirror.withholds(said.model, said.version):
+                continue  # it was about to try it once more
+            latest[said.model] = said
+            known = self._refused.pop(said.model, None)
+            if not said.reason:
+                continue
+            self._refused[said.model] = said
+            if said.version and self._server.withhold(said.model, said.version):
+                del latest[said.model]  # what it says of the other versions is still to come
+                event, fields = "version_refused", {"version": said.version}
+            else:
+                event, fields = "refused", {}
+            if said != known:  # Triton says it every second
+                self._record(event, model=said.model, **fields, reason=said.reason)
+        return latest
+
+    def _loaded(self, name: str, latest: dict[str, Said]) -> None:
+        """Wait until the server has said that it loaded a model.
+
+        Raises:
+            ArtefactError: with its reason, when it says that it can't.
+            ServerError: when it says nothing.
+        """
+        deadline = time.monotonic() + _LOAD_SECONDS
+        while name not in latest:
+            if self._server.exit_code is not None or time.monotonic() > deadline:
+                raise ServerError(f"the Triton server says nothing of the model {name!r}")
+            time.sleep(0.02)
+            latest = self._listen()
+        if reason := latest[name].reason:
+            raise ArtefactError(f"the Triton server can't load the model {name!r}: {reason}")
 
     def _model(self, name: str) -> Model:
-        metadata = self._server.metadata(name)
+        metadata = self._transport.metadata(name, "")
         version = max(metadata["versions"], key=int)
-        platform = str(metadata["platform"])
+        platform = str(metadata.get("platform", ""))
+        stamp = self._server.mirror.stamp(name, version)
         file = self._file(name, version, platform)
         source = file
         if platform == "tensorrt_plan":  # the ONNX model beside it has the same answers
             source = self._file(name.removesuffix("_trt"), version, "")
         canary = make_canary(source, name, version) if source.exists() else None
-        model = Model(name, version, platform, canary, read_certificate(file))
+        absent = CertificateStatus("absent", "no file to certify", certificate_path(file))
+        certificate = read_certificate(file) if file.exists() else absent
+        model = Model(name, version, platform, canary, certificate, stamp)
         return replace(model, processes=self._processes(model))
 
     def _processes(self, model: Model) -> frozenset[int]:
         if not self._server.triton.embedded:
             return frozenset()
-        folder = self._server.repository / model.name / model.version
+        folder = self._server.mirror.folder / model.name / model.version
         return stubs_of(self._server.pid, folder)
 
     def _file(self, name: str, version: str, platform: str) -> Path:
@@ -171,7 +175,7 @@ class Supervisor:
             model.canary.check(self._transport)
 
     def check(self) -> bool:
-        """One round: every model is asked, and one that fails is unloaded and loaded.
+        """One round: every model is asked, and one that fails is loaded anew.
 
         Returns:
             Whether every model is well at the end of the round.
@@ -180,49 +184,60 @@ class Supervisor:
             ServerError: when the server itself has ended.
         """
         well = True
-        for name, model in list(self.models.items()):
+        self._server.mirror.update()
+        self._listen()
+        for model in list(self.models.values()):
             try:
-                self._check(self._current(model))
+                self._check_current(model)
             except SmoothL1DeployError as exc:
                 if self._server.exit_code is not None:
                     raise ServerError(
                         f"the Triton server ended by itself with {self._server.exit_code}; its "
-                        "log says why"
+                        f"last words: {self._server.log.last_words()}"
                     ) from exc
-                self._record("canary_failed", model=name, reason=str(exc))
-                well &= self._reload(name)
+                self._record("canary_failed", model=model.name, reason=str(exc))
+                well &= self._reload(model)
         return well
 
-    def _current(self, model: Model) -> Model:
-        """The model as it is now: whoever has the admin key may have loaded another version."""
-        version = max(self._server.metadata(model.name)["versions"], key=int)
-        if version != model.version:
-            self._record("version", model=model.name, version=version, before=model.version)
-            self.models[model.name] = model = self._model(model.name)
-        return model
+    def _check_current(self, model: Model) -> None:
+        """Check a model as it was, or as the server has it by now."""
+        if self._differs(model):
+            # The server may not have taken the new files yet, or never will.
+            with contextlib.suppress(SmoothL1DeployError):
+                return self._renew(model)
+        try:
+            self._check(model)
+        except SmoothL1DeployError:
+            if not self._differs(model):
+                raise
+            self._renew(model)  # it has taken them just now
 
-    def _reload(self, name: str) -> bool:
+    def _differs(self, model: Model) -> bool:
+        version = max(self._transport.metadata(model.name, "")["versions"], key=int)
+        stamp = self._server.mirror.stamp(model.name, version)
+        return (version, stamp) != (model.version, model.stamp)
+
+    def _renew(self, before: Model) -> None:
+        """Take a model as it is now, if it is well."""
+        model = self._model(before.name)
+        self._check(model)
+        self.models[model.name] = model
+        if (model.version, model.stamp) != (before.version, before.stamp):
+            event = "changed" if model.version == before.version else "version"
+            self._record(event, model=model.name, version=model.version, before=before.version)
+            self._changed()
+
+    def _reload(self, model: Model) -> bool:
         started = time.perf_counter()
         try:
-            # Loading alone does nothing for a model whose files didn't change.
-            self._server.unload(name)
-            self._load_newest(name)
-            self.models[name] = self._model(name)
-            self._check(self.models[name])
-        except (ArtefactError, InvalidInputError, ServerError) as exc:
-            self._record("reload_failed", model=name, reason=str(exc))
+            self._server.reload(model.name)
+            self._loaded(model.name, {})
+            self._renew(model)
+        except SmoothL1DeployError as exc:
+            self._record("reload_failed", model=model.name, reason=str(exc))
             return False
-        self._record("reloaded", model=name, seconds=time.perf_counter() - started)
+        self._record("reloaded", model=model.name, seconds=time.perf_counter() - started)
         return True
-
-    def _load_newest(self, name: str) -> None:
-        """Load what the config asks for; the version that served before where that is broken."""
-        try:
-            self._server.load(name)
-        except ArtefactError as exc:
-            version = self.models[name].version
-            self._record("version_refused", model=name, instead=version, reason=str(exc))
-            self._server.load(name, version)
 
     def close(self) -> None:
         """Give the connection back."""

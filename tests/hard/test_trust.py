@@ -508,6 +508,25 @@ def _served_above(folder: Path) -> object:
     return write_loss(folder / "repository", LossSpec(), name="..")
 
 
+def _shown(folder: Path, name: str, words: str) -> object:
+    """What a server would be shown of a repository with one model."""
+    pytest.importorskip("tritonclient")
+    from smoothl1_deploy.serving.mirror import models_of
+    from smoothl1_deploy.serving.repository import write_loss
+
+    write_loss(folder / "repository", LossSpec(), name="mean")
+    (folder / "repository/mean").rename(folder / "repository" / name)
+    with (folder / "repository" / name / "config.pbtxt").open("a") as config:
+        config.write(words)
+    return models_of(folder / "repository")
+
+
+case("a repository with a model called `$(reboot)`")(lambda f: _shown(f, "$(reboot)", ""))
+case("a config that names an instance `` `reboot` ``")(
+    lambda f: _shown(f, "mean", 'instance_group { name: "`reboot`" }')
+)
+
+
 def _engine(folder: Path) -> Path:
     pytest.importorskip("tensorrt_rtx")
     path = folder / "e.engine"

@@ -46,11 +46,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, triton: Triton) -> Path
 @pytest.fixture(scope="module")
 def server(repository: Path, triton: Triton) -> Iterator[Server]:
     """All of SPECS, loaded; it must be left as it was found."""
-    server = Server(repository, triton, log=repository.parent / "triton.log", loss_metrics=True)
+    server = Server(repository, triton, admin_key="of the tests", loss_metrics=True)
     server.start()
-    try:
-        for name in SPECS:
-            server.load(name)
-        yield server
-    finally:
-        server.stop(at_once=True)
+    yield server
+    server.stop(at_once=True)

@@ -7,9 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from smoothl1_deploy import LossSpec
@@ -21,12 +19,11 @@ from smoothl1_deploy.errors import (
     ServerError,
     SpecError,
 )
-from smoothl1_deploy.serving import Client
 from smoothl1_deploy.serving import install as module
 from smoothl1_deploy.serving.install import Triton, find_triton, install, install_path
 from smoothl1_deploy.serving.launcher import Server
+from smoothl1_deploy.serving.mirror import models_of
 from smoothl1_deploy.serving.repository import write_loss
-from smoothl1_deploy.serving.supervise import models_of
 
 
 @pytest.fixture
@@ -55,13 +52,13 @@ def test_the_one_on_path_wins(triton: Triton, nothing: Path) -> None:
     program.write_text(f'#!/bin/sh\necho "$@" > {nothing}/options\nexit 9\n')
     program.chmod(0o755)
     found = find_triton()
-    assert found == Triton(program) and not found.embedded and found.platforms is None
+    assert found == Triton(program) and not found.embedded
     write_loss(nothing / "models", LossSpec(), name="mean")
     server = Server(nothing / "models", log=nothing / "log")
     with pytest.raises(ServerError, match="the Triton server ended while it started"):
         server.start()
     options = (nothing / "options").read_text()
-    assert "--model-control-mode=explicit" in options and "--http-address=127.0.0.1" in options
+    assert "--model-control-mode=poll" in options and "--http-address=127.0.0.1" in options
     assert "--backend-directory" not in options  # it knows its own
 
 
@@ -126,41 +123,37 @@ def test_it_is_installed_once(triton: Triton, monkeypatch: pytest.MonkeyPatch) -
 # What can be told before a server runs
 
 
-def test_the_models_it_can_not_serve_are_left_out_aloud(tmp_path: Path, triton: Triton) -> None:
-    write_loss(tmp_path, LossSpec(), name="mean")
-    plan = tmp_path / "mean_trt"
-    plan.mkdir()
-    (plan / "config.pbtxt").write_text('name: "mean_trt" platform: "tensorrt_plan"')
-    server = Server(tmp_path, triton)
-    names, notes = models_of(server)
-    assert names == ["mean"]
-    assert notes == [
-        "mean_trt is left out: the embedded Triton has no 'tensorrt_plan'; a tritonserver on PATH "
-        "with that backend serves it"
-    ]
-    with pytest.raises(ArtefactError, match="^mean_trt is left out"):
-        models_of(server, ["mean_trt"])
-    with pytest.raises(ArtefactError, match="has no model 'huber'; it has mean, mean_trt"):
-        models_of(server, ["huber"])
-
-
-def test_a_folder_without_a_config_is_left_out_aloud(tmp_path: Path, triton: Triton) -> None:
-    write_loss(tmp_path, LossSpec(), name="mean")
-    (tmp_path / "forgotten" / "1").mkdir(parents=True)
-    (tmp_path / ".hidden").mkdir()
+def test_what_a_server_may_not_be_shown_is_left_out_aloud(tmp_path: Path) -> None:
+    for name in ("mean", "$(reboot)", "damaged", "file", "instance"):
+        write_loss(tmp_path, LossSpec(), name="written")
+        (tmp_path / "written").rename(tmp_path / name)
+    for name in ("forgotten", ".hidden"):
+        (tmp_path / name).mkdir()
     (tmp_path / "notes.txt").write_text("a file is no model")
-    server = Server(tmp_path, triton)
-    assert models_of(server) == (
-        ["mean"],
-        ["forgotten is left out: it has no config.pbtxt; smoothl1-deploy repository --lint "
-         f"{tmp_path} says what a model needs"],
-    )  # fmt: skip
-    assert models_of(server, ["mean"]) == (["mean"], [])
+    (tmp_path / "damaged/config.pbtxt").write_text("junk {")
+    for name, words in (
+        ("file", 'default_model_filename: "`reboot`"'),
+        ("instance", 'instance_group { name: "a b" }'),
+    ):
+        with (tmp_path / name / "config.pbtxt").open("a") as config:
+            config.write(words)
+    names, left_out = models_of(tmp_path)
+    assert names == ["mean"] and len(left_out) == 5
+    lint = f"smoothl1-deploy repository --lint {tmp_path} says what a model needs"
+    assert left_out["forgotten"] == f"it has no config.pbtxt; {lint}"
+    assert "config.pbtxt: not a model config: 1:" in left_out["damaged"]
+    for name, word in (("$(reboot)", "$(reboot)"), ("file", "`reboot`"), ("instance", "a b")):
+        assert left_out[name].startswith(f"Triton would give the name {word!r} to a shell; use")
+    assert models_of(tmp_path, ["mean"]) == (["mean"], {})
+    with pytest.raises(ArtefactError, match=r"^\$\(reboot\) is left out: Triton would give"):
+        models_of(tmp_path, ["$(reboot)", "mean"])
+    with pytest.raises(ArtefactError, match="has no model 'huber'; it has .*, mean"):
+        models_of(tmp_path, ["huber"])
 
 
 def test_a_folder_that_is_no_repository(tmp_path: Path, triton: Triton) -> None:
     with pytest.raises(ArtefactError, match="no folder with a config.pbtxt"):
-        models_of(Server(tmp_path, triton))
+        models_of(tmp_path)
     with pytest.raises(ArtefactError, match="absent is no folder; give a Triton model repository"):
         Server(tmp_path / "absent", triton)
 
@@ -168,6 +161,7 @@ def test_a_folder_that_is_no_repository(tmp_path: Path, triton: Triton) -> None:
 def test_a_port_that_is_taken(tmp_path: Path, triton: Triton) -> None:
     import socket
 
+    write_loss(tmp_path, LossSpec(), name="mean")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(
@@ -183,7 +177,7 @@ def test_a_server_whose_parent_is_killed_ends(tmp_path: Path, triton: Triton) ->
     code = (
         "import sys, time\n"
         "from smoothl1_deploy.serving.launcher import Server\n"
-        "server = Server(sys.argv[1])\nserver.start()\nserver.load('mean')\n"
+        "server = Server(sys.argv[1])\nserver.start()\n"
         "print(server.pid, flush=True)\ntime.sleep(600)\n"
     )
     root = Path(module.__file__).parents[2]
@@ -198,26 +192,3 @@ def test_a_server_whose_parent_is_killed_ends(tmp_path: Path, triton: Triton) ->
     parent.kill()
     parent.communicate()
     assert not psutil.wait_procs(family, timeout=60)[1]
-
-
-def test_the_version_before_serves_on_after_a_broken_one(tmp_path: Path, triton: Triton) -> None:
-    from smoothl1_deploy.serving.supervise import Supervisor
-
-    write_loss(tmp_path / "models", LossSpec(), name="mean")
-    seen: list[tuple[str, Any]] = []
-    with Server(tmp_path / "models", triton, log=tmp_path / "log") as server:
-        supervisor = Supervisor(server, lambda event, **fields: seen.append((event, fields)))
-        supervisor.bring_up(["mean"])
-        broken = tmp_path / "models/mean/2"
-        broken.mkdir()
-        (broken / "model.onnx").write_bytes(b"no model")
-        with pytest.raises(ArtefactError, match="can't load the model 'mean': .*version 2 is at"):
-            server.load("mean")
-        server.unload("mean")  # as when its process died
-        assert supervisor.check()
-        with Client(server.addresses.to_dict()["http"], "mean") as client:
-            assert client.loss(np.ones((1, 16), "f4"), np.zeros((1, 16), "f4")) == 0.5
-        supervisor.close()
-    names = [event for event, _ in seen]
-    assert names == ["loaded", "canary_failed", "version_refused", "reloaded"]
-    assert dict(seen)["version_refused"]["instead"] == "1"

@@ -49,15 +49,15 @@ def models(tmp_path: Path, certified: Path) -> Path:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, *options: str, **variables: str
+    folder: Path, *options: str, python: str = sys.executable, **variables: str
 ) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """The command in a process of its own, and the place of its ready file."""
     ready = folder.parent / "ready.json"
-    command = [sys.executable, "-m", "smoothl1_deploy", "serve", str(folder)]
+    command = [python, "-m", "smoothl1_deploy", "serve", str(folder)]
     command += ["--ready-file", str(ready), "--logs", str(folder.parent / "logs"), *options]
-    environment = {**os.environ, **variables}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+        command, cwd=folder.parent, env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
@@ -128,7 +128,12 @@ def test_it_serves_is_looked_after_and_leaves_nothing(models: Path) -> None:
             victim.kill()
             until(lambda: any(e["event"] == "reloaded" for e in events(models)), process)
             assert client.loss(x, y) == oracle(MEAN, x, y)
+            shutil.copytree(models / "mean/1", models / "new")
+            (models / "new").rename(models / "mean/2")
+            until(lambda: json.loads(ready.read_text())["models"][0]["version"] == "2", process)
 
+        for child in stubs(process.pid):
+            assert child.environ()["ORT_DISABLE_TELEMETRY"] == "1"
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=300)
@@ -181,9 +186,8 @@ def up(certified: Path, triton: Triton) -> tuple[Any, str, list[psutil.Process]]
     """A server in this process with a model, what its memory is called, and its processes."""
     from smoothl1_deploy.serving.launcher import Server
 
-    server = Server(certified, triton)
+    server = Server(certified, triton, models=["mean"])
     server.start()
-    server.load("mean")
     own, children = prefix(server.pid), psutil.Process(server.pid).children(recursive=True)
     assert regions(own) and children
     return server, own, children
@@ -207,13 +211,14 @@ def test_ctrl_c_while_it_ends_cuts_nothing_short(
 
 
 def test_a_server_whose_parent_ended_before_it_could_ask_is_none() -> None:
-    from smoothl1_deploy.serving.launcher import _DIE_WITH_PARENT
+    from smoothl1_deploy.serving.launcher import _BECOME
 
     def said(parent: int) -> str:
-        command = [sys.executable, "-S", "-c", _DIE_WITH_PARENT, str(parent), "/bin/echo", "here"]
+        limits = [str(parent), str(1 << 20), str(1 << 25)]
+        command = [sys.executable, "-S", "-c", _BECOME, *limits, "/bin/sh", "-c", "ulimit -s"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    assert said(os.getpid()) == "here\n"
+    assert said(os.getpid()) == said(0) == "1024\n"
     assert said(os.getpid() + 1) == ""
 
 
@@ -237,7 +242,7 @@ def test_a_wrong_number_is_not_ready(models: Path) -> None:
 def test_a_model_the_server_refuses_is_named_with_the_reason(models: Path) -> None:
     config = models / "none/config.pbtxt"
     config.write_text(config.read_text().replace("TYPE_FP32", "TYPE_FP64"))
-    with serving(models) as (process, _):
+    with serving(models, "--model", "none") as (process, _):
         out, _ = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "can't load the model 'none'" in out
@@ -246,10 +251,11 @@ def test_a_model_the_server_refuses_is_named_with_the_reason(models: Path) -> No
 
 def test_a_damaged_model_is_named_in_one_line(models: Path) -> None:
     (models / "none/1/model.onnx").write_bytes(b"junk")
-    with serving(models) as (process, _):
+    with serving(models, "--model", "none") as (process, _):
         out, _ = process.communicate(timeout=300)
     assert process.returncode == 2
-    (line,) = [line for line in out.splitlines() if line.strip()]
+    note, line = [line for line in out.splitlines() if line.strip()]
+    assert note.startswith("note: none: refused: ")
     assert line.startswith("error: the Triton server can't load the model 'none'")
     assert "Protobuf parsing failed" in line and ".py(" not in line
 
@@ -258,7 +264,11 @@ def test_a_damaged_model_is_named_in_one_line(models: Path) -> None:
     ("options", "message"),
     [
         (["--http-port", "9", "--grpc-port", "9"], "two of the ports are the same"),
-        (["--host", "::1"], "--host takes a name or an IPv4 address"),
+        (["--host", ""], "can't listen on '' (it is empty); --host takes a name or an address"),
+        (["--host", "no.such.name.invalid"], "--host takes a name or an address of this machine"),
+        (["--host", "fe80::1%lo"], "it holds for one interface alone"),
+        (["--host", "192.0.2.1"], "--host takes a name or an address of this machine"),
+        (["--loading"], "loading over the network needs a key: give --admin-key too"),
         (["--ready-file", "/"], "can't use / as the ready file"),
     ],
 )
@@ -277,7 +287,8 @@ def test_a_config_that_can_t_be_read(models: Path, capsys: pytest.CaptureFixture
 
     (models / "none/config.pbtxt").unlink()
     (models / "none/config.pbtxt").mkdir()
-    assert main(["serve", str(models), "--logs", str(models.parent / "logs")]) == 2
+    logs = ["--logs", str(models.parent / "logs")]
+    assert main(["serve", str(models), "--model", "none", *logs]) == 2
     assert "config.pbtxt: Is a directory" in capsys.readouterr().err
 
 
@@ -296,12 +307,217 @@ def test_metrics_count_what_was_asked(server: Any) -> None:
     assert count() == before + 7
 
 
-@pytest.mark.parametrize("path", ["repository/models/mean/unload", "repository/index", "logging"])
+@pytest.mark.parametrize("path", ["repository/models/mean/load", "repository/index", "logging"])
 def test_the_admin_apis_are_closed_to_whoever_has_no_key(server: Any, path: str) -> None:
-    request = urllib.request.Request(f"{server.addresses.to_dict()['http']}/v2/{path}", b"{}")
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request)
-    assert caught.value.code == 403
+    assert ask(server, path) == 403
+
+
+def ask(server: Any, path: str, **headers: str) -> int:
+    url = f"{server.addresses.to_dict()['http']}/v2/{path}"
+    request = urllib.request.Request(url, b"{}", {k.replace("_", "-"): headers[k] for k in headers})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as exc:
+        return exc.code
+
+
+def test_the_key_opens_them_but_for_loading(server: Any) -> None:
+    assert ask(server, "repository/index", admin_key=server.admin_key) == 200
+    assert ask(server, "repository/models/mean/load", admin_key=server.admin_key) == 503
+    warnings = [text for text in server.warnings() if "admin key" in text]
+    assert warnings == [
+        "every user of this machine can read the admin key on the server's command line"
+    ]
+
+
+def test_without_a_key_none_that_can_be_sent_opens_anything(
+    certified: Path, triton: Triton
+) -> None:
+    import socket
+
+    from smoothl1_deploy.serving.launcher import Server
+
+    with Server(certified, triton, models=["mean"], loss_metrics=True) as server:
+        (option,) = (
+            word.partition(":")[2]
+            for word in psutil.Process(server.pid).cmdline()
+            if word.startswith("--http-restricted-api=")
+        )
+        name, _, value = option.partition("=")
+        assert name.endswith("\n") and value == "\n" and list(server.warnings()) == []
+        host, _, port = server.addresses.http.partition(":")
+        for lines in (f"{name}: {value}", f"{name.strip()}: ", f"{name.strip()}:\r\n \r\n "):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(
+                    f"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\n{lines}\r\n"
+                    "Content-Length: 2\r\n\r\n{}".encode()
+                )
+                connection.settimeout(30)
+                assert b" 200 OK" not in connection.recv(9999)
+
+
+def test_loading_over_the_network_is_there_for_whoever_asked_for_it(
+    models: Path, triton: Triton
+) -> None:
+    from smoothl1_deploy.serving.launcher import Server
+    from smoothl1_deploy.serving.supervise import Supervisor
+
+    with (
+        Server(models, triton, models=["mean"], admin_key="k", loading=True) as server,
+        contextlib.closing(Supervisor(server, lambda event, **fields: None)) as supervisor,
+    ):
+        supervisor.bring_up()
+        (models / "mean/2").mkdir()
+        (models / "mean/2/model.onnx").write_bytes(b"no model")
+        assert supervisor.check()  # it is shown to the server, which is not asked to load it
+        assert ask(server, "repository/models/mean/load") == 403
+        assert ask(server, "repository/models/mean/load", admin_key="k") == 400
+        (process,) = supervisor.models["mean"].processes
+        psutil.Process(process).kill()
+        assert supervisor.check() and supervisor.models["mean"].version == "1"
+        shutil.copy(models / "mean/1/model.onnx", models / "mean/2")
+        supervisor.check()
+        assert ask(server, "repository/models/mean/load", admin_key="k") == 200
+        assert supervisor.check() and supervisor.models["mean"].version == "2"
+
+
+def bodies() -> Iterator[tuple[bytes, int]]:
+    """Requests that end a server with the usual stack, each with the size of its chunks."""
+    numbers = ",".join(["3.25"] * 800_000)
+    flat = ",".join(
+        f'{{"name":"{name}","shape":[50000,16],"datatype":"FP32","data":[{numbers}]}}'
+        for name in ("input", "target")
+    )
+    yield f'{{"inputs":[{flat}]}}'.encode(), 1 << 20
+    yield b'{"inputs":[{"data":' + b"[" * 100_000 + b"]" * 100_000 + b"}]}", 1 << 20
+    yield b'{"inputs":[' + b" " * 700_000 + b"]}", 1
+
+
+def test_no_json_of_some_megabytes_ends_the_server(server: Any) -> None:
+    import socket
+
+    host, _, port = server.addresses.http.partition(":")
+    for body, size in bodies():
+        chunks = (body[k : k + size] for k in range(0, len(body), size))
+        framed = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /v2/models/mean/infer HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                b"Transfer-Encoding: chunked\r\n\r\n" + framed + b"0\r\n\r\n"
+            )
+            connection.settimeout(300)
+            assert connection.recv(20).startswith(b"HTTP/1.1 ")
+            while connection.recv(1 << 20):
+                pass
+        assert server.exit_code is None
+
+
+@pytest.mark.parametrize("limited", ["RLIMIT_STACK", "RLIMIT_DATA"])
+def test_a_stack_that_can_not_be_raised_is_said(
+    certified: Path, triton: Triton, monkeypatch: pytest.MonkeyPatch, limited: str
+) -> None:
+    from smoothl1_deploy.serving import launcher
+
+    limits = {launcher.resource.RLIMIT_STACK: (8 << 20, -1)}
+    limits[getattr(launcher.resource, limited)] = (8 << 20, 8 << 20)
+    monkeypatch.setattr(launcher.resource, "getrlimit", lambda kind: limits.get(kind, (-1, -1)))
+    server = launcher.Server(certified, triton, host="0.0.0.0")
+    opened, stays = server.warnings()
+    assert opened.startswith("it listens on 0.0.0.0: whoever can reach this machine")
+    assert stays.startswith("the stack stays at 8 MiB here (ulimit -Hs, -v and -d): a JSON request")
+
+
+def test_names_are_resolved_before_triton_sees_them(certified: Path, triton: Triton) -> None:
+    from smoothl1_deploy.serving.launcher import Server
+
+    with Server(certified, triton, models=["mean"], host="localhost") as server:
+        assert server.addresses.http.startswith("127.0.0.1:")
+
+
+def test_it_listens_on_an_address_of_ipv6(certified: Path, triton: Triton) -> None:
+    import socket
+
+    from smoothl1_deploy.serving.launcher import Server
+
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    x, y = arrays()
+    with Server(certified, triton, models=["mean"], host="::1") as server:
+        for protocol in ("http", "grpc"):
+            url = server.addresses.to_dict()[protocol]
+            assert url.startswith(f"{protocol}://[::1]:")
+            with Client(url, "mean") as client:
+                assert client.loss(x, y) == oracle(MEAN, x, y)
+        with urllib.request.urlopen(server.addresses.to_dict()["metrics"]) as answer:
+            assert answer.status == 200
+
+
+def test_no_command_in_a_path_is_run(tmp_path: Path, certified: Path, triton: Triton) -> None:
+    from smoothl1_deploy.serving.install import install_path
+
+    # Python's folder, the installation, the folder for temporary files, the logs, the repository.
+    folder = tmp_path / "$(touch ran) `touch ran` a & touch ran; 'b \"c\nd"
+    models = shutil.copytree(certified, folder / "models")
+    data = folder / "data/smoothl1-deploy/triton"
+    data.mkdir(parents=True)
+    (data / install_path().name).symlink_to(install_path())
+    (folder / "python").symlink_to(Path(sys.executable).parent.parent)
+    (folder / "temporary").mkdir()
+    python = folder / "python" / Path(sys.executable).parent.name / Path(sys.executable).name
+    variables = {"XDG_DATA_HOME": str(folder / "data"), "TMPDIR": str(folder / "temporary")}
+    x, y = arrays()
+    with serving(models, python=str(python), **variables) as (process, ready):
+        until(ready.exists, process)
+        with Client(json.loads(ready.read_text())["http"], "mean") as client:
+            assert client.loss(x, y) == oracle(MEAN, x, y)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "data", "logs", "models", "python", "temporary",
+    ]  # fmt: skip
+    assert [*tmp_path.iterdir()] == [folder]
+
+
+def test_what_one_that_was_killed_has_left_goes_at_the_next_start(models: Path) -> None:
+    temporary = models.parent / "temporary"
+    temporary.mkdir()
+    with serving(models, TMPDIR=str(temporary)) as (process, ready):
+        until(ready.exists, process)
+        own = prefix(process.pid)
+        command = psutil.Process(process.pid)
+        family = [command, *command.children(recursive=True)]
+        for member in family:  # the server too, as a machine that runs out of memory may do
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+    left, *others = temporary.iterdir()
+    assert not others, others
+    assert regions(own)
+    ready.unlink()
+    with serving(models, TMPDIR=str(temporary)) as (process, ready):
+        until(ready.exists, process)
+        now, *others = temporary.iterdir()
+        assert not others, others
+        assert now.name != left.name and not regions(own)
+    assert [*temporary.iterdir()] == []
+
+
+def test_a_private_folder_that_is_in_use_or_not_ours_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smoothl1_deploy.serving import private
+
+    monkeypatch.setattr(private, "plain_folder", lambda longest: tmp_path)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "smoothl1-deploy-serve-planted").symlink_to(tmp_path / "precious")
+    (tmp_path / "smoothl1-deploy-serve-left").mkdir()
+    with private.PrivateFolder() as one, private.PrivateFolder() as two:
+        assert {*tmp_path.iterdir()} == {
+            tmp_path / "precious", tmp_path / "smoothl1-deploy-serve-planted", one, two,
+        }  # fmt: skip
+        assert one.stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "precious").is_dir() and not one.exists() and not two.exists()
 
 
 def test_only_loopback_listens(server: Any) -> None:
