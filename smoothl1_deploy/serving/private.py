@@ -19,7 +19,8 @@ from ..errors import OutputError
 
 __all__ = ["PrivateFolder", "is_plain", "plain_folder"]
 
-_PREFIX = "smoothl1-deploy-serve-"
+#: No older version's: theirs have no lock, and would look as if nobody had them.
+_PREFIX = "smoothl1-deploy-triton-"
 
 
 def is_plain(text: str) -> bool:

@@ -173,13 +173,13 @@ def test_sigterm_before_the_server_answers_leaves_nothing_either(models: Path) -
         children = psutil.Process(process.pid).children
         until(lambda: [child.name() for child in children()] == ["sleep"], process)
         (server,) = children()
-        assert len([*temporary.glob("smoothl1-deploy-serve-*")]) == 1
+        assert len([*temporary.glob("smoothl1-deploy-triton-*")]) == 1
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert not ready.exists()
     assert not server.is_running()
-    assert [*temporary.glob("smoothl1-deploy-serve-*")] == []
+    assert [*temporary.glob("smoothl1-deploy-triton-*")] == []
 
 
 def up(certified: Path, triton: Triton) -> tuple[Any, str, list[psutil.Process]]:
@@ -510,11 +510,11 @@ def test_a_private_folder_that_is_in_use_or_not_ours_stays(
 
     monkeypatch.setattr(private, "plain_folder", lambda longest: tmp_path)
     (tmp_path / "precious").mkdir()
-    (tmp_path / "smoothl1-deploy-serve-planted").symlink_to(tmp_path / "precious")
-    (tmp_path / "smoothl1-deploy-serve-left").mkdir()
+    (tmp_path / "smoothl1-deploy-triton-planted").symlink_to(tmp_path / "precious")
+    (tmp_path / "smoothl1-deploy-triton-left").mkdir()
     with private.PrivateFolder() as one, private.PrivateFolder() as two:
         assert {*tmp_path.iterdir()} == {
-            tmp_path / "precious", tmp_path / "smoothl1-deploy-serve-planted", one, two,
+            tmp_path / "precious", tmp_path / "smoothl1-deploy-triton-planted", one, two,
         }  # fmt: skip
         assert one.stat().st_mode & 0o777 == 0o700
     assert (tmp_path / "precious").is_dir() and not one.exists() and not two.exists()
