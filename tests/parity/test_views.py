@@ -303,7 +303,8 @@ def test_every_file_of_the_package_is_packaged() -> None:
     others = {
         path
         for path in package.rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc") and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".so")
+        if "__pycache__" not in path.parts
     }
     assert others == packaged
 

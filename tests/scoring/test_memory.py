@@ -16,7 +16,9 @@ from conftest_cli import _ROOT
 
 ELEMENTS = 1 << 24
 FILE = 4 * ELEMENTS  # bytes of each of two arrays, which no compression makes much smaller
-ALLOWED = FILE // 2  # growth of the resident set
+#: Growth of the resident set. Reading an array whole is FILE at least; Parquet's was 25 to 33 MiB
+#: where nothing grew, by what pyarrow's allocator keeps.
+ALLOWED = FILE * 3 // 4
 
 #: The growth is counted from a first, small run on, which loads the libraries.
 _MEASURED = """
