@@ -323,7 +323,14 @@ class Server:
     def _is_live(self) -> bool:
         # Closed at once: the server waits for open connections when it ends.
         with contextlib.closing(HttpTransport(self.addresses.http, False, 1.0, 0)) as transport:
-            return transport.is_live()
+            if not transport.is_live():
+                return False
+        try:  # what it listens on last
+            port = int(self.addresses.metrics.rpartition(":")[2])
+            socket.create_connection((self.host, port), 1.0).close()
+        except OSError:
+            return False
+        return True
 
     def leave_out(self, model: str, reason: str) -> None:
         """Serve a model no more."""
