@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from ..errors import OutputError, require
+from ..errors import OutputError, reason_of, require
+from ..files import read_file, write_atomic
 from .contestants import PLAIN
 from .measure import READ, Row
 from .timing import Timing
@@ -83,13 +84,16 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         OutputError: when the file can't be written.
     """
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        kept = read_file(path)
+    except FileNotFoundError:
+        kept = b""
     except OSError as exc:
         raise OutputError(
-            f"can't write {path}: {exc.strerror or exc}; choose another folder with -o"
+            f"can't add to {path}: {reason_of(exc)}; choose another folder with -o"
         ) from exc
+    write_atomic(path, kept + lines.encode())
 
 
 def plot_png(rows: Sequence[Row]) -> bytes:
