@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +167,23 @@ def _prepare(bad: bytes, odd: bytes) -> None:
     os.environ["XDG_CACHE_HOME"] = os.path.abspath("user-cache")
 
 
+@contextlib.contextmanager
+def _reader(pipe: str) -> Iterator[None]:
+    """Somebody at the other end: without one a writer waits, as it is to."""
+    handle = os.open(pipe, os.O_RDWR)
+    fcntl.fcntl(handle, fcntl.F_SETPIPE_SZ, 1 << 20)  # more than any output here
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def _call(case: tuple[Any, ...], folder: Path) -> None:
     words, bad, odd = case
     _prepare(bad, odd)
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")  # as strict as a terminal
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="backslashreplace")
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with _reader("fifo"), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(words)
     texts = []
     for stream in (out, err):
