@@ -56,6 +56,7 @@ __all__ = [
     "every_node",
     "external_locations",
     "float_dtype_of",
+    "inlined",
     "inputs_of",
     "main_tensors",
     "metadata_of",
@@ -598,6 +599,20 @@ def _inferred(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
     return {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
 
 
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with the bodies of its functions in place of their calls.
+
+    Raises:
+        ArtefactError: where that can't be done, as with two functions of one name.
+    """
+    try:
+        return onnx.inliner.inline_local_functions(model)
+    except (*MODEL_ERRORS, RuntimeError, ValueError) as exc:
+        raise ArtefactError(
+            f"the model's functions can't be put in place of their calls ({exc}); it is damaged"
+        ) from exc
+
+
 def check_types(model: onnx.ModelProto) -> None:
     """Refuse a model in which one of ONNX's own operators is given an element type it never takes.
 
@@ -605,9 +620,9 @@ def check_types(model: onnx.ModelProto) -> None:
     A type that ONNX takes in its newest version is let through in every version.
 
     Raises:
-        ArtefactError: for such a node.
+        ArtefactError: for such a node, and as `inlined` does.
     """
-    whole = onnx.inliner.inline_local_functions(_skeleton(model, declared=False))
+    whole = inlined(_skeleton(model, declared=False))
     newest = onnx.defs.onnx_opset_version()
     versions = {newest, min(max(opset_of(model), 1), newest)}
     told: dict[str, set[int]] = {}  # graphs beside one another may share a name

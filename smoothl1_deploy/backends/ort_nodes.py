@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import onnx
 
 from ..errors import UnsupportedError
+from ..model import inlined as without_functions
 from ..model import inputs_of
 
 __all__ = ["check_assignment", "host_nodes", "inlined"]
@@ -21,9 +22,7 @@ _OF_THE_SHAPE = ("Shape", "Size")
 
 def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy without local functions, in which every node has a name of its own."""
-    from onnx.inliner import inline_local_functions
-
-    copy = inline_local_functions(model)
+    copy = without_functions(model)
     used: set[str] = set()
     for index, node in enumerate(copy.graph.node):
         if not node.name or node.name in used:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import onnx
-import onnx.inliner
 
-from ..model import Loss, inputs_of, main_tensors
+from ..model import Loss, inlined, inputs_of, main_tensors
 
 __all__ = ["unguarded"]
 
@@ -29,7 +28,7 @@ def unguarded(model: onnx.ModelProto, losses: tuple[Loss, ...]) -> list[tuple[st
         model: any.
         losses: what its metadata say that it computes; empty for a model of other origin.
     """
-    graph = _Graph(onnx.inliner.inline_local_functions(model))
+    graph = _Graph(inlined(model))
     pairs = list(_known(graph, losses)) if losses else list(_recognised(graph))
     return list(dict.fromkeys(pairs))
 

@@ -18,7 +18,16 @@ from onnx import TensorProto, numpy_helper
 from ..errors import ArtefactError, UnsupportedError
 from ..floats import Array
 from ..graph.metadata import HASH, ROUTE, SERVED, SPEC, VERSION
-from ..model import Scope, axes_of, check_nesting, check_types, inputs_of, node_label, scopes
+from ..model import (
+    Scope,
+    axes_of,
+    check_nesting,
+    check_types,
+    inlined,
+    inputs_of,
+    node_label,
+    scopes,
+)
 
 __all__ = ["prepare"]
 
@@ -67,12 +76,10 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     )
     types = (a.ref_attr_name for scope in scopes(model) for _, a in _element_types(scope))
     if any(types) or any(handed_on):
-        from onnx.inliner import inline_local_functions
-
         # Where the element type stands at the caller, the bodies are put where it can be seen. And
         # TensorRT (for RTX 1.7.1) loses what one function hands on to another by reference, and
         # computes with 0.
-        model = inline_local_functions(model)
+        model = inlined(model)
     for scope in scopes(model):
         _check_names(scope)
         _check_constants(scope)

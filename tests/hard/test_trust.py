@@ -263,6 +263,14 @@ def _numberless(folder: Path) -> object:
     return build_engine(model)
 
 
+@case("two functions of one name, for TensorRT")
+def _twins(folder: Path) -> object:
+    pytest.importorskip("tensorrt_rtx")
+    model = export(LossSpec(), shape=(4, 16))
+    model.functions.append(model.functions[0])
+    return build_engine(model)
+
+
 @case("an operator of a function that is given a type it never takes, for TensorRT")
 def _mistyped(folder: Path) -> object:
     """The smallest of what `scripts/fuzz` (models, seed 36) ended the process with."""

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx
-from onnx.inliner import inline_local_functions
 from onnx.reference import ReferenceEvaluator
 
 from ...artefact import Signature
 from ...floats import NUMPY_DTYPE
+from ...model import inlined
 from ...spec import LossSpec
 from ..shapes import ShapePlan, elements
 from .names import Diagnosis, Evidence, Fault
@@ -75,7 +75,7 @@ def _conditions(
     model: onnx.ModelProto, steps: list[dict[str, np.ndarray]]
 ) -> Iterator[tuple[bool, ...]]:
     """For each `Where` whose condition is the same in all elements: its value at every step."""
-    flat = inline_local_functions(model)
+    flat = inlined(model)
     names = dict.fromkeys(node.input[0] for node in flat.graph.node if node.op_type == "Where")
     made = {name for node in flat.graph.node for name in node.output}
     wanted = [name for name in names if name in made]
