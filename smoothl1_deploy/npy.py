@@ -143,7 +143,12 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
         raise ValueError(f"a header of version {version}")
-    return _HEADERS[version](file)
+    shape, fortran, dtype = _HEADERS[version](file)
+    # numpy multiplies every other size, though there is nothing to hold.
+    beside = math.prod(size for size in shape if size) * dtype.itemsize
+    if len(shape) > 64 or (0 in shape and not 0 <= beside < 1 << 63):
+        raise ValueError(f"no array has the shape {shape}")
+    return shape, fortran, dtype
 
 
 def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:

@@ -318,6 +318,9 @@ def _header(shape: object) -> str:
 case("a .npy header whose element count overflows int64")(
     lambda folder: read_array(_npy(folder, _header((2**62, 2**62))), "float32")
 )
+case("a .npy header of no elements and a size that no array has")(
+    lambda folder: read_array(_npy(folder, _header((0, 2**63 - 1))), "float32")
+)
 case("a .npy header with more elements than the file")(
     lambda folder: read_array(_npy(folder, _header((2**40,)), bytes(64)), "float32")
 )
