@@ -92,6 +92,11 @@ def _interrupted(argv: Sequence[str] | None) -> int:
         # Where the process is this command's, one more ends it, without a traceback.
         handler = signal.SIG_DFL if argv is None else signal.default_int_handler
         signal.signal(signal.SIGINT, handler)
+    # A second interrupt may come before those who end their processes have begun to, and the
+    # interpreter's end waits for each.
+    processes = sys.modules.get("multiprocessing")
+    for child in processes.active_children() if processes is not None else ():
+        child.kill()
     progress = sys.modules.get("smoothl1_deploy.tensorrt.progress")
     if progress is not None and progress.is_building():
         os._exit(INTERRUPTED)

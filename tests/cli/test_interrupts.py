@@ -111,6 +111,30 @@ def wait(process: subprocess.Popen[str], *patterns: str) -> None:
         time.sleep(0.02)
 
 
+def test_an_interrupt_that_keeps_the_matrix_from_tidying_up(pair: object) -> None:
+    """The second may come before the first thing that is done about the first."""
+    late = """
+from smoothl1_deploy.parity import pool
+undisturbed, entered = pool._undisturbed, []
+def disturbed():
+    entered.append(1)
+    if len(entered) == 2:
+        raise KeyboardInterrupt
+    return undisturbed()
+pool._undisturbed = disturbed
+
+if __name__"""
+    Path("script.py").write_text(_SCRIPT.replace("\nif __name__", late))
+    model()
+    with started(["script.py", *_PARITY.split()]) as (process, children):
+        wait(process, "begun-*", "done")
+        children += psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert_nothing_is_left(children)
+
+
 def assert_nothing_is_left(children: list[psutil.Process]) -> None:
     assert psutil.wait_procs(children, timeout=60)[1] == []
     names = {path.name for path in Path("temporary").iterdir()}
