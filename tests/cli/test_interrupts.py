@@ -153,7 +153,7 @@ def test_ctrl_c(name: str, times: int, pair: object) -> None:
         os.killpg(process.pid, signal.SIGINT)
         assert process.stderr is not None
         assert process.stderr.readline() == sentence
-        # One that comes while the first is being told is lost in it: as a person would, press again.
+        # One that comes while the first is told is lost in it: press again, as a person would.
         while times == 2 and process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
