@@ -55,16 +55,20 @@ def interrupts_told() -> Iterator[None]:
 
     Each is a KeyboardInterrupt within; afterwards, where one came, none is until the caller says.
     """
-    told = False
+    told = telling = False
 
     def tell(number: int, frame: object) -> None:
-        nonlocal told
+        nonlocal told, telling
+        if telling:  # raised here, it and the first would be one; so it comes again
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            return
         if not told:
-            told = True
+            told = telling = True
             text = _on_interrupt[-1]() if _on_interrupt else _INTERRUPTION
             line = "\n" if os.isatty(2) else ""  # where a bar stands, or what the terminal echoes
             with suppress(OSError):  # not sys.stderr, which may be in the middle of a write
                 os.write(2, f"{line}note: {text}\n".encode())
+            telling = False
         raise KeyboardInterrupt
 
     _on_interrupt.clear()
