@@ -1,6 +1,6 @@
 """The nodes of a loss, on tensors of any name: what `export` and `attach` share.
 
-`Assembly` has a node for each step. `one_node` puts them into a function, whose name says what it
+`Assembly` has a node for each step. `nodes_of` puts them into a function, whose name says what it
 computes: where the operators of `ops` are registered, ONNX Runtime has a kernel of that name.
 """
 
@@ -21,7 +21,7 @@ from ..spec import LossSpec
 from . import functions as f
 from .elements import ELEMENT_TYPE, IR_VERSION, loss_scalars, slope_scalars
 
-__all__ = ["Assembly", "function_closure", "function_name", "model_of", "one_node"]
+__all__ = ["Assembly", "function_closure", "function_name", "model_of", "nodes_of"]
 
 
 class Assembly:
@@ -36,7 +36,8 @@ class Assembly:
     Args:
         spec: what to compute.
         tensors: name of a tensor of the graph for each of `spec.inputs` (in the spec's dtype;
-            beta in float32, grad_output in the shape of loss) and `spec.outputs`.
+            beta in float32, grad_output in the shape of loss) and `spec.outputs`. Where it names
+            beta, the number in the spec is not looked at.
         summed_axes: of the element losses, along which input was broadcast and its gradient has
             to be summed back; None to find them at run time, which TensorRT can't.
         prefix: of the names of the tensors in between.
@@ -370,16 +371,21 @@ def _takes_beta(spec: LossSpec) -> bool:
     return spec.runtime_beta or spec.dtype == "float64"
 
 
-def one_node(
-    spec: LossSpec, tensors: Mapping[str, str], prefix: str = ""
-) -> tuple[onnx.NodeProto, list[onnx.TensorProto], list[onnx.FunctionProto]]:
-    """The loss as one node, the initialisers that it reads, and the functions it calls.
+def nodes_of(
+    spec: LossSpec,
+    tensors: Mapping[str, str],
+    *,
+    summed_axes: tuple[int, ...] | None,
+    prefix: str = "",
+    inlined: bool = False,
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], list[onnx.FunctionProto]]:
+    """The nodes of a loss, the initialisers that they read, and the functions they call.
 
-    Args:
-        spec: what to compute, without a gradient.
-        tensors: as `Assembly` takes them.
-        prefix: of the names of the initialisers.
+    One node, but for a gradient and for what is going to be inlined. Takes what `Assembly` takes.
     """
+    if inlined or spec.gradient:
+        assembly = Assembly(spec, tensors, summed_axes=summed_axes, prefix=prefix, inlined=inlined)
+        return assembly.nodes, [], function_closure(assembly.used)
     name = function_name(spec)
     inputs = [tensors[role] for role in spec.inputs]
     constants: list[onnx.TensorProto] = []
@@ -391,7 +397,7 @@ def one_node(
         constants = [helper.make_tensor(inputs[-1], TensorProto.DOUBLE, [], [spec.beta])]
     loss = tensors["loss"]
     node = helper.make_node(name, inputs, [loss], name=loss, domain=f.DOMAIN, **attributes)
-    return node, constants, _functions_of(spec)
+    return [node], constants, _functions_of(spec)
 
 
 def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:

@@ -341,7 +341,7 @@ class _Graft:
     ) -> list[onnx.FunctionProto]:
         """Append nodes, functions, inputs and outputs; gives the functions."""
         from . import functions as f
-        from .assemble import Assembly, function_closure, one_node
+        from .assemble import nodes_of
 
         spec, graph = self.spec, self.model.graph
         losses = _broadcast(roles)
@@ -364,13 +364,10 @@ class _Graft:
         summed = summed_axes(*(tensor.certain for tensor in roles.values()))
         prefix = self._free_prefix(outputs["loss"])
         tensors = {**names, **outputs}
-        if inlined or spec.gradient:
-            assembly = Assembly(spec, tensors, summed_axes=summed, prefix=prefix, inlined=inlined)
-            nodes, functions = assembly.nodes, function_closure(assembly.used)
-        else:
-            node, constants, functions = one_node(spec, tensors, prefix)
-            nodes = [node]
-            graph.initializer.extend(constants)
+        nodes, constants, functions = nodes_of(
+            spec, tensors, summed_axes=summed, prefix=prefix, inlined=inlined
+        )
+        graph.initializer.extend(constants)
         check_opset(self.model, functions, nodes)
         add_functions(self.model, functions)
         if not any(entry.domain == f.DOMAIN for entry in self.model.opset_import):

@@ -122,22 +122,13 @@ def _function_model(
     spec: LossSpec, shapes: dict[str, Shape | None], *, inlined: bool
 ) -> onnx.ModelProto:
     """The assembly as a graph of its own, every tensor called what the spec calls it."""
-    from .assemble import (  # onnxscript takes most of a second
-        Assembly,
-        function_closure,
-        model_of,
-        one_node,
-    )
+    from .assemble import model_of, nodes_of  # onnxscript takes most of a second
 
     names = {name: name for name in (*spec.inputs, *spec.outputs)}
     given = [shapes[name] for name in ("input", "target", "weight") if name in spec.inputs]
-    constants: list[onnx.TensorProto] = []
-    if inlined or spec.gradient:
-        assembly = Assembly(spec, names, summed_axes=summed_axes(*given), inlined=inlined)
-        nodes, functions = assembly.nodes, function_closure(assembly.used)
-    else:
-        node, constants, functions = one_node(spec, names)
-        nodes = [node]
+    nodes, constants, functions = nodes_of(
+        spec, names, summed_axes=summed_axes(*given), inlined=inlined
+    )
 
     def value(name: str) -> onnx.ValueInfoProto:
         element = TensorProto.FLOAT if name == "beta" else ELEMENT_TYPE[spec.dtype]
