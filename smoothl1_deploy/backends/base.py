@@ -29,17 +29,12 @@ from .runner import Runner
 __all__ = [
     "BACKENDS",
     "ENGINE_SUFFIXES",
-    "PROVING",
     "REFERENCES",
-    "TILE",
     "Backend",
     "Runner",
     "get_backend",
     "load",
 ]
-
-#: Elements of a tile, into which `load` lets a backend cut large arrays; see bench/NOTES.md.
-TILE = 1 << 17
 
 _MOST_THREADS = 4096  # of one call, on any machine there is
 
@@ -48,7 +43,7 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "torch": ("torch_eager", "TorchBackend"),
     "onnx-reference": ("onnx_reference", "ReferenceBackend"),
     "ort-cpu": ("ort_cpu", "OrtCpuBackend"),
-    "ort-cpu-ops": ("ort_cpu", "OrtOpsBackend"),
+    "ort-cpu-bare": ("ort_cpu", "OrtBareBackend"),
     "trt-network": ("trt_network", "TrtNetworkBackend"),
     "torch-cuda": ("torch_cuda", "TorchCudaBackend"),
     "torch-triton": ("torch_triton", "TorchTritonBackend"),
@@ -66,11 +61,6 @@ ENGINE_SUFFIXES = (".engine", ".plan")
 #: Backends that are PyTorch itself: what the others are compared with.
 REFERENCES = ("torch", "torch-cuda")
 
-#: Backends that the matrix checks beside those of `BACKENDS`, and that nobody needs elsewhere.
-PROVING: Mapping[str, tuple[str, str]] = {
-    "ort-cpu-tiled": ("ort_cpu", "OrtTiledBackend"),  # of ort-cpu, what it does to large arrays
-}
-
 
 class Backend(ABC):
     """Something that runs artefacts.
@@ -81,8 +71,6 @@ class Backend(ABC):
         accumulator: the dtype it adds up in where an artefact asks for float64; None where it
             does not run the artefact's own operators.
         threads: for one call; 0 leaves the number to the backend. Set before `load`.
-        tile: elements of the tiles that a backend may cut large arrays into; 0 to run the
-            artefact's own graph at every size, which is what parity checks. Set before `load`.
         slow: what it runs on, where a million elements take it many seconds; None elsewhere.
     """
 
@@ -90,7 +78,6 @@ class Backend(ABC):
     any_rank: bool = True
     accumulator: str | None = "float64"
     threads: int = 0
-    tile: int = 0
     slow: str | None = None
 
     def refuses(self, spec: LossSpec) -> str | None:
@@ -100,6 +87,13 @@ class Backend(ABC):
     @abstractmethod
     def load(self, model: onnx.ModelProto) -> Runner:
         """Prepare `model` to be run."""
+
+    def load_body(self, model: onnx.ModelProto) -> Runner | None:
+        """What runs the nodes of `model` by the bodies that it carries.
+
+        None where the runner of `load` does.
+        """
+        return None
 
     def load_engine(self, path: Path) -> Runner:
         """Prepare a TensorRT engine to be run, where the backend runs engines."""
@@ -116,14 +110,13 @@ def get_backend(name: str, threads: int = 0) -> Backend:
         SpecError: for an unknown name, or a number of threads that no machine has.
         MissingDependencyError: when what it lives on is not installed.
     """
-    known = {**BACKENDS, **PROVING}
-    if name not in known:
+    if name not in BACKENDS:
         raise SpecError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if not 0 <= threads <= _MOST_THREADS:
         raise SpecError(
             f"threads must be 1 to {_MOST_THREADS}, or 0 for the default, got {threads}"
         )
-    module, cls = known[name]
+    module, cls = BACKENDS[name]
     backend: Backend = getattr(importlib.import_module(f".{module}", __package__), cls)()
     backend.threads = threads
     return backend
@@ -161,8 +154,6 @@ def load(
         UnsupportedError: when the backend can't run the model.
     """
     chosen = get_backend(backend, threads)
-    if backend not in PROVING:
-        chosen.tile = TILE
     if isinstance(model, (str, os.PathLike)) and Path(model).suffix in ENGINE_SUFFIXES:
         return chosen.load_engine(Path(model))
     read = read_model(model)

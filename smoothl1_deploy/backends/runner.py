@@ -120,10 +120,6 @@ class Runner(ABC):
             "copied; send the model (its path or its bytes), and load() it in each process"
         )
 
-    def added_in_float32(self, size: int) -> int:
-        """How many of `size` elements are added up in float32 before anything wider, at most."""
-        return 1
-
     def _beta_port(self, beta: Any) -> Any:
         """beta, of rank 0, in the shape of the graph's input."""
         return beta.reshape((1,) if self.served else ())

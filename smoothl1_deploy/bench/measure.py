@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.crew import default_threads
+from ..backends.ort_cpu import default_threads
 from ..environment import environment
 from ..errors import SmoothL1DeployError
 from ..floats import NUMPY_DTYPE, Array

@@ -227,9 +227,9 @@ def _matrix(
 
 def _usable_backends() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Every backend but PyTorch, which they are compared with; and why the others are left out."""
-    from ..backends.base import BACKENDS, PROVING, REFERENCES, missing
+    from ..backends.base import BACKENDS, REFERENCES, missing
 
-    names = [name for name in (*BACKENDS, *PROVING) if name not in REFERENCES]
+    names = [name for name in BACKENDS if name not in REFERENCES]
     reasons = {name: missing(name) for name in names}
     absent = [f"{name} not available: {reason}" for name, reason in reasons.items() if reason]
     for line in absent:

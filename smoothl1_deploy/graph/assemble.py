@@ -41,9 +41,6 @@ class Assembly:
         summed_axes: of the element losses, along which input was broadcast and its gradient has
             to be summed back; None to find them at run time, which TensorRT can't.
         prefix: of the names of the tensors in between.
-        partial: end with the sum of the element losses in float64, `loss`, and that of the
-            weights a mean divides by, `weight_total`. The gradient of a mean is divided by
-            `count`, float64 and rank 0. `tensors` then names these too.
         inlined: whether the functions are going to be inlined.
 
     Attributes:
@@ -58,7 +55,6 @@ class Assembly:
         *,
         summed_axes: tuple[int, ...] | None = None,
         prefix: str = "",
-        partial: bool = False,
         inlined: bool = False,
     ) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -66,7 +62,6 @@ class Assembly:
         self._spec = spec
         self._tensors = tensors
         self._prefix = prefix
-        self._partial = partial
         self._inlined = inlined
         self._element = ELEMENT_TYPE[spec.compute_dtype]
         self._sum = ("Compensated" if spec.dtype == "float64" else "Wide") + (
@@ -162,11 +157,6 @@ class Assembly:
         if spec.weight == "weights":
             shape = self._add("Shape", [losses], "losses_shape")
             weights = self._add("Expand", [self._data["weight"], shape], "weights")
-        if self._partial:
-            self._call(f"{self._sum}Sum", [losses], "loss")
-            if weights is not None:
-                self._call(f"{self._sum}Sum", [weights], "weight_total")
-            return
         function = self._sum + ("Sum" if spec.weight else spec.reduction.title())
         total = self._call(function, [losses], "total")
         if spec.weight:
@@ -326,8 +316,6 @@ class Assembly:
 
     def _count(self, losses: str) -> str:
         """What the loss of an element was divided by: rank 0, or one for each row."""
-        if self._partial:
-            return self._tensors["count"]
         if self._weight_total:
             return self._weight_total
         if not self._counted and self._spec.per_sample:

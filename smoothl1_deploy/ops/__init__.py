@@ -12,11 +12,16 @@ from typing import Any
 
 from ..errors import BackendUnavailableError, UnsupportedError
 
-__all__ = ["library", "register"]
+__all__ = ["is_built", "library", "register"]
 
 _REGISTERED = "smoothl1_deploy.ops"
 #: Where setup.py puts it; beside this file, Python would take it for a module.
 _LIBRARY = Path(__file__).parent / "c" / "libsmoothl1_deploy.so"
+
+
+def is_built() -> bool:
+    """Whether this installation has the library."""
+    return _LIBRARY.is_file()
 
 
 def library() -> Path:
@@ -29,7 +34,7 @@ def library() -> Path:
     >>> library().suffix
     '.so'
     """
-    if _LIBRARY.is_file():
+    if is_built():
         return _LIBRARY
     raise BackendUnavailableError(
         "the operators were not built with this installation; install a C compiler (on Debian: "

@@ -24,9 +24,6 @@ that divides by the sum of the weights carries the error of that sum as well. `m
 more, in float64. A result that is not yet in the output dtype is rounded to it, by way of float32
 for the half formats.
 
-3. A runner that adds up n elements at a time in float32, and those sums in float64
-   (`backends.sums`): gamma(n - 1, 2^-24) more.
-
 From a relative error r to ULP: between x and x (1 + r), each rounded to nearest, lie at most
 `r / (u (1 - r) (1 - 2 u)) + 1` steps of the output format. The oracle's own error is counted too.
 
@@ -102,14 +99,13 @@ def _oracle_error(spec: LossSpec, count: int) -> float:
     return element + 2 * gamma(_ORACLE_DEPTH + count // _ORACLE_CHUNK, long_double)
 
 
-def bound(spec: LossSpec, count: int, accumulator: str = "float64", in_float32: int = 1) -> float:
+def bound(spec: LossSpec, count: int, accumulator: str = "float64") -> float:
     """The largest distance to the oracle, in ULP of the loss, that our graphs can have.
 
     Args:
         spec: dtype and reduction; the bound does not depend on beta.
         count: elements that go into one number of the output; `none` disregards it.
         accumulator: dtype of the sums, where the runtime has no float64 ("float32", TensorRT).
-        in_float32: elements that the runner adds up in float32 before anything wider.
 
     Returns:
         A real number, or infinity where `count` roundings can take everything: a distance is a
@@ -129,7 +125,6 @@ def bound(spec: LossSpec, count: int, accumulator: str = "float64", in_float32: 
     rounded = spec.dtype == spec.compute_dtype  # the last operation is in the output dtype already
     if spec.reduction != "none":
         relative += _sum_error(spec, count, accumulator) * (2 if spec.weight == "weights" else 1)
-        relative += accumulation_error("float32", in_float32)
         if spec.reduction == "mean":
             relative += UNIT_ROUNDOFF[accumulator]
         if spec.compute_dtype != spec.dtype:
@@ -143,12 +138,10 @@ def bound(spec: LossSpec, count: int, accumulator: str = "float64", in_float32: 
     return relative / (unit * (1 - relative) * (1 - 2 * unit)) + (0.5 if rounded else 1.0)
 
 
-def proved_bound(
-    spec: LossSpec, shape: tuple[int, ...], accumulator: str, in_float32: int = 1
-) -> int | None:
+def proved_bound(spec: LossSpec, shape: tuple[int, ...], accumulator: str) -> int | None:
     """`bound` in whole ULP for element losses of this shape; None where it bounds nothing."""
     count = math.prod(shape[1:] if spec.per_sample else shape)
-    limit = bound(spec, count, accumulator, in_float32)
+    limit = bound(spec, count, accumulator)
     return None if math.isinf(limit) else math.floor(limit)
 
 

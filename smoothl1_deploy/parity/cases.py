@@ -285,8 +285,7 @@ def check(
     # Of a subnormal beta that it doesn't know beforehand, an artefact takes half in float32.
     is_provable = refs.in_range and not (takes_beta and spec.has_subnormal_beta)
     if accumulator is not None and is_provable:
-        in_float32 = runner.added_in_float32(math.prod(shape))
-        proved = proved_bound(spec, shape, accumulator, in_float32)
+        proved = proved_bound(spec, shape, accumulator)
     beta = refs.beta if takes_beta else None
     outputs = runner.run(
         refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output

@@ -16,7 +16,7 @@ from itertools import product
 
 import onnx
 
-from ..backends.base import TILE, Backend, Runner, get_backend
+from ..backends.base import Backend, Runner, get_backend
 from ..environment import environment
 from ..errors import SmoothL1DeployError, require
 from ..graph.export import ROUTES, export
@@ -125,8 +125,6 @@ def _run_grid(unit: Unit) -> _Outcome:
     backends = {name: get_backend(name, threads=1) for name in names}
     if unit.huge:
         backends = {name: found for name, found in backends.items() if found.slow is None}
-    if unit.huge and "ort-cpu-tiled" in backends:
-        backends["ort-cpu-tiled"].tile = TILE
     artefacts = _Artefacts(backends)
     outcome = _Outcome({}, {}, [], [])
     for spec in unit.specs():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..backends.base import PROVING, REFERENCES, Backend, get_backend, missing
+from ..backends.base import REFERENCES, Backend, get_backend, missing
 from ..graph.export import ROUTES
 from ..graph.shapes import Shape as Axes
 from ..spec import DTYPES, REDUCTIONS, LossSpec
@@ -184,11 +184,6 @@ class Matrix:
                 "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
                 f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
             )
-        if "ort-cpu-tiled" in self.backends:
-            notes.append(
-                "ort-cpu-tiled, which cuts arrays into tiles as ort-cpu does with large ones: in "
-                "tiles of 64 elements; the function route, not at 2^20"
-            )
         of_the_spec = [name for name in _OF_THE_SPEC if name in self.backends]
         if of_the_spec:
             notes.append(
@@ -310,7 +305,7 @@ class DrawUnit:
 
 def draw_is_run(draw: Draw, backend: str) -> bool:
     """Whether a backend meets a draw at all; see `Matrix.notes`."""
-    if backend in _OF_ONE_ROUTE:
+    if backend == _BARE:
         return draw.route == _PROVEN_ROUTE
     return backend not in OVER_THE_WIRE
 
@@ -335,15 +330,14 @@ def artefact_axes(
     return axes
 
 
-#: A tile is made of the artefact's spec, whatever its route.
+#: Whose files are one node, which `ort-cpu` runs by an operator: the others' run alike with none.
 _PROVEN_ROUTE = "function"
-#: Those for which other routes are the same, or have nothing of theirs.
-_OF_ONE_ROUTE = (*PROVING, "ort-cpu-ops")
+_BARE = "ort-cpu-bare"
 
 
 def is_sampled(unit: Unit, spec: LossSpec, route: str, backend: str) -> bool:
     """Whether a combination is run at all; see `Matrix.notes`."""
-    if backend in _OF_ONE_ROUTE:
+    if backend == _BARE:
         return route == _PROVEN_ROUTE
     if backend in _OF_THE_SPEC:
         return route == _spec_route(unit.matrix)
@@ -368,8 +362,6 @@ def is_run(case: Case, route: str, backend: str) -> bool:
     """Whether the layout is among those a route and backend are sampled at; see `Matrix.notes`."""
     if backend in OVER_THE_WIRE:
         return case.layout in _WIRE_LAYOUTS
-    if backend in PROVING and "^" in case.layout:
-        return False  # in tiles of 64
     if case.layout == "broadcast-10^6":
         return route == "function" and backend in HUGE_BACKENDS
     if case.layout == "2^20" and backend != "ort-cpu":
@@ -422,8 +414,7 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
 #: The others take minutes or gigabytes at 2^24 elements.
 HUGE_BACKENDS = (
     "ort-cpu",
-    "ort-cpu-ops",
-    "ort-cpu-tiled",
+    "ort-cpu-bare",
     "torch-cuda",
     "torch-triton",
     "ort-cuda",

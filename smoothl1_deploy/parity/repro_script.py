@@ -21,15 +21,15 @@ _CALL = "got = session.run([{output}], {{{feeds}}})[0]\n"
 
 #: Backend -> package, import, and the lines that make `got`, a numpy array.
 _RUN: Mapping[str, tuple[str, str, str]] = {
-    "ort-cpu": ("onnxruntime", "import onnxruntime as ort\n", _ORT + _CALL),
+    "ort-cpu-bare": ("onnxruntime", "import onnxruntime as ort\n", _ORT + _CALL),
     "onnx-reference": (
         "onnx", "from onnx.reference import ReferenceEvaluator\n", _REFERENCE + _CALL
     ),
 }  # fmt: skip
 #: The same for bfloat16, which numpy doesn't have: ONNX Runtime takes bits, onnx takes ml_dtypes.
 _RUN_BITS: Mapping[str, tuple[str, str, str]] = {
-    "ort-cpu": (
-        *_RUN["ort-cpu"][:2],
+    "ort-cpu-bare": (
+        *_RUN["ort-cpu-bare"][:2],
         _ORT
         + """\
 value = lambda bits: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, 16)

@@ -371,7 +371,7 @@ import numpy as np
 from smoothl1_deploy import LossSpec, export, load
 
 runner = load(export(LossSpec()), threads=4)
-pair = np.full((2, 1 << 21), [[2.0], [0.0]], np.float32)  # of many tiles, for many threads
+pair = np.full((2, 1 << 21), [[2.0], [0.0]], np.float32)  # of many tasks, for many threads
 
 class Late:
     def __del__(self, runner=runner, pair=pair, print=print):

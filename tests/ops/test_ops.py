@@ -117,13 +117,13 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(
         for threads, number in itertools.product((1, 2, 5), sets):
             use(number)
             model = export(spec, shape=("N", "M"))
-            found.add(bits(load(model, "ort-cpu-ops", threads=threads).run(**arguments)["loss"]))
+            found.add(bits(load(model, threads=threads).run(**arguments)["loss"]))
         assert len(found) == 1, spec
 
 
 def test_any_split_into_batches_gives_the_bits_of_the_whole() -> None:
     for spec in (LossSpec(reduction="none"), LossSpec(per_sample=True, weight="weights")):
-        runner = load(export(spec, shape=("N", 7)), "ort-cpu-ops")
+        runner = load(export(spec, shape=("N", 7)))
         arguments = arrays(spec, 1000, 7)
         whole = runner.run(**arguments)["loss"]
         for size in (1, 3, 997):
@@ -160,8 +160,8 @@ def test_any_broadcast(dtype: str, shapes: list[tuple[int, ...]]) -> None:
         arguments = dict(zip(names, drawn, strict=False))
         model = export(spec, shape=None)
         with np.errstate(all="ignore"):
-            ours = load(model, "ort-cpu-ops").run(**arguments)["loss"]
-            body = load(model, "ort-cpu").run(**arguments)["loss"]
+            ours = load(model).run(**arguments)["loss"]
+            body = load(model, "ort-cpu-bare").run(**arguments)["loss"]
         assert ours.shape == body.shape, spec
         finite = np.isfinite(body)
         assert np.array_equal(ours[~finite], body[~finite], equal_nan=True), spec
@@ -172,7 +172,7 @@ def test_any_broadcast(dtype: str, shapes: list[tuple[int, ...]]) -> None:
 def test_what_is_no_beta_gives_nan_even_of_nothing(beta: float) -> None:
     for dtype, reduction in itertools.product(DTYPES, REDUCTIONS):
         spec = LossSpec(reduction=reduction, dtype=dtype, runtime_beta=True)
-        runner = load(export(spec, shape=("N", 4)), "ort-cpu-ops")
+        runner = load(export(spec, shape=("N", 4)))
         for rows in (0, 2):
             found = runner.run(**arrays(spec, rows, 4) | {"beta": beta})["loss"]
             assert np.isnan(found).all()
@@ -209,7 +209,7 @@ def test_files_of_the_domain_s_first_version_load_and_gain() -> None:
             function.node.append(helper.make_node("Identity", [given], [gives]))
     del model.metadata_props[:]
     arguments = arrays(spec, 8, 4)
-    got = load(model, "ort-cpu-ops", output_name="loss").run(**arguments)["loss"]
+    got = load(model, output_name="loss").run(**arguments)["loss"]
     assert np.allclose(got, load(export(spec)).run(**arguments)["loss"], rtol=1e-6)
 
 
@@ -226,7 +226,7 @@ def test_without_the_library_a_sentence_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("smoothl1_deploy.ops._LIBRARY", tmp_path / "none.so")
     with pytest.raises(BackendUnavailableError, match="install a C compiler"):
-        load(export(LossSpec()), "ort-cpu-ops")
+        register(ort.SessionOptions())
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="gcc has the sanitizers")

@@ -196,15 +196,6 @@ def test_the_proved_bound_counts_what_goes_into_one_number() -> None:
     assert proved_bound(LossSpec(), (1 << 25,), "float32") is None
 
 
-def test_rows_added_up_in_float32_are_in_the_bound() -> None:
-    """Without them the runner breaks its bound of 5: a long search found 32 numbers for 7 ULP."""
-    spec = LossSpec(0.5)
-    model = load(export(spec, "inlined", ("N",)))
-    assert (model.added_in_float32(4096), model.added_in_float32(4097)) == (1, 32)
-    assert load(export(LossSpec(0.5, "none"))).added_in_float32(1 << 20) == 1
-    assert proved_bound(spec, (1 << 16,), "float64", 32) == 36
-
-
 @pytest.mark.parametrize(("beta", "proved"), [(0.0, 5), (0.5, 5), (4.2e-45, None)])
 def test_an_artefact_that_takes_beta_is_held_to_the_bound(beta: float, proved: int | None) -> None:
     """But of a subnormal one, which it can't know beforehand, it takes half in float32."""

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from smoothl1_deploy.backends.base import BACKENDS, PROVING, REFERENCES
+from smoothl1_deploy.backends.base import BACKENDS, REFERENCES
 from smoothl1_deploy.graph.export import ROUTES
 from smoothl1_deploy.parity.cases import LAYOUTS
 from smoothl1_deploy.parity.contract import Contract
@@ -270,7 +270,7 @@ def test_environment_and_engines(red_page: str, red: Report) -> None:
 
 
 def test_every_name_is_explained(full: str, green: Report) -> None:
-    ran = [name for name in (*BACKENDS, *PROVING) if name not in REFERENCES]
+    ran = [name for name in BACKENDS if name not in REFERENCES]
     assert set(glossary.BACKENDS) == set(ran)
     assert tuple(glossary.ROUTES) == ROUTES
     assert all(glossary.family_meaning(name) for name in FAMILIES)

@@ -185,7 +185,7 @@ def test_breaking_the_graph_code_turns_the_matrix_red(tmp_path: Path, fault: str
     source.write_text(text)
     program = (
         "from smoothl1_deploy.parity.matrix import *\n"
-        "m = Matrix(('ort-cpu',), betas=(0.5,), dtypes=('float32',), routes=('function',))\n"
+        "m = Matrix(('ort-cpu-bare',), betas=(0.5,), dtypes=('float32',), routes=('function',))\n"
         "r = run_matrix(m); print(len(r.red)); raise SystemExit(0 if r else 1)"
     )
     done = subprocess.run(

@@ -21,6 +21,7 @@ from smoothl1_deploy import LossSpec, export, verify
 from smoothl1_deploy.artefact import select_ports, signature
 from smoothl1_deploy.backends.base import load
 from smoothl1_deploy.errors import ArtefactError, ModelWarning
+from smoothl1_deploy.ops import is_built as library_is_built
 from smoothl1_deploy.parity import artefact_drift as drift_module
 from smoothl1_deploy.parity.artefact_drift import FAMILIES, SIZES, artefact_drift, drift_table
 from smoothl1_deploy.parity.bounds import bound
@@ -280,6 +281,23 @@ def test_a_changed_artefact_is_held_against_the_spec_in_its_metadata() -> None:
     half.op_type = "Neg"
     with pytest.warns(ModelWarning):
         assert not verify(model, drift=False)
+
+
+@pytest.mark.parametrize("is_drift", [False, True])
+def test_a_wrong_body_is_red_though_an_operator_of_ours_takes_its_place(is_drift: bool) -> None:
+    """`ort-cpu` runs the operator, and everyone else the body."""
+    model = export(LossSpec(0.5), shape=("N",))
+    ones = np.ones(4, np.float32)
+    for function in model.functions:
+        for node in function.node:
+            if node.op_type == "Abs":
+                node.op_type = "Neg"
+    with pytest.warns(ModelWarning):
+        if library_is_built():
+            assert load(model).run(3 * ones, ones)["loss"] == 1.75
+        found = verify(model, drift=is_drift)
+    assert not found
+    assert not all(point.ok for point in found.drift) or not is_drift
 
 
 def test_a_changed_artefact_is_held_to_no_bound_that_is_proved_of_exported_ones(

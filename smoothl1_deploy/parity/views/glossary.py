@@ -18,9 +18,8 @@ ROUTES: Mapping[str, str] = {
 
 BACKENDS: Mapping[str, str] = {
     "onnx-reference": "the ONNX project's own evaluator: what the file means",
-    "ort-cpu": "ONNX Runtime on the CPU",
-    "ort-cpu-tiled": "the same, cut into small tiles as large arrays are",
-    "ort-cpu-ops": "the same with this package's operators, which compute a whole loss in one pass",
+    "ort-cpu": "ONNX Runtime on the CPU, with this package's operators, where they were built",
+    "ort-cpu-bare": "the same with nothing registered: the file alone, as anyone's session runs it",
     "trt-network": (
         "the network that TensorRT's parser made of the file, evaluated in numpy: what TensorRT "
         "understood, not what a GPU computes"
