@@ -20,7 +20,7 @@ from ..errors import SmoothL1DeployError
 from ..floats import NUMPY_DTYPE, Array
 from ..reference.oracle import oracle
 from ..spec import LossSpec
-from .contestants import PLAIN, contestants, read_everything
+from .contestants import BARE, OURS, PLAIN, contestants, read
 from .memory import peak_ratio
 from .timing import Timing, interleaved
 
@@ -150,9 +150,7 @@ def measure(
         errors[who.name] = _error(spec, got, input, target)
     calls = [lambda call=who.call: call(input, target) for who in found]
     names = [*(who.name for who in found), READ]
-    timings = interleaved(
-        [*calls, lambda: read_everything(input, target)], rounds=rounds, turn=turn
-    )
+    timings = interleaved([*calls, lambda: read(input, target)], rounds=rounds, turn=turn)
     load = os.getloadavg()[0]
     median = {name: timing.median for name, timing in zip(names, timings, strict=True)}
     written = {"none": input.nbytes}.get(spec.reduction, 0)
@@ -161,14 +159,14 @@ def measure(
             spec,
             shape,
             name,
-            1 if name == READ else threads,
+            threads,
             timing,
             {other: median[other] / timing.median for other in names if other != name},
             (input.nbytes + target.nbytes + (0 if name == READ else written)) / timing.median / 1e9,
             errors[name],
             load,
             peak_ratio(name, input.size, threads)
-            if memory and name.startswith(("ort-cpu, function", PLAIN, "torch eager"))
+            if memory and name in (OURS, BARE, "load().run", PLAIN, "torch eager")
             else None,
         )
         for name, timing in zip(names, timings, strict=True)
