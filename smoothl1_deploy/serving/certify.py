@@ -32,7 +32,9 @@ def only_loss(model: ModelSource) -> Loss:
     return losses[0]
 
 
-def certify_model(path: str | os.PathLike[str], *, drift: bool = True) -> tuple[Verification, Path]:
+def certify_model(
+    path: str | os.PathLike[str], *, drift: bool = True, backend: str = "ort-cpu"
+) -> tuple[Verification, Path]:
     """Verify a served model and write its certificate beside it, green or red.
 
     Of a model with a loss attached, the loss is verified, from prediction and target to its
@@ -45,7 +47,7 @@ def certify_model(path: str | os.PathLike[str], *, drift: bool = True) -> tuple[
     model = read_model(path)
     loss = only_loss(model)
     part = loss_part(model, loss)
-    found = verify(part, drift=drift)
+    found = verify(part, backend, drift=drift)
     if part is not model:
         name = f"{model.graph.name}: the loss {loss.outputs['loss']}"
         digest = sha256(model.SerializeToString(deterministic=True))
