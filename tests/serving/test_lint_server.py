@@ -172,11 +172,10 @@ SOUND = {
     "newer": f"{HEAD}{X}{Y}model_metrics {{ metric_control {{ metric_identifier {{ }} }} }}",
 }
 
+LOADS = f'platform: "onnxruntime_onnx" max_batch_size: 8 {X}{Y}model_operations '
+SOUND["strangers_operators"] = f'{LOADS}{{ op_library_filename: "{__file__}" }}'
 with suppress(BackendUnavailableError):
-    SOUND["operators"] = (
-        f'platform: "onnxruntime_onnx" max_batch_size: 8 {X}{Y}'
-        f'model_operations {{ op_library_filename: "{library()}" }}'
-    )
+    SOUND["operators"] = f'{LOADS}{{ op_library_filename: "{library()}" }}'
 
 
 def graph(extra: bool = False, value: bool = False, operator: str = "Abs") -> onnx.ModelProto:
@@ -231,7 +230,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory, triton: Triton) -> Iterator[
         onnx.save(graph(extra=True), models / name / "1" / "model.onnx")
     onnx.save(graph(value=True), models / "initialiser" / "1" / "model.onnx")
     onnx.save(graph(), models / "guessed" / "1" / "model.onnx")
-    onnx.save(graph(operator="Frob"), models / "operator" / "1" / "model.onnx")
+    for name in ("operator", "strangers_operators"):
+        onnx.save(graph(operator="Frob"), models / name / "1" / "model.onnx")
     if "operators" in SOUND:  # a node whose body is in the library alone
         model = graph(operator="SmoothL1Loss")
         model.graph.node[0].input.append("x")
