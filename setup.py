@@ -4,7 +4,8 @@ It is no module of Python's: one file serves every Python, and the package is in
 where it can't be compiled.
 """
 
-from pathlib import PurePath
+import re
+from pathlib import Path, PurePath
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -18,13 +19,25 @@ class BuildLibrary(build_ext):
         """Where the library goes, below the root of the packages."""
         return str(PurePath(*fullname.split("."))) + ".so"
 
+    def build_extensions(self) -> None:
+        """Without the folder of Python's own library, which some Pythons have the linker note."""
+        linker = getattr(self.compiler, "linker_so", [])  # a compiler for Windows has none
+        self.compiler.linker_so = [word for word in linker if not word.startswith("-Wl,-rpath")]
+        super().build_extensions()
+
 
 class AnyPythonWheel(bdist_wheel):
     """A wheel for one platform and every Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Python, its binary interface, and the platform."""
-        return "py3", "none", super().get_tag()[2]
+        """Python, its binary interface, and the platform: manylinux where libc is all it needs."""
+        platform = super().get_tag()[2]
+        for library in Path(self.bdist_dir).rglob("*.so"):
+            names = library.read_bytes()
+            versions = map(int, re.findall(rb"\0GLIBC_2\.(\d+)", names))
+            if {*re.findall(rb"\0([\w.+-]+\.so\.\d+)(?=\0)", names)} == {b"libc.so.6"}:
+                platform = platform.replace("linux_", f"manylinux_2_{max(17, *versions)}_")
+        return "py3", "none", platform
 
 
 setup(

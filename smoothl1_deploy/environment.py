@@ -82,7 +82,12 @@ def _processor() -> str:
 
 @lru_cache(maxsize=1)
 def environment() -> dict[str, Any]:
-    """Versions (of a package that is not installed: None) and hardware."""
+    """Versions (of a package that is not installed: None) and hardware.
+
+    `operators` is the sha256 of the library of `ops`; None where it was not built.
+    """
+    from .ops import digest
+
     return {
         "smoothl1_deploy": __version__,
         "python": platform.python_version(),
@@ -90,6 +95,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "operators": digest(),
         "packages": {package: _version(package) for package in PACKAGES},
     }
 

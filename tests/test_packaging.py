@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,26 @@ def test_the_licence_is_whole() -> None:
     assert "Version 2.0, January 2004" in text
     assert "9. Accepting Warranty or Additional Liability." in text
     assert PROJECT["license"] == "Apache-2.0"
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="binutils read what was linked")
+@pytest.mark.skipif(not shutil.which("cc"), reason="a C compiler builds it")
+def test_the_wheel_has_the_operators_and_the_platform_that_they_need(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    wheel = runpy.run_path(str(ROOT / "scripts" / "wheel"))["build"](
+        tmp_path, "--no-build-isolation", "--no-index"
+    )
+    assert wheel.name.endswith(f"-py3-none-manylinux_2_17_{platform.machine()}.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    for path in (path.relative_to(ROOT) for path in _files()):
+        if path.parts[0] == "smoothl1_deploy":
+            assert (tmp_path / path).is_file(), path
+    library = tmp_path / "smoothl1_deploy" / "ops" / "c" / "libsmoothl1_deploy.so"
+    linked = subprocess.check_output(["objdump", "-p", library], text=True)
+    assert re.findall(r"NEEDED +(\S+)", linked) == ["libc.so.6"]
+    assert max(int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", linked)) <= 17
+    assert "PATH" not in linked, "it names a folder of the machine that built it"
 
 
 def test_torch_is_installed_first_and_by_its_exact_spelling() -> None:

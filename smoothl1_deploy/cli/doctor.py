@@ -148,6 +148,9 @@ def doctor(
             if gpu is None
             else f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
             f"driver {gpu['driver']}",
+            "operators": f"built, sha256 {facts['operators'][:12]}"
+            if facts["operators"]
+            else "not built: every file runs by its own graph",
         }
         | _telemetry(found.telemetry)
     )

@@ -92,6 +92,14 @@ def repository(
             help="Verify the loss of the model, and write the certificate beside it; needs torch.",
         ),
     ] = False,
+    ops: Annotated[
+        bool,
+        typer.Option(
+            "--ops",
+            help="Have the server load this installation's operators, which compute the loss in "
+            "one pass on the CPU.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model of that name.")
     ] = False,
@@ -119,7 +127,9 @@ def repository(
     ] = None,
     route: Annotated[
         str | None,
-        typer.Option(help="As of export; inlined by default.", rich_help_panel=_LOSS),
+        typer.Option(
+            help="As of export; inlined by default, function with --ops.", rich_help_panel=_LOSS
+        ),
     ] = None,
     per_sample: PerSample = False,
     gradient: Gradient = False,
@@ -153,7 +163,7 @@ def repository(
     """
     loss = _Loss(beta, reduction, dtype, shape, route, per_sample, gradient, runtime_beta, weight)
     if lint is not None:
-        if loss.given() or any(given for given in (folder, model, name, engine, kserve)):
+        if loss.given() or any(given for given in (folder, model, name, engine, kserve, ops)):
             raise SpecError("--lint writes nothing; give the folder to check alone")
         _lint(lint, tensorrt_version, as_json)
         return
@@ -190,13 +200,14 @@ def repository(
         "name": name,
         "max_batch_size": max_batch_size,
         "engine": engine,
+        "ops": ops,
         "overwrite": overwrite,
     }
     if model is not None:
         written = write_model(folder, model, **common)
     else:
         axes = parse_shape(_SHAPE if shape is None else shape) or ()
-        written = write_loss(folder, loss.spec(), axes, route=route or "inlined", **common)
+        written = write_loss(folder, loss.spec(), axes, route=route, **common)
     if kserve is not None and service is not None:
         write_inference_service(kserve, service)
     green = not certify or bool(certify_model(written[0].file)[0])

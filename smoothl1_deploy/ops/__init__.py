@@ -7,12 +7,15 @@ the body runs, as it always did. `c/smooth_l1.c` says what the kernels promise.
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import BackendUnavailableError, UnsupportedError
 
-__all__ = ["is_built", "library", "register"]
+__all__ = ["digest", "is_built", "is_library", "library", "register"]
 
 _REGISTERED = "smoothl1_deploy.ops"
 #: Where setup.py puts it; beside this file, Python would take it for a module.
@@ -41,6 +44,22 @@ def library() -> Path:
         "gcc) and then smoothl1-deploy again with pip install --force-reinstall --no-deps. "
         "Without them every file runs by its own graph"
     )
+
+
+def digest() -> str | None:
+    """The sha256 of the library, in hex; None where this installation is without it."""
+    try:
+        return hashlib.sha256(_LIBRARY.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def is_library(path: str | os.PathLike[str]) -> bool:
+    """Whether a file, wherever it lies, is byte for byte this installation's library."""
+    try:
+        return filecmp.cmp(path, _LIBRARY, shallow=False)
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return False
 
 
 def register(options: Any) -> None:

@@ -19,7 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import ArtefactError, OutputError, ServerError, SpecError, require
+from ..errors import (
+    ArtefactError,
+    BackendUnavailableError,
+    OutputError,
+    ServerError,
+    SpecError,
+    require,
+)
+from ..ops import library
 from . import loss_metrics, onnxruntime_backend
 from .install import Triton, find_triton
 from .mirror import Mirror, models_of
@@ -304,6 +312,8 @@ class Server:
         shutil.copy(self.triton.stub, folder / "python")
         (folder / "onnxruntime").mkdir()
         shutil.copy(onnxruntime_backend.__file__, folder / "onnxruntime" / "model.py")
+        with contextlib.suppress(BackendUnavailableError):
+            shutil.copy(library(), folder / "onnxruntime" / onnxruntime_backend.OPERATORS)
         if self._loss_metrics:
             shutil.copy(loss_metrics.__file__, folder / "onnxruntime" / "loss_metrics.py")
         return folder

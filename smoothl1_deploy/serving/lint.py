@@ -18,6 +18,7 @@ from ..errors import ArtefactError, CarriedEngineError, reason_of
 from ..files import read_file
 from ..graph.metadata import CHANGED, is_changed
 from ..model import Loss, engines_in
+from ..ops import is_library
 from ..parity.certificate import CertificateStatus, read_certificate
 from ..tensorrt.sidecar import Sidecar
 from .finding import Fault, Finding
@@ -114,7 +115,8 @@ class Visit:
         kind: backend, platform and file name that Triton completes it to; None for none it knows.
         versions: the folders that Triton takes for versions: numbers from 1 on.
         files: the names of what lies in them.
-        sound: version -> its ONNX file, where that can be read and asks for no operator library.
+        sound: version -> its ONNX file, where that can be read and asks for no operator library
+            but this installation's.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -185,7 +187,8 @@ class Visit:
             yield "bad-model", str(exc)
             return
         # No CPU server has the provider of an engine, or is to load what nobody has read.
-        if not config.model_operations.op_library_filename and not engines_in(model):
+        libraries = config.model_operations.op_library_filename
+        if all(map(is_library, libraries)) and not engines_in(model):
             self.sound[version] = path
         losses: tuple[Loss, ...] = ()
         try:

@@ -3,7 +3,7 @@
 Nothing of the repository runs. The server gets a mirror of it in a private folder, under names of
 ours, since its Python backend hands paths to a shell. In the place of what is code (a backend, a
 plan, an operator library, an agent, an environment) stands `stand_in`; an ONNX file is written as
-it was read without trust.
+it was read without trust. The library of `ops` is named as it lies in this installation.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import onnx
 
 from ..artefact import read_model
 from ..errors import ArtefactError, BackendUnavailableError, MissingDependencyError, ServerError
+from ..ops import library
 from . import stand_in
 from .install import Triton, find_triton
 from .launcher import Server
@@ -146,6 +147,8 @@ class _Mirror:
         config.name = self._ours(config.name)
         for field in _LEFT_OUT:
             config.ClearField(field)
+        if visit.sound and visit.config.model_operations.op_library_filename:
+            config.model_operations.op_library_filename.append(str(library()))
         for step in config.ensemble_scheduling.step:
             step.model_name = self._ours(step.model_name)
         if config.HasField("ensemble_scheduling"):

@@ -1,7 +1,7 @@
 """`config.pbtxt`: written and read through Triton's own config messages, never by hand.
 
 Only fields that Triton has had for years are written, so that any server reads the file: name,
-platform, max_batch_size, inputs, outputs, dynamic_batching, instance_group.
+platform, max_batch_size, inputs, outputs, dynamic_batching, instance_group, model_operations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def _messages() -> Any:
     return require("tritonclient.grpc.model_config_pb2", "serve", "a Triton config.pbtxt")
 
 
-def make_config(name: str, platform: str, ports: ModelPorts, max_batch_size: int = 0) -> Any:
+def make_config(
+    name: str, platform: str, ports: ModelPorts, max_batch_size: int = 0, library: str = ""
+) -> Any:
     """The `ModelConfig` message of a model.
 
     Args:
@@ -32,6 +34,7 @@ def make_config(name: str, platform: str, ports: ModelPorts, max_batch_size: int
         ports: of the model file, its axis of rows included.
         max_batch_size: 0 for no batching; otherwise the first axis of every port is left to
             Triton, and rows of different requests are batched together.
+        library: of operators, as the server finds it; none by default.
 
     Raises:
         SpecError: on a max_batch_size that Triton can't hold, and on ports that it can't
@@ -53,6 +56,8 @@ def make_config(name: str, platform: str, ports: ModelPorts, max_batch_size: int
         config.dynamic_batching.max_queue_delay_microseconds = _QUEUE_DELAY_US
     # A CPU build starts two otherwise. No kind: Triton takes the GPU where there is one.
     config.instance_group.add(count=1)
+    if library:
+        config.model_operations.op_library_filename.append(library)
     return config
 
 

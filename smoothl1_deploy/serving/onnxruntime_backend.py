@@ -3,7 +3,8 @@
 The launcher copies this file, as `onnxruntime/model.py`, into the backend directory: a
 *python-based backend*, which makes `platform: "onnxruntime_onnx"` with `1/model.onnx` load
 unchanged. It runs inside Triton's stub process, where this package need not be importable: it
-imports numpy, onnxruntime, and `loss_metrics` where that is copied beside it.
+imports numpy, onnxruntime, and `loss_metrics` where that is copied beside it. So is the library of
+`smoothl1_deploy.ops`, the only one that it registers.
 
 Tensors go both ways by DLPack, because `as_numpy()` of this stub, built against numpy 1, gives
 wrong values with numpy 2 and no error.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import filecmp
 import importlib
 import json
 import os
@@ -20,7 +22,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["TritonPythonModel"]
+__all__ = ["OPERATORS", "TritonPythonModel"]
+
+#: What the library of operators is called beside this file.
+OPERATORS = "operators.so"
 
 #: Triton's name -> (ONNX Runtime's, ONNX's element type, numpy's).
 _TYPES: dict[str, tuple[str, int, Any]] = {
@@ -94,6 +99,9 @@ class TritonPythonModel:
         options.log_severity_level = 3
         threads = config.get("parameters", {}).get("intra_op_thread_count", {})
         options.intra_op_num_threads = int(threads.get("string_value", "1"))
+        named = config.get("model_operations", {}).get("op_library_filename", [])
+        for library in {self._operators(path) for path in named}:
+            options.register_custom_ops_library(library)
         self._session = self._ort.InferenceSession(
             path, options, providers=["CPUExecutionProvider"]
         )
@@ -116,6 +124,18 @@ class TritonPythonModel:
             raise self._pb.TritonModelException(
                 f"the graph needs the inputs {absent}, which config.pbtxt doesn't have"
             )
+
+    def _operators(self, path: str) -> str:
+        """The launcher's copy of the library that a config names: it is run, and no other."""
+        own = os.path.join(os.path.dirname(__file__), OPERATORS)
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
+            if filecmp.cmp(path, own, shallow=False):
+                return own
+        raise self._pb.TritonModelException(
+            f"config.pbtxt names the operator library {path!r}, and the embedded server runs none "
+            "but that of its own installation; write the model again with smoothl1-deploy "
+            "repository --ops, or take model_operations out of its config"
+        )
 
     def _checked(self, ports: Any, values: Any, kind: str) -> dict[str, str]:
         """Name -> Triton dtype of the config's ports, each held against the graph's."""

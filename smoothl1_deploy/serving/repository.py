@@ -21,13 +21,16 @@ from typing import Any
 from ..artefact import ModelSource, read_model, sha256
 from ..errors import ArtefactError, OutputError, SpecError, UnsupportedError
 from ..graph.export import export
+from ..graph.functions import DOMAIN
 from ..graph.metadata import warn_if_changed
 from ..graph.shapes import Dim
+from ..model import every_node
+from ..ops import library
 from ..spec import LossSpec
 from ..tensorrt.engine import Engine, read_verified
 from ..tensorrt.sidecar import sidecar_path
 from .model_config import CONFIG_FILE, dump_config, make_config
-from .ports import ModelPorts, engine_ports, onnx_ports
+from .ports import engine_ports, onnx_ports
 from .served_graph import ServedGraph, serve
 
 __all__ = [
@@ -86,10 +89,11 @@ def write_loss(
     spec: LossSpec,
     shape: Sequence[Dim] = ("N", 16),
     *,
-    route: str = "inlined",
+    route: str | None = None,
     name: str | None = None,
     max_batch_size: int | None = None,
     engine: str | os.PathLike[str] | None = None,
+    ops: bool = False,
     overwrite: bool = False,
 ) -> tuple[ServedModel, ...]:
     """Write a loss of its own as a served model.
@@ -98,15 +102,20 @@ def write_loss(
         repository: the folder; made where it is missing.
         spec: what to compute.
         shape: of input and target: a name for the rows first, as in `("N", 16)`.
-        route: as of `export`; `"inlined"` is plain ONNX, which any server reads.
+        route: as of `export`; by default `"inlined"`, plain ONNX, which any server reads, and
+            `"function"` with `ops`.
         name: of the model; the spec's by default.
         max_batch_size: rows that Triton may batch; by default 64 where the rows are independent
             (`none` and per sample) and 0 where they are not.
         engine: a TensorRT engine of this served graph, for a second model `<name>_trt`.
+        ops: have the server run the loss by this installation's library of operators, which it
+            must find at the same path.
         overwrite: replace a model of that name.
 
     Raises:
-        SpecError: on a shape or a max_batch_size that makes no sense.
+        SpecError: on a shape or a max_batch_size that makes no sense, and on a graph in which the
+            operators have nothing to run.
+        BackendUnavailableError: for `ops` where they were not built.
         ArtefactError: when the engine is not what its sidecar says, or is of another graph.
         UnsupportedError: for an engine that Triton can't load.
         OutputError: when the model is there already, or the folder can't be written.
@@ -114,10 +123,11 @@ def write_loss(
     """
     return write_model(
         repository,
-        served_loss(spec, shape, route).model,
+        served_loss(spec, shape, route or ("function" if ops else "inlined")).model,
         name=name or spec.name,
         max_batch_size=max_batch_size,
         engine=engine,
+        ops=ops,
         overwrite=overwrite,
     )
 
@@ -143,6 +153,7 @@ def write_model(
     name: str | None = None,
     max_batch_size: int | None = None,
     engine: str | os.PathLike[str] | None = None,
+    ops: bool = False,
     overwrite: bool = False,
 ) -> tuple[ServedModel, ...]:
     """Write a model, such as one with a loss attached, as a served model.
@@ -155,16 +166,24 @@ def write_model(
     read = read_model(model)
     warn_if_changed(read)
     served = serve(read)
+    if ops and all(node.domain != DOMAIN for node in every_node(served.model.graph.node)):
+        raise SpecError(
+            f"the operators compute nodes of the domain {DOMAIN}, and the model has none; export "
+            "or attach its loss by the route 'function', or leave ops (--ops) out"
+        )
     name = _checked_name(name or (Path(given).stem if given else served.model.graph.name))
     batch = _batch_size(served, max_batch_size)
     data = served.model.SerializeToString(deterministic=True)
     plan = None if engine is None else _readable_plan(Path(engine), sha256(data))
 
-    staged = {name: _files(name, ONNX_PLATFORM, onnx_ports(served.model), batch, {ONNX_FILE: data})}
+    ports, path = onnx_ports(served.model), str(library()) if ops else ""
+    config = make_config(name, ONNX_PLATFORM, ports, batch, path)
+    staged = {name: _files(config, {ONNX_FILE: data})}
     if plan is not None:
         files = {PLAN_FILE: plan.data, sidecar_path(Path(PLAN_FILE)).name: plan.sidecar.dumps()}
         trt = f"{name}_trt"
-        staged[trt] = _files(trt, PLAN_PLATFORM, engine_ports(plan.sidecar), batch, files)
+        config = make_config(trt, PLAN_PLATFORM, engine_ports(plan.sidecar), batch)
+        staged[trt] = _files(config, files)
     root = Path(repository)
     _write_folders(root, staged, overwrite)
 
@@ -216,12 +235,10 @@ def _readable_plan(path: Path, digest: str) -> Engine:
     return engine
 
 
-def _files(
-    name: str, platform: str, ports: ModelPorts, batch: int, version: dict[str, bytes]
-) -> dict[str, bytes]:
+def _files(config: Any, version: dict[str, bytes]) -> dict[str, bytes]:
     """Path in the model's folder -> content."""
-    config = dump_config(make_config(name, platform, ports, batch))
-    return {CONFIG_FILE: config, **{f"1/{file}": data for file, data in version.items()}}
+    files = {f"1/{file}": data for file, data in version.items()}
+    return {CONFIG_FILE: dump_config(config), **files}
 
 
 def _write_folders(root: Path, folders: dict[str, dict[str, bytes]], overwrite: bool) -> None:

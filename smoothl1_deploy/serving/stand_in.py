@@ -7,6 +7,7 @@ it is loaded by ONNX Runtime, and never asked anything.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from typing import Any
 
@@ -23,6 +24,10 @@ class TritonPythonModel:
             ort = importlib.import_module("onnxruntime")
             options = ort.SessionOptions()
             options.log_severity_level = 4
+            # The config is that of the mirror, which names no library but ours.
+            config = json.loads(args["model_config"])
+            for library in config.get("model_operations", {}).get("op_library_filename", []):
+                options.register_custom_ops_library(library)
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

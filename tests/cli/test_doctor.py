@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,32 @@ def test_the_report(cli: Callable[..., Done]) -> None:
     text = cli("doctor").out
     for name in (*BACKENDS, *FLAVOURS, *report["packages"]):
         assert name in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"code", "built, sha256 5694d08a2e53\n"),
+        (None, "not built: every file runs by its own graph\n"),
+    ],
+)
+def test_it_says_which_operators_there_are_or_that_files_run_by_their_own_graph(
+    cli: Callable[..., Done],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    content: bytes | None,
+    said: str,
+) -> None:
+    import smoothl1_deploy.environment as environment
+
+    if content is not None:
+        (tmp_path / "built.so").write_bytes(content)
+    monkeypatch.setattr("smoothl1_deploy.ops._LIBRARY", tmp_path / "built.so")
+    monkeypatch.setattr(environment, "environment", environment.environment.__wrapped__)
+    text = cli("doctor").out
+    assert re.search(f"^operators +{said}", text, re.MULTILINE)
+    # How to have them stands once, below, with the backend that needs them.
+    assert ("install a C compiler" in text) == (content is None)
 
 
 def test_what_is_missing_comes_with_its_install_command() -> None:

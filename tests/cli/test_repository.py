@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from conftest_cli import Done, model, spawn
 
+from smoothl1_deploy.errors import BackendUnavailableError
+from smoothl1_deploy.ops import library
+from smoothl1_deploy.parity.certificate import read_certificate
+
 pytest.importorskip("tritonclient", reason="the extra serve")
 pytest.importorskip("yaml", reason="the extra serve")
 
@@ -64,6 +68,27 @@ def test_a_model_of_ones_own_and_a_cluster(cli: Callable[..., Done]) -> None:
     service = yaml.safe_load(Path("isvc.yaml").read_text())
     assert service["metadata"]["name"] == "my-models"
     assert service["spec"]["predictor"]["model"]["storageUri"] == "pvc://models/my_models"
+
+
+def test_with_ops_the_server_is_told_of_the_operators_and_the_certificate_is_of_them(
+    cli: Callable[..., Done],
+) -> None:
+    try:
+        path = library()
+    except BackendUnavailableError as exc:
+        pytest.skip(str(exc))
+    assert cli("repository", "a", "--name", "one", "--route", "function").code == 0
+    assert cli("repository", "a", "--name", "two", "--ops", "--certify").code == 0
+    without, told = (Path(f"a/{name}/config.pbtxt").read_text() for name in ("one", "two"))
+    field = f'model_operations {{\n  op_library_filename: "{path}"\n}}\n'
+    assert told == without.replace("one", "two") + field
+    assert Path("a/one/1/model.onnx").read_bytes() == Path("a/two/1/model.onnx").read_bytes()
+    assert read_certificate("a/two/1/model.onnx").content["backend"] == "ort-cpu"
+    assert "no findings" in cli("repository", "--lint", "a").out
+
+    done = cli("repository", "b", "--ops", "--route", "inlined")
+    assert done.code == 2 and not Path("b").exists()
+    assert "operators compute nodes of the domain smoothl1_deploy, and the model has" in done.err
 
 
 def test_certified_as_it_is_written(cli: Callable[..., Done]) -> None:

@@ -12,8 +12,8 @@ import onnx.external_data_helper
 import onnx.numpy_helper
 import pytest
 
-from smoothl1_deploy import LossSpec, __version__, export, verify
-from smoothl1_deploy.errors import ArtefactError, OutputError
+from smoothl1_deploy import LossSpec, __version__, export, ops, verify
+from smoothl1_deploy.errors import ArtefactError, BackendUnavailableError, OutputError
 from smoothl1_deploy.parity.certificate import (
     CertificateStatus,
     certificate_path,
@@ -74,6 +74,17 @@ def test_a_green_certificate_holds_what_was_found(artefact: Path, green: Verific
     assert status and status.state == "matches"
     assert f"{content['cases']} cases green on {content['date']}" == status.message
     assert status.to_dict()["verdict"] == "green" and status.content["seeds"] == [7]
+
+
+def test_a_certificate_by_the_operators_says_of_which_library(artefact: Path) -> None:
+    try:
+        built = ops.library()
+    except BackendUnavailableError as exc:
+        pytest.skip(str(exc))
+    content = strict(certify(verify(artefact, drift=False), artefact))
+    assert content["backend"] == "ort-cpu"
+    digest = hashlib.sha256(built.read_bytes()).hexdigest()
+    assert content["environment"]["operators"] == digest  # type: ignore[index]
 
 
 def test_a_red_certificate_says_so(artefact: Path, red: Verification) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -12,7 +13,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.errors import MissingDependencyError
+from smoothl1_deploy.errors import BackendUnavailableError, MissingDependencyError
+from smoothl1_deploy.ops import library
 from smoothl1_deploy.serving import lint_server
 from smoothl1_deploy.serving.install import Triton
 from smoothl1_deploy.serving.lint import LintReport, lint
@@ -170,6 +172,11 @@ SOUND = {
     "newer": f"{HEAD}{X}{Y}model_metrics {{ metric_control {{ metric_identifier {{ }} }} }}",
 }
 
+LOADS = f'platform: "onnxruntime_onnx" max_batch_size: 8 {X}{Y}model_operations '
+SOUND["strangers_operators"] = f'{LOADS}{{ op_library_filename: "{__file__}" }}'
+with suppress(BackendUnavailableError):
+    SOUND["operators"] = f'{LOADS}{{ op_library_filename: "{library()}" }}'
+
 
 def graph(extra: bool = False, value: bool = False, operator: str = "Abs") -> onnx.ModelProto:
     """`x` to `y`, rows of four, where asked with an input `START` of which it may have a value."""
@@ -223,7 +230,15 @@ def asked(tmp_path_factory: pytest.TempPathFactory, triton: Triton) -> Iterator[
         onnx.save(graph(extra=True), models / name / "1" / "model.onnx")
     onnx.save(graph(value=True), models / "initialiser" / "1" / "model.onnx")
     onnx.save(graph(), models / "guessed" / "1" / "model.onnx")
-    onnx.save(graph(operator="Frob"), models / "operator" / "1" / "model.onnx")
+    for name in ("operator", "strangers_operators"):
+        onnx.save(graph(operator="Frob"), models / name / "1" / "model.onnx")
+    if "operators" in SOUND:  # a node whose body is in the library alone
+        model = graph(operator="SmoothL1Loss")
+        model.graph.node[0].input.append("x")
+        model.graph.node[0].domain = "smoothl1_deploy"
+        model.graph.node[0].attribute.append(helper.make_attribute("beta", 1.0))
+        model.opset_import.append(helper.make_opsetid("smoothl1_deploy", 2))
+        onnx.save(model, models / "operators" / "1" / "model.onnx")
     (models / "labelled" / "names").write_text("a\nb\n")
     (models / "warm" / "warmup").mkdir()
     (models / "warm" / "warmup" / "rows").write_bytes(bytes(16))

@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import psutil
 import pytest
+from onnx import helper
 
 import smoothl1_deploy
 from smoothl1_deploy import LossSpec, verify
+from smoothl1_deploy.errors import BackendUnavailableError
+from smoothl1_deploy.ops import library
 from smoothl1_deploy.parity.certificate import certify
 from smoothl1_deploy.reference.oracle import oracle
 from smoothl1_deploy.serving import Client
@@ -146,6 +150,37 @@ def test_it_serves_is_looked_after_and_leaves_nothing(models: Path) -> None:
     failed = next(e for e in log if e["event"] == "canary_failed")
     assert failed["model"] == "mean" and failed["level"] == "warning"
     assert failed["reason"] == "the process of 'mean' has died"
+
+
+def test_the_operators_of_this_installation_are_run_and_no_other_library(
+    tmp_path: Path, triton: Triton
+) -> None:
+    """A body that gives back its input would show: the right loss is the kernel's."""
+    try:
+        ours = library()
+    except BackendUnavailableError as exc:
+        pytest.skip(str(exc))
+    folder = tmp_path / "models"
+    for name in ("ours", "stranger"):
+        (written,) = write_loss(folder, MEAN, name=name, ops=True)
+        model = onnx.load(written.file)
+        whole = model.functions[-1]
+        del whole.node[:]
+        whole.node.append(helper.make_node("Identity", [whole.input[0]], [whole.output[0]]))
+        onnx.save(model, written.file)
+    other = tmp_path / "other.so"
+    other.write_bytes(ours.read_bytes() + b"\0")  # any loader would take it
+    config = folder / "stranger" / "config.pbtxt"
+    config.write_text(config.read_text().replace(str(ours), str(other)))
+    with serving(folder) as (process, ready):
+        until(ready.exists, process)
+        facts = json.loads(ready.read_text())
+        assert [model["name"] for model in facts["models"]] == ["ours"]
+        refused = f"names the operator library '{other}', and the embedded server runs none but"
+        assert refused in facts["left_out"]["stranger"]
+        x, y = arrays()
+        with Client(facts["http"], "ours") as client:
+            assert client.loss(x, y) == oracle(MEAN, x, y)
 
 
 def test_sigterm_before_it_is_ready_leaves_nothing_either(models: Path) -> None:
