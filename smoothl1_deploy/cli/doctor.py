@@ -82,6 +82,7 @@ def examine() -> Checkup:
     """Look at packages, backends, flavours and GPU; a backend is tried by importing it."""
     from ..backends.base import BACKENDS, get_backend
     from ..environment import environment, lowest_versions, telemetry
+    from ..ops import library
     from ..tensorrt.flavour import FLAVOURS, get_flavour
     from ..tensorrt.gpu import current_gpu
 
@@ -101,8 +102,9 @@ def examine() -> Checkup:
                 f"with; some of it may work. For all of it: pip install '{name}>={least}'"
             )
     parts = [_reason("backend", name, get_backend) for name in BACKENDS]
+    parts.append(_reason("library", "operators", lambda name: library()))
     for part in parts:
-        slow = None if part.reason else get_backend(part.name).slow
+        slow = part.kind == "backend" and not part.reason and get_backend(part.name).slow
         if slow:
             warnings.append(f"{part.name} runs on {slow}: its numbers are right, and it is slow")
     return Checkup(
@@ -162,7 +164,7 @@ def doctor(
         ],
     )
     print_table(
-        ("backend or flavour", "kind", "here"),
+        ("part", "kind", "here"),
         [
             (p.name, p.kind, "available" if p.reason is None else "not available")
             for p in found.parts

@@ -89,4 +89,7 @@ def register(options: Any) -> None:
     try:
         options.register_custom_ops_library(path)
     except Exception as exc:  # pybind raises a class of its own for each status code
-        raise UnsupportedError(f"ONNX Runtime can't register {path}: {exc}") from exc
+        raise UnsupportedError(
+            f"ONNX Runtime can't register {path}: {exc}. Install smoothl1-deploy again; without "
+            "the file, every model runs by its own graph"
+        ) from exc

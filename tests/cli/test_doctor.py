@@ -51,7 +51,7 @@ def test_it_says_which_operators_there_are_or_that_files_run_by_their_own_graph(
     monkeypatch.setattr(environment, "environment", environment.environment.__wrapped__)
     text = cli("doctor").out
     assert re.search(f"^operators +{said}", text, re.MULTILINE)
-    # How to have them stands once, below, with the backend that needs them.
+    # How to have them stands once, below.
     assert ("install a C compiler" in text) == (content is None)
 
 
