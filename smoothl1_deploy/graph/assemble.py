@@ -72,6 +72,8 @@ class Assembly:
         self._doubles: dict[str, str] = {}
         self._weight_total = ""  # what a mean by weights divides by
         self._counted = ""  # what any other mean divides by, once it is asked for
+        is_narrow = self._element == TensorProto.FLOAT and not spec.gradient
+        self._is_added = is_narrow and spec.reduction != "none" and _has_attribute(spec)
         self._scalars = self._scalar_tensors()
         losses = self._losses()
         if spec.reduction == "none":
@@ -107,6 +109,12 @@ class Assembly:
     def _scalar_tensors(self) -> list[str] | None:
         """beta, half and divisor for the terms; None where an attribute says it all (case 1)."""
         spec = self._spec
+        if is_l1(spec):
+            return []
+        if self._is_added:
+            known = self._tensors.get("beta")
+            beta = known or self._constant("beta", spec.effective_beta, self._element)
+            return [beta, self._constant("half", 0.5, self._element)]
         if self._element == TensorProto.DOUBLE and "beta" in self._tensors and not spec.gradient:
             beta = self._cast(self._tensors["beta"])
             self._divisor = self._call("BetaDivisorFloat64", [beta], "divisor")
@@ -129,7 +137,11 @@ class Assembly:
         """The element losses, weighted: in the compute dtype, or in float64 to be summed."""
         spec = self._spec
         pair = [self._data["input"], self._data["target"]]
-        if self._scalars is None:
+        if is_l1(spec):
+            losses = self._call("L1Loss", pair, "losses")
+        elif self._is_added:
+            losses = self._call("SmoothL1Addends", [*pair, *(self._scalars or ())], "losses")
+        elif self._scalars is None:
             losses = self._call("SmoothL1Loss", pair, "losses", beta=spec.effective_beta)
         else:
             losses = self._call("SmoothL1LossTerms", [*pair, *self._scalars], "losses")
@@ -161,6 +173,8 @@ class Assembly:
         total = self._call(function, [losses], "total")
         if spec.weight:
             total = self._call("WithoutNegativeZero", [total], "total_signed")
+        elif self._is_added:
+            total = self._add("Abs", [total], "total_signed")
         if spec.weight == "count" and spec.reduction == "mean":
             total = self._add("Div", [total, self._count(losses)], "weighted_mean")
         if weights is not None:
@@ -344,7 +358,7 @@ def function_name(spec: LossSpec) -> str:
     return "".join(
         (
             "Weighted" * bool(spec.weight),
-            "SmoothL1Loss",
+            "L1Loss" if is_l1(spec) else "SmoothL1Loss",
             "Row" * spec.per_sample,
             reduction * (spec.reduction != "none"),
             "At" * _takes_beta(spec),
@@ -352,6 +366,15 @@ def function_name(spec: LossSpec) -> str:
             "Wide" * spec.has_subnormal_beta,
         )
     )
+
+
+def is_l1(spec: LossSpec) -> bool:
+    """Whether the nodes compute |d| in float32 and know of no beta."""
+    return spec.effective_beta == 0 and not (_takes_beta(spec) or spec.gradient)
+
+
+def _has_attribute(spec: LossSpec) -> bool:
+    return not (_takes_beta(spec) or is_l1(spec))
 
 
 def _takes_beta(spec: LossSpec) -> bool:
@@ -378,9 +401,9 @@ def nodes_of(
     inputs = [tensors[role] for role in spec.inputs]
     constants: list[onnx.TensorProto] = []
     attributes: dict[str, Any] = {}
-    if not _takes_beta(spec):
+    if _has_attribute(spec):
         attributes = {"beta": spec.effective_beta}
-    elif not spec.runtime_beta:
+    elif not (is_l1(spec) or spec.runtime_beta):
         inputs.append(f"{prefix}beta")
         constants = [helper.make_tensor(inputs[-1], TensorProto.DOUBLE, [], [spec.beta])]
     loss = tensors["loss"]
@@ -392,13 +415,13 @@ def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:
     name = function_name(spec)
     if name in f.FUNCTIONS:
         return function_closure([name])
-    at = _takes_beta(spec)
-    if at:  # one body for the beta that is known and the one that is not
+    attributes = ["beta"] * _has_attribute(spec)
+    if _takes_beta(spec):  # one body for the beta that is known and the one that is not
         spec = replace(spec, beta=1.0, runtime_beta=True)
     tensors = {role: f"{name}_{role}" for role in (*spec.inputs, "beta", *spec.outputs)}
     assembly = Assembly(spec, tensors, prefix=f"{name}_")
     nodes = assembly.nodes
-    if not at:
+    if attributes:
         # A tensor of it here: TensorRT (for RTX 1.7.1) loses what one function hands on to another
         # by reference, and computes with 0.
         beta = helper.make_node("Constant", [], [tensors["beta"]], name=tensors["beta"])
@@ -414,7 +437,7 @@ def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:
             helper.make_opsetid("", f.OPSET),
             helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION),
         ],
-        attributes=[] if at else ["beta"],
+        attributes=attributes,
         doc_string="The whole loss: one pass where `smoothl1_deploy.ops` is registered.",
     )
     return [*function_closure(assembly.used), whole]

@@ -7,7 +7,8 @@ Stability of Numerical Algorithms, 2nd edition, 2002, Lemma 3.1).
 Each element, in the compute dtype: gamma(4, u). `d` is rounded once, and because the elasticity
 `d l'(d) / l(d)` is 2 below beta and at most 2 above it, `l` moves by at most (1 + u)^2. Below
 beta the rest is one division and one product (halving is exact, and 0 is added exactly). Above it
-`core / beta` is exactly 1, and the rest is one subtraction and one addition of positive numbers.
+`core / beta` is exactly 1, and the rest is one subtraction and one addition of positive numbers, or
+one subtraction of half of beta from what is larger than beta.
 Where rounding `d` carries it over the knee nothing is lost: the loss is continuous there.
 
 The sum of n elements >= 0:

@@ -28,6 +28,8 @@ RUNTIMES = ("ort", "reference")
 
 #: The reference evaluator wants a function before those that call it (onnx 1.23).
 CALLEES_FIRST = (
+    "L1Loss",
+    "SmoothL1Addends",
     "BetaDivisor",
     "SmoothL1LossTerms",
     "SmoothL1Loss",
@@ -172,6 +174,33 @@ def test_elements_with_special_values(beta: float, runtime: str) -> None:
     model = node_model("SmoothL1LossTerms", ["float32"] * 5, "float32")
     got = call(model, a, b, *terms(spec.effective_beta, "float32"), runtime=runtime)
     assert_right(spec, got, a, b)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("beta", [2e-38, 1e-9, 0.5, 1.0, 3e38, math.inf])
+def test_what_is_added_up_is_the_loss_but_for_the_sign_of_zero(beta: float, runtime: str) -> None:
+    """And for one rounding less beyond beta."""
+    spec = LossSpec(beta, "none")
+    a, b = pair(spec, (200,), special=True)
+    scalars = [np.array(value, np.float32) for value in (beta, 0.5)]
+    model = node_model("SmoothL1Addends", ["float32"] * 4, "float32")
+    got = call(model, a, b, *scalars, runtime=runtime)
+    assert_right(spec, abs(got), a, b)
+    whole = node_model("SmoothL1Loss", ["float32"] * 2, "float32", beta=spec.effective_beta)
+    losses = call(whole, a, b, runtime=runtime)
+    with np.errstate(invalid="ignore"):
+        within = abs(a - b) <= np.float32(beta)
+    assert np.array_equal(abs(got[within]), losses[within], equal_nan=True)
+    zero = np.zeros((), np.float32)
+    nothing = call(model, zero, scalars[1], zero, scalars[1], runtime=runtime)
+    assert np.isnan(nothing)  # 0 is no beta of this one, and nobody is told another number
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_elements_of_l1(runtime: str) -> None:
+    a, b = pair(LossSpec(0.0, "none"), (200,), special=True)
+    got = call(node_model("L1Loss", ["float32"] * 2, "float32"), a, b, runtime=runtime)
+    assert_right(LossSpec(0.0, "none"), got, a, b)
 
 
 @pytest.mark.parametrize("beta", [0.0, 5e-324, 1e-50, 0.1, 1e39, 1e308, math.inf])
