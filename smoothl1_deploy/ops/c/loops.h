@@ -142,8 +142,15 @@ static void ISA(sum_f)(const float *input, const float *target, const float *wei
         ISA(sum_f_as)(input, target, weight, count, beta->value, false, false, sum);
 }
 
-/* Float64: each loss as the body has it, and beside every lane what its additions round off
- * (Knuth's TwoSum): the sum is as good as in twice the precision. */
+/* Float64: beside every lane what its additions round off (Knuth's TwoSum): a sum is as good as in
+ * twice the precision. */
+static inline void ISA(add_exactly)(ISA(vd) *lane, ISA(vd) *rest, ISA(vd) term) {
+    ISA(vd) whole = *lane + term, virtual = whole - *lane;
+    *rest += (*lane - (whole - virtual)) + (term - virtual);
+    *lane = whole;
+}
+
+/* Each loss as the body has it. */
 static void ISA(sum_d)(const double *input, const double *target, const double *weight,
                        size_t count, const Beta *beta, Sum *sum) {
     ISA(vd) lanes[LANES / DOUBLES], rests[LANES / DOUBLES];
@@ -157,9 +164,7 @@ static void ISA(sum_d)(const double *input, const double *target, const double *
             ISA(vd) term = ISA(losses_d)(LOAD(vd, input + at) - LOAD(vd, target + at), b, divisor);
             if (weight)
                 term *= LOAD(vd, weight + at);
-            ISA(vd) whole = lanes[j] + term, virtual = whole - lanes[j];
-            rests[j] += (lanes[j] - (whole - virtual)) + (term - virtual);
-            lanes[j] = whole;
+            ISA(add_exactly)(&lanes[j], &rests[j], term);
         }
     memcpy(sum->lanes, lanes, sizeof lanes);
     memcpy(sum->rests, rests, sizeof rests);
@@ -181,16 +186,18 @@ static void ISA(total_f)(const float *values, size_t count, Sum *sum) {
         sum->lanes[lane] += values[i];
 }
 
-static void ISA(total_d)(const double *values, size_t count, Sum *sum) {
-    ISA(vd) lanes[LANES / DOUBLES];
-    memcpy(lanes, sum->lanes, sizeof lanes);
+static void ISA(total_d)(const double *values, size_t count, double *sums, double *sum_rests) {
+    ISA(vd) lanes[LANES / DOUBLES], rests[LANES / DOUBLES];
+    memcpy(lanes, sums, sizeof lanes);
+    memcpy(rests, sum_rests, sizeof rests);
     size_t i = 0;
     for (; i + LANES <= count; i += LANES)
         for (size_t j = 0; j < LANES / DOUBLES; j++)
-            lanes[j] += LOAD(vd, values + i + j * DOUBLES);
-    memcpy(sum->lanes, lanes, sizeof lanes);
+            ISA(add_exactly)(&lanes[j], &rests[j], LOAD(vd, values + i + j * DOUBLES));
+    memcpy(sums, lanes, sizeof lanes);
+    memcpy(sum_rests, rests, sizeof rests);
     for (size_t lane = 0; i < count; i++, lane++)
-        sum->lanes[lane] += values[i];
+        two_sum(&sums[lane], &sum_rests[lane], values[i]);
 }
 
 static void ISA(widen_half)(const uint16_t *from, size_t count, float *to) {

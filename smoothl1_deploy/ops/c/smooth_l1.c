@@ -29,7 +29,7 @@ typedef struct {
 } Beta;
 
 typedef struct {
-    double lanes[16], rests[16], weights[16];
+    double lanes[16], rests[16], weights[16], weight_rests[16];
 } Sum;
 
 static inline float float_of(uint32_t bits) {
@@ -93,7 +93,7 @@ typedef struct {
     void (*sum_f)(const float *, const float *, const float *, size_t, const Beta *, Sum *);
     void (*sum_d)(const double *, const double *, const double *, size_t, const Beta *, Sum *);
     void (*total_f)(const float *, size_t, Sum *);
-    void (*total_d)(const double *, size_t, Sum *);
+    void (*total_d)(const double *, size_t, double *, double *);
     void (*widen_half)(const uint16_t *, size_t, float *);
     void (*widen_bfloat)(const uint16_t *, size_t, float *);
     void (*narrow_half)(const float *, size_t, uint16_t *);
@@ -273,7 +273,7 @@ typedef struct {
 
 /* What adds up the elements of one row: of what its tasks found. */
 typedef struct {
-    double sum, rest, weight;
+    double sum, rest, weight, weight_rest;
 } Partial;
 
 typedef struct {
@@ -303,44 +303,35 @@ static void put(const Job *job, size_t index, double value) {
     }
 }
 
-static Partial folded(Sum *sum, bool is_double) {
+static void fold(double *lanes, double *rests, bool is_double) {
     for (size_t step = 8; step; step /= 2)
-        for (size_t i = 0; i < step; i++) {
+        for (size_t i = 0; i < step; i++)
             if (is_double) {
-                two_sum(&sum->lanes[i], &sum->rests[i], sum->lanes[i + step]);
-                sum->rests[i] += sum->rests[i + step];
+                two_sum(&lanes[i], &rests[i], lanes[i + step]);
+                rests[i] += rests[i + step];
             } else
-                sum->lanes[i] += sum->lanes[i + step];
-            sum->weights[i] += sum->weights[i + step];
-        }
-    return (Partial){sum->lanes[0], sum->rests[0], sum->weights[0]};
+                lanes[i] += lanes[i + step];
 }
 
-static void put_row(const Job *job, size_t row, Partial found) {
-    const Operator *op = job->op;
-    double total = found.sum;
-    if (op->type == ORT_DOUBLE) {
-        if (isfinite(found.sum)) /* or the rest is NaN */
-            total += found.rest;
-    } else if (!op->is_total)
-        total /= job->beta.divisor;
-    if (op->reduction == MEAN)
-        total /= (double)job->columns;
-    if (op->reduction == AVERAGE)
-        total /= found.weight;
-    put(job, row, isnan(job->beta.divisor) ? NAN : total);
+static Partial folded(const Job *job, Sum *sum) {
+    bool is_double = job->input.type == ORT_DOUBLE;
+    fold(sum->lanes, sum->rests, is_double);
+    fold(sum->weights, sum->weight_rests, is_double);
+    return (Partial){sum->lanes[0], sum->rests[0], sum->weights[0], sum->weight_rests[0]};
 }
 
 /* Adds `count` elements, in the dtype that is computed in, to `sum`. */
 static void add(const Job *job, const void *input, const void *target, const void *weight,
                 size_t count, Sum *sum) {
     if (job->op->is_total && job->input.type == ORT_DOUBLE)
-        loops->total_d(input, count, sum);
+        loops->total_d(input, count, sum->lanes, sum->rests);
     else if (job->op->is_total)
         loops->total_f(input, count, sum);
-    else if (job->op->type == ORT_DOUBLE)
+    else if (job->op->type == ORT_DOUBLE) {
         loops->sum_d(input, target, weight, count, &job->beta, sum);
-    else
+        if (job->op->reduction == AVERAGE)
+            loops->total_d(weight, count, sum->weights, sum->weight_rests);
+    } else
         loops->sum_f(input, target, weight, count, &job->beta, sum);
 }
 
@@ -353,6 +344,51 @@ static void fetch(const Job *job, size_t start, size_t count, uint64_t (*buffers
         at[i] = computable(operands[i], &job->space, start, count, buffers[i]);
 }
 
+/* A mean by weights whose sums overflow: each loss times its share of the weights, as the body has it. */
+static double mean_of_shares(const Job *job, size_t row) {
+    uint64_t buffers[4][BLOCK];
+    const char *at[3];
+    double whole = 0, whole_rest = 0, mean = 0, mean_rest = 0, *losses = (double *)buffers[3];
+    for (int pass = 0; pass < 2; pass++) {
+        for (size_t done = 0; done < job->columns; done += BLOCK) {
+            size_t part = job->columns - done < BLOCK ? job->columns - done : BLOCK;
+            fetch(job, row * job->columns + done, part, buffers, at);
+            const double *weight = (const void *)at[2];
+            if (pass)
+                loops->each_d((const void *)at[0], (const void *)at[1], NULL, part, &job->beta, losses);
+            for (size_t i = 0; i < part; i++)
+                if (pass)
+                    two_sum(&mean, &mean_rest, weight[i] * 0x1p-60 / whole * losses[i]);
+                else
+                    two_sum(&whole, &whole_rest, weight[i] * 0x1p-60);
+        }
+        whole = pass ? whole : whole + whole_rest;
+    }
+    return mean + mean_rest;
+}
+
+static double complete(double sum, double rest) {
+    return isfinite(sum) ? sum + rest : sum; /* where the rest is NaN */
+}
+
+static void put_row(const Job *job, size_t row, Partial found) {
+    const Operator *op = job->op;
+    double total = complete(found.sum, found.rest);
+    if (op->type != ORT_DOUBLE && !op->is_total)
+        total /= job->beta.divisor;
+    if (op->reduction == MEAN)
+        total /= (double)job->columns;
+    if (op->reduction == AVERAGE) {
+        double weight = complete(found.weight, found.weight_rest), both = total + weight;
+        total /= weight;
+        if (op->type == ORT_DOUBLE && !isfinite(both)) {
+            double safe = mean_of_shares(job, row);
+            total = isfinite(safe) ? safe : total;
+        }
+    }
+    put(job, row, isnan(job->beta.divisor) ? NAN : total);
+}
+
 static Partial added(const Job *job, size_t start, size_t count) {
     uint64_t buffers[3][BLOCK];
     const char *at[3];
@@ -363,7 +399,7 @@ static Partial added(const Job *job, size_t start, size_t count) {
         fetch(job, start + done, part, buffers, at);
         add(job, at[0], at[1], at[2], part, &sum);
     }
-    return folded(&sum, job->op->type == ORT_DOUBLE);
+    return folded(job, &sum);
 }
 
 /* Short rows, as many as a block holds: what they are made of is fetched once for all of them. */
@@ -379,7 +415,7 @@ static void add_rows(const Job *job, size_t first, size_t end) {
             Sum sum = {0};
             add(job, at[0] + i * step, at[1] ? at[1] + i * step : NULL,
                 at[2] ? at[2] + i * step : NULL, columns, &sum);
-            put_row(job, row + i, folded(&sum, job->op->type == ORT_DOUBLE));
+            put_row(job, row + i, folded(job, &sum));
         }
     }
 }
@@ -453,12 +489,15 @@ static OrtStatus *run(Job *job, OrtApi *api, const OrtKernelContext *context) {
         for (size_t row = 0; row < job->rows; row++) {
             Partial *first = job->partials + row * job->tasks_per_row, all = first[0];
             for (size_t i = 1; i < job->tasks_per_row; i++) {
-                if (job->op->type == ORT_DOUBLE)
+                if (job->input.type == ORT_DOUBLE) {
                     two_sum(&all.sum, &all.rest, first[i].sum);
-                else
+                    two_sum(&all.weight, &all.weight_rest, first[i].weight);
+                } else {
                     all.sum += first[i].sum;
+                    all.weight += first[i].weight;
+                }
                 all.rest += first[i].rest;
-                all.weight += first[i].weight;
+                all.weight_rest += first[i].weight_rest;
             }
             put_row(job, row, all);
         }
@@ -728,10 +767,9 @@ __attribute__((constructor)) static void prepare(void) {
             for (int flags = 0; flags < 8; flags++) {
                 Operator op = {.reduction = (Reduction)reduction, .type = types[type].type,
                                .by_row = flags & 1, .is_weighted = flags & 2, .takes_beta = flags & 4};
-                bool is_double = op.type == ORT_DOUBLE;
                 if ((reduction == NONE && op.by_row) || (reduction == AVERAGE && !op.is_weighted) ||
-                    (is_double && (!op.takes_beta || reduction == AVERAGE)))
-                    continue; /* no such loss, or, of the last, one that the body must save from overflow */
+                    (op.type == ORT_DOUBLE && !op.takes_beta))
+                    continue; /* no such loss */
                 snprintf(op.name, sizeof op.name, "%sSmoothL1Loss%s%s%s%s",
                          op.is_weighted ? "Weighted" : "", op.by_row ? "Row" : "",
                          reductions[reduction], op.takes_beta ? "At" : "", types[type].name);
