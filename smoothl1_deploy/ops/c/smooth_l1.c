@@ -4,8 +4,10 @@
  * library is registered ONNX Runtime runs its kernels instead: one pass over the inputs.
  *
  * An operator's name says what it computes (graph/functions.py makes the same names):
- *     [Weighted]SmoothL1Loss[Row][Sum|Mean|Average][At][Float16|BFloat16|Float64]
- * Average divides by the sum of the weights; At takes beta as its last input, not as an attribute.
+ *     [Weighted][Smooth]L1Loss[Row][Sum|Mean|Average][At][Gradient[Upstream]][Float16|BFloat16|Float64]
+ * Without Smooth beta is 0; Average divides by the sum of the weights; At takes beta as an input, not as
+ * an attribute; Gradient has a second output, the gradient of each element; Upstream multiplies it by
+ * the last input, which has the shape of the loss.
  *
  * Any broadcast of at most 64 axes. Sums are added up in a fixed order, in runs of RUN elements
  * whatever the number of threads: the same bits for each of them.
@@ -27,6 +29,18 @@
 typedef struct {
     double value, divisor; /* divisor is value, or 1 for 0 */
 } Beta;
+
+/* A number to multiply by or, where that would round otherwise, to divide by. */
+typedef struct {
+    double number;
+    bool divides;
+} Factor;
+
+/* The gradient of an element: its slope, over a divisor, times what flows into its loss. */
+typedef struct {
+    double beta, scale; /* input and target are scaled first, lest their difference overflow */
+    Factor over_divisor, flowing;
+} Slope;
 
 typedef struct {
     double lanes[16], rests[16], weights[16], weight_rests[16];
@@ -96,6 +110,9 @@ typedef struct {
     void (*total_d)(const double *, size_t, double *, double *);
     void (*widen_half)(const uint16_t *, size_t, float *);
     void (*widen_bfloat)(const uint16_t *, size_t, float *);
+    void (*slopes_f)(const void *const *, size_t, const Slope *, float *);
+    void (*slopes_odd)(const void *const *, size_t, const Slope *, float *);
+    void (*slopes_d)(const void *const *, size_t, const Slope *, double *);
     void (*narrow_half)(const float *, size_t, uint16_t *);
     void (*narrow_bfloat)(const float *, size_t, uint16_t *);
 } Loops;
@@ -109,6 +126,7 @@ typedef struct {
 #define ISA(name) name##_v2
 #define VECTOR_BYTES 16
 #define WIDEN(x) (vd_v2){(double)(x)[0], (double)(x)[1]}
+#define NARROW(x) (vg_v2){(float)(x)[0], (float)(x)[1]}
 #define LESSER(a, b) (vd_v2)_mm_min_pd((__m128d)(a), (__m128d)(b))
 #pragma GCC push_options
 #pragma GCC target("sse4.2")
@@ -118,6 +136,7 @@ typedef struct {
 #define ISA(name) name##_v3
 #define VECTOR_BYTES 32
 #define WIDEN(x) (vd_v3)_mm256_cvtps_pd((__m128)(x))
+#define NARROW(x) (vg_v3)_mm256_cvtpd_ps((__m256d)(x))
 #define LESSER(a, b) (vd_v3)_mm256_min_pd((__m256d)(a), (__m256d)(b))
 #pragma GCC push_options
 #pragma GCC target("avx2")
@@ -127,6 +146,7 @@ typedef struct {
 #define ISA(name) name##_v4
 #define VECTOR_BYTES 64
 #define WIDEN(x) (vd_v4)_mm512_cvtps_pd((__m256)(x))
+#define NARROW(x) (vg_v4)_mm512_cvtpd_ps((__m512d)(x))
 #define LESSER(a, b) (vd_v4)_mm512_min_pd((__m512d)(a), (__m512d)(b))
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
@@ -161,6 +181,7 @@ static void end_stream(void) { _mm_sfence(); }
 #define ISA(name) name##_any
 #define VECTOR_BYTES 16
 #define WIDEN(x) (vd_any){(double)(x)[0], (double)(x)[1]}
+#define NARROW(x) (vg_any){(float)(x)[0], (float)(x)[1]}
 #define LESSER(a, b) SELECT((a) < (b), a, b, vd, vl)
 #include "loops.h"
 static const Loops *const SETS[] = {&loops_any};
@@ -260,8 +281,8 @@ typedef struct {
     OrtCustomOp ort;
     char name[64];
     Reduction reduction;
-    bool by_row, is_weighted, takes_beta;
-    int type; /* of its inputs and its output */
+    bool by_row, is_weighted, takes_beta, gives_gradient, takes_upstream, is_l1;
+    int type; /* of its inputs and its outputs */
     bool is_total; /* of files of version 1: the sum of numbers of any type, as a float64 */
 } Operator;
 
@@ -279,14 +300,16 @@ typedef struct {
 typedef struct {
     const Operator *op;
     Space space;
-    Operand input, target, weight;
+    Operand input, target, weight, upstream;
     Beta beta;
+    Slope slope;
     size_t rows, columns;
     size_t tasks_per_row, rows_per_task; /* one of the two is 1 */
     Partial *partials; /* of each task, where a row has several */
-    char *out;
+    double *weights; /* what each row's mean was divided by, for the gradient */
+    char *out, *gradient;
     bool is_direct;   /* every input is computed with where it lies */
-    bool is_streamed; /* the output goes past the cache */
+    bool is_streamed; /* outputs as large as the inputs go past the cache */
 } Job;
 
 static void put(const Job *job, size_t index, double value) {
@@ -376,11 +399,14 @@ static void put_row(const Job *job, size_t row, Partial found) {
     double total = complete(found.sum, found.rest);
     if (op->type != ORT_DOUBLE && !op->is_total)
         total /= job->beta.divisor;
+    total += 0; /* a sum is never -0, and what is divided by an infinite beta may be */
     if (op->reduction == MEAN)
         total /= (double)job->columns;
     if (op->reduction == AVERAGE) {
         double weight = complete(found.weight, found.weight_rest), both = total + weight;
         total /= weight;
+        if (job->weights)
+            job->weights[row] = weight;
         if (op->type == ORT_DOUBLE && !isfinite(both)) {
             double safe = mean_of_shares(job, row);
             total = isfinite(safe) ? safe : total;
@@ -420,71 +446,166 @@ static void add_rows(const Job *job, size_t first, size_t end) {
     }
 }
 
-static void each_block(const Job *job, size_t start, size_t count, uint64_t (*buffers)[BLOCK]) {
-    int type = job->op->type;
-    bool is_half = size_of(type) == 2;
-    char *to = job->out + start * size_of(type);
+/* Whether a block is computed in a buffer, and not where it belongs. */
+static bool is_staged(const Job *job) { return size_of(job->op->type) == 2 || job->is_streamed; }
+
+/* Brings a block's results from where they are computed to where they belong. */
+static void deliver(const Job *job, void *results, size_t count, char *to) {
+    uint16_t narrow[BLOCK];
+    bool is_half = size_of(job->op->type) == 2, is_streamed = job->is_streamed && !((uintptr_t)to & 15);
+    void *done = !is_half ? results : is_streamed ? narrow : (void *)to;
+    if (is_half)
+        (job->op->type == ORT_FLOAT16 ? loops->narrow_half : loops->narrow_bfloat)(results, count, done);
+    if (is_streamed)
+        stream(to, done, count * size_of(job->op->type));
+    else if (done != to)
+        memcpy(to, done, count * size_of(job->op->type));
+}
+
+static void losses(const Job *job, size_t start, size_t end) {
+    uint64_t buffers[4][BLOCK];
     const char *at[3];
-    fetch(job, start, count, buffers, at);
-    void *losses = is_half || job->is_streamed ? (void *)buffers[3] : to, *result = losses;
-    if (type == ORT_DOUBLE)
-        loops->each_d((const void *)at[0], (const void *)at[1], (const void *)at[2], count,
-                      &job->beta, losses);
-    else
-        loops->each_f((const void *)at[0], (const void *)at[1], (const void *)at[2], count,
-                      &job->beta, losses);
-    if (is_half) {
-        result = job->is_streamed ? (void *)buffers[0] : to;
-        (type == ORT_FLOAT16 ? loops->narrow_half : loops->narrow_bfloat)(losses, count, result);
+    for (size_t count; start < end; start += count) {
+        count = end - start < BLOCK ? end - start : BLOCK;
+        char *to = job->out + start * size_of(job->op->type);
+        void *results = is_staged(job) ? (void *)buffers[3] : to;
+        fetch(job, start, count, buffers, at);
+        if (job->op->type == ORT_DOUBLE)
+            loops->each_d((const void *)at[0], (const void *)at[1], (const void *)at[2], count,
+                          &job->beta, results);
+        else
+            loops->each_f((const void *)at[0], (const void *)at[1], (const void *)at[2], count,
+                          &job->beta, results);
+        deliver(job, results, count, to);
     }
+}
+
+/* What flows into a row. */
+static double upstream_of(const Job *job, size_t row) {
+    uint64_t buffer[1];
+    const void *at = computable(&job->upstream, &job->space, row, 1, buffer);
+    return job->op->type == ORT_DOUBLE ? *(const double *)at : (double)*(const float *)at;
+}
+
+/* What divides by `number`, and multiplies where it is a power of two. */
+static Factor divided_by(double number) {
+    int exponent;
+    bool multiplies = frexp(number, &exponent) == 0.5 && isfinite(1 / number);
+    return multiplies ? (Factor){1 / number, false} : (Factor){number, true};
+}
+
+/* What flows into every loss of a row, less its weight and, without a reduction, its upstream. */
+static Factor flowing(const Job *job, size_t row) {
+    const Operator *op = job->op;
+    double count = op->reduction == MEAN      ? (double)job->columns
+                   : op->reduction == AVERAGE ? job->weights[row]
+                                              : 1;
+    if (!op->is_weighted && !op->takes_upstream)
+        return divided_by(count);
+    bool has_upstream = op->takes_upstream && op->reduction != NONE;
+    return (Factor){(has_upstream ? upstream_of(job, row) : 1) / count, false};
+}
+
+static void gradients(const Job *job, size_t start, size_t end) {
+    uint64_t buffers[5][BLOCK];
+    const char *at[4];
+    int type = job->op->type;
+    bool by_row = job->op->reduction == AVERAGE || job->op->takes_upstream;
+    Slope slope = job->slope;
+    for (size_t count; start < end; start += count) {
+        size_t row = start / job->columns, stop = by_row ? (row + 1) * job->columns : end;
+        count = (stop < end ? stop : end) - start;
+        count = count < BLOCK ? count : BLOCK;
+        char *to = job->gradient + start * size_of(type);
+        void *results = is_staged(job) ? (void *)buffers[4] : to;
+        fetch(job, start, count, buffers, at);
+        at[3] = job->op->reduction == NONE
+                    ? computable(&job->upstream, &job->space, start, count, buffers[3])
+                    : NULL;
+        slope.flowing = flowing(job, row);
+        if (type == ORT_DOUBLE)
+            loops->slopes_d((const void *const *)at, count, &slope, results);
+        else if (type == ORT_FLOAT)
+            loops->slopes_f((const void *const *)at, count, &slope, results);
+        else
+            loops->slopes_odd((const void *const *)at, count, &slope, results);
+        deliver(job, results, count, to);
+    }
+}
+
+/* The elements of a task. */
+static size_t part_of(const Job *job, size_t number, size_t *end) {
+    size_t start, stop, last;
+    if (job->tasks_per_row > 1) {
+        size_t row = number / job->tasks_per_row;
+        start = row * job->columns + number % job->tasks_per_row * RUN;
+        stop = start + RUN, last = (row + 1) * job->columns;
+    } else {
+        start = number * job->rows_per_task * job->columns;
+        stop = start + job->rows_per_task * job->columns, last = job->rows * job->columns;
+    }
+    *end = stop < last ? stop : last;
+    return start;
+}
+
+static void gradient_task(void *data, size_t number) {
+    const Job *job = data;
+    size_t end, start = part_of(job, number, &end);
+    gradients(job, start, end);
     if (job->is_streamed)
-        stream(to, result, count * size_of(type));
+        end_stream();
 }
 
 static void task(void *data, size_t number) {
     const Job *job = data;
+    size_t end, start = part_of(job, number, &end);
     if (job->op->reduction == NONE) {
-        uint64_t buffers[4][BLOCK];
-        size_t end = (number + 1) * RUN < job->space.count ? (number + 1) * RUN : job->space.count;
-        for (size_t start = number * RUN; start < end; start += BLOCK)
-            each_block(job, start, end - start < BLOCK ? end - start : BLOCK, buffers);
+        losses(job, start, end);
         if (job->is_streamed)
             end_stream();
-    } else if (job->tasks_per_row > 1) {
-        size_t row = number / job->tasks_per_row, start = number % job->tasks_per_row * RUN;
-        size_t count = job->columns - start < RUN ? job->columns - start : RUN;
-        job->partials[number] = added(job, row * job->columns + start, count);
-    } else {
-        size_t first = number * job->rows_per_task, end = first + job->rows_per_task;
-        if (end > job->rows)
-            end = job->rows;
+    } else if (job->tasks_per_row > 1)
+        job->partials[number] = added(job, start, end - start);
+    else {
+        size_t first = number * job->rows_per_task, last = first + job->rows_per_task;
+        if (last > job->rows)
+            last = job->rows;
         if (0 < job->columns && job->columns <= BLOCK)
-            add_rows(job, first, end);
+            add_rows(job, first, last);
         else
-            for (size_t row = first; row < end; row++)
+            for (size_t row = first; row < last; row++)
                 put_row(job, row, added(job, row * job->columns, job->columns));
     }
+    if (job->gradient && !(job->weights && job->partials)) /* or the sum of the weights is not known yet */
+        gradient_task(data, number);
+}
+
+static OrtStatus *each_task(Job *job, OrtApi *api, const OrtKernelContext *context,
+                            void (*one)(void *, size_t), size_t tasks) {
+    if (job->space.count >= THREADED && tasks > 1)
+        return ort_parallel_for(context, one, tasks, 0, job);
+    for (size_t i = 0; i < tasks; i++)
+        one(job, i);
+    return NULL;
 }
 
 static OrtStatus *run(Job *job, OrtApi *api, const OrtKernelContext *context) {
-    size_t tasks;
-    if (job->op->reduction == NONE)
-        tasks = (job->space.count + RUN - 1) / RUN;
-    else {
-        job->tasks_per_row = job->columns > RUN ? (job->columns + RUN - 1) / RUN : 1;
-        job->rows_per_task = job->columns ? RUN / job->columns : RUN;
-        job->rows_per_task += !job->rows_per_task;
-        tasks = job->tasks_per_row > 1 ? job->rows * job->tasks_per_row
-                                       : (job->rows + job->rows_per_task - 1) / job->rows_per_task;
-        if (job->tasks_per_row > 1 && !(job->partials = malloc(tasks * sizeof *job->partials)))
-            return ort_error(ORT_FAIL, "smoothl1_deploy: out of memory");
-    }
+    bool is_sum = job->op->reduction != NONE;
+    job->tasks_per_row = job->columns > RUN ? (job->columns + RUN - 1) / RUN : 1;
+    job->rows_per_task = job->columns ? RUN / job->columns : RUN;
+    job->rows_per_task += !job->rows_per_task;
+    size_t tasks = job->tasks_per_row > 1 ? job->rows * job->tasks_per_row
+                                          : (job->rows + job->rows_per_task - 1) / job->rows_per_task;
+    bool has_partials = is_sum && job->tasks_per_row > 1;
+    bool has_weights = job->gradient && job->op->reduction == AVERAGE;
+    if (has_partials)
+        job->partials = malloc(tasks * sizeof *job->partials);
+    if (has_weights)
+        job->weights = malloc((job->rows + 1) * sizeof *job->weights);
     OrtStatus *status = NULL;
-    if (job->space.count >= THREADED && tasks > 1)
-        status = ort_parallel_for(context, task, tasks, 0, job);
-    else
-        for (size_t i = 0; i < tasks; i++)
-            task(job, i);
+    if ((has_partials && !job->partials) || (has_weights && !job->weights))
+        status = ort_error(ORT_FAIL, "smoothl1_deploy: out of memory");
+    if (!status)
+        status = each_task(job, api, context, task, tasks);
     if (job->partials && !status)
         for (size_t row = 0; row < job->rows; row++) {
             Partial *first = job->partials + row * job->tasks_per_row, all = first[0];
@@ -501,7 +622,10 @@ static OrtStatus *run(Job *job, OrtApi *api, const OrtKernelContext *context) {
             }
             put_row(job, row, all);
         }
+    if (job->partials && job->weights && !status)
+        status = each_task(job, api, context, gradient_task, tasks);
     free(job->partials);
+    free(job->weights);
     return status;
 }
 
@@ -618,7 +742,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     OrtApi *api = kernel->api;
     Job job = {.op = op};
     Operand *operands[] = {&job.input, &job.target, &job.weight};
-    Dims dims[3];
+    Dims dims[4];
     size_t inputs = op->is_total ? 1 : op->is_weighted ? 3 : 2;
     for (size_t i = 0; i < inputs; i++)
         TRY(read_operand(api, context, i, operands[i], &dims[i]));
@@ -637,17 +761,37 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     job.beta.value = beta;
     job.beta.divisor = beta > 0 ? beta : beta == 0 ? 1 : NAN;
 
+    if (op->takes_upstream) {
+        TRY(read_operand(api, context, inputs + op->takes_beta, &job.upstream, &dims[3]));
+        size_t size = 1, wanted = op->reduction == NONE ? job.space.count : 1;
+        for (size_t axis = 0; axis < dims[3].rank; axis++)
+            size *= (size_t)dims[3].dims[axis];
+        if (op->by_row && job.space.rank)
+            wanted = (size_t)job.space.dims[0];
+        if (size != wanted)
+            return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: grad_output hasn't the loss's shape");
+        job.upstream.is_whole = true;
+    }
+
     size_t rank = op->reduction == NONE ? job.space.rank : op->by_row;
     if (op->by_row && !job.space.rank)
         return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: per sample, and the inputs have rank 0");
     OrtValue *out;
     TRY(ort_output(context, 0, job.space.dims, rank, &out));
     TRY(ort_data(out, (void **)&job.out));
+    if (op->gives_gradient) {
+        TRY(ort_output(context, 1, job.space.dims, job.space.rank, &out));
+        TRY(ort_data(out, (void **)&job.gradient));
+        bool is_flat = isinf(beta) && beta > 0;
+        job.slope.beta = beta;
+        job.slope.scale = is_flat && op->type == ORT_DOUBLE ? 0.5 : 1;
+        job.slope.over_divisor = divided_by(is_flat ? 1 : job.beta.divisor);
+    }
     job.rows = op->by_row ? (size_t)job.space.dims[0] : 1;
     job.columns = 1;
     for (size_t axis = op->by_row; axis < job.space.rank; axis++)
         job.columns *= (size_t)job.space.dims[axis];
-    job.is_streamed = op->reduction == NONE && job.space.count >= STREAMED && !((uintptr_t)job.out & 15);
+    job.is_streamed = job.space.count >= STREAMED;
     return run(&job, api, context);
 }
 
@@ -656,9 +800,9 @@ static OrtStatus *create(const OrtCustomOp *ort, OrtApi *api, const OrtKernelInf
     Kernel *kernel = malloc(sizeof *kernel);
     if (!kernel)
         return ort_error(ORT_FAIL, "smoothl1_deploy: out of memory");
-    *kernel = (Kernel){op, api, 1};
+    *kernel = (Kernel){op, api, 0};
     OrtStatus *status = NULL;
-    if (!op->takes_beta && !op->is_total)
+    if (!op->takes_beta && !op->is_total && !op->is_l1)
         status = ort_float_attribute(info, "beta", &kernel->beta);
     if (status)
         free(kernel);
@@ -671,14 +815,16 @@ static const char *get_name(const OrtCustomOp *ort) { return ((const Operator *)
 static const char *get_provider(const OrtCustomOp *ort) { (void)ort; return NULL; }
 static size_t input_count(const OrtCustomOp *ort) {
     const Operator *op = (const Operator *)ort;
-    return op->is_total ? 1 : 2 + (size_t)op->is_weighted + (size_t)op->takes_beta;
+    return op->is_total ? 1 : 2 + (size_t)op->is_weighted + (size_t)op->takes_beta + (size_t)op->takes_upstream;
 }
 static int input_type(const OrtCustomOp *ort, size_t index) {
     const Operator *op = (const Operator *)ort;
-    bool is_beta = op->takes_beta && index + 1 == input_count(ort);
+    bool is_beta = op->takes_beta && index == 2 + (size_t)op->is_weighted;
+    if (is_beta && op->type != ORT_DOUBLE)
+        return ORT_FLOAT; /* of any type, each session would take longer to open */
     return is_beta || op->is_total ? ORT_ANY : op->type;
 }
-static size_t output_count(const OrtCustomOp *ort) { (void)ort; return 1; }
+static size_t output_count(const OrtCustomOp *ort) { return 1 + (size_t)((const Operator *)ort)->gives_gradient; }
 static int output_type(const OrtCustomOp *ort, size_t index) {
     (void)index;
     return ((const Operator *)ort)->is_total ? ORT_DOUBLE : ((const Operator *)ort)->type;
@@ -692,6 +838,13 @@ static OrtStatus *infer(const OrtCustomOp *ort, OrtShapeInferContext *context) {
     int64_t sizes[AXES], axis_sizes[AXES];
     size_t rank, widest = 0, inputs = op->is_total ? 0 : op->is_weighted ? 3 : 2;
     bool is_certain = true;
+    if (op->gives_gradient) {
+        OrtShapeInfo *info;
+        TRY(ort_inferred_input(context, 0, &info));
+        TRY(ort_rank(info, &rank));
+        if (rank)
+            TRY(ort_infer_output(context, 1, info));
+    }
     for (size_t axis = 0; axis < AXES; axis++)
         sizes[axis] = 1, names[axis] = "";
     if (op->reduction != NONE && !op->by_row)
@@ -741,7 +894,7 @@ static int zero(const OrtCustomOp *ort, size_t index) { (void)ort; (void)index; 
 static int one_of_none(const OrtCustomOp *ort) { (void)ort; return 1; }
 static int last_version(const OrtCustomOp *ort) { (void)ort; return INT32_MAX; }
 
-static Operator operators[128];
+static Operator operators[256];
 static size_t operator_count;
 
 static void add_operator(Operator op) {
@@ -764,15 +917,20 @@ __attribute__((constructor)) static void prepare(void) {
     smoothl1_deploy_use(best_set());
     for (int type = 0; type < 4; type++)
         for (int reduction = NONE; reduction <= AVERAGE; reduction++)
-            for (int flags = 0; flags < 8; flags++) {
+            for (int flags = 0; flags < 64; flags++) {
                 Operator op = {.reduction = (Reduction)reduction, .type = types[type].type,
-                               .by_row = flags & 1, .is_weighted = flags & 2, .takes_beta = flags & 4};
+                               .by_row = flags & 1, .is_weighted = flags & 2, .takes_beta = flags & 4,
+                               .gives_gradient = flags & 8, .takes_upstream = flags & 16,
+                               .is_l1 = flags & 32};
                 if ((reduction == NONE && op.by_row) || (reduction == AVERAGE && !op.is_weighted) ||
-                    (op.type == ORT_DOUBLE && !op.takes_beta))
+                    ((op.type == ORT_DOUBLE || op.gives_gradient) && !op.takes_beta) ||
+                    (op.is_l1 && op.takes_beta) ||
+                    (op.takes_upstream && !op.gives_gradient))
                     continue; /* no such loss */
-                snprintf(op.name, sizeof op.name, "%sSmoothL1Loss%s%s%s%s",
-                         op.is_weighted ? "Weighted" : "", op.by_row ? "Row" : "",
-                         reductions[reduction], op.takes_beta ? "At" : "", types[type].name);
+                snprintf(op.name, sizeof op.name, "%s%sL1Loss%s%s%s%s%s%s",
+                         op.is_weighted ? "Weighted" : "", op.is_l1 ? "" : "Smooth", op.by_row ? "Row" : "",
+                         reductions[reduction], op.takes_beta ? "At" : "", op.gives_gradient ? "Gradient" : "",
+                         op.takes_upstream ? "Upstream" : "", types[type].name);
                 add_operator(op);
             }
     add_operator((Operator){.name = "WideSum", .reduction = SUM, .type = ORT_FLOAT, .is_total = true});
