@@ -360,7 +360,7 @@ def function_name(spec: LossSpec) -> str:
 
     Without Smooth beta is 0, and known. Average divides by the sum of the weights. At takes beta as
     an input, not as an attribute. Gradient gives grad_input too, of an input that is not broadcast;
-    Upstream takes grad_output. Wide computes in float64 what is narrower, and has no kernel in `ops`.
+    Upstream takes grad_output. Wide computes narrower dtypes in float64, without a kernel in `ops`.
 
     >>> function_name(LossSpec(0.5, "mean", weight="weights", per_sample=True, dtype="float16"))
     'WeightedSmoothL1LossRowAverageFloat16'
