@@ -43,7 +43,8 @@ typedef struct {
 } Slope;
 
 typedef struct {
-    double lanes[16], rests[16], weights[16], weight_rests[16];
+    _Alignas(64) double lanes[16]; /* a vector of which in two lines of the cache takes twice as long */
+    double rests[16], weights[16], weight_rests[16];
 } Sum;
 
 static inline float float_of(uint32_t bits) {
