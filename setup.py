@@ -45,8 +45,8 @@ setup(
     ext_modules=[
         Extension(
             "smoothl1_deploy.ops.c.libsmoothl1_deploy",
-            ["smoothl1_deploy/ops/c/smooth_l1.c"],
-            depends=["smoothl1_deploy/ops/c/loops.h", "smoothl1_deploy/ops/c/ort.h"],
+            ["smoothl1_deploy/ops/c/operators.c", "smoothl1_deploy/ops/c/smooth_l1.c"],
+            depends=[f"smoothl1_deploy/ops/c/{name}.h" for name in ("job", "loops", "ort")],
             extra_compile_args=[
                 "-std=gnu11",
                 "-O3",

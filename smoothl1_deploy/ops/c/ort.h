@@ -5,6 +5,7 @@
  * Source: the documentation of onnxruntime_c_api.h.
  */
 #pragma once
+#include <assert.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -55,7 +56,7 @@ struct OrtCustomOp {
     size_t (*aliases)(int **, int **);
     void (*release_aliases)(int *, int *);
 };
-_Static_assert(sizeof(OrtCustomOp) == 26 * sizeof(void *), "the layout of OrtCustomOp");
+static_assert(sizeof(OrtCustomOp) == 26 * sizeof(void *), "the layout of OrtCustomOp");
 
 /* ORT(place, type of the result, types of the arguments)(arguments) */
 #define ORT(place, result, ...) ((result(*)(__VA_ARGS__))api[place])

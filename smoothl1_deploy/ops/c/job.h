@@ -1,0 +1,172 @@
+/* What the operators of the domain `smoothl1_deploy` are made of, whoever computes them.
+ *
+ * operators.c is what ONNX Runtime calls; it describes a loss as a Job, and `compute_job` does it:
+ * smooth_l1.c on the CPU, smooth_l1.cu by CUDA, in which these functions run on the device too.
+ */
+#pragma once
+#include <math.h>
+#include <stdbool.h>
+#include <string.h>
+
+#include "ort.h"
+
+#ifdef __CUDACC__
+#define SHARED __host__ __device__ static inline
+#else
+#define SHARED static inline
+#endif
+
+#define AXES 64
+
+#define TRY(call) \
+    do { \
+        OrtStatus *failed_ = (call); \
+        if (failed_) \
+            return failed_; \
+    } while (0)
+
+typedef struct {
+    double value, divisor; /* divisor is value, or 1 for 0 */
+} Beta;
+
+SHARED float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+SHARED uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+SHARED float half_to_float(uint16_t half) {
+    uint32_t bits = (uint32_t)(half & 0x7fff) << 13, sign = (uint32_t)(half & 0x8000) << 16;
+    if (bits < 1u << 23) /* subnormal */
+        return float_of(sign | bits_of(float_of(bits + (113u << 23)) - float_of(113u << 23)));
+    return float_of(sign | (bits + (112u << 23) * (bits < 31u << 23 ? 1 : 2)));
+}
+
+SHARED uint16_t float_to_half(float value) {
+    uint32_t bits = bits_of(value), size = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+    if (size > 0x7f800000)
+        return (uint16_t)(sign | 0x7e00);
+    if (size >= 0x477ff000) /* rounds to more than float16 holds */
+        return (uint16_t)(sign | 0x7c00);
+    if (size < 0x38800000) /* subnormal: added to a half, its last bit is the sum's */
+        return (uint16_t)(sign | (bits_of(float_of(size) + 0.5f) - 0x3f000000));
+    return (uint16_t)(sign | ((size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13));
+}
+
+SHARED uint16_t float_to_bfloat(float value) {
+    uint32_t bits = bits_of(value);
+    if ((bits & 0x7fffffff) > 0x7f800000)
+        return (uint16_t)((bits >> 16) | 0x40);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* To the nearest float32 that a rounding to half as many bits can't tell from `value`: what is cut
+ * off sets the last bit ("rounding to odd"; Boldo and Melquiond, 2008). */
+SHARED float odd_float(double value) {
+    float nearest = (float)value;
+    if (isnan(value) || (double)nearest == value || isinf(nearest))
+        return nearest;
+    uint32_t bits = bits_of(nearest);
+    if (fabs((double)nearest) > fabs(value))
+        bits--;
+    return float_of(bits | 1);
+}
+
+SHARED void two_sum(double *sum, double *rest, double term) {
+    double whole = *sum + term, added = whole - *sum;
+    *rest += (*sum - (whole - added)) + (term - added);
+    *sum = whole;
+}
+
+/* An input as the elements of the broadcast shape, in their order. */
+typedef struct {
+    const char *data;
+    size_t size; /* of an element, in bytes */
+    int type;
+    bool is_whole; /* no axis is broadcast */
+    size_t steps[AXES]; /* elements from one index of an axis to the next; 0 where broadcast */
+} Operand;
+
+typedef struct {
+    size_t rank, count;
+    int64_t dims[AXES]; /* as the output has them */
+    size_t axes, sizes[AXES]; /* without those of size 1, neighbours joined where they can be */
+} Space;
+
+SHARED size_t size_of(int type) { return type == ORT_DOUBLE ? 8 : type == ORT_FLOAT ? 4 : 2; }
+
+typedef enum { NONE, SUM, MEAN, AVERAGE } Reduction;
+
+/* An operator of the domain, and the first field of what ONNX Runtime is given of it. */
+typedef struct {
+    OrtCustomOp ort;
+    char name[64];
+    Reduction reduction;
+    bool by_row, is_weighted, takes_beta;
+    int type; /* of its inputs and its output */
+    bool is_total; /* of files of version 1: the sum of numbers of any type, as a float64 */
+} Operator;
+
+/* What adds up the elements of one row: of what its tasks found. */
+typedef struct {
+    double sum, rest, weight;
+} Partial;
+
+typedef struct {
+    const Operator *op;
+    Space space;
+    Operand input, target, weight;
+    Beta beta;
+    size_t rows, columns;
+    size_t tasks_per_row, rows_per_task; /* one of the two is 1 */
+    Partial *partials; /* of each task, where a row has several */
+    char *out;
+    bool is_direct;   /* every input is computed with where it lies */
+    bool is_streamed; /* the output goes past the cache */
+} Job;
+
+SHARED void put(const Operator *op, const Job *job, size_t index, double value) {
+    char *to = job->out + index * (op->is_total ? 8 : size_of(op->type));
+    if (op->is_total || op->type == ORT_DOUBLE)
+        memcpy(to, &value, 8);
+    else if (op->type == ORT_FLOAT) {
+        float narrow = (float)value;
+        memcpy(to, &narrow, 4);
+    } else {
+        float odd = odd_float(value);
+        uint16_t half = op->type == ORT_FLOAT16 ? float_to_half(odd) : float_to_bfloat(odd);
+        memcpy(to, &half, 2);
+    }
+}
+
+SHARED void put_row(const Operator *op, const Job *job, size_t row, Partial found) {
+    double total = found.sum;
+    if (op->type == ORT_DOUBLE) {
+        if (isfinite(found.sum)) /* or the rest is NaN */
+            total += found.rest;
+    } else if (!op->is_total)
+        total /= job->beta.divisor;
+    if (op->reduction == MEAN)
+        total /= (double)job->columns;
+    if (op->reduction == AVERAGE)
+        total /= found.weight;
+    put(op, job, row, isnan(job->beta.divisor) ? NAN : total);
+}
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+/* What this library's operators run on, by ONNX Runtime's name; NULL for the CPU. */
+extern const char *const execution_provider;
+
+/* Fills `job->out`; `job->rows` and `job->columns` are what a reduction makes of the space. */
+OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context);
+#ifdef __cplusplus
+}
+#endif
