@@ -26,7 +26,7 @@
     } while (0)
 
 typedef struct {
-    double value, divisor; /* divisor is value, or 1 for 0 */
+    double value, divisor; /* divisor is value, or 1 for 0, or NaN for what is no beta */
 } Beta;
 
 SHARED float float_of(uint32_t bits) {
@@ -121,7 +121,9 @@ typedef struct {
 typedef struct {
     const Operator *op;
     Space space;
-    Operand input, target, weight;
+    Operand input, target, weight; /* of those that the operator has not, data is NULL */
+    Operand beta_input;
+    float beta_attribute; /* where there is no input of it */
     Beta beta;
     size_t rows, columns;
     size_t tasks_per_row, rows_per_task; /* one of the two is 1 */
@@ -131,32 +133,50 @@ typedef struct {
     bool is_streamed; /* the output goes past the cache */
 } Job;
 
-SHARED void put(const Operator *op, const Job *job, size_t index, double value) {
-    char *to = job->out + index * (op->is_total ? 8 : size_of(op->type));
-    if (op->is_total || op->type == ORT_DOUBLE)
-        memcpy(to, &value, 8);
-    else if (op->type == ORT_FLOAT) {
-        float narrow = (float)value;
-        memcpy(to, &narrow, 4);
-    } else {
-        float odd = odd_float(value);
-        uint16_t half = op->type == ORT_FLOAT16 ? float_to_half(odd) : float_to_bfloat(odd);
-        memcpy(to, &half, 2);
-    }
+SHARED Beta beta_of(const Job *job) {
+    const void *at = job->beta_input.data;
+    double value = !at                                ? job->beta_attribute
+                   : job->beta_input.type == ORT_DOUBLE ? *(const double *)at
+                                                        : (double)*(const float *)at;
+    Beta beta = {value, value > 0 ? value : value == 0 ? 1 : NAN};
+    return beta;
 }
 
-SHARED void put_row(const Operator *op, const Job *job, size_t row, Partial found) {
-    double total = found.sum;
+/* Adds what another task or thread found. */
+SHARED void join(const Operator *op, Partial *to, const Partial *from) {
+    if (op->type == ORT_DOUBLE)
+        two_sum(&to->sum, &to->rest, from->sum);
+    else
+        to->sum += from->sum;
+    to->rest += from->rest;
+    to->weight += from->weight;
+}
+
+/* What is put in the place of one row. */
+SHARED double result_of(const Operator *op, const Beta *beta, size_t columns, const Partial *found) {
+    double total = found->sum;
     if (op->type == ORT_DOUBLE) {
-        if (isfinite(found.sum)) /* or the rest is NaN */
-            total += found.rest;
+        if (isfinite(total)) /* or the rest is NaN */
+            total += found->rest;
     } else if (!op->is_total)
-        total /= job->beta.divisor;
+        total /= beta->divisor;
     if (op->reduction == MEAN)
-        total /= (double)job->columns;
+        total /= (double)columns;
     if (op->reduction == AVERAGE)
-        total /= found.weight;
-    put(op, job, row, isnan(job->beta.divisor) ? NAN : total);
+        total /= found->weight;
+    return isnan(beta->divisor) ? NAN : total;
+}
+
+SHARED void put(const Operator *op, char *out, size_t index, double value) {
+    char *to = out + index * (op->is_total ? 8 : size_of(op->type));
+    if (op->is_total || op->type == ORT_DOUBLE)
+        *(double *)(void *)to = value;
+    else if (op->type == ORT_FLOAT)
+        *(float *)(void *)to = (float)value;
+    else {
+        float odd = odd_float(value);
+        *(uint16_t *)(void *)to = op->type == ORT_FLOAT16 ? float_to_half(odd) : float_to_bfloat(odd);
+    }
 }
 
 #ifdef __cplusplus
@@ -164,6 +184,9 @@ extern "C" {
 #endif
 /* What this library's operators run on, by ONNX Runtime's name; NULL for the CPU. */
 extern const char *const execution_provider;
+
+/* An error where nothing can run on this machine. */
+OrtStatus *check_device(OrtApi *api);
 
 /* Fills `job->out`; `job->rows` and `job->columns` are what a reduction makes of the space. */
 OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context);

@@ -104,17 +104,14 @@ static void join_axes(Space *space, Operand **operands, size_t inputs) {
     }
 }
 
-static OrtStatus *read_beta(OrtApi *api, const OrtKernelContext *context, size_t index, double *beta) {
-    Operand operand = {0};
+static OrtStatus *read_beta(OrtApi *api, const OrtKernelContext *context, size_t index, Operand *beta) {
     Dims dims;
-    TRY(read_operand(api, context, index, &operand, &dims));
+    TRY(read_operand(api, context, index, beta, &dims));
     size_t count = 1;
     for (size_t i = 0; i < dims.rank; i++)
         count *= (size_t)dims.dims[i];
-    if (count != 1 || (operand.type != ORT_FLOAT && operand.type != ORT_DOUBLE))
+    if (count != 1 || (beta->type != ORT_FLOAT && beta->type != ORT_DOUBLE))
         return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: beta must be one float32 or float64");
-    *beta = operand.type == ORT_DOUBLE ? *(const double *)(const void *)operand.data
-                                       : (double)*(const float *)(const void *)operand.data;
     return NULL;
 }
 
@@ -122,7 +119,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     const Kernel *kernel = state;
     const Operator *op = kernel->op;
     OrtApi *api = kernel->api;
-    Job job = {.op = op};
+    Job job = {.op = op, .beta_attribute = kernel->beta};
     Operand *operands[] = {&job.input, &job.target, &job.weight};
     Dims dims[3];
     size_t inputs = op->is_total ? 1 : op->is_weighted ? 3 : 2;
@@ -137,11 +134,8 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     }
     join_axes(&job.space, operands, inputs);
 
-    double beta = kernel->beta;
     if (op->takes_beta)
-        TRY(read_beta(api, context, inputs, &beta));
-    job.beta.value = beta;
-    job.beta.divisor = beta > 0 ? beta : beta == 0 ? 1 : NAN;
+        TRY(read_beta(api, context, inputs, &job.beta_input));
 
     size_t rank = op->reduction == NONE ? job.space.rank : op->by_row;
     if (op->by_row && !job.space.rank)
@@ -291,6 +285,7 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
     OrtApi *api = base->get_api(ORT_API);
     if (!api)
         return NULL; /* older than 1.17: its sessions run the bodies */
+    TRY(check_device(api));
     OrtCustomOpDomain *made = __atomic_load_n(&domain, __ATOMIC_ACQUIRE);
     inferring = api;
     if (!made) {

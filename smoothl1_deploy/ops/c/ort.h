@@ -89,6 +89,8 @@ static_assert(sizeof(OrtCustomOp) == 26 * sizeof(void *), "the layout of OrtCust
         context, index, dims, rank, out)
 #define ort_release_status(status) ORT(93, void, OrtStatus *)(status)
 #define ort_release_info(info) ORT(99, void, OrtShapeInfo *)(info)
+#define ort_stream(context, out) \
+    ORT(193, OrtStatus *, const OrtKernelContext *, void **)(context, out)
 #define ort_inferred_input(context, index, out) \
     ORT(268, OrtStatus *, const OrtShapeInferContext *, size_t, OrtShapeInfo **)(context, index, out)
 #define ort_infer_output(context, index, info) \

@@ -183,6 +183,10 @@ static Partial folded(Sum *sum, bool is_double) {
     return (Partial){sum->lanes[0], sum->rests[0], sum->weights[0]};
 }
 
+static void put_row(const Job *job, size_t row, Partial found) {
+    put(job->op, job->out, row, result_of(job->op, &job->beta, job->columns, &found));
+}
+
 /* Adds `count` elements, in the dtype that is computed in, to `sum`. */
 static void add(const Job *job, const void *input, const void *target, const void *weight,
                 size_t count, Sum *sum) {
@@ -231,7 +235,7 @@ static void add_rows(const Job *job, size_t first, size_t end) {
             Sum sum = {0};
             add(job, at[0] + i * step, at[1] ? at[1] + i * step : NULL,
                 at[2] ? at[2] + i * step : NULL, columns, &sum);
-            put_row(job->op, job, row + i, folded(&sum, job->op->type == ORT_DOUBLE));
+            put_row(job, row + i, folded(&sum, job->op->type == ORT_DOUBLE));
         }
     }
 }
@@ -278,14 +282,17 @@ static void task(void *data, size_t number) {
             add_rows(job, first, end);
         else
             for (size_t row = first; row < end; row++)
-                put_row(job->op, job, row, added(job, row * job->columns, job->columns));
+                put_row(job, row, added(job, row * job->columns, job->columns));
     }
 }
 
 const char *const execution_provider = NULL;
 
+OrtStatus *check_device(OrtApi *api) { (void)api; return NULL; }
+
 OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
     size_t tasks;
+    job->beta = beta_of(job);
     job->is_streamed = job->op->reduction == NONE && job->space.count >= STREAMED && !((uintptr_t)job->out & 15);
     if (job->op->reduction == NONE)
         tasks = (job->space.count + RUN - 1) / RUN;
@@ -307,15 +314,9 @@ OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
     if (job->partials && !status)
         for (size_t row = 0; row < job->rows; row++) {
             Partial *first = job->partials + row * job->tasks_per_row, all = first[0];
-            for (size_t i = 1; i < job->tasks_per_row; i++) {
-                if (job->op->type == ORT_DOUBLE)
-                    two_sum(&all.sum, &all.rest, first[i].sum);
-                else
-                    all.sum += first[i].sum;
-                all.rest += first[i].rest;
-                all.weight += first[i].weight;
-            }
-            put_row(job->op, job, row, all);
+            for (size_t i = 1; i < job->tasks_per_row; i++)
+                join(job->op, &all, &first[i]);
+            put_row(job, row, all);
         }
     free(job->partials);
     return status;
