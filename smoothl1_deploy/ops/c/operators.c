@@ -278,6 +278,11 @@ __attribute__((constructor)) static void prepare(void) {
     add_operator((Operator){.name = "WideMean", .reduction = MEAN, .type = ORT_FLOAT, .is_total = true});
 }
 
+/* The name of an operator, counted from 0; NULL behind the last. */
+__attribute__((visibility("default"))) const char *smoothl1_deploy_operator(size_t number) {
+    return number < operator_count ? operators[number].name : NULL;
+}
+
 /* What ONNX Runtime calls when the library is registered with a session's options. */
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
                                                                     const OrtApiBase *base) {

@@ -325,11 +325,11 @@ template <int TYPE> static cudaError_t run(Work *work, cudaStream_t stream) {
     return is_whole ? run<TYPE, true>(work, stream) : run<TYPE, false>(work, stream);
 }
 
-static OrtStatus *error_of(OrtApi *api, cudaError_t error) {
+static OrtStatus *error_of(OrtApi *api, cudaError_t error, const char *remedy) {
     if (!error)
         return NULL;
     char text[256];
-    snprintf(text, sizeof text, "smoothl1_deploy: CUDA: %s", cudaGetErrorString(error));
+    snprintf(text, sizeof text, "smoothl1_deploy: CUDA says: %s%s", cudaGetErrorString(error), remedy);
     return ort_error(ORT_FAIL, text);
 }
 
@@ -340,7 +340,8 @@ const char *const execution_provider = PROVIDER;
 
 OrtStatus *check_device(OrtApi *api) {
     int count;
-    return error_of(api, cudaGetDeviceCount(&count));
+    return error_of(api, cudaGetDeviceCount(&count),
+                    "; these operators need a GPU, and a driver as new as the CUDA they are built by");
 }
 
 OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
@@ -348,8 +349,9 @@ OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
     TRY(ort_stream(context, (void **)&stream));
     Work work = {*job, *job->op};
     int type = job->input.type;
-    return error_of(api, type == ORT_DOUBLE    ? run<ORT_DOUBLE>(&work, stream)
-                         : type == ORT_FLOAT   ? run<ORT_FLOAT>(&work, stream)
-                         : type == ORT_FLOAT16 ? run<ORT_FLOAT16>(&work, stream)
-                                               : run<ORT_BFLOAT16>(&work, stream));
+    cudaError_t error = type == ORT_DOUBLE    ? run<ORT_DOUBLE>(&work, stream)
+                        : type == ORT_FLOAT   ? run<ORT_FLOAT>(&work, stream)
+                        : type == ORT_FLOAT16 ? run<ORT_FLOAT16>(&work, stream)
+                                              : run<ORT_BFLOAT16>(&work, stream);
+    return error_of(api, error, "");
 }
