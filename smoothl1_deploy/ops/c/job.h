@@ -138,6 +138,8 @@ SHARED Beta beta_of(const Job *job) {
     double value = !at                                ? job->beta_attribute
                    : job->beta_input.type == ORT_DOUBLE ? *(const double *)at
                                                         : (double)*(const float *)at;
+    if (job->input.type != ORT_DOUBLE)
+        value = (double)(float)value; /* as PyTorch has it, and each loss */
     Beta beta = {value, value > 0 ? value : value == 0 ? 1 : NAN};
     return beta;
 }

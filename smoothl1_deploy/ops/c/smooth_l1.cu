@@ -136,10 +136,9 @@ template <int TYPE> class Sum {
     Narrow losses, weights;
     double beta, down; /* the scale's square, undone */
     float scaled, up;
-    bool is_float;
 
   public:
-    __device__ explicit Sum(const Beta *given) : beta(given->value), is_float((float)beta == beta) {
+    __device__ explicit Sum(const Beta *given) : beta(given->value) {
         int exponent = 254 - (int)(bits_of((float)beta) >> 23 & 0xff); /* as a float32 has it */
         exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
         up = beta == 0 ? 1 : float_of((uint32_t)exponent << 23);
@@ -155,7 +154,7 @@ template <int TYPE> class Sum {
             float slope = x - half, slope_low = (x - slope) - half;
             term = core * slope;
             low = fmaf(core, slope, -term) + core * slope_low;
-            fits = is_float && (term >= Narrow::LEAST || distance == 0) && term <= Narrow::MOST;
+            fits = (term >= Narrow::LEAST || distance == 0) && term <= Narrow::MOST;
         }
         if (job->weight.data) {
             float product = term * weight;
