@@ -47,6 +47,7 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuda")
     flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"]
     flags += ["-fPIC", "-fvisibility=hidden", "-DPROVIDER=NULL", f"-I{FOLDER}"]
+    flags += ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
     kernels = ["-std=c++17", f"-I{Path(__file__).parent / 'host'}", "-x", "c++"]
     subprocess.run(
         ["gcc", "-std=gnu11", *flags, "-c", FOLDER / "operators.c", "-o", folder / "ort.o"],
@@ -57,7 +58,8 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
     )
     built = folder / "libsmoothl1_deploy_cuda.so"
-    subprocess.run(["g++", "-shared", folder / "ort.o", folder / "cuda.o", "-o", built], check=True)
+    link = ["g++", "-shared", "-fsanitize=undefined", folder / "ort.o", folder / "cuda.o"]
+    subprocess.run([*link, "-o", built], check=True)
     return built
 
 
