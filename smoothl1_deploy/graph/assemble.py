@@ -115,17 +115,14 @@ class Assembly:
             known = self._tensors.get("beta")
             beta = known or self._constant("beta", spec.effective_beta, self._element)
             return [beta, self._constant("half", 0.5, self._element)]
-        if self._element == TensorProto.DOUBLE and "beta" in self._tensors and not spec.gradient:
+        if self._element == TensorProto.DOUBLE and "beta" in self._tensors:
             beta = self._cast(self._tensors["beta"])
             self._divisor = self._call("BetaDivisorFloat64", [beta], "divisor")
             return [beta, self._constant("half", 0.5), self._divisor]
         if "beta" in self._tensors:
             beta = self._tensors["beta"]
             self._divisor = self._call("BetaDivisor", [beta], "divisor")
-            scalars = [beta, self._divisor]
-            if spec.dtype == "float64":
-                scalars = [self._cast(name) for name in scalars]
-            return [scalars[0], self._constant("half", 0.5, self._element), scalars[1]]
+            return [beta, self._constant("half", 0.5, self._element), self._divisor]
         if self._element == TensorProto.DOUBLE or self._inlined:
             return [
                 self._constant(name, value, self._element)
@@ -213,12 +210,10 @@ class Assembly:
             of at most 1 last: nothing over- or underflows that it keeps, in float32 neither.
         """
         spec = self._spec
-        beta, shrink, divisor = self._slope_scalars()
+        beta, shrink, divisor, scale = self._slope_scalars()
         terms = [self._double(self._data["input"]), self._double(self._data["target"])]
-        if spec.dtype == "float64" and math.isinf(spec.effective_beta):
-            # Differences may overflow, which are no infinite ones; halves' can't.
-            half = self._constant("half_of_both", 0.5)
-            terms = [self._add("Mul", [x, half], f"{x}_half") for x in terms]
+        if scale:
+            terms = [self._add("Mul", [x, scale], f"{x}_half") for x in terms]
         slope = self._call("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms")
         is_summed = summed_axes != ()
         if spec.weight or (spec.upstream and (spec.per_sample or spec.reduction == "none")):
@@ -255,16 +250,30 @@ class Assembly:
             factor = self._add("Mul", [weight, factor], "upstream_weighted")
         return factor
 
-    def _slope_scalars(self) -> tuple[str, str, str]:
-        """beta, shrink and the divisor of the slopes' terms, float64."""
-        if self._spec.runtime_beta:
-            beta = self._tensors["beta"]
-            shrink = self._call("SlopeShrink", [beta], "slope_shrink")
-            divisor = self._call("SlopeDivisor", [self._divisor], "slope_divisor")
-            return self._cast(beta), self._cast(shrink), self._cast(divisor)
-        scalars = slope_scalars(self._spec.effective_beta)
-        beta, shrink, divisor = (self._constant(name, value) for name, value in scalars)
-        return beta, shrink, divisor
+    def _slope_scalars(self) -> tuple[str, str, str, str]:
+        """beta, shrink and the divisor of the slopes' terms, float64, and what to multiply input
+        and target with, "" for nothing: where beta is inf, differences of float64 may overflow,
+        which are no infinite ones; halves' can't.
+        """
+        spec = self._spec
+        is_double = spec.dtype == "float64"
+        if "beta" not in self._tensors:
+            scalars = slope_scalars(spec.effective_beta)
+            beta, shrink, divisor = (self._constant(name, value) for name, value in scalars)
+            is_halved = is_double and math.isinf(spec.effective_beta)
+            return beta, shrink, divisor, self._constant("half_of_both", 0.5) if is_halved else ""
+        one = self._constant("slope_one", 1.0)
+        beta = self._cast(self._tensors["beta"])
+        infinite = self._constant("slope_infinite", math.inf)
+        is_infinite = self._add("Equal", [beta, infinite], "slope_is_flat")
+
+        def if_infinite(value: float, name: str, otherwise: str) -> str:
+            number = self._constant(f"{name}_if_flat", value)
+            return self._add("Where", [is_infinite, number, otherwise], name)
+
+        shrink = if_infinite(0.0, "slope_shrink", one)
+        divisor = if_infinite(1.0, "slope_divisor", self._double(self._divisor))
+        return beta, shrink, divisor, if_infinite(0.5, "scale", one) if is_double else ""
 
     def _summed(self, slope: str, axes: tuple[int, ...] | None) -> str:
         """`slope` in the shape of input, added up along the axes that input was broadcast to.
@@ -346,10 +355,12 @@ _SUFFIX = {"float32": "", "float16": "Float16", "bfloat16": "BFloat16", "float64
 def function_name(spec: LossSpec) -> str:
     """The name of the function that is the whole loss, which no loss computed otherwise has.
 
-        [Weighted]SmoothL1Loss[Row][Sum|Mean|Average][At][Float16|BFloat16|Float64][Wide]
+        [Weighted][Smooth]L1Loss[Row][Sum|Mean|Average][At][Gradient[Upstream]]
+        [Float16|BFloat16|Float64][Wide]
 
-    Average divides by the sum of the weights. At takes beta as its last input, not as an attribute.
-    Wide computes in float64 what is narrower. `ops` has kernels of these names.
+    Without Smooth beta is 0, and known. Average divides by the sum of the weights. At takes beta as
+    an input, not as an attribute. Gradient gives grad_input too, of an input that is not broadcast;
+    Upstream takes grad_output. Wide computes in float64 what is narrower, and has no kernel in `ops`.
 
     >>> function_name(LossSpec(0.5, "mean", weight="weights", per_sample=True, dtype="float16"))
     'WeightedSmoothL1LossRowAverageFloat16'
@@ -362,6 +373,8 @@ def function_name(spec: LossSpec) -> str:
             "Row" * spec.per_sample,
             reduction * (spec.reduction != "none"),
             "At" * _takes_beta(spec),
+            "Gradient" * spec.gradient,
+            "Upstream" * spec.upstream,
             _SUFFIX[spec.dtype],
             "Wide" * spec.has_subnormal_beta,
         )
@@ -370,7 +383,7 @@ def function_name(spec: LossSpec) -> str:
 
 def is_l1(spec: LossSpec) -> bool:
     """Whether the nodes compute |d| in float32 and know of no beta."""
-    return spec.effective_beta == 0 and not (_takes_beta(spec) or spec.gradient)
+    return spec.effective_beta == 0 and not _takes_beta(spec)
 
 
 def _has_attribute(spec: LossSpec) -> bool:
@@ -378,8 +391,12 @@ def _has_attribute(spec: LossSpec) -> bool:
 
 
 def _takes_beta(spec: LossSpec) -> bool:
-    """Whether beta is an input: an attribute holds a float32, and what is an input isn't known."""
-    return spec.runtime_beta or spec.dtype == "float64"
+    """Whether beta is an input: an attribute holds a float32, and what is an input isn't known.
+
+    A gradient's is, lest there be twice as many operators: each makes a session open later.
+    """
+    is_attribute = spec.has_subnormal_beta or not (spec.gradient or spec.dtype == "float64")
+    return spec.runtime_beta or not is_attribute
 
 
 def nodes_of(
@@ -392,23 +409,31 @@ def nodes_of(
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], list[onnx.FunctionProto]]:
     """The nodes of a loss, the initialisers that they read, and the functions they call.
 
-    One node, but for a gradient and for what is going to be inlined. Takes what `Assembly` takes.
+    One node, but for a gradient that is summed back to an input, or may have to be, and for what is
+    going to be inlined. Takes what `Assembly` takes.
     """
-    if inlined or spec.gradient:
+    if inlined or (spec.gradient and summed_axes != ()):
         assembly = Assembly(spec, tensors, summed_axes=summed_axes, prefix=prefix, inlined=inlined)
         return assembly.nodes, [], function_closure(assembly.used)
     name = function_name(spec)
-    inputs = [tensors[role] for role in spec.inputs]
+    whole = _as_function(spec)
+    inputs = [tensors.get(role) or f"{prefix}{role}" for role in whole.inputs]
     constants: list[onnx.TensorProto] = []
     attributes: dict[str, Any] = {}
     if _has_attribute(spec):
         attributes = {"beta": spec.effective_beta}
     elif not (is_l1(spec) or spec.runtime_beta):
-        inputs.append(f"{prefix}beta")
-        constants = [helper.make_tensor(inputs[-1], TensorProto.DOUBLE, [], [spec.beta])]
-    loss = tensors["loss"]
-    node = helper.make_node(name, inputs, [loss], name=loss, domain=f.DOMAIN, **attributes)
-    return [node], constants, _functions_of(spec)
+        element = TensorProto.DOUBLE if spec.dtype == "float64" else TensorProto.FLOAT
+        beta = spec.effective_beta
+        constants = [helper.make_tensor(f"{prefix}beta", element, [], [beta])]
+    outputs = [tensors[role] for role in spec.outputs]
+    node = helper.make_node(name, inputs, outputs, name=outputs[0], domain=f.DOMAIN, **attributes)
+    return [node], constants, _functions_of(whole)
+
+
+def _as_function(spec: LossSpec) -> LossSpec:
+    """`spec` as its function has it: one body for the beta that is known and the one that isn't."""
+    return replace(spec, beta=1.0, runtime_beta=True) if _takes_beta(spec) else spec
 
 
 def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:
@@ -416,10 +441,8 @@ def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:
     if name in f.FUNCTIONS:
         return function_closure([name])
     attributes = ["beta"] * _has_attribute(spec)
-    if _takes_beta(spec):  # one body for the beta that is known and the one that is not
-        spec = replace(spec, beta=1.0, runtime_beta=True)
     tensors = {role: f"{name}_{role}" for role in (*spec.inputs, "beta", *spec.outputs)}
-    assembly = Assembly(spec, tensors, prefix=f"{name}_")
+    assembly = Assembly(spec, tensors, summed_axes=(), prefix=f"{name}_")
     nodes = assembly.nodes
     if attributes:
         # A tensor of it here: TensorRT (for RTX 1.7.1) loses what one function hands on to another
@@ -431,7 +454,7 @@ def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:
         f.DOMAIN,
         name,
         [tensors[role] for role in spec.inputs],
-        [tensors["loss"]],
+        [tensors[role] for role in spec.outputs],
         nodes,
         opset_imports=[
             helper.make_opsetid("", f.OPSET),

@@ -46,8 +46,6 @@ __all__ = [
     "L1Loss",
     "RowCount",
     "RowsLike",
-    "SlopeDivisor",
-    "SlopeShrink",
     "SmoothL1Addends",
     "SmoothL1Loss",
     "SmoothL1LossTerms",
@@ -160,8 +158,9 @@ def SmoothL1Loss(input: FLOAT[...], target: FLOAT[...], beta: float = 1.0) -> FL
 
 @script(_domain)
 def SmoothL1SlopeTerms(input: T, target: T, beta: T, shrink: T) -> T:
-    """d(loss)/d(input) of each element times `SlopeDivisor`, for whoever sums before dividing.
+    """d(loss)/d(input) of each element times a divisor, for whoever sums before dividing.
 
+    The divisor is beta times `shrink`, or 1 for beta = 0 or inf.
     `shrink` is 1, a power of two that keeps sums of `shrink * beta` finite, or 0 for beta = inf.
     The quotient is `clip(d, -beta, beta) / beta`, and the sign of d for beta = 0, as PyTorch's CPU
     kernels have it: 0 for d = 0 (the subgradient is any of [-1, 1]) and, for beta = 0 alone, 0 for
@@ -177,22 +176,6 @@ def SmoothL1SlopeTerms(input: T, target: T, beta: T, shrink: T) -> T:
     zero = op.Sub(beta, beta)  # NaN for beta = inf, to which nothing is equal
     sign = op.Where(op.IsNaN(difference), zero, op.Sign(difference))
     return op.Where(op.Equal(beta, zero), sign, smooth)
-
-
-@script(_domain)
-def SlopeDivisor(divisor: FLOAT[...]) -> FLOAT[...]:
-    """What `SmoothL1SlopeTerms` is divided by, of the `BetaDivisor` of a beta that is an input."""
-    return op.Where(op.IsInf(divisor), op.Constant(value_float=1.0), divisor)
-
-
-@script(_domain)
-def SlopeShrink(beta: FLOAT[...]) -> FLOAT[...]:
-    """The `shrink` of `SmoothL1SlopeTerms`, of a beta that is an input.
-
-    It is a float32, many of which a sum in float64 holds as they are.
-    """
-    zero = op.Constant(value_float=0.0)
-    return op.Where(op.IsInf(beta), zero, op.Constant(value_float=1.0))
 
 
 @script(_domain)
@@ -345,8 +328,6 @@ FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
         L1Loss,
         RowCount,
         RowsLike,
-        SlopeDivisor,
-        SlopeShrink,
         SmoothL1Addends,
         SmoothL1Loss,
         SmoothL1LossTerms,

@@ -2,7 +2,7 @@
 
 A file of the route `function` is one node of the domain `smoothl1_deploy` and carries its body.
 Where this library is registered, ONNX Runtime runs its kernel of that name instead; everywhere else
-the body runs, as it always did. `c/` says what the kernels promise. A second library has the same
+the body runs, as it always did. `c/` says what the kernels promise. A second library has
 operators for ONNX Runtime's CUDA provider.
 """
 

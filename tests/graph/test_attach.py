@@ -164,7 +164,9 @@ def test_names_below_the_loss_s_own_are_avoided() -> None:
     """The tensors in between are called `loss/...`, and so may one of the model's be."""
     before = linear(rest="losses = Relu(h) boxes = Identity(losses)")
     spec = LossSpec(gradient=True)
-    inner = next(n.name for n in attach(before, "boxes", "gt", spec).graph.node if "/" in n.name)
+    (inner,) = (
+        t.name for t in attach(before, "boxes", "gt", spec).graph.initializer if "/" in t.name
+    )
     before.graph.node[1].output[0] = before.graph.node[2].input[0] = inner
     outputs = untouched(before, attach(before, "boxes", "gt", spec), x=X, gt=T)
     assert_loss(spec, outputs, outputs["boxes"], T)

@@ -241,18 +241,19 @@ def test_the_name_of_the_one_node_is_that_of_no_other_loss(dtype: str) -> None:
         (node,) = model.graph.node
         body = [str(f) for f in model.functions if f.name == node.op_type]
         assert bodies.setdefault(node.op_type, body) == body
-    assert len(bodies) == (12 if dtype == "float64" else 24)
+    assert len(bodies) == (12 if dtype == "float64" else 24) + 2 * 12
 
 
 def _losses(dtype: str) -> Iterator[LossSpec]:
-    for reduction, per_sample, weight in itertools.product(
-        REDUCTIONS, (False, True), (None, *NORMALIZERS)
+    for reduction, per_sample, weight, gradient, upstream in itertools.product(
+        REDUCTIONS, (False, True), (None, *NORMALIZERS), (False, True), (False, True)
     ):
         with contextlib.suppress(SpecError):
             for extra in ({"beta": 0.3}, {"beta": 7.0}, {"runtime_beta": True}):
                 yield LossSpec(
-                    reduction=reduction, dtype=dtype, per_sample=per_sample, weight=weight, **extra
-                )
+                    reduction=reduction, dtype=dtype, per_sample=per_sample, weight=weight,
+                    gradient=gradient, upstream=upstream, **extra,
+                )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

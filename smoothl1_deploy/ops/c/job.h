@@ -29,6 +29,18 @@ typedef struct {
     double value, divisor; /* divisor is value, or 1 for 0, or NaN for what is no beta */
 } Beta;
 
+/* A number to multiply by or, where that would round otherwise, to divide by. */
+typedef struct {
+    double number;
+    bool divides;
+} Factor;
+
+/* The gradient of an element: its slope, over a divisor, times what flows into its loss. */
+typedef struct {
+    double beta, scale; /* input and target are scaled first, lest their difference overflow */
+    Factor over_divisor, flowing;
+} Slope;
+
 SHARED float float_of(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
@@ -108,36 +120,39 @@ typedef struct {
     OrtCustomOp ort;
     char name[64];
     Reduction reduction;
-    bool by_row, is_weighted, takes_beta;
-    int type; /* of its inputs and its output */
+    bool by_row, is_weighted, takes_beta, gives_gradient, takes_upstream, is_l1;
+    int type; /* of its inputs and its outputs */
     bool is_total; /* of files of version 1: the sum of numbers of any type, as a float64 */
 } Operator;
 
 /* What adds up the elements of one row: of what its tasks found. */
 typedef struct {
-    double sum, rest, weight;
+    double sum, rest, weight, weight_rest;
 } Partial;
 
 typedef struct {
     const Operator *op;
     Space space;
-    Operand input, target, weight; /* of those that the operator has not, data is NULL */
-    Operand beta_input;
+    Operand input, target, weight, upstream; /* data is NULL of those that the operator has not */
+    const void *beta_input; /* a number of beta_type, or NULL */
+    int beta_type;
     float beta_attribute; /* where there is no input of it */
     Beta beta;
+    Slope slope;
     size_t rows, columns;
     size_t tasks_per_row, rows_per_task; /* one of the two is 1 */
     Partial *partials; /* of each task, where a row has several */
-    char *out;
+    double *weights; /* what each row's mean was divided by, for the gradient */
+    char *out, *gradient;
     bool is_direct;   /* every input is computed with where it lies */
-    bool is_streamed; /* the output goes past the cache */
+    bool is_streamed; /* outputs as large as the inputs go past the cache */
 } Job;
 
 SHARED Beta beta_of(const Job *job) {
-    const void *at = job->beta_input.data;
-    double value = !at                                ? job->beta_attribute
-                   : job->beta_input.type == ORT_DOUBLE ? *(const double *)at
-                                                        : (double)*(const float *)at;
+    const void *at = job->beta_input;
+    double value = !at                            ? job->beta_attribute
+                   : job->beta_type == ORT_DOUBLE ? *(const double *)at
+                                                  : (double)*(const float *)at;
     if (job->input.type != ORT_DOUBLE)
         value = (double)(float)value; /* as PyTorch has it, and each loss */
     Beta beta = {value, value > 0 ? value : value == 0 ? 1 : NAN};
@@ -145,27 +160,32 @@ SHARED Beta beta_of(const Job *job) {
 }
 
 /* Adds what another task or thread found. */
-SHARED void join(const Operator *op, Partial *to, const Partial *from) {
-    if (op->type == ORT_DOUBLE)
+SHARED void join(bool is_double, Partial *to, const Partial *from) {
+    if (is_double) {
         two_sum(&to->sum, &to->rest, from->sum);
-    else
+        two_sum(&to->weight, &to->weight_rest, from->weight);
+    } else {
         to->sum += from->sum;
+        to->weight += from->weight;
+    }
     to->rest += from->rest;
-    to->weight += from->weight;
+    to->weight_rest += from->weight_rest;
+}
+
+SHARED double complete(double sum, double rest) {
+    return isfinite(sum) ? sum + rest : sum; /* where the rest is NaN */
 }
 
 /* What is put in the place of one row. */
 SHARED double result_of(const Operator *op, const Beta *beta, size_t columns, const Partial *found) {
-    double total = found->sum;
-    if (op->type == ORT_DOUBLE) {
-        if (isfinite(total)) /* or the rest is NaN */
-            total += found->rest;
-    } else if (!op->is_total)
+    double total = complete(found->sum, found->rest);
+    if (op->type != ORT_DOUBLE && !op->is_total)
         total /= beta->divisor;
+    total += 0; /* a sum is never -0, and what is divided by an infinite beta may be */
     if (op->reduction == MEAN)
         total /= (double)columns;
     if (op->reduction == AVERAGE)
-        total /= found->weight;
+        total /= complete(found->weight, found->weight_rest);
     return isnan(beta->divisor) ? NAN : total;
 }
 
@@ -186,6 +206,9 @@ extern "C" {
 #endif
 /* What this library's operators run on, by ONNX Runtime's name; NULL for the CPU. */
 extern const char *const execution_provider;
+
+/* Whether this library has the operator; it leaves others to their bodies. */
+bool has_kernel(const Operator *op);
 
 /* An error where nothing can run on this machine. */
 OrtStatus *check_device(OrtApi *api);

@@ -1,7 +1,7 @@
 /* The loops over elements, compiled once for each instruction set.
  *
  * `ISA(name)` gives each set names of its own; VECTOR_BYTES is the width of its registers. WIDEN
- * (floats to as many doubles) and LESSER (`a < b ? a : b`) are what gcc 12 makes long ways of. What is
+ * (floats to as many doubles), NARROW (its inverse) and LESSER (`a < b ? a : b`) are what gcc 12 makes long ways of. What is
  * added up goes to 16 lanes, element i of a run to lane i % 16, whatever the width: the bits of a
  * result are those of every set. No product is fused with a sum (-ffp-contract=off).
  */
@@ -142,8 +142,15 @@ static void ISA(sum_f)(const float *input, const float *target, const float *wei
         ISA(sum_f_as)(input, target, weight, count, beta->value, false, false, sum);
 }
 
-/* Float64: each loss as the body has it, and beside every lane what its additions round off
- * (Knuth's TwoSum): the sum is as good as in twice the precision. */
+/* Float64: beside every lane what its additions round off (Knuth's TwoSum): a sum is as good as in
+ * twice the precision. */
+static inline void ISA(add_exactly)(ISA(vd) *lane, ISA(vd) *rest, ISA(vd) term) {
+    ISA(vd) whole = *lane + term, virtual = whole - *lane;
+    *rest += (*lane - (whole - virtual)) + (term - virtual);
+    *lane = whole;
+}
+
+/* Each loss as the body has it. */
 static void ISA(sum_d)(const double *input, const double *target, const double *weight,
                        size_t count, const Beta *beta, Sum *sum) {
     ISA(vd) lanes[LANES / DOUBLES], rests[LANES / DOUBLES];
@@ -157,9 +164,7 @@ static void ISA(sum_d)(const double *input, const double *target, const double *
             ISA(vd) term = ISA(losses_d)(LOAD(vd, input + at) - LOAD(vd, target + at), b, divisor);
             if (weight)
                 term *= LOAD(vd, weight + at);
-            ISA(vd) whole = lanes[j] + term, virtual = whole - lanes[j];
-            rests[j] += (lanes[j] - (whole - virtual)) + (term - virtual);
-            lanes[j] = whole;
+            ISA(add_exactly)(&lanes[j], &rests[j], term);
         }
     memcpy(sum->lanes, lanes, sizeof lanes);
     memcpy(sum->rests, rests, sizeof rests);
@@ -181,16 +186,102 @@ static void ISA(total_f)(const float *values, size_t count, Sum *sum) {
         sum->lanes[lane] += values[i];
 }
 
-static void ISA(total_d)(const double *values, size_t count, Sum *sum) {
-    ISA(vd) lanes[LANES / DOUBLES];
-    memcpy(lanes, sum->lanes, sizeof lanes);
+static void ISA(total_d)(const double *values, size_t count, double *sums, double *sum_rests) {
+    ISA(vd) lanes[LANES / DOUBLES], rests[LANES / DOUBLES];
+    memcpy(lanes, sums, sizeof lanes);
+    memcpy(rests, sum_rests, sizeof rests);
     size_t i = 0;
     for (; i + LANES <= count; i += LANES)
         for (size_t j = 0; j < LANES / DOUBLES; j++)
-            lanes[j] += LOAD(vd, values + i + j * DOUBLES);
-    memcpy(sum->lanes, lanes, sizeof lanes);
+            ISA(add_exactly)(&lanes[j], &rests[j], LOAD(vd, values + i + j * DOUBLES));
+    memcpy(sums, lanes, sizeof lanes);
+    memcpy(sum_rests, rests, sizeof rests);
     for (size_t lane = 0; i < count; i++, lane++)
-        sum->lanes[lane] += values[i];
+        two_sum(&sums[lane], &sum_rests[lane], values[i]);
+}
+
+/* What is an odd float where it isn't exact: a rounding to half as many bits can't tell it. */
+static inline ISA(vg) ISA(odd)(ISA(vd) value) {
+    ISA(vg) nearest = NARROW(value);
+    __asm__("" : "+m"(nearest)); /* gcc 12 takes what was narrowed and widened again for what it was */
+    ISA(vg) lost = NARROW((value - WIDEN(nearest)) * 0x1p100); /* NaN for an infinity */
+    ISA(vj) bits = (ISA(vj))nearest, is_off = (lost < 0) | (lost > 0);
+    ISA(vj) is_beyond = is_off & (((ISA(vj))lost ^ bits) < 0);
+    return (ISA(vg))((bits + is_beyond) | (is_off & 1));
+}
+
+static inline __attribute__((always_inline)) ISA(vd)
+ISA(load)(const void *from, size_t at, bool is_double) {
+    if (is_double)
+        return LOAD(vd, (const double *)from + at);
+    return WIDEN(LOAD(vg, (const float *)from + at));
+}
+
+static inline ISA(vd) ISA(times)(ISA(vd) value, Factor factor) {
+    return factor.divides ? value / factor.number : value * factor.number;
+}
+
+/* The gradients of as many elements as a vector holds, as the body has them. `from` has input, target,
+ * and NULL or the weight and what flows in. */
+static inline __attribute__((always_inline)) ISA(vd)
+ISA(slopes)(const void *const *from, size_t at, const Slope *slope, bool is_double) {
+    ISA(vd) d = ISA(load)(from[0], at, is_double) * slope->scale -
+                ISA(load)(from[1], at, is_double) * slope->scale;
+    ISA(vd) high = (ISA(vd)){} + slope->beta, low = -high, one = (ISA(vd)){} + 1;
+    ISA(vd) sign = (ISA(vd))(((ISA(vl))one & (d > 0)) | ((ISA(vl))(-one) & (d < 0)));
+    ISA(vd) value = SELECT(d > high, high, d, vd, vl);
+    value = SELECT(d < low, low, value, vd, vl);
+    if (slope->beta == 0)
+        value = sign;
+    else if (slope->beta == INFINITY)
+        value = SELECT((d == INFINITY) | (d == -INFINITY), sign, d * 0, vd, vl);
+    value = ISA(times)(value, slope->over_divisor);
+    if (!from[2] && !from[3])
+        return ISA(times)(value, slope->flowing);
+    ISA(vd) flowing = slope->flowing.number - (ISA(vd)){}; /* 0 added would make 0 of -0 */
+    if (from[3])
+        flowing = ISA(load)(from[3], at, is_double);
+    if (from[2])
+        flowing = ISA(load)(from[2], at, is_double) * flowing;
+    return flowing * value;
+}
+
+static inline __attribute__((always_inline)) void
+ISA(slopes_as)(const void *const *from, size_t count, const Slope *given, char *to, bool is_double,
+               bool is_odd) {
+    const Slope slope = *given; /* which nothing that is stored can change */
+    size_t size = is_double ? 8 : 4;
+    char ends[5][sizeof(ISA(vd))] = {{0}}; /* the last elements, where they are fewer than a vector */
+    for (size_t i = 0; i < count; i += DOUBLES) {
+        size_t rest = count - i, first = i;
+        const void *at[4] = {from[0], from[1], from[2], from[3]};
+        char *out = to + i * size;
+        if (rest < DOUBLES) {
+            first = 0;
+            out = ends[4];
+            for (size_t j = 0; j < 4; j++)
+                at[j] = at[j] ? memcpy(ends[j], (const char *)at[j] + i * size, rest * size) : NULL;
+        }
+        ISA(vd) value = ISA(slopes)(at, first, &slope, is_double);
+        if (is_double)
+            STORE(out, value);
+        else
+            STORE(out, is_odd ? ISA(odd)(value) : NARROW(value));
+        if (rest < DOUBLES)
+            memcpy(to + i * size, out, rest * size);
+    }
+}
+
+static void ISA(slopes_f)(const void *const *from, size_t count, const Slope *slope, float *to) {
+    ISA(slopes_as)(from, count, slope, (char *)to, false, false);
+}
+
+static void ISA(slopes_odd)(const void *const *from, size_t count, const Slope *slope, float *to) {
+    ISA(slopes_as)(from, count, slope, (char *)to, false, true);
+}
+
+static void ISA(slopes_d)(const void *const *from, size_t count, const Slope *slope, double *to) {
+    ISA(slopes_as)(from, count, slope, (char *)to, true, false);
 }
 
 static void ISA(widen_half)(const uint16_t *from, size_t count, float *to) {
@@ -248,7 +339,8 @@ static void ISA(narrow_bfloat)(const float *from, size_t count, uint16_t *to) {
 
 static const Loops ISA(loops) = {
     ISA(each_f), ISA(each_d), ISA(sum_f), ISA(sum_d), ISA(total_f), ISA(total_d),
-    ISA(widen_half), ISA(widen_bfloat), ISA(narrow_half), ISA(narrow_bfloat),
+    ISA(widen_half), ISA(widen_bfloat), ISA(slopes_f), ISA(slopes_odd), ISA(slopes_d),
+    ISA(narrow_half), ISA(narrow_bfloat),
 };
 
 #undef LANES
@@ -258,6 +350,7 @@ static const Loops ISA(loops) = {
 #undef STORE
 #undef SELECT
 #undef WIDEN
+#undef NARROW
 #undef LESSER
 #undef ISA
 #undef VECTOR_BYTES

@@ -1,8 +1,10 @@
 /* The operators of the domain `smoothl1_deploy` as ONNX Runtime calls them.
  *
  * An operator's name says what it computes (graph/functions.py makes the same names):
- *     [Weighted]SmoothL1Loss[Row][Sum|Mean|Average][At][Float16|BFloat16|Float64]
- * Average divides by the sum of the weights; At takes beta as its last input, not as an attribute.
+ *     [Weighted][Smooth]L1Loss[Row][Sum|Mean|Average][At][Gradient[Upstream]][Float16|BFloat16|Float64]
+ * Without Smooth beta is 0; Average divides by the sum of the weights; At takes beta as an input, not as
+ * an attribute; Gradient has a second output, the gradient of each element; Upstream multiplies it by
+ * the last input, which has the shape of the loss.
  * Any broadcast of at most 64 axes.
  */
 #include <stdio.h>
@@ -104,14 +106,17 @@ static void join_axes(Space *space, Operand **operands, size_t inputs) {
     }
 }
 
-static OrtStatus *read_beta(OrtApi *api, const OrtKernelContext *context, size_t index, Operand *beta) {
+static OrtStatus *read_beta(OrtApi *api, const OrtKernelContext *context, size_t index, Job *job) {
+    Operand beta;
     Dims dims;
-    TRY(read_operand(api, context, index, beta, &dims));
+    TRY(read_operand(api, context, index, &beta, &dims));
     size_t count = 1;
     for (size_t i = 0; i < dims.rank; i++)
         count *= (size_t)dims.dims[i];
-    if (count != 1 || (beta->type != ORT_FLOAT && beta->type != ORT_DOUBLE))
+    if (count != 1 || (beta.type != ORT_FLOAT && beta.type != ORT_DOUBLE))
         return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: beta must be one float32 or float64");
+    job->beta_input = beta.data;
+    job->beta_type = beta.type;
     return NULL;
 }
 
@@ -121,7 +126,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     OrtApi *api = kernel->api;
     Job job = {.op = op, .beta_attribute = kernel->beta};
     Operand *operands[] = {&job.input, &job.target, &job.weight};
-    Dims dims[3];
+    Dims dims[4];
     size_t inputs = op->is_total ? 1 : op->is_weighted ? 3 : 2;
     for (size_t i = 0; i < inputs; i++)
         TRY(read_operand(api, context, i, operands[i], &dims[i]));
@@ -135,7 +140,19 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     join_axes(&job.space, operands, inputs);
 
     if (op->takes_beta)
-        TRY(read_beta(api, context, inputs, &job.beta_input));
+        TRY(read_beta(api, context, inputs, &job));
+
+    if (op->takes_upstream) {
+        TRY(read_operand(api, context, inputs + op->takes_beta, &job.upstream, &dims[3]));
+        size_t size = 1, wanted = op->reduction == NONE ? job.space.count : 1;
+        for (size_t axis = 0; axis < dims[3].rank; axis++)
+            size *= (size_t)dims[3].dims[axis];
+        if (op->by_row && job.space.rank)
+            wanted = (size_t)job.space.dims[0];
+        if (size != wanted)
+            return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: grad_output hasn't the loss's shape");
+        job.upstream.is_whole = true;
+    }
 
     size_t rank = op->reduction == NONE ? job.space.rank : op->by_row;
     if (op->by_row && !job.space.rank)
@@ -143,6 +160,10 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     OrtValue *out;
     TRY(ort_output(context, 0, job.space.dims, rank, &out));
     TRY(ort_data(out, (void **)&job.out));
+    if (op->gives_gradient) {
+        TRY(ort_output(context, 1, job.space.dims, job.space.rank, &out));
+        TRY(ort_data(out, (void **)&job.gradient));
+    }
     job.rows = op->by_row ? (size_t)job.space.dims[0] : 1;
     job.columns = 1;
     for (size_t axis = op->by_row; axis < job.space.rank; axis++)
@@ -155,9 +176,9 @@ static OrtStatus *create(const OrtCustomOp *ort, OrtApi *api, const OrtKernelInf
     Kernel *kernel = malloc(sizeof *kernel);
     if (!kernel)
         return ort_error(ORT_FAIL, "smoothl1_deploy: out of memory");
-    *kernel = (Kernel){op, api, 1};
+    *kernel = (Kernel){op, api, 0};
     OrtStatus *status = NULL;
-    if (!op->takes_beta && !op->is_total)
+    if (!op->takes_beta && !op->is_total && !op->is_l1)
         status = ort_float_attribute(info, "beta", &kernel->beta);
     if (status)
         free(kernel);
@@ -170,14 +191,16 @@ static const char *get_name(const OrtCustomOp *ort) { return ((const Operator *)
 static const char *get_provider(const OrtCustomOp *ort) { (void)ort; return execution_provider; }
 static size_t input_count(const OrtCustomOp *ort) {
     const Operator *op = (const Operator *)ort;
-    return op->is_total ? 1 : 2 + (size_t)op->is_weighted + (size_t)op->takes_beta;
+    return op->is_total ? 1 : 2 + (size_t)op->is_weighted + (size_t)op->takes_beta + (size_t)op->takes_upstream;
 }
 static int input_type(const OrtCustomOp *ort, size_t index) {
     const Operator *op = (const Operator *)ort;
-    bool is_beta = op->takes_beta && index + 1 == input_count(ort);
+    bool is_beta = op->takes_beta && index == 2 + (size_t)op->is_weighted;
+    if (is_beta && op->type != ORT_DOUBLE)
+        return ORT_FLOAT; /* of any type, each session would take longer to open */
     return is_beta || op->is_total ? ORT_ANY : op->type;
 }
-static size_t output_count(const OrtCustomOp *ort) { (void)ort; return 1; }
+static size_t output_count(const OrtCustomOp *ort) { return 1 + (size_t)((const Operator *)ort)->gives_gradient; }
 static int output_type(const OrtCustomOp *ort, size_t index) {
     (void)index;
     return ((const Operator *)ort)->is_total ? ORT_DOUBLE : ((const Operator *)ort)->type;
@@ -191,6 +214,13 @@ static OrtStatus *infer(const OrtCustomOp *ort, OrtShapeInferContext *context) {
     int64_t sizes[AXES], axis_sizes[AXES];
     size_t rank, widest = 0, inputs = op->is_total ? 0 : op->is_weighted ? 3 : 2;
     bool is_certain = true;
+    if (op->gives_gradient) {
+        OrtShapeInfo *info;
+        TRY(ort_inferred_input(context, 0, &info));
+        TRY(ort_rank(info, &rank));
+        if (rank)
+            TRY(ort_infer_output(context, 1, info));
+    }
     for (size_t axis = 0; axis < AXES; axis++)
         sizes[axis] = 1, names[axis] = "";
     if (op->reduction != NONE && !op->by_row)
@@ -240,7 +270,7 @@ static int zero(const OrtCustomOp *ort, size_t index) { (void)ort; (void)index; 
 static int one_of_none(const OrtCustomOp *ort) { (void)ort; return 1; }
 static int last_version(const OrtCustomOp *ort) { (void)ort; return INT32_MAX; }
 
-static Operator operators[128];
+static Operator operators[256];
 static size_t operator_count;
 
 static void add_operator(Operator op) {
@@ -262,17 +292,22 @@ __attribute__((constructor)) static void prepare(void) {
     static const char *const reductions[] = {"", "Sum", "Mean", "Average"};
     for (int type = 0; type < 4; type++)
         for (int reduction = NONE; reduction <= AVERAGE; reduction++)
-            for (int flags = 0; flags < 8; flags++) {
+            for (int flags = 0; flags < 64; flags++) {
                 Operator op = {.reduction = (Reduction)reduction, .type = types[type].type,
-                               .by_row = flags & 1, .is_weighted = flags & 2, .takes_beta = flags & 4};
-                bool is_double = op.type == ORT_DOUBLE;
+                               .by_row = flags & 1, .is_weighted = flags & 2, .takes_beta = flags & 4,
+                               .gives_gradient = flags & 8, .takes_upstream = flags & 16,
+                               .is_l1 = flags & 32};
                 if ((reduction == NONE && op.by_row) || (reduction == AVERAGE && !op.is_weighted) ||
-                    (is_double && (!op.takes_beta || reduction == AVERAGE)))
-                    continue; /* no such loss, or, of the last, one that the body must save from overflow */
-                snprintf(op.name, sizeof op.name, "%sSmoothL1Loss%s%s%s%s",
-                         op.is_weighted ? "Weighted" : "", op.by_row ? "Row" : "",
-                         reductions[reduction], op.takes_beta ? "At" : "", types[type].name);
-                add_operator(op);
+                    ((op.type == ORT_DOUBLE || op.gives_gradient) && !op.takes_beta) ||
+                    (op.is_l1 && op.takes_beta) ||
+                    (op.takes_upstream && !op.gives_gradient))
+                    continue; /* no such loss */
+                snprintf(op.name, sizeof op.name, "%s%sL1Loss%s%s%s%s%s%s",
+                         op.is_weighted ? "Weighted" : "", op.is_l1 ? "" : "Smooth", op.by_row ? "Row" : "",
+                         reductions[reduction], op.takes_beta ? "At" : "", op.gives_gradient ? "Gradient" : "",
+                         op.takes_upstream ? "Upstream" : "", types[type].name);
+                if (has_kernel(&op))
+                    add_operator(op);
             }
     add_operator((Operator){.name = "WideSum", .reduction = SUM, .type = ORT_FLOAT, .is_total = true});
     add_operator((Operator){.name = "WideMean", .reduction = MEAN, .type = ORT_FLOAT, .is_total = true});

@@ -6,7 +6,6 @@
  * Sums are added up in a fixed order, in runs of RUN elements whatever the number of threads: the
  * same bits for each of them.
  */
-#include <stdio.h>
 #include <stdlib.h>
 
 #include "job.h"
@@ -17,7 +16,7 @@
 #define STREAMED ((size_t)1 << 22) /* outputs from which the cache had better keep the inputs */
 
 typedef struct {
-    double lanes[16], rests[16], weights[16];
+    double lanes[16], rests[16], weights[16], weight_rests[16];
 } Sum;
 
 typedef struct {
@@ -26,9 +25,12 @@ typedef struct {
     void (*sum_f)(const float *, const float *, const float *, size_t, const Beta *, Sum *);
     void (*sum_d)(const double *, const double *, const double *, size_t, const Beta *, Sum *);
     void (*total_f)(const float *, size_t, Sum *);
-    void (*total_d)(const double *, size_t, Sum *);
+    void (*total_d)(const double *, size_t, double *, double *);
     void (*widen_half)(const uint16_t *, size_t, float *);
     void (*widen_bfloat)(const uint16_t *, size_t, float *);
+    void (*slopes_f)(const void *const *, size_t, const Slope *, float *);
+    void (*slopes_odd)(const void *const *, size_t, const Slope *, float *);
+    void (*slopes_d)(const void *const *, size_t, const Slope *, double *);
     void (*narrow_half)(const float *, size_t, uint16_t *);
     void (*narrow_bfloat)(const float *, size_t, uint16_t *);
 } Loops;
@@ -42,6 +44,7 @@ typedef struct {
 #define ISA(name) name##_v2
 #define VECTOR_BYTES 16
 #define WIDEN(x) (vd_v2){(double)(x)[0], (double)(x)[1]}
+#define NARROW(x) (vg_v2){(float)(x)[0], (float)(x)[1]}
 #define LESSER(a, b) (vd_v2)_mm_min_pd((__m128d)(a), (__m128d)(b))
 #pragma GCC push_options
 #pragma GCC target("sse4.2")
@@ -51,6 +54,7 @@ typedef struct {
 #define ISA(name) name##_v3
 #define VECTOR_BYTES 32
 #define WIDEN(x) (vd_v3)_mm256_cvtps_pd((__m128)(x))
+#define NARROW(x) (vg_v3)_mm256_cvtpd_ps((__m256d)(x))
 #define LESSER(a, b) (vd_v3)_mm256_min_pd((__m256d)(a), (__m256d)(b))
 #pragma GCC push_options
 #pragma GCC target("avx2")
@@ -60,6 +64,7 @@ typedef struct {
 #define ISA(name) name##_v4
 #define VECTOR_BYTES 64
 #define WIDEN(x) (vd_v4)_mm512_cvtps_pd((__m256)(x))
+#define NARROW(x) (vg_v4)_mm512_cvtpd_ps((__m512d)(x))
 #define LESSER(a, b) (vd_v4)_mm512_min_pd((__m512d)(a), (__m512d)(b))
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
@@ -94,6 +99,7 @@ static void end_stream(void) { _mm_sfence(); }
 #define ISA(name) name##_any
 #define VECTOR_BYTES 16
 #define WIDEN(x) (vd_any){(double)(x)[0], (double)(x)[1]}
+#define NARROW(x) (vg_any){(float)(x)[0], (float)(x)[1]}
 #define LESSER(a, b) SELECT((a) < (b), a, b, vd, vl)
 #include "loops.h"
 static const Loops *const SETS[] = {&loops_any};
@@ -170,33 +176,35 @@ static const void *computable(const Operand *from, const Space *space, size_t st
     return buffer;
 }
 
-static Partial folded(Sum *sum, bool is_double) {
+static void fold(double *lanes, double *rests, bool is_double) {
     for (size_t step = 8; step; step /= 2)
-        for (size_t i = 0; i < step; i++) {
+        for (size_t i = 0; i < step; i++)
             if (is_double) {
-                two_sum(&sum->lanes[i], &sum->rests[i], sum->lanes[i + step]);
-                sum->rests[i] += sum->rests[i + step];
+                two_sum(&lanes[i], &rests[i], lanes[i + step]);
+                rests[i] += rests[i + step];
             } else
-                sum->lanes[i] += sum->lanes[i + step];
-            sum->weights[i] += sum->weights[i + step];
-        }
-    return (Partial){sum->lanes[0], sum->rests[0], sum->weights[0]};
+                lanes[i] += lanes[i + step];
 }
 
-static void put_row(const Job *job, size_t row, Partial found) {
-    put(job->op, job->out, row, result_of(job->op, &job->beta, job->columns, &found));
+static Partial folded(const Job *job, Sum *sum) {
+    bool is_double = job->input.type == ORT_DOUBLE;
+    fold(sum->lanes, sum->rests, is_double);
+    fold(sum->weights, sum->weight_rests, is_double);
+    return (Partial){sum->lanes[0], sum->rests[0], sum->weights[0], sum->weight_rests[0]};
 }
 
 /* Adds `count` elements, in the dtype that is computed in, to `sum`. */
 static void add(const Job *job, const void *input, const void *target, const void *weight,
                 size_t count, Sum *sum) {
     if (job->op->is_total && job->input.type == ORT_DOUBLE)
-        loops->total_d(input, count, sum);
+        loops->total_d(input, count, sum->lanes, sum->rests);
     else if (job->op->is_total)
         loops->total_f(input, count, sum);
-    else if (job->op->type == ORT_DOUBLE)
+    else if (job->op->type == ORT_DOUBLE) {
         loops->sum_d(input, target, weight, count, &job->beta, sum);
-    else
+        if (job->op->reduction == AVERAGE)
+            loops->total_d(weight, count, sum->weights, sum->weight_rests);
+    } else
         loops->sum_f(input, target, weight, count, &job->beta, sum);
 }
 
@@ -209,6 +217,44 @@ static void fetch(const Job *job, size_t start, size_t count, uint64_t (*buffers
         at[i] = computable(operands[i], &job->space, start, count, buffers[i]);
 }
 
+/* A mean by weights whose sums overflow: each loss times its share of the weights, as the body has it. */
+static double mean_of_shares(const Job *job, size_t row) {
+    uint64_t buffers[4][BLOCK];
+    const char *at[3];
+    double whole = 0, whole_rest = 0, mean = 0, mean_rest = 0, *losses = (double *)buffers[3];
+    for (int pass = 0; pass < 2; pass++) {
+        for (size_t done = 0; done < job->columns; done += BLOCK) {
+            size_t part = job->columns - done < BLOCK ? job->columns - done : BLOCK;
+            fetch(job, row * job->columns + done, part, buffers, at);
+            const double *weight = (const void *)at[2];
+            if (pass)
+                loops->each_d((const void *)at[0], (const void *)at[1], NULL, part, &job->beta, losses);
+            for (size_t i = 0; i < part; i++)
+                if (pass)
+                    two_sum(&mean, &mean_rest, weight[i] * 0x1p-60 / whole * losses[i]);
+                else
+                    two_sum(&whole, &whole_rest, weight[i] * 0x1p-60);
+        }
+        whole = pass ? whole : whole + whole_rest;
+    }
+    return mean + mean_rest;
+}
+
+static void put_row(const Job *job, size_t row, Partial found) {
+    const Operator *op = job->op;
+    double total = result_of(op, &job->beta, job->columns, &found);
+    if (op->reduction == AVERAGE) {
+        double weight = complete(found.weight, found.weight_rest);
+        if (job->weights)
+            job->weights[row] = weight;
+        if (op->type == ORT_DOUBLE && !isfinite(complete(found.sum, found.rest) + weight)) {
+            double safe = mean_of_shares(job, row);
+            total = isfinite(safe) ? safe : total;
+        }
+    }
+    put(op, job->out, row, total);
+}
+
 static Partial added(const Job *job, size_t start, size_t count) {
     uint64_t buffers[3][BLOCK];
     const char *at[3];
@@ -219,7 +265,7 @@ static Partial added(const Job *job, size_t start, size_t count) {
         fetch(job, start + done, part, buffers, at);
         add(job, at[0], at[1], at[2], part, &sum);
     }
-    return folded(&sum, job->op->type == ORT_DOUBLE);
+    return folded(job, &sum);
 }
 
 /* Short rows, as many as a block holds: what they are made of is fetched once for all of them. */
@@ -235,89 +281,194 @@ static void add_rows(const Job *job, size_t first, size_t end) {
             Sum sum = {0};
             add(job, at[0] + i * step, at[1] ? at[1] + i * step : NULL,
                 at[2] ? at[2] + i * step : NULL, columns, &sum);
-            put_row(job, row + i, folded(&sum, job->op->type == ORT_DOUBLE));
+            put_row(job, row + i, folded(job, &sum));
         }
     }
 }
 
-static void each_block(const Job *job, size_t start, size_t count, uint64_t (*buffers)[BLOCK]) {
-    int type = job->op->type;
-    bool is_half = size_of(type) == 2;
-    char *to = job->out + start * size_of(type);
+/* Whether a block is computed in a buffer, and not where it belongs. */
+static bool is_staged(const Job *job) { return size_of(job->op->type) == 2 || job->is_streamed; }
+
+/* Brings a block's results from where they are computed to where they belong. */
+static void deliver(const Job *job, void *results, size_t count, char *to) {
+    uint16_t narrow[BLOCK];
+    bool is_half = size_of(job->op->type) == 2, is_streamed = job->is_streamed && !((uintptr_t)to & 15);
+    void *done = !is_half ? results : is_streamed ? narrow : (void *)to;
+    if (is_half)
+        (job->op->type == ORT_FLOAT16 ? loops->narrow_half : loops->narrow_bfloat)(results, count, done);
+    if (is_streamed)
+        stream(to, done, count * size_of(job->op->type));
+    else if (done != to)
+        memcpy(to, done, count * size_of(job->op->type));
+}
+
+static void losses(const Job *job, size_t start, size_t end) {
+    uint64_t buffers[4][BLOCK];
     const char *at[3];
-    fetch(job, start, count, buffers, at);
-    void *losses = is_half || job->is_streamed ? (void *)buffers[3] : to, *result = losses;
-    if (type == ORT_DOUBLE)
-        loops->each_d((const void *)at[0], (const void *)at[1], (const void *)at[2], count,
-                      &job->beta, losses);
-    else
-        loops->each_f((const void *)at[0], (const void *)at[1], (const void *)at[2], count,
-                      &job->beta, losses);
-    if (is_half) {
-        result = job->is_streamed ? (void *)buffers[0] : to;
-        (type == ORT_FLOAT16 ? loops->narrow_half : loops->narrow_bfloat)(losses, count, result);
+    for (size_t count; start < end; start += count) {
+        count = end - start < BLOCK ? end - start : BLOCK;
+        char *to = job->out + start * size_of(job->op->type);
+        void *results = is_staged(job) ? (void *)buffers[3] : to;
+        fetch(job, start, count, buffers, at);
+        if (job->op->type == ORT_DOUBLE)
+            loops->each_d((const void *)at[0], (const void *)at[1], (const void *)at[2], count,
+                          &job->beta, results);
+        else
+            loops->each_f((const void *)at[0], (const void *)at[1], (const void *)at[2], count,
+                          &job->beta, results);
+        deliver(job, results, count, to);
     }
+}
+
+/* What flows into a row. */
+static double upstream_of(const Job *job, size_t row) {
+    uint64_t buffer[1];
+    const void *at = computable(&job->upstream, &job->space, row, 1, buffer);
+    return job->op->type == ORT_DOUBLE ? *(const double *)at : (double)*(const float *)at;
+}
+
+/* What divides by `number`, and multiplies where it is a power of two. */
+static Factor divided_by(double number) {
+    int exponent;
+    bool multiplies = frexp(number, &exponent) == 0.5 && isfinite(1 / number);
+    return multiplies ? (Factor){1 / number, false} : (Factor){number, true};
+}
+
+/* What flows into every loss of a row, less its weight and, without a reduction, its upstream. */
+static Factor flowing(const Job *job, size_t row) {
+    const Operator *op = job->op;
+    double count = op->reduction == MEAN      ? (double)job->columns
+                   : op->reduction == AVERAGE ? job->weights[row]
+                                              : 1;
+    if (!op->is_weighted && !op->takes_upstream)
+        return divided_by(count);
+    bool has_upstream = op->takes_upstream && op->reduction != NONE;
+    return (Factor){(has_upstream ? upstream_of(job, row) : 1) / count, false};
+}
+
+static void gradients(const Job *job, size_t start, size_t end) {
+    uint64_t buffers[5][BLOCK];
+    const char *at[4];
+    int type = job->op->type;
+    bool by_row = job->op->reduction == AVERAGE || job->op->takes_upstream;
+    Slope slope = job->slope;
+    for (size_t count; start < end; start += count) {
+        size_t row = start / job->columns, stop = by_row ? (row + 1) * job->columns : end;
+        count = (stop < end ? stop : end) - start;
+        count = count < BLOCK ? count : BLOCK;
+        char *to = job->gradient + start * size_of(type);
+        void *results = is_staged(job) ? (void *)buffers[4] : to;
+        fetch(job, start, count, buffers, at);
+        at[3] = job->op->reduction == NONE
+                    ? computable(&job->upstream, &job->space, start, count, buffers[3])
+                    : NULL;
+        slope.flowing = flowing(job, row);
+        if (type == ORT_DOUBLE)
+            loops->slopes_d((const void *const *)at, count, &slope, results);
+        else if (type == ORT_FLOAT)
+            loops->slopes_f((const void *const *)at, count, &slope, results);
+        else
+            loops->slopes_odd((const void *const *)at, count, &slope, results);
+        deliver(job, results, count, to);
+    }
+}
+
+/* The elements of a task. */
+static size_t part_of(const Job *job, size_t number, size_t *end) {
+    size_t start, stop, last;
+    if (job->tasks_per_row > 1) {
+        size_t row = number / job->tasks_per_row;
+        start = row * job->columns + number % job->tasks_per_row * RUN;
+        stop = start + RUN, last = (row + 1) * job->columns;
+    } else {
+        start = number * job->rows_per_task * job->columns;
+        stop = start + job->rows_per_task * job->columns, last = job->rows * job->columns;
+    }
+    *end = stop < last ? stop : last;
+    return start;
+}
+
+static void gradient_task(void *data, size_t number) {
+    const Job *job = data;
+    size_t end, start = part_of(job, number, &end);
+    gradients(job, start, end);
     if (job->is_streamed)
-        stream(to, result, count * size_of(type));
+        end_stream();
 }
 
 static void task(void *data, size_t number) {
     const Job *job = data;
+    size_t end, start = part_of(job, number, &end);
     if (job->op->reduction == NONE) {
-        uint64_t buffers[4][BLOCK];
-        size_t end = (number + 1) * RUN < job->space.count ? (number + 1) * RUN : job->space.count;
-        for (size_t start = number * RUN; start < end; start += BLOCK)
-            each_block(job, start, end - start < BLOCK ? end - start : BLOCK, buffers);
+        losses(job, start, end);
         if (job->is_streamed)
             end_stream();
-    } else if (job->tasks_per_row > 1) {
-        size_t row = number / job->tasks_per_row, start = number % job->tasks_per_row * RUN;
-        size_t count = job->columns - start < RUN ? job->columns - start : RUN;
-        job->partials[number] = added(job, row * job->columns + start, count);
-    } else {
-        size_t first = number * job->rows_per_task, end = first + job->rows_per_task;
-        if (end > job->rows)
-            end = job->rows;
+    } else if (job->tasks_per_row > 1)
+        job->partials[number] = added(job, start, end - start);
+    else {
+        size_t first = number * job->rows_per_task, last = first + job->rows_per_task;
+        if (last > job->rows)
+            last = job->rows;
         if (0 < job->columns && job->columns <= BLOCK)
-            add_rows(job, first, end);
+            add_rows(job, first, last);
         else
-            for (size_t row = first; row < end; row++)
+            for (size_t row = first; row < last; row++)
                 put_row(job, row, added(job, row * job->columns, job->columns));
     }
+    if (job->gradient && !(job->weights && job->partials)) /* or the sum of the weights is not known yet */
+        gradient_task(data, number);
+}
+
+static OrtStatus *each_task(Job *job, OrtApi *api, const OrtKernelContext *context,
+                            void (*one)(void *, size_t), size_t tasks) {
+    if (job->space.count >= THREADED && tasks > 1)
+        return ort_parallel_for(context, one, tasks, 0, job);
+    for (size_t i = 0; i < tasks; i++)
+        one(job, i);
+    return NULL;
 }
 
 const char *const execution_provider = NULL;
 
+bool has_kernel(const Operator *op) { (void)op; return true; }
+
 OrtStatus *check_device(OrtApi *api) { (void)api; return NULL; }
 
 OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
-    size_t tasks;
     job->beta = beta_of(job);
-    job->is_streamed = job->op->reduction == NONE && job->space.count >= STREAMED && !((uintptr_t)job->out & 15);
-    if (job->op->reduction == NONE)
-        tasks = (job->space.count + RUN - 1) / RUN;
-    else {
-        job->tasks_per_row = job->columns > RUN ? (job->columns + RUN - 1) / RUN : 1;
-        job->rows_per_task = job->columns ? RUN / job->columns : RUN;
-        job->rows_per_task += !job->rows_per_task;
-        tasks = job->tasks_per_row > 1 ? job->rows * job->tasks_per_row
-                                       : (job->rows + job->rows_per_task - 1) / job->rows_per_task;
-        if (job->tasks_per_row > 1 && !(job->partials = malloc(tasks * sizeof *job->partials)))
-            return ort_error(ORT_FAIL, "smoothl1_deploy: out of memory");
-    }
+    double beta = job->beta.value;
+    bool is_flat = isinf(beta) && beta > 0;
+    job->slope.beta = beta;
+    job->slope.scale = is_flat && job->op->type == ORT_DOUBLE ? 0.5 : 1;
+    job->slope.over_divisor = divided_by(is_flat ? 1 : job->beta.divisor);
+    job->is_streamed = job->space.count >= STREAMED;
+    bool is_sum = job->op->reduction != NONE;
+    job->tasks_per_row = job->columns > RUN ? (job->columns + RUN - 1) / RUN : 1;
+    job->rows_per_task = job->columns ? RUN / job->columns : RUN;
+    job->rows_per_task += !job->rows_per_task;
+    size_t tasks = job->tasks_per_row > 1 ? job->rows * job->tasks_per_row
+                                          : (job->rows + job->rows_per_task - 1) / job->rows_per_task;
+    bool has_partials = is_sum && job->tasks_per_row > 1;
+    bool has_weights = job->gradient && job->op->reduction == AVERAGE;
+    if (has_partials)
+        job->partials = malloc(tasks * sizeof *job->partials);
+    if (has_weights)
+        job->weights = malloc((job->rows + 1) * sizeof *job->weights);
     OrtStatus *status = NULL;
-    if (job->space.count >= THREADED && tasks > 1)
-        status = ort_parallel_for(context, task, tasks, 0, job);
-    else
-        for (size_t i = 0; i < tasks; i++)
-            task(job, i);
+    if ((has_partials && !job->partials) || (has_weights && !job->weights))
+        status = ort_error(ORT_FAIL, "smoothl1_deploy: out of memory");
+    if (!status)
+        status = each_task(job, api, context, task, tasks);
     if (job->partials && !status)
         for (size_t row = 0; row < job->rows; row++) {
             Partial *first = job->partials + row * job->tasks_per_row, all = first[0];
             for (size_t i = 1; i < job->tasks_per_row; i++)
-                join(job->op, &all, &first[i]);
+                join(job->input.type == ORT_DOUBLE, &all, &first[i]);
             put_row(job, row, all);
         }
+    if (job->partials && job->weights && !status)
+        status = each_task(job, api, context, gradient_task, tasks);
     free(job->partials);
+    free(job->weights);
     return status;
 }

@@ -23,6 +23,7 @@ struct Work {
     Job job;
     Operator op;
 };
+static_assert(sizeof(Work) <= 4096, "what CUDA's older drivers pass to a kernel");
 
 template <int TYPE> struct Computed { using Number = float; };
 template <> struct Computed<ORT_DOUBLE> { using Number = double; };
@@ -177,13 +178,13 @@ template <int TYPE> class Sum {
     }
 
     __device__ Partial found() const {
-        return {losses.wide + losses.total() * down, 0, weights.wide + weights.total()};
+        return {losses.wide + losses.total() * down, 0, weights.wide + weights.total(), 0};
     }
 };
 
 /* Float64: each loss as the body has it. */
 template <> class Sum<ORT_DOUBLE> {
-    Partial sum = {0, 0, 0};
+    Partial sum = {};
     Beta beta;
 
   public:
@@ -198,12 +199,12 @@ template <> class Sum<ORT_DOUBLE> {
 };
 
 /* Adds up what the threads of each team found, in a fixed order; true for the one that has it. */
-DEVICE bool fold_team(const Operator *op, Partial *found, unsigned team) {
+DEVICE bool fold_team(bool is_double, Partial *found, unsigned team) {
     unsigned lane = threadIdx.x % team;
     for (unsigned step = team / 2; step; step /= 2) {
         __syncthreads();
         if (lane < step)
-            join(op, &found[threadIdx.x], &found[threadIdx.x + step]);
+            join(is_double, &found[threadIdx.x], &found[threadIdx.x + step]);
     }
     return lane == 0;
 }
@@ -218,7 +219,7 @@ template <int TYPE, bool WHOLE>
 __global__ void __launch_bounds__(THREADS) sums(const __grid_constant__ Work work) {
     __shared__ Partial found[THREADS];
     const Job *job = &work.job;
-    const Beta beta = job->target.data ? beta_of(job) : Beta{0, 1}; /* numbers, not losses */
+    const Beta beta = beta_of(job);
     bool is_part = job->tasks_per_row > 1, averages = work.op.reduction == AVERAGE;
     unsigned team = THREADS / (unsigned)job->rows_per_task;
     size_t row = is_part ? blockIdx.x / job->tasks_per_row
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(THREADS) sums(const __grid_constant__ Work wor
                     sum.add(job, given.input[i], given.target[i], given.weight[i], averages);
         }
     found[threadIdx.x] = sum.found();
-    if (!fold_team(&work.op, found, team) || row >= job->rows)
+    if (!fold_team(TYPE == ORT_DOUBLE, found, team) || row >= job->rows)
         return;
     if (is_part)
         job->partials[blockIdx.x] = found[0];
@@ -250,11 +251,12 @@ __global__ void __launch_bounds__(THREADS) fold(const __grid_constant__ Work wor
     __shared__ Partial found[THREADS];
     const Job *job = &work.job;
     const Partial *parts = job->partials + blockIdx.x * job->tasks_per_row;
-    Partial sum = {0, 0, 0};
+    bool is_double = job->input.type == ORT_DOUBLE;
+    Partial sum = {};
     for (size_t i = threadIdx.x; i < job->tasks_per_row; i += THREADS)
-        join(&work.op, &sum, &parts[i]);
+        join(is_double, &sum, &parts[i]);
     found[threadIdx.x] = sum;
-    if (fold_team(&work.op, found, THREADS))
+    if (fold_team(is_double, found, THREADS))
         put_row(&work, blockIdx.x, &found[0]);
 }
 
@@ -336,6 +338,11 @@ static OrtStatus *error_of(OrtApi *api, cudaError_t error, const char *remedy) {
 #define PROVIDER "CUDAExecutionProvider"
 #endif
 const char *const execution_provider = PROVIDER;
+
+/* A gradient's, and what would have to save a mean from the overflow of its sums, are left to bodies. */
+bool has_kernel(const Operator *op) {
+    return !op->gives_gradient && !(op->type == ORT_DOUBLE && op->reduction == AVERAGE);
+}
 
 OrtStatus *check_device(OrtApi *api) {
     int count;
