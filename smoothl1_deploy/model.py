@@ -599,14 +599,18 @@ def _inferred(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
     return {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
 
 
-def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+def inlined(model: onnx.ModelProto, kept: Iterable[tuple[str, str]] = ()) -> onnx.ModelProto:
     """`model` with the bodies of its functions in place of their calls.
+
+    Args:
+        model: anyone's.
+        kept: the domain and name of functions that stay functions.
 
     Raises:
         ArtefactError: where that can't be done, as with two functions of one name.
     """
     try:
-        return onnx.inliner.inline_local_functions(model)
+        return onnx.inliner.inline_selected_functions(model, list(kept), exclude=True)
     except (*MODEL_ERRORS, RuntimeError, ValueError) as exc:
         raise ArtefactError(
             f"the model's functions can't be put in place of their calls ({exc}); it is damaged"

@@ -9,12 +9,14 @@ node that computes on data anywhere but on the GPU is an error here.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx
 
+from .. import ops
 from ..artefact import Port
 from ..device import Device
 from ..errors import (
@@ -25,6 +27,7 @@ from ..errors import (
     require,
 )
 from ..graph.elements import ELEMENT_TYPE
+from ..graph.functions import DOMAIN
 from .base import Runner
 from .gpu import GpuBackend, GpuRunner
 from .ort_cpu import SILENT, OrtCpuBackend
@@ -201,10 +204,33 @@ class OrtGpuBackend(GpuBackend):
 
 
 class OrtCudaBackend(OrtGpuBackend):
-    """ONNX Runtime's CUDA provider, which runs operator by operator."""
+    """ONNX Runtime's CUDA provider, with the operators of `ops` where those for CUDA were built.
+
+    What they have no kernel for runs operator by operator.
+    """
 
     name = "ort-cuda"
     provider = "CUDAExecutionProvider"
+
+    def __init__(self, device: Device | None = None) -> None:
+        super().__init__(device)
+        self._operators = ops.operators("cuda") if ops.is_built("cuda") else frozenset()
+
+    def load_body(self, model: onnx.ModelProto) -> OrtGpuRunner | None:
+        """Open a session without the operators, where one with them may run other code."""
+        if not self._operators or not model.functions:
+            return None
+        bare = copy.copy(self)
+        bare._operators = frozenset()
+        return bare.load(model)
+
+    def _graph(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        return inlined(model, ((DOMAIN, name) for name in self._operators))
+
+    def _open(self, data: bytes, options: Any, settings: dict[str, str]) -> Any:
+        if self._operators:
+            ops.register(options, "cuda")
+        return super()._open(data, options, settings)
 
     def _settings(self, graph: onnx.ModelProto) -> dict[str, str]:
         return {"use_tf32": "0"}

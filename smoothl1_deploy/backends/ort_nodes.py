@@ -20,9 +20,9 @@ __all__ = ["check_assignment", "host_nodes", "inlined"]
 _OF_THE_SHAPE = ("Shape", "Size")
 
 
-def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without local functions, in which every node has a name of its own."""
-    copy = without_functions(model)
+def inlined(model: onnx.ModelProto, kept: Iterable[tuple[str, str]] = ()) -> onnx.ModelProto:
+    """A copy without local functions but those `kept`, in which every node has its own name."""
+    copy = without_functions(model, kept)
     used: set[str] = set()
     for index, node in enumerate(copy.graph.node):
         if not node.name or node.name in used:

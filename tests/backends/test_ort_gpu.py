@@ -6,6 +6,7 @@ tried by hand; what it does on one is not shown here.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from agreement import assert_right, pair
 from host_device import HostDevice, on_host_device
 from onnx import helper
 
-from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy import LossSpec, export, ops
 from smoothl1_deploy.backends import gpu, ort_tensorrt
 from smoothl1_deploy.backends.ort_gpu import OrtCudaBackend
 from smoothl1_deploy.backends.ort_nodes import host_nodes, inlined
@@ -34,6 +35,8 @@ SPEC = LossSpec(0.5, "none")
 @pytest.fixture(autouse=True)
 def tensors_of_the_host_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "is_on_device", on_host_device)
+    # The operators for CUDA can't be registered here (tests/ops/test_cuda_source.py).
+    monkeypatch.setattr(ops, "_LIBRARY", Path("none.so"))
 
 
 class Cuda(OrtCudaBackend):

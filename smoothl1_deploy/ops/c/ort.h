@@ -5,6 +5,7 @@
  * Source: the documentation of onnxruntime_c_api.h.
  */
 #pragma once
+#include <assert.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -55,7 +56,7 @@ struct OrtCustomOp {
     size_t (*aliases)(int **, int **);
     void (*release_aliases)(int *, int *);
 };
-_Static_assert(sizeof(OrtCustomOp) == 26 * sizeof(void *), "the layout of OrtCustomOp");
+static_assert(sizeof(OrtCustomOp) == 26 * sizeof(void *), "the layout of OrtCustomOp");
 
 /* ORT(place, type of the result, types of the arguments)(arguments) */
 #define ORT(place, result, ...) ((result(*)(__VA_ARGS__))api[place])
@@ -88,6 +89,8 @@ _Static_assert(sizeof(OrtCustomOp) == 26 * sizeof(void *), "the layout of OrtCus
         context, index, dims, rank, out)
 #define ort_release_status(status) ORT(93, void, OrtStatus *)(status)
 #define ort_release_info(info) ORT(99, void, OrtShapeInfo *)(info)
+#define ort_stream(context, out) \
+    ORT(193, OrtStatus *, const OrtKernelContext *, void **)(context, out)
 #define ort_inferred_input(context, index, out) \
     ORT(268, OrtStatus *, const OrtShapeInferContext *, size_t, OrtShapeInfo **)(context, index, out)
 #define ort_infer_output(context, index, info) \

@@ -1,106 +1,24 @@
-/* Smooth L1 for ONNX Runtime: one kernel for each operator of the domain `smoothl1_deploy`.
+/* The operators on the CPU: one pass over the inputs.
  *
- * A file of the route `function` is one node of this domain, and carries its body. Where this
- * library is registered ONNX Runtime runs its kernels instead: one pass over the inputs.
+ * A file of the route `function` is one node of the domain `smoothl1_deploy`, and carries its body.
+ * Where this library is registered ONNX Runtime runs its kernels instead.
  *
- * An operator's name says what it computes (graph/functions.py makes the same names):
- *     [Weighted][Smooth]L1Loss[Row][Sum|Mean|Average][At][Gradient[Upstream]][Float16|BFloat16|Float64]
- * Without Smooth beta is 0; Average divides by the sum of the weights; At takes beta as an input, not as
- * an attribute; Gradient has a second output, the gradient of each element; Upstream multiplies it by
- * the last input, which has the shape of the loss.
- *
- * Any broadcast of at most 64 axes. Sums are added up in a fixed order, in runs of RUN elements
- * whatever the number of threads: the same bits for each of them.
+ * Sums are added up in a fixed order, in runs of RUN elements whatever the number of threads: the
+ * same bits for each of them.
  */
-#include <math.h>
-#include <stdbool.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "ort.h"
+#include "job.h"
 
 #define RUN ((size_t)1 << 15) /* elements of one task, of which a sum has one partial */
 #define BLOCK ((size_t)1 << 10) /* elements that are widened or repeated at a time */
 #define THREADED ((size_t)1 << 18) /* elements from which threads gain more than they cost */
 #define STREAMED ((size_t)1 << 22) /* outputs from which the cache had better keep the inputs */
-#define AXES 64
-
-typedef struct {
-    double value, divisor; /* divisor is value, or 1 for 0 */
-} Beta;
-
-/* A number to multiply by or, where that would round otherwise, to divide by. */
-typedef struct {
-    double number;
-    bool divides;
-} Factor;
-
-/* The gradient of an element: its slope, over a divisor, times what flows into its loss. */
-typedef struct {
-    double beta, scale; /* input and target are scaled first, lest their difference overflow */
-    Factor over_divisor, flowing;
-} Slope;
 
 typedef struct {
     _Alignas(64) double lanes[16]; /* a vector of which in two lines of the cache takes twice as long */
     double rests[16], weights[16], weight_rests[16];
 } Sum;
-
-static inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline float half_to_float(uint16_t half) {
-    uint32_t bits = (uint32_t)(half & 0x7fff) << 13, sign = (uint32_t)(half & 0x8000) << 16;
-    if (bits < 1u << 23) /* subnormal */
-        return float_of(sign | bits_of(float_of(bits + (113u << 23)) - float_of(113u << 23)));
-    return float_of(sign | (bits + (112u << 23) * (bits < 31u << 23 ? 1 : 2)));
-}
-
-static inline uint16_t float_to_half(float value) {
-    uint32_t bits = bits_of(value), size = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
-    if (size > 0x7f800000)
-        return (uint16_t)(sign | 0x7e00);
-    if (size >= 0x477ff000) /* rounds to more than float16 holds */
-        return (uint16_t)(sign | 0x7c00);
-    if (size < 0x38800000) /* subnormal: added to a half, its last bit is the sum's */
-        return (uint16_t)(sign | (bits_of(float_of(size) + 0.5f) - 0x3f000000));
-    return (uint16_t)(sign | ((size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13));
-}
-
-static inline uint16_t float_to_bfloat(float value) {
-    uint32_t bits = bits_of(value);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return (uint16_t)((bits >> 16) | 0x40);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-/* To the nearest float32 that a rounding to half as many bits can't tell from `value`: what is cut
- * off sets the last bit ("rounding to odd"; Boldo and Melquiond, 2008). */
-static float odd_float(double value) {
-    float nearest = (float)value;
-    if (isnan(value) || (double)nearest == value || isinf(nearest))
-        return nearest;
-    uint32_t bits = bits_of(nearest);
-    if (fabs((double)nearest) > fabs(value))
-        bits--;
-    return float_of(bits | 1);
-}
-
-static inline void two_sum(double *sum, double *rest, double term) {
-    double whole = *sum + term, virtual = whole - *sum;
-    *rest += (*sum - (whole - virtual)) + (term - virtual);
-    *sum = whole;
-}
 
 typedef struct {
     void (*each_f)(const float *, const float *, const float *, size_t, const Beta *, float *);
@@ -192,7 +110,6 @@ static void end_stream(void) {}
 #endif
 
 static const Loops *loops;
-static OrtApi *inferring; /* the interface while shapes are inferred, where none is handed over */
 
 /* For tests: use set `number` from now on, 1 the least; gives how many this processor has. */
 __attribute__((visibility("default"))) int smoothl1_deploy_use(int number) {
@@ -202,22 +119,7 @@ __attribute__((visibility("default"))) int smoothl1_deploy_use(int number) {
     return known;
 }
 
-/* An input as the elements of the broadcast shape, in their order. */
-typedef struct {
-    const char *data;
-    size_t size; /* of an element, in bytes */
-    int type;
-    bool is_whole; /* no axis is broadcast */
-    size_t steps[AXES]; /* elements from one index of an axis to the next; 0 where broadcast */
-} Operand;
-
-typedef struct {
-    size_t rank, count;
-    int64_t dims[AXES]; /* as the output has them */
-    size_t axes, sizes[AXES]; /* without those of size 1, neighbours joined where they can be */
-} Space;
-
-static size_t size_of(int type) { return type == ORT_DOUBLE ? 8 : type == ORT_FLOAT ? 4 : 2; }
+__attribute__((constructor)) static void choose(void) { smoothl1_deploy_use(best_set()); }
 
 /* `count` elements from `start`, where they are or repeated into `buffer`. */
 static const void *elements(const Operand *from, const Space *space, size_t start, size_t count,
@@ -273,58 +175,6 @@ static const void *computable(const Operand *from, const Space *space, size_t st
     (from->type == ORT_FLOAT16 ? loops->widen_half : loops->widen_bfloat)(
         given, count, (float *)buffer);
     return buffer;
-}
-
-typedef enum { NONE, SUM, MEAN, AVERAGE } Reduction;
-
-/* An operator of the domain, and the first field of what ONNX Runtime is given of it. */
-typedef struct {
-    OrtCustomOp ort;
-    char name[64];
-    Reduction reduction;
-    bool by_row, is_weighted, takes_beta, gives_gradient, takes_upstream, is_l1;
-    int type; /* of its inputs and its outputs */
-    bool is_total; /* of files of version 1: the sum of numbers of any type, as a float64 */
-} Operator;
-
-typedef struct {
-    const Operator *op;
-    OrtApi *api;
-    float beta;
-} Kernel;
-
-/* What adds up the elements of one row: of what its tasks found. */
-typedef struct {
-    double sum, rest, weight, weight_rest;
-} Partial;
-
-typedef struct {
-    const Operator *op;
-    Space space;
-    Operand input, target, weight, upstream;
-    Beta beta;
-    Slope slope;
-    size_t rows, columns;
-    size_t tasks_per_row, rows_per_task; /* one of the two is 1 */
-    Partial *partials; /* of each task, where a row has several */
-    double *weights; /* what each row's mean was divided by, for the gradient */
-    char *out, *gradient;
-    bool is_direct;   /* every input is computed with where it lies */
-    bool is_streamed; /* outputs as large as the inputs go past the cache */
-} Job;
-
-static void put(const Job *job, size_t index, double value) {
-    char *to = job->out + index * (job->op->is_total ? 8 : size_of(job->op->type));
-    if (job->op->is_total || job->op->type == ORT_DOUBLE)
-        memcpy(to, &value, 8);
-    else if (job->op->type == ORT_FLOAT) {
-        float narrow = (float)value;
-        memcpy(to, &narrow, 4);
-    } else {
-        float odd = odd_float(value);
-        uint16_t half = job->op->type == ORT_FLOAT16 ? float_to_half(odd) : float_to_bfloat(odd);
-        memcpy(to, &half, 2);
-    }
 }
 
 static void fold(double *lanes, double *rests, bool is_double) {
@@ -391,29 +241,19 @@ static double mean_of_shares(const Job *job, size_t row) {
     return mean + mean_rest;
 }
 
-static double complete(double sum, double rest) {
-    return isfinite(sum) ? sum + rest : sum; /* where the rest is NaN */
-}
-
 static void put_row(const Job *job, size_t row, Partial found) {
     const Operator *op = job->op;
-    double total = complete(found.sum, found.rest);
-    if (op->type != ORT_DOUBLE && !op->is_total)
-        total /= job->beta.divisor;
-    total += 0; /* a sum is never -0, and what is divided by an infinite beta may be */
-    if (op->reduction == MEAN)
-        total /= (double)job->columns;
+    double total = result_of(op, &job->beta, job->columns, &found);
     if (op->reduction == AVERAGE) {
-        double weight = complete(found.weight, found.weight_rest), both = total + weight;
-        total /= weight;
+        double weight = complete(found.weight, found.weight_rest);
         if (job->weights)
             job->weights[row] = weight;
-        if (op->type == ORT_DOUBLE && !isfinite(both)) {
+        if (op->type == ORT_DOUBLE && !isfinite(complete(found.sum, found.rest) + weight)) {
             double safe = mean_of_shares(job, row);
             total = isfinite(safe) ? safe : total;
         }
     }
-    put(job, row, isnan(job->beta.divisor) ? NAN : total);
+    put(op, job->out, row, total);
 }
 
 static Partial added(const Job *job, size_t start, size_t count) {
@@ -589,7 +429,20 @@ static OrtStatus *each_task(Job *job, OrtApi *api, const OrtKernelContext *conte
     return NULL;
 }
 
-static OrtStatus *run(Job *job, OrtApi *api, const OrtKernelContext *context) {
+const char *const execution_provider = NULL;
+
+bool has_kernel(const Operator *op) { (void)op; return true; }
+
+OrtStatus *check_device(OrtApi *api) { (void)api; return NULL; }
+
+OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
+    job->beta = beta_of(job);
+    double beta = job->beta.value;
+    bool is_flat = isinf(beta) && beta > 0;
+    job->slope.beta = beta;
+    job->slope.scale = is_flat && job->op->type == ORT_DOUBLE ? 0.5 : 1;
+    job->slope.over_divisor = divided_by(is_flat ? 1 : job->beta.divisor);
+    job->is_streamed = job->space.count >= STREAMED;
     bool is_sum = job->op->reduction != NONE;
     job->tasks_per_row = job->columns > RUN ? (job->columns + RUN - 1) / RUN : 1;
     job->rows_per_task = job->columns ? RUN / job->columns : RUN;
@@ -610,17 +463,8 @@ static OrtStatus *run(Job *job, OrtApi *api, const OrtKernelContext *context) {
     if (job->partials && !status)
         for (size_t row = 0; row < job->rows; row++) {
             Partial *first = job->partials + row * job->tasks_per_row, all = first[0];
-            for (size_t i = 1; i < job->tasks_per_row; i++) {
-                if (job->input.type == ORT_DOUBLE) {
-                    two_sum(&all.sum, &all.rest, first[i].sum);
-                    two_sum(&all.weight, &all.weight_rest, first[i].weight);
-                } else {
-                    all.sum += first[i].sum;
-                    all.weight += first[i].weight;
-                }
-                all.rest += first[i].rest;
-                all.weight_rest += first[i].weight_rest;
-            }
+            for (size_t i = 1; i < job->tasks_per_row; i++)
+                join(job->input.type == ORT_DOUBLE, &all, &first[i]);
             put_row(job, row, all);
         }
     if (job->partials && job->weights && !status)
@@ -628,330 +472,4 @@ static OrtStatus *run(Job *job, OrtApi *api, const OrtKernelContext *context) {
     free(job->partials);
     free(job->weights);
     return status;
-}
-
-typedef struct {
-    int64_t dims[AXES];
-    size_t rank;
-} Dims;
-
-#define TRY(call) \
-    do { \
-        OrtStatus *failed_ = (call); \
-        if (failed_) \
-            return failed_; \
-    } while (0)
-
-static OrtStatus *read_operand(OrtApi *api, const OrtKernelContext *context, size_t index, Operand *operand,
-                               Dims *dims) {
-    const OrtValue *value;
-    OrtShapeInfo *info;
-    TRY(ort_input(context, index, &value));
-    TRY(ort_data((OrtValue *)value, (void **)&operand->data));
-    TRY(ort_info(value, &info));
-    OrtStatus *status = ort_rank(info, &dims->rank);
-    if (!status)
-        status = ort_type(info, &operand->type);
-    if (!status && dims->rank > AXES)
-        status = ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: a tensor of more than 64 axes");
-    if (!status)
-        status = ort_dims(info, dims->dims, dims->rank);
-    ort_release_info(info);
-    operand->size = size_of(operand->type);
-    if (!operand->data) /* of an empty tensor */
-        operand->data = "";
-    return status;
-}
-
-/* The broadcast shape of all; false where there is none. */
-static bool broadcast(Space *space, const Dims *dims, size_t inputs) {
-    space->rank = 0;
-    for (size_t i = 0; i < inputs; i++)
-        if (dims[i].rank > space->rank)
-            space->rank = dims[i].rank;
-    for (size_t axis = 0; axis < space->rank; axis++)
-        space->dims[axis] = 1;
-    for (size_t i = 0; i < inputs; i++)
-        for (size_t j = 0; j < dims[i].rank; j++) {
-            int64_t *size = &space->dims[space->rank - dims[i].rank + j], given = dims[i].dims[j];
-            if (*size == 1)
-                *size = given;
-            else if (given != 1 && given != *size)
-                return false;
-        }
-    space->count = 1;
-    for (size_t axis = 0; axis < space->rank; axis++)
-        space->count *= (size_t)space->dims[axis];
-    return true;
-}
-
-/* The steps of an operand over every axis of the space, before any are joined. */
-static void set_steps(const Space *space, const Dims *dims, Operand *operand) {
-    size_t step = 1;
-    operand->is_whole = true;
-    for (size_t axis = space->rank; axis-- > 0;) {
-        size_t missing = space->rank - dims->rank;
-        int64_t size = axis < missing ? 1 : dims->dims[axis - missing];
-        bool is_repeated = size == 1 && space->dims[axis] != 1;
-        operand->steps[axis] = is_repeated ? 0 : step;
-        operand->is_whole &= !is_repeated;
-        step *= (size_t)size;
-    }
-}
-
-/* Leaves out axes of size 1 and joins neighbours that every operand walks through in one go. */
-static void join_axes(Space *space, Operand **operands, size_t inputs) {
-    space->axes = 0;
-    for (size_t axis = 0; axis < space->rank; axis++) {
-        size_t size = (size_t)space->dims[axis], last = space->axes - 1;
-        if (size == 1)
-            continue;
-        bool joins = space->axes > 0;
-        for (size_t i = 0; i < inputs && joins; i++)
-            joins = operands[i]->steps[last] == size * operands[i]->steps[axis];
-        if (joins)
-            space->sizes[last] *= size;
-        else
-            last = space->axes++, space->sizes[last] = size;
-        for (size_t i = 0; i < inputs; i++)
-            operands[i]->steps[last] = operands[i]->steps[axis];
-    }
-    if (!space->axes) {
-        space->sizes[space->axes++] = 1;
-        for (size_t i = 0; i < inputs; i++)
-            operands[i]->steps[0] = 0;
-    }
-}
-
-static OrtStatus *read_beta(OrtApi *api, const OrtKernelContext *context, size_t index, double *beta) {
-    Operand operand = {0};
-    Dims dims;
-    TRY(read_operand(api, context, index, &operand, &dims));
-    size_t count = 1;
-    for (size_t i = 0; i < dims.rank; i++)
-        count *= (size_t)dims.dims[i];
-    if (count != 1 || (operand.type != ORT_FLOAT && operand.type != ORT_DOUBLE))
-        return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: beta must be one float32 or float64");
-    *beta = operand.type == ORT_DOUBLE ? *(const double *)(const void *)operand.data
-                                       : (double)*(const float *)(const void *)operand.data;
-    return NULL;
-}
-
-static OrtStatus *compute(void *state, OrtKernelContext *context) {
-    const Kernel *kernel = state;
-    const Operator *op = kernel->op;
-    OrtApi *api = kernel->api;
-    Job job = {.op = op};
-    Operand *operands[] = {&job.input, &job.target, &job.weight};
-    Dims dims[4];
-    size_t inputs = op->is_total ? 1 : op->is_weighted ? 3 : 2;
-    for (size_t i = 0; i < inputs; i++)
-        TRY(read_operand(api, context, i, operands[i], &dims[i]));
-    if (!broadcast(&job.space, dims, inputs))
-        return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: the inputs can't be broadcast to one shape");
-    job.is_direct = true;
-    for (size_t i = 0; i < inputs; i++) {
-        set_steps(&job.space, &dims[i], operands[i]);
-        job.is_direct &= operands[i]->is_whole && operands[i]->size > 2;
-    }
-    join_axes(&job.space, operands, inputs);
-
-    double beta = kernel->beta;
-    if (op->takes_beta)
-        TRY(read_beta(api, context, inputs, &beta));
-    job.beta.value = beta;
-    job.beta.divisor = beta > 0 ? beta : beta == 0 ? 1 : NAN;
-
-    if (op->takes_upstream) {
-        TRY(read_operand(api, context, inputs + op->takes_beta, &job.upstream, &dims[3]));
-        size_t size = 1, wanted = op->reduction == NONE ? job.space.count : 1;
-        for (size_t axis = 0; axis < dims[3].rank; axis++)
-            size *= (size_t)dims[3].dims[axis];
-        if (op->by_row && job.space.rank)
-            wanted = (size_t)job.space.dims[0];
-        if (size != wanted)
-            return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: grad_output hasn't the loss's shape");
-        job.upstream.is_whole = true;
-    }
-
-    size_t rank = op->reduction == NONE ? job.space.rank : op->by_row;
-    if (op->by_row && !job.space.rank)
-        return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: per sample, and the inputs have rank 0");
-    OrtValue *out;
-    TRY(ort_output(context, 0, job.space.dims, rank, &out));
-    TRY(ort_data(out, (void **)&job.out));
-    if (op->gives_gradient) {
-        TRY(ort_output(context, 1, job.space.dims, job.space.rank, &out));
-        TRY(ort_data(out, (void **)&job.gradient));
-        bool is_flat = isinf(beta) && beta > 0;
-        job.slope.beta = beta;
-        job.slope.scale = is_flat && op->type == ORT_DOUBLE ? 0.5 : 1;
-        job.slope.over_divisor = divided_by(is_flat ? 1 : job.beta.divisor);
-    }
-    job.rows = op->by_row ? (size_t)job.space.dims[0] : 1;
-    job.columns = 1;
-    for (size_t axis = op->by_row; axis < job.space.rank; axis++)
-        job.columns *= (size_t)job.space.dims[axis];
-    job.is_streamed = job.space.count >= STREAMED;
-    return run(&job, api, context);
-}
-
-static OrtStatus *create(const OrtCustomOp *ort, OrtApi *api, const OrtKernelInfo *info, void **out) {
-    const Operator *op = (const Operator *)ort;
-    Kernel *kernel = malloc(sizeof *kernel);
-    if (!kernel)
-        return ort_error(ORT_FAIL, "smoothl1_deploy: out of memory");
-    *kernel = (Kernel){op, api, 0};
-    OrtStatus *status = NULL;
-    if (!op->takes_beta && !op->is_total && !op->is_l1)
-        status = ort_float_attribute(info, "beta", &kernel->beta);
-    if (status)
-        free(kernel);
-    else
-        *out = kernel;
-    return status;
-}
-
-static const char *get_name(const OrtCustomOp *ort) { return ((const Operator *)ort)->name; }
-static const char *get_provider(const OrtCustomOp *ort) { (void)ort; return NULL; }
-static size_t input_count(const OrtCustomOp *ort) {
-    const Operator *op = (const Operator *)ort;
-    return op->is_total ? 1 : 2 + (size_t)op->is_weighted + (size_t)op->takes_beta + (size_t)op->takes_upstream;
-}
-static int input_type(const OrtCustomOp *ort, size_t index) {
-    const Operator *op = (const Operator *)ort;
-    bool is_beta = op->takes_beta && index == 2 + (size_t)op->is_weighted;
-    if (is_beta && op->type != ORT_DOUBLE)
-        return ORT_FLOAT; /* of any type, each session would take longer to open */
-    return is_beta || op->is_total ? ORT_ANY : op->type;
-}
-static size_t output_count(const OrtCustomOp *ort) { return 1 + (size_t)((const Operator *)ort)->gives_gradient; }
-static int output_type(const OrtCustomOp *ort, size_t index) {
-    (void)index;
-    return ((const Operator *)ort)->is_total ? ORT_DOUBLE : ((const Operator *)ort)->type;
-}
-/* Shapes are told where every size or name is certain. Of an axis of two names, of which either may
- * be 1, nothing is; nor of an input of rank 0, which is also how one of any rank looks here. */
-static OrtStatus *infer(const OrtCustomOp *ort, OrtShapeInferContext *context) {
-    const Operator *op = (const Operator *)ort;
-    OrtApi *api = inferring;
-    const char *names[AXES], *axis_names[AXES];
-    int64_t sizes[AXES], axis_sizes[AXES];
-    size_t rank, widest = 0, inputs = op->is_total ? 0 : op->is_weighted ? 3 : 2;
-    bool is_certain = true;
-    if (op->gives_gradient) {
-        OrtShapeInfo *info;
-        TRY(ort_inferred_input(context, 0, &info));
-        TRY(ort_rank(info, &rank));
-        if (rank)
-            TRY(ort_infer_output(context, 1, info));
-    }
-    for (size_t axis = 0; axis < AXES; axis++)
-        sizes[axis] = 1, names[axis] = "";
-    if (op->reduction != NONE && !op->by_row)
-        inputs = 0; /* whose result has rank 0 whatever they are */
-    for (size_t i = 0; i < inputs && is_certain; i++) {
-        OrtShapeInfo *info;
-        TRY(ort_inferred_input(context, i, &info));
-        OrtStatus *status = ort_rank(info, &rank);
-        is_certain = !status && 0 < rank && rank <= AXES;
-        if (!status && is_certain && !(status = ort_dims(info, axis_sizes, rank)))
-            status = ort_names(info, axis_names, rank);
-        TRY(status);
-        if (!is_certain)
-            break;
-        widest = rank > widest ? rank : widest;
-        for (size_t back = 1; back <= rank && is_certain; back++) { /* sizes from the last axis on */
-            int64_t *size = &sizes[AXES - back], given = axis_sizes[rank - back];
-            const char **name = &names[AXES - back], *other = axis_names[rank - back];
-            bool is_unknown = given < 0 && !*other, is_other = given >= 0 ? *size != given : strcmp(*name, other);
-            if (given == 1)
-                continue;
-            if (*size == 1)
-                *size = given, *name = other, is_certain = !is_unknown;
-            else if (given >= 0 && *size < 0)
-                *size = given, *name = ""; /* a name for 1 or for this size */
-            else
-                is_certain = !is_unknown && (!is_other || (given < 0 && *size >= 0));
-        }
-    }
-    if (!is_certain)
-        return NULL;
-    OrtShapeInfo *told;
-    rank = op->reduction == NONE ? widest : op->by_row;
-    TRY(ort_new_info(&told));
-    OrtStatus *status = ort_set_type(told, output_type(ort, 0));
-    if (!status)
-        status = ort_set_dims(told, sizes + AXES - widest, rank);
-    if (!status)
-        status = ort_set_names(told, names + AXES - widest, rank);
-    if (!status)
-        status = ort_infer_output(context, 0, told);
-    ort_release_info(told);
-    return status;
-}
-
-static int zero(const OrtCustomOp *ort, size_t index) { (void)ort; (void)index; return 0; }
-static int one_of_none(const OrtCustomOp *ort) { (void)ort; return 1; }
-static int last_version(const OrtCustomOp *ort) { (void)ort; return INT32_MAX; }
-
-static Operator operators[256];
-static size_t operator_count;
-
-static void add_operator(Operator op) {
-    op.ort = (OrtCustomOp){
-        .version = ORT_API, .name = get_name, .provider = get_provider, .input_type = input_type,
-        .input_count = input_count, .output_type = output_type, .output_count = output_count,
-        .destroy = free, .input_kind = zero, .output_kind = zero, .input_memory = zero,
-        .variadic_input_least = one_of_none, .variadic_input_alike = one_of_none,
-        .variadic_output_least = one_of_none, .variadic_output_alike = one_of_none,
-        .create_kernel_v2 = create, .compute_v2 = compute, .infer_shape = infer,
-        .first_version = one_of_none, .last_version = last_version,
-    };
-    operators[operator_count++] = op;
-}
-
-__attribute__((constructor)) static void prepare(void) {
-    static const struct { int type; const char *name; } types[] = {
-        {ORT_FLOAT, ""}, {ORT_FLOAT16, "Float16"}, {ORT_BFLOAT16, "BFloat16"}, {ORT_DOUBLE, "Float64"}};
-    static const char *const reductions[] = {"", "Sum", "Mean", "Average"};
-    smoothl1_deploy_use(best_set());
-    for (int type = 0; type < 4; type++)
-        for (int reduction = NONE; reduction <= AVERAGE; reduction++)
-            for (int flags = 0; flags < 64; flags++) {
-                Operator op = {.reduction = (Reduction)reduction, .type = types[type].type,
-                               .by_row = flags & 1, .is_weighted = flags & 2, .takes_beta = flags & 4,
-                               .gives_gradient = flags & 8, .takes_upstream = flags & 16,
-                               .is_l1 = flags & 32};
-                if ((reduction == NONE && op.by_row) || (reduction == AVERAGE && !op.is_weighted) ||
-                    ((op.type == ORT_DOUBLE || op.gives_gradient) && !op.takes_beta) ||
-                    (op.is_l1 && op.takes_beta) ||
-                    (op.takes_upstream && !op.gives_gradient))
-                    continue; /* no such loss */
-                snprintf(op.name, sizeof op.name, "%s%sL1Loss%s%s%s%s%s%s",
-                         op.is_weighted ? "Weighted" : "", op.is_l1 ? "" : "Smooth", op.by_row ? "Row" : "",
-                         reductions[reduction], op.takes_beta ? "At" : "", op.gives_gradient ? "Gradient" : "",
-                         op.takes_upstream ? "Upstream" : "", types[type].name);
-                add_operator(op);
-            }
-    add_operator((Operator){.name = "WideSum", .reduction = SUM, .type = ORT_FLOAT, .is_total = true});
-    add_operator((Operator){.name = "WideMean", .reduction = MEAN, .type = ORT_FLOAT, .is_total = true});
-}
-
-/* What ONNX Runtime calls when the library is registered with a session's options. */
-__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
-                                                                    const OrtApiBase *base) {
-    static OrtCustomOpDomain *domain; /* of every session; made once, and as long as the process */
-    OrtApi *api = base->get_api(ORT_API);
-    if (!api)
-        return NULL; /* older than 1.17: its sessions run the bodies */
-    OrtCustomOpDomain *made = __atomic_load_n(&domain, __ATOMIC_ACQUIRE);
-    inferring = api;
-    if (!made) {
-        TRY(ort_create_domain("smoothl1_deploy", &made));
-        for (size_t i = 0; i < operator_count; i++)
-            TRY(ort_domain_add(made, &operators[i].ort));
-        __atomic_store_n(&domain, made, __ATOMIC_RELEASE);
-    }
-    return ort_add_domain(options, made);
 }

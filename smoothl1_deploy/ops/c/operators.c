@@ -1,0 +1,338 @@
+/* The operators of the domain `smoothl1_deploy` as ONNX Runtime calls them.
+ *
+ * An operator's name says what it computes (graph/functions.py makes the same names):
+ *     [Weighted][Smooth]L1Loss[Row][Sum|Mean|Average][At][Gradient[Upstream]][Float16|BFloat16|Float64]
+ * Without Smooth beta is 0; Average divides by the sum of the weights; At takes beta as an input, not as
+ * an attribute; Gradient has a second output, the gradient of each element; Upstream multiplies it by
+ * the last input, which has the shape of the loss.
+ * Any broadcast of at most 64 axes.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "job.h"
+
+typedef struct {
+    const Operator *op;
+    OrtApi *api;
+    float beta;
+} Kernel;
+
+static OrtApi *inferring; /* the interface while shapes are inferred, where none is handed over */
+
+typedef struct {
+    int64_t dims[AXES];
+    size_t rank;
+} Dims;
+
+static OrtStatus *read_operand(OrtApi *api, const OrtKernelContext *context, size_t index, Operand *operand,
+                               Dims *dims) {
+    const OrtValue *value;
+    OrtShapeInfo *info;
+    TRY(ort_input(context, index, &value));
+    TRY(ort_data((OrtValue *)value, (void **)&operand->data));
+    TRY(ort_info(value, &info));
+    OrtStatus *status = ort_rank(info, &dims->rank);
+    if (!status)
+        status = ort_type(info, &operand->type);
+    if (!status && dims->rank > AXES)
+        status = ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: a tensor of more than 64 axes");
+    if (!status)
+        status = ort_dims(info, dims->dims, dims->rank);
+    ort_release_info(info);
+    operand->size = size_of(operand->type);
+    if (!operand->data) /* of an empty tensor */
+        operand->data = "";
+    return status;
+}
+
+/* The broadcast shape of all; false where there is none. */
+static bool broadcast(Space *space, const Dims *dims, size_t inputs) {
+    space->rank = 0;
+    for (size_t i = 0; i < inputs; i++)
+        if (dims[i].rank > space->rank)
+            space->rank = dims[i].rank;
+    for (size_t axis = 0; axis < space->rank; axis++)
+        space->dims[axis] = 1;
+    for (size_t i = 0; i < inputs; i++)
+        for (size_t j = 0; j < dims[i].rank; j++) {
+            int64_t *size = &space->dims[space->rank - dims[i].rank + j], given = dims[i].dims[j];
+            if (*size == 1)
+                *size = given;
+            else if (given != 1 && given != *size)
+                return false;
+        }
+    space->count = 1;
+    for (size_t axis = 0; axis < space->rank; axis++)
+        space->count *= (size_t)space->dims[axis];
+    return true;
+}
+
+/* The steps of an operand over every axis of the space, before any are joined. */
+static void set_steps(const Space *space, const Dims *dims, Operand *operand) {
+    size_t step = 1;
+    operand->is_whole = true;
+    for (size_t axis = space->rank; axis-- > 0;) {
+        size_t missing = space->rank - dims->rank;
+        int64_t size = axis < missing ? 1 : dims->dims[axis - missing];
+        bool is_repeated = size == 1 && space->dims[axis] != 1;
+        operand->steps[axis] = is_repeated ? 0 : step;
+        operand->is_whole &= !is_repeated;
+        step *= (size_t)size;
+    }
+}
+
+/* Leaves out axes of size 1 and joins neighbours that every operand walks through in one go. */
+static void join_axes(Space *space, Operand **operands, size_t inputs) {
+    space->axes = 0;
+    for (size_t axis = 0; axis < space->rank; axis++) {
+        size_t size = (size_t)space->dims[axis], last = space->axes - 1;
+        if (size == 1)
+            continue;
+        bool joins = space->axes > 0;
+        for (size_t i = 0; i < inputs && joins; i++)
+            joins = operands[i]->steps[last] == size * operands[i]->steps[axis];
+        if (joins)
+            space->sizes[last] *= size;
+        else
+            last = space->axes++, space->sizes[last] = size;
+        for (size_t i = 0; i < inputs; i++)
+            operands[i]->steps[last] = operands[i]->steps[axis];
+    }
+    if (!space->axes) {
+        space->sizes[space->axes++] = 1;
+        for (size_t i = 0; i < inputs; i++)
+            operands[i]->steps[0] = 0;
+    }
+}
+
+static OrtStatus *read_beta(OrtApi *api, const OrtKernelContext *context, size_t index, Job *job) {
+    Operand beta;
+    Dims dims;
+    TRY(read_operand(api, context, index, &beta, &dims));
+    size_t count = 1;
+    for (size_t i = 0; i < dims.rank; i++)
+        count *= (size_t)dims.dims[i];
+    if (count != 1 || (beta.type != ORT_FLOAT && beta.type != ORT_DOUBLE))
+        return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: beta must be one float32 or float64");
+    job->beta_input = beta.data;
+    job->beta_type = beta.type;
+    return NULL;
+}
+
+static OrtStatus *compute(void *state, OrtKernelContext *context) {
+    const Kernel *kernel = state;
+    const Operator *op = kernel->op;
+    OrtApi *api = kernel->api;
+    Job job = {.op = op, .beta_attribute = kernel->beta};
+    Operand *operands[] = {&job.input, &job.target, &job.weight};
+    Dims dims[4];
+    size_t inputs = op->is_total ? 1 : op->is_weighted ? 3 : 2;
+    for (size_t i = 0; i < inputs; i++)
+        TRY(read_operand(api, context, i, operands[i], &dims[i]));
+    if (!broadcast(&job.space, dims, inputs))
+        return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: the inputs can't be broadcast to one shape");
+    job.is_direct = true;
+    for (size_t i = 0; i < inputs; i++) {
+        set_steps(&job.space, &dims[i], operands[i]);
+        job.is_direct &= operands[i]->is_whole && operands[i]->size > 2;
+    }
+    join_axes(&job.space, operands, inputs);
+
+    if (op->takes_beta)
+        TRY(read_beta(api, context, inputs, &job));
+
+    if (op->takes_upstream) {
+        TRY(read_operand(api, context, inputs + op->takes_beta, &job.upstream, &dims[3]));
+        size_t size = 1, wanted = op->reduction == NONE ? job.space.count : 1;
+        for (size_t axis = 0; axis < dims[3].rank; axis++)
+            size *= (size_t)dims[3].dims[axis];
+        if (op->by_row && job.space.rank)
+            wanted = (size_t)job.space.dims[0];
+        if (size != wanted)
+            return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: grad_output hasn't the loss's shape");
+        job.upstream.is_whole = true;
+    }
+
+    size_t rank = op->reduction == NONE ? job.space.rank : op->by_row;
+    if (op->by_row && !job.space.rank)
+        return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: per sample, and the inputs have rank 0");
+    OrtValue *out;
+    TRY(ort_output(context, 0, job.space.dims, rank, &out));
+    TRY(ort_data(out, (void **)&job.out));
+    if (op->gives_gradient) {
+        TRY(ort_output(context, 1, job.space.dims, job.space.rank, &out));
+        TRY(ort_data(out, (void **)&job.gradient));
+    }
+    job.rows = op->by_row ? (size_t)job.space.dims[0] : 1;
+    job.columns = 1;
+    for (size_t axis = op->by_row; axis < job.space.rank; axis++)
+        job.columns *= (size_t)job.space.dims[axis];
+    return compute_job(&job, api, context);
+}
+
+static OrtStatus *create(const OrtCustomOp *ort, OrtApi *api, const OrtKernelInfo *info, void **out) {
+    const Operator *op = (const Operator *)ort;
+    Kernel *kernel = malloc(sizeof *kernel);
+    if (!kernel)
+        return ort_error(ORT_FAIL, "smoothl1_deploy: out of memory");
+    *kernel = (Kernel){op, api, 0};
+    OrtStatus *status = NULL;
+    if (!op->takes_beta && !op->is_total && !op->is_l1)
+        status = ort_float_attribute(info, "beta", &kernel->beta);
+    if (status)
+        free(kernel);
+    else
+        *out = kernel;
+    return status;
+}
+
+static const char *get_name(const OrtCustomOp *ort) { return ((const Operator *)ort)->name; }
+static const char *get_provider(const OrtCustomOp *ort) { (void)ort; return execution_provider; }
+static size_t input_count(const OrtCustomOp *ort) {
+    const Operator *op = (const Operator *)ort;
+    return op->is_total ? 1 : 2 + (size_t)op->is_weighted + (size_t)op->takes_beta + (size_t)op->takes_upstream;
+}
+static int input_type(const OrtCustomOp *ort, size_t index) {
+    const Operator *op = (const Operator *)ort;
+    bool is_beta = op->takes_beta && index == 2 + (size_t)op->is_weighted;
+    if (is_beta && op->type != ORT_DOUBLE)
+        return ORT_FLOAT; /* of any type, each session would take longer to open */
+    return is_beta || op->is_total ? ORT_ANY : op->type;
+}
+static size_t output_count(const OrtCustomOp *ort) { return 1 + (size_t)((const Operator *)ort)->gives_gradient; }
+static int output_type(const OrtCustomOp *ort, size_t index) {
+    (void)index;
+    return ((const Operator *)ort)->is_total ? ORT_DOUBLE : ((const Operator *)ort)->type;
+}
+/* Shapes are told where every size or name is certain. Of an axis of two names, of which either may
+ * be 1, nothing is; nor of an input of rank 0, which is also how one of any rank looks here. */
+static OrtStatus *infer(const OrtCustomOp *ort, OrtShapeInferContext *context) {
+    const Operator *op = (const Operator *)ort;
+    OrtApi *api = inferring;
+    const char *names[AXES], *axis_names[AXES];
+    int64_t sizes[AXES], axis_sizes[AXES];
+    size_t rank, widest = 0, inputs = op->is_total ? 0 : op->is_weighted ? 3 : 2;
+    bool is_certain = true;
+    if (op->gives_gradient) {
+        OrtShapeInfo *info;
+        TRY(ort_inferred_input(context, 0, &info));
+        TRY(ort_rank(info, &rank));
+        if (rank)
+            TRY(ort_infer_output(context, 1, info));
+    }
+    for (size_t axis = 0; axis < AXES; axis++)
+        sizes[axis] = 1, names[axis] = "";
+    if (op->reduction != NONE && !op->by_row)
+        inputs = 0; /* whose result has rank 0 whatever they are */
+    for (size_t i = 0; i < inputs && is_certain; i++) {
+        OrtShapeInfo *info;
+        TRY(ort_inferred_input(context, i, &info));
+        OrtStatus *status = ort_rank(info, &rank);
+        is_certain = !status && 0 < rank && rank <= AXES;
+        if (!status && is_certain && !(status = ort_dims(info, axis_sizes, rank)))
+            status = ort_names(info, axis_names, rank);
+        TRY(status);
+        if (!is_certain)
+            break;
+        widest = rank > widest ? rank : widest;
+        for (size_t back = 1; back <= rank && is_certain; back++) { /* sizes from the last axis on */
+            int64_t *size = &sizes[AXES - back], given = axis_sizes[rank - back];
+            const char **name = &names[AXES - back], *other = axis_names[rank - back];
+            bool is_unknown = given < 0 && !*other, is_other = given >= 0 ? *size != given : strcmp(*name, other);
+            if (given == 1)
+                continue;
+            if (*size == 1)
+                *size = given, *name = other, is_certain = !is_unknown;
+            else if (given >= 0 && *size < 0)
+                *size = given, *name = ""; /* a name for 1 or for this size */
+            else
+                is_certain = !is_unknown && (!is_other || (given < 0 && *size >= 0));
+        }
+    }
+    if (!is_certain)
+        return NULL;
+    OrtShapeInfo *told;
+    rank = op->reduction == NONE ? widest : op->by_row;
+    TRY(ort_new_info(&told));
+    OrtStatus *status = ort_set_type(told, output_type(ort, 0));
+    if (!status)
+        status = ort_set_dims(told, sizes + AXES - widest, rank);
+    if (!status)
+        status = ort_set_names(told, names + AXES - widest, rank);
+    if (!status)
+        status = ort_infer_output(context, 0, told);
+    ort_release_info(told);
+    return status;
+}
+
+static int zero(const OrtCustomOp *ort, size_t index) { (void)ort; (void)index; return 0; }
+static int one_of_none(const OrtCustomOp *ort) { (void)ort; return 1; }
+static int last_version(const OrtCustomOp *ort) { (void)ort; return INT32_MAX; }
+
+static Operator operators[256];
+static size_t operator_count;
+
+static void add_operator(Operator op) {
+    op.ort = (OrtCustomOp){
+        .version = ORT_API, .name = get_name, .provider = get_provider, .input_type = input_type,
+        .input_count = input_count, .output_type = output_type, .output_count = output_count,
+        .destroy = free, .input_kind = zero, .output_kind = zero, .input_memory = zero,
+        .variadic_input_least = one_of_none, .variadic_input_alike = one_of_none,
+        .variadic_output_least = one_of_none, .variadic_output_alike = one_of_none,
+        .create_kernel_v2 = create, .compute_v2 = compute, .infer_shape = infer,
+        .first_version = one_of_none, .last_version = last_version,
+    };
+    operators[operator_count++] = op;
+}
+
+__attribute__((constructor)) static void prepare(void) {
+    static const struct { int type; const char *name; } types[] = {
+        {ORT_FLOAT, ""}, {ORT_FLOAT16, "Float16"}, {ORT_BFLOAT16, "BFloat16"}, {ORT_DOUBLE, "Float64"}};
+    static const char *const reductions[] = {"", "Sum", "Mean", "Average"};
+    for (int type = 0; type < 4; type++)
+        for (int reduction = NONE; reduction <= AVERAGE; reduction++)
+            for (int flags = 0; flags < 64; flags++) {
+                Operator op = {.reduction = (Reduction)reduction, .type = types[type].type,
+                               .by_row = flags & 1, .is_weighted = flags & 2, .takes_beta = flags & 4,
+                               .gives_gradient = flags & 8, .takes_upstream = flags & 16,
+                               .is_l1 = flags & 32};
+                if ((reduction == NONE && op.by_row) || (reduction == AVERAGE && !op.is_weighted) ||
+                    ((op.type == ORT_DOUBLE || op.gives_gradient) && !op.takes_beta) ||
+                    (op.is_l1 && op.takes_beta) ||
+                    (op.takes_upstream && !op.gives_gradient))
+                    continue; /* no such loss */
+                snprintf(op.name, sizeof op.name, "%s%sL1Loss%s%s%s%s%s%s",
+                         op.is_weighted ? "Weighted" : "", op.is_l1 ? "" : "Smooth", op.by_row ? "Row" : "",
+                         reductions[reduction], op.takes_beta ? "At" : "", op.gives_gradient ? "Gradient" : "",
+                         op.takes_upstream ? "Upstream" : "", types[type].name);
+                if (has_kernel(&op))
+                    add_operator(op);
+            }
+    add_operator((Operator){.name = "WideSum", .reduction = SUM, .type = ORT_FLOAT, .is_total = true});
+    add_operator((Operator){.name = "WideMean", .reduction = MEAN, .type = ORT_FLOAT, .is_total = true});
+}
+
+/* The name of an operator, counted from 0; NULL behind the last. */
+__attribute__((visibility("default"))) const char *smoothl1_deploy_operator(size_t number) {
+    return number < operator_count ? operators[number].name : NULL;
+}
+
+/* What ONNX Runtime calls when the library is registered with a session's options. */
+__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
+                                                                    const OrtApiBase *base) {
+    static OrtCustomOpDomain *domain; /* of every session; made once, and as long as the process */
+    OrtApi *api = base->get_api(ORT_API);
+    if (!api)
+        return NULL; /* older than 1.17: its sessions run the bodies */
+    TRY(check_device(api));
+    OrtCustomOpDomain *made = __atomic_load_n(&domain, __ATOMIC_ACQUIRE);
+    inferring = api;
+    if (!made) {
+        TRY(ort_create_domain("smoothl1_deploy", &made));
+        for (size_t i = 0; i < operator_count; i++)
+            TRY(ort_domain_add(made, &operators[i].ort));
+        __atomic_store_n(&domain, made, __ATOMIC_RELEASE);
+    }
+    return ort_add_domain(options, made);
+}
