@@ -102,7 +102,7 @@ def examine() -> Checkup:
                 f"with; some of it may work. For all of it: pip install '{name}>={least}'"
             )
     parts = [_reason("backend", name, get_backend) for name in BACKENDS]
-    parts.append(_reason("library", "operators", lambda name: library()))
+    parts += [_reason("operators", provider, library) for provider in ("cpu", "cuda")]
     for part in parts:
         slow = part.kind == "backend" and not part.reason and get_backend(part.name).slow
         if slow:
