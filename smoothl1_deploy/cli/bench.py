@@ -90,8 +90,7 @@ def bench(
     except OSError as exc:
         raise OutputError(f"can't make the folder {output}: {exc}; choose another with -o") from exc
     origin = provenance()
-    if (load := os.getloadavg()[0]) > 1:
-        print_note(f"the machine is at a load of {load:.1f}: others take part in what is measured")
+    load = os.getloadavg()[0]
     console = open_console()
     rows: list[Row] = []
     said: set[str] = set()
@@ -119,6 +118,8 @@ def bench(
         write_atomic(output / "bench.png", plot_png(rows))
     except MissingDependencyError as exc:
         print_note(f"no plot: {exc}")
+    if load > 1:
+        print_note(f"the load was {load:.1f} at the start: others took part in what was measured")
     print_lines([f"wrote {output / 'bench.jsonl'}"])
 
 

@@ -141,3 +141,15 @@ def test_bad_usage(
 def test_a_file_that_can_not_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="choose another folder with -o"):
         append_rows(tmp_path, [{}])
+
+
+@pytest.mark.parametrize("load", [0.9, 1.1])
+def test_a_loaded_machine_is_told_beside_the_result(
+    load: float,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    assert main(["bench", "--quick", "--size", "1024", "--threads", "1", "-o", str(tmp_path)]) == 0
+    assert ("the load was 1.1 at the start" in capsys.readouterr().err) == (load > 1)

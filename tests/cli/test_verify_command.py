@@ -39,8 +39,8 @@ def test_a_wrong_beta_is_red_and_named(model: Path, capsys: pytest.CaptureFixtur
 def test_a_model_of_other_origin(model: Path, capsys: pytest.CaptureFixture) -> None:
     proto = onnx.load(model)
     del proto.metadata_props[:]
-    (add,) = (node for node in proto.graph.node if node.op_type == "Add")
-    add.op_type = "Sub"  # a planted fault: the excess less the quadratic part
+    _, sub = (node for node in proto.graph.node if node.op_type == "Sub")
+    sub.op_type = "Add"  # a planted fault: half of the core more than the difference
     onnx.save(proto, model)
     assert main(["verify", str(model)]) == 2
     assert "--beta and --reduction" in capsys.readouterr().err
