@@ -258,9 +258,11 @@ def check_trust(model: onnx.ModelProto) -> None:
     """Refuse what harms a reader, whatever it does with the model.
 
     Raises:
-        ArtefactError: as `check_nesting` does, and for constants of impossible sizes.
+        ArtefactError: as `check_nesting` does, for operators whose name is no text, and for
+            constants of impossible sizes.
     """
     check_nesting(model)
+    _check_operators(model)
     _check_constants(model)
 
 
@@ -297,6 +299,17 @@ def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
         raise ArtefactError(
             f"the {what} {whole:,} nodes, more than {_MOST_NODES:,}; it is damaged or made to harm"
         )
+
+
+def _check_operators(model: onnx.ModelProto) -> None:
+    for scope in scopes(model):
+        for node in scope.nodes:
+            names: tuple[object, ...] = node.domain, node.op_type
+            if any(isinstance(name, bytes) for name in names):  # protobuf's, of what is no UTF-8
+                raise ArtefactError(
+                    f"the operator {names} of the node {scope.where}{node_label(node)!r} is no "
+                    "text; the model is damaged"
+                )
 
 
 def _check_constants(model: onnx.ModelProto) -> None:

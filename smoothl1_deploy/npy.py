@@ -144,6 +144,8 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     if version not in _HEADERS:
         raise ValueError(f"a header of version {version}")
     shape, fortran, dtype = _HEADERS[version](file)
+    if not all(type(size) is int for size in shape):  # to numpy True is one, but not everywhere
+        raise ValueError(f"no array has the shape {shape}")
     # numpy multiplies every other size, though there is nothing to hold.
     beside = math.prod(size for size in shape if size) * dtype.itemsize
     if len(shape) > 64 or (0 in shape and not 0 <= beside < 1 << 63):

@@ -304,6 +304,14 @@ def _long_name(folder: Path) -> object:
     return load(model, input_name="x", target_name="label")
 
 
+@case("an operator whose name is no text, for TensorRT")
+def _no_text(folder: Path) -> object:
+    """What `scripts/fuzz` (models, seed 83) found."""
+    pytest.importorskip("tensorrt_rtx")
+    data = export(LossSpec(), "inlined", shape=(4, 16)).SerializeToString()
+    return load(data.replace(b"\x08Constant", b"\x08C\xccnstant"), "trt-network")
+
+
 def _npy(folder: Path, header: str, data: bytes = b"") -> Path:
     raw = header.encode() + b"\n"
     path = folder / "a.npy"
@@ -323,6 +331,9 @@ case("a .npy header of no elements and a size that no array has")(
 )
 case("a .npy header with more elements than the file")(
     lambda folder: read_array(_npy(folder, _header((2**40,)), bytes(64)), "float32")
+)
+case("a .npy header with a size that is no number")(
+    lambda folder: read_array(_npy(folder, _header((True,)), bytes(4)), "float32")
 )
 case("a .npy header that is a program")(
     lambda folder: read_array(_npy(folder, "__import__('os').system('true')"), "float32")
