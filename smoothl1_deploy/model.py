@@ -258,11 +258,11 @@ def check_trust(model: onnx.ModelProto) -> None:
     """Refuse what harms a reader, whatever it does with the model.
 
     Raises:
-        ArtefactError: as `check_nesting` does, for operators whose name is no text, and for
-            constants of impossible sizes.
+        ArtefactError: as `check_nesting` does, for names that are no text, and for constants of
+            impossible sizes.
     """
     check_nesting(model)
-    _check_operators(model)
+    _check_names(model)
     _check_constants(model)
 
 
@@ -301,15 +301,18 @@ def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
         )
 
 
-def _check_operators(model: onnx.ModelProto) -> None:
+def _check_names(model: onnx.ModelProto) -> None:
+    names: list[Any] = [entry.domain for entry in model.opset_import]
+    for function in model.functions:
+        names += [function.domain, function.name, *function.input, *function.output]
     for scope in scopes(model):
+        names += (value.name for value in scope.values)
+        names += (tensor.name for _, tensor in scope.constants)
         for node in scope.nodes:
-            names: tuple[object, ...] = node.domain, node.op_type
-            if any(isinstance(name, bytes) for name in names):  # protobuf's, of what is no UTF-8
-                raise ArtefactError(
-                    f"the operator {names} of the node {scope.where}{node_label(node)!r} is no "
-                    "text; the model is damaged"
-                )
+            names += [node.domain, node.op_type, node.name, *node.input, *node.output]
+    for name in (model.graph.name, *names):
+        if isinstance(name, bytes):  # what protobuf gives of no UTF-8
+            raise ArtefactError(f"the name {name!r} in the model is no text; the model is damaged")
 
 
 def _check_constants(model: onnx.ModelProto) -> None:

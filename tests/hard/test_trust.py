@@ -304,12 +304,16 @@ def _long_name(folder: Path) -> object:
     return load(model, input_name="x", target_name="label")
 
 
-@case("an operator whose name is no text, for TensorRT")
+@case("an operator whose name is no text")
 def _no_text(folder: Path) -> object:
-    """What `scripts/fuzz` (models, seed 83) found."""
-    pytest.importorskip("tensorrt_rtx")
     data = export(LossSpec(), "inlined", shape=(4, 16)).SerializeToString()
-    return load(data.replace(b"\x08Constant", b"\x08C\xccnstant"), "trt-network")
+    return load(data.replace(b"\x08Constant", b"\x08C\xccnstant"))
+
+
+@case("an input whose name is no text")
+def _nameless(folder: Path) -> object:
+    data = export(LossSpec(), shape=(4, 16)).SerializeToString()
+    return load(data.replace(b"\x06target", b"\x06t\xccrget"))
 
 
 def _npy(folder: Path, header: str, data: bytes = b"") -> Path:
