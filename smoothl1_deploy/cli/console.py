@@ -56,11 +56,16 @@ def interrupts_told() -> Iterator[None]:
     Each is a KeyboardInterrupt within; afterwards, where one came, none is until the caller says.
     """
     told = telling = False
+    show_unraisable = sys.unraisablehook
+
+    def send_again() -> None:
+        with suppress(RuntimeError):  # the interpreter ends, and starts no thread any more
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     def tell(number: int, frame: object) -> None:
         nonlocal told, telling
-        if telling:  # raised here, it and the first would be one; so it comes again
-            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        if telling:  # raised here, it and the first would be one
+            send_again()
             return
         if not told:
             told = telling = True
@@ -71,15 +76,24 @@ def interrupts_told() -> Iterator[None]:
             telling = False
         raise KeyboardInterrupt
 
+    def unraisable(lost: Any) -> None:
+        """Python drops what is raised while it runs a destructor or a weak reference's callback."""
+        if lost.exc_type is KeyboardInterrupt:
+            send_again()
+        else:
+            show_unraisable(lost)
+
     _on_interrupt.clear()
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # no interrupt comes here, or whoever calls has a way of its own
         return
     signal.signal(signal.SIGINT, tell)
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = show_unraisable
         signal.signal(signal.SIGINT, signal.SIG_IGN if told else signal.default_int_handler)
 
 

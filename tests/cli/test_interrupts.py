@@ -126,6 +126,27 @@ def test_a_second_interrupt_while_the_first_is_told_is_not_lost_in_it() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_an_interrupt_that_comes_within_a_destructor_comes_again(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Python drops what is raised there; the command would go on, and a traceback be shown."""
+
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interrupts_told():
+            Dying()
+            with pytest.raises(KeyboardInterrupt):
+                time.sleep(60)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err == _ONCE
+
+
 def test_an_interrupt_that_keeps_the_matrix_from_tidying_up(pair: object) -> None:
     """The second may come before the first thing that is done about the first."""
     late = """
