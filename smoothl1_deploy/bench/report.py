@@ -46,7 +46,7 @@ def bench_table(rows: Sequence[Row]) -> Table:
     against = [name for name in _AGAINST if any(row.contestant == name for row in rows)]
     limit = next((r.gigabytes_per_second for r in rows if r.contestant == READ), None)
     columns = ["time", "quartiles", "p99", *(f"x {name}" for name in against)]
-    for name in (*columns, "GB/s", "of the limit", "error", "peak"):
+    for name in (*columns, "GB/s", "of the read", "error", "peak"):
         table.add_column(name, justify="right")
     for row in rows:
         share = row.gigabytes_per_second / limit if limit else 0
