@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
 FOLDER = "smoothl1_deploy/ops/c"
@@ -48,8 +49,13 @@ class BuildLibrary(build_ext):
         target = self.get_ext_fullpath(ext.name)
         if not (self.force or newer_group([*ext.sources, *ext.depends], target)):
             return
-        known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+        try:
+            known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+        except (OSError, subprocess.SubprocessError) as exc:  # which setuptools wouldn't go on from
+            raise CompileError(f"{nvcc} can't be asked what it compiles for: {exc}") from exc
         devices = [device for device in CAPABILITIES if f"sm_{device}" in known]
+        if not devices:
+            raise CompileError(f"{nvcc} compiles for none of {CAPABILITIES}")
         codes = [(device, f"sm_{device}") for device in devices]
         codes.append((devices[-1], f"compute_{devices[-1]}"))
         options = [f"-gencode=arch=compute_{device},code={code}" for device, code in codes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import runpy
@@ -91,6 +92,19 @@ def test_the_wheel_has_the_operators_and_the_platform_that_they_need(tmp_path: P
     assert re.findall(r"NEEDED +(\S+)", linked) == ["libc.so.6"]
     assert max(int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", linked)) <= 17
     assert "PATH" not in linked, "it names a folder of the machine that built it"
+
+
+@pytest.mark.parametrize("nvcc", ["false", "/nowhere/nvcc"])
+def test_compilers_that_fail_leave_the_package_to_be_installed(nvcc: str, tmp_path: Path) -> None:
+    """As an nvcc does that is too old to be asked what it compiles for."""
+    pytest.importorskip("setuptools", minversion="77")
+    places = ["--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "objects"]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", *places],
+        cwd=ROOT, env={**os.environ, "CC": "false", "NVCC": nvcc}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not [*tmp_path.rglob("*.so")]
 
 
 def test_torch_is_installed_first_and_by_its_exact_spelling() -> None:

@@ -95,13 +95,28 @@ class OrtRunner(Runner):
         return outputs
 
 
-class OrtCpuBackend(Backend):
+class OrtBareBackend(Backend):
+    """ONNX Runtime on the CPU with nothing registered: the file as anyone's session runs it."""
+
+    name = "ort-cpu-bare"
+
+    def __init__(self) -> None:
+        self._ort = require("onnxruntime", "cpu", f"the {self.name} backend")
+
+    def load(self, model: onnx.ModelProto) -> Runner:
+        """Open an inference session on `model`."""
+        return self._open(model)
+
+    def _open(
+        self, model: onnx.ModelProto, prepare: Callable[[Any], None] | None = None
+    ) -> OrtRunner:
+        return OrtRunner(model, self._ort, self.threads or default_threads(), prepare)
+
+
+class OrtCpuBackend(OrtBareBackend):
     """ONNX Runtime on the CPU, with the operators of `ops` where they were built."""
 
     name = "ort-cpu"
-
-    def __init__(self) -> None:
-        self._ort = require("onnxruntime", "cpu", "the ort-cpu backend")
 
     def load(self, model: onnx.ModelProto) -> Runner:
         """Open an inference session on `model`."""
@@ -110,21 +125,3 @@ class OrtCpuBackend(Backend):
     def load_body(self, model: onnx.ModelProto) -> Runner | None:
         """Open a session without the operators, where one with them may run other code."""
         return self._open(model) if ops.is_built() and model.functions else None
-
-    def _open(
-        self, model: onnx.ModelProto, prepare: Callable[[Any], None] | None = None
-    ) -> OrtRunner:
-        return OrtRunner(model, self._ort, self.threads or default_threads(), prepare)
-
-
-class OrtBareBackend(OrtCpuBackend):
-    """ONNX Runtime on the CPU with nothing registered: the file as anyone's session runs it."""
-
-    name = "ort-cpu-bare"
-
-    def load(self, model: onnx.ModelProto) -> Runner:
-        """Open an inference session on `model`."""
-        return self._open(model)
-
-    def load_body(self, model: onnx.ModelProto) -> None:
-        """None: `load` runs them."""

@@ -109,7 +109,7 @@ class Assembly:
     def _scalar_tensors(self) -> list[str] | None:
         """beta, half and divisor for the terms; None where an attribute says it all (case 1)."""
         spec = self._spec
-        if is_l1(spec):
+        if _is_l1(spec):
             return []
         if self._is_added:
             known = self._tensors.get("beta")
@@ -134,7 +134,7 @@ class Assembly:
         """The element losses, weighted: in the compute dtype, or in float64 to be summed."""
         spec = self._spec
         pair = [self._data["input"], self._data["target"]]
-        if is_l1(spec):
+        if _is_l1(spec):
             losses = self._call("L1Loss", pair, "losses")
         elif self._is_added:
             losses = self._call("SmoothL1Addends", [*pair, *(self._scalars or ())], "losses")
@@ -369,7 +369,7 @@ def function_name(spec: LossSpec) -> str:
     return "".join(
         (
             "Weighted" * bool(spec.weight),
-            "L1Loss" if is_l1(spec) else "SmoothL1Loss",
+            "L1Loss" if _is_l1(spec) else "SmoothL1Loss",
             "Row" * spec.per_sample,
             reduction * (spec.reduction != "none"),
             "At" * _takes_beta(spec),
@@ -381,13 +381,13 @@ def function_name(spec: LossSpec) -> str:
     )
 
 
-def is_l1(spec: LossSpec) -> bool:
+def _is_l1(spec: LossSpec) -> bool:
     """Whether the nodes compute |d| in float32 and know of no beta."""
     return spec.effective_beta == 0 and not _takes_beta(spec)
 
 
 def _has_attribute(spec: LossSpec) -> bool:
-    return not (_takes_beta(spec) or is_l1(spec))
+    return not (_takes_beta(spec) or _is_l1(spec))
 
 
 def _takes_beta(spec: LossSpec) -> bool:
@@ -422,7 +422,7 @@ def nodes_of(
     attributes: dict[str, Any] = {}
     if _has_attribute(spec):
         attributes = {"beta": spec.effective_beta}
-    elif not (is_l1(spec) or spec.runtime_beta):
+    elif not (_is_l1(spec) or spec.runtime_beta):
         element = TensorProto.DOUBLE if spec.dtype == "float64" else TensorProto.FLOAT
         beta = spec.effective_beta
         constants = [helper.make_tensor(f"{prefix}beta", element, [], [beta])]
