@@ -184,6 +184,10 @@ class Matrix:
                 "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
                 f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
             )
+        if _BARE in self.backends:
+            notes.append(
+                f"{_BARE}: the function route; ort-cpu has no operator for the nodes of the others"
+            )
         of_the_spec = [name for name in _OF_THE_SPEC if name in self.backends]
         if of_the_spec:
             notes.append(
