@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from smoothl1_deploy import attach, build_engine, load, verify
 from smoothl1_deploy.artefact import read_model, select_ports
 from smoothl1_deploy.backends.base import BACKENDS, missing
-from smoothl1_deploy.cli.inspection import inspect_model
+from smoothl1_deploy.cli.inspect import inspect_model
 from smoothl1_deploy.floats import NUMPY_DTYPE
 from smoothl1_deploy.graph.metadata import (
     HASH,

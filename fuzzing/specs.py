@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec, attach, export
-from smoothl1_deploy.cli.export import parse_shape
+from smoothl1_deploy.cli.options import parse_shape
 from smoothl1_deploy.graph.export import ROUTES
 from smoothl1_deploy.graph.metadata import read_spec
 from smoothl1_deploy.spec import DTYPES, NORMALIZERS, REDUCTIONS

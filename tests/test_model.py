@@ -21,8 +21,7 @@ from smoothl1_deploy import LossSpec, attach, load
 from smoothl1_deploy.artefact import signature
 from smoothl1_deploy.backends.ort_nodes import host_nodes
 from smoothl1_deploy.cli import main
-from smoothl1_deploy.cli.inspection import inspect_model
-from smoothl1_deploy.cli.ports import graph_ports
+from smoothl1_deploy.cli.inspect import graph_ports, inspect_model
 from smoothl1_deploy.errors import ArtefactError, SpecError
 from smoothl1_deploy.model import ATTACHED, Loss, axes_of, dims_of, inputs_of, main_tensors
 from smoothl1_deploy.serving.canary import make_canary

@@ -13,12 +13,10 @@ import typer
 
 from ..errors import ArtefactError, OutputError, SpecError
 from .console import human_size, print_fields, print_note
-from .export import Gradient, PerSample, RuntimeBeta, Upstream
+from .options import parse_shape, takes_spec
 
 if TYPE_CHECKING:
     import onnx
-
-__all__ = ["EXAMPLE", "attach"]
 
 EXAMPLE = (
     "smoothl1-deploy attach detector.onnx --prediction boxes --target boxes_gt --per-sample "
@@ -28,6 +26,7 @@ EXAMPLE = (
 _PROTOBUF_LIMIT = 2**31 - 2**20  # with room for what is written around the weights
 
 
+@takes_spec("weight")
 def attach(
     model: Annotated[Path, typer.Argument(help="An ONNX file of opset 13 or newer.")],
     prediction: Annotated[
@@ -37,15 +36,8 @@ def attach(
         str, typer.Option(help="Another tensor, a new input's name, or a .npy file (a constant).")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The model to write.")],
-    beta: Annotated[float, typer.Option(help="Where the quadratic part ends.")] = 1.0,
-    reduction: Annotated[str, typer.Option(help="none, mean or sum.")] = "mean",
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the loss; the prediction's by default.")
-    ] = None,
-    per_sample: PerSample = False,
-    gradient: Gradient = False,
-    upstream: Upstream = False,
-    runtime_beta: RuntimeBeta = False,
+    given: dict[str, Any],
+    *,
     weight: Annotated[
         str | None, typer.Option(help="Weights of the elements; like --target.")
     ] = None,
@@ -80,22 +72,15 @@ def attach(
         raise SpecError("--normalizer without --weight; say what the weights are with --weight")
 
     from ..graph.attach import attach as graft
-    from ..model import inputs_of
+    from ..model import float_dtype_of, inputs_of
     from ..spec import LossSpec
-    from .export import parse_shape
 
     proto = _read(model)
     _check_output(output, proto, model, [target, weight], overwrite)
-    spec = LossSpec(
-        beta=beta,
-        reduction=reduction,
-        dtype=dtype or _dtype_of(proto, prediction),
-        per_sample=per_sample,
-        gradient=gradient,
-        upstream=upstream,
-        runtime_beta=runtime_beta,
-        weight=None if weight is None else normalizer or "count",
-    )
+    given.setdefault("dtype", float_dtype_of(proto, prediction) or "float32")
+    if weight is not None:
+        given["weight"] = normalizer or "count"
+    spec = LossSpec(**given)
     grafted = graft(
         proto,
         prediction,
@@ -216,13 +201,6 @@ def _same_bytes(a: Path, b: Path) -> bool:
         return filecmp.cmp(a, b, shallow=False)
     except OSError:
         return False
-
-
-def _dtype_of(model: onnx.ModelProto, prediction: str) -> str:
-    """The prediction's, or float32 where attach will say that there is no such tensor."""
-    from ..model import float_dtype_of
-
-    return float_dtype_of(model, prediction) or "float32"
 
 
 def _is_array(given: str) -> bool:

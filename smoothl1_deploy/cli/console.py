@@ -16,27 +16,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from ..errors import ModelWarning, OutputError, reason_of
 from ..files import descriptors_written
+from ..records import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-__all__ = [
-    "INTERRUPTED",
-    "human_size",
-    "interrupts_told",
-    "json_number",
-    "on_interrupt",
-    "open_console",
-    "print_error",
-    "print_fields",
-    "print_json",
-    "print_lines",
-    "print_note",
-    "print_table",
-    "safe_streams",
-    "warnings_as_notes",
-]
-
 
 INTERRUPTED = 130  # exit code: 128 + SIGINT, as a shell reports it
 
@@ -271,8 +254,8 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], title: st
 
 
 def print_json(value: object) -> None:
-    """Strict JSON on stdout: numbers that JSON lacks must have gone through `json_number`."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    """Strict JSON on stdout, records and numbers that JSON lacks as `records.plain` has them."""
+    print(json.dumps(plain(value), indent=2, allow_nan=False))
 
 
 def json_number(value: Any) -> float | str:

@@ -3,64 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import typer
+from typing import ClassVar
 
 from ..errors import SmoothL1DeployError
+from ..records import Record
 from .console import print_fields, print_json, print_lines, print_table
-
-__all__ = ["EXAMPLE", "Checkup", "Part", "doctor", "examine"]
+from .options import AsJson
 
 EXAMPLE = "smoothl1-deploy doctor --json"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A backend or a flavour; `reason` says why it can't be used here and what to install."""
+class Part(Record):
+    """A backend, a flavour or a library; `reason` says why it can't be used and what to install."""
 
     kind: str
     name: str
     reason: str | None
+    derived: ClassVar[tuple[str, ...]] = ("available",)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {"name": self.name, "available": self.reason is None, "reason": self.reason}
-
-
-@dataclass(frozen=True, slots=True)
-class Checkup:
-    """What `doctor` found.
-
-    Attributes:
-        environment: `smoothl1_deploy.environment.environment()`.
-        lowest: the lowest version of a package that the tests pass with.
-        gpu: the GPU in use.
-        telemetry: `smoothl1_deploy.environment.telemetry()`.
-        parts: backends and flavours.
-        warnings: what may go wrong here.
-    """
-
-    environment: dict[str, Any]
-    lowest: dict[str, str]
-    gpu: dict[str, Any] | None
-    telemetry: dict[str, bool] | None
-    parts: tuple[Part, ...]
-    warnings: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            **self.environment,
-            "lowest": self.lowest,
-            "gpu": self.gpu,
-            "telemetry": self.telemetry,
-            "backends": [part.to_dict() for part in self.parts if part.kind == "backend"],
-            "flavours": [part.to_dict() for part in self.parts if part.kind == "flavour"],
-            "warnings": list(self.warnings),
-        }
+    @property
+    def available(self) -> bool:
+        """Whether it can be used here."""
+        return self.reason is None
 
 
 def _reason(kind: str, name: str, use: Callable[[str], object]) -> Part:
@@ -78,43 +45,43 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])))
 
 
-def examine() -> Checkup:
-    """Look at packages, backends, flavours and GPU; a backend is tried by importing it."""
+def _parts() -> list[Part]:
+    """Each is tried by importing what it lives on."""
     from ..backends.base import BACKENDS, get_backend
-    from ..environment import environment, lowest_versions, telemetry
     from ..ops import library
     from ..tensorrt.flavour import FLAVOURS, get_flavour
-    from ..tensorrt.gpu import current_gpu
 
-    facts, lowest = environment(), lowest_versions()
-    gpu = current_gpu()
-    packages = facts["packages"]
-    warnings = []
+    return [
+        *(_reason("backend", name, get_backend) for name in BACKENDS),
+        *(_reason("operators", provider, library) for provider in ("cpu", "cuda")),
+        *(_reason("flavour", name, get_flavour) for name in FLAVOURS),
+    ]
+
+
+def _warnings(
+    packages: Mapping[str, str | None], lowest: Mapping[str, str], parts: Iterable[Part]
+) -> list[str]:
+    """What may go wrong here."""
+    from ..backends.base import get_backend
+
+    found = []
     if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
-        warnings.append(
+        found.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. "
             "Keep one: pip uninstall onnxruntime onnxruntime-gpu, then install the one you want"
         )
     for name, least in lowest.items():
-        if packages[name] and _numbers(packages[name]) < _numbers(least):
-            warnings.append(
-                f"{name} {packages[name]} is older than {least}, the lowest that the tests pass "
+        installed = packages[name]
+        if installed and _numbers(installed) < _numbers(least):
+            found.append(
+                f"{name} {installed} is older than {least}, the lowest that the tests pass "
                 f"with; some of it may work. For all of it: pip install '{name}>={least}'"
             )
-    parts = [_reason("backend", name, get_backend) for name in BACKENDS]
-    parts += [_reason("operators", provider, library) for provider in ("cpu", "cuda")]
     for part in parts:
-        slow = part.kind == "backend" and not part.reason and get_backend(part.name).slow
+        slow = part.kind == "backend" and part.available and get_backend(part.name).slow
         if slow:
-            warnings.append(f"{part.name} runs on {slow}: its numbers are right, and it is slow")
-    return Checkup(
-        facts,
-        lowest,
-        None if gpu is None else gpu.to_dict(),
-        telemetry(),
-        tuple(parts + [_reason("flavour", name, get_flavour) for name in FLAVOURS]),
-        tuple(warnings),
-    )
+            found.append(f"{part.name} runs on {slow}: its numbers are right, and it is slow")
+    return found
 
 
 def _telemetry(found: dict[str, bool] | None) -> dict[str, str]:
@@ -129,17 +96,31 @@ def _telemetry(found: dict[str, bool] | None) -> dict[str, str]:
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what is installed, what can run here, and what to install.
 
     Ends with 0 whatever it finds.
     """
-    found = examine()
+    from ..environment import environment, lowest_versions, telemetry
+    from ..tensorrt.gpu import current_gpu
+
+    facts, lowest, gpu, told = environment(), lowest_versions(), current_gpu(), telemetry()
+    parts = _parts()
+    warnings = _warnings(facts["packages"], lowest, parts)
     if as_json:
-        print_json(found.to_dict())
+        print_json(
+            {
+                **facts,
+                "lowest": lowest,
+                "gpu": gpu,
+                "telemetry": told,
+                "backends": [part for part in parts if part.kind == "backend"],
+                "flavours": [part for part in parts if part.kind == "flavour"],
+                "warnings": warnings,
+            }
+        )
         return
-    facts, gpu = found.environment, found.gpu
     print_fields(
         {
             "smoothl1-deploy": facts["smoothl1_deploy"],
@@ -148,28 +129,24 @@ def doctor(
             "processor": f"{facts['processor']}, {facts['cores']} cores",
             "gpu": "none"
             if gpu is None
-            else f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
-            f"driver {gpu['driver']}",
+            else f"{gpu.name}, compute capability {gpu.compute_capability}, driver {gpu.driver}",
             "operators": f"built, sha256 {facts['operators'][:12]}"
             if facts["operators"]
             else "not built: every file runs by its own graph",
         }
-        | _telemetry(found.telemetry)
+        | _telemetry(told)
     )
     print_table(
         ("package", "version", "lowest that passes"),
         [
-            (name, version or "not installed", found.lowest.get(name, ""))
+            (name, version or "not installed", lowest.get(name, ""))
             for name, version in facts["packages"].items()
         ],
     )
     print_table(
         ("part", "kind", "here"),
-        [
-            (p.name, p.kind, "available" if p.reason is None else "not available")
-            for p in found.parts
-        ],
+        [(p.name, p.kind, "available" if p.available else "not available") for p in parts],
     )
     # Below the table and not in it: an install command must not be cut by a column.
-    print_lines([f"{p.name} not available: {p.reason}" for p in found.parts if p.reason])
-    print_lines([f"warning: {warning}" for warning in found.warnings])
+    print_lines([f"{p.name} not available: {p.reason}" for p in parts if p.reason])
+    print_lines([f"warning: {warning}" for warning in warnings])

@@ -2,121 +2,25 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import SpecError
-from ..spec import DTYPES, NORMALIZERS, REDUCTIONS, LossSpec
+from ..spec import LossSpec, resolve_reduction
 from .console import human_size, print_fields, print_json, print_note
-
-__all__ = ["EXAMPLE", "export", "parse_shape"]
+from .options import AsJson, parse_shape, takes_spec
 
 EXAMPLE = "smoothl1-deploy export --beta 0.5 --reduction mean --shape N,16 -o loss.onnx"
 
-_EXTENSIONS = "Beyond PyTorch's arguments"
 _DEPRECATED = "Deprecated arguments of PyTorch"
 
-# The extensions of a spec, as every command takes them.
-PerSample = Annotated[
-    bool,
-    typer.Option(
-        "--per-sample",
-        help="Reduce every axis but the first: one score per row.",
-        rich_help_panel=_EXTENSIONS,
-    ),
-]
-Gradient = Annotated[
-    bool,
-    typer.Option(
-        "--gradient",
-        help="A second output grad_input, the gradient with respect to input.",
-        rich_help_panel=_EXTENSIONS,
-    ),
-]
-Upstream = Annotated[
-    bool,
-    typer.Option(
-        "--upstream",
-        help="Multiply the gradient by an input grad_output, of the loss's shape.",
-        rich_help_panel=_EXTENSIONS,
-    ),
-]
-RuntimeBeta = Annotated[
-    bool,
-    typer.Option(
-        "--runtime-beta",
-        help="beta is an input of the graph: one file for every beta.",
-        rich_help_panel=_EXTENSIONS,
-    ),
-]
-Weight = Annotated[
-    str | None,
-    typer.Option(
-        help="An input weight multiplies the losses of the elements; a mean divides "
-        f"by: {' or '.join(NORMALIZERS)} (the number of elements or the sum of weights).",
-        rich_help_panel=_EXTENSIONS,
-    ),
-]
 
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """What was written; `inputs` and `outputs` as `ports.graph_ports` gives them."""
-
-    path: Path
-    bytes: int
-    sha256: str
-    route: str
-    spec: LossSpec
-    inputs: list[dict[str, Any]]
-    outputs: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "path": str(self.path),
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "route": self.route,
-            "spec": self.spec.to_dict(),
-            "inputs": self.inputs,
-            "outputs": self.outputs,
-        }
-
-
-def parse_shape(text: str | None, what: str = "--shape") -> tuple[int | str, ...] | None:
-    """`"N,16"` to `("N", 16)`; `"scalar"` or `""` to `()`; None stays None (any rank).
-
-    Raises:
-        SpecError: for `"Nx16"`, which would otherwise be one axis of that name.
-
-    >>> parse_shape("N, 16")
-    ('N', 16)
-    """
-    if text is None:
-        return None
-    if text.strip() in ("", "scalar"):
-        return ()
-    axes = [axis.strip() for axis in text.split(",")]
-    for axis in axes:
-        if re.fullmatch(r"\w+(x\d+)+", axis):
-            commas = axis.replace("x", ",")
-            raise SpecError(f"{what} {text!r}: separate the axes by commas, as in {commas}")
-    return tuple(int(axis) if re.fullmatch(r"-?\d+", axis) else axis for axis in axes)
-
-
+@takes_spec()
 def export(
-    beta: Annotated[
-        float, typer.Option(help="Where the quadratic part ends, >= 0; 0 is the L1 loss.")
-    ] = 1.0,
-    reduction: Annotated[str, typer.Option(help=f"One of {', '.join(REDUCTIONS)}.")] = "mean",
-    dtype: Annotated[
-        str, typer.Option(help=f"Of input, target and loss: {', '.join(DTYPES)}.")
-    ] = "float32",
+    given: dict[str, Any],
+    *,
     route: Annotated[
         str,
         typer.Option(
@@ -139,18 +43,9 @@ def export(
     any_rank: Annotated[
         bool, typer.Option("--any-rank", help="Say that no --shape is meant.")
     ] = False,
-    per_sample: PerSample = False,
-    gradient: Gradient = False,
-    upstream: Upstream = False,
-    runtime_beta: RuntimeBeta = False,
-    weight: Weight = None,
     weight_shape: Annotated[
         str | None,
-        typer.Option(
-            metavar="AXES",
-            help="Of weight where it differs and broadcasts.",
-            rich_help_panel=_EXTENSIONS,
-        ),
+        typer.Option(metavar="AXES", help="Of weight where it differs and broadcasts."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -174,20 +69,14 @@ def export(
             rich_help_panel=_DEPRECATED,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a Smooth L1 loss as an ONNX file.
 
     The graph takes input and target and gives loss. The same arguments give the same bytes.
     """
-    spec = replace(
-        LossSpec.from_legacy(size_average, reduce, reduction, beta, dtype),
-        per_sample=per_sample,
-        gradient=gradient,
-        upstream=upstream,
-        runtime_beta=runtime_beta,
-        weight=weight,
-    )
+    reduction = resolve_reduction(size_average, reduce, given.get("reduction", "mean"))
+    spec = LossSpec(**{**given, "reduction": reduction})
     axes = parse_shape(shape)
     target_axes = parse_shape(target_shape, "--target-shape")
     weight_axes = parse_shape(weight_shape, "--weight-shape")
@@ -196,28 +85,39 @@ def export(
 
     from ..artefact import sha256, write_atomic
     from ..graph.export import export as export_model
-    from .ports import graph_ports, show_ports
+    from .inspect import graph_ports, show_ports
 
     model = export_model(spec, route, axes, target_shape=target_axes, weight_shape=weight_axes)
     data = model.SerializeToString(deterministic=True)
     path = write_atomic(output or Path(f"{spec.name}.onnx"), data)
-    done = Exported(path, len(data), sha256(data), route, spec, *graph_ports(model))
+    inputs, outputs = graph_ports(model)
+    digest = sha256(data)
     if size_average is not None or reduce is not None:
         print_note(
             "--size-average and --reduce are deprecated in PyTorch and here; "
             f"write --reduction {spec.reduction}"
         )
     if as_json:
-        print_json(done.to_dict())
+        print_json(
+            {
+                "path": str(path),
+                "bytes": len(data),
+                "sha256": digest,
+                "route": route,
+                "spec": spec.to_dict(),
+                "inputs": inputs,
+                "outputs": outputs,
+            }
+        )
         return
     print_fields(
         {
-            "wrote": f"{done.path}, {human_size(done.bytes)}",
+            "wrote": f"{path}, {human_size(len(data))}",
             "spec": ", ".join(f"{name}={value}" for name, value in spec.to_dict().items()),
             "route": route,
-            "inputs": show_ports(done.inputs),
-            "outputs": show_ports(done.outputs),
-            "sha256": done.sha256,
+            "inputs": show_ports(inputs),
+            "outputs": show_ports(outputs),
+            "sha256": digest,
         }
     )
     if axes is None and not any_rank:

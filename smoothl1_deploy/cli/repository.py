@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import SpecError, require
-from ..spec import DTYPES, REDUCTIONS, LossSpec
+from ..spec import LossSpec
 from .console import print_fields, print_json, print_lines, print_table
-from .export import Gradient, PerSample, RuntimeBeta, Weight, parse_shape
+from .options import AsJson, options_of, parse_shape, takes_spec
 
 if TYPE_CHECKING:
     from ..serving.repository import ServedModel
-
-__all__ = ["EXAMPLE", "repository"]
 
 EXAMPLE = "smoothl1-deploy repository models --per-sample --name smooth_l1_per_sample"
 
@@ -26,40 +23,10 @@ _KSERVE = "On a cluster"
 _SHAPE = "N,16"
 
 
-@dataclass(frozen=True, slots=True)
-class _Loss:
-    """The options that say what a loss of its own is; each None or False where it isn't given."""
-
-    beta: float | None
-    reduction: str | None
-    dtype: str | None
-    shape: str | None
-    route: str | None
-    per_sample: bool
-    gradient: bool
-    runtime_beta: bool
-    weight: str | None
-
-    def given(self) -> list[str]:
-        fields = asdict(self).items()  # a beta of 0 is given, and equals False
-        return [f"--{k.replace('_', '-')}" for k, v in fields if v is not None and v is not False]
-
-    def spec(self) -> LossSpec:
-        chosen = {
-            name: getattr(self, name)
-            for name in ("beta", "reduction", "dtype")
-            if getattr(self, name) is not None
-        }
-        return replace(
-            LossSpec(**chosen),
-            per_sample=self.per_sample,
-            gradient=self.gradient,
-            runtime_beta=self.runtime_beta,
-            weight=self.weight,
-        )
-
-
+@takes_spec("upstream", panel=_LOSS)
 def repository(
+    given: dict[str, Any],
+    *,
     folder: Annotated[
         Path | None, typer.Argument(help="The repository to write into; made where missing.")
     ] = None,
@@ -106,17 +73,6 @@ def repository(
     tensorrt_version: Annotated[
         str | None, typer.Option(help="With --lint: of the server's TensorRT, as in 10.13.")
     ] = None,
-    beta: Annotated[float | None, typer.Option(help="1 by default.", rich_help_panel=_LOSS)] = None,
-    reduction: Annotated[
-        str | None,
-        typer.Option(
-            help=f"One of {', '.join(REDUCTIONS)}; mean by default.", rich_help_panel=_LOSS
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help=f"One of {', '.join(DTYPES)}.", rich_help_panel=_LOSS),
-    ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -131,10 +87,6 @@ def repository(
             help="As of export; inlined by default, function with --ops.", rich_help_panel=_LOSS
         ),
     ] = None,
-    per_sample: PerSample = False,
-    gradient: Gradient = False,
-    runtime_beta: RuntimeBeta = False,
-    weight: Weight = None,
     kserve: Annotated[
         Path | None,
         typer.Option(help="Also write a KServe InferenceService here.", rich_help_panel=_KSERVE),
@@ -154,24 +106,24 @@ def repository(
         str | None,
         typer.Option(help="Tag of the Triton container.", rich_help_panel=_KSERVE),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a model into a Triton model repository, or check one with --lint.
 
     The graph is made fit for a server: the loss in the shape [1], or [N,1] for a score a row, and
     a target of another number of rows is an error. --lint exits with 1 where it finds a fault.
     """
-    loss = _Loss(beta, reduction, dtype, shape, route, per_sample, gradient, runtime_beta, weight)
+    loss = options_of({**given, **{k: v for k, v in (("shape", shape), ("route", route)) if v}})
     if lint is not None:
-        if loss.given() or any(given for given in (folder, model, name, engine, kserve, ops)):
+        if loss or any((folder, model, name, engine, kserve, ops)):
             raise SpecError("--lint writes nothing; give the folder to check alone")
         _lint(lint, tensorrt_version, as_json)
         return
     if folder is None:
         raise SpecError("give the folder to write into, or --lint FOLDER to check one")
-    if model is not None and loss.given():
+    if model is not None and loss:
         raise SpecError(
-            f"--model brings its own loss, and {', '.join(loss.given())} would be ignored; leave "
+            f"--model brings its own loss, and {', '.join(loss)} would be ignored; leave "
             "them out, or attach another loss first"
         )
     if tensorrt_version is not None:
@@ -207,7 +159,7 @@ def repository(
         written = write_model(folder, model, **common)
     else:
         axes = parse_shape(_SHAPE if shape is None else shape) or ()
-        written = write_loss(folder, loss.spec(), axes, route=route, **common)
+        written = write_loss(folder, LossSpec(**given), axes, route=route, **common)
     if kserve is not None and service is not None:
         write_inference_service(kserve, service)
     green = not certify or bool(certify_model(written[0].file)[0])

@@ -10,74 +10,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InvalidInputError
-from .console import json_number, print_fields, print_json, print_note
+from .console import print_fields, print_json, print_note
+from .options import AsJson, BackendName
 
 if TYPE_CHECKING:
     from ..floats import Array
 
-__all__ = ["EXAMPLE", "run"]
-
 EXAMPLE = "smoothl1-deploy run loss.onnx --input input.npy --target target.npy"
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """An output in a few numbers; min, max and mean leave NaN out and are None without a rest.
+def _summarise(array: Array) -> dict[str, Any]:
+    """An output in a few numbers, in the digits of its dtype: the one of rank 0, or what it spans.
 
-    `value` is the number itself where the output has rank 0, as its dtype prints it in full.
+    min, max and mean leave NaN out, and are None without a rest.
     """
-
-    dtype: str
-    shape: tuple[int, ...]
-    nan: int
-    value: str | None = None
-    minimum: str | None = None
-    maximum: str | None = None
-    mean: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; NaN and infinities are strings."""
-
-        def number(value: str | float | None) -> float | str | None:
-            return None if value is None else json_number(value)
-
-        fields: dict[str, Any] = {"dtype": self.dtype, "shape": list(self.shape)}
-        if self.value is not None:
-            return {**fields, "value": number(self.value)}
-        return {
-            **fields,
-            "min": number(self.minimum),
-            "max": number(self.maximum),
-            "mean": number(self.mean),
-            "nan": self.nan,
-        }
-
-
-def _summarise(array: Array) -> Summary:
     import numpy as np
 
-    dtype = array.dtype.name
-    missing = np.isnan(array)
-    nan = int(np.count_nonzero(missing))
+    fields = {"dtype": array.dtype.name, "shape": list(array.shape)}
     if array.ndim == 0:
-        return Summary(dtype, (), nan, value=str(array[()]))
-    numbers = array[~missing] if nan else array
-    if numbers.size == 0:
-        return Summary(dtype, array.shape, nan)
-    return Summary(
-        dtype,
-        array.shape,
-        nan,
-        minimum=str(numbers.min()),
-        maximum=str(numbers.max()),
-        mean=float(numbers.mean(dtype=np.float64)),
-    )
-
-
-def _backend_names() -> list[str]:
-    from ..backends.base import BACKENDS
-
-    return list(BACKENDS)
+        return {**fields, "value": float(str(array[()]))}
+    numbers = array[~np.isnan(array)]
+    some = numbers.size > 0
+    return {
+        **fields,
+        "min": float(str(numbers.min())) if some else None,
+        "max": float(str(numbers.max())) if some else None,
+        "mean": float(numbers.mean(dtype=np.float64)) if some else None,
+        "nan": array.size - numbers.size,
+    }
 
 
 def run(
@@ -109,12 +69,7 @@ def run(
     beta: Annotated[
         float | None, typer.Option(help="For an artefact that takes beta at run time.")
     ] = None,
-    backend: Annotated[
-        str,
-        typer.Option(
-            help="What runs it; smoothl1-deploy doctor lists them.", autocompletion=_backend_names
-        ),
-    ] = "ort-cpu",
+    backend: BackendName = "ort-cpu",
     threads: Annotated[
         int, typer.Option(min=0, help="For the call; 0: as many as the backend thinks fit.")
     ] = 0,
@@ -126,7 +81,7 @@ def run(
         Path | None,
         typer.Option("-o", "--output", help="Write the result to a .npy or .npz file."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compute the loss of two arrays with an artefact, or with a model of a server (--url).
 
@@ -192,21 +147,16 @@ def _client(model: Path, url: str) -> _Runner:
     return _Runner(client.dtype, len(client.metadata()["outputs"]), client.run)
 
 
-def _show(summaries: dict[str, Summary], output: Path | None, as_json: bool) -> None:
+def _show(summaries: dict[str, dict[str, Any]], output: Path | None, as_json: bool) -> None:
     if as_json:
-        print_json(
-            {
-                "outputs": {name: summary.to_dict() for name, summary in summaries.items()},
-                "path": None if output is None else str(output),
-            }
-        )
+        print_json({"outputs": summaries, "path": output})
         return
-    values = [summary.value for summary in summaries.values()]
+    values = [summary.get("value") for summary in summaries.values()]
     if len(values) == 1 and values[0] is not None:
         print(values[0])  # alone on its line: loss=$(smoothl1-deploy run ...)
     else:
         for name, summary in summaries.items():
-            fields = {"output": name, **summary.to_dict()}
+            fields = {"output": name, **summary}
             print_fields({key: value for key, value in fields.items() if value is not None})
     if output is not None:
         print_note(f"wrote {output}")

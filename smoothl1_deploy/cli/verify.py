@@ -8,40 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import open_console, print_json, print_lines
-from .export import Gradient, PerSample, RuntimeBeta, Upstream, Weight
+from .options import AsJson, BackendName, takes_spec
 
 if TYPE_CHECKING:
     import onnx
 
     from ..spec import LossSpec
 
-__all__ = ["EXAMPLE", "verify"]
-
 EXAMPLE = "smoothl1-deploy verify loss.onnx --backend ort-cpu"
 
 _OTHERS = "A model of other origin"
 
 
+@takes_spec(panel=_OTHERS)
 def verify(
     model: Annotated[Path, typer.Argument(help="An ONNX file.")],
-    backend: Annotated[
-        str, typer.Option(help="What runs it; smoothl1-deploy doctor lists them.")
-    ] = "ort-cpu",
-    beta: Annotated[
-        float | None,
-        typer.Option(help="What it ought to compute with.", rich_help_panel=_OTHERS),
-    ] = None,
-    reduction: Annotated[
-        str | None, typer.Option(help="none, mean or sum.", rich_help_panel=_OTHERS)
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Default: the model's own.", rich_help_panel=_OTHERS)
-    ] = None,
-    per_sample: PerSample = False,
-    gradient: Gradient = False,
-    upstream: Upstream = False,
-    runtime_beta: RuntimeBeta = False,
-    weight: Weight = None,
+    given: dict[str, Any],
+    *,
+    backend: BackendName = "ort-cpu",
     input_name: Annotated[
         str | None, typer.Option(help="Which input is the prediction.", rich_help_panel=_OTHERS)
     ] = None,
@@ -66,7 +50,7 @@ def verify(
         bool, typer.Option("--certificate", help="Write what was found beside the model.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Hold one artefact against PyTorch and the exact loss, on every input family.
 
@@ -82,10 +66,7 @@ def verify(
 
     proto = read_model(model)
     ports = select_ports(proto, input_name, target_name, output_name)
-    spec = _given_spec(
-        ports, beta=beta, reduction=reduction, dtype=dtype, per_sample=per_sample,
-        gradient=gradient, upstream=upstream, runtime_beta=runtime_beta, weight=weight,
-    )  # fmt: skip
+    spec = _completed(given, ports) if given else None
     result = hold_against_references(
         proto,
         backend,
@@ -116,13 +97,8 @@ def verify(
         raise typer.Exit(1)
 
 
-def _given_spec(proto: onnx.ModelProto, **options: Any) -> LossSpec | None:
-    """What the options say, completed by the model's metadata and dtype; None without options."""
-    given = {
-        name: value for name, value in options.items() if value is not None and value is not False
-    }
-    if not given:
-        return None
+def _completed(given: dict[str, Any], proto: onnx.ModelProto) -> LossSpec:
+    """What the options say, and of the rest what the model's metadata say, or its dtype."""
     from dataclasses import replace
 
     from ..artefact import signature

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import onnx
 import pytest
+import typer
 from conftest_cli import Done
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.cli.export import parse_shape
+from smoothl1_deploy.cli.options import SPEC_OPTIONS, parse_shape, takes_spec
 from smoothl1_deploy.errors import SpecError
 from smoothl1_deploy.graph.export import ROUTES
 from smoothl1_deploy.graph.metadata import read_route, read_spec
@@ -40,6 +42,21 @@ def test_the_file_is_what_the_api_exports(cli: Callable[..., Done], route: str) 
         {"name": "target", "dtype": "float16", "shape": [16]},
     ]
     assert report["outputs"] == [{"name": "loss", "dtype": "float16", "shape": []}]
+
+
+def test_every_field_of_a_spec_has_an_option_and_no_option_says_what_was_not_said() -> None:
+    assert set(SPEC_OPTIONS) == {field.name for field in fields(LossSpec)}
+    said: list[dict[str, object]] = []
+
+    @takes_spec("weight")
+    def command(given: dict[str, object], *, route: str = "function") -> None:
+        said.append(given)
+
+    for arguments in ([], ["--beta", "0", "--per-sample"]):
+        app = typer.Typer()
+        app.command()(command)
+        app(arguments, standalone_mode=False)
+    assert said == [{}, {"beta": 0.0, "per_sample": True}]
 
 
 def test_defaults_and_the_name_of_the_file(cli: Callable[..., Done]) -> None:

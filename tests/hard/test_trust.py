@@ -27,7 +27,7 @@ from fuzzing.answers import OUTPUT, FakeServer, answer, inferred
 from fuzzing.damage import carrying, foreign, nested, recursive
 from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
 from smoothl1_deploy.artefact import read_model
-from smoothl1_deploy.cli.export import parse_shape
+from smoothl1_deploy.cli.options import parse_shape
 from smoothl1_deploy.errors import ModelWarning
 from smoothl1_deploy.files import write_atomic
 from smoothl1_deploy.graph.metadata import SPEC
