@@ -30,14 +30,10 @@ from ..model import (
     value_names,
 )
 from ..spec import LossSpec
-from .convert import check_parsed, converted
 from .elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE, element_name
-from .hosted import OldOpsetError, add_functions, check_opset
+from .hosted import OldOpsetError, add_functions, check_opset, check_parsed, converted, prune
 from .metadata import forget_spec
-from .prune import prune
 from .shapes import Dim, Shape, broadcast, check_shape, summed_axes
-
-__all__ = ["attach"]
 
 _SHOWN = 20  # candidate tensors in an error
 _WIDENS = {("float16", "float32"), ("bfloat16", "float32")} | {

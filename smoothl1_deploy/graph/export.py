@@ -14,8 +14,6 @@ from .elements import ELEMENT_TYPE, IR_VERSION
 from .metadata import stamp
 from .shapes import Dim, Shape, broadcast, check_shape, check_size, describe, summed_axes
 
-__all__ = ["ROUTES", "export"]
-
 ROUTES = ("function", "inlined", "torch")
 
 
@@ -67,8 +65,6 @@ def export(
     else:
         model = _function_model(spec, shapes, inlined=route == "inlined")
         if route == "inlined":
-            from .plain import inline
-
             model = inline(model)
 
     model.ir_version = IR_VERSION
@@ -155,3 +151,29 @@ def _with_any_rank_hidden(model: onnx.ModelProto) -> onnx.ModelProto:
         if axes_of(value) is None:
             value.type.tensor_type.shape.dim.add().dim_param = "any"
     return copy
+
+
+def inline(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` without its local functions, scalars folded."""
+    import onnx.inliner
+
+    return fold_scalars(onnx.inliner.inline_local_functions(model))
+
+
+def fold_scalars(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Evaluate the nodes whose inputs are all constants, and drop what nothing reads.
+
+    Only this and no rewriting: the rule sets of optimisers drop a division by a beta that is
+    nearly 1 and a subtraction of one that is nearly 0 (onnxscript 0.7), which changes the loss.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+    from onnxscript.optimizer import fold_constants
+
+    converted = ir.from_proto(model)
+    fold_constants(converted)
+    RemoveUnusedNodesPass()(converted)
+    RemoveUnusedOpsetsPass()(converted)
+    folded = ir.to_proto(converted)
+    del folded.graph.value_info[:]  # every consumer infers these afresh
+    return folded

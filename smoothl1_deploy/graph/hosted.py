@@ -1,4 +1,4 @@
-"""The package's functions in somebody else's model: what they need of it, and how they go in."""
+"""What becomes of somebody else's model that gets a loss: opset, functions, what is dropped."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import onnx
+import onnx.inliner
+import onnx.version_converter
 
 from ..errors import ArtefactError
-from ..model import opset_of, subgraphs
-
-__all__ = ["OldOpsetError", "add_functions", "check_opset"]
+from ..model import MODEL_ERRORS, opset_of, subgraphs, value_names
 
 _OLDEST_OPSET = 13  # that the functions of `functions` can be called in
 _OLDEST_IR = 8  # the first with functions
+_PARSED = 2**31 - 1  # bytes that protobuf reads in one message
 
 
 class OldOpsetError(ArtefactError):
@@ -96,3 +97,57 @@ def _body(function: onnx.FunctionProto) -> list[Any]:
         [n.op_type, n.domain, [*n.input], [*n.output], [str(a) for a in n.attribute]]
         for n in function.node
     ]
+
+
+def converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """`model` in the opset `opset`.
+
+    Its functions are put in the places where they are called: onnx's converter (1.23) drops them.
+
+    Raises:
+        ArtefactError: for what the converter can't do, and for more than it can read.
+    """
+    check_parsed(model, "the conversion of the opset")
+    try:
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model, convert_version=True)
+        return onnx.version_converter.convert_version(model, opset)
+    except (onnx.version_converter.ConvertError, *MODEL_ERRORS, RuntimeError) as exc:
+        raise ArtefactError(f"onnx can't convert the model to opset {opset}: {exc}") from exc
+
+
+def check_parsed(model: onnx.ModelProto, step: str) -> None:
+    """Refuse a model too big for `step`, which onnx takes in C++: it arrives there as one message.
+
+    Raises:
+        ArtefactError: for more than 2 GB in memory.
+    """
+    size = model.ByteSize()
+    if size > _PARSED:
+        raise ArtefactError(
+            f"the model holds {size} bytes in memory, and {step} takes {_PARSED} at most "
+            "(protobuf's limit); leave its weights in a file beside it with "
+            "onnx.load(path, load_external_data=False)"
+        )
+
+
+def prune(graph: onnx.GraphProto) -> None:
+    """Drop the nodes, inputs and initialisers that no output needs."""
+    needed = {value.name for value in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            kept.append(node)
+            needed.update(node.input)
+            for subgraph in subgraphs(node):
+                needed.update(value_names(subgraph))
+        needed.discard("")  # an input or output that is left out
+    for field, items in (
+        (graph.node, kept[::-1]),
+        (graph.input, [value for value in graph.input if value.name in needed]),
+        (graph.initializer, [value for value in graph.initializer if value.name in needed]),
+        (graph.value_info, [value for value in graph.value_info if value.name in needed]),
+    ):
+        chosen = list(items)
+        del field[:]
+        field.extend(chosen)

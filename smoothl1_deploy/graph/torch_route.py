@@ -8,11 +8,14 @@ of `functions` in its place.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import itertools
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import onnx
@@ -22,12 +25,11 @@ from ..errors import SpecError, UnsupportedError
 from ..reference.module import SmoothL1Loss
 from ..spec import LossSpec
 from . import functions as f
-from .plain import fold_scalars
+from .export import fold_scalars
 from .shapes import Shape
-from .torch_registry import kept_registry
 from .torch_table import translation_table
 
-__all__ = ["quiet", "torch_model"]
+_patching = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -41,6 +43,40 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
+
+
+@contextlib.contextmanager
+def kept_registry() -> Iterator[None]:
+    """While it holds, the exporter copies its table of operators, made once; a thread at a time.
+
+    torch.onnx.export reads the source of some 500 functions anew for each model, which takes longer
+    than all the rest of a small one (torch 2.13). Each export gets a table of its own to add to.
+    Where PyTorch keeps the table elsewhere, nothing is changed.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        original = ONNXRegistry.__dict__["from_torchlib"]
+    except (ImportError, KeyError):
+        yield
+        return
+
+    def from_torchlib(cls: type, **settings: Any) -> Any:
+        own = copy.copy(_table(original.__func__, cls, **settings))
+        own.functions = {target: [*metas] for target, metas in own.functions.items()}
+        return own
+
+    with _patching:
+        ONNXRegistry.from_torchlib = classmethod(from_torchlib)  # type: ignore[method-assign, assignment, arg-type]
+        try:
+            yield
+        finally:
+            ONNXRegistry.from_torchlib = original  # type: ignore[method-assign]
+
+
+@lru_cache(maxsize=4)
+def _table(make: Any, registry: type, **settings: Any) -> Any:
+    return make(registry, **settings)
 
 
 def _example(shape: Shape, dtype: torch.dtype, sizes: dict[str, int]) -> torch.Tensor:

@@ -407,7 +407,7 @@ def test_the_model_given_stays_as_it_was() -> None:
 def test_more_than_protobuf_reads_is_refused_where_a_step_takes_bytes(
     step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("smoothl1_deploy.graph.convert")
+    module = importlib.import_module("smoothl1_deploy.graph.hosted")
     monkeypatch.setattr(module, "_PARSED", 64)
     with pytest.raises(ArtefactError, match=r"and .* takes 64 at most .*load_external_data=False"):
         if step == "inlined":

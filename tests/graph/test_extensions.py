@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -41,6 +42,17 @@ def test_the_gradient_at_every_kind_of_point_is_autograd_s(beta: float, backend:
     assert ieee_class(got).tolist() == ieee_class(expected).tolist()
     finite = np.isfinite(expected)
     assert ulp_distance(got[finite], expected[finite]).max() <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_difference_that_overflows_is_no_infinite_one(backend: str) -> None:
+    """Of beta = inf the slope of every finite difference is 0, of an infinite one 1, as PyTorch."""
+    x, y = np.array([1.7e308, math.inf]), np.array([-1.7e308, 0.0])
+    for spec in (LossSpec(math.inf, "sum", "float64"), LossSpec(1.0, "sum", "float64")):
+        spec = replace(spec, gradient=True, runtime_beta=not math.isinf(spec.beta))
+        beta = math.inf if spec.runtime_beta else None
+        got = run(spec, x, y, backend=backend, beta=beta)["grad_input"]
+        assert got.tolist() == [0.0, 1.0]
 
 
 _ORT = tuple(map(int, onnxruntime.__version__.split(".")[:2]))

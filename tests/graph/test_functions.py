@@ -21,7 +21,7 @@ from onnxscript import opset18 as op
 
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.graph import functions
-from smoothl1_deploy.graph.elements import ELEMENT_TYPE, loss_scalars
+from smoothl1_deploy.graph.elements import ELEMENT_TYPE, loss_scalars, slope_scalars
 from smoothl1_deploy.graph.functions import SmoothL1Loss, SmoothL1LossTerms, WideMean
 
 RUNTIMES = ("ort", "reference")
@@ -33,6 +33,7 @@ CALLEES_FIRST = (
     "BetaDivisor",
     "SmoothL1LossTerms",
     "SmoothL1Loss",
+    "SmoothL1SlopeTerms",
     "WideSum",
     "WideMean",
     "CompensatedAxesSum",
@@ -248,14 +249,22 @@ class Clip(OpRun):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_nan_survives_a_clip_that_drops_it(beta: float) -> None:
+@pytest.mark.parametrize("name", ["SmoothL1LossTerms", "SmoothL1Addends", "SmoothL1SlopeTerms"])
+def test_nan_survives_a_clip_that_drops_it(name: str, beta: float) -> None:
+    if beta == 0 and name != "SmoothL1LossTerms":
+        return  # addends aren't made for it, and PyTorch's slope of NaN is 0
+    scalars = [np.float32(value) for value in (beta, 0.5, beta or 1.0)]
+    if name == "SmoothL1Addends":
+        scalars = scalars[:2]
+    if name == "SmoothL1SlopeTerms":
+        scalars = [np.float32(value) for _, value in slope_scalars(beta)[:2]]
     # Inlined: the reference evaluator keeps its own Clip inside of functions (onnx 1.23).
     model = onnx.inliner.inline_local_functions(
-        node_model("SmoothL1LossTerms", ["float32"] * 5, "float32")
+        node_model(name, ["float32"] * (2 + len(scalars)), "float32")
     )
     x = np.array([np.nan, 1.0, np.nan, 3.0], np.float32)
     y = np.array([1.0, np.nan, np.nan, 3.0], np.float32)
-    feeds = {f"x{i}": value for i, value in enumerate((x, y, *terms(beta, "float32")))}
+    feeds = {f"x{i}": value for i, value in enumerate((x, y, *scalars))}
     before = Clip.calls
     with np.errstate(all="ignore"):
         (got,) = ReferenceEvaluator(model, new_ops=[Clip]).run(None, feeds)
@@ -334,6 +343,7 @@ def test_compensated_sum_is_exact_to_an_ulp(kind: str, runtime: str) -> None:
         ([8e307, 8e307], 1.6e308),
         ([1.7e308], 1.7e308),
         ([5e-324], 5e-324),
+        ([1.0, *[2.0**-54] * 3], 1.0 + 2.0**-52),  # their sum of magnitudes is a power of two
     ],
 )
 def test_compensated_sum_of_special_values(values: list[float], total: float) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.graph.torch_registry import _table, kept_registry
+from smoothl1_deploy.graph.torch_route import _table, kept_registry
 
 registration = pytest.importorskip("torch.onnx._internal.exporter._registration")
 
