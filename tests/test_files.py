@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from smoothl1_deploy import files
 from smoothl1_deploy.errors import OutputError
 from smoothl1_deploy.files import check_apart, is_unfinished, replacing, write_atomic
 
@@ -103,6 +104,19 @@ def test_names_of_unfinished_files_are_never_those_of_others() -> None:
     assert len(names) == 3 and all(map(is_unfinished, names))
     others = [".loss.onnx.part", "loss.onnx", ".bashrc", "a.0123456789abcdef"]
     assert not any(map(is_unfinished, others))
+
+
+def test_what_somebody_planted_under_the_name_of_an_unfinished_file_is_not_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(files, "token", lambda: "0" * 16)
+    Path("victim").write_bytes(b"own")
+    for plant in (os.symlink, os.link):
+        plant("victim", files.unfinished(Path("loss.onnx")))
+        with pytest.raises(OutputError, match="File exists"):
+            write_atomic("loss.onnx", b"new")
+        assert Path("victim").read_bytes() == b"own" and not Path("loss.onnx").exists()
+        os.unlink(files.unfinished(Path("loss.onnx")))
 
 
 def test_what_fails_in_the_middle_leaves_the_file_as_it_was() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import inspect
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,25 +98,19 @@ def _module(name: str) -> object:
         pytest.skip(str(exc))
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_says_what_it_is_and_what_is_public(name: str) -> None:
+def _public(name: str) -> dict[str, object]:
+    """What `name` defines for others: its `__all__` where it is a face, else what has no `_`."""
     module = _module(name)
-    assert (module.__doc__ or "").strip()
-    public = getattr(module, "__all__", None)
-    if name.rpartition(".")[2].startswith("__main__"):
-        return
-    assert public is not None, f"{name} has no __all__"
-    for item in public:
-        assert hasattr(module, item), f"{name}.__all__ names {item}, which it doesn't have"
+    names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
+    things = {item: getattr(module, item) for item in names}
+    return {item: x for item, x in things.items() if getattr(x, "__module__", None) == name}
 
 
 def _undocumented(name: str) -> list[str]:
     """The public classes, functions and methods that `name` defines without a docstring."""
-    module = _module(name)
     found = []
-    for item in getattr(module, "__all__", ()):
-        thing = getattr(module, item)
-        if not (inspect.isclass(thing) or inspect.isfunction(thing)) or thing.__module__ != name:
+    for item, thing in _public(name).items():
+        if not (inspect.isclass(thing) or inspect.isfunction(thing)):
             continue
         if not inspect.getdoc(thing) or (thing.__doc__ or "").startswith(f"{item}("):
             found.append(item)  # a dataclass without a docstring gets its signature for one
@@ -128,7 +124,8 @@ def _undocumented(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_public_name_has_a_docstring(name: str) -> None:
+def test_a_module_and_what_is_public_in_it_say_what_they_are(name: str) -> None:
+    assert (_module(name).__doc__ or "").strip()
     assert _undocumented(name) == []
 
 
@@ -138,6 +135,60 @@ def test_the_check_for_docstrings_sees_what_is_missing(monkeypatch: pytest.Monke
     monkeypatch.setattr(resolve_reduction, "__doc__", None)
     monkeypatch.setattr(LossSpec.to_dict, "__doc__", None)
     assert _undocumented("smoothl1_deploy.spec") == ["LossSpec.to_dict", "resolve_reduction"]
+
+
+#: A module imports, when it is imported itself, from its own layer and those before it alone.
+LAYERS = [
+    {"", "__version__", "errors", "spec", "records"},
+    {"environment", "files", "floats"},
+    {"dlpack", "reference"},
+    {"graph.elements", "graph.shapes"},
+    {"model"},
+    {"graph"},
+    {"artefact"},
+    {"npy", "device", "ops"},
+    {"tensorrt"},
+    {"backends"},
+    {"parity", "scoring"},
+    {"bench"},
+    {"serving"},
+    {"gpu_report"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def _layer(module: tuple[str, ...]) -> int:
+    names = {".".join(module[:2]), ".".join(module[:1])}
+    found = [layer for layer, those in enumerate(LAYERS) if names & those]
+    assert found, f"{'.'.join(module)} stands in no layer"
+    return found[0]
+
+
+def _imports(source: str, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """What of this package a module imports when it is imported."""
+    nodes: list[ast.AST] = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((*base, *name.split(".")) for name in names)
+        elif not isinstance(node, (ast.FunctionDef, ast.If)):  # an `if` is that of TYPE_CHECKING
+            nodes.extend(ast.iter_child_nodes(node))
+
+
+def test_data_flow_one_way() -> None:
+    """CONTRIBUTING's map: a module that stands left knows nothing of what stands right of it."""
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        module = path.relative_to(ROOT).with_suffix("").parts
+        module = module[:-1] if module[-1] == "__init__" else module
+        package = module if path.name == "__init__.py" else module[:-1]
+        for imported in _imports(path.read_text(), package):
+            if _layer(imported) > _layer(module):
+                wrong.append(f"{'.'.join(module)} imports {'.'.join(imported)}")
+    assert not wrong
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning")

@@ -331,6 +331,18 @@ REFUSED: list[tuple[str, Callable[[], object], str]] = [
 ]  # fmt: skip
 
 
+def test_a_function_of_ours_in_which_one_input_was_changed_is_another() -> None:
+    spec = LossSpec(reduction="none")
+    model = attach(linear(), "boxes", "gt", spec)
+    assert attach(model, "boxes", "gt2", spec, loss_name="second")
+    nodes = [node for function in model.functions for node in function.node]
+    node = next(node for node in nodes if node.op_type == "Sub")
+    swapped = list(reversed(node.input))
+    node.input[:] = swapped
+    with pytest.raises(ArtefactError, match="that computes something else"):
+        attach(model, "boxes", "gt2", spec, loss_name="second")
+
+
 @pytest.mark.parametrize(
     ("call", "text"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED]
 )

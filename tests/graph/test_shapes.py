@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoothl1_deploy.errors import SpecError
-from smoothl1_deploy.graph.shapes import broadcast, check_shape, describe
+from smoothl1_deploy.graph.shapes import broadcast, check_shape, describe, summed_axes
 
 REMEDY = "give integers >= 0 for fixed axes and identifiers for dynamic ones, as in ('N', 16)"
 
@@ -85,6 +85,12 @@ def test_dynamic_axes(
     assert broadcast(a, b) == out
     if out != ("N_or_M",) and "N_or_M" not in out:
         assert broadcast(b, a) == out
+
+
+def test_what_was_repeated_only_the_run_tells_where_axes_differ_by_name() -> None:
+    for shape, other in ((("N",), ("M",)), (("N", 4), (8, 4)), (None, (3,)), ((3,), None)):
+        assert summed_axes(shape, other) is None
+    assert summed_axes((1,), ("M",)) == (0,)
 
 
 @pytest.mark.parametrize(

@@ -354,3 +354,13 @@ def test_products_that_no_float_holds_are_added_exactly() -> None:
     other = [np.append(-a, 0.0), np.append(b, 0.0)]
     (total,) = sums_of_products([one, other], np.zeros(5001, np.int64), 1)
     assert total == Fraction(3e-300) * Fraction(7e-300)
+
+
+@pytest.mark.parametrize("left", [2.0**-6, 2.0**-20])
+def test_sums_of_which_a_part_is_left_have_lost_nothing_of_it(left: float) -> None:
+    rng = np.random.default_rng(11)
+    spec = LossSpec(0.0, "sum", "float64", weight="count")
+    for size, weight in rng.uniform(0.5, 1, (50, 2)):
+        x, w = np.full(2, size), np.array([weight, -weight * (1 + left)])
+        exact = Fraction(float(size)) * sum(map(Fraction, w.tolist()))
+        assert float(oracle(spec, x, np.zeros(2), w)) == float(exact)
