@@ -16,20 +16,28 @@ from .spec import LossSpec
 
 if TYPE_CHECKING:
     from .backends.base import load as load
+    from .backends.runner import Runner as Runner
     from .graph.attach import attach as attach
     from .graph.export import export as export
     from .graph.torch_table import translation_table as translation_table
     from .graph.torchscript import (
         register_torchscript_symbolic as register_torchscript_symbolic,
     )
+    from .parity.verify import Verification as Verification
     from .parity.verify import verify as verify
     from .reference.module import SmoothL1Loss as SmoothL1Loss
+    from .scoring.score import Score as Score
     from .scoring.score import loss_over as loss_over
     from .tensorrt.builder import build_engine as build_engine
+    from .tensorrt.engine import Engine as Engine
 
 #: public name -> module that defines it, imported on first use.
 _LAZY = {
+    "Engine": ".tensorrt.engine",
+    "Runner": ".backends.runner",
+    "Score": ".scoring.score",
     "SmoothL1Loss": ".reference.module",
+    "Verification": ".parity.verify",
     "build_engine": ".tensorrt.builder",
     "attach": ".graph.attach",
     "export": ".graph.export",
