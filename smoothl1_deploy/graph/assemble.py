@@ -204,10 +204,13 @@ class Assembly:
         """In float64 and rounded once: rounded before, terms of either sign that are summed back
         show by cancellation what they lost, and subnormal ones round up to what they aren't.
 
-        Case 1: what flows into each loss is one number. Summed before divided by beta: differences
-            may cancel exactly, and their quotients not.
-        Case 2: weights, or an upstream gradient for each loss or row. In autograd's order, a slope
-            of at most 1 last: nothing over- or underflows that it keeps, in float32 neither.
+        Case 1: what flows into every loss is one number; or, summed and of a dtype narrower than
+            float64, a weight or upstream gradient too. Added up before the division by beta and
+            the one number: differences, and products of few bits, cancel exactly, which their
+            quotients would not.
+        Case 2: weights or an upstream gradient for each loss in float64, or without a sum, and
+            weights whose sum is a divisor, which may be 0. In autograd's order, a slope of at most
+            1 last: nothing over- or underflows that it keeps.
         """
         spec = self._spec
         beta, shrink, divisor, scale = self._slope_scalars()
@@ -216,38 +219,49 @@ class Assembly:
             terms = [self._add("Mul", [x, scale], f"{x}_half") for x in terms]
         slope = self._call("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms")
         is_summed = summed_axes != ()
-        if spec.weight or (spec.upstream and (spec.per_sample or spec.reduction == "none")):
+        upstream = ["upstream"] * spec.upstream
+        by_loss = [*upstream] if spec.per_sample or spec.reduction == "none" else []
+        by_loss += ["weight"] * bool(spec.weight)
+        for_all = [part for part in upstream if part not in by_loss]
+        for_all += ["mean"] * (spec.reduction == "mean")
+        if by_loss and (spec.dtype == "float64" or self._weight_total or not is_summed):
             slope = self._add("Div", [slope, divisor], "slope")
-            slope = self._add("Mul", [self._flowing_in(losses), slope], "slope_weighted")
+            flowing = self._flowing_in(losses, [*for_all, *by_loss])
+            slope = self._add("Mul", [flowing, slope], "slope_weighted")
             if is_summed:
                 slope = self._unless_no_beta(self._summed(slope, summed_axes))
         else:
+            if by_loss:
+                own = self._flowing_in(losses, by_loss)
+                slope = self._add("Mul", [own, slope], "slope_weighted")
             if is_summed:
                 slope = self._summed(slope, summed_axes)
             slope = self._add("Div", [slope, divisor], "slope")
-            if spec.upstream or spec.reduction == "mean":
-                scalar = self._flowing_in(losses) if spec.upstream else self._count(losses)
+            if for_all:
+                is_product = "upstream" in for_all
+                count = self._count(losses)
+                scalar = self._flowing_in(losses, for_all) if is_product else count
                 scalar = self._of_something(scalar, losses) if is_summed else scalar
-                operator = "Mul" if spec.upstream else "Div"
+                operator = "Mul" if is_product else "Div"
                 slope = self._add(operator, [slope, scalar], "slope_scaled")
         if is_summed:
             slope = self._zero_of_a_sum(slope, summed_axes)
         self._rounded(slope, TensorProto.DOUBLE, "grad_input")
 
-    def _flowing_in(self, losses: str) -> str:
-        """What autograd multiplies each slope with: the upstream gradient over the divisor of a
-        mean, times the weight.
+    def _flowing_in(self, losses: str, parts: list[str]) -> str:
+        """What autograd multiplies each slope with: of the upstream gradient, which a mean divides,
+        and the weight, those that are asked for.
         """
-        spec = self._spec
-        factor = self._upstream(losses) if spec.upstream else self._constant("one", 1.0)
-        if spec.reduction == "mean":
+        factor = self._upstream(losses) if "upstream" in parts else ""
+        if "mean" in parts:
             count = self._count(losses)
-            if self._weight_total and spec.per_sample:  # each row has a divisor of its own
+            if self._weight_total and self._spec.per_sample:  # each row has a divisor of its own
                 count = self._call("RowsLike", [count, losses], "weight_column")
-            factor = self._add("Div", [factor, count], "upstream_mean")
-        if spec.weight:
+            one = factor or self._constant("one", 1.0)
+            factor = self._add("Div", [one, count], "upstream_mean")
+        if "weight" in parts:
             weight = self._double(self._data["weight"])
-            factor = self._add("Mul", [weight, factor], "upstream_weighted")
+            factor = self._add("Mul", [weight, factor], "upstream_weighted") if factor else weight
         return factor
 
     def _slope_scalars(self) -> tuple[str, str, str, str]:

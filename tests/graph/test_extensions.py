@@ -321,6 +321,18 @@ def test_no_sum_is_negative_zero(dtype: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_weighted_slopes_that_cancel_leave_nothing(backend: str) -> None:
+    """Divided before they were added up, they left -5e-56, which is -0 in float16."""
+    x, y = np.zeros((1, 3), np.float16), np.float16([[1, 3, 5]] * 2) * np.float16([[1], [-3]])
+    weight = np.float16([[3], [1]])
+    for beta in (20.0, 1e3, 3e38):
+        for reduction in ("mean", "sum"):
+            spec = LossSpec(beta, reduction, "float16", weight="count", gradient=True)
+            got = run(spec, x, y, backend=backend, weight=weight)["grad_input"]
+            assert got.tolist() == [[0, 0, 0]] and not np.signbit(got).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_weights_of_any_size_have_a_mean(per_sample: bool, dtype: str, backend: str) -> None:
