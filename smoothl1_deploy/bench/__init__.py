@@ -1,1 +1,1 @@
-"""How fast it is beside what people would run instead, measured in one process."""
+"""How fast the loss is beside what people would run instead, on the CPU and on a GPU."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +14,7 @@ from ..errors import MissingDependencyError, OutputError, SpecError
 from .console import open_console, print_lines, print_note
 
 if TYPE_CHECKING:
-    from ..bench.measure import Row
+    from ..bench.rows import Row
 
 __all__ = ["EXAMPLE", "bench"]
 
@@ -66,10 +68,9 @@ def bench(
     # Threads that others leave spinning would be on the next one's cores: read when they load.
     os.environ |= {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
     from ..artefact import write_atomic
-    from ..bench.contestants import AHEAD, COMPILED
-    from ..bench.measure import measure, provenance
-    from ..bench.measure import once as measure_once
-    from ..bench.report import append_rows, bench_table, once_table, plot_png
+    from ..bench import cpu
+    from ..bench.rows import COMPILED, append_rows, once_table, plot_png, row_tables
+    from ..environment import environment
     from ..spec import LossSpec
 
     sizes = size or ((1 << 10, 1 << 14) if quick else _SIZES)
@@ -89,31 +90,32 @@ def bench(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise OutputError(f"can't make the folder {output}: {exc}; choose another with -o") from exc
-    origin = provenance()
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    origin = {"date": date, "environment": environment()}
     load = os.getloadavg()[0]
-    console = open_console()
     rows: list[Row] = []
     said: set[str] = set()
     for spec, shape in jobs:
-        measured, missing = measure(
+        measured, missing = cpu.measure(
             spec,
             shape,
             threads=threads,
-            kind="constant" if constant else "normal",
+            constant=constant,
             memory=memory,
             rounds=3 if quick else 15,
             turn=0.002 if quick else 0.02,
-            without=(COMPILED, AHEAD) if quick else (),  # their compiler takes the longest by far
+            # Their compiler takes the longest by far.
+            without=(COMPILED, cpu.AHEAD) if quick else (),
         )
         for name, reason in missing.items():
             if name not in said:
                 print_note(f"{name} is left out: {reason}")
                 said.add(name)
-        console.print(bench_table(measured))
+        _print(row_tables(measured))
         append_rows(output / "bench.jsonl", [{**row.to_dict(), **origin} for row in measured])
         rows += measured
     if once and not quick:
-        console.print(once_table(measure_once()))
+        _print([once_table(cpu.once())])
     try:
         write_atomic(output / "bench.png", plot_png(rows))
     except MissingDependencyError as exc:
@@ -123,17 +125,22 @@ def bench(
     print_lines([f"wrote {output / 'bench.jsonl'}"])
 
 
+def _print(parts: Sequence[str]) -> None:
+    """Markdown as a terminal shows it."""
+    from rich.markdown import Markdown
+
+    open_console().print(Markdown("\n".join(parts)))
+
+
 def _bench_gpu(output: Path, given: dict[str, object]) -> None:
     """PyTorch eager and compiled, and every GPU backend there is, by CUDA events."""
     for option, value in given.items():
         if value:
             raise SpecError(f"--gpu measures sizes and dtypes of its own; leave {option} out")
-    from rich.markdown import Markdown
+    from ..bench.gpu_report import markdown, report_into
 
-    from ..gpu_report.command import report_into
-
-    _, paths = report_into(output, parity=False)
-    open_console().print(Markdown(paths[1].read_text(encoding="utf-8")))
+    report, paths = report_into(output, parity=False)
+    _print([markdown(report)])
     print_lines([f"wrote {', '.join(map(str, paths))}"])
 
 

@@ -26,7 +26,7 @@ _SCRIPT = """
 import os, sys, time
 from pathlib import Path
 from smoothl1_deploy.backends.runner import Runner
-from smoothl1_deploy.bench import measure
+from smoothl1_deploy.bench import cpu
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.parity import matrix
 from smoothl1_deploy.tensorrt import builder
@@ -55,7 +55,7 @@ def bench(*given, **named):
     begin()
     time.sleep(600)
 
-Runner.run, matrix.each, builder.build_engine, measure.measure = slow, counted, build, bench
+Runner.run, matrix.each, builder.build_engine, cpu.measure = slow, counted, build, bench
 
 if __name__ == "__main__":
     sys.exit(main())

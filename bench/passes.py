@@ -1,5 +1,7 @@
 """How often each form of the graph goes over memory under ONNX Runtime's CUDA provider.
 
+    python bench/passes.py         # some seconds; needs no GPU
+
 That provider runs operator by operator: each reads its inputs from memory and writes its output
 back. So the bytes its operators move are the time it can't go below, and they can be counted
 without a GPU: on the graph that ONNX Runtime's own optimiser leaves (extended level), with the
@@ -14,9 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..spec import LossSpec
+import numpy as np
+import onnx
+import onnxruntime as ort
 
-__all__ = ["CANDIDATES", "Counted", "Passes", "count_forms", "count_passes", "passes_table"]
+from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy.backends.ort_nodes import inlined
+from smoothl1_deploy.floats import NUMPY_DTYPE
+from smoothl1_deploy.model import inputs_of
+from smoothl1_deploy.parity.plain_export import plain_export
 
 _ROWS, _COLUMNS = 4096, 16
 _ELEMENTS = _ROWS * _COLUMNS
@@ -85,25 +93,9 @@ class Passes:
         """Of the copy bandwidth that counts as reached when every pass runs at all of it."""
         return self.least / self.bytes
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "form": self.form, "reduction": self.reduction, "dtype": self.dtype,
-            "operators": self.operators, "passes": self.passes,
-            "bytes_per_element": round(self.bytes, 3), "least_bytes_per_element": self.least,
-        }  # fmt: skip
-
 
 def count_passes(model: Any) -> tuple[int, int, float]:
     """Operators, passes and bytes an element of an ONNX model of two inputs of [N, 16]."""
-    import numpy as np
-    import onnx
-
-    from ..errors import require
-    from ..floats import NUMPY_DTYPE
-    from ..model import inputs_of
-
-    ort = require("onnxruntime", "cpu", "counting the passes of a graph")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
         options = ort.SessionOptions()
@@ -140,33 +132,8 @@ def count_passes(model: Any) -> tuple[int, int, float]:
     return len(nodes), passes, moved / _ELEMENTS
 
 
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """The rows that could be counted here; `problem` says why there are none."""
-
-    rows: tuple[Passes, ...] = ()
-    problem: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {"rows": [row.to_dict() for row in self.rows], "problem": self.problem}
-
-
-def count_forms() -> Counted:
-    """The passes of every form, for a report that goes on without them."""
-    try:
-        return Counted(tuple(_forms()))
-    except Exception as exc:  # packages that are missing, or don't fit each other
-        return Counted(problem=f"{type(exc).__name__}: {exc}")
-
-
-def _forms() -> Iterator[Passes]:
-    """This tool's graph by route, the plain exporter's where torch is, and the candidates."""
-    import onnx
-
-    from ..backends.ort_nodes import inlined
-    from ..errors import MissingDependencyError
-    from ..graph.export import export
+def forms() -> Iterator[Passes]:
+    """This tool's graph by route, the plain exporter's and the candidates."""
 
     def of(form: str, reduction: str, dtype: str, model: Any) -> Passes:
         item = {"float32": 4, "float16": 2}[dtype]
@@ -182,14 +149,9 @@ def _forms() -> Iterator[Passes]:
                 yield of(f"this tool's, {route}", reduction, dtype, model)
             if dtype == "float16":
                 continue  # the CPU's provider has casts inserted that CUDA's needs not
-            try:
-                from ..parity.plain_export import plain_export
-
-                arguments = {"reduction": reduction, "beta": _BETA}
-                model = plain_export(arguments, dtype, ("N", _COLUMNS))
-                yield of("plain exporter", reduction, dtype, model)
-            except MissingDependencyError:
-                pass
+            arguments = {"reduction": reduction, "beta": _BETA}
+            model = plain_export(arguments, dtype, ("N", _COLUMNS))
+            yield of("plain exporter", reduction, dtype, model)
             for (name, which), text in CANDIDATES.items():
                 if which == reduction:
                     yield of(name, reduction, dtype, onnx.parser.parse_model(text))
@@ -206,3 +168,7 @@ def passes_table(rows: Iterable[Passes]) -> list[str]:
         f"{r.least:g} | {r.share:.0%} |"
         for r in rows
     ]
+
+
+if __name__ == "__main__":
+    print("\n".join(passes_table(forms())))

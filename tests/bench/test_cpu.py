@@ -1,0 +1,162 @@
+"""The benchmark on the CPU shows what is wrong as well as what is slow. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smoothl1_deploy import LossSpec
+from smoothl1_deploy.bench import cpu
+from smoothl1_deploy.bench.cpu import AHEAD, BARE, OURS, measure, peak_ratio
+from smoothl1_deploy.bench.rows import COMPILED, PLAIN, READ, append_rows, plot_png, row_tables
+from smoothl1_deploy.bench.timing import in_turn
+from smoothl1_deploy.cli import main
+from smoothl1_deploy.errors import OutputError
+
+WITHOUT = (COMPILED, AHEAD, "openvino, ours", "openvino, plain")
+QUICK = {"threads": 1, "rounds": 1, "turn": 0, "without": WITHOUT}
+
+
+def test_everyone_gets_as_many_turns() -> None:
+    seen: list[str] = []
+    first, second = in_turn(
+        [lambda: seen.append("a"), lambda: seen.append("b")], rounds=3, turn=0, most=5
+    )
+    assert first.samples == second.samples == 3
+    assert seen == ["a", "a", "b", "b"] * 3  # one of two is for the caches
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LossSpec(),
+        LossSpec(0.3, "none"),
+        LossSpec(0.3, "mean", "float16"),
+        LossSpec(0.5, "sum", "float64"),
+        LossSpec(per_sample=True),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_everyone_is_right_and_has_a_row(spec: LossSpec) -> None:
+    rows, missing = measure(spec, (64, 16), **QUICK)
+    names = [row.contestant for row in rows]
+    assert names[:2] == [OURS, BARE] and names[-1] == READ
+    assert ("torch.nn.SmoothL1Loss has no loss per sample" in missing.values()) == spec.per_sample
+    allowed = {"float16": 2e-3, "float32": 3e-7, "float64": 1e-15}[spec.dtype]
+    for row in rows:
+        assert row.timing is not None and row.timing.median > 0
+        assert row.contestant == READ or (row.error is not None and row.error <= allowed)
+    written = {"none": 1024}.get(spec.reduction, 64 if spec.per_sample else 1)
+    item = np.dtype(spec.dtype).itemsize
+    assert rows[0].bytes == (2048 + written) * item and rows[-1].bytes == 2048 * item
+
+
+def test_the_table_the_file_and_the_plot(tmp_path: Path) -> None:
+    rows, _ = measure(LossSpec(), (64, 16), **QUICK)
+    (shown,) = row_tables(rows)
+    assert shown.startswith("### smooth_l1_loss_beta_1.0_mean_float32, in turn, 1 thread(s), load ")
+    _, _, header, _, *lines = shown.splitlines()
+    assert header == (
+        "| contestant | elements | time | quartiles | p99 | x plain export | x torch eager | "
+        "x reading the inputs | GB/s | of the read | error | peak |"
+    )
+    assert len(lines) == len(rows)
+    times = {row.contestant: row.timing.median for row in rows if row.timing}
+    ours = [cell.strip() for cell in lines[0].split("|")[1:-1]]
+    assert ours[:2] == [OURS, "2^10"] and ours[5] == f"{times[PLAIN] / times[OURS]:.2f}"
+    assert f"| {rows[-1].bytes / times[READ] / 1e9:.2f} | 100% |" in lines[-1]
+    path = tmp_path / "bench.jsonl"
+    append_rows(path, [row.to_dict() for row in rows])
+    append_rows(path, [rows[0].to_dict()])
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(found) == len(rows) + 1 and found[0] == found[-1]
+    assert LossSpec.from_dict(found[0]["spec"]) == LossSpec()
+    assert plot_png(rows).startswith(b"\x89PNG")
+    with pytest.raises(OutputError, match="choose another folder with -o"):
+        append_rows(tmp_path, [{}])
+
+
+def test_a_fast_wrong_answer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(input: object, target: object) -> None:
+        raise ValueError("out of order\nand more")
+
+    crowd = {
+        "wrong": lambda a, b: np.float32(0.25),
+        "lost": lambda a, b: np.float32(np.nan),
+        "vector": lambda a, b: np.zeros(3, np.float32),
+        "broken": broken,
+    }
+    monkeypatch.setattr(cpu, "contestants", lambda *_: (dict(crowd), {}))
+    rows, missing = measure(LossSpec(), (64, 16), **QUICK)
+    errors = {row.contestant: row.error for row in rows}
+    assert 0.1 < (errors["wrong"] or 0) < 1
+    assert errors["lost"] == errors["vector"] == float("inf")
+    assert missing == {"broken": "it fails: ValueError: out of order"}
+    assert json.dumps([row.to_dict() for row in rows], allow_nan=False).count('"inf"') == 2
+
+
+def test_a_sum_that_drifts_is_seen() -> None:
+    rows, _ = measure(LossSpec(), (1 << 16, 16), constant=True, **QUICK)
+    errors = {row.contestant: row.error or 0 for row in rows}
+    assert max(errors[OURS], errors[BARE]) <= 2e-7 < 1e-5 < errors[PLAIN]
+
+
+def test_who_needs_a_compiler_is_left_out_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.shutil, "which", lambda name: None)
+    without = [*WITHOUT[2:], PLAIN, OURS, BARE, "load().run"]
+    found, missing = cpu.contestants(LossSpec(), 16, 1, without)
+    assert [*found] == ["torch eager"]
+    assert missing == {n: f"{n} needs a C++ compiler: install g++" for n in (COMPILED, AHEAD)}
+
+
+def test_without_torch_nothing_is_compared_with_the_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(cpu, "contestants", lambda *_: ({OURS: lambda a, b: np.float32(0)}, {}))
+    rows, missing = measure(LossSpec(), (64, 16), **QUICK)
+    assert [row.contestant for row in rows] == [OURS]
+    assert "needs the package 'torch'" in missing[READ] and "| 0%" not in row_tables(rows)[0]
+
+
+def test_the_operators_need_no_memory_beside_the_inputs() -> None:
+    ours = peak_ratio(OURS, 1 << 22, 1)
+    assert ours is None or 1 <= ours <= 1.05
+    assert peak_ratio("nobody", 1 << 10, 1) is None
+
+
+@pytest.mark.parametrize("load", [0.9, 1.1])
+def test_the_command_writes_its_rows_and_tells_of_a_loaded_machine(
+    load: float,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    assert main(["bench", "--quick", "--size", "1024", "--threads", "1", "-o", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert "2^10" in shown.out and "the file, with the" in shown.out
+    assert ("the load was 1.1 at the start" in shown.err) == (load > 1)
+    rows = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    assert {"load().run", PLAIN, "torch eager", READ} <= {row["contestant"] for row in rows}
+    assert all(row["environment"]["packages"]["onnxruntime"] and row["date"] for row in rows)
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--size", "100"], "--size is the number of elements, a multiple of 16, got 100"),
+        (["--per-sample", "64"], "--per-sample is rows x columns, such as 64x16, got '64'"),
+        (["--beta", "-1"], "beta must not be negative"),
+    ],
+)
+def test_bad_usage(
+    arguments: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "-o", str(tmp_path), *arguments]) == 2
+    assert text in capsys.readouterr().err
