@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,15 +18,8 @@ from .errors import InvalidInputError, OutputError, is_shortage, reason_of
 from .files import open_file
 from .floats import NUMPY_DTYPE, Array
 
-__all__ = [
-    "as_bfloat16",
-    "check_output",
-    "open_array",
-    "read_archive",
-    "read_array",
-    "read_header",
-    "write_arrays",
-]
+#: Shape, whether it is in Fortran order, and dtype.
+Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
 
 _REQUIRED = ("input", "target")
 _OPTIONAL = ("weight", "grad_output")
@@ -36,6 +31,7 @@ _HEADERS = {
 _LARGE = 1 << 30  # bytes; an array that unpacks to no more is no bomb
 _MOST_TIMES = 100  # deflate reaches 1,032 on zeros, random floats 1.1
 _REMEDY = "write it with numpy.save(path, array)"
+ARCHIVE_REMEDY = "write it with numpy.savez(path, input=..., target=...)"
 
 
 def read_array(path: Path, dtype: str) -> Array:
@@ -50,7 +46,7 @@ def read_array(path: Path, dtype: str) -> Array:
         InvalidInputError: for a file that is missing, truncated, pickled or of another format.
         MemoryError, OSError: where the machine lacks memory or files for it.
     """
-    file, shape, fortran, stored = open_array(path)
+    file, (shape, fortran, stored) = open_array(path)
     count = math.prod(shape)
     with file:
         # Read, not mapped: where a mapped file is cut meanwhile, the process ends by SIGBUS.
@@ -61,39 +57,40 @@ def read_array(path: Path, dtype: str) -> Array:
     return as_bfloat16(array, str(path), dtype)
 
 
-def open_array(path: Path) -> tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]:
-    """A .npy file, its shape, whether it is in Fortran order, and its dtype.
-
-    The file stands at the first element, and is long enough for all of them.
+def open_array(path: Path) -> tuple[IO[bytes], Header]:
+    """A .npy file, which stands at the first element and is long enough for all of them.
 
     Raises:
         InvalidInputError: as `read_array` does.
         MemoryError, OSError: likewise.
     """
-    _check_file(path, b"\x93NUMPY", f"a .npy file; {_REMEDY}")
+    check_file(path, b"\x93NUMPY", f"a .npy file; {_REMEDY}")
+    with damage_told(str(path), _REMEDY), contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_file(path))
+        shape, fortran, dtype = _read_header(file, str(path))
+        stored = os.fstat(file.fileno()).st_size - file.tell()
+        expected = math.prod(shape) * dtype.itemsize
+        if stored < expected or not dtype.itemsize or min(shape, default=0) < 0:
+            raise ValueError(f"{stored} bytes where its header says {expected}")
+        stack.pop_all()
+        return file, (shape, fortran, dtype)
+
+
+@contextlib.contextmanager
+def damage_told(what: str, remedy: str) -> Iterator[None]:
+    """Take what is raised within for damage of a file: by numpy, tokenize, zipfile, a decompressor.
+
+    Raises:
+        InvalidInputError: for everything but what the machine lacks.
+    """
     try:
-        file = open_file(path)
-        try:
-            shape, fortran, dtype = read_header(file)
-            if dtype.hasobject:
-                raise InvalidInputError(
-                    f"{path} holds Python objects, which are not loaded (a pickle can run any "
-                    "code); convert it: numpy.save(path, array.astype('float32'))"
-                )
-            stored = os.fstat(file.fileno()).st_size - file.tell()
-            expected = math.prod(shape) * dtype.itemsize
-            if stored < expected or not dtype.itemsize or min(shape, default=0) < 0:
-                raise ValueError(f"{stored} bytes where its header says {expected}")
-        except BaseException:
-            file.close()
-            raise
+        yield
     except InvalidInputError:
         raise
-    except Exception as exc:  # damage comes to light in numpy, tokenize or the file system
+    except Exception as exc:
         if is_shortage(exc):
             raise
-        raise InvalidInputError(f"{path} is truncated or damaged ({exc}); {_REMEDY}") from exc
-    return file, shape, fortran, dtype
+        raise InvalidInputError(f"{what} is truncated or damaged ({exc}); {remedy}") from exc
 
 
 def read_archive(path: Path, dtype: str) -> dict[str, Array]:
@@ -102,48 +99,37 @@ def read_archive(path: Path, dtype: str) -> dict[str, Array]:
     Raises:
         InvalidInputError: as for `read_array`, and where one of the first two is missing.
     """
-    remedy = "write it with numpy.savez(path, input=..., target=...)"
-    _check_file(path, b"PK", f"an .npz file; {remedy}")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            absent = [name for name in _REQUIRED if name not in archive.files]
-            if absent:
-                raise InvalidInputError(
-                    f"{path} has no array called {' or '.join(absent)}, only "
-                    f"{', '.join(archive.files) or 'nothing'}; {remedy}"
-                )
-            names = [*_REQUIRED, *(name for name in _OPTIONAL if name in archive.files)]
-            for name in names:
-                _check_member(archive.zip, name, path)
-            arrays = {name: archive[name] for name in names}
-    except InvalidInputError:
-        raise
-    except Exception as exc:  # or in zipfile and the decompressors, each with classes of its own
-        if is_shortage(exc):
-            raise
-        raise InvalidInputError(f"{path} is truncated or damaged ({exc}); {remedy}") from exc
+    check_file(path, b"PK", f"an .npz file; {ARCHIVE_REMEDY}")
+    with damage_told(str(path), ARCHIVE_REMEDY), np.load(path, allow_pickle=False) as archive:
+        absent = [name for name in _REQUIRED if name not in archive.files]
+        if absent:
+            raise InvalidInputError(
+                f"{path} has no array called {' or '.join(absent)}, only "
+                f"{', '.join(archive.files) or 'nothing'}; {ARCHIVE_REMEDY}"
+            )
+        names = [*_REQUIRED, *(name for name in _OPTIONAL if name in archive.files)]
+        for name in names:
+            check_member(archive.zip, name, path)
+        arrays = {name: archive[name] for name in names}
     return {name: as_bfloat16(array, f"{name} in {path}", dtype) for name, array in arrays.items()}
 
 
-def _data_bytes(file: IO[bytes]) -> tuple[int, bool]:
-    """The size of the array behind the header that `file` begins with; whether it is pickled.
-
-    Of pickled objects numpy says what is wrong, and the size is 0.
-    """
-    shape, _, dtype = read_header(file)
-    return (0, True) if dtype.hasobject else (math.prod(shape) * dtype.itemsize, False)
-
-
-def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether it is in Fortran order, and dtype, of the array that `file` begins with.
+def _read_header(file: IO[bytes], what: str) -> Header:
+    """The header of the array that `file` begins with.
 
     Raises:
+        InvalidInputError: for pickled objects.
         Exception: of numpy, tokenize or the file, where there is no such header.
     """
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
         raise ValueError(f"a header of version {version}")
     shape, fortran, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise InvalidInputError(
+            f"{what} holds Python objects, which are not loaded (a pickle can run any code); "
+            "convert it: array.astype('float32')"
+        )
     if not all(type(size) is int for size in shape):  # to numpy True is one, but not everywhere
         raise ValueError(f"no array has the shape {shape}")
     # numpy multiplies every other size, though there is nothing to hold.
@@ -153,22 +139,35 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return shape, fortran, dtype
 
 
-def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
-    """Refuse, before anything is decompressed, a size that is not the header's, and a bomb."""
+def check_member(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[Header, int]:
+    """The header of an array, and where its elements begin, before anything else is decompressed.
+
+    Raises:
+        InvalidInputError: for pickled objects, and for an archive that unpacks to far more than
+            it holds.
+        Exception: of numpy, tokenize or zipfile, where the header is damaged or says another size.
+    """
     info = archive.NameToInfo.get(f"{name}.npy") or archive.getinfo(name)
     with archive.open(info) as file:
-        expected, objects = _data_bytes(file)
-        stored = info.file_size - file.tell()
-    if stored != expected and not objects:
+        header = _read_header(file, f"{name} in {path}")
+        first = file.tell()
+    stored, expected = info.file_size - first, math.prod(header[0]) * header[2].itemsize
+    if stored != expected:
         raise ValueError(f"{name}: {stored} bytes where its header says {expected}")
     if stored > _LARGE and stored > _MOST_TIMES * path.stat().st_size:
         raise InvalidInputError(
             f"{path} has {path.stat().st_size:,} bytes and would unpack {name} to {stored:,}; if "
             "you trust it, unpack it yourself and give the arrays as .npy files"
         )
+    return header, first
 
 
-def _check_file(path: Path, magic: bytes, expected: str) -> None:
+def check_file(path: Path, magic: bytes, expected: str) -> None:
+    """Refuse what is no file, or begins otherwise than a file of the `expected` kind does.
+
+    Raises:
+        InvalidInputError: with the reason.
+    """
     try:
         with open_file(path) as file:
             start = file.read(len(magic))

@@ -132,7 +132,7 @@ def score(
     don't change the result. A run that was interrupted, in any way, goes on where it was when the
     same command is given again.
     """
-    from ..scoring.score import score_files
+    from ..scoring.score import Progress, score_files
     from ..scoring.scorer import make_job
     from ..scoring.shards import float_dtype, locate
 
@@ -158,22 +158,20 @@ def score(
             raise SpecError("--dtype is the model's own; leave it out")
         job = _job_of_model(model, beta, reduction, per_sample, backend, threads)
         located = locate(given, names, job.spec.dtype)
-    done = 0
-    forgotten: str | None = None
+    last = Progress(0, 0)
     on_interrupt(
         lambda: (
-            f"interrupted with {done} % done; the same command "
-            + ("begins again" if forgotten else "goes on from there")
+            f"interrupted with {last.percent} % done; the same command "
+            + ("begins again" if last.forgotten else "goes on from there")
         )
     )
     with _progress() as show:
 
         def tell(progress: Progress) -> None:
-            nonlocal done, forgotten
-            if progress.forgotten and not forgotten:
+            nonlocal last
+            if progress.forgotten and not last.forgotten:
                 print_note(progress.forgotten)
-            forgotten = progress.forgotten
-            done = progress.done * 100 // max(progress.total, 1)
+            last = progress
             show(progress)
 
         try:
@@ -188,8 +186,10 @@ def score(
                 on_progress=tell,
             )
         except OutputError:
-            if done and not forgotten:
-                print_note(f"{done} % are done and kept; the same command goes on from there")
+            if last.percent and not last.forgotten:
+                print_note(
+                    f"{last.percent} % are done and kept; the same command goes on from there"
+                )
             raise
     if per_sample and output is None:
         print_note("no scores were written; -o scores.npy writes them")
@@ -244,7 +244,7 @@ def _engine(name: str, address: str | None, workers: int | None) -> Engine:
     from ..errors import require
     from ..scoring.ray_engine import RayEngine
 
-    require("ray.data", "ray", "--engine ray")
+    require("ray", "ray", "--engine ray")
     return RayEngine(address, workers)
 
 

@@ -6,6 +6,7 @@ in any order. Partial results are exact, so the order doesn't show in the result
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,6 @@ from .partial import Partial
 from .scorer import Job, Scorer
 from .shards import Piece, Plan, Shard
 from .sources import Source, open_source
-
-__all__ = ["PieceResult", "PieceScorer", "checksums", "score_locally"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,38 +42,38 @@ class PieceResult:
     worker: str = ""
 
 
-class _OpenShard:
-    """The sources of the shard read last stay open: its next piece goes on where this one ends."""
+class _Reader:
+    """The files of the shard read last stay open: its next piece goes on where this one ends."""
 
     def __init__(self) -> None:
         self._shard: Shard | None = None
         self._sources: dict[str, Source] = {}
 
-    def sources(self, shard: Shard) -> dict[str, Source]:
+    def batches(self, piece: Piece, shard: Shard) -> Iterator[dict[str, Array]]:
+        """The arrays of each batch by role, valid until the next one is taken."""
         if self._shard is not shard:
             self.close()
-            for role, location in shard.files.items():
-                self._sources[role] = source = open_source(location)
-                if source.shape != shard.shapes[role]:
-                    raise InvalidInputError(
-                        f"{location} has changed while it was scored: its shape was "
-                        f"{shard.shapes[role]} and is {source.shape}; score it again from the start"
-                    )
-                if shard.flat:
-                    source.flatten()
-            self._shard = shard
-        return self._sources
+            self._open(shard)
+        for start in range(piece.start, piece.stop, piece.batch):
+            stop = min(start + piece.batch, piece.stop)
+            yield {role: source.read(start, stop) for role, source in self._sources.items()}
+
+    def _open(self, shard: Shard) -> None:
+        for role, location in shard.files.items():
+            self._sources[role] = source = open_source(location)
+            if source.shape != shard.shapes[role]:
+                raise InvalidInputError(
+                    f"{location} has changed while it was scored: its shape was "
+                    f"{shard.shapes[role]} and is {source.shape}; score it again from the start"
+                )
+            if shard.flat:
+                source.flatten()
+        self._shard = shard
 
     def close(self) -> None:
         for source in self._sources.values():
             source.close()
         self._shard, self._sources = None, {}
-
-
-def _batches(piece: Piece, sources: dict[str, Source]) -> Iterator[dict[str, Array]]:
-    for start in range(piece.start, piece.stop, piece.batch):
-        stop = min(start + piece.batch, piece.stop)
-        yield {role: source.read(start, stop) for role, source in sources.items()}
 
 
 def _add(sums: dict[str, int], batch: dict[str, Array]) -> None:
@@ -88,7 +87,7 @@ class PieceScorer:
 
     def __init__(self, job: Job) -> None:
         self._scorer = Scorer(job)
-        self._open = _OpenShard()
+        self._reader = _Reader()
         self._beside = ThreadPoolExecutor(1, "smoothl1-deploy checksum")
 
     def score(self, piece: Piece, shard: Shard) -> PieceResult:
@@ -99,7 +98,7 @@ class PieceScorer:
         """
         partial, sums, scores = Partial(), dict[str, int](), list[Array]()
         try:
-            for batch in _batches(piece, self._open.sources(shard)):
+            for batch in self._reader.batches(piece, shard):
                 # Beside the loss: zlib lets other threads run, and this is a third of the work.
                 summed = self._beside.submit(_add, sums, batch)
                 try:
@@ -118,29 +117,23 @@ class PieceScorer:
     def close(self) -> None:
         """Let go of the files."""
         self._beside.shutdown()
-        self._open.close()
+        self._reader.close()
 
 
 def score_locally(
     job: Job, plan: Plan, pieces: Iterable[Piece]
 ) -> Generator[PieceResult, None, None]:
-    """Score `pieces` one after the other in this process."""
-    scorer = PieceScorer(job)
-    try:
+    """One piece after the other, in this process."""
+    with contextlib.closing(PieceScorer(job)) as scorer:
         for piece in pieces:
             yield scorer.score(piece, plan.shards[piece.shard])
-    finally:
-        scorer.close()
 
 
 def checksums(plan: Plan, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, dict[str, int]]]:
     """Read `pieces` again, without scoring them; the checksums are those of a `PieceResult`."""
-    opened = _OpenShard()
-    try:
+    with contextlib.closing(_Reader()) as reader:
         for piece in pieces:
             sums: dict[str, int] = {}
-            for batch in _batches(piece, opened.sources(plan.shards[piece.shard])):
+            for batch in reader.batches(piece, plan.shards[piece.shard]):
                 _add(sums, batch)
             yield piece, sums
-    finally:
-        opened.close()

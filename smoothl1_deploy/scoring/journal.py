@@ -1,11 +1,12 @@
 """`Journal`: which pieces are finished, in a file that survives a kill at any moment.
 
-The first line says that it is a journal, the second what is scored, into which unfinished file.
-Each further line is a finished piece, or what the files of the data look like now. A line begins
-with the CRC-32 of the rest, and is on the disk before the piece counts as finished. A line that was
-cut off by a kill is dropped: its piece is done again.
+The first line says that it is a journal, the second what is scored, into which unfinished file, and
+what the files of the data look like. Each further line is a finished piece. A line begins with the
+CRC-32 of the rest, and is on the disk before the piece counts as finished. A line that was cut off
+by a kill is dropped: its piece is done again.
 
-The file itself is locked, so that one process works with it and nothing else is made beside it.
+The file itself is locked, so that one process works with it, and nothing is made beside it (as
+sqlite3 would make a journal of its own).
 """
 
 from __future__ import annotations
@@ -29,11 +30,9 @@ from ..files import token
 from .engine import PieceResult, checksums
 from .partial import Partial
 from .scorer import Job
-from .shards import Plan
+from .shards import Plan, Shard
 
-__all__ = ["Journal", "default_journal"]
-
-_KIND = "smoothl1-deploy score 2"
+_KIND = "smoothl1-deploy score 3"
 _AGAIN = "start again with --restart"
 
 
@@ -80,48 +79,36 @@ def _identity(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _identities(plan: Plan) -> dict[str, list[int]]:
-    paths = {place.path for shard in plan.shards for place in shard.files.values()}
-    return {_key(path): _identity(path) for path in sorted(paths)}
-
-
-def _key(path: Path) -> str:
-    return str(path.absolute())
-
-
 def _locked(path: Path) -> FileIO:
     """The file, made where there is none, and locked as long as it is open.
 
     Raises:
         OutputError: where that can't be.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OutputError(
                 f"can't write the journal {path}: it is a folder, a pipe or a device; give a file "
                 "with --journal"
             )
-        while True:
-            file = FileIO(os.open(path, flags, 0o666), "r+")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    return file
-            except FileNotFoundError:
-                pass
-            except BaseException:
-                file.close()
-                raise
-            file.close()  # whoever had locked it has finished, and removed it
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC), "r+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there = os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), path.stat())
+            if not there:  # whoever had locked it has just removed it
+                raise BlockingIOError
+        except BaseException:
+            file.close()
+            raise
+        return file
     except BlockingIOError:
         raise OutputError(
             f"another process works with the journal {path}; wait for it, or give another place "
             "with --journal"
         ) from None
-    except OutputError:
-        raise
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+        if isinstance(exc, OutputError):
+            raise
         raise OutputError(
             f"can't write the journal {path} ({reason_of(exc)}); give another place with --journal"
         ) from exc
@@ -154,13 +141,16 @@ class Journal:
         self.done: dict[int, Partial] = {}
         self.part = token()
         self._plan = plan
-        self._ours = False
-        self._before = _identities(plan)
-        self._head = {
-            "job": job.to_dict(),
-            "plan": plan.to_dict(),
+        self._run = {
+            **job.to_dict(),
             "output": None if output is None else str(output.absolute()),
+            **{f"shard {shard.name}": shard.to_dict() for shard in plan.shards},
+            "batch": plan.pieces[0].batch if plan.pieces else 0,
+            "number of pieces": len(plan.pieces),
         }
+        places = [place for shard in plan.shards for place in shard.files.values()]
+        self._files = {str(place.path.absolute()): _identity(place.path) for place in places}
+        self._ours = False  # and so may be removed
         self._file = _locked(path)
         try:
             self._open(restart)
@@ -187,7 +177,6 @@ class Journal:
             return
         try:
             self._resume(head, lines)
-            self._ours = True
         except InvalidInputError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
@@ -195,54 +184,49 @@ class Journal:
                 f"the journal {self.path} makes no sense ({type(exc).__name__}: {exc}), though "
                 f"it was written whole; {_AGAIN}"
             ) from exc
+        self._ours = True
 
     def _resume(self, head: Mapping[str, Any], lines: list[bytes]) -> None:
         """Fill `done`, and cut off what a kill has left of a line."""
-        for part in ("job", "plan", "output"):
-            if head[part] != self._head[part]:
+        run = head["run"]
+        for key in [*sorted({*run} - {*self._run}), *self._run]:
+            before, now = run.get(key), self._run.get(key)
+            if before != now:
                 raise InvalidInputError(
-                    f"the journal {self.path} is of another run: {_difference(head, self._head)}. "
-                    f"Restore what it was, or {_AGAIN}"
+                    f"the journal {self.path} is of another run: its {key} was {before}, and is "
+                    f"{now}. Restore what it was, or {_AGAIN}"
                 )
-        before, sums = head["files"], dict[int, dict[str, int]]()
-        kept = len(lines[0]) + len(lines[1])
+        kept, sums = len(lines[0]) + len(lines[1]), dict[int, dict[str, int]]()
         for line in lines[2:]:
             fields = _fields(line)
             if fields is None:
                 break
-            if "files" in fields:
-                before = fields["files"]
-            else:
-                self.done[fields["piece"]] = Partial.from_dict(fields["partial"])
-                sums[fields["piece"]] = fields["checksums"]
+            self.done[fields["piece"]] = Partial.from_dict(fields["partial"])
+            sums[fields["piece"]] = fields["checksums"]
             kept += len(line)
         if not set(sums) <= set(range(len(self._plan.pieces))):
             raise ValueError("it names a piece that the data don't have")
-        self._check_content(before, sums)
+        self._check_content(head["files"], sums)
         self._file.truncate(kept)
-        if before != self._before:
-            self._write({"files": self._before})
 
     def _check_content(
         self, before: Mapping[str, list[int]], sums: Mapping[int, dict[str, int]]
     ) -> None:
         """Read again what is finished of the files that look changed, and compare."""
-        changed = {path for path, identity in self._before.items() if before[path] != identity}
-        again = [
-            self._plan.pieces[index]
-            for index in sorted(sums)
-            if any(
-                _key(place.path) in changed
-                for place in self._plan.shards[self._plan.pieces[index].shard].files.values()
-            )
-        ]
+        changed = {path for path, now in self._files.items() if before.get(path) != now}
+
+        def looks_changed(shard: Shard) -> bool:
+            return any(str(place.path.absolute()) in changed for place in shard.files.values())
+
+        finished = (self._plan.pieces[index] for index in sorted(sums))
+        again = [piece for piece in finished if looks_changed(self._plan.shards[piece.shard])]
         for piece, found in checksums(self._plan, again):
-            shard = self._plan.shards[piece.shard]
             for role, value in found.items():
                 if sums[piece.index][role] != value:
                     raise InvalidInputError(
-                        f"{shard.files[role]} has changed since the interrupted run scored a part "
-                        f"of it (journal {self.path}); restore it, or {_AGAIN}"
+                        f"{self._plan.shards[piece.shard].files[role]} has changed since the "
+                        f"interrupted run scored a part of it (journal {self.path}); restore it, "
+                        f"or {_AGAIN}"
                     )
 
     def add(self, result: PieceResult) -> None:
@@ -254,15 +238,11 @@ class Journal:
         """
         shard = self._plan.shards[self._plan.pieces[result.piece].shard]
         for place in shard.files.values():
-            before = self._before[_key(place.path)]
+            before = self._files[str(place.path.absolute())]
             if not place.path.exists() or _identity(place.path) != before:
                 raise InvalidInputError(f"{place} has changed while it was scored; {_AGAIN}")
-        fields = {
-            "piece": result.piece,
-            "partial": result.partial.to_dict(),
-            "checksums": result.checksums,
-        }
-        self._write(fields)
+        fields = {"partial": result.partial.to_dict(), "checksums": result.checksums}
+        self._write({"piece": result.piece, **fields})
         self.done[result.piece] = result.partial
 
     def _write(self, fields: Mapping[str, Any]) -> None:
@@ -283,7 +263,7 @@ class Journal:
         self._ours = True
         self._file.truncate(0)
         self._write({"kind": _KIND})
-        self._write({**self._head, "part": self.part, "files": self._before})
+        self._write({"run": self._run, "part": self.part, "files": self._files})
 
     def finish(self) -> None:
         """All is done and written: the journal goes."""
@@ -303,21 +283,3 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Where two heads differ first, in words."""
-    for key in ("spec", "beta", "backend", "model"):
-        if before["job"][key] != now["job"][key]:
-            return f"its {key} was {before['job'][key]}, and is {now['job'][key]}"
-    if before["output"] != now["output"]:
-        return f"its scores go to {before['output']}"
-    old, new = (
-        {shard["name"]: shard for shard in head["plan"]["shards"]} for head in (before, now)
-    )
-    for name in sorted({*old, *new}):
-        if name not in new or name not in old:
-            return f"the shard {name} was {'added' if name in new else 'removed'}"
-        if old[name] != new[name]:
-            return f"the shard {name} was {old[name]}, and is {new[name]}"
-    return "its batches had another size"

@@ -6,9 +6,11 @@ the target is no file. The target gets them when they are whole.
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import io
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,6 @@ from ..files import create, put, replacing, resolve, unfinished
 from ..floats import NUMPY_DTYPE, Array
 from .journal import Journal
 from .shards import Plan
-
-__all__ = ["ScoreFile"]
 
 _ROWS = 1 << 18  # of a row group of Parquet
 
@@ -49,16 +49,18 @@ class ScoreFile:
         self.path = path
         self._plan, self._dtype = plan, NUMPY_DTYPE[dtype]
         self._handle = -1
-        header = _header(self._dtype, plan.rows)
-        self._offset = len(header)
-        try:
+        header = io.BytesIO()
+        kind = np.lib.format.dtype_to_descr(self._dtype)
+        fields = {"descr": kind, "fortran_order": False, "shape": (plan.rows,)}
+        np.lib.format.write_array_header_1_0(header, fields)
+        self._first = header.tell()
+        with self._problem_told():
             self.part = unfinished(resolve(path) or journal.path, journal.part)
-            self.kept = self._open(header, len(header) + plan.rows * self._dtype.itemsize)
-        except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
-            raise self._error(exc) from exc
+            self.kept = self._open(header.getvalue())
 
-    def _open(self, header: bytes, size: int) -> bool:
+    def _open(self, header: bytes) -> bool:
         """Whether the unfinished file was there; otherwise all the room is taken for a new one."""
+        size = self._first + self._plan.rows * self._dtype.itemsize
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             self._handle = os.open(self.part, flags)
@@ -72,20 +74,24 @@ class ScoreFile:
             self.close(keep=False)
         self._handle = create(self.part, self.path)
         try:
-            _take_room(self._handle, size)
+            os.posix_fallocate(self._handle, 0, size)  # a full disk is found now, not after hours
             self._write_at(0, header)
         except BaseException:
             self.close(keep=False)
             raise
         return False
 
-    def _error(self, exc: OSError | ValueError) -> OutputError:
-        if isinstance(exc, OutputError):
-            return exc
-        return OutputError(
-            f"can't write {self.path}: {reason_of(exc)}; choose a file in a folder that exists, "
-            "that you may write to and that has room"
-        )
+    @contextlib.contextmanager
+    def _problem_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OutputError:
+            raise
+        except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+            raise OutputError(
+                f"can't write {self.path}: {reason_of(exc)}; choose a file in a folder that "
+                "exists, that you may write to and that has room"
+            ) from exc
 
     def _write_at(self, offset: int, data: bytes) -> None:
         while data:
@@ -97,22 +103,18 @@ class ScoreFile:
         found = self._plan.pieces[piece]
         row = self._plan.shards[found.shard].first + found.start
         data = np.ascontiguousarray(scores, self._dtype).tobytes()
-        try:
-            self._write_at(self._offset + row * self._dtype.itemsize, data)
+        with self._problem_told():
+            self._write_at(self._first + row * self._dtype.itemsize, data)
             os.fsync(self._handle)
-        except OSError as exc:
-            raise self._error(exc) from exc
 
     def finish(self) -> None:
         """Give the whole file its name, in its format."""
         self.close()
-        try:
+        with self._problem_told():
             if self.path.suffix == ".npy":
                 put(self.part, self.path)
             else:
                 self._write_parquet()
-        except OSError as exc:
-            raise self._error(exc) from exc
 
     def _write_parquet(self) -> None:
         pyarrow = require("pyarrow", "score", "writing Parquet")
@@ -125,7 +127,7 @@ class ScoreFile:
             # A dictionary of scores, which hardly repeat, would only take memory.
             parquet.ParquetWriter(whole, schema, use_dictionary=False) as writer,
         ):
-            file.seek(self._offset)
+            file.seek(self._first)
             while data := file.read(_ROWS * self._dtype.itemsize):
                 scores = np.frombuffer(data, self._dtype).astype(stored)
                 writer.write_table(pyarrow.table([scores], schema=schema))
@@ -138,26 +140,3 @@ class ScoreFile:
             self._handle = -1
         if not keep:
             self.part.unlink(missing_ok=True)
-
-
-def _take_room(handle: int, size: int) -> None:
-    """A full disk is found now, and not after hours of work."""
-    try:
-        os.posix_fallocate(handle, 0, size)
-    except OSError as exc:
-        if exc.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system without it
-            raise
-        os.ftruncate(handle, size)
-
-
-def _header(dtype: np.dtype[np.generic], rows: int) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    fields = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": (rows,),
-    }
-    np.lib.format.write_array_header_1_0(buffer, fields)
-    return buffer.getvalue()

@@ -14,16 +14,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from ..errors import ArtefactError
 from ..floats import Array
-
-__all__ = ["ExactSum", "Partial", "exact_sum"]
+from ..records import Record, plain
 
 _BLOCK_BITS = 15
 _BLOCK = 1 << _BLOCK_BITS  # two float64 blocks fit a core's cache; smaller ones cost calls
@@ -33,40 +31,29 @@ _HUGE = 2.0**900  # above, the constant would overflow
 
 @dataclass(frozen=True, slots=True)
 class ExactSum:
-    """The exact sum of finite floats, and how many NaN and infinities there were beside them."""
+    """The exact sum of floats.
+
+    Attributes:
+        finite: of those that are finite.
+        special: NaN or an infinity, as IEEE 754 adds up the others; 0 where there are none.
+    """
 
     finite: Fraction = Fraction(0)
-    nan: int = 0
-    plus: int = 0
-    minus: int = 0
+    special: float = 0.0
 
     def __add__(self, other: ExactSum) -> ExactSum:
-        return ExactSum(
-            self.finite + other.finite,
-            self.nan + other.nan,
-            self.plus + other.plus,
-            self.minus + other.minus,
-        )
+        return ExactSum(self.finite + other.finite, self.special + other.special)
 
-    def times(self, factor: Fraction | int) -> ExactSum:
+    def times(self, factor: int) -> ExactSum:
         """The sum of every addend times a positive number."""
-        return ExactSum(self.finite * factor, self.nan, self.plus, self.minus)
-
-    def special(self) -> float | None:
-        """NaN or an infinity where the sum is one, as IEEE 754 adds them; None where finite."""
-        if self.nan or (self.plus and self.minus):
-            return math.nan
-        if self.plus or self.minus:
-            return math.inf if self.plus else -math.inf
-        return None
+        return ExactSum(self.finite * factor, self.special)
 
     def over(self, divisor: ExactSum) -> float:
         """The quotient, rounded once to float64; NaN for 0 / 0."""
-        top, bottom = self.special(), divisor.special()
-        if bottom is not None:
-            return math.nan if math.isnan(bottom) or top is not None else 0.0
-        if top is not None:
-            return -top if divisor.finite < 0 else top
+        if divisor.special:
+            return math.nan if self.special or math.isnan(divisor.special) else 0.0
+        if self.special:
+            return -self.special if divisor.finite < 0 else self.special
         infinity = math.inf if (self.finite < 0) == (divisor.finite < 0) else -math.inf
         if divisor.finite == 0:
             return infinity if self.finite else math.nan
@@ -76,32 +63,30 @@ class ExactSum:
             return infinity
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without loss; what is zero is left out."""
-        fields = {"finite": str(self.finite), "nan": self.nan, "+inf": self.plus}
-        fields["-inf"] = self.minus
-        return {name: value for name, value in fields.items() if value}
+        """JSON-ready, without loss."""
+        return {"finite": str(self.finite), "special": plain(self.special)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ExactSum:
-        """The inverse of `to_dict`; whoever wrote the fields may have meant to harm."""
-        finite = fields["finite"]
+        """The inverse of `to_dict`; whoever wrote the fields may have meant to harm.
+
+        Raises:
+            ValueError, KeyError, TypeError: when the fields are damaged.
+        """
+        finite, special = fields["finite"], float(fields["special"])
         if not re.fullmatch(r"-?\d+(/[1-9]\d*)?", finite):  # Fraction("1e300000000") takes hours
             raise ValueError(f"{finite!r} is no sum")
-        return cls(Fraction(finite), *(_count(fields, name) for name in ("nan", "+inf", "-inf")))
+        if special and math.isfinite(special):
+            raise ValueError(f"{special!r} is neither NaN nor an infinity")
+        return cls(Fraction(finite), special)
 
 
-def _count(fields: Mapping[str, Any], name: str) -> int:
-    value = fields.get(name, 0)
-    if not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}")
-    return value
-
-
+_NOTHING = ExactSum()
 _ONE = ExactSum(Fraction(1))
 
 
 @dataclass(frozen=True, slots=True)
-class Partial:
+class Partial(Record):
     """What a part of the data adds to the result.
 
     Attributes:
@@ -110,8 +95,8 @@ class Partial:
         count: of elements.
     """
 
-    total: ExactSum = field(default_factory=ExactSum)
-    divisor: ExactSum = field(default_factory=ExactSum)
+    total: ExactSum = _NOTHING
+    divisor: ExactSum = _NOTHING
     count: int = 0
 
     def __add__(self, other: Partial) -> Partial:
@@ -129,26 +114,13 @@ class Partial:
         """The mean, rounded once to float64; of nothing it is NaN."""
         return self.total.over(self.divisor)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, without loss."""
-        return {
-            "total": self.total.to_dict(),
-            "divisor": self.divisor.to_dict(),
-            "count": self.count,
-        }
-
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Partial:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ArtefactError: when the fields are damaged.
-        """
-        try:
-            total, divisor = (ExactSum.from_dict(fields[name]) for name in ("total", "divisor"))
-            return cls(total, divisor, _count(fields, "count"))
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise ArtefactError(f"a partial result is damaged: {exc!r}") from exc
+        """The inverse of `to_dict`; raises as `ExactSum.from_dict` does."""
+        total, divisor = (ExactSum.from_dict(fields[name]) for name in ("total", "divisor"))
+        if not isinstance(fields["count"], int):
+            raise TypeError(f"the count is {fields['count']!r}")
+        return cls(total, divisor, fields["count"])
 
 
 def exact_sum(values: Array) -> ExactSum:
@@ -196,14 +168,9 @@ def _units(work: Array, largest: float, multiples: Array) -> int:
 
 
 def _set_apart(work: Array) -> tuple[Array, ExactSum]:
-    """NaN, infinities and huge numbers one by one; the rest of the block as it was."""
+    """A block without NaN, infinities and huge numbers, and their sum, added up one by one."""
     usual = np.abs(work) < _HUGE
     odd = work[~usual]
-    finite = odd[np.isfinite(odd)]
-    apart = ExactSum(
-        sum(map(Fraction, finite.tolist()), Fraction(0)),
-        int(np.count_nonzero(np.isnan(odd))),
-        int(np.count_nonzero(odd == np.inf)),
-        int(np.count_nonzero(odd == -np.inf)),
-    )
-    return work[usual], apart
+    finite = np.isfinite(odd)
+    total = sum(map(Fraction, odd[finite].tolist()), Fraction(0))
+    return work[usual], ExactSum(total, sum(odd[~finite].tolist(), 0.0))

@@ -1,20 +1,18 @@
-"""The engine for many machines: Ray Data maps pieces to actors that hold one session each.
+"""The engine for many machines: pieces go to actors of Ray that hold one session each.
 
-An actor that dies is started again by Ray Data, and its piece is given to another; a piece that
-raises is tried again where it failed. Every machine reads the files by the same paths. Partial
-results are exact, so the result is the local engine's, bit for bit, whoever did which piece.
+An actor that dies is started again by Ray, and so is its piece; a piece that raises is tried again
+where it failed. Every machine reads the files by the same paths. Partial results are exact, so the
+result is the local engine's, bit for bit, whoever did which piece.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
 import socket
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,7 @@ from .engine import PieceResult, PieceScorer
 from .scorer import Job
 from .shards import Piece, Plan, Shard
 
-__all__ = ["RayEngine"]
-
-_ATTEMPTS = 3  # of a piece in one actor, before the run ends with its error
+_ATTEMPTS = 3  # of a piece, before the run ends with its error
 _STORE = 256 << 20  # bytes of Ray's object store on this machine: results are small
 
 
@@ -54,7 +50,6 @@ class RayEngine:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray = require("ray", "ray", "the ray engine")
-        require("ray.data", "ray", "the ray engine")
         started = not ray.is_initialized()
         if started:
             self._start(ray)
@@ -89,36 +84,25 @@ class RayEngine:
     def _scored(
         self, ray: Any, job: Job, plan: Plan, pieces: Sequence[Piece]
     ) -> Iterator[PieceResult]:
+        pool_of = require("ray.util", "ray", "the ray engine").ActorPool
         cpus = job.threads or 1
-        tasks = _tasks(plan, pieces)
         most = max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
-        size = min(self.workers or most, len(tasks))
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        # It warns that the bars below are off.
-        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-        context = ray.data.DataContext.get_current()
-        bars, context.enable_progress_bars = context.enable_progress_bars, False
+        actor = ray.remote(num_cpus=cpus, max_restarts=-1, max_task_retries=_ATTEMPTS)(_Actor)
+        given = ray.put(replace(job, threads=cpus)), ray.put(_absolute(plan))
+        actors = [actor.remote(*given) for _ in range(min(self.workers or most, len(pieces)))]
         try:
-            rows = ray.data.from_items(
-                [{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks)
-            ).map(
-                _Actor,
-                fn_constructor_args=(replace(job, threads=cpus), _absolute(plan)),
-                compute=ray.data.ActorPoolStrategy(size=size),
-                num_cpus=cpus,
-            )
-            for row in rows.iter_rows():
-                done = pickle.loads(row["done"])
+            for done in pool_of(actors).map_unordered(lambda a, p: a.score.remote(p), pieces):
                 if isinstance(done, BaseException):
                     raise done
-                yield from done
+                yield done
         except ray.exceptions.RayError as exc:  # the package isn't on a worker, for instance
             raise BackendUnavailableError(
                 f"the Ray workers can't do it ({str(exc).strip().splitlines()[-1]}); every machine "
                 "needs this version of smoothl1-deploy with its extras cpu and ray"
             ) from exc
         finally:
-            context.enable_progress_bars = bars
+            for handle in actors:
+                ray.kill(handle)
 
 
 def _absolute(plan: Plan) -> Plan:
@@ -131,15 +115,6 @@ def _absolute(plan: Plan) -> Plan:
     return replace(plan, shards=tuple(map(shard, plan.shards)))
 
 
-def _tasks(plan: Plan, pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """What one actor does without a break: a piece, or all of a file that is read in order."""
-
-    def key(piece: Piece) -> tuple[int, int]:
-        return piece.shard, -1 if plan.shards[piece.shard].sequential else piece.index
-
-    return [list(group) for _, group in groupby(pieces, key)]
-
-
 class _Actor:
     """One session on one worker."""
 
@@ -149,27 +124,20 @@ class _Actor:
         self._scorer: PieceScorer | None = None
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
-        task: list[Piece] = pickle.loads(row["task"])
-        try:
-            return {"done": pickle.dumps([self._try(piece) for piece in task])}
-        except SmoothL1DeployError as exc:  # Ray would wrap it in a traceback
-            return {"done": pickle.dumps(type(exc)(f"{exc} (on {self._name})"))}
-
-    def _try(self, piece: Piece) -> PieceResult:
+    def score(self, piece: Piece) -> PieceResult | SmoothL1DeployError:
+        """The piece's result, or the error it ends with, which Ray would put into a traceback."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 if self._scorer is None:
                     self._scorer = PieceScorer(self._job)
                 result = self._scorer.score(piece, self._plan.shards[piece.shard])
                 return replace(result, worker=self._name)
-            except (SmoothL1DeployError, OSError):
+            except (SmoothL1DeployError, OSError) as exc:
+                if self._scorer is not None:  # the files are opened again, and the session is
+                    self._scorer.close()
+                    self._scorer = None
                 if attempt == _ATTEMPTS:
-                    raise
-                self._close()  # the files are opened again, and the session is
+                    if isinstance(exc, OSError):
+                        raise
+                    return type(exc)(f"{exc} (on {self._name})")
         raise AssertionError("unreachable")
-
-    def _close(self) -> None:
-        if self._scorer is not None:
-            self._scorer.close()
-            self._scorer = None

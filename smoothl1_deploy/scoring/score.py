@@ -7,14 +7,15 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..artefact import ModelSource
 from ..dlpack import as_array
 from ..errors import InvalidInputError, OutputError, SpecError
 from ..files import check_apart
+from ..records import Record
 from ..spec import LossSpec
 from .engine import PieceResult, score_locally
 from .journal import Journal, default_journal
@@ -23,14 +24,12 @@ from .partial import Partial
 from .scorer import Job, Scorer, make_job
 from .shards import Piece, Plan, make_plan
 
-__all__ = ["Progress", "Score", "loss_over", "score_files"]
-
 Engine = Callable[[Job, Plan, Sequence[Piece]], Generator[PieceResult, None, None]]
 _ROLES = ("input", "target", "weight")
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class Score(Record):
     """The loss of all data.
 
     Attributes:
@@ -40,7 +39,7 @@ class Score:
         spec: what was computed.
         shards: how many files, or batches.
         seconds: of this run.
-        scored: elements scored in this run; the rest was done by an interrupted one.
+        resumed: elements that an interrupted run had done.
         output: where the scores of the rows are.
     """
 
@@ -50,31 +49,19 @@ class Score:
     spec: LossSpec
     shards: int
     seconds: float
-    scored: int
+    resumed: int = 0
     output: Path | None = None
+    derived: ClassVar[tuple[str, ...]] = ("rate",)
+
+    @property
+    def scored(self) -> int:
+        """Elements scored in this run."""
+        return self.count - self.resumed
 
     @property
     def rate(self) -> float:
         """Elements a second."""
         return self.scored / self.seconds if self.seconds else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; NaN and infinities are strings."""
-
-        def number(value: float) -> float | str:
-            return value if math.isfinite(value) else str(value)
-
-        return {
-            "loss": number(self.loss),
-            "sum": number(self.sum),
-            "count": self.count,
-            "spec": self.spec.to_dict(),
-            "shards": self.shards,
-            "seconds": self.seconds,
-            "rate": number(self.rate),
-            "resumed": self.count - self.scored,
-            "output": None if self.output is None else str(self.output),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +77,10 @@ class Progress:
     worker: str = ""
     forgotten: str | None = None
 
-
-def _score(
-    job: Job, partial: Partial, shards: int, start: float, resumed: int, output: Path | None = None
-) -> Score:
-    loss = partial.mean if job.spec.reduction == "mean" else partial.sum
-    seconds = time.monotonic() - start
-    scored = partial.count - resumed
-    return Score(loss, partial.sum, partial.count, job.spec, shards, seconds, scored, output)
+    @property
+    def percent(self) -> int:
+        """Of the elements that are done."""
+        return self.done * 100 // max(self.total, 1)
 
 
 def loss_over(
@@ -138,7 +121,13 @@ def loss_over(
             partial += scorer.score(_arrays(batch))[0]
         except InvalidInputError as exc:
             raise InvalidInputError(f"batch {number}: {exc}") from exc
-    return _score(job, partial, number, start, 0)
+    return _result(job, partial, number, start)
+
+
+def _result(job: Job, partial: Partial, shards: int, start: float, **more: Any) -> Score:
+    loss = partial.mean if job.spec.reduction == "mean" else partial.sum
+    seconds = time.monotonic() - start
+    return Score(loss, partial.sum, partial.count, job.spec, shards, seconds, **more)
 
 
 def _arrays(batch: Any) -> dict[str, Any]:
@@ -171,7 +160,7 @@ def score_files(
     restart: bool = False,
     batch: int | None = None,
     engine: Engine = score_locally,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], object] = lambda progress: None,
 ) -> Score:
     """The loss of all shards, in bounded memory, to be resumed where it was interrupted.
 
@@ -202,24 +191,30 @@ def score_files(
     start = time.monotonic()
     flat = job.elementwise and job.any_rank
     plan = make_plan(located, flat=flat, rows=job.rows or batch)
-    where = None if output is None else str(output.absolute())
-    request = {"job": job.to_dict(), "plan": _request(plan), "output": where, "batch": batch}
     forgotten = None
-
-    def tell(progress: Progress) -> None:
-        if on_progress is not None:
-            on_progress(replace(progress, forgotten=forgotten))
-
     with contextlib.ExitStack() as stack:
         if journal is None:
-            journal, forgotten = _journal(request, stack)
+            journal, forgotten = _journal(job, plan, output, batch, stack)
         log = stack.enter_context(Journal(journal, job, plan, output, restart))
         scores = None if output is None else ScoreFile(output, plan, job.spec.dtype, log)
         if scores is not None and log.done and not scores.kept:
             log.forget()
         resumed = sum(partial.count for partial in log.done.values())
+        todo = [piece for piece in plan.pieces if piece.index not in log.done]
+        total = sum(map(plan.elements, plan.pieces))
+        done = total - sum(map(plan.elements, todo))
+        on_progress(Progress(done, total, forgotten=forgotten))
         try:
-            _score_rest(job, plan, engine, log, scores, tell)
+            # Closing: an interrupt comes here, and the engine must let go of files and workers.
+            with contextlib.closing(engine(job, plan, todo)) as results:
+                for result in results:  # each is on the disk before the next is taken
+                    if scores is not None and result.scores is not None:
+                        scores.write(result.piece, result.scores)
+                    log.add(result)
+                    piece = plan.pieces[result.piece]
+                    done += plan.elements(piece)
+                    shard = plan.shards[piece.shard].name
+                    on_progress(Progress(done, total, shard, result.worker, forgotten))
         except BaseException:
             if scores is not None:
                 scores.close(keep=bool(log.done) and forgotten is None)
@@ -228,51 +223,29 @@ def score_files(
         if scores is not None:
             scores.finish()
         log.finish()
-    return _score(job, partial, len(plan.shards), start, resumed, output)
+    return _result(job, partial, len(plan.shards), start, resumed=resumed, output=output)
 
 
-def _journal(request: Mapping[str, Any], stack: contextlib.ExitStack) -> tuple[Path, str | None]:
-    """Where the journal goes by itself; and, where it goes with the run, why."""
+def _journal(
+    job: Job, plan: Plan, output: Path | None, batch: int | None, stack: contextlib.ExitStack
+) -> tuple[Path, str | None]:
+    """Where the journal goes by itself; and, where it goes with the run, why.
+
+    The same request has the same journal, whatever stands in its files by now.
+    """
+    folder = len(plan.shards) > 1
+    data = {
+        role: [str((place.path.parent if folder else place.path).absolute()), place.name]
+        for shard in plan.shards[:1]
+        for role, place in shard.files.items()
+    }
+    where = None if output is None else str(output.absolute())
+    request = {"job": job.to_dict(), "data": data, "output": where, "batch": batch}
     try:
         return default_journal(request), None
     except OutputError as exc:
         try:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            own = stack.enter_context(tempfile.TemporaryDirectory())
         except OSError:
             raise exc from None
-        return Path(folder, "journal"), str(exc)
-
-
-def _score_rest(
-    job: Job,
-    plan: Plan,
-    engine: Engine,
-    log: Journal,
-    scores: ScoreFile | None,
-    tell: Callable[[Progress], None],
-) -> None:
-    """Score the pieces that the journal lacks; each is on the disk before the next is taken."""
-    todo = [piece for piece in plan.pieces if piece.index not in log.done]
-    total = sum(map(plan.elements, plan.pieces))
-    done = total - sum(map(plan.elements, todo))
-    tell(Progress(done, total))
-    # Closing: an interrupt comes here, and the engine must let go of its files and workers.
-    with contextlib.closing(engine(job, plan, todo)) as results:
-        for result in results:
-            if scores is not None and result.scores is not None:
-                scores.write(result.piece, result.scores)
-            log.add(result)
-            piece = plan.pieces[result.piece]
-            done += plan.elements(piece)
-            tell(Progress(done, total, plan.shards[piece.shard].name, result.worker))
-
-
-def _request(plan: Plan) -> dict[str, list[str | None]]:
-    """Where the data are: the same request has the same journal, whatever stands there by now."""
-    if not plan.shards:
-        return {}
-    folder = len(plan.shards) > 1
-    return {
-        role: [str((place.path.parent if folder else place.path).absolute()), place.name]
-        for role, place in plan.shards[0].files.items()
-    }
+        return Path(own, "journal"), str(exc)

@@ -27,8 +27,6 @@ from ..graph.metadata import read_spec, warn_if_changed
 from ..spec import LossSpec
 from .partial import ExactSum, Partial, exact_sum
 
-__all__ = ["Job", "Scorer", "make_job"]
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -57,10 +55,10 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """What the result depends on, JSON-ready."""
         return {
-            "model": sha256(self.model),
             "spec": self.spec.to_dict(),
             "backend": self.backend,
             "beta": None if self.beta is None else repr(float(self.beta)),
+            "model": sha256(self.model),
         }
 
 
@@ -94,19 +92,19 @@ def make_job(
     warn_if_changed(read)
     model = select_ports(read)
     own = read_spec(model)
-    if own is None and spec is None:
+    known = own or spec
+    if known is None:
         raise SpecError(
             "the model doesn't say what it computes; give spec=LossSpec(beta, reduction), on the "
             "command line --beta and --reduction"
         )
-    known = own or spec
-    assert known is not None
-    if own is not None and spec is not None:
-        _check_same(own, spec)
-        if own.reduction == "none":
-            known = replace(own, reduction=spec.reduction)
-    elif own is not None and own.reduction == "none":
-        known = replace(own, reduction="mean")
+    if own is not None and own.reduction == "none":
+        known = replace(own, reduction=spec.reduction if spec else "mean")
+    if spec is not None and replace(known, dtype=spec.dtype) != spec:
+        raise SpecError(
+            f"the artefact computes {known.to_dict()}, not {spec.to_dict()}; leave the spec out, "
+            "or the artefact"
+        )
     _check_combined(known)
     ports = signature(model)
     known = replace(known, dtype=ports.input.dtype)
@@ -137,15 +135,6 @@ def _check_combined(spec: LossSpec) -> None:
         raise SpecError(
             "reduction='none' combines nothing; use 'mean' or 'sum', per_sample for one score a "
             "row, or smoothl1-deploy run for the loss of every element"
-        )
-
-
-def _check_same(own: LossSpec, spec: LossSpec) -> None:
-    combined = replace(own, reduction=spec.reduction) if own.reduction == "none" else own
-    if replace(combined, dtype=spec.dtype) != spec:
-        raise SpecError(
-            f"the artefact computes {own.to_dict()}, not {spec.to_dict()}; leave the spec out, or "
-            "the artefact"
         )
 
 
@@ -211,9 +200,8 @@ class Scorer:
 
 
 def _product(mean: ExactSum, weights: ExactSum) -> ExactSum:
-    """A weighted mean times its weights: the total it came from; NaN spreads."""
-    special = [x for x in (mean.special(), weights.special()) if x is not None]
-    if special:
-        sign = [1.0 if x.finite > 0 else -1.0 if x.finite < 0 else 0.0 for x in (mean, weights)]
-        return exact_sum(np.array([math.prod([*special, *(s for s in sign if s)])]))
-    return ExactSum(mean.finite * weights.finite)
+    """A weighted mean times its weights: the total it came from; NaN and infinities spread."""
+    if not (mean.special or weights.special):
+        return ExactSum(mean.finite * weights.finite)
+    signs = (x.special or (-1.0 if x.finite < 0 else 1.0) for x in (mean, weights))
+    return ExactSum(special=math.prod(signs))

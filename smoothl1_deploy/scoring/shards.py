@@ -6,6 +6,7 @@ folders. A piece is what is finished, journaled and sent as one: some rows of on
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -16,9 +17,7 @@ from typing import Any
 
 from ..errors import InvalidInputError
 from ..floats import NUMPY_DTYPE, dtype_name
-from .sources import SUFFIXES, Location, Source, open_source
-
-__all__ = ["Piece", "Plan", "Shard", "float_dtype", "locate", "make_plan"]
+from .sources import SUFFIXES, Location, open_source
 
 #: Elements of a batch: its arrays and the losses stay in a core's share of the cache.
 BATCH_ELEMENTS = 1 << 18
@@ -41,7 +40,6 @@ class Shard:
         flat: whether every element counts as a row here.
         first: the number of rows in the shards before.
         rows: of this one; elements, where it is flat.
-        sequential: whether it is read from its beginning only.
     """
 
     name: str
@@ -51,22 +49,16 @@ class Shard:
     flat: bool
     first: int
     rows: int
-    sequential: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """What must be the same for a run to go on, beside the content of the files; JSON-ready."""
         return {
-            "name": self.name,
-            "rows": self.shapes["input"][0],
-            "files": {
-                role: {
-                    "path": str(place.path.absolute()),
-                    "name": place.name,
-                    "shape": list(self.shapes[role]),
-                    "dtype": self.dtypes[role],
-                }
-                for role, place in self.files.items()
-            },
+            role: {
+                "name": place.name,
+                "shape": list(self.shapes[role]),
+                "dtype": self.dtypes[role],
+            }
+            for role, place in self.files.items()
         }
 
 
@@ -98,15 +90,6 @@ class Plan:
         shard = self.shards[piece.shard]
         width = 1 if shard.flat else math.prod(shard.shapes["input"][1:])
         return (piece.stop - piece.start) * width
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        batch = self.pieces[0].batch if self.pieces else 0
-        return {
-            "shards": [shard.to_dict() for shard in self.shards],
-            "pieces": len(self.pieces),
-            "batch": batch,
-        }
 
 
 def locate(
@@ -214,10 +197,11 @@ def make_plan(located: Mapping[str, Roles], *, flat: bool, rows: int | None = No
 
 
 def _inspect(name: str, files: Roles, flat: bool, first: int) -> Shard:
-    sources: dict[str, Source] = {}
-    try:
-        for role, location in files.items():
-            sources[role] = open_source(location)
+    with contextlib.ExitStack() as stack:
+        sources = {
+            role: stack.enter_context(contextlib.closing(open_source(location)))
+            for role, location in files.items()
+        }
         shapes = {role: source.shape for role, source in sources.items()}
         if len({(len(shape), shape[0]) for shape in shapes.values()}) != 1:
             given = ", ".join(f"{role} {shape}" for role, shape in shapes.items())
@@ -226,20 +210,10 @@ def _inspect(name: str, files: Roles, flat: bool, first: int) -> Shard:
                 "of axes"
             )
         alike = len(set(shapes.values())) == 1
-        flat = flat and alike and all(s.can_flatten for s in sources.values())
-        return Shard(
-            name,
-            files,
-            shapes,
-            {role: dtype_name(source.dtype) for role, source in sources.items()},
-            flat,
-            first,
-            math.prod(shapes["input"]) if flat else shapes["input"][0],
-            any(source.sequential for source in sources.values()),
-        )
-    finally:
-        for source in sources.values():
-            source.close()
+        flat = flat and alike and all(source.can_flatten for source in sources.values())
+        rows = math.prod(shapes["input"]) if flat else shapes["input"][0]
+        dtypes = {role: dtype_name(source.dtype) for role, source in sources.items()}
+        return Shard(name, files, shapes, dtypes, flat, first, rows)
 
 
 def _check_alike(one: Shard, other: Shard) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.errors import InvalidInputError
+from smoothl1_deploy.errors import InvalidInputError, SmoothL1DeployError
 from smoothl1_deploy.scoring import ray_engine, shards
 from smoothl1_deploy.scoring.engine import PieceResult, PieceScorer, score_locally
 from smoothl1_deploy.scoring.ray_engine import RayEngine
@@ -28,7 +26,6 @@ PIECES = 40
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
-    pytest.importorskip("ray.data")
     root = str(Path(shards.__file__).parents[2])
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(
@@ -75,13 +72,13 @@ def test_a_killed_worker_changes_nothing(
     class Mortal(ray_engine._Actor):
         """Whoever is the first to take a second piece dies with it."""
 
-        def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
+        def score(self, piece: shards.Piece) -> PieceResult | SmoothL1DeployError:
             if self._scorer is not None:
                 with contextlib.suppress(FileExistsError), killed.open("x") as file:
                     file.write(self._name)
                     file.flush()
                     os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(row)
+            return super().score(piece)
 
     def note(progress: Progress) -> None:
         if progress.worker:
@@ -109,7 +106,7 @@ def test_a_piece_that_fails_is_tried_three_times(
     failures: int,
     works: bool,
 ) -> None:
-    score, left = PieceScorer.score, failures
+    score, left = PieceScorer.score, 0 if works else failures
 
     def flaky(self: PieceScorer, piece: shards.Piece, shard: shards.Shard) -> PieceResult:
         nonlocal left
@@ -121,15 +118,15 @@ def test_a_piece_that_fails_is_tried_three_times(
     monkeypatch.setattr(PieceScorer, "score", flaky)
     plan = shards.make_plan(located, flat=True)
     actor = ray_engine._Actor(make_job(LossSpec()), plan)
-    (done,) = (
-        pickle.loads(actor({"task": pickle.dumps([plan.pieces[0]])})["done"]) if works else [0]
-    )
     if works:
         (expected,) = score_locally(make_job(LossSpec()), plan, [plan.pieces[0]])
+        left = failures
+        done = actor.score(plan.pieces[0])
+        assert isinstance(done, PieceResult)
         assert done.partial == expected.partial and done.worker.endswith(f":{os.getpid()}")
     else:
         with pytest.raises(OSError, match="the network"):
-            actor({"task": pickle.dumps([plan.pieces[0]])})
+            actor.score(plan.pieces[0])
 
 
 def test_an_error_names_shard_and_worker_and_this_machine_finishes(
@@ -144,5 +141,5 @@ def test_an_error_names_shard_and_worker_and_this_machine_finishes(
         score_files(job, located, engine=RayEngine(), journal=Path("j"))
     Path("t/b.npz").write_bytes(whole)
     resumed = score_files(job, located, journal=Path("j"))
-    assert 0 < resumed.scored < resumed.count  # the pieces of the other shard were kept
-    assert same(replace(resumed, scored=expected.scored), expected)
+    assert 0 < resumed.resumed < resumed.count  # the pieces of the other shard were kept
+    assert same(replace(resumed, resumed=0), expected)

@@ -235,8 +235,8 @@ def test_an_untouched_copy_is_taken_for_what_it_is(cli: Callable[..., Done]) -> 
     ("options", "message"),
     [
         (["--beta", "2"], "its spec was {'beta': 1.0, "),
-        (["-o", "other.npy"], "its scores go to "),
-        (["--batch", "2"], "its batches had another size"),
+        (["-o", "other.npy"], "its output was "),
+        (["--batch", "2"], "its batch was 4, and is 2"),
     ],
 )
 def test_a_journal_of_another_run_is_refused(
@@ -255,7 +255,7 @@ def test_rows_that_went_are_refused(cli: Callable[..., Done]) -> None:
     for name in "pt":
         np.save(f"{name}.npy", np.load(f"{name}.npy")[:-1])
     done = cli("score", *OPTIONS)
-    assert done.code == 2 and "of another run: the shard p.npy was {" in done.err
+    assert done.code == 2 and "of another run: its shard p.npy was {" in done.err
 
 
 def test_a_file_that_is_no_journal_is_left_alone(cli: Callable[..., Done]) -> None:
