@@ -152,7 +152,6 @@ LAYERS = [
     {"parity", "scoring"},
     {"bench"},
     {"serving"},
-    {"gpu_report"},
     {"cli"},
     {"__main__"},
 ]

@@ -49,7 +49,7 @@ class Parity(Record):
     Attributes:
         ok: whether it ran, and nothing of a backend is red.
         problem: why nothing was run; None where it was.
-        summary: the counts of the backends.
+        backends: counts by backend: cells, red, refused, cases.
         red: one entry a red cell: by how much, and the command that repeats it.
         reference: one entry a cell where PyTorch's CUDA kernel is further from the exact loss
             than its CPU kernel allows: no fault of ours, and of use to who compares with it.
@@ -58,7 +58,7 @@ class Parity(Record):
 
     ok: bool = False
     problem: str | None = None
-    summary: Mapping[str, Any] = field(default_factory=dict)
+    backends: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     red: tuple[Mapping[str, Any], ...] = ()
     reference: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
@@ -155,8 +155,14 @@ def condense(report: Report) -> Parity:
         f"{view.render(ours)}\nPyTorch's own CUDA kernel (`{_REFERENCE}`) is a reference here, not "
         f"under test: it leaves what its CPU kernel allows in {len(outside)} cells.\n"
     )
+    counts: dict[str, dict[str, int]] = {}
+    for cell in report.cells:
+        found = counts.setdefault(cell.backend, {"cells": 0, "red": 0, "refused": 0, "cases": 0})
+        found["refused" if cell.refused else "cells"] += 1
+        found["red"] += not cell.ok
+        found["cases"] += cell.cases
     red, reference = (tuple(_entry(c, report.seed) for c in cells) for cells in (ours.red, outside))
-    return Parity(not red, None, ours.summary, red, reference, report.notes, text)
+    return Parity(not red, None, counts, red, reference, report.notes, text)
 
 
 def _entry(cell: Cell, seed: int) -> dict[str, Any]:

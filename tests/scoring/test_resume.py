@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest_cli import _ROOT, Done
+from rich.console import Console
 
 from smoothl1_deploy.errors import InvalidInputError, OutputError
 from smoothl1_deploy.files import is_unfinished
+from smoothl1_deploy.scoring import shards
+from smoothl1_deploy.scoring.engine import PieceResult
+from smoothl1_deploy.scoring.journal import Journal
 
 FILES = ("--input", "p.npy", "--target", "t.npy")
 OPTIONS = (*FILES, "--journal", "j", "--per-sample", "-o", "s.npy", "--json")
@@ -28,52 +33,34 @@ PIECES = 25
 #: Runs the command line in small pieces, and kills itself in the 8th of them, at a moment.
 _KILLED = """
 import os, signal, sys
-from smoothl1_deploy.scoring import journal, output, score, shards
-shards.BATCH_ELEMENTS, shards.PIECE_ELEMENTS = 4, 12
-moment, number = sys.argv[1], 0
-
-def die():
-    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
-
-def wrap(cls, name, before):
-    inner = getattr(cls, name)
-    def method(self, *args):
-        global number
-        number += 1
-        if number == 8 and before:
-            die()
-        result = inner(self, *args)
-        if number == 8:
-            die()
-        return result
-    setattr(cls, name, method)
-
-if moment == "before the scores":
-    wrap(output.ScoreFile, "write", True)
-elif moment == "between scores and journal":
-    wrap(output.ScoreFile, "write", False)
-elif moment == "after the journal":
-    wrap(journal.Journal, "add", False)
-elif moment == "within a line":
-    line = journal._line
-    def cut(fields):
-        global number
-        if "piece" not in fields:
-            return line(fields)
-        number += 1
-        return line(fields) if number < 8 else line(fields)[:30]
-    journal._line = cut
-    wrap(journal.Journal, "add", False)
-    number = 0
 from smoothl1_deploy.cli import main
-sys.exit(main(sys.argv[3:]))
+from smoothl1_deploy.scoring import journal, output, shards
+shards.BATCH_ELEMENTS, shards.PIECE_ELEMENTS = 4, 12
+moment, sign, *arguments = sys.argv[1:]
+cls, name = {
+    "before the scores": (output.ScoreFile, "write"),
+    "between scores and journal": (journal.Journal, "add"),
+    "after the journal": (journal.Journal, "add"),
+}[moment]
+inner, number = getattr(cls, name), 0
+
+def method(self, *given):
+    global number
+    number += 1
+    if moment == "after the journal":
+        inner(self, *given)
+    if number == 8:
+        os.kill(os.getpid(), getattr(signal, sign))
+    if moment != "after the journal":
+        inner(self, *given)
+
+setattr(cls, name, method)
+sys.exit(main(arguments))
 """
 
 
 @pytest.fixture(autouse=True)
 def files(monkeypatch: pytest.MonkeyPatch) -> None:
-    from smoothl1_deploy.scoring import shards
-
     monkeypatch.setattr(shards, "BATCH_ELEMENTS", 4)
     monkeypatch.setattr(shards, "PIECE_ELEMENTS", 12)
     rng = np.random.default_rng(0)
@@ -91,31 +78,29 @@ def unfinished() -> list[Path]:
     return [path for path in Path().iterdir() if is_unfinished(path.name)]
 
 
-def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
-    import pty
+def interrupted(cli: Callable[..., Done]) -> None:
+    """After eight pieces, in this process: what is left is what a kill leaves."""
+    add = Journal.add
 
-    ours, theirs = pty.openpty()
-    code = (
-        "import sys, time\n"
-        "from smoothl1_deploy.scoring import journal, shards\n"
-        "shards.BATCH_ELEMENTS, shards.PIECE_ELEMENTS = 4, 12\n"
-        "add = journal.Journal.add\n"
-        "journal.Journal.add = lambda *a: (time.sleep(0.02), add(*a))\n"
-        "from smoothl1_deploy.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "TERM": "xterm", "COLUMNS": "100"}
-    command = [sys.executable, "-c", code, "score", *FILES, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment) as child:
-        os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # the end of the other side
-            while part := os.read(ours, 1 << 16):
-                shown += part
-        assert child.stdout is not None
-        assert json.loads(child.stdout.read())["count"] == PIECES * 12
-    os.close(ours)
-    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.decode())  # without colours
+    def stop(self: Journal, result: PieceResult) -> None:
+        if result.piece == 8:
+            raise KeyboardInterrupt
+        add(self, result)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", stop)
+        assert cli("score", *OPTIONS).code == 130
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, shown = Journal.add, io.StringIO()
+    monkeypatch.setattr(Journal, "add", lambda *given: (time.sleep(0.02), add(*given)))
+    terminal = Console(file=shown, force_terminal=True, width=100)
+    monkeypatch.setattr("smoothl1_deploy.cli.score.open_console", lambda **_: terminal)
+    assert cli("score", *FILES, "--json").code == 0
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.getvalue())  # without colours
     assert re.search(r"\d+%.* [\d.]+ [kM]? ?elements/s.* 0:00:0\d.* p\.npy", text), text
 
 
@@ -132,7 +117,6 @@ def whole(cli: Callable[..., Done]) -> dict[str, Any]:
     [
         ("before the scores", 7),
         ("between scores and journal", 7),
-        ("within a line", 3),  # each line is written and each piece added: two counts a piece
         ("after the journal", 8),
     ],
 )
@@ -196,39 +180,80 @@ def test_without_a_journal_option_it_is_found_by_the_request(cli: Callable[..., 
     assert json.loads(cli("score", *options).out)["resumed"] == 96
 
 
-@pytest.mark.parametrize("row", [0, PIECES * 3 - 1])
-def test_a_file_that_changed_where_it_was_scored_is_refused(
-    cli: Callable[..., Done], row: int
-) -> None:
-    killed("after the journal")
+def edit(row: int, hidden: bool = False) -> None:
+    """Another number in a row of the target; its time of change can be set back, not all of it."""
+    before = os.stat("t.npy")
     array = np.load("t.npy")
     array[row, 3] += 1
     np.save("t.npy", array)
+    if hidden:
+        os.utime("t.npy", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def shorten() -> None:
+    for name in "pt":
+        np.save(f"{name}.npy", np.load(f"{name}.npy")[:-1])
+
+
+def journal(change: Callable[[list[bytes]], list[bytes]]) -> None:
+    Path("j").write_bytes(b"".join(change(Path("j").read_bytes().splitlines(keepends=True))))
+
+
+def forge(lines: list[bytes]) -> list[bytes]:
+    lines[4] = lines[4].replace(b'"piece":2', b'"piece":9')
+    return lines
+
+
+def other_scores() -> None:
+    path = unfinished()[0]
+    path.write_bytes(path.read_bytes().replace(b"<f4", b"<i4"))
+
+
+#: What happens between an interrupted run and the next: the elements that need not be scored
+#: again, or why it is refused.
+MEANWHILE: dict[str, tuple[Callable[[], object], int | str]] = {
+    "nothing": (lambda: None, 96),
+    "an untouched copy": (lambda: np.save("t.npy", np.load("t.npy")), 96),
+    "a change where nothing was scored yet": (lambda: edit(PIECES * 3 - 1), 96),
+    "a change where it was scored": (
+        lambda: edit(0),
+        "t.npy has changed since the interrupted run scored a part of it (journal j); restore it, "
+        "or start again with --restart",
+    ),
+    "a change that hides its time": (lambda: edit(0, hidden=True), "t.npy has changed since"),
+    "rows that went": (shorten, "the journal j is of another run: its shard p.npy was {"),
+    "scores that went": (lambda: unfinished()[0].unlink(), 0),
+    "scores of another kind": (other_scores, 0),
+    "a damaged line, after which nothing is believed": (lambda: journal(forge), 24),
+    "a line cut off": (lambda: journal(lambda lines: [*lines[:-1], lines[-1][:30]]), 84),
+    "a journal of one line": (lambda: journal(lambda lines: lines[:1]), 0),
+    "a journal that is hardly begun": (lambda: journal(lambda lines: [lines[0][:20]]), 0),
+    "a journal without a byte": (lambda: journal(lambda lines: []), 0),
+    "other notes": (lambda: Path("j").write_text("notes\n"), "j is not a journal of this version"),
+}
+
+
+@pytest.mark.parametrize("what", MEANWHILE)
+def test_what_happens_meanwhile_is_seen(cli: Callable[..., Done], what: str) -> None:
+    happen, expected = MEANWHILE[what]
+    interrupted(cli)
+    happen()
+    before = Path("j").read_bytes()
     done = cli("score", *OPTIONS)
-    if row:  # not scored yet: the result is that of the file as it is now
-        assert json.loads(done.out)["loss"] == whole(cli)["loss"]
+    if isinstance(expected, str):
+        assert done.code == 2 and expected in done.err
+        assert Path("j").read_bytes() == before
         return
-    assert done.code == 2
-    assert "t.npy has changed since the interrupted run scored a part of it" in done.err
-    assert "start again with --restart" in done.err
-    assert Path("j").exists()
+    assert json.loads(done.out)["resumed"] == expected
+    whole(cli)
+    assert Path("s.npy").read_bytes() == Path("whole.npy").read_bytes()
+    assert not Path("j").exists()
+
+
+def test_restart_throws_the_old_work_away(cli: Callable[..., Done]) -> None:
+    interrupted(cli)
+    edit(0)
     assert json.loads(cli("score", *OPTIONS, "--restart").out)["resumed"] == 0
-
-
-def test_a_change_that_hides_its_time_is_seen_too(cli: Callable[..., Done]) -> None:
-    killed("after the journal")
-    before = os.stat("t.npy")
-    with open("t.npy", "r+b") as file:
-        file.seek(128)
-        file.write(b"\x00\x00\x00\x00")
-    os.utime("t.npy", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert "t.npy has changed since" in cli("score", *OPTIONS).err
-
-
-def test_an_untouched_copy_is_taken_for_what_it_is(cli: Callable[..., Done]) -> None:
-    killed("after the journal")
-    np.save("t.npy", np.load("t.npy"))
-    assert json.loads(cli("score", *OPTIONS).out)["resumed"] == 96
 
 
 @pytest.mark.parametrize(
@@ -236,13 +261,13 @@ def test_an_untouched_copy_is_taken_for_what_it_is(cli: Callable[..., Done]) -> 
     [
         (["--beta", "2"], "its spec was {'beta': 1.0, "),
         (["-o", "other.npy"], "its output was "),
-        (["--batch", "2"], "its batch was 4, and is 2"),
+        (["--batch", "2"], "its batch was 1, and is 2"),
     ],
 )
 def test_a_journal_of_another_run_is_refused(
     cli: Callable[..., Done], options: list[str], message: str
 ) -> None:
-    killed("after the journal")
+    interrupted(cli)
     before = Path("j").read_bytes()
     done = cli("score", *OPTIONS, *options)
     assert done.code == 2 and "the journal j is of another run: " in done.err
@@ -250,61 +275,17 @@ def test_a_journal_of_another_run_is_refused(
     assert Path("j").read_bytes() == before
 
 
-def test_rows_that_went_are_refused(cli: Callable[..., Done]) -> None:
-    killed("after the journal")
-    for name in "pt":
-        np.save(f"{name}.npy", np.load(f"{name}.npy")[:-1])
-    done = cli("score", *OPTIONS)
-    assert done.code == 2 and "of another run: its shard p.npy was {" in done.err
-
-
-def test_a_file_that_is_no_journal_is_left_alone(cli: Callable[..., Done]) -> None:
-    Path("j").write_text("notes\n")
-    done = cli("score", *OPTIONS)
-    assert done.code == 2 and "j is not a journal of this version" in done.err
-    assert Path("j").read_text() == "notes\n"
-
-
-def test_scores_that_are_gone_are_computed_again(cli: Callable[..., Done]) -> None:
-    killed("after the journal")
-    unfinished()[0].unlink()
-    assert json.loads(cli("score", *OPTIONS).out)["resumed"] == 0
-    whole(cli)
-    assert Path("s.npy").read_bytes() == Path("whole.npy").read_bytes()
-
-
-def test_an_unfinished_file_of_other_scores_is_not_continued(cli: Callable[..., Done]) -> None:
-    whole(cli)
-    data = Path("whole.npy").read_bytes()
-    killed("after the journal")
-    unfinished()[0].write_bytes(data.replace(b"<f4", b"<i4"))
-    assert json.loads(cli("score", *OPTIONS).out)["resumed"] == 0
-    assert Path("s.npy").read_bytes() == data
-
-
-def test_a_journal_that_cannot_be_written(cli: Callable[..., Done]) -> None:
-    done = cli("score", *FILES, "--journal", "p.npy/j")
-    assert done.code == 2 and "can't write the journal p.npy/j (" in done.err
-
-
-def test_a_journal_that_is_a_folder(cli: Callable[..., Done]) -> None:
-    done = cli("score", *FILES, "--journal", ".")
-    assert done.code == 2 and "it is a folder, a pipe or a device; give a file" in done.err
-
-
-def test_a_journal_with_a_name_that_is_too_long(cli: Callable[..., Done]) -> None:
-    done = cli("score", *FILES, "--journal", "x" * 300)
-    assert done.code == 2 and "(File name too long); give another place with --journal" in done.err
-
-
-def test_a_damaged_line_ends_what_is_believed(cli: Callable[..., Done]) -> None:
-    expected = whole(cli)
-    killed("after the journal")
-    lines = Path("j").read_bytes().splitlines(keepends=True)
-    lines[4] = lines[4].replace(b'"piece":2', b'"piece":9')
-    Path("j").write_bytes(b"".join(lines))
-    found = json.loads(cli("score", *OPTIONS).out)
-    assert (found["loss"], found["resumed"]) == (expected["loss"], 24)
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("p.npy/j", "can't write the journal p.npy/j ("),
+        (".", "it is a folder, a pipe or a device; give a file"),
+        ("x" * 300, "(File name too long); give another place with --journal"),
+    ],
+)
+def test_a_journal_that_can_not_be(cli: Callable[..., Done], path: str, message: str) -> None:
+    done = cli("score", *FILES, "--journal", path)
+    assert done.code == 2 and message in done.err
 
 
 def test_two_runs_at_once_are_refused(cli: Callable[..., Done]) -> None:
@@ -314,41 +295,55 @@ def test_two_runs_at_once_are_refused(cli: Callable[..., Done]) -> None:
     assert done.code == 2 and "another process works with the journal j;" in done.err
 
 
-def test_a_file_that_changes_under_the_run_is_refused(
-    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from smoothl1_deploy.scoring.journal import Journal
-
+@pytest.fixture
+def at_the_sixth(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Journal], object]], None]:
+    """Does something when the sixth piece is finished, before it is in the journal."""
     add = Journal.add
 
-    def touched(self: Journal, result: Any) -> None:
-        if result.piece == 5:
-            os.utime("p.npy")
-        add(self, result)
+    def does(something: Callable[[Journal], object]) -> None:
+        def after(self: Journal, result: PieceResult) -> None:
+            if result.piece == 5:
+                something(self)
+            add(self, result)
 
-    monkeypatch.setattr(Journal, "add", touched)
+        monkeypatch.setattr(Journal, "add", after)
+
+    return does
+
+
+def test_a_file_that_changes_under_the_run_is_refused(
+    cli: Callable[..., Done], at_the_sixth: Callable[..., None]
+) -> None:
+    at_the_sixth(lambda journal: os.utime("p.npy"))
     done = cli("score", *OPTIONS)
     assert done.code == 2 and "p.npy has changed while it was scored" in done.err
 
 
-def test_of_two_runs_into_one_file_the_one_that_ends_well_leaves_its_own_scores(
-    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+def test_what_was_done_before_a_failure_is_said_to_be_kept(
+    cli: Callable[..., Done], at_the_sixth: Callable[..., None]
 ) -> None:
-    from smoothl1_deploy.scoring.journal import Journal
+    def full(journal: Journal) -> None:
+        raise OutputError("can't write the journal j: No space left on device")
 
+    at_the_sixth(full)
+    done = cli("score", *OPTIONS)
+    assert done.code == 2 and "error: can't write the journal j: " in done.err
+    assert "note: 20 % are done and kept; the same command goes on from there" in done.err
+
+
+def test_of_two_runs_into_one_file_the_one_that_ends_well_leaves_its_own_scores(
+    cli: Callable[..., Done], at_the_sixth: Callable[..., None]
+) -> None:
     whole(cli)
-    add = Journal.add
+    options = (*FILES, "--per-sample", "-o", "s.npy", "--journal")
 
-    def crossed(self: Journal, result: Any) -> None:
-        add(self, result)
-        if str(self.path) == "first" and result.piece == 5:
-            options = ("--per-sample", "-o", "s.npy", "--journal", "second")
-            assert cli("score", *FILES, *options).code == 0
+    def cross(journal: Journal) -> None:
+        if str(journal.path) == "first":
+            assert cli("score", *options, "second").code == 0
             raise InvalidInputError("the first run fails")
 
-    monkeypatch.setattr(Journal, "add", crossed)
-    options = ("--per-sample", "-o", "s.npy", "--journal", "first", "--beta", "2")
-    assert cli("score", *FILES, *options).code == 2
+    at_the_sixth(cross)
+    assert cli("score", *options, "first", "--beta", "2").code == 2
     assert Path("s.npy").read_bytes() == Path("whole.npy").read_bytes()
     assert len(unfinished()) == 1 and Path("first").exists()  # to go on with
 
@@ -384,31 +379,3 @@ def test_a_file_beside_the_scores_or_the_journal_is_left_alone(cli: Callable[...
     assert cli("score", *OPTIONS).code == 0
     assert Path("secret").read_text() == "of somebody else"
     assert all(Path(name).is_symlink() for name in others)
-
-
-def test_a_journal_that_a_kill_has_begun_is_begun_again(cli: Callable[..., Done]) -> None:
-    killed("after the journal")
-    data = Path("j").read_bytes()
-    first = data.index(b"\n") + 1
-    for size in (0, 20, first, first + 20):
-        Path("j").write_bytes(data[:size])
-        assert json.loads(cli("score", *OPTIONS).out)["resumed"] == 0
-        assert not Path("j").exists()
-
-
-def test_what_was_done_before_a_failure_is_said_to_be_kept(
-    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from smoothl1_deploy.scoring.journal import Journal
-
-    add = Journal.add
-
-    def full(self: Journal, result: Any) -> None:
-        if result.piece == 5:
-            raise OutputError("can't write the journal j: No space left on device")
-        add(self, result)
-
-    monkeypatch.setattr(Journal, "add", full)
-    done = cli("score", *OPTIONS)
-    assert done.code == 2 and "error: can't write the journal j: " in done.err
-    assert "note: 20 % are done and kept; the same command goes on from there" in done.err

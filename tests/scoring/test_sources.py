@@ -6,6 +6,7 @@ import decimal
 import io
 import json
 import math
+import os
 import random
 import zipfile
 from collections.abc import Callable
@@ -82,6 +83,13 @@ def test_bfloat16_is_told_by_the_dtype(path: str) -> None:
         match="two bytes, which is how|V2, which are no numbers of a loss; --dtype bfloat16",
     ):
         open_source(Location(Path(path), "input"))
+
+
+@pytest.mark.parametrize("path", ["a.npy", "a.npz"])
+def test_fortran_order_is_read(path: str) -> None:
+    write(path, np.asfortranarray(ROWS))
+    source = open_source(Location(Path(path), "input"))
+    assert not source.can_flatten and np.array_equal(source.read(2, 7), ROWS[2:7])
 
 
 def test_a_header_of_version_3_is_read() -> None:
@@ -274,56 +282,48 @@ def test_scores_in_parquet(cli: Callable[..., Done], folders: None) -> None:
     assert sorted(path.name for path in Path().iterdir() if "part" in path.name) == []
 
 
-def _remove() -> str:
+def shard(name: str, array: np.ndarray) -> Callable[[], object]:
+    return lambda: np.save(name, array)
+
+
+def unlink() -> None:
     Path("t/1.npy").unlink()
-    return "the shard p/1.npy has no partner t/1.npy; shards are matched by name"
+    Path("t/1.npy").symlink_to("gone.npy")
 
 
-def _add() -> str:
-    np.save("t/9.npy", ROWS)
-    return "the shard t/9.npy has no partner p/9.npy"
+SPOILED: dict[str, tuple[Callable[[], object], str]] = {
+    "one went": (
+        lambda: Path("t/1.npy").unlink(),
+        "the shard p/1.npy has no partner t/1.npy; shards are matched by name",
+    ),
+    "one more": (shard("t/9.npy", ROWS), "the shard t/9.npy has no partner p/9.npy"),
+    "another dtype": (
+        shard("t/1.npy", np.zeros((5, 2))),
+        "t/1.npy is float64, but t/0.npy is float32; convert the shards to one dtype",
+    ),
+    "another width": (
+        shard("t/1.npy", np.zeros((5, 1), np.float32)),
+        "t/1.npy has rows of shape (1,), but t/0.npy of (2,); score them apart",
+    ),
+    "fewer rows": (
+        shard("t/1.npy", np.zeros((4, 2), np.float32)),
+        "the shard 1.npy has input (5, 2), target (4, 2); row by row, they need the same number",
+    ),
+    "damage": (lambda: os.truncate("t/1.npy", 160), "t/1.npy is truncated or damaged"),
+    "integers": (
+        lambda: [np.save(f"{name}/0.npy", np.zeros((5, 2), np.int64)) for name in "pt"],
+        "the shard 0.npy holds int64 and int64; a loss needs floating-point numbers",
+    ),
+    "a broken link": (unlink, "gone.npy, which does not exist; restore that, or remove"),
+}
 
 
-def _other_dtype() -> str:
-    np.save("t/1.npy", np.zeros((5, 2)))
-    return "t/1.npy is float64, but t/0.npy is float32; convert the shards to one dtype"
-
-
-def _other_width() -> str:
-    np.save("t/1.npy", np.zeros((5, 1), np.float32))
-    return "t/1.npy has rows of shape (1,), but t/0.npy of (2,); score them apart"
-
-
-def _other_rows() -> str:
-    np.save("t/1.npy", np.zeros((4, 2), np.float32))
-    return "the shard 1.npy has input (5, 2), target (4, 2); row by row, they need the same number"
-
-
-def _damage() -> str:
-    Path("t/1.npy").write_bytes(Path("t/1.npy").read_bytes()[:-8])
-    return "t/1.npy is truncated or damaged"
-
-
-def _integers() -> str:
-    for name in ("p", "t"):
-        np.save(f"{name}/0.npy", np.zeros((5, 2), np.int64))
-    return "the shard 0.npy holds int64 and int64; a loss needs floating-point numbers"
-
-
-def _unlink() -> str:
-    Path("t/1.npy").unlink()
-    Path("t/1.npy").symlink_to(Path("gone.npy").absolute())
-    gone = Path("gone.npy").absolute()
-    return f"the shard t/1.npy is a link to {gone}, which does not exist; restore that, or remove"
-
-
-@pytest.mark.parametrize(
-    "spoil", [_remove, _add, _other_dtype, _other_width, _other_rows, _damage, _integers, _unlink]
-)
+@pytest.mark.parametrize("what", SPOILED)
 def test_shards_that_do_not_fit_are_named(
-    cli: Callable[..., Done], folders: None, spoil: Callable[[], str]
+    cli: Callable[..., Done], folders: None, what: str
 ) -> None:
-    message = spoil()
+    spoil, message = SPOILED[what]
+    spoil()
     done = cli("score", *FOLDERS)
     assert done.code == 2 and message in done.err
 
