@@ -215,42 +215,28 @@ class ParquetSource(Source):
         parquet = require("pyarrow.parquet", "score", "reading Parquet")
         self._arrow = require("pyarrow", "score", "reading Parquet")
         self._compute = require("pyarrow.compute", "score", "reading Parquet")
-        self._where = str(location)
-        with self._damage_told():
+        self._what = str(location)
+        check_file(location.path, b"PAR1", "a Parquet file; write it with pyarrow")
+        with self._damage_told(), contextlib.ExitStack() as stack:
             self._file: Any = parquet.ParquetFile(
                 location.path, pre_buffer=False, buffer_size=_BUFFER
             )
-        try:
-            with self._damage_told():
-                schema = self._file.schema_arrow
-                self._column = location.choose(list(schema.names), "column")
-                self._where = f"{self._column} in {location.path}"
-                self.dtype, width = self._inspect(schema.field(self._column).type)
-                data = self._file.metadata
-                self._groups = [data.row_group(i).num_rows for i in range(data.num_row_groups)]
-                if min(self._groups, default=0) < 0 or sum(self._groups) != data.num_rows:
-                    raise ValueError(
-                        f"row groups of {self._groups} rows in a file of {data.num_rows}"
-                    )
-        except BaseException:
-            self._file.close()
-            raise
+            stack.callback(self._file.close)
+            schema, data = self._file.schema_arrow, self._file.metadata
+            self._column = location.choose(list(schema.names), "column")
+            self._what = f"{self._column} in {location.path}"
+            self.dtype, width = self._inspect(schema.field(self._column).type)
+            self._groups = [data.row_group(i).num_rows for i in range(data.num_row_groups)]
+            if min(self._groups, default=0) < 0 or sum(self._groups) != data.num_rows:
+                raise ValueError(f"row groups of {self._groups} rows in a file of {data.num_rows}")
+            stack.pop_all()
         self.shape = (data.num_rows, *width)
         self._position = -1  # of the row after those that were read last
         self._decoded: Iterator[Array] = iter(())
         self._left = np.empty((0, *width), self.dtype)  # decoded, and not read yet
 
-    @contextlib.contextmanager
-    def _damage_told(self) -> Iterator[None]:
-        try:
-            yield
-        except InvalidInputError:
-            raise
-        except (OSError, StopIteration, ValueError, self._arrow.ArrowException) as exc:
-            raise InvalidInputError(
-                f"{self._where} can't be read as Parquet: it is truncated, damaged or of another "
-                f"format ({exc}); write it with pyarrow"
-            ) from exc
+    def _damage_told(self) -> contextlib.AbstractContextManager[None]:
+        return damage_told(self._what, "write it with pyarrow")
 
     def _inspect(self, kind: Any) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """The dtype of the elements, and the shape of a row."""
@@ -265,7 +251,7 @@ class ParquetSource(Source):
             width, kind = (len(first or ()),), kind.value_type
         if not (types.is_floating(kind) or types.is_integer(kind) or types.is_boolean(kind)):
             raise InvalidInputError(
-                f"{self._where} holds {whole}; a loss needs numbers, or lists of numbers: make a "
+                f"{self._what} holds {whole}; a loss needs numbers, or lists of numbers: make a "
                 "column of them by cast, struct_field or list_flatten of pyarrow.compute"
             )
         return np.dtype(kind.to_pandas_dtype()), width
@@ -292,14 +278,14 @@ class ParquetSource(Source):
             lengths = self._compute.list_value_length(column)
             if not nulls and rows and set(lengths.unique().to_pylist()) != {*self.shape[1:]}:
                 raise InvalidInputError(
-                    f"{self._where} has lists of different lengths; a loss needs rows of one "
+                    f"{self._what} has lists of different lengths; a loss needs rows of one "
                     f"length, the first has {self.shape[1]}"
                 )
             column = column.flatten()
             nulls += column.null_count
         if nulls:
             raise InvalidInputError(
-                f"{self._where} has {nulls} null(s), which is also what pandas makes of NaN, and a "
+                f"{self._what} has {nulls} null(s), which is also what pandas makes of NaN, and a "
                 "loss knows no missing number; drop these rows, or write NaN as it is with "
                 "pyarrow.array(frame[column].to_numpy())"
             )
