@@ -243,9 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     silence()
     if options.plan:
-        for job in plan((*TORCH, *BACKENDS)):
-            print(f"{job} (about {job.seconds:.0f} s)")
-        print("then the parity matrix, float32 first, for the time that is left")
+        last = "then the parity matrix, float32 first, for the time that is left"
+        print("\n".join([*map(str, plan((*TORCH, *BACKENDS))), last]))
         return 0
     try:
         report, paths = report_into(options.output, options.seconds)
