@@ -296,13 +296,13 @@ class Plan:
         return 2 * self.rows * self.programs[1] if self.programs[1] > 1 else 0
 
 
-def plan(rows: int, columns: int, *, one_launch: bool = False) -> Plan:
-    """One launch for rows of one tile or many rows, or where it is asked for; two for others."""
+def plan(rows: int, columns: int) -> Plan:
+    """One launch for rows of one tile or many rows; two for others."""
     size, warps = _TILE
     width = min(max(_power(columns), 16), size)
     height = min(_power(rows), size // width)
     across, down = -(-columns // width), -(-rows // height)
-    parts = 1 if one_launch else max(1, min(across, _PROGRAMS // max(down, 1)))
+    parts = max(1, min(across, _PROGRAMS // max(down, 1)))
     tiles = -(-across // parts)
     programs = down, max(1, -(-across // max(tiles, 1)))
     return Plan(rows, columns, (height, width), warps, tiles, programs)

@@ -57,16 +57,14 @@ _interpreting = threading.Lock()
 class TorchTritonRunner(GpuRunner):
     """Runs what the artefact says it computes, not its graph."""
 
-    def __init__(
-        self, model: onnx.ModelProto, device: Device, fused: ModuleType, one_launch: bool
-    ) -> None:
+    def __init__(self, model: onnx.ModelProto, device: Device, fused: ModuleType) -> None:
         super().__init__(model, device)
         self._check_exported("torch-triton", "ort-cuda")
         assert self.spec is not None
         reason = _refusal(self.spec)
         if reason:
             raise UnsupportedError(reason)
-        self._fused, self._one_launch = fused, one_launch
+        self._fused = fused
         self._prepared: dict[tuple[int, ...], tuple[Any, tuple[int, ...]]] = {}  # by shape
         # On the device from the start: no call has to wait for it, and a CUDA graph may read it.
         beta, dtype = self.spec.effective_beta, COMPUTE_DTYPE[self.spec.dtype]
@@ -102,7 +100,7 @@ class TorchTritonRunner(GpuRunner):
         rows, columns, out = 1, math.prod(shape), shape[:0]
         if spec.per_sample:
             rows, columns, out = shape[0], math.prod(shape[1:]), shape[:1]
-        how = fused.plan(rows, columns, one_launch=self._one_launch)
+        how = fused.plan(rows, columns)
         return fused.Rows(how, spec.dtype, beta, mean=spec.reduction == "mean"), out
 
     def _recordable(self) -> Compute:
@@ -125,9 +123,6 @@ def _refusal(spec: LossSpec) -> str | None:
 class TorchTritonBackend(GpuBackend):
     """The fused kernel, on the GPU, or interpreted where TRITON_INTERPRET is set.
 
-    Args:
-        one_launch: let one program add up a row of any length, to be compared with two launches.
-
     Raises:
         MissingDependencyError: when torch or triton is not installed.
         BackendUnavailableError: when triton is too old; without a GPU, when the kernels aren't
@@ -139,8 +134,7 @@ class TorchTritonBackend(GpuBackend):
     # half losses added in float32 move the bound by 2^-10 ULP.
     accumulator = "float64"
 
-    def __init__(self, device: Device | None = None, *, one_launch: bool = False) -> None:
-        self._one_launch = one_launch
+    def __init__(self, device: Device | None = None) -> None:
         what = f"the {self.name} backend"
         torch = require("torch", "torch", what)
         version = require("triton", "triton", what).__version__
@@ -178,7 +172,7 @@ class TorchTritonBackend(GpuBackend):
             ArtefactError: for a model that carries none.
             UnsupportedError: for a gradient, or weights.
         """
-        return TorchTritonRunner(model, self._device, self._fused, self._one_launch)
+        return TorchTritonRunner(model, self._device, self._fused)
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -433,11 +433,3 @@ def test_a_triton_that_flushes_subnormals(monkeypatch: pytest.MonkeyPatch) -> No
     assert TorchTritonBackend().name == "torch-triton"
     monkeypatch.setattr(triton, "__version__", "3.10.0")
     assert TorchTritonBackend().name == "torch-triton"
-
-
-def test_one_launch_for_a_row_of_any_length(fused: Any) -> None:
-    assert fused.plan(1, 1 << 18, one_launch=True).programs == (1, 1)
-    spec = LossSpec(0.5, "mean")
-    a, b = pair(spec, (2000, 16))
-    runner = TorchTritonBackend(one_launch=True).load(export(spec, shape=("N", 16)))
-    assert_right(spec, runner.run(a, b)["loss"], a, b)
