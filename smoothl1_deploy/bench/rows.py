@@ -23,7 +23,7 @@ READ = "reading the inputs"
 
 #: Each row shows how many times faster it is than theirs.
 _AGAINST = (PLAIN, EAGER, COMPILED, READ)
-_BYTES = {"float64": 8, "float32": 4, "float16": 2}
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)

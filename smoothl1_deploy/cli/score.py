@@ -296,6 +296,6 @@ def _show(result: Score, as_json: bool) -> None:
     }
     if result.output is not None:
         fields["wrote"] = result.output
-    if result.count > result.scored:
-        fields["resumed"] = f"{result.count - result.scored:,} elements were done before"
+    if result.resumed:
+        fields["resumed"] = f"{result.resumed:,} elements were done before"
     print_fields(fields)

@@ -32,14 +32,12 @@ class PieceResult:
         partial: what it adds to the result.
         checksums: role -> CRC-32 of the rows that were read.
         scores: of its rows, where the job gives scores.
-        worker: who did it: host and process id.
     """
 
     piece: int
     partial: Partial
     checksums: dict[str, int]
     scores: Array | None = None
-    worker: str = ""
 
 
 class _Reader:

@@ -130,8 +130,7 @@ class _Actor:
             try:
                 if self._scorer is None:
                     self._scorer = PieceScorer(self._job)
-                result = self._scorer.score(piece, self._plan.shards[piece.shard])
-                return replace(result, worker=self._name)
+                return self._scorer.score(piece, self._plan.shards[piece.shard])
             except (SmoothL1DeployError, OSError) as exc:
                 if self._scorer is not None:  # the files are opened again, and the session is
                     self._scorer.close()

@@ -54,19 +54,14 @@ class Score(Record):
     derived: ClassVar[tuple[str, ...]] = ("rate",)
 
     @property
-    def scored(self) -> int:
-        """Elements scored in this run."""
-        return self.count - self.resumed
-
-    @property
     def rate(self) -> float:
-        """Elements a second."""
-        return self.scored / self.seconds if self.seconds else math.nan
+        """Elements scored a second, in this run."""
+        return (self.count - self.resumed) / self.seconds if self.seconds else math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is, in elements; `worker` did the last piece, of the shard called `shard`.
+    """How far a run is, in elements; the last piece was of the shard called `shard`.
 
     `forgotten` says why the run, once it is interrupted, begins again: None where it goes on.
     """
@@ -74,7 +69,6 @@ class Progress:
     done: int
     total: int
     shard: str = ""
-    worker: str = ""
     forgotten: str | None = None
 
     @property
@@ -214,7 +208,7 @@ def score_files(
                     piece = plan.pieces[result.piece]
                     done += plan.elements(piece)
                     shard = plan.shards[piece.shard].name
-                    on_progress(Progress(done, total, shard, result.worker, forgotten))
+                    on_progress(Progress(done, total, shard, forgotten))
         except BaseException:
             if scores is not None:
                 scores.close(keep=bool(log.done) and forgotten is None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,22 +67,16 @@ def test_a_killed_worker_changes_nothing(
 ) -> None:
     spec = LossSpec(0.5, per_sample=True)
     local = score_files(make_job(spec), located, output=Path("local.npy"))
-    killed, workers = tmp_path / "killed", list[str]()
+    killed, steps = tmp_path / "killed", list[Progress]()
 
     class Mortal(ray_engine._Actor):
         """Whoever is the first to take a second piece dies with it."""
 
         def score(self, piece: shards.Piece) -> PieceResult | SmoothL1DeployError:
             if self._scorer is not None:
-                with contextlib.suppress(FileExistsError), killed.open("x") as file:
-                    file.write(self._name)
-                    file.flush()
+                with contextlib.suppress(FileExistsError), killed.open("x"):
                     os.kill(os.getpid(), signal.SIGKILL)
             return super().score(piece)
-
-    def note(progress: Progress) -> None:
-        if progress.worker:
-            workers.append(progress.worker)
 
     monkeypatch.setattr(ray_engine, "_Actor", Mortal)
     far = score_files(
@@ -91,13 +84,11 @@ def test_a_killed_worker_changes_nothing(
         located,
         output=Path("ray.npy"),
         engine=RayEngine(workers=2),
-        on_progress=note,
+        on_progress=steps.append,
     )
     assert same(far, local)
     assert Path("ray.npy").read_bytes() == Path("local.npy").read_bytes()
-    assert len(workers) == PIECES  # each piece once
-    # Whether one in its place does a piece before the other has done them all is Ray's affair.
-    assert workers.count(killed.read_text()) <= 1
+    assert killed.exists() and len(steps) == 1 + PIECES  # each piece once
 
 
 @pytest.mark.parametrize(("failures", "works"), [(2, True), (3, False)])
@@ -121,8 +112,7 @@ def test_a_piece_that_fails_is_tried_three_times(
     monkeypatch.setattr(PieceScorer, "score", flaky)
     actor = ray_engine._Actor(make_job(LossSpec()), plan)
     if works:
-        done = actor.score(plan.pieces[0])
-        assert done == replace(expected, worker=f"{socket.gethostname()}:{os.getpid()}")
+        assert actor.score(plan.pieces[0]) == expected
     else:
         with pytest.raises(OSError, match="the network"):
             actor.score(plan.pieces[0])
