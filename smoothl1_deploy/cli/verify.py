@@ -59,24 +59,16 @@ def verify(
     needs --beta and --reduction, and an option for whatever else it computes.
     """
     from ..artefact import read_model, select_ports
-    from ..parity.artefact_drift import drift_table
     from ..parity.certificate import certify
+    from ..parity.drift import drift_table
     from ..parity.verify import diagnosis_table, verify_table
     from ..parity.verify import verify as hold_against_references
 
     proto = read_model(model)
-    ports = select_ports(proto, input_name, target_name, output_name)
-    spec = _completed(given, ports) if given else None
+    names = {"input_name": input_name, "target_name": target_name, "output_name": output_name}
+    spec = _completed(given, select_ports(proto, **names)) if given else None
     result = hold_against_references(
-        proto,
-        backend,
-        spec=spec,
-        seed=seed,
-        input_name=input_name,
-        target_name=target_name,
-        output_name=output_name,
-        drift=drift,
-        large=large,
+        proto, backend, spec=spec, seed=seed, drift=drift, large=large, **names
     )
     written = certify(result, model) if certificate else None
     if as_json:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
@@ -19,12 +19,11 @@ from ..errors import SmoothL1DeployError, UnsupportedError
 from ..floats import Array, dtype_name
 from ..graph.export import export
 from ..graph.shapes import Shape
+from ..records import Record
 from ..reference.oracle import oracle
 from ..spec import DTYPES, LossSpec
 from .compare import compare
 from .plain_export import PlainExport, plain_export
-
-__all__ = ["KINDS", "PLAIN", "PYTORCH", "Answer", "Contract", "Edge", "probe_contract"]
 
 PYTORCH = "PyTorch eager"
 PLAIN = "torch.onnx.export"
@@ -40,7 +39,7 @@ KINDS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Record):
     """What one column said: a number, or the error's class and text; `kind` is one of `KINDS`."""
 
     column: str
@@ -49,7 +48,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Edge:
+class Edge(Record):
     """One row: a situation, and the answer of each column, PyTorch's first."""
 
     name: str
@@ -58,18 +57,12 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True)
-class Contract:
+class Contract(Record):
     """The table of contract differences."""
 
     columns: tuple[str, ...]
     edges: tuple[Edge, ...]
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        edges = [{**asdict(e), "answers": [asdict(a) for a in e.answers]} for e in self.edges]
-        seconds = round(self.seconds, 2)
-        return {"columns": list(self.columns), "edges": edges, "seconds": seconds}
 
 
 @dataclass(frozen=True)
@@ -160,11 +153,11 @@ def _text(values: Array) -> str:
     return nested(values)
 
 
-def _attempt(compute: Callable[[], Array]) -> Array | Exception:
+def _attempt(compute: Callable[..., Array], *arguments: Any) -> Array | Exception:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return compute()
+            return compute(*arguments)
     except Exception as exc:  # torch and ONNX Runtime raise of their own: what, is the finding
         return exc
 
@@ -204,21 +197,20 @@ def _torch(probe: _Probe) -> Array:
     return from_torch(module(*map(to_torch, probe.arrays())))
 
 
-def _ours(probe: _Probe, backend: str, route: str) -> Array:
+def _ours(probe: _Probe, backend: str) -> Array:
     spec = probe.spec()
     chosen = get_backend(backend, threads=1)
     reason = chosen.refuses(spec)
     if reason:
         raise UnsupportedError(reason)
     shape, target_shape = probe.axes
-    model = export(spec, route, shape, target_shape=target_shape)
+    model = export(spec, shape=shape, target_shape=target_shape)
     return chosen.load(model).run(*probe.arrays())["loss"]
 
 
 def probe_contract(
     backends: Sequence[str] = ("ort-cpu",),
     *,
-    route: str = "function",
     plain: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Contract:
@@ -226,14 +218,13 @@ def probe_contract(
 
     Args:
         backends: names of `BACKENDS` that can be used here.
-        route: of this tool's artefacts.
         plain: whether to ask the plain exporter's graph on ONNX Runtime too (about a second a
             row: each needs an export).
         progress: called with the rows done and their number, at the start and after each.
 
     Raises:
         MissingDependencyError: without torch, or what a backend lives on.
-        SpecError: for an unknown backend or route.
+        SpecError: for an unknown backend.
     """
     started = time.perf_counter()
     for backend in backends:
@@ -250,15 +241,15 @@ def probe_contract(
     edges = []
     progress(0, len(_PROBES))
     for done, probe in enumerate(_PROBES, 1):
-        torch = _attempt(lambda: _torch(probe))  # noqa: B023 - called at once
+        torch = _attempt(_torch, probe)
         answers = [Answer(PYTORCH, "reference", _describe(torch))]
         for backend in backends:
-            got = _attempt(lambda: _ours(probe, backend, route))  # noqa: B023
+            got = _attempt(_ours, probe, backend)
             if isinstance(got, Exception) and not isinstance(got, SmoothL1DeployError):
                 raise got  # a crash of our own is no answer
             answers.append(_answer(backend, probe, got, torch))
         if plain:
-            answers.append(_answer(PLAIN, probe, _attempt(lambda: run_plain(probe)), torch))  # noqa: B023
+            answers.append(_answer(PLAIN, probe, _attempt(run_plain, probe), torch))
         edges.append(Edge(probe.name, probe.question, tuple(answers)))
         progress(done, len(_PROBES))
     columns = (PYTORCH, *backends, *([PLAIN] if plain else []))

@@ -30,8 +30,7 @@ from smoothl1_deploy.errors import (
 from smoothl1_deploy.floats import NUMPY_DTYPE
 from smoothl1_deploy.parity.cases import LAYOUTS, Case, References, check, is_for
 from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.parity.matrix import BETAS, Matrix, run_matrix
-from smoothl1_deploy.parity.plan import is_too_slow
+from smoothl1_deploy.parity.matrix import BETAS, Matrix, is_too_slow, run_matrix
 from smoothl1_deploy.spec import DTYPES, REDUCTIONS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -60,7 +59,7 @@ def agrees(spec: LossSpec, case: Case) -> None:
     axes = LAYOUTS[case.layout]
     target = None if axes.target_axes == axes.input_axes else axes.target_axes
     runner = load(export(spec, shape=axes.input_axes, target_shape=target), "torch-triton")
-    result = check(runner, case, References.of(spec, case), TorchTritonBackend.accumulator)
+    result = check(runner, References.of(spec, case), TorchTritonBackend.accumulator)
     assert result.verdict.ok, (spec.name, case, result.verdict.detail)
 
 

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-import numpy as np
-import pytest
-
-from smoothl1_deploy.errors import MissingDependencyError
-from smoothl1_deploy.parity import drift as module
 from smoothl1_deploy.parity.drift import DATA, WAYS, Curve, Drift, measure_drift
-from smoothl1_deploy.parity.views.plot import curves_svg
 
 
 def curve(drift: Drift, way: str, data: str) -> Curve:
@@ -35,44 +27,14 @@ def test_ours_does_not_drift_and_the_plain_graph_does(drift: Drift) -> None:
     assert plain.relative_error[-1] > 10 * plain.relative_error[0]
 
 
-def test_the_truth_is_exact() -> None:
-    rng = np.random.default_rng(0)
-    shape = (1 << 17, 16)  # more than one part
-    pair = [rng.standard_normal(shape, np.float32) for _ in range(2)]
-    d = np.abs(np.subtract(*pair, dtype=np.longdouble))
-    exact = np.where(d < 1, d * d / 2, d - np.longdouble(0.5)).mean()
-    assert module._truth(*pair) == pytest.approx(float(exact), rel=1e-15)
-
-
 def test_the_seed_decides_the_normal_data() -> None:
-    one, two, three = (measure_drift([256], seed=s).curves for s in (1, 1, 2))
+    one, two, three = (measure_drift([2**12], seed=s).curves for s in (1, 1, 2))
     assert [c.relative_error for c in one] == [c.relative_error for c in two]
     normal = [[c.relative_error for c in cs if c.data == "normal"] for cs in (one, three)]
     assert normal[0] != normal[1]
-
-
-@pytest.mark.parametrize("sizes", [[], [17], [0], [16, -16]])
-def test_sizes_must_be_rows_of_sixteen(sizes: list[int]) -> None:
-    with pytest.raises(ValueError, match="sizes must be positive multiples of 16, got"):
-        measure_drift(sizes)
 
 
 def test_progress_is_told() -> None:
     seen: list[tuple[int, int]] = []
     measure_drift([16, 32], progress=lambda done, total: seen.append((done, total)))
     assert seen == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-def test_an_error_of_zero_is_drawn(drift: Drift) -> None:
-    odd = Curve("zero", "constant", (16, 32), (0.0, 0.0), (0, 0))
-    svg = curves_svg(Drift(drift.spec, 0, 0.0, (odd,)))["constant"]
-    assert svg.startswith("<svg") and svg.endswith("</svg>") and ">zero<" in svg
-    assert len(re.findall("<use [^>]*series-1", svg)) == 3  # two points and the legend's
-
-
-def test_without_matplotlib_it_is_a_sentence(drift: Drift, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingDependencyError, match=r"plot of error against size .*\[report\]'"):
-        curves_svg(drift)
