@@ -78,9 +78,6 @@ def parity(
         bool,
         typer.Option(help="Also write report.html; of the whole matrix with drift and contract."),
     ] = True,
-    bundle: Annotated[
-        bool, typer.Option("--bundle", help="Write a reproduction of each red cell (10 at most).")
-    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the inputs and the draws.")] = 0,
     draws: Annotated[
         int | None,
@@ -138,8 +135,6 @@ def parity(
     _write(report, output, html)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
-    if bundle:
-        _bundle(report, output / "bundles")
     if not report:
         raise typer.Exit(1)
 
@@ -158,16 +153,6 @@ def _measured(report: Report, backends: tuple[str, ...]) -> Report:
         local = [name for name in backends if name not in OVER_THE_WIRE]
         contract = probe_contract(local, progress=progress)
     return replace(report, drift=drift, contract=contract)
-
-
-def _bundle(report: Report, folder: Path) -> None:
-    from ..parity.bundle import write_bundle
-
-    for number, cell in enumerate(report.red[:_SHOWN], 1):
-        _make_folder(folder)
-        name = f"{number:02d}-{cell.spec.name}-{cell.route}-{cell.backend}"
-        write_bundle(cell, None, folder / name)
-        print_lines([f"wrote {folder / name}"])
 
 
 def _make_folder(folder: Path) -> None:

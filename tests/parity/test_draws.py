@@ -21,7 +21,6 @@ from smoothl1_deploy.backends.base import Runner
 from smoothl1_deploy.backends.ort_cpu import OrtCpuBackend
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.floats import Array
-from smoothl1_deploy.parity.bundle import write_bundle
 from smoothl1_deploy.parity.cases import Case, References, check
 from smoothl1_deploy.parity.draws import Draw
 from smoothl1_deploy.parity.families import ADVERSARIAL, FAMILIES, WEIGHTS
@@ -195,15 +194,6 @@ def test_a_green_draw_takes_a_line_and_no_cell() -> None:
     assert sum(row["draws"] for row in found["draws"]) == 2
     assert {row["nearest"]["draw"] for row in found["draws"]} <= {0, 1}
     assert "draw" in markdown.render(report) and 'failures="0"' in junit.render(report)
-
-
-def test_a_draw_with_no_beta_is_bundled(red: Report, tmp_path: Path) -> None:
-    cell = next(cell for cell in red.red if math.isnan(cell.beta))
-    bundle = write_bundle(cell, None, tmp_path / "case")
-    assert not bundle.reproduced  # the real backend answers NaN
-    script = (bundle.folder / "repro.py").read_text()
-    assert "PyTorch raises on this beta" in script
-    assert np.isnan(np.load(bundle.folder / "inputs.npz")["beta"])
 
 
 def test_weights_of_more_axes_than_the_losses_are_judged_per_sample() -> None:
