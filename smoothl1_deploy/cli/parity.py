@@ -238,19 +238,12 @@ def _engine_folder(folder: Path, flavour: str) -> Path | None:
 
 def _show(report: Report) -> None:
     from ..parity.report import repeat_command
-    from ..parity.views.terminal import (
-        backend_table,
-        draws_table,
-        extension_table,
-        families_table,
-        matrix_table,
-    )
+    from ..parity.views.tables import backends, branches, draws, matrix
 
     console = open_console()
-    for view in (matrix_table, extension_table, backend_table, draws_table, families_table):
-        table = view(report)
-        if table is not None and table.row_count:
-            console.print(table)
+    for table in (*matrix(report), backends(report), draws(report), branches(report)):
+        if table.rows:
+            console.print(table.rich())
             console.print()
     for note in report.notes:
         if " not available: " not in note:  # said before the run

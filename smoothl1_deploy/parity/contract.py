@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
@@ -19,12 +19,11 @@ from ..errors import SmoothL1DeployError, UnsupportedError
 from ..floats import Array, dtype_name
 from ..graph.export import export
 from ..graph.shapes import Shape
+from ..records import Record
 from ..reference.oracle import oracle
 from ..spec import DTYPES, LossSpec
 from .compare import compare
 from .plain_export import PlainExport, plain_export
-
-__all__ = ["KINDS", "PLAIN", "PYTORCH", "Answer", "Contract", "Edge", "probe_contract"]
 
 PYTORCH = "PyTorch eager"
 PLAIN = "torch.onnx.export"
@@ -40,7 +39,7 @@ KINDS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Record):
     """What one column said: a number, or the error's class and text; `kind` is one of `KINDS`."""
 
     column: str
@@ -49,7 +48,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Edge:
+class Edge(Record):
     """One row: a situation, and the answer of each column, PyTorch's first."""
 
     name: str
@@ -58,18 +57,12 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True)
-class Contract:
+class Contract(Record):
     """The table of contract differences."""
 
     columns: tuple[str, ...]
     edges: tuple[Edge, ...]
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        edges = [{**asdict(e), "answers": [asdict(a) for a in e.answers]} for e in self.edges]
-        seconds = round(self.seconds, 2)
-        return {"columns": list(self.columns), "edges": edges, "seconds": seconds}
 
 
 @dataclass(frozen=True)

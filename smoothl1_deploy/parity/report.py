@@ -1,4 +1,4 @@
-"""The result of a matrix: cells, builds, environment. What a person reads is in `views`."""
+"""The result of a matrix: cells, draws, builds, environment. What a person reads is in `views`."""
 
 from __future__ import annotations
 
@@ -7,41 +7,28 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..records import Record, plain
 from ..spec import LossSpec
 from .cases import CaseResult
-from .faults.names import json_number
 
 if TYPE_CHECKING:
     from .contract import Contract
     from .drift import Drift
 
-__all__ = [
-    "FORMAT",
-    "Build",
-    "Cell",
-    "Draws",
-    "Report",
-    "cell_of",
-    "draws_of",
-    "is_extended",
-    "mean_shares",
-    "repeat_command",
-]
-
 FORMAT = 1  # of the JSON; raised when a reader would have to change
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(Record):
     """One combination of spec, route and backend over all its cases.
 
     Attributes:
         beta: what was computed with: the spec's, or with `runtime_beta` the one that was fed.
         ulp, torch_ulp, allowed, bound: of the worst case: the failing one, or the one with the
             largest distance to the oracle.
-        better: elements, over all cases, that are right where PyTorch isn't.
+        better_than_pytorch: elements, over all cases, that are right where PyTorch isn't.
         families: share of elements in each branch, by family, as a mean over its cases.
         worst: the case those numbers come from; None where nothing was run.
         failures: every red case.
@@ -58,40 +45,19 @@ class Cell:
     torch_ulp: int = 0
     allowed: int = 0
     bound: int | None = None
-    better: int = 0
+    better_than_pytorch: int = 0
     layouts: tuple[str, ...] = ()
     families: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     worst: CaseResult | None = None
     failures: tuple[CaseResult, ...] = ()
     refused: str | None = None
     draw: int | None = None
+    derived: ClassVar = ("ok",)
 
     @property
     def ok(self) -> bool:
         """Whether no case is red."""
         return not self.failures
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "spec": self.spec.to_dict(),
-            "beta": json_number(self.beta),
-            "route": self.route,
-            "backend": self.backend,
-            "ok": self.ok,
-            "refused": self.refused,
-            "cases": self.cases,
-            "layouts": list(self.layouts),
-            "ulp": self.ulp,
-            "torch_ulp": self.torch_ulp,
-            "allowed": self.allowed,
-            "bound": self.bound,
-            "better_than_pytorch": self.better,
-            "worst": self.worst.to_dict() if self.worst else None,
-            "failures": [result.to_dict() for result in self.failures],
-            "families": {name: dict(shares) for name, shares in self.families.items()},
-            **({} if self.draw is None else {"draw": self.draw}),
-        }
 
 
 def mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -108,13 +74,11 @@ def cell_of(
     spec: LossSpec, beta: float, route: str, backend: str, results: Sequence[CaseResult]
 ) -> Cell:
     """Sum up the cases (at least one) of one combination."""
-    failures = tuple(result for result in results if not result.verdict.ok)
     worst = max(results, key=lambda result: result.verdict.badness)
     by_family: dict[str, list[Mapping[str, float]]] = {}
     for result in results:
         if any(result.shares.values()):  # an empty case has none to count
             by_family.setdefault(result.case.family, []).append(result.shares)
-    families = {family: mean_shares(shares) for family, shares in by_family.items()}
     return Cell(
         spec,
         beta,
@@ -125,16 +89,16 @@ def cell_of(
         torch_ulp=worst.verdict.torch_ulp,
         allowed=worst.verdict.allowed,
         bound=worst.verdict.bound,
-        better=sum(result.verdict.better for result in results),
+        better_than_pytorch=sum(result.verdict.better for result in results),
         layouts=tuple(dict.fromkeys(result.case.layout for result in results)),
-        families=families,
+        families={family: mean_shares(shares) for family, shares in by_family.items()},
         worst=worst,
-        failures=failures,
+        failures=tuple(result for result in results if not result.verdict.ok),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Build:
+class Build(Record):
     """One engine built from one artefact, or why not."""
 
     spec: LossSpec
@@ -144,24 +108,12 @@ class Build:
     bytes: int = 0
     refused: str | None = None
     error: str | None = None
+    derived: ClassVar = ("ok",)
 
     @property
     def ok(self) -> bool:
         """Whether it was built, or refused for a reason that holds."""
         return self.error is None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "spec": self.spec.to_dict(),
-            "route": self.route,
-            "flavour": self.flavour,
-            "ok": self.ok,
-            "seconds": round(self.seconds, 4),
-            "bytes": self.bytes,
-            "refused": self.refused,
-            "error": self.error,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,16 +136,15 @@ class Draws:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: of the green ones no more than what is nearest to its limit."""
-        nearest = self.nearest
+        near = self.nearest
         return {
             "backend": self.backend,
             "route": self.route,
             "draws": self.draws,
             "cases": self.cases,
             "refused": self.refused,
-            "nearest": nearest
-            and {"draw": nearest.draw, "ulp": nearest.ulp, "allowed": nearest.allowed},
-            "red": [cell.to_dict() for cell in self.red],
+            "nearest": near and {"draw": near.draw, "ulp": near.ulp, "allowed": near.allowed},
+            "red": plain(self.red),
         }
 
 
@@ -257,23 +208,17 @@ class Report:
             "cases": sum(c.cases for c in run) + sum(row.cases for row in self.draws),
             "builds": sum(build.refused is None for build in self.builds),
             "red_builds": len(self.red_builds),
-            "seconds": round(self.seconds, 2),
+            "seconds": self.seconds,
         }
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, and as `views/schema.json` says."""
+        parts = ("seed", "notes", "environment", "cells", "draws", "builds", "drift", "contract")
         return {
             "format": FORMAT,
             "ok": bool(self),
             "summary": self.summary,
-            "seed": self.seed,
-            "notes": list(self.notes),
-            "environment": dict(self.environment),
-            "cells": [cell.to_dict() for cell in self.cells],
-            "draws": [row.to_dict() for row in self.draws],
-            "builds": [build.to_dict() for build in self.builds],
-            "drift": self.drift.to_dict() if self.drift else None,
-            "contract": self.contract.to_dict() if self.contract else None,
+            **{name: plain(getattr(self, name)) for name in parts},
         }
 
     def to_json(self) -> str:
@@ -284,10 +229,10 @@ class Report:
 def repeat_command(cell: Cell, seed: int) -> str:
     """The command that runs this cell, and only it, on the same inputs."""
     spec = cell.spec
-    if cell.draw is not None:
-        words = ["smoothl1-deploy", "parity", "--draw", str(cell.draw), "--backend", cell.backend]
-        return shlex.join([*words, "--no-engines"])
-    words = ["smoothl1-deploy", "parity", "--beta", repr(cell.beta), "--reduction", spec.reduction]
-    words += ["--dtype", spec.dtype, "--route", cell.route, "--backend", cell.backend]
-    words += ["--extensions-only"] if is_extended(spec) else ["--no-extensions"]
-    return shlex.join([*words, "--seed", str(seed), "--no-engines"])
+    part = ["--draw", str(cell.draw), "--backend", cell.backend]
+    if cell.draw is None:
+        part = ["--beta", repr(cell.beta), "--reduction", spec.reduction, "--dtype", spec.dtype]
+        part += ["--route", cell.route, "--backend", cell.backend]
+        part += ["--extensions-only" if is_extended(spec) else "--no-extensions"]
+        part += ["--seed", str(seed)]
+    return shlex.join(["smoothl1-deploy", "parity", *part, "--no-engines"])

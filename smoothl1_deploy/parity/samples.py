@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..floats import Array
-
-__all__ = ["Sample", "sample_of"]
+from ..records import Record
 
 _SHOWN = 4  # of the elements behind a reduced result
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(Record):
     """One element of a result, its inputs and both references.
 
     Numbers are text, the shortest that reads back as the same number of the dtype: NaN and the
@@ -38,11 +36,6 @@ class Sample:
     got: str
     torch: str
     oracle: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        inputs = {name: list(numbers) for name, numbers in self.inputs.items()}
-        return {**asdict(self), "index": list(self.index), "inputs": inputs}
 
 
 def sample_of(

@@ -62,7 +62,7 @@ def test_python_without_asserts_and_docstrings_changes_nothing() -> None:
         "import hashlib\n"
         "from smoothl1_deploy import LossSpec, export\n"
         "from smoothl1_deploy.cli import main\n"
-        "from smoothl1_deploy.parity.views.glossary import FAMILIES, family_meaning\n"
+        "from smoothl1_deploy.parity.views.html import FAMILIES, family_meaning\n"
         "specs = [LossSpec(), LossSpec(0.0, 'none', gradient=True), LossSpec(dtype='float64')]\n"
         "models = [export(s, route) for s in specs for route in ('function', 'inlined')]\n"
         "data = [model.SerializeToString(deterministic=True) for model in models]\n"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,24 @@ def drift() -> Drift:
 @pytest.fixture(scope="session")
 def contract() -> Contract:
     return probe_contract(("ort-cpu",))
+
+
+@pytest.fixture(scope="session")
+def schema() -> dict[str, Any]:
+    """What `report.json` holds, as it is published."""
+    text = files("smoothl1_deploy.parity.views").joinpath("schema.json").read_text()
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def fits_schema(schema: dict[str, Any]) -> Callable[[Report], None]:
+    """Holds the JSON of a report against the schema."""
+    import jsonschema
+
+    def check(report: Report) -> None:
+        jsonschema.validate(json.loads(report.to_json()), schema)
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ NUL-terminated JSON from file descriptor 3 and writes it to 4.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ import pytest
 from smoothl1_deploy.parity.drift import Drift
 from smoothl1_deploy.parity.report import Report
 from smoothl1_deploy.parity.views import html
-from smoothl1_deploy.parity.views.heatmap import cell_ids
+from smoothl1_deploy.parity.views.html import anchors
 
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
@@ -236,7 +237,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def red_file(red: Report, drift: Drift, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "red.html"
-    path.write_text(html.render(red, drift=drift), encoding="utf-8")
+    path.write_text(html.render(dataclasses.replace(red, drift=drift)), encoding="utf-8")
     return path
 
 
@@ -268,7 +269,7 @@ def test_the_map_has_its_cells_and_they_are_coloured(page: Page, red: Report) ->
         " const r = a.getBoundingClientRect();"
         " return [a.hash.slice(1), r.width, r.height, getComputedStyle(a).backgroundColor] })"
     )
-    assert sorted(d[0] for d in drawn) == sorted(cell_ids(red.cells).values())
+    assert sorted(d[0] for d in drawn) == sorted(anchors(red.cells).values())
     assert all(width >= 30 and height >= 30 for _, width, height, _ in drawn)
     colours = {name: colour for name, _, _, colour in drawn}
     planted = colours["float32-function-ort-cpu-none-beta-2"]

@@ -27,9 +27,7 @@ from smoothl1_deploy.parity.families import ADVERSARIAL, FAMILIES, WEIGHTS
 from smoothl1_deploy.parity.matrix import Matrix, run_matrix
 from smoothl1_deploy.parity.plan import DRAWS
 from smoothl1_deploy.parity.report import Report, is_extended, repeat_command
-from smoothl1_deploy.parity.views import html, junit, markdown
-from smoothl1_deploy.parity.views.schema import validate
-from smoothl1_deploy.parity.views.terminal import draws_table
+from smoothl1_deploy.parity.views import html, junit, markdown, tables
 from smoothl1_deploy.spec import DTYPES
 
 ALL = [Draw.of(number) for number in range(DRAWS)]  # of the whole matrix, with seed 0
@@ -170,13 +168,12 @@ def test_a_red_draw_is_a_red_cell_whose_command_repeats_it(
     assert row["red"] == [cell.to_dict()]
 
 
-def test_every_view_shows_a_red_draw(red: Report) -> None:
+def test_every_view_shows_a_red_draw(red: Report, fits_schema: Callable[[Report], None]) -> None:
     report = red.to_dict()
     assert report["summary"]["draws"] == 2 and report["summary"]["red"] == 2
-    validate(json.loads(red.to_json()))  # strict: a beta of NaN is a word
+    fits_schema(red)  # strict: a beta of NaN is a word
     assert {cell["beta"] for row in report["draws"] for cell in row["red"]} >= {"nan"}
-    table = draws_table(red)
-    assert table is not None and table.row_count == len(red.draws)
+    assert len(tables.draws(red).rows) == len(red.draws)
     suites = ET.fromstring(junit.render(red))
     assert {suite.get("name") for suite in suites} >= {f"draws.ort-cpu.{red.draws[0].route}"}
     assert len(suites.findall(".//failure")) == 2
@@ -185,11 +182,13 @@ def test_every_view_shows_a_red_draw(red: Report) -> None:
             assert f"--draw {number} --backend ort-cpu" in text
 
 
-def test_a_green_draw_takes_a_line_and_no_cell() -> None:
+def test_a_green_draw_takes_a_line_and_no_cell(
+    fits_schema: Callable[[Report], None],
+) -> None:
     report = run_matrix(Matrix(("ort-cpu",), draw=(0, 1)))
     assert report, report.red
+    fits_schema(report)
     found = json.loads(report.to_json())
-    validate(found)
     assert found["cells"] == [] and not any(row["red"] for row in found["draws"])
     assert sum(row["draws"] for row in found["draws"]) == 2
     assert {row["nearest"]["draw"] for row in found["draws"]} <= {0, 1}

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 
-from smoothl1_deploy.errors import MissingDependencyError
 from smoothl1_deploy.parity import drift as module
 from smoothl1_deploy.parity.drift import DATA, WAYS, Curve, Drift, measure_drift
-from smoothl1_deploy.parity.views.plot import curves_svg
 
 
 def curve(drift: Drift, way: str, data: str) -> Curve:
@@ -61,18 +57,3 @@ def test_progress_is_told() -> None:
     seen: list[tuple[int, int]] = []
     measure_drift([16, 32], progress=lambda done, total: seen.append((done, total)))
     assert seen == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-def test_an_error_of_zero_is_drawn(drift: Drift) -> None:
-    odd = Curve("zero", "constant", (16, 32), (0.0, 0.0), (0, 0))
-    svg = curves_svg(Drift(drift.spec, 0, 0.0, (odd,)))["constant"]
-    assert svg.startswith("<svg") and svg.endswith("</svg>") and ">zero<" in svg
-    assert len(re.findall("<use [^>]*series-1", svg)) == 3  # two points and the legend's
-
-
-def test_without_matplotlib_it_is_a_sentence(drift: Drift, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingDependencyError, match=r"plot of error against size .*\[report\]'"):
-        curves_svg(drift)

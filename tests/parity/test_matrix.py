@@ -27,7 +27,7 @@ from smoothl1_deploy.parity.families import FAMILIES
 from smoothl1_deploy.parity.matrix import EXTENSIONS, Matrix, run_matrix
 from smoothl1_deploy.parity.plan import Unit, is_run, needs_wider
 from smoothl1_deploy.parity.report import repeat_command
-from smoothl1_deploy.parity.views.terminal import extension_table, matrix_table
+from smoothl1_deploy.parity.views import tables
 from smoothl1_deploy.spec import DTYPES
 
 SMALL = Matrix(
@@ -100,8 +100,8 @@ def test_the_extensions_are_cells_of_their_own() -> None:
     assert {cell.beta for cell in report.cells} == {0.0, 0.1}
     found = {replace(cell.spec, beta=1.0, dtype="float32") for cell in report.cells}
     assert found == set(EXTENSIONS)
-    table = extension_table(report)
-    assert table is not None and table.row_count == len(EXTENSIONS)
+    (table,) = tables.matrix(report)
+    assert len(table.rows) == len(EXTENSIONS)
 
 
 class _Planted(OrtCpuBackend):
@@ -153,7 +153,7 @@ def test_wrong_answers_and_errors_are_red_cells_with_a_command(
         "smoothl1-deploy parity --beta 0.5 --reduction mean --dtype float32 "
         "--route function --backend ort-cpu --no-extensions --seed 7 --no-engines"
     )
-    assert matrix_table(report).row_count == 1
+    assert [len(table.rows) for table in tables.matrix(report)] == [1]
 
 
 #: name of a fault -> what to replace in the source of the functions, by what.

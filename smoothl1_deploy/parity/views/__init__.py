@@ -1,1 +1,1 @@
-"""One file a view of a `Report`: terminal, HTML, Markdown, JUnit XML, and the JSON's schema."""
+"""The views of a `Report`: HTML, Markdown and JUnit XML, a module each; what they share."""

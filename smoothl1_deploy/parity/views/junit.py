@@ -16,9 +16,7 @@ from xml.etree import ElementTree as ET
 
 from ...spec import LossSpec
 from ..report import Build, Cell, Report, repeat_command
-from .common import beta_text, clean, finding, plural, variant
-
-__all__ = ["render"]
+from .tables import beta_text, clean, finding, plural, variant
 
 
 def _name(spec: LossSpec, beta: float | None) -> str:
