@@ -18,13 +18,13 @@ from rich.text import Text
 from ..backends.base import Runner
 from ..errors import SmoothL1DeployError
 from ..floats import Array
+from ..records import plain as json_number
 from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
 from .bounds import bound, in_range
 from .cases import Case, CaseResult
 from .compare import Verdict, compare
 from .families import branch_shares
-from .faults.names import json_number
 from .shapes import ShapePlan, elements
 
 __all__ = ["FAMILIES", "SIZES", "DriftPoint", "artefact_drift", "drift_table"]

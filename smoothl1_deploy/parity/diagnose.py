@@ -7,31 +7,45 @@
 
 What no answer shows is not named. `<=` for `<` changes no value of the loss, nor of its slope:
 both formulas give beta/2 at |d| = beta, and both slopes are 1. It shows where beta is 0 (0/0 at
-d = 0) and where beta^2 over- or underflows; elsewhere `faults.comparison` reads it off the graph.
+d = 0) and where beta^2 over- or underflows; elsewhere `choice_at_beta` reads it off the graph.
 Swapped inputs show in a gradient alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
 
+from ..artefact import Signature
 from ..backends.base import Runner
-from ..floats import dtype_name
+from ..floats import (
+    CLASS_NAMES,
+    NUMPY_DTYPE,
+    Array,
+    dtype_name,
+    ieee_class,
+    round_to,
+    wide_dtype,
+)
+from ..model import inlined
+from ..reference.oracle import oracle_gradient
 from ..spec import LossSpec
 from .artefact_drift import DriftPoint
+from .bounds import UNIT_ROUNDOFF, accumulation_error
 from .cases import CaseResult
-from .faults.arithmetic import accumulation, accumulation_of_cases, narrow_format
-from .faults.evidence import SHOWN, clearest, evidence_of
-from .faults.fit import Hypothesis, find, nearest, right, weighted
-from .faults.names import ACCUMULATION, Diagnosis, Fault
-from .faults.probes import Answer, ask_all, formula_probes, place_probes
-from .faults.symptoms import gradient_output, special_values
-from .shapes import ShapePlan
+from .compare import Verdict
+from .faults import ACCUMULATION, Diagnosis, Evidence, Fault
+from .fit import Hypothesis, explains, find, narrower, nearest, predict, right, weighted
+from .probes import Answer, Subject
+from .shapes import ShapePlan, elements
 
-__all__ = ["diagnose"]
+_SHOWN = 3  # answers given as evidence
 
 #: These say nothing about the numbers; after any other fault of the formula, but one of range,
 #: the rest is noise.
@@ -56,99 +70,384 @@ def diagnose(
     Returns:
         Nothing for a model that answers every probe rightly and has no red case.
     """
-    plan = ShapePlan.of(runner.signature)
-    found = list(_formula(runner, spec, plan))
+    subject = Subject(runner, spec)
+    found = list(_formula(subject))
     if all(item.fault in {*_HARMLESS, Fault.RANGE} for item in found):
-        found += accumulation(spec, drift)
-        found += gradient_output(runner, spec, plan)
-        found += special_values(runner, spec, plan)
+        found += _drift(spec, drift)
+        found += _gradient(subject)
+        found += _special(subject)
         found += _rest(spec, found, failures)
     return tuple(found)
 
 
-def _formula(runner: Runner, spec: LossSpec, plan: ShapePlan) -> Iterator[Diagnosis]:
-    """Formula, reduction and format; nothing where all three are right."""
-    any_rank = runner.signature.input.shape is None
-    answers = ask_all(runner, spec, formula_probes(spec, plan, any_rank))
+# --- evidence
+
+
+def evidence_of(answer: Answer, hypothesis: Hypothesis | None = None) -> Evidence:
+    """The element that differs most from what is right."""
+    expected, got, dtype = answer.expected, answer.got, answer.spec.dtype
+    explained = None if hypothesis is None else round_to(predict(hypothesis, answer), dtype)
+    at = 0
+    if got is not None and got.shape == expected.shape and got.size:
+        wide = wide_dtype(dtype)
+        with np.errstate(invalid="ignore"):
+            off = np.abs(got.astype(wide) - expected.astype(wide))
+        at = int(np.argmax(np.where(np.isnan(off), np.inf, off)))
+    truth = _number(expected, at)
+    return Evidence(
+        answer.probe.text,
+        math.nan if truth is None else truth,
+        _number(got, at),
+        _number(explained, at),
+    )
+
+
+def _number(values: Array | None, at: int = 0) -> float | None:
+    """An element; None where there is none."""
+    return None if values is None or at >= values.size else float(values.flat[at])
+
+
+def _clearest(answers: Sequence[Answer], hypothesis: Hypothesis) -> tuple[Evidence, ...]:
+    """The answers furthest, in proportion, from what is right."""
+
+    def distance(item: Evidence) -> float:
+        if item.got is None or not math.isfinite(item.got):
+            return math.inf
+        return abs(item.got - item.expected) / max(abs(item.expected), abs(item.got), 1e-300)
+
+    items = [evidence_of(answer, hypothesis) for answer in answers]
+    return tuple(sorted(items, key=distance, reverse=True)[:_SHOWN])
+
+
+def _named(fault: Fault, why: str, answers: Sequence[Answer]) -> Diagnosis:
+    """A fault of which the first answers are the evidence."""
+    return Diagnosis(fault, why, tuple(map(evidence_of, answers[:_SHOWN])))
+
+
+# --- formula, reduction and format
+
+
+def _formula(subject: Subject) -> Iterator[Diagnosis]:
+    """What is wrong with them; nothing where all three are right."""
+    spec = subject.spec
+    answers = subject.formula()
     errors = [answer for answer in answers if answer.got is None]
     if errors:
         what = f"{len(errors)} of {len(answers)} ordinary inputs gave an error: {errors[0].error}"
-        yield Diagnosis(Fault.NO_ANSWER, what, tuple(evidence_of(spec, a) for a in errors[:SHOWN]))
+        yield _named(Fault.NO_ANSWER, what, errors)
         return
     if not answers:
         return
-    yield from _form_of_result(spec, answers)
+    yield from _form_of_result(answers)
     if spec.effective_beta == 0 and all(
         a.got is not None and np.isnan(a.got).all() for a in answers
     ):
         why = "every loss is NaN: a formula that divides by beta is used without a guard for 0"
-        yield Diagnosis(Fault.ZERO_DIVISION, why, (evidence_of(spec, answers[0]),))
+        yield _named(Fault.ZERO_DIVISION, why, answers[:1])
         return
     lost = [answer for answer in answers if answer.overflowed]
     told = [answer for answer in answers if not answer.overflowed]
     found = find(spec, told) if len(told) > len(lost) else []
-    if not found and not any_rank:
-        places = ask_all(runner, spec, place_probes(spec, plan))
-        found = [each for each in [weighted(spec, places, told)] if each]
+    if not found and not subject.any_rank:
+        found = [each for each in [weighted(spec, subject.places(), told)] if each]
     if found:
-        yield from _named(spec, found, told)
+        yield from _explained(found, told)
         if lost:
             why = f"infinite in {len(lost)} of {len(answers)} probes, where the loss is finite"
-            yield Diagnosis(Fault.RANGE, why, tuple(evidence_of(spec, a) for a in lost[:SHOWN]))
+            yield _named(Fault.RANGE, why, lost)
         return
-    narrow = narrow_format(runner, spec, plan, answers)
+    narrow = _narrow_format(subject, answers)
     if narrow is not None:
         yield narrow
         return
     closest, count = nearest(spec, answers)
-    fault = closest.form.fault or closest.reduction.fault
-    name = f"'{fault.value}'" if fault else "a right formula"
-    yield Diagnosis(
-        Fault.UNKNOWN,
-        f"no known fault explains all {len(answers)} answers; the nearest, {name}, explains "
-        f"{count}",
-        clearest(spec, answers, right(spec)),
+    name = " with ".join(f"'{part.fault}'" for part in closest.faults) or "a right formula"
+    why = (
+        f"no known fault explains all {len(answers)} answers; the nearest, {name}, explains {count}"
     )
+    yield Diagnosis(Fault.UNKNOWN, why, _clearest(answers, right(spec)))
 
 
-def _form_of_result(spec: LossSpec, answers: Sequence[Answer]) -> Iterator[Diagnosis]:
+def _form_of_result(answers: Sequence[Answer]) -> Iterator[Diagnosis]:
+    """A wrong dtype, or else a wrong shape."""
     for answer in answers:
-        if answer.got is None:
-            continue
-        if answer.got.dtype != answer.expected.dtype:
-            got = dtype_name(answer.got.dtype)
-            yield Diagnosis(
-                Fault.DTYPE,
-                f"the result is {got}, PyTorch's is {spec.dtype}",
-                (evidence_of(spec, answer),),
-            )
+        got, expected = answer.got, answer.expected
+        assert got is not None
+        if got.dtype != expected.dtype:
+            why = f"the result is {dtype_name(got.dtype)}, PyTorch's is {answer.spec.dtype}"
+            yield _named(Fault.DTYPE, why, [answer])
             return
-        if answer.shape != answer.expected.shape and answer.got.shape == answer.expected.shape:
-            yield Diagnosis(
-                Fault.SHAPE,
-                f"the result has the shape {answer.shape}, PyTorch's has {answer.expected.shape}; "
-                "the numbers are judged without regard to it",
-                (evidence_of(spec, answer),),
+        if answer.shape != expected.shape and got.shape == expected.shape:
+            why = (
+                f"the result has the shape {answer.shape}, PyTorch's has {expected.shape}; "
+                "the numbers are judged without regard to it"
             )
+            yield _named(Fault.SHAPE, why, [answer])
             return
 
 
-def _named(
-    spec: LossSpec, found: Sequence[Hypothesis], answers: Sequence[Answer]
-) -> Iterator[Diagnosis]:
+def _explained(found: Sequence[Hypothesis], answers: Sequence[Answer]) -> Iterator[Diagnosis]:
+    """The faults of the best hypothesis; the others are mentioned."""
     best, *others = found
-    names = dict.fromkeys(
-        part.explanation
-        for other in others
-        for part in (other.form, other.reduction)
-        if part.fault is not None
-    )
+    names = dict.fromkeys(part.explanation for other in others for part in other.faults)
     also = f". These would explain the answers as well: {'; '.join(names)}" if names else ""
-    evidence = clearest(spec, answers, best)
-    for part in (best.form, best.reduction):
-        if part.fault is not None:
-            text = f"{part.explanation} ({len(answers)} of {len(answers)} probes explained){also}"
-            yield Diagnosis(part.fault, text, evidence, part.estimate)
+    evidence = _clearest(answers, best)
+    for part in best.faults:
+        text = f"{part.explanation} ({len(answers)} of {len(answers)} probes explained){also}"
+        assert part.fault is not None
+        yield Diagnosis(part.fault, text, evidence, part.estimate)
+
+
+def _narrow_format(subject: Subject, answers: Sequence[Answer]) -> Diagnosis | None:
+    """The right formula in a narrower format: near the truth, and with its few bits."""
+    spec = subject.spec
+    for dtype in narrower(spec.dtype):
+        unit = UNIT_ROUNDOFF[dtype]
+        if not all(explains(right(spec), answer, unit) for answer in answers):
+            continue
+        if not all(_has_few_bits(answer, dtype) for answer in answers):
+            continue
+        wrong = [answer for answer in answers if not explains(right(spec), answer)][:_SHOWN]
+        why = f"every answer is a {dtype} number, near the right one"
+        probed = subject.narrow(round(-math.log2(unit))) if spec.reduction != "none" else []
+        if any(explains(right(spec), answer, unit) for answer in probed):
+            why = f"the elements are right, but they are added up in {dtype}: {why}"
+            evidence = tuple(map(evidence_of, (*wrong, *probed)))
+            return Diagnosis(ACCUMULATION[dtype], why, evidence)
+        return _named(Fault.NARROW_ARITHMETIC, f"computed in {dtype}: {why}", wrong)
+    return None
+
+
+def _has_few_bits(answer: Answer, dtype: str) -> bool:
+    """Whether every number of the answer, or it times the count, is one of a narrower format."""
+    if answer.got is None:
+        return False
+    got = answer.got.astype(wide_dtype(answer.spec.dtype))
+    if np.array_equal(round_to(got, dtype).astype(got.dtype), got):
+        return True
+    # A sum in the narrow format, divided in the wide one.
+    count = answer.count // max(got.size, 1)
+    mean = round_to(got * count, dtype).astype(got.dtype) / count
+    is_same = np.array_equal(mean.astype(answer.got.dtype), answer.got)
+    return answer.spec.reduction == "mean" and is_same
+
+
+# --- sums of many elements
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """An answer that adds up many elements."""
+
+    where: str
+    elements: int
+    verdict: Verdict
+    exact: float
+    got: float | None
+
+    @property
+    def relative(self) -> float | None:
+        """Its error; None where there is none to be told."""
+        if self.got is None or not (math.isfinite(self.got) and math.isfinite(self.exact)):
+            return None
+        return abs(self.got - self.exact) / abs(self.exact) if self.exact else None
+
+    def is_explained_by(self, spec: LossSpec, dtype: str) -> bool:
+        """Whether a sum that is accumulated in `dtype` can be as far off."""
+        if self.relative is not None:
+            limit = accumulation_error(dtype, self.elements) + 2 * UNIT_ROUNDOFF[spec.dtype]
+            return self.relative <= limit
+        if self.got is None or not math.isfinite(self.exact):
+            return self.verdict.ok
+        total = self.exact * (self.elements if spec.reduction == "mean" else 1)
+        largest = float(ml_dtypes.finfo(NUMPY_DTYPE[dtype]).max)  # type: ignore[no-untyped-call]
+        return self.got == math.inf and total > largest
+
+
+def _accumulation(
+    spec: LossSpec, sums: Sequence[_Sum], known: str, formats: Sequence[str]
+) -> Diagnosis | None:
+    """The first of the formats that explains how far off all the sums are."""
+    red = sorted((each for each in sums if not each.verdict.ok), key=lambda each: -each.elements)
+    for dtype in formats:
+        if red and all(each.is_explained_by(spec, dtype) for each in sums):
+            break
+    else:
+        return None
+    worst = max(red, key=lambda each: (each.relative or 0.0, each.elements))
+    error = "overflow" if worst.relative is None else f"{worst.relative:.1e}"
+    why = (
+        f"{known}{error} at {worst.where} (PyTorch: {worst.verdict.torch_ulp} ULP), which adding "
+        f"up in {dtype} explains; accumulate in float64, or compensate"
+    )
+    evidence = tuple(Evidence(each.where, each.exact, each.got) for each in red[:_SHOWN])
+    return Diagnosis(ACCUMULATION[dtype], why, evidence, worst.relative)
+
+
+def _drift(spec: LossSpec, points: Sequence[DriftPoint]) -> Iterator[Diagnosis]:
+    """An error that grows with the number of elements: a sum in too narrow a format."""
+    sums = [
+        _Sum(
+            f"{point.elements:,} elements, family {point.family}",
+            point.elements,
+            point.result.verdict,
+            point.oracle,
+            point.value,
+        )
+        for point in points
+        if point.output == "loss"
+    ]
+    red = [each for each in sums if not each.verdict.ok]
+    if not red:
+        return
+    fewest = min(each.elements for each in sums)
+    known = ""
+    if any(each.elements > fewest for each in sums):
+        # A formula is off by as much at every size; a sum by more and more, until it is all gone.
+        # In ULP: a half format's own rounding is a large relative error, but never many of these.
+        start = max(each.verdict.ulp for each in sums if each.elements == fewest)
+        lost = any(each.got == math.inf or (each.relative or 0.0) > 0.25 for each in red)
+        if not lost and max(each.verdict.ulp for each in red) <= 4 * start:
+            return
+        first = min(each.elements for each in red)
+        known = f"the error grows with the number of elements, red from {first:,} on: "
+    finest_first = sorted(UNIT_ROUNDOFF, key=UNIT_ROUNDOFF.__getitem__)
+    formats = finest_first if spec.dtype == "float64" else finest_first[1:]
+    found = _accumulation(spec, sums, known, formats)
+    if found is not None:
+        yield found
+
+
+def _sums_of(spec: LossSpec, cases: Sequence[CaseResult]) -> list[_Sum]:
+    """Red cases as sums; nothing where one is something else."""
+    sums = []
+    for case in cases:
+        sample = case.sample
+        if spec.reduction == "none" or sample is None or sample.output != "loss" or not sample.got:
+            return []
+        where = f"family {case.case.family}, {case.case.layout}"
+        exact, got = float(sample.oracle), float(sample.got)
+        sums.append(_Sum(where, sample.behind, case.verdict, exact, got))
+    return sums
+
+
+# --- the gradient
+
+
+def _gradient(subject: Subject) -> Iterator[Diagnosis]:
+    """What is wrong with the output `grad_input`, asked with probes that don't broadcast."""
+    if not subject.has_gradient:
+        return
+    spec, wide = subject.spec, wide_dtype(subject.spec.dtype)
+    asked: list[tuple[Answer, Array, Array]] = []
+    for answer in subject.formula(any_rank=False):
+        input, target, *weights = answer.probe.arrays
+        got = answer.gradient
+        if got is not None and input.shape == target.shape == got.shape:
+            exact = oracle_gradient(spec, input, target, *weights).astype(wide)
+            asked.append((answer, got.astype(wide), exact))
+
+    def holds(change: Callable[[Array], Array]) -> bool:
+        tolerance = 16 * UNIT_ROUNDOFF[spec.dtype]
+        pairs = ((got, change(exact)) for _, got, exact in asked)
+        return all(np.all(np.abs(got - right) <= tolerance * np.abs(right)) for got, right in pairs)
+
+    if holds(lambda exact: exact):
+        return
+    answer, got, exact = asked[0]
+    first, truth = float(got.flat[0]), float(exact.flat[0])
+    evidence = (Evidence(f"grad_input, {answer.probe.text}", truth, first),)
+    for fault, why, change in _GRADIENTS:
+        if holds(change):
+            ratio = first / truth if fault is Fault.GRADIENT_SCALE else None
+            yield Diagnosis(fault, why, evidence, ratio)
+            return
+    why = "the gradient is not clip(d, -beta, beta) / beta, and no known fault explains it"
+    yield Diagnosis(Fault.WRONG_GRADIENT, why, evidence)
+
+
+_GRADIENTS: tuple[tuple[Fault, str, Callable[[Array], Array]], ...] = (
+    (
+        Fault.SWAPPED_INPUTS,
+        "every gradient has the opposite sign: it is d loss / d target",
+        lambda exact: -exact,
+    ),
+    (
+        Fault.GRADIENT_SCALE,
+        "the gradient is not divided by the number of elements, as the mean's is",
+        lambda exact: exact * exact.size,
+    ),
+    (
+        Fault.GRADIENT_SCALE,
+        "the gradient is divided by the number of elements, which only the mean's is",
+        lambda exact: exact / exact.size,
+    ),
+)
+
+
+# --- special values
+
+
+def _special(subject: Subject) -> Iterator[Diagnosis]:
+    """NaN, infinities, zeros, nothing at all, and |d| = beta where its square leaves the range."""
+    wrong: dict[str, list[Answer]] = {}
+    for answer in subject.special():
+        got, expected = answer.got, answer.expected
+        if got is None or not np.array_equal(ieee_class(got), ieee_class(expected)):
+            wrong.setdefault(answer.probe.kind, []).append(answer)
+    if "nan" in wrong:
+        wrong.pop("inf-inf", None)  # its NaN goes the same way
+    elif "inf-inf" in wrong:
+        wrong.setdefault("inf", []).extend(wrong.pop("inf-inf"))
+    for answers in wrong.values():
+        fault, why = _special_fault(answers[0])
+        error = f" ({answers[0].error})" if answers[0].error else ""
+        yield _named(fault, why + error, answers)
+    for answer in subject.boundary():
+        if not explains(right(subject.spec), answer):
+            why = (
+                "|d| = beta takes the quadratic part, where beta^2 leaves the range of "
+                f"{subject.spec.dtype}; |d| < beta sends it to the linear part"
+            )
+            yield _named(Fault.LESS_OR_EQUAL, why, [answer])
+
+
+def _special_fault(answer: Answer) -> tuple[Fault, str]:
+    """Which fault a wrong answer to a special probe shows, and why."""
+    spec, got, text = answer.spec, answer.got, answer.probe.text
+    if answer.probe.kind == "empty":
+        mean = spec.reduction == "mean" and got is not None
+        said, truth = _in_words(got, "{:g}"), _in_words(answer.expected, "{:g}")
+        why = f"the {spec.reduction} of no elements is {said} where PyTorch gives {truth}"
+        return Fault.EMPTY_MEAN if mean else Fault.EMPTY, why
+    why = f"{text} gives {_in_words(got)} where PyTorch gives {_in_words(answer.expected)}"
+    if answer.probe.kind == "nan":
+        return Fault.NAN_SWALLOWED, why
+    if answer.probe.kind == "inf":
+        return Fault.INFINITE_INPUT, why
+    if got is not None and np.isnan(got).any():
+        why = (
+            "d = 0 gives NaN, and no other difference does: with beta = 0, |d| <= beta lets d = 0 "
+            "into the quadratic part, which is 0/0; |d| < beta does not"
+        )
+        return Fault.LESS_OR_EQUAL, why
+    if least := _number(got):  # smaller than the probes of the formula see
+        why = f"d = 0 gives {least:.3g}, as where |d| is sqrt(d^2 + e) with a tiny e; use Abs"
+        return Fault.SMOOTH_ABS, why
+    return Fault.NEGATIVE_ZERO, why
+
+
+def _in_words(values: Array | None, style: str | None = None) -> str:
+    """The first number, or its IEEE class."""
+    if values is None:
+        return "an error"
+    if not values.size:
+        return "nothing"
+    first = values.reshape(-1)[:1]
+    return style.format(float(first[0])) if style else CLASS_NAMES[int(ieee_class(first)[0])]
+
+
+# --- what stays red
 
 
 #: Which red cases a fault accounts for; one that is not here accounts for all.
@@ -181,15 +480,84 @@ def _rest(
     left = [c for c in failures if not any(_accounts(item.fault, c) for item in found)]
     if not left:
         return
-    summed = accumulation_of_cases(spec, left)
+    # Sums that no drift was measured of (`--no-drift`, rows), where the formula's probes are right.
+    known = "right on a few elements, and "
+    summed = _accumulation(spec, _sums_of(spec, left), known, [spec.compute_dtype])
     if summed is not None:
         yield summed
         return
-    fault, text = (
+    fault, why = (
         Fault.UNKNOWN,
         "right on every probe, but these cases are red, and nothing says why",
     )
     if all(_accounts(Fault.RANGE, case) for case in left):
-        fault, text = Fault.RANGE, "right on ordinary numbers, wrong where squares leave the range"
+        fault, why = Fault.RANGE, "right on ordinary numbers, wrong where squares leave the range"
     families = ", ".join(dict.fromkeys(case.case.family for case in left))
-    yield Diagnosis(fault, f"{text}: {families}; first: {left[0].verdict.detail}")
+    yield Diagnosis(fault, f"{why}: {families}; first: {left[0].verdict.detail}")
+
+
+# --- what no answer shows
+
+_MOST = 1 << 16  # elements: ONNX's evaluator is slow, and fixed shapes may be large
+
+
+def choice_at_beta(
+    model: onnx.ModelProto, signature: Signature, spec: LossSpec
+) -> Diagnosis | None:
+    """`<= for <`, where the graph sends |d| = beta to the branch of smaller differences.
+
+    A graph that chooses by a condition (`Where`) tells: ONNX's evaluator computes the condition one
+    step below beta, at beta, and one above.
+
+    Args:
+        model: with its inputs in the order input, target.
+        signature: of it.
+        spec: what it ought to compute.
+
+    Returns:
+        None where the comparison is right, and where nothing can be read: no `Where`, a beta that
+        the dtype doesn't hold, other inputs, an operator that ONNX's evaluator lacks.
+    """
+    beta, dtype = spec.effective_beta, NUMPY_DTYPE[spec.dtype]
+    shapes = ShapePlan.of(signature).small()
+    is_held = 0 < beta < math.inf and float(np.asarray(beta).astype(dtype)) == beta
+    only_a_pair = set(signature.inputs) == {"input", "target"}
+    if not is_held or not only_a_pair or not 0 < elements(shapes) <= _MOST:
+        return None
+    knee = np.asarray(beta, dtype)
+    below, above = (np.nextafter(knee, np.asarray(end, dtype)) for end in (0, np.inf))
+    zeros = np.zeros(shapes[1], dtype)
+    steps = [
+        {signature.input.name: np.full(shapes[0], d, dtype), signature.target.name: zeros}
+        for d in (below, knee, above)
+    ]
+    try:
+        chosen = list(_conditions(model, steps))
+    except Exception:  # whatever an evaluator dies of, it says nothing about the comparison
+        return None
+    if not any(low == at != high for low, at, high in chosen):
+        return None
+    why = (
+        "the graph sends |d| = beta to the quadratic part, PyTorch to the linear one. Both give "
+        f"beta/2 there, so with beta = {beta:g} no answer differs; with beta = 0 it would be 0/0"
+    )
+    evidence = Evidence(f"the graph's condition at d = beta = {beta:g}", 0.5 * beta, 0.5 * beta)
+    return Diagnosis(Fault.LESS_OR_EQUAL, why, (evidence,))
+
+
+def _conditions(
+    model: onnx.ModelProto, steps: list[dict[str, np.ndarray]]
+) -> Iterator[tuple[bool, ...]]:
+    """For each `Where` whose condition is the same in all elements: its value at every step."""
+    flat = inlined(model)
+    names = dict.fromkeys(node.input[0] for node in flat.graph.node if node.op_type == "Where")
+    made = {name for node in flat.graph.node for name in node.output}
+    wanted = [name for name in names if name in made]
+    if not wanted:
+        return
+    evaluator = ReferenceEvaluator(flat)
+    with np.errstate(all="ignore"):  # beta may be as large as its dtype takes
+        found = [evaluator.run(wanted, feeds) for feeds in steps]
+    for values in zip(*found, strict=True):
+        if all(value.size and (value.all() or not value.any()) for value in values):
+            yield tuple(bool(value.all()) for value in values)

@@ -17,10 +17,9 @@ from ..graph.metadata import is_changed, warn_if_changed
 from ..spec import LossSpec
 from .artefact_drift import DriftPoint, artefact_drift
 from .cases import LAYOUTS, Case, CaseResult, References, check, is_for
-from .diagnose import diagnose
+from .diagnose import choice_at_beta, diagnose
 from .families import BRANCHES, FAMILIES
-from .faults.comparison import choice_at_beta
-from .faults.names import Diagnosis
+from .faults import Diagnosis
 from .plan import needs_wider
 from .shapes import ShapePlan, Shapes, elements
 

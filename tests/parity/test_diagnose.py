@@ -15,7 +15,7 @@ import pytest
 from smoothl1_deploy import LossSpec, export, load, verify
 from smoothl1_deploy.graph.elements import ELEMENT_TYPE
 from smoothl1_deploy.parity.diagnose import diagnose
-from smoothl1_deploy.parity.faults.names import Fault
+from smoothl1_deploy.parity.faults import Fault
 from smoothl1_deploy.parity.verify import Verification, diagnosis_table, verify_table
 
 #: An element of the loss, PyTorch's formula.

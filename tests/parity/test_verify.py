@@ -25,7 +25,7 @@ from smoothl1_deploy.ops import is_built as library_is_built
 from smoothl1_deploy.parity import artefact_drift as drift_module
 from smoothl1_deploy.parity.artefact_drift import FAMILIES, SIZES, artefact_drift, drift_table
 from smoothl1_deploy.parity.bounds import bound
-from smoothl1_deploy.parity.faults.names import Fault
+from smoothl1_deploy.parity.faults import Fault
 from smoothl1_deploy.parity.plain_export import plain_export as export_plainly
 from smoothl1_deploy.parity.verify import verify_table
 

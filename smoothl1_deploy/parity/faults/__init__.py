@@ -1,1 +1,0 @@
-"""The faults a Smooth L1 graph can have: their names, and how each one shows."""
