@@ -7,15 +7,14 @@
 
 What no answer shows is not named. `<=` for `<` changes no value of the loss, nor of its slope:
 both formulas give beta/2 at |d| = beta, and both slopes are 1. It shows where beta is 0 (0/0 at
-d = 0) and where beta^2 over- or underflows; elsewhere `choice_at_beta` reads it off the graph.
-Swapped inputs show in a gradient alone.
+d = 0) alone; elsewhere `choice_at_beta` reads it off the graph. Swapped inputs show in a gradient
+alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -24,24 +23,15 @@ from onnx.reference import ReferenceEvaluator
 
 from ..artefact import Signature
 from ..backends.base import Runner
-from ..floats import (
-    CLASS_NAMES,
-    NUMPY_DTYPE,
-    Array,
-    dtype_name,
-    ieee_class,
-    round_to,
-    wide_dtype,
-)
+from ..floats import CLASS_NAMES, NUMPY_DTYPE, Array, dtype_name, ieee_class, round_to, wide_dtype
 from ..model import inlined
 from ..reference.oracle import oracle_gradient
 from ..spec import LossSpec
 from .artefact_drift import DriftPoint
 from .bounds import UNIT_ROUNDOFF, accumulation_error
 from .cases import CaseResult
-from .compare import Verdict
 from .faults import ACCUMULATION, Diagnosis, Evidence, Fault
-from .fit import Hypothesis, explains, find, narrower, nearest, predict, right, weighted
+from .fit import Hypothesis, explains, find, narrower, predict, right, weighted
 from .probes import Answer, Subject
 from .shapes import ShapePlan, elements
 
@@ -160,11 +150,7 @@ def _formula(subject: Subject) -> Iterator[Diagnosis]:
     if narrow is not None:
         yield narrow
         return
-    closest, count = nearest(spec, answers)
-    name = " with ".join(f"'{part.fault}'" for part in closest.faults) or "a right formula"
-    why = (
-        f"no known fault explains all {len(answers)} answers; the nearest, {name}, explains {count}"
-    )
+    why = f"no known fault explains all {len(answers)} answers"
     yield Diagnosis(Fault.UNKNOWN, why, _clearest(answers, right(spec)))
 
 
@@ -235,103 +221,96 @@ def _has_few_bits(answer: Answer, dtype: str) -> bool:
 # --- sums of many elements
 
 
-@dataclass(frozen=True, slots=True)
-class _Sum:
-    """An answer that adds up many elements."""
+def _relative(value: float | None, truth: float) -> float | None:
+    """An error; None where there is none to be told."""
+    if value is None or not (math.isfinite(value) and math.isfinite(truth)) or truth == 0:
+        return None
+    return abs(value - truth) / abs(truth)
 
-    where: str
-    elements: int
-    verdict: Verdict
-    exact: float
-    got: float | None
 
-    @property
-    def relative(self) -> float | None:
-        """Its error; None where there is none to be told."""
-        if self.got is None or not (math.isfinite(self.got) and math.isfinite(self.exact)):
-            return None
-        return abs(self.got - self.exact) / abs(self.exact) if self.exact else None
-
-    def is_explained_by(self, spec: LossSpec, dtype: str) -> bool:
-        """Whether a sum that is accumulated in `dtype` can be as far off."""
-        if self.relative is not None:
-            limit = accumulation_error(dtype, self.elements) + 2 * UNIT_ROUNDOFF[spec.dtype]
-            return self.relative <= limit
-        if self.got is None or not math.isfinite(self.exact):
-            return self.verdict.ok
-        total = self.exact * (self.elements if spec.reduction == "mean" else 1)
-        largest = float(ml_dtypes.finfo(NUMPY_DTYPE[dtype]).max)  # type: ignore[no-untyped-call]
-        return self.got == math.inf and total > largest
+def _is_of(spec: LossSpec, point: DriftPoint, dtype: str) -> bool:
+    """Whether a sum that is accumulated in `dtype` can be as far off as this one."""
+    if point.relative is not None:
+        limit = accumulation_error(dtype, point.elements) + 2 * UNIT_ROUNDOFF[spec.dtype]
+        return point.relative <= limit
+    if point.value is None or not math.isfinite(point.oracle):
+        return point.ok
+    total = point.oracle * (point.elements if spec.reduction == "mean" else 1)
+    largest = float(ml_dtypes.finfo(NUMPY_DTYPE[dtype]).max)  # type: ignore[no-untyped-call]
+    return point.value == math.inf and total > largest
 
 
 def _accumulation(
-    spec: LossSpec, sums: Sequence[_Sum], known: str, formats: Sequence[str]
-) -> Diagnosis | None:
-    """The first of the formats that explains how far off all the sums are."""
-    red = sorted((each for each in sums if not each.verdict.ok), key=lambda each: -each.elements)
-    for dtype in formats:
-        if red and all(each.is_explained_by(spec, dtype) for each in sums):
-            break
-    else:
-        return None
-    worst = max(red, key=lambda each: (each.relative or 0.0, each.elements))
-    error = "overflow" if worst.relative is None else f"{worst.relative:.1e}"
-    why = (
-        f"{known}{error} at {worst.where} (PyTorch: {worst.verdict.torch_ulp} ULP), which adding "
-        f"up in {dtype} explains; accumulate in float64, or compensate"
-    )
-    evidence = tuple(Evidence(each.where, each.exact, each.got) for each in red[:_SHOWN])
-    return Diagnosis(ACCUMULATION[dtype], why, evidence, worst.relative)
+    spec: LossSpec, points: Sequence[DriftPoint], formats: Sequence[str], known: str
+) -> Iterator[Diagnosis]:
+    """The first of the formats that explains how far off all the sums are, if one does."""
+    red = sorted((point for point in points if not point.ok), key=lambda point: -point.elements)
+    for dtype in formats if red else ():
+        if all(_is_of(spec, point, dtype) for point in points):
+            worst = max(red, key=lambda point: (point.relative or 0.0, point.elements))
+            error = "overflow" if worst.relative is None else f"{worst.relative:.1e}"
+            why = (
+                f"{known}{error} at {worst.elements:,} elements (PyTorch: "
+                f"{worst.result.verdict.torch_ulp} ULP), which adding up in {dtype} explains; "
+                "accumulate in float64, or compensate"
+            )
+            evidence = (
+                Evidence(f"{p.elements:,} elements, family {p.family}", p.oracle, p.value)
+                for p in red[:_SHOWN]
+            )
+            yield Diagnosis(ACCUMULATION[dtype], why, tuple(evidence), worst.relative)
+            return
 
 
 def _drift(spec: LossSpec, points: Sequence[DriftPoint]) -> Iterator[Diagnosis]:
     """An error that grows with the number of elements: a sum in too narrow a format."""
-    sums = [
-        _Sum(
-            f"{point.elements:,} elements, family {point.family}",
-            point.elements,
-            point.result.verdict,
-            point.oracle,
-            point.value,
-        )
-        for point in points
-        if point.output == "loss"
-    ]
-    red = [each for each in sums if not each.verdict.ok]
+    points = [point for point in points if point.output == "loss"]
+    red = [point for point in points if not point.ok]
     if not red:
         return
-    fewest = min(each.elements for each in sums)
-    known = ""
-    if any(each.elements > fewest for each in sums):
+    fewest, known = min(point.elements for point in points), ""
+    if any(point.elements > fewest for point in points):
         # A formula is off by as much at every size; a sum by more and more, until it is all gone.
         # In ULP: a half format's own rounding is a large relative error, but never many of these.
-        start = max(each.verdict.ulp for each in sums if each.elements == fewest)
-        lost = any(each.got == math.inf or (each.relative or 0.0) > 0.25 for each in red)
-        if not lost and max(each.verdict.ulp for each in red) <= 4 * start:
+        start = max(point.result.verdict.ulp for point in points if point.elements == fewest)
+        is_lost = any(point.value == math.inf or (point.relative or 0.0) > 0.25 for point in red)
+        if not is_lost and max(point.result.verdict.ulp for point in red) <= 4 * start:
             return
-        first = min(each.elements for each in red)
+        first = min(point.elements for point in red)
         known = f"the error grows with the number of elements, red from {first:,} on: "
-    finest_first = sorted(UNIT_ROUNDOFF, key=UNIT_ROUNDOFF.__getitem__)
-    formats = finest_first if spec.dtype == "float64" else finest_first[1:]
-    found = _accumulation(spec, sums, known, formats)
-    if found is not None:
-        yield found
+    formats = sorted(UNIT_ROUNDOFF, key=UNIT_ROUNDOFF.__getitem__)
+    yield from _accumulation(spec, points, formats[spec.dtype != "float64" :], known)
 
 
-def _sums_of(spec: LossSpec, cases: Sequence[CaseResult]) -> list[_Sum]:
-    """Red cases as sums; nothing where one is something else."""
-    sums = []
+def _sums_of(spec: LossSpec, cases: Sequence[CaseResult]) -> list[DriftPoint]:
+    """Red cases as points of a drift; nothing where one of them is something else."""
+    points = []
     for case in cases:
         sample = case.sample
         if spec.reduction == "none" or sample is None or sample.output != "loss" or not sample.got:
             return []
-        where = f"family {case.case.family}, {case.case.layout}"
-        exact, got = float(sample.oracle), float(sample.got)
-        sums.append(_Sum(where, sample.behind, case.verdict, exact, got))
-    return sums
+        got, exact = float(sample.got), float(sample.oracle)
+        error = _relative(got, exact)
+        points.append(DriftPoint(sample.behind, case, sample.output, got, exact, error, None, None))
+    return points
 
 
 # --- the gradient
+
+
+#: What may be made of a gradient.
+_GRADIENTS: tuple[tuple[Fault, str, Callable[[Array], Array]], ...] = (
+    (Fault.SWAPPED_INPUTS, "every gradient has the opposite sign: it is d loss / d target",
+     lambda exact: -exact),
+    (Fault.GRADIENT_SCALE,
+     "the gradient is not divided by the number of elements, as the mean's is",
+     lambda exact: exact * exact.size),
+    (Fault.GRADIENT_SCALE,
+     "the gradient is divided by the number of elements, which only the mean's is",
+     lambda exact: exact / exact.size),
+    (Fault.WRONG_GRADIENT,
+     "the gradient is not clip(d, -beta, beta) / beta, and no known fault explains it", np.copy),
+)  # fmt: skip
 
 
 def _gradient(subject: Subject) -> Iterator[Diagnosis]:
@@ -349,47 +328,25 @@ def _gradient(subject: Subject) -> Iterator[Diagnosis]:
 
     def holds(change: Callable[[Array], Array]) -> bool:
         tolerance = 16 * UNIT_ROUNDOFF[spec.dtype]
-        pairs = ((got, change(exact)) for _, got, exact in asked)
-        return all(np.all(np.abs(got - right) <= tolerance * np.abs(right)) for got, right in pairs)
+        pairs = [(got, change(exact)) for _, got, exact in asked]
+        return all(np.all(np.abs(got - all_) <= tolerance * np.abs(all_)) for got, all_ in pairs)
 
-    if holds(lambda exact: exact):
+    if holds(np.copy):
         return
     answer, got, exact = asked[0]
     first, truth = float(got.flat[0]), float(exact.flat[0])
     evidence = (Evidence(f"grad_input, {answer.probe.text}", truth, first),)
-    for fault, why, change in _GRADIENTS:
-        if holds(change):
-            ratio = first / truth if fault is Fault.GRADIENT_SCALE else None
-            yield Diagnosis(fault, why, evidence, ratio)
-            return
-    why = "the gradient is not clip(d, -beta, beta) / beta, and no known fault explains it"
-    yield Diagnosis(Fault.WRONG_GRADIENT, why, evidence)
-
-
-_GRADIENTS: tuple[tuple[Fault, str, Callable[[Array], Array]], ...] = (
-    (
-        Fault.SWAPPED_INPUTS,
-        "every gradient has the opposite sign: it is d loss / d target",
-        lambda exact: -exact,
-    ),
-    (
-        Fault.GRADIENT_SCALE,
-        "the gradient is not divided by the number of elements, as the mean's is",
-        lambda exact: exact * exact.size,
-    ),
-    (
-        Fault.GRADIENT_SCALE,
-        "the gradient is divided by the number of elements, which only the mean's is",
-        lambda exact: exact / exact.size,
-    ),
-)
+    *known, unknown = _GRADIENTS
+    fault, why, _ = next((each for each in known if holds(each[2])), unknown)
+    ratio = first / truth if fault is Fault.GRADIENT_SCALE else None
+    yield Diagnosis(fault, why, evidence, ratio)
 
 
 # --- special values
 
 
 def _special(subject: Subject) -> Iterator[Diagnosis]:
-    """NaN, infinities, zeros, nothing at all, and |d| = beta where its square leaves the range."""
+    """NaN, infinities, zeros and nothing at all."""
     wrong: dict[str, list[Answer]] = {}
     for answer in subject.special():
         got, expected = answer.got, answer.expected
@@ -403,13 +360,6 @@ def _special(subject: Subject) -> Iterator[Diagnosis]:
         fault, why = _special_fault(answers[0])
         error = f" ({answers[0].error})" if answers[0].error else ""
         yield _named(fault, why + error, answers)
-    for answer in subject.boundary():
-        if not explains(right(subject.spec), answer):
-            why = (
-                "|d| = beta takes the quadratic part, where beta^2 leaves the range of "
-                f"{subject.spec.dtype}; |d| < beta sends it to the linear part"
-            )
-            yield _named(Fault.LESS_OR_EQUAL, why, [answer])
 
 
 def _special_fault(answer: Answer) -> tuple[Fault, str]:
@@ -450,26 +400,25 @@ def _in_words(values: Array | None, style: str | None = None) -> str:
 # --- what stays red
 
 
-#: Which red cases a fault accounts for; one that is not here accounts for all.
+#: Families whose squares leave the range of a dtype.
+_EXTREME = {"overflow", "subnormals", "boundary", "outliers"}
+#: The families in which faults show that ordinary numbers don't have; other faults account for all
+#: that is red.
 _FAMILIES = {
     Fault.NAN_SWALLOWED: {"nan", "inf-minus-inf"},
     Fault.INFINITE_INPUT: {"inf", "inf-minus-inf", "overflow"},
     Fault.NEGATIVE_ZERO: {"zeros"},
-    Fault.RANGE: {"overflow", "subnormals", "boundary", "outliers"},
+    Fault.RANGE: _EXTREME,
 }
 
 
 def _accounts(fault: Fault, case: CaseResult) -> bool:
-    if fault in _HARMLESS:
-        return True
-    empty = math.prod(case.case.input_shape) == 0 or math.prod(case.case.target_shape) == 0
-    about_nothing = fault in (Fault.EMPTY, Fault.EMPTY_MEAN)
-    if about_nothing or empty:
-        return about_nothing and empty
+    """Whether a case is red for this fault."""
+    is_empty = 0 in (*case.case.input_shape, *case.case.target_shape)
+    if is_empty or fault in (Fault.EMPTY, Fault.EMPTY_MEAN):
+        return is_empty and fault in (*_HARMLESS, Fault.EMPTY, Fault.EMPTY_MEAN)
     if fault is Fault.LESS_OR_EQUAL:
         return case.verdict.wrong_class > 0
-    if fault in ACCUMULATION.values():
-        return not case.verdict.wrong_class or math.prod(case.case.input_shape) > 1 << 10
     return case.case.family in _FAMILIES.get(fault, {case.case.family})
 
 
@@ -482,15 +431,15 @@ def _rest(
         return
     # Sums that no drift was measured of (`--no-drift`, rows), where the formula's probes are right.
     known = "right on a few elements, and "
-    summed = _accumulation(spec, _sums_of(spec, left), known, [spec.compute_dtype])
-    if summed is not None:
-        yield summed
+    summed = list(_accumulation(spec, _sums_of(spec, left), [spec.compute_dtype], known))
+    if summed:
+        yield from summed
         return
     fault, why = (
         Fault.UNKNOWN,
         "right on every probe, but these cases are red, and nothing says why",
     )
-    if all(_accounts(Fault.RANGE, case) for case in left):
+    if all(case.case.family in _EXTREME for case in left):
         fault, why = Fault.RANGE, "right on ordinary numbers, wrong where squares leave the range"
     families = ", ".join(dict.fromkeys(case.case.family for case in left))
     yield Diagnosis(fault, f"{why}: {families}; first: {left[0].verdict.detail}")

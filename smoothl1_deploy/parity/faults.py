@@ -130,33 +130,34 @@ class Diagnosis(Record):
         return f"{self.fault.value}: {self.explanation}"
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Half of what a model may compute: a formula of the element, or a reduction.
+
+    Attributes:
+        fault: None for what the spec asks for.
+        explanation: what it computes, in words.
+        compute: a formula's losses, from input, target (broadcast, wide) and beta; or a reduction's
+            result, from the losses and the shapes of input and target.
+        estimate: a number that was inferred for it.
+        cancels: from |d|, the size of the numbers that a formula subtracts where they may be nearly
+            equal: its rounding errors are theirs, not those of the result. None where none are.
+    """
+
+    fault: Fault | None
+    explanation: str
+    compute: Callable[..., Array]
+    estimate: float | None = None
+    cancels: Callable[[float], float] | None = None
+
+
 # --- formulas of an element
 
 #: Losses of the elements, from input, target (broadcast, wide) and beta.
 Losses = Callable[[Array, Array, float], Array]
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A formula of the element.
-
-    Attributes:
-        fault: None for the right one.
-        explanation: what it computes, in words.
-        losses: the formula.
-        estimate: a number that was inferred for it.
-        cancels: from |d|, the size of the numbers that it subtracts where they may be nearly
-            equal: its rounding errors are theirs, not those of the result. None where none are.
-    """
-
-    fault: Fault | None
-    explanation: str
-    losses: Losses
-    estimate: float | None = None
-    cancels: Callable[[float], float] | None = None
-
-
-def piecewise(
+def _piecewise(
     below: Callable[[Array, float], Array], above: Callable[[Array, float], Array]
 ) -> Losses:
     """`below(d, beta)` where |d| < beta, `above(d, beta)` elsewhere."""
@@ -168,25 +169,23 @@ def piecewise(
     return losses
 
 
-def square(d: Array, beta: float) -> Array:
-    """d^2 / beta; NaN for a beta of 0, where nothing is below it."""
-    return d * (d / beta) if beta else d * math.nan
-
-
 def _quadratic(d: Array, beta: float) -> Array:
-    return 0.5 * square(d, beta)
+    return 0.5 * d * (d / beta) if beta else d * math.nan
 
 
 def _linear(d: Array, beta: float) -> Array:
     return np.asarray(np.abs(d) - 0.5 * beta)
 
 
-def _short(d: Array, beta: float) -> Array:
-    return np.asarray(np.abs(d) - beta)
+def _coefficients(p: float, q: float) -> Losses:
+    """`p d^2 / beta` below beta, `|d| - q beta` above."""
+    return _piecewise(
+        lambda d, beta: 2 * p * _quadratic(d, beta), lambda d, beta: np.abs(d) - q * beta
+    )
 
 
 #: The right formula, of elements in a wide format.
-smooth_l1 = piecewise(_quadratic, _linear)
+smooth_l1 = _piecewise(_quadratic, _linear)
 
 
 def _log_cosh(a: Array, b: Array, beta: float) -> Array:
@@ -234,48 +233,48 @@ _INSTEAD = "compute it by torch.nn.SmoothL1Loss instead"
 _BY_ABS = "compute |d| by Abs, which is exact"
 
 #: In the order in which one that explains as much as another is preferred.
-FORMS: tuple[Form, ...] = (
-    Form(None, "the formula is right", smooth_l1),
-    Form(Fault.MISSING_HALF, "below beta the loss is d^2 / beta, twice what it should be",
-         piecewise(square, _linear)),
-    Form(Fault.MISSING_LINEAR_HALF,
+FORMS: tuple[Part, ...] = (
+    Part(None, "the formula is right", smooth_l1),
+    Part(Fault.MISSING_HALF, "below beta the loss is d^2 / beta, twice what it should be",
+         _coefficients(1, 0.5)),
+    Part(Fault.MISSING_LINEAR_HALF,
          "from beta on the loss is |d| - beta, where it should be |d| - 0.5*beta",
-         piecewise(_quadratic, _short), cancels=abs),
-    Form(Fault.MISSING_HALF,
+         _coefficients(0.5, 1), cancels=abs),
+    Part(Fault.MISSING_HALF,
          "the loss is d^2 / beta below beta and |d| - beta from there on: 0.5 is missing in both",
-         piecewise(square, _short), cancels=abs),
-    Form(Fault.MISSING_OFFSET, "from beta on the loss is |d|, without -0.5*beta",
-         piecewise(_quadratic, lambda d, beta: np.abs(d))),
-    Form(Fault.HUBER,
+         _coefficients(1, 1), cancels=abs),
+    Part(Fault.MISSING_OFFSET, "from beta on the loss is |d|, without -0.5*beta",
+         _coefficients(0.5, 0)),
+    Part(Fault.HUBER,
          "the loss is torch.nn.HuberLoss(delta=beta), beta times Smooth L1; divide it by beta",
          lambda a, b, beta: beta * smooth_l1(a, b, beta)),
-    Form(Fault.MISSING_DIVISION, "below beta the loss is 0.5*d^2, not divided by beta",
-         piecewise(lambda d, beta: 0.5 * d * d, _linear)),
-    Form(Fault.MSE, "the loss is d^2 everywhere", lambda a, b, beta: (a - b) ** 2),
-    Form(Fault.MSE, "the loss is 0.5*d^2 everywhere", lambda a, b, beta: 0.5 * (a - b) ** 2),
-    Form(Fault.MSE, "the loss is 0.5*d^2 / beta everywhere: it has no linear part",
+    Part(Fault.MISSING_DIVISION, "below beta the loss is 0.5*d^2, not divided by beta",
+         _piecewise(lambda d, beta: 0.5 * d * d, _linear)),
+    Part(Fault.MSE, "the loss is d^2 everywhere", lambda a, b, beta: (a - b) ** 2),
+    Part(Fault.MSE, "the loss is 0.5*d^2 everywhere", lambda a, b, beta: 0.5 * (a - b) ** 2),
+    Part(Fault.MSE, "the loss is 0.5*d^2 / beta everywhere: it has no linear part",
          lambda a, b, beta: _quadratic(a - b, beta)),
-    Form(Fault.L1, "the loss is |d| everywhere", lambda a, b, beta: np.abs(a - b)),
-    Form(Fault.BRANCHES_SWAPPED,
+    Part(Fault.L1, "the loss is |d| everywhere", lambda a, b, beta: np.abs(a - b)),
+    Part(Fault.BRANCHES_SWAPPED,
          "the linear part is used below beta and the quadratic part above",
-         piecewise(_linear, _quadratic), cancels=abs),
-    Form(Fault.MISSING_ABS,
+         _piecewise(_linear, _quadratic), cancels=abs),
+    Part(Fault.MISSING_ABS,
          "from beta on the loss is d - 0.5*beta: negative differences lack the absolute value",
-         piecewise(_quadratic, lambda d, beta: d - 0.5 * beta)),
-    Form(Fault.MISSING_ABS,
+         _piecewise(_quadratic, lambda d, beta: d - 0.5 * beta)),
+    Part(Fault.MISSING_ABS,
          "d is compared with beta without its absolute value: every negative d takes the "
          "quadratic part",
          lambda a, b, beta: np.where(a - b < beta, _quadratic(a - b, beta), _linear(a - b, beta))),
-    Form(Fault.LOG_COSH, f"the loss is log(cosh(d)), whatever beta is; {_INSTEAD}",
+    Part(Fault.LOG_COSH, f"the loss is log(cosh(d)), whatever beta is; {_INSTEAD}",
          _log_cosh, cancels=lambda d: d + 1),
     *(
-        Form(Fault.TRUNCATION, f"{what} {how} to an integer; cast to a float type",
-             lambda a, b, beta, f=f, made=made: made(f, a, b, beta))  # type: ignore[misc]
+        Part(Fault.TRUNCATION, f"{what} {how} to an integer; cast to a float type",
+             lambda a, b, beta, f=f, made=made: made(f, a, b, beta))
         for f, how in ((np.trunc, "truncated"), (np.rint, "rounded"))
         for what, made in _INTEGERS
     ),
     *(
-        Form(Fault.WEIGHTED,
+        Part(Fault.WEIGHTED,
              f"elements whose target is {which} {are}; give the mask as weights of 0 and 1, which "
              f"LossSpec(weight={weight!r}) takes",
              _masked(keep, of_none))
@@ -307,10 +306,10 @@ class Fit:
     solve: Callable[[float, float, float], float]
     cancels: Callable[[float, float], float] | None = None
 
-    def form(self, p: float, spec: LossSpec) -> Form:
+    def form(self, p: float, spec: LossSpec) -> Part:
         """The formula with the number `p`."""
         losses, cancels = self.losses, self.cancels
-        return Form(
+        return Part(
             self.fault,
             self.explain(p, spec),
             lambda a, b, beta: losses(a, b, beta, p),
@@ -378,6 +377,14 @@ FITS: tuple[Fit, ...] = (
         lambda e, _: f"the loss is Charbonnier's, sqrt(d^2 + {e:.9g}) everywhere; {_INSTEAD}",
         lambda a, b, _, e: _smoothed(a, b, e),
         lambda d, loss, _: _excess(d, loss, 0.0)),
+    Fit(Fault.WRONG_COEFFICIENT,
+        lambda p, _: f"below beta the loss is {p:.6g}*d^2/beta, where it should be 0.5*d^2/beta",
+        lambda a, b, beta, p: _coefficients(p, 0.5)(a, b, beta),
+        lambda d, loss, beta: loss * beta / (d * d) if d < beta else 0.0),
+    Fit(Fault.WRONG_COEFFICIENT,
+        lambda q, _: f"from beta on the loss is |d| - {q:.6g}*beta; it should be |d| - 0.5*beta",
+        lambda a, b, beta, q: _coefficients(0.5, q)(a, b, beta),
+        lambda d, loss, beta: (d - loss) / beta if d >= beta > 0 else 0.0),
     Fit(Fault.CLIPPED, _clip_text,
         lambda a, b, beta, top: np.minimum(smooth_l1(a, b, beta), top),
         lambda d, loss, _: loss),
@@ -386,27 +393,9 @@ FITS: tuple[Fit, ...] = (
 
 # --- reductions
 
-#: From the losses and the shapes of input and target: a result, or a count.
+#: From the losses and the shapes of input and target.
 Apply = Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]
 Count = Callable[[Array, tuple[int, ...], tuple[int, ...]], int]
-
-
-@dataclass(frozen=True, slots=True)
-class Reduction:
-    """A way to sum up.
-
-    Attributes:
-        fault: None for the spec's own.
-        explanation: what it does, in words.
-        apply: from the losses and the shapes of input and target.
-        estimate: a number that was inferred for it.
-    """
-
-    fault: Fault | None
-    explanation: str
-    apply: Apply
-    estimate: float | None = None
-
 
 _MISTAKEN = {
     ("mean", "sum"): Fault.SUM_FOR_MEAN,
@@ -440,7 +429,7 @@ def _divided(total: Callable[[Array], Array], count: Count) -> Apply:
     return lambda x, a, b: np.asarray(total(x) / max(count(x, a, b), 1))
 
 
-def reductions(spec: LossSpec) -> tuple[Reduction, ...]:
+def reductions(spec: LossSpec) -> tuple[Part, ...]:
     """The spec's own first, then what it could be taken for."""
     total, of_each = (_row_totals, " of each row") if spec.per_sample else (_total, "")
     plain: dict[str, Apply] = {
@@ -448,25 +437,25 @@ def reductions(spec: LossSpec) -> tuple[Reduction, ...]:
         "mean": _divided(total, lambda x, a, b: math.prod(x.shape[1:]) if of_each else x.size),
         "sum": lambda x, a, b: total(x),
     }
-    found = [Reduction(None, "the reduction is right", plain[spec.reduction])]
+    found = [Part(None, "the reduction is right", plain[spec.reduction])]
     for other, apply in plain.items():
         if other != spec.reduction:
             why = f"the reduction is {other!r}, the spec says {spec.reduction!r}"
-            found.append(Reduction(_MISTAKEN[spec.reduction, other], why, apply))
+            found.append(Part(_MISTAKEN[spec.reduction, other], why, apply))
     if spec.reduction == "none":
         return tuple(found)
     if spec.per_sample:
         why = "all rows are reduced to one number, the spec says one for each"
         for apply in (_divided(_total, lambda x, a, b: x.size), lambda x, a, b: _total(x)):
-            found.append(Reduction(Fault.REDUCED, why, apply))
+            found.append(Part(Fault.REDUCED, why, apply))
     for name, count in _COUNTS:
         why = f"the sum is divided by {name}; the spec says {spec.reduction!r}{of_each}"
-        found.append(Reduction(Fault.WRONG_COUNT, why, _divided(total, count)))
+        found.append(Part(Fault.WRONG_COUNT, why, _divided(total, count)))
     if not spec.per_sample:
         for operator in (np.mean, np.sum):
             for axis, name in ((0, "first"), (-1, "last")):
                 why = f"only the {name} axis is reduced, by its {operator.__name__}"
-                found.append(Reduction(Fault.SOME_AXES, why, _over_axis(operator, axis)))
+                found.append(Part(Fault.SOME_AXES, why, _over_axis(operator, axis)))
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..floats import Array, round_to, wide_dtype
 from ..spec import LossSpec
 from .bounds import UNIT_ROUNDOFF
-from .faults import FITS, FORMS, Fault, Form, Reduction, piecewise, reductions, smooth_l1, square
+from .faults import FITS, FORMS, Fault, Part, reductions, smooth_l1
 from .probes import Answer
 
 _FLAT = 0.01  # relative: more than this is never a matter of rounding, but for bfloat16
@@ -27,11 +27,11 @@ _DIGITS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17)
 class Hypothesis:
     """A formula with a reduction."""
 
-    form: Form
-    reduction: Reduction
+    form: Part
+    reduction: Part
 
     @property
-    def faults(self) -> list[Form | Reduction]:
+    def faults(self) -> list[Part]:
         """What of it is not what the spec asks for."""
         return [part for part in (self.form, self.reduction) if part.fault is not None]
 
@@ -47,8 +47,8 @@ def predict(hypothesis: Hypothesis, answer: Answer) -> Array:
         return answer.expected.astype(wide_dtype(answer.spec.dtype))
     input, target, *_ = (array.shape for array in answer.probe.arrays)
     with np.errstate(all="ignore"):
-        losses = hypothesis.form.losses(*answer.pair, answer.spec.effective_beta)
-        return np.asarray(hypothesis.reduction.apply(losses, input, target))
+        losses = hypothesis.form.compute(*answer.pair, answer.spec.effective_beta)
+        return np.asarray(hypothesis.reduction.compute(losses, input, target))
 
 
 def explains(hypothesis: Hypothesis, answer: Answer, unit: float | None = None) -> bool:
@@ -70,7 +70,7 @@ def explains(hypothesis: Hypothesis, answer: Answer, unit: float | None = None) 
     return bool(np.all(close | same))
 
 
-def _subtracted(form: Form, answer: Answer) -> float:
+def _subtracted(form: Part, answer: Answer) -> float:
     """The size of the numbers that a formula subtracts where they may be nearly equal."""
     if form.cancels is None:
         return 0.0
@@ -107,7 +107,7 @@ def find(spec: LossSpec, answers: Sequence[Answer]) -> list[Hypothesis]:
 
 def _kinds(
     spec: LossSpec, answers: Sequence[Answer]
-) -> Iterator[tuple[Iterable[Form], Iterable[Reduction]]]:
+) -> Iterator[tuple[Iterable[Part], Iterable[Part]]]:
     """Formulas and reductions, each of the one with each of the other."""
     own, *others = reductions(spec)
     form, *wrong = FORMS
@@ -116,21 +116,10 @@ def _kinds(
     yield [form], others
     yield _narrowed(spec), [own]
     yield _fitted(spec, own, answers), [own]
-    yield [form], _scales(spec, own, answers)
-    yield _coefficients(spec, own, answers), [own]
+    yield [form], _scales(own, answers)
     yield wrong, others
     for other in others:
         yield _fitted(spec, other, answers), [other]
-
-
-def nearest(spec: LossSpec, answers: Sequence[Answer]) -> tuple[Hypothesis, int]:
-    """The hypothesis with one named fault, or none, that explains most answers; how many."""
-    own, *others = reductions(spec)
-    single = [Hypothesis(form, own) for form in FORMS]
-    single += [Hypothesis(FORMS[0], reduction) for reduction in others]
-    counts = [sum(explains(each, answer) for answer in answers) for each in single]
-    best = int(np.argmax(counts))
-    return single[best], counts[best]
 
 
 def weighted(
@@ -152,7 +141,7 @@ def weighted(
             f"the elements of a row count {listed}{more} times each; give these factors as "
             "weights, which LossSpec(weight='count') takes"
         )
-        hypothesis = Hypothesis(Form(Fault.WEIGHTED, why, losses), reductions(spec)[0])
+        hypothesis = Hypothesis(Part(Fault.WEIGHTED, why, losses), reductions(spec)[0])
         if len(set(factors)) > 1 and _explains_all(hypothesis, answers):
             return hypothesis
     return None
@@ -164,11 +153,11 @@ def narrower(dtype: str) -> list[str]:
     return [other for other in by_unit if UNIT_ROUNDOFF[other] > UNIT_ROUNDOFF[dtype]]
 
 
-def _narrowed(spec: LossSpec) -> Iterator[Form]:
+def _narrowed(spec: LossSpec) -> Iterator[Part]:
     """beta, or the inputs, in a narrower format."""
     if spec.dtype == "float64" and (beta := float(np.float32(spec.beta))) != spec.beta:
         why = f"beta is rounded to float32 ({beta!r} for {spec.beta!r})"
-        yield Form(Fault.WRONG_BETA, why, lambda a, b, _: smooth_l1(a, b, beta), beta)
+        yield Part(Fault.WRONG_BETA, why, lambda a, b, _: smooth_l1(a, b, beta), beta)
     for dtype in narrower(spec.dtype):
 
         def losses(a: Array, b: Array, beta: float, dtype: str = dtype) -> Array:
@@ -176,7 +165,7 @@ def _narrowed(spec: LossSpec) -> Iterator[Form]:
             return smooth_l1(a, b, beta)
 
         why = f"input and target are rounded to {dtype} before the loss is computed"
-        yield Form(Fault.NARROW_INPUT, why, losses)
+        yield Part(Fault.NARROW_INPUT, why, losses)
 
 
 # --- numbers that are read off the answers
@@ -186,20 +175,20 @@ def _rounded(value: float, digits: int) -> float:
     return float(f"{value:.{digits - 1}e}")
 
 
-def _responses(reduction: Reduction, answers: Sequence[Answer]) -> Iterator[tuple[float, float]]:
+def _responses(reduction: Part, answers: Sequence[Answer]) -> Iterator[tuple[float, float]]:
     """(|d|, loss of one element), both > 0, of every probe that is the same everywhere."""
     for answer in answers:
         if answer.probe.kind != "constant" or answer.got is None or not answer.got.size:
             continue
         input, target = answer.pair
         shapes = (array.shape for array in answer.probe.arrays[:2])
-        weight = float(np.asarray(reduction.apply(np.ones(input.shape), *shapes)).flat[0])
+        weight = float(np.asarray(reduction.compute(np.ones(input.shape), *shapes)).flat[0])
         d, loss = abs(float(input.flat[0] - target.flat[0])), float(answer.got.flat[0]) / weight
         if d > 0 < loss < math.inf:
             yield d, loss
 
 
-def _fitted(spec: LossSpec, reduction: Reduction, answers: Sequence[Answer]) -> Iterator[Form]:
+def _fitted(spec: LossSpec, reduction: Part, answers: Sequence[Answer]) -> Iterator[Part]:
     """Every formula with a number, at the numbers that single answers suggest, roundest first."""
     told = list(_responses(reduction, answers))
     solved = [[fit.solve(d, loss, spec.effective_beta) for d, loss in told] for fit in FITS]
@@ -209,60 +198,24 @@ def _fitted(spec: LossSpec, reduction: Reduction, answers: Sequence[Answer]) -> 
             yield from (fit.form(number, spec) for number in dict.fromkeys(useful))
 
 
-def _coefficients(spec: LossSpec, own: Reduction, answers: Sequence[Answer]) -> Iterator[Form]:
-    """`p d^2 / beta` below and `|d| - q beta` above, with p and q solved for."""
-    beta = spec.effective_beta
-    if not 0 < beta < math.inf:
+def _scales(own: Part, answers: Sequence[Answer]) -> Iterator[Part]:
+    """The right loss clipped above all that was answered, or times a factor of the first answer."""
+    told = [(a.got, a.expected) for a in answers if a.got is not None and a.got.size]
+    if not told:
         return
-    told = list(_responses(own, answers))
-    below = [loss * beta / (d * d) for d, loss in told if d < beta]
-    above = [(d, (d - loss) / beta) for d, loss in told if d >= beta]
-    solved = (
-        float(np.median(below)) if below else 0.5,
-        min(above)[1] if above else 0.5,  # best read off where |d| is smallest
-    )
-    for digits in _DIGITS:
-        p, q = (_rounded(value, digits) for value in solved)
-        losses = piecewise(
-            lambda d, beta, p=p: p * square(d, beta),  # type: ignore[misc]
-            lambda d, beta, q=q: np.abs(d) - q * beta,  # type: ignore[misc]
-        )
-        why = f"the answers fit {p:.6g}*d^2/beta below beta and |d| - {q:.6g}*beta above it"
-        yield Form(Fault.WRONG_COEFFICIENT, why, losses, p if abs(p - 0.5) > 1e-6 else q)
-
-
-def _scales(spec: LossSpec, own: Reduction, answers: Sequence[Answer]) -> Iterator[Reduction]:
-    """The right loss clipped, times a factor, or over a count read off answers of each shape."""
-    factors: dict[int, float] = {}
-    for answer in answers:
-        expected, got = answer.expected.flat[0], answer.got
-        if answer.count not in factors and got is not None and got.size and expected:
-            factors[answer.count] = float(got.flat[0]) / float(expected)
-    if not factors or not all(math.isfinite(f) and f for f in factors.values()):
-        return
-    top = max(float(answer.got.max()) for answer in answers if answer.got is not None)
-    yield Reduction(
+    top = max(float(got.max()) for got, _ in told)
+    yield Part(
         Fault.CLIPPED,
         f"the result is never above {top:.9g}; leave the clip out",
-        lambda x, a, b: np.minimum(own.apply(x, a, b), top),
+        lambda x, a, b: np.minimum(own.compute(x, a, b), top),
         top,
     )
-    first = next(iter(factors.values()))
-    for factor in dict.fromkeys(_rounded(first, digits) for digits in _DIGITS):
-        yield Reduction(
+    got, expected = told[0]
+    ratio = float(got.flat[0]) / float(expected.flat[0])
+    for factor in dict.fromkeys(_rounded(ratio, digits) for digits in _DIGITS):
+        yield Part(
             Fault.SCALED,
             f"every answer is {factor:.9g} times the right one",
-            lambda x, a, b, f=factor: np.asarray(own.apply(x, a, b) * f),  # type: ignore[misc]
+            lambda x, a, b, f=factor: np.asarray(own.compute(x, a, b) * f),
             factor,
         )
-    if spec.reduction == "none" or spec.per_sample or len(factors) == 1:
-        return
-    # Not one factor: a divisor that depends on the size.
-    divisors = {n: (n if spec.reduction == "mean" else 1) / f for n, f in factors.items()}
-    listed = ", ".join(f"{divisor:.6g} at {n} elements" for n, divisor in divisors.items())
-    yield Reduction(
-        Fault.WRONG_COUNT,
-        f"the sum is divided by {listed}",
-        lambda x, a, b: np.asarray(x.sum() / divisors.get(x.size, math.nan)),
-        next(iter(divisors.values())),
-    )

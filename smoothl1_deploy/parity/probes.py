@@ -190,16 +190,6 @@ class Subject:
         text = f"input {base:g} + 0.25, target {base:g} - 4"
         return self.ask([self._full("narrow", text, shapes, base + 0.25, base - 4)])
 
-    def boundary(self) -> list[Answer]:
-        """|d| exactly beta, where the two formulas agree unless a square leaves the range."""
-        beta, shapes = self.spec.effective_beta, self._plan.small()
-        count = elements(shapes)
-        if not count or not self.tiny < beta < self.largest / (4 * count):
-            return []
-        if float(np.asarray(beta).astype(self._dtype)) != beta:
-            return []  # no difference of this dtype is exactly beta
-        return self.ask([self._full("boundary", f"d = beta = {beta:g}", shapes, beta)])
-
     def special(self) -> list[Answer]:
         """NaN, infinities, zeros, and nothing at all."""
         shapes = self._plan.small()

@@ -18,6 +18,8 @@ from ...spec import LossSpec
 from ..report import Build, Cell, Report, repeat_command
 from .tables import beta_text, clean, finding, plural, variant
 
+_TOTALS = {"tests": "testcase", "failures": "failure", "errors": "error", "skipped": "skipped"}
+
 
 def _name(spec: LossSpec, beta: float | None) -> str:
     return f"beta={'runtime' if beta is None else beta_text(beta)} {variant(spec)}"
@@ -54,13 +56,10 @@ def _cell(suite: ET.Element, cell: Cell, seed: int) -> None:
 
 def _build(suite: ET.Element, build: Build) -> None:
     spec = build.spec
-    case = _child(
-        suite,
-        "testcase",
-        name=_name(spec, None if spec.runtime_beta else spec.beta),
-        classname=f"engines.{build.flavour}.{build.route}.{spec.dtype}",
-        time=f"{build.seconds:.3f}",
-    )
+    name = _name(spec, None if spec.runtime_beta else spec.beta)
+    classname = f"engines.{build.flavour}.{build.route}.{spec.dtype}"
+    time = f"{build.seconds:.3f}"
+    case = _child(suite, "testcase", name=name, classname=classname, time=time)
     if build.refused is not None:
         _child(case, "skipped", message=build.refused)
     elif build.error is not None:
@@ -68,32 +67,21 @@ def _build(suite: ET.Element, build: Build) -> None:
 
 
 def _properties(suite: ET.Element, report: Report) -> None:
-    holder = _child(suite, "properties")
     flat: dict[str, Any] = {"seed": report.seed}
     for key, value in report.environment.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{name}": entry for name, entry in value.items()}
-        else:
-            flat[key] = value
+        nested = value.items() if isinstance(value, Mapping) else ()
+        flat |= {f"{key}.{name}": entry for name, entry in nested} or {key: value}
     flat |= {f"note.{number}": note for number, note in enumerate(report.notes, 1)}
+    holder = _child(suite, "properties")
     for key, value in flat.items():
         if value is not None:
             text = value if isinstance(value, str) else json.dumps(value)
             _child(holder, "property", name=key, value=text)
 
 
-def _count(suite: ET.Element) -> None:
-    """Write a suite's totals, which stand before its cases in the document."""
-    cases = suite.findall("testcase")
-    suite.set("tests", str(len(cases)))
-    suite.set("failures", str(sum(case.find("failure") is not None for case in cases)))
-    suite.set("errors", "0")
-    suite.set("skipped", str(sum(case.find("skipped") is not None for case in cases)))
-
-
 def render(report: Report) -> str:
     """The XML document, declaration included."""
-    root = ET.Element("testsuites", name="smoothl1-deploy parity")
+    root = ET.Element("testsuites", name="smoothl1-deploy parity", time=f"{report.seconds:.3f}")
     suites: dict[str, ET.Element] = {}
 
     def suite(name: str) -> ET.Element:
@@ -105,19 +93,16 @@ def render(report: Report) -> str:
     for cell in report.cells:
         _cell(suite(f"{cell.backend}.{cell.route}.{cell.spec.dtype}"), cell, report.seed)
     for row in report.draws:
-        holder = suite(f"draws.{row.backend}.{row.route}")
+        name = f"draws.{row.backend}.{row.route}"
         for cell in row.red:
-            _cell(holder, cell, report.seed)
+            _cell(suite(name), cell, report.seed)
         if row.draws and not row.red:
-            classname = f"draws.{row.backend}.{row.route}"
-            case = _child(holder, "testcase", name=plural(row.draws, "draw"), classname=classname)
+            case = _child(suite(name), "testcase", name=plural(row.draws, "draw"), classname=name)
             _child(case, "system-out", plural(row.cases, "case"))
     for build in report.builds:
         _build(suite(f"engines.{build.flavour}.{build.route}"), build)
-    for each in suites.values():
-        _count(each)
-    for total in ("tests", "failures", "errors", "skipped"):
-        root.set(total, str(sum(int(each.get(total, "0")) for each in suites.values())))
-    root.set("time", f"{report.seconds:.3f}")
+    for element in (root, *suites.values()):
+        for total, tag in _TOTALS.items():
+            element.set(total, str(len(element.findall(f".//{tag}"))))
     ET.indent(root, " ")
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, "unicode") + "\n"
