@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,28 +14,14 @@ from ..errors import OutputError, SpecError, reason_of
 from .console import INTERRUPTED, open_console, print_lines, print_note
 
 if TYPE_CHECKING:
-    from ..parity.matrix import Matrix
     from ..parity.report import Report
-
-__all__ = ["EXAMPLE", "parity"]
 
 EXAMPLE = "smoothl1-deploy parity --quick -o out/parity"
 
 _PART = "Which part of the matrix"
 _SHOWN = 10  # red cells that are printed one by one
 
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A live progress bar on stderr; nothing where stderr is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    console = open_console(stderr=True)
-    columns = (TextColumn("parity"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, Remaining(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("parity", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+_Names = Annotated[list[str] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)]
 
 
 def parity(
@@ -48,15 +34,9 @@ def parity(
     beta: Annotated[
         list[float] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)
     ] = None,
-    reduction: Annotated[
-        list[str] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)
-    ] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)
-    ] = None,
-    route: Annotated[
-        list[str] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)
-    ] = None,
+    reduction: _Names = None,
+    dtype: _Names = None,
+    route: _Names = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(help="Repeat for more; all that can be used here.", rich_help_panel=_PART),
@@ -101,21 +81,27 @@ def parity(
     """
     from dataclasses import replace
 
-    from ..parity.matrix import MatrixInterrupted, run_matrix
+    from ..parity.matrix import Matrix, MatrixInterrupted, run_matrix
     from ..parity.plan import DRAWS, QUICK_DRAWS
 
     _make_folder(output)
-    matrix = _matrix(
-        quick, seed, backend, beta=beta, reduction=reduction, dtype=dtype, route=route,
-        extensions=extensions, extensions_only=extensions_only,
-        engines=output / "engines" if engines and not (quick or draw) else None, flavour=flavour,
-    )  # fmt: skip
-    part = any((beta, reduction, dtype, route, extensions_only, not extensions))
+    part = _checked_part(beta=beta, reduction=reduction, dtype=dtype, route=route)
+    backends, absent = _backends(backend, quick)
+    is_part = bool(part or extensions_only or not extensions)
     if draws is None:
-        draws = 0 if part else QUICK_DRAWS if quick else DRAWS
-    matrix = replace(matrix, draws=draws, draw=tuple(draw or ()))
-    # Of a part of the matrix the whole picture would say little.
-    whole = not (quick or part or backend or draw)
+        draws = 0 if is_part else QUICK_DRAWS if quick else DRAWS
+    matrix = replace(
+        Matrix.quickly(backends) if quick else Matrix(backends),
+        extensions=extensions or extensions_only,
+        plain=not extensions_only,
+        engines=_engine_folder(output, flavour) if engines and not (quick or draw) else None,
+        flavour=flavour,
+        seed=seed,
+        draws=draws,
+        draw=tuple(draw or ()),
+        absent=absent,
+        **part,
+    )
     report, interrupted = None, False
     try:
         with _bar() as progress:
@@ -123,8 +109,9 @@ def parity(
                 matrix, workers=workers or min(os.cpu_count() or 1, 8), progress=progress
             )
         _show(report)
-        if html and whole:
-            report = _measured(report, matrix.backends)
+        # Of a part of the matrix the whole picture would say little.
+        if html and not (quick or is_part or backend or draw):
+            report = _measured(report, backends)
     except MatrixInterrupted as exc:
         report, interrupted = exc.report, True
         _show(report)
@@ -139,20 +126,17 @@ def parity(
         raise typer.Exit(1)
 
 
-def _measured(report: Report, backends: tuple[str, ...]) -> Report:
-    """The report with what takes some seconds more: the drift by size, and the contract's edges."""
-    from dataclasses import replace
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A live progress bar on stderr; nothing where stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
 
-    from ..parity.contract import probe_contract
-    from ..parity.drift import measure_drift
-    from ..parity.matrix import OVER_THE_WIRE
-
-    with _bar() as progress:
-        drift = measure_drift(progress=progress)
-    with _bar() as progress:
-        local = [name for name in backends if name not in OVER_THE_WIRE]
-        contract = probe_contract(local, progress=progress)
-    return replace(report, drift=drift, contract=contract)
+    console = open_console(stderr=True)
+    columns = (TextColumn("parity"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, Remaining(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("parity", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _make_folder(folder: Path) -> None:
@@ -164,66 +148,43 @@ def _make_folder(folder: Path) -> None:
         ) from exc
 
 
-def _matrix(
-    quick: bool, seed: int, backends: list[str] | None, *, engines: Path | None, flavour: str,
-    extensions: bool, extensions_only: bool, **part: list[str] | list[float] | None,
-) -> Matrix:  # fmt: skip
-    """The part of the matrix that the options name; a bad name is an error here, not in a cell."""
-    from dataclasses import replace
-
-    from ..backends.base import get_backend
+def _checked_part(**options: list[Any] | None) -> dict[str, Any]:
+    """The fields of the matrix that are given; a bad name is an error here, not in a cell."""
     from ..graph.export import ROUTES
-    from ..parity.matrix import OVER_THE_WIRE, Matrix
-    from ..spec import DTYPES, REDUCTIONS, LossSpec
+    from ..spec import LossSpec
 
-    known = {"reduction": REDUCTIONS, "dtype": DTYPES, "route": ROUTES}
-    for name, choices in known.items():
-        for value in part[name] or ():
-            if value not in choices:
-                raise SpecError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
-    for beta in part["beta"] or ():
-        LossSpec(beta=float(beta))
-    absent: tuple[str, ...] = ()
-    if backends is None:
-        chosen, absent = _usable_backends()
-        if quick:  # a server takes longer to start than all the rest
-            wire = [name for name in chosen if name in OVER_THE_WIRE]
-            chosen = tuple(name for name in chosen if name not in wire)
-            if wire:
-                absent += (f"quick: no {' and no '.join(wire)}; --backend asks for it",)
-    else:
-        chosen = tuple(dict.fromkeys(backends))
-        for name in chosen:
+    for name, values in options.items():
+        for value in values or ():
+            if name != "route":
+                LossSpec(**{name: value})
+            elif value not in ROUTES:
+                raise SpecError(f"unknown route {value!r}; choose one of {', '.join(ROUTES)}")
+    return {f"{name}s": tuple(dict.fromkeys(values)) for name, values in options.items() if values}
+
+
+def _backends(asked: list[str] | None, quick: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those asked for, or every one but PyTorch; and why others are left out, said aloud."""
+    from ..backends.base import BACKENDS, REFERENCES, get_backend, missing
+    from ..parity.plan import OVER_THE_WIRE
+
+    if asked is not None:
+        for name in asked:
             get_backend(name)  # raises where it can't be used
-    matrix = Matrix.quickly(chosen, seed) if quick else Matrix(chosen, seed=seed)
-    given = {f"{name}s": tuple(dict.fromkeys(values)) for name, values in part.items() if values}
-    if engines is not None:
-        engines = _engine_folder(engines, flavour)
-    return replace(
-        matrix,
-        engines=engines,
-        flavour=flavour,
-        extensions=extensions or extensions_only,
-        plain=not extensions_only,
-        absent=absent,
-        **given,  # type: ignore[arg-type]
-    )
-
-
-def _usable_backends() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Every backend but PyTorch, which they are compared with; and why the others are left out."""
-    from ..backends.base import BACKENDS, REFERENCES, missing
-
-    names = [name for name in BACKENDS if name not in REFERENCES]
-    reasons = {name: missing(name) for name in names}
+        return tuple(dict.fromkeys(asked)), ()
+    reasons = {name: missing(name) for name in BACKENDS if name not in REFERENCES}
     absent = [f"{name} not available: {reason}" for name, reason in reasons.items() if reason]
     for line in absent:
         print_note(line)
-    return tuple(name for name, reason in reasons.items() if not reason), tuple(absent)
+    usable = [name for name, reason in reasons.items() if not reason]
+    wire = [name for name in usable if name in OVER_THE_WIRE]
+    if quick and wire:  # a server takes longer to start than all the rest
+        usable = [name for name in usable if name not in wire]
+        absent.append(f"quick: no {' and no '.join(wire)}; --backend asks for it")
+    return tuple(usable), tuple(absent)
 
 
-def _engine_folder(folder: Path, flavour: str) -> Path | None:
-    """The folder, made; None, said aloud, where no engine can be built here."""
+def _engine_folder(output: Path, flavour: str) -> Path | None:
+    """The folder of the engines, made; None, said aloud, where no engine can be built here."""
     from ..errors import BackendUnavailableError, MissingDependencyError
     from ..tensorrt.flavour import get_flavour
 
@@ -232,38 +193,52 @@ def _engine_folder(folder: Path, flavour: str) -> Path | None:
     except (MissingDependencyError, BackendUnavailableError) as exc:
         print_note(f"no engines are built: {exc}")
         return None
-    _make_folder(folder)
-    return folder
+    _make_folder(output / "engines")
+    return output / "engines"
+
+
+def _measured(report: Report, backends: tuple[str, ...]) -> Report:
+    """The report with what takes some seconds more: the drift by size, and the contract's edges."""
+    from dataclasses import replace
+
+    from ..parity.contract import probe_contract
+    from ..parity.drift import measure_drift
+    from ..parity.plan import OVER_THE_WIRE
+
+    with _bar() as progress:
+        drift = measure_drift(progress=progress)
+    with _bar() as progress:
+        local = [name for name in backends if name not in OVER_THE_WIRE]
+        contract = probe_contract(local, progress=progress)
+    return replace(report, drift=drift, contract=contract)
 
 
 def _show(report: Report) -> None:
     from ..parity.report import repeat_command
-    from ..parity.views.tables import backends, branches, draws, matrix
+    from ..parity.views import tables
 
     console = open_console()
-    for table in (*matrix(report), backends(report), draws(report), branches(report)):
+    shown = (tables.backends(report), tables.draws(report), tables.branches(report))
+    for table in (*tables.matrix(report), *shown):
         if table.rows:
             console.print(table.rich())
             console.print()
-    for note in report.notes:
-        if " not available: " not in note:  # said before the run
-            print_lines([f"sampled: {note}"])
+    lines = [f"sampled: {note}" for note in report.notes if " not available: " not in note]
     for cell in report.red[:_SHOWN]:
         failure = cell.failures[0]
-        print_lines(
-            [
-                "",
-                f"red: {cell.spec.name} (beta {cell.beta!r}), {cell.route} on {cell.backend}, "
-                f"{len(cell.failures)} of {cell.cases} cases",
-                f"  {failure.case.family}, {failure.case.layout}, seed {failure.case.seed}: "
-                f"{failure.verdict.detail}",
-                f"  repeat it: {repeat_command(cell, report.seed)}",
-            ]
-        )
+        case = failure.case
+        lines += [
+            "",
+            f"red: {cell.spec.name} (beta {cell.beta!r}), {cell.route} on {cell.backend}, "
+            f"{len(cell.failures)} of {cell.cases} cases",
+            f"  {case.family}, {case.layout}, seed {case.seed}: {failure.verdict.detail}",
+            f"  repeat it: {repeat_command(cell, report.seed)}",
+        ]
     if len(report.red) > _SHOWN:
-        print_lines([f"and {len(report.red) - _SHOWN} more red cells, in report.json"])
+        lines.append(f"and {len(report.red) - _SHOWN} more red cells, in report.json")
     for build in report.red_builds[:_SHOWN]:
-        print_lines([f"red: engine of {build.spec.name}, {build.route}: {build.error}"])
+        lines.append(f"red: engine of {build.spec.name}, {build.route}: {build.error}")
+    print_lines(lines)
 
 
 def _write(report: Report, folder: Path, html: bool) -> None:
@@ -285,12 +260,8 @@ def _write(report: Report, folder: Path, html: bool) -> None:
             print_note(f"no report.html: {exc}")
     summary = report.summary
     built = f", {summary['builds']} engines built ({summary['red_builds']} red)"
-    print_lines(
-        [
-            "",
-            f"{summary['cells']} cells, {summary['draws']} draws, {summary['cases']} cases "
-            f"in {summary['seconds']:.0f} s: "
-            f"{summary['red']} red{built if report.builds else ''}",
-            f"wrote {', '.join(map(str, paths))}",
-        ]
+    counts = (
+        f"{summary['cells']} cells, {summary['draws']} draws, {summary['cases']} cases in "
+        f"{summary['seconds']:.0f} s: {summary['red']} red{built if report.builds else ''}"
     )
+    print_lines(["", counts, f"wrote {', '.join(map(str, paths))}"])

@@ -59,8 +59,8 @@ def verify(
     needs --beta and --reduction, and an option for whatever else it computes.
     """
     from ..artefact import read_model, select_ports
-    from ..parity.artefact_drift import drift_table
     from ..parity.certificate import certify
+    from ..parity.drift import drift_table
     from ..parity.verify import diagnosis_table, verify_table
     from ..parity.verify import verify as hold_against_references
 

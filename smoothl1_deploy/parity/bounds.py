@@ -43,15 +43,6 @@ import numpy as np
 from ..floats import Array
 from ..spec import LossSpec
 
-__all__ = [
-    "UNIT_ROUNDOFF",
-    "accumulation_error",
-    "bound",
-    "gamma",
-    "in_range",
-    "proved_bound",
-]
-
 #: 2^-p for p bits of significand.
 UNIT_ROUNDOFF: Mapping[str, float] = {
     "float64": 2.0**-53,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from ..backends.base import Runner
+from ..errors import SmoothL1DeployError
 from ..floats import NUMPY_DTYPE, Array
 from ..graph import shapes as graph_shapes
+from ..records import plain
 from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
 from .bounds import in_range, proved_bound
@@ -21,8 +23,6 @@ from .compare import Verdict, compare
 from .families import branch_shares, generate, weigh
 from .samples import Sample, sample_of
 from .shapes import Shape, Shapes
-
-__all__ = ["LAYOUTS", "Case", "CaseResult", "Layout", "References", "check", "is_for", "with_beta"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +138,10 @@ class Case:
         return np.random.default_rng([self.seed, zlib.crc32(text.encode())])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "family": self.family,
-            "layout": self.layout,
-            "input_shape": list(self.input_shape),
-            "target_shape": list(self.target_shape),
-            "seed": self.seed,
-            **({} if self.weight_shape is None else {"weight_shape": list(self.weight_shape)}),
-            **({} if self.weighting == "usual" else {"weighting": self.weighting}),
-        }
+        """JSON-ready; what is as usual of weights is left out."""
+        values = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+        usual = {"weight_shape": None, "weighting": "usual"}
+        return {key: value for key, value in values.items() if usual.get(key, ...) != value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +210,8 @@ def with_beta(spec: LossSpec, beta: float) -> LossSpec:
     return replace(spec, beta=LossSpec(beta).effective_beta, runtime_beta=False)
 
 
-#: Elements of arrays that are kept for the next spec; those of 2^24 would stay in memory for good.
-_MOST_KEPT = 1 << 20
+#: Elements of arrays that are kept for the next spec: 64 pairs of more would be gigabytes.
+_MOST_KEPT = 1 << 16
 
 
 @lru_cache(maxsize=64)  # the three reductions of one beta and dtype share their inputs
@@ -241,6 +235,19 @@ def _torch_alike(family: str, beta: float, dtype: str) -> Mapping[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """The verdict on one output; `got` is what came, None where an error came instead."""
+
+    verdict: Verdict
+    got: Array | None
+
+    @classmethod
+    def missing(cls, refs: References, error: str) -> Answer:
+        """An error in the place of a loss, wrong in every element."""
+        return cls(Verdict.failed(refs.oracle["loss"].size, error), None)
+
+
+@dataclass(frozen=True, slots=True)
 class CaseResult:
     """The verdict on one case, how much of each branch it reached, and its worst element."""
 
@@ -250,11 +257,24 @@ class CaseResult:
     sample: Sample | None = None
 
     @classmethod
-    def failed(cls, case: Case, refs: References, detail: str) -> CaseResult:
+    def of(cls, case: Case, refs: References, answers: Mapping[str, Answer]) -> CaseResult:
+        """The result by the worst of the answers, each of an output of the case."""
+        name = max(answers, key=lambda name: answers[name].verdict.badness)
+        verdict = replace(
+            answers[name].verdict, better=sum(each.verdict.better for each in answers.values())
+        )
+        arrays = {"input": refs.input, "target": refs.target}
+        if refs.weight is not None:
+            arrays["weight"] = refs.weight
+        got = answers[name].got
+        worst = 0 if got is None else verdict.worst
+        sample = sample_of(name, arrays, got, refs.torch[name], refs.oracle[name], worst)
+        return cls(case, verdict, refs.shares, sample)
+
+    @classmethod
+    def failed(cls, case: Case, refs: References, error: str) -> CaseResult:
         """The result of a case that gave an error instead of an answer."""
-        size = refs.oracle["loss"].size
-        verdict = Verdict(False, 0, 0, 0, size, wrong_class=size, detail=detail)
-        return cls(case, verdict, refs.shares, _sample(refs, "loss", None, 0))
+        return cls.of(case, refs, {"loss": Answer.missing(refs, error)})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -262,62 +282,60 @@ class CaseResult:
             **self.case.to_dict(),
             **self.verdict.to_dict(),
             "shares": dict(self.shares),
-            "sample": self.sample.to_dict() if self.sample else None,
+            "sample": plain(self.sample),
         }
 
 
-def check(
+def judge(
     runner: Runner, case: Case, refs: References, accumulator: str | None = None
-) -> CaseResult:
-    """Run one case and judge every output; the verdict is that of the worst.
+) -> dict[str, Answer]:
+    """Run one case and judge every output; an answer that doesn't come is a wrong answer.
 
     Args:
         runner: of the artefact.
-        case: what was run.
+        case: what is run.
         refs: its arrays, and what is right for them.
         accumulator: the dtype in which one of our own artefacts is added up, for the bound that
             is proved for it; None for anything else.
     """
     spec = refs.spec
-    proved = None
     shape = case.shape(spec)
     takes_beta = "beta" in runner.signature.inputs
+    proved = None
     # Of a subnormal beta that it doesn't know beforehand, an artefact takes half in float32.
     is_provable = refs.in_range and not (takes_beta and spec.has_subnormal_beta)
     if accumulator is not None and is_provable:
         proved = proved_bound(spec, shape, accumulator)
-    beta = refs.beta if takes_beta else None
-    outputs = runner.run(
-        refs.input, refs.target, weight=refs.weight, beta=beta, grad_output=refs.grad_output
-    )
-    if len(refs.oracle) == 1:
-        outputs = {"loss": outputs.get("loss", next(iter(outputs.values())))}
+    given: dict[str, Any] = {"weight": refs.weight, "grad_output": refs.grad_output}
+    if takes_beta:
+        given["beta"] = refs.beta
+    try:
+        outputs = runner.run(refs.input, refs.target, **given)
+    except SmoothL1DeployError as exc:
+        return {"loss": Answer.missing(refs, f"{type(exc).__name__}: {exc}")}
     few = 0 < math.prod(shape) < _ENOUGH
     alike = _torch_alike(case.family, spec.effective_beta, spec.dtype) if few else {}
     # Weights may be of more axes than the pair: a verdict counts what everything broadcasts to.
-    input = np.broadcast_to(refs.input, shape)
-    verdicts = {
-        name: compare(
-            spec,
-            outputs[name],
-            refs.torch[name],
-            exact,
-            input,
-            refs.target,
-            name,
-            proved if name == "loss" else None,
-            alike.get(name, 0),
-        )
-        for name, exact in refs.oracle.items()
-    }
-    name = max(verdicts, key=lambda n: verdicts[n].badness)
-    better = sum(verdict.better for verdict in verdicts.values())
-    sample = _sample(refs, name, outputs[name], verdicts[name].worst)
-    return CaseResult(case, replace(verdicts[name], better=better), refs.shares, sample)
+    pair = np.broadcast_to(refs.input, shape), refs.target
+    answers = {}
+    for name, exact in refs.oracle.items():
+        got = outputs[runner.signature.loss.name if name == "loss" else name]
+        bound = proved if name == "loss" else None
+        torch = refs.torch[name]
+        verdict = compare(spec, got, torch, exact, *pair, name, bound, alike.get(name, 0))
+        answers[name] = Answer(verdict, got)
+    return answers
 
 
-def _sample(refs: References, output: str, got: Array | None, worst: int | None) -> Sample | None:
-    arrays = {"input": refs.input, "target": refs.target}
-    if refs.weight is not None:
-        arrays["weight"] = refs.weight
-    return sample_of(output, arrays, got, refs.torch[output], refs.oracle[output], worst)
+def check(
+    runner: Runner,
+    case: Case,
+    refs: References,
+    accumulator: str | None = None,
+    others: Sequence[Runner] = (),
+) -> CaseResult:
+    """`judge`, by the worst output: of the runner and of `others`, which run the same artefact."""
+    results = (
+        CaseResult.of(case, refs, judge(one, case, refs, accumulator)) for one in (runner, *others)
+    )
+    return max(results, key=lambda result: result.verdict.badness)

@@ -26,8 +26,6 @@ from ..model import external_locations
 from .cases import CaseResult
 from .verify import Verification
 
-__all__ = ["CertificateStatus", "certificate_path", "certify", "read_certificate"]
-
 FORMAT = 1  # raised when a reader would have to change
 _SUFFIX = ".certificate.json"
 _WORST = 5  # cases given in full

@@ -13,16 +13,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
 from ..floats import CLASS_NAMES, Array, ieee_class, ulp_distance
+from ..records import Record
 from ..spec import LossSpec
-
-__all__ = ["Verdict", "compare"]
 
 #: What a reduction may be off, where PyTorch happens to be nearer than that.
 REDUCTION_FLOOR = 2
@@ -30,7 +28,7 @@ _NAN = CLASS_NAMES.index("nan")
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Record):
     """The comparison of one result with PyTorch and the oracle, in the output dtype.
 
     Attributes:
@@ -57,14 +55,15 @@ class Verdict:
     detail: str = ""
     bound: int | None = None
 
+    @classmethod
+    def failed(cls, elements: int, detail: str) -> Verdict:
+        """The verdict on an error, or on an answer of another dtype or shape."""
+        return cls(False, 0, 0, 0, elements, wrong_class=elements, detail=detail)
+
     @property
     def badness(self) -> tuple[bool, int, int]:
         """Larger for the worse of two verdicts: the red one, then by wrong classes and distance."""
         return not self.ok, self.wrong_class, self.ulp
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
 
 
 def _torch_lost_it(
@@ -140,10 +139,8 @@ def compare(
     """
     per_element = spec.reduction == "none" or output == "grad_input"
     if result.dtype != oracle.dtype or result.shape != oracle.shape:
-        return Verdict(
-            False, 0, 0, 0, result.size, wrong_class=result.size,
-            detail=f"got {result.dtype}{result.shape}, expected {oracle.dtype}{oracle.shape}",
-        )  # fmt: skip
+        found = f"got {result.dtype}{result.shape}, expected {oracle.dtype}{oracle.shape}"
+        return Verdict.failed(result.size, found)
     if result.size == 0:
         return Verdict(True, 0, 0, 0, 0)
 
@@ -166,26 +163,14 @@ def compare(
         allowed = min(allowed, bound)
 
     worst = int(np.argmax(~allowed_class)) if wrong else int(np.argmax(ours_at))
-    detail = ""
-    if wrong or ulp > allowed:
-        at = np.unravel_index(worst, result.shape)
-        values = ", ".join(
-            f"{name} {values[at]!s}"
-            for name, values in (("got", result), ("PyTorch", torch), ("oracle", oracle))
-        )
-        what = (
-            f"{wrong} of {result.size} in a wrong class" if wrong else f"{ulp:,} ULP > {allowed:,}"
-        )
-        detail = f"{what}; at {tuple(map(int, at))}: {values}"
+    what = ""
+    if wrong:
+        what = f"{wrong} of {result.size} in a wrong class"
+    elif ulp > allowed:
+        what = f"{ulp:,} ULP > {allowed:,}"
+    at = np.unravel_index(worst, result.shape)
+    answers = f"got {result[at]!s}, PyTorch {torch[at]!s}, oracle {oracle[at]!s}"
+    detail = what and f"{what}; at {tuple(map(int, at))}: {answers}"
     return Verdict(
-        not wrong and ulp <= allowed,
-        ulp,
-        torch_ulp,
-        allowed,
-        result.size,
-        wrong,
-        better,
-        worst,
-        detail,
-        bound,
+        not what, ulp, torch_ulp, allowed, result.size, wrong, better, worst, detail, bound
     )

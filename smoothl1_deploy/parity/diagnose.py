@@ -27,7 +27,7 @@ from ..floats import CLASS_NAMES, NUMPY_DTYPE, Array, dtype_name, ieee_class, ro
 from ..model import inlined
 from ..reference.oracle import oracle_gradient
 from ..spec import LossSpec
-from .artefact_drift import DriftPoint
+from .drift import DriftPoint
 from .bounds import UNIT_ROUNDOFF, accumulation_error
 from .cases import CaseResult
 from .faults import ACCUMULATION, Diagnosis, Evidence, Fault

@@ -22,8 +22,6 @@ from .families import ADVERSARIAL, FAMILIES, WEIGHTS
 from .report import is_extended
 from .shapes import Shapes
 
-__all__ = ["Draw"]
-
 _BY_TORCH = 0.15  # of the plain ones: that export takes ten times as long as the others
 _CASES = 3  # of a draw: to export takes longer than to run
 _BETAS = (0.0, 1e-3, 0.5, 1.0, 2.0, 1e4, 3e38, math.inf)

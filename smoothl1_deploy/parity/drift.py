@@ -1,38 +1,220 @@
-"""Error against size: how far a full `mean` drifts from the truth as the tensor grows.
+"""Error against size: how far what adds up drifts from the truth as the tensor grows.
 
-Three ways to the same number: this tool's graph and the plain exporter's, both on ONNX Runtime's
-CPU provider, and PyTorch eager. The plain graph adds float32 up one after the other
-(microsoft/onnxruntime#28450), which constant data show worst: every rounding points one way.
+A loss that is reduced adds up; so does the gradient of an input that was broadcast, and a mean's
+gradient is divided by what was added up. Two families say it all: `constant`, where every rounding
+error of a sum points the same way, and `normal`, where they partly cancel.
+
+`artefact_drift` measures one artefact for `verify`; `measure_drift` three ways to the same mean for
+the report: this tool's graph and the plain exporter's, both on ONNX Runtime's CPU provider, and
+PyTorch eager. The plain graph adds float32 up one after the other (microsoft/onnxruntime#28450).
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from rich.table import Column, Table
+from rich.text import Text
 
-from ..backends.base import get_backend
+from ..backends.base import Runner, get_backend
 from ..floats import Array, ulp_distance
 from ..graph.export import export
+from ..records import Record, plain
 from ..reference.oracle import oracle
 from ..spec import LossSpec
+from .bounds import bound
+from .cases import Case, CaseResult, References, judge
 from .plain_export import PlainExport, plain_export
+from .shapes import ShapePlan, elements
 
-__all__ = ["DATA", "SIZES", "WAYS", "Curve", "Drift", "measure_drift"]
-
-SIZES = tuple(2**power for power in range(10, 25))
-WAYS = ("smoothl1-deploy", "torch.onnx.export", "PyTorch eager")
 DATA = ("constant", "normal")
+#: Elements: of an artefact, `LARGE` on demand; and of the ways that the report compares.
+SIZES = tuple(1 << power for power in (10, 14, 16, 18, 20, 22))
+LARGE = 1 << 24
+CURVE_SIZES = tuple(1 << power for power in range(10, 25))
 
+
+@dataclass(frozen=True, slots=True)
+class DriftPoint:
+    """One output of a model that was fed many elements.
+
+    Attributes:
+        elements: after broadcasting.
+        result: the case and its verdict, ULP measured and allowed.
+        output: `loss` or `grad_input`.
+        value: the model's answer, the worst element of a gradient; None where none came.
+        oracle: the exact one.
+        relative: the distance to the oracle over the oracle; None where one is not finite.
+        torch_relative: PyTorch's.
+        bound: what the graphs of this package guarantee, in ULP (`parity.bounds`); one of them is
+            held to it, anyone else's is only shown beside it. Infinite where float32 sums may be
+            off by everything; None for a gradient, of which nothing is proved.
+    """
+
+    elements: int
+    result: CaseResult
+    output: str
+    value: float | None
+    oracle: float
+    relative: float | None
+    torch_relative: float | None
+    bound: float | None
+
+    @property
+    def family(self) -> str:
+        """Of the inputs."""
+        return self.result.case.family
+
+    @property
+    def ok(self) -> bool:
+        """The verdict."""
+        return self.result.verdict.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "elements": self.elements,
+            "output": self.output,
+            "ok": self.ok,
+            "value": plain(self.value),
+            "oracle": plain(self.oracle),
+            "relative_error": self.relative,
+            "torch_relative_error": self.torch_relative,
+            "bound_ulp": plain(self.bound),
+            "case": self.result.to_dict(),
+        }
+
+
+def artefact_drift(
+    runner: Runner,
+    spec: LossSpec,
+    *,
+    seed: int = 0,
+    large: bool = False,
+    accumulator: str | None = None,
+    others: Sequence[Runner] = (),
+) -> tuple[DriftPoint, ...]:
+    """The error of what adds up at 2^10 to 2^22 elements, with `large` at 2^24 too.
+
+    Of an artefact whose axes are all fixed, at its one size, if that is as large. Nothing is
+    measured of `none`, which does not add up, nor per sample, whose rows the first axis leaves
+    as they are, but of their gradients where input is broadcast.
+
+    Args:
+        runner: of the artefact.
+        spec: what it ought to compute.
+        seed: of the inputs.
+        large: 2^24 elements as well.
+        accumulator: the dtype in which one of our own artefacts is added up, which is then held
+            to the bound that is proved for it; None for anyone else's.
+        others: that run the same artefact in another way; of each point the worst is kept.
+    """
+    plan = ShapePlan.of(runner.signature)
+    sizes = (*SIZES, LARGE) if large else SIZES
+    if elements(plan.of_size(sizes[0])) < sizes[0]:
+        return ()
+    any_rank = spec.gradient and runner.signature.input.shape is None
+    points: list[DriftPoint] = []
+    for case in _cases(plan, any_rank, sizes, seed):
+        names = _outputs(spec, case)
+        points += _measure((runner, *others), spec, case, names, accumulator) if names else ()
+    return tuple(points)
+
+
+def _cases(plan: ShapePlan, any_rank: bool, sizes: Sequence[int], seed: int) -> Iterator[Case]:
+    """The cases of each size; `any_rank`: with an input of one row, which is broadcast."""
+    for shapes in dict.fromkeys(map(plan.of_size, sizes)):
+        layout = ",".join(map(str, shapes[0]))
+        if any_rank:
+            shapes, layout = ((1, *shapes[0][1:]), *shapes[1:]), f"1 of {layout}"
+        for family in DATA:
+            yield Case.at(family, layout, shapes, seed)
+
+
+def _outputs(spec: LossSpec, case: Case) -> tuple[str, ...]:
+    """What adds up, or is divided by what did."""
+    reduced = spec.reduction != "none" and not spec.per_sample
+    summed_back = case.input_shape != case.shape(spec)
+    gradient = spec.gradient and (reduced or summed_back)
+    return (*(["loss"] if reduced else []), *(["grad_input"] if gradient else []))
+
+
+def _measure(
+    runners: Sequence[Runner],
+    spec: LossSpec,
+    case: Case,
+    names: Sequence[str],
+    accumulator: str | None,
+) -> Iterator[DriftPoint]:
+    """A point for each of the outputs called `names`: that of the runner whose answer is worst."""
+    refs = References.of(spec, case)
+    judged = [judge(runner, case, refs, accumulator) for runner in runners]
+    count = math.prod(case.shape(spec))
+    for name in names:
+        answers = [found.get(name, found["loss"]) for found in judged]
+        worst = max(answers, key=lambda answer: answer.verdict.badness)
+        at = worst.verdict.worst or 0
+        value = None if worst.got is None or at >= worst.got.size else float(worst.got.flat[at])
+        truth, theirs = (float(array.flat[at]) for array in (refs.oracle[name], refs.torch[name]))
+        yield DriftPoint(
+            count,
+            CaseResult(case, worst.verdict, refs.shares),
+            name,
+            value,
+            truth,
+            _relative(value, truth),
+            _relative(theirs, truth),
+            bound(spec, count, accumulator or "float64") if name == "loss" else None,
+        )
+
+
+def _relative(value: float | None, truth: float) -> float | None:
+    if value is None or not (math.isfinite(value) and math.isfinite(truth)) or truth == 0:
+        return None
+    return abs(value - truth) / abs(truth)
+
+
+def drift_table(points: Sequence[DriftPoint]) -> Table:
+    """One row a size and family: error and ULP, measured, PyTorch's, allowed, bound."""
+    numbers = ("error", "PyTorch's", "ULP", "PyTorch's", "allowed", "bound")
+    table = Table(
+        Column("elements", justify="right"),
+        *("inputs", "output"),
+        *(Column(name, justify="right") for name in numbers),
+        title="error of the reduction by size",
+        title_justify="left",
+        caption="bound: what is proved of the graphs that smoothl1-deploy makes, in ULP",
+        caption_justify="left",
+    )
+    for point in sorted(points, key=lambda p: (p.output, DATA.index(p.family), p.elements)):
+        verdict = point.result.verdict
+        wrong = "class" if verdict.wrong_class else f"{verdict.ulp:,}"
+        errors = (point.relative, point.torch_relative)
+        table.add_row(
+            f"{point.elements:,}",
+            point.family,
+            point.output,
+            *("-" if error is None else f"{error:.1e}" for error in errors),
+            Text(wrong, style="green" if point.ok else "bold red"),
+            str(verdict.torch_ulp),
+            str(verdict.allowed),
+            "-" if point.bound is None or math.isinf(point.bound) else f"{point.bound:,.1f}",
+        )
+    return table
+
+
+WAYS = ("smoothl1-deploy", "torch.onnx.export", "PyTorch eager")
 _COLUMNS = 16
 _SPEC = LossSpec(beta=1.0, reduction="mean", dtype="float32")
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class Curve(Record):
     """One way of computing the mean, on one kind of data.
 
     Attributes:
@@ -52,7 +234,7 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class Drift(Record):
     """The curves of every way on every kind of data, for one spec."""
 
     spec: LossSpec
@@ -60,58 +242,22 @@ class Drift:
     seconds: float
     curves: tuple[Curve, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        lists = ("elements", "relative_error", "ulp")
-        curves = [
-            {key: list(value) if key in lists else value for key, value in asdict(curve).items()}
-            for curve in self.curves
-        ]
-        return {
-            "spec": self.spec.to_dict(),
-            "seed": self.seed,
-            "seconds": round(self.seconds, 2),
-            "curves": curves,
-        }
-
-
-def _data(kind: str, rows: int, seed: int) -> tuple[Array, Array]:
-    """float32 [rows, 16], made in float32: 2^24 elements in float64 would be 256 MB."""
-    shape = (rows, _COLUMNS)
-    if kind == "constant":  # |d| = 1.27, in the linear branch
-        return np.full(shape, 0.1, np.float32), np.full(shape, 1.37, np.float32)
-    rng = np.random.default_rng(seed)
-    left, right = (rng.standard_normal(shape, np.float32) for _ in range(2))
-    return left, right
-
-
-def _truth(input: Array, target: Array) -> float:
-    """The exact mean, rounded to float64; by parts, since the widened arrays are twice as large."""
-    wide = LossSpec(_SPEC.beta, "sum", "float64")
-    step = 1 << 16
-    parts = [
-        float(oracle(wide, *(a[at : at + step].astype(np.float64) for a in (input, target))))
-        for at in range(0, len(input), step)
-    ]
-    return float(np.sum(parts, dtype=np.longdouble) / np.longdouble(input.size))
-
 
 def _ways() -> dict[str, Callable[[Array, Array], Array]]:
     from ..reference.module import eager
 
     shape = ("N", _COLUMNS)
     ours = get_backend("ort-cpu").load(export(_SPEC, shape=shape))
-    plain = PlainExport(plain_export({"beta": _SPEC.beta}, _SPEC.dtype, shape))
     functions = (
         lambda input, target: ours.run(input, target)["loss"],
-        plain.run,
+        PlainExport(plain_export({"beta": _SPEC.beta}, _SPEC.dtype, shape)).run,
         lambda input, target: eager(_SPEC, input, target),
     )
     return dict(zip(WAYS, functions, strict=True))
 
 
 def measure_drift(
-    sizes: Sequence[int] = SIZES,
+    sizes: Sequence[int] = CURVE_SIZES,
     seed: int = 0,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -119,7 +265,7 @@ def measure_drift(
     """Measure every way on every kind of data, at each size.
 
     Args:
-        sizes: numbers of elements, multiples of 16; a smaller size is a prefix of a larger.
+        sizes: numbers of elements, multiples of 16.
         seed: of the normal data.
         progress: called with the measurements done and their number, before and after each size.
 
@@ -132,23 +278,23 @@ def measure_drift(
         raise ValueError(f"sizes must be positive multiples of {_COLUMNS}, got {bad or 'none'}")
     started = time.perf_counter()
     ways = _ways()
-    curves = []
-    total = len(sizes) * len(DATA)
-    progress(0, total)
-    for number, data in enumerate(DATA):
-        found: dict[str, list[tuple[float, int]]] = {way: [] for way in ways}
-        input, target = _data(data, max(sizes) // _COLUMNS, seed)
-        for i, size in enumerate(sizes, 1):
-            pair = input[: size // _COLUMNS], target[: size // _COLUMNS]
-            truth = _truth(*pair)
-            nearest = np.asarray(truth, np.float32)
-            for way, run in ways.items():
-                got = run(*pair)
-                error = abs(float(got) - truth) / truth
-                found[way].append((error, int(ulp_distance(got, nearest))))
-            progress(number * len(sizes) + i, total)
-        curves += [
-            Curve(way, data, tuple(sizes), *map(tuple, zip(*points, strict=True)))
-            for way, points in found.items()
-        ]
-    return Drift(_SPEC, seed, time.perf_counter() - started, tuple(curves))
+    found: dict[tuple[str, str], list[tuple[float, int]]] = {
+        (way, data): [] for data in DATA for way in ways
+    }
+    places = [(data, size) for data in DATA for size in sizes]
+    progress(0, len(places))
+    for done, (data, size) in enumerate(places, 1):
+        shape = (size // _COLUMNS, _COLUMNS)
+        pair = Case(data, "drift", shape, shape, seed=seed).arrays(_SPEC)
+        wide = (array.astype(np.float64) for array in pair)
+        truth = float(oracle(replace(_SPEC, dtype="float64"), *wide))
+        for way, run in ways.items():
+            got = run(*pair)
+            off = int(ulp_distance(got, np.asarray(truth, np.float32)))
+            found[way, data].append((abs(float(got) - truth) / truth, off))
+        progress(done, len(places))
+    curves = tuple(
+        Curve(way, data, tuple(sizes), *map(tuple, zip(*points, strict=True)))
+        for (way, data), points in found.items()
+    )
+    return Drift(_SPEC, seed, time.perf_counter() - started, curves)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -16,20 +17,9 @@ import numpy as np
 from ..floats import NUMPY_DTYPE, Array
 from ..spec import LossSpec
 
-__all__ = [
-    "ADVERSARIAL",
-    "BRANCHES",
-    "FAMILIES",
-    "WEIGHTS",
-    "Family",
-    "branch_shares",
-    "generate",
-    "weigh",
-]
-
 Shape = tuple[int, ...]
 Generator = np.random.Generator
-Family = Callable[[LossSpec, Shape, Shape, Generator], tuple[Array, Array]]
+Kind = TypeVar("Kind", bound=Callable[..., Any])
 
 
 def _limits(spec: LossSpec) -> tuple[float, float, float]:
@@ -180,7 +170,7 @@ def _signed_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
     return rng.choice(np.array([-2.0, -0.3, -0.0, 0.0, 0.7, 1.0]), shape)
 
 
-def _zero_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
+def _zeros_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
     """0 and -0 alone."""
     return rng.choice(np.array([-0.0, 0.0]), shape)
 
@@ -201,37 +191,24 @@ def _mixed_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
     return np.choose(rng.integers(0, 4, shape), [kind(spec, shape, rng) for kind in kinds])
 
 
+def _named(*functions: Kind) -> Mapping[str, Kind]:
+    """Each by its name: `_inf_minus_inf` is `inf-minus-inf`, `_usual_weights` is `usual`."""
+    return {f.__name__[1:].removesuffix("_weights").replace("_", "-"): f for f in functions}
+
+
 #: What weights, and a gradient that flows in, are like.
-WEIGHTS: Mapping[str, Callable[[LossSpec, Shape, Generator], Array]] = {
-    "usual": _usual_weights,
-    "signed": _signed_weights,
-    "zeros": _zero_weights,
-    "huge": _huge_weights,
-    "tiny": _tiny_weights,
-    "mixed": _mixed_weights,
-}
+WEIGHTS = _named(
+    *(_usual_weights, _signed_weights, _zeros_weights),
+    *(_huge_weights, _tiny_weights, _mixed_weights),
+)
 
 #: Families that were found by looking for what breaks; the draws of the matrix have them too.
-ADVERSARIAL: Mapping[str, Family] = {
-    "repeated": _repeated,
-    "magnitudes": _magnitudes,
-    "brink": _brink,
-}
+ADVERSARIAL = _named(_repeated, _magnitudes, _brink)
 
-FAMILIES: Mapping[str, Family] = {
-    "normal": _normal,
-    "quadratic": _quadratic,
-    "linear": _linear,
-    "boundary": _boundary,
-    "zeros": _zeros,
-    "subnormals": _subnormals,
-    "overflow": _overflow,
-    "outliers": _outliers,
-    "nan": _nan,
-    "inf": _inf,
-    "inf-minus-inf": _inf_minus_inf,
-    "constant": _constant,
-}
+FAMILIES = _named(
+    *(_normal, _quadratic, _linear, _boundary, _zeros, _subnormals),
+    *(_overflow, _outliers, _nan, _inf, _inf_minus_inf, _constant),
+)
 
 
 def generate(

@@ -9,71 +9,26 @@ import contextlib
 import gc
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import product
+from pathlib import Path
 
 import onnx
 
 from ..backends.base import Backend, Runner, get_backend
 from ..environment import environment
-from ..errors import SmoothL1DeployError, require
+from ..errors import SmoothL1DeployError, UnsupportedError, require
 from ..graph.export import ROUTES, export
+from ..graph.shapes import Shape as Axes
 from ..spec import DTYPES, REDUCTIONS, LossSpec
 from .cases import Case, CaseResult, References, check, with_beta
-from .engines import build_engines
-from .plan import (
-    BETAS,
-    EXTENSIONS,
-    HUGE_BACKENDS,
-    OVER_THE_WIRE,
-    DrawUnit,
-    Matrix,
-    Unit,
-    artefact_axes,
-    draw_is_run,
-    is_run,
-    is_sampled,
-    is_too_slow,
-    needs_wider,
-)
+from .plan import HUGE_BACKENDS, DrawUnit, Unit, artefact_axes, is_run, is_spared
+from .plan import Matrix as Matrix
 from .pool import each
 from .report import Build, Cell, Report, cell_of, draws_of, is_extended
-
-__all__ = ["BETAS", "EXTENSIONS", "OVER_THE_WIRE", "Matrix", "MatrixInterrupted", "run_matrix"]
-
-
-class _Artefacts:
-    """The exports and loaded runners of one unit, each made once."""
-
-    def __init__(self, backends: dict[str, Backend]) -> None:
-        self._backends = backends
-        self._models: dict[tuple[object, ...], onnx.ModelProto] = {}
-        self._runners: dict[tuple[object, ...], Runner] = {}
-
-    def forget(self) -> None:
-        """Let go of the runners, whose sessions keep the memory of the largest call they had."""
-        self._runners.clear()
-
-    def model(
-        self, spec: LossSpec, route: str, layout: str, any_rank: bool = False
-    ) -> onnx.ModelProto:
-        """The export for a layout."""
-        axes = artefact_axes(spec, route, layout, any_rank)
-        key = (spec, route, *axes.values())
-        if key not in self._models:
-            self._models[key] = export(spec, route, **axes)
-        return self._models[key]
-
-    def runner(self, spec: LossSpec, route: str, layout: str, backend: str) -> Runner:
-        """The loaded export for a layout."""
-        model = self.model(spec, route, layout, self._backends[backend].any_rank)
-        key = (model.graph.name, backend)
-        if key not in self._runners:
-            self._runners[key] = self._backends[backend].load(model)
-        return self._runners[key]
-
 
 #: A combination, as (spec, beta, route, backend).
 _Key = tuple[LossSpec, float, str, str]
@@ -81,12 +36,19 @@ _Key = tuple[LossSpec, float, str, str]
 
 @dataclass(slots=True)
 class _Outcome:
-    """What one unit found: the results, or the refusal, of each combination; and its builds."""
+    """What units found: the results, or the refusal, of each combination; draws; and builds."""
 
-    results: dict[_Key, list[CaseResult]]
-    refused: dict[_Key, str]
-    builds: list[Build]
-    drawn: list[Cell]
+    results: dict[_Key, list[CaseResult]] = field(default_factory=lambda: defaultdict(list))
+    refused: dict[_Key, str] = field(default_factory=dict)
+    builds: list[Build] = field(default_factory=list)
+    drawn: list[Cell] = field(default_factory=list)
+
+    def add(self, other: _Outcome) -> None:
+        for key, results in other.results.items():
+            self.results[key] += results
+        self.refused |= other.refused
+        self.builds += other.builds
+        self.drawn += other.drawn
 
 
 def _run_unit(unit: Unit | DrawUnit) -> _Outcome:
@@ -96,90 +58,98 @@ def _run_unit(unit: Unit | DrawUnit) -> _Outcome:
 def _run_draws(unit: DrawUnit) -> _Outcome:
     """Every backend on each draw: a cell a draw and backend."""
     backends = [get_backend(name, threads=1) for name in unit.matrix.backends]
-    outcome = _Outcome({}, {}, [], [])
+    outcome = _Outcome()
     for draw in unit.draws():
         refs = {case: draw.references(case) for case in draw.cases}
         make = cache(draw.model)
         for backend in backends:
-            if not draw_is_run(draw, backend.name):
+            if not unit.samples(draw, backend.name):
                 continue
-            reason = backend.refuses(draw.spec)
-            chosen = {
-                case: ref
-                for case, ref in refs.items()
-                if not is_too_slow(draw.spec, case, backend)
-                and not needs_wider(ref.spec, case, backend.accumulator != "float32")
-            }
             key = (draw.spec, draw.beta, draw.route, backend.name)
+            reason = backend.refuses(draw.spec)
             if reason is not None:
                 outcome.drawn.append(Cell(*key, refused=reason, draw=draw.number))
-            elif chosen:
-                load = cache(lambda: backend.load(make(backend.any_rank)))  # noqa: B023
-                results = [_checked(load, backend, case, ref) for case, ref in chosen.items()]
+                continue
+            load = cache(lambda: backend.load(make(backend.any_rank)))  # noqa: B023
+            results = [
+                _checked(load, backend, case, ref)
+                for case, ref in refs.items()
+                if not is_spared(ref.spec, case, backend)
+            ]
+            if results:
                 outcome.drawn.append(replace(cell_of(*key, results), draw=draw.number))
     return outcome
 
 
 def _run_grid(unit: Unit) -> _Outcome:
-    names = [n for n in unit.matrix.backends if not unit.huge or n in HUGE_BACKENDS]
+    """Every route and backend on every spec of the unit; exports and runners are made once."""
+    matrix = unit.matrix
+    names = [n for n in matrix.backends if not unit.huge or n in HUGE_BACKENDS]
     backends = {name: get_backend(name, threads=1) for name in names}
     if unit.huge:
         backends = {name: found for name, found in backends.items() if found.slow is None}
-    artefacts = _Artefacts(backends)
-    outcome = _Outcome({}, {}, [], [])
+    make = cache(export)
+
+    @cache
+    def load(name: str, spec: LossSpec, route: str, **axes: Axes | None) -> Runner:
+        return backends[name].load(make(spec, route, **axes))
+
+    outcome = _Outcome()
     for spec in unit.specs():
-        for cases in unit.batches(spec):
-            _run_cases(unit, spec, cases, backends, artefacts, outcome)
-        engines = None if unit.huge else unit.matrix.engines
+        for batch in unit.batches(spec):
+            refs = {case: References.of(with_beta(spec, unit.beta), case) for case in batch}
+            for route, (name, backend) in product(unit.routes(spec), backends.items()):
+                if not unit.samples(spec, route, name):
+                    continue
+                key = (spec, unit.beta, route, name)
+                reason = backend.refuses(spec)
+                if reason:
+                    outcome.refused[key] = reason
+                    continue
+                for case, ref in refs.items():
+                    if is_run(case, route, name) and not is_spared(spec, case, backend):
+                        axes = artefact_axes(spec, route, case.layout, backend.any_rank)
+                        loaded = partial(load, name, spec, route, **axes)
+                        outcome.results[key].append(_checked(loaded, backend, case, ref))
+                if unit.huge:  # a session keeps the memory of the largest call that it had
+                    load.cache_clear()
+                    gc.collect()
         # An engine of each extension, not of each with every beta.
-        if engines is not None and (not is_extended(spec) or unit.beta == unit.matrix.betas[0]):
-            models = {r: artefacts.model(spec, r, "matrix") for r in unit.routes(spec)}
-            outcome.builds += build_engines(spec, models, engines, unit.matrix.flavour)
-        artefacts.forget()
+        of_it = not is_extended(spec) or unit.beta == matrix.betas[0]
+        if matrix.engines is not None and of_it and not unit.huge:
+            for route in unit.routes(spec):
+                model = make(spec, route, **artefact_axes(spec, route, "matrix", any_rank=False))
+                outcome.builds.append(_build(spec, route, model, matrix.engines, matrix.flavour))
+        load.cache_clear()
     return outcome
-
-
-def _run_cases(
-    unit: Unit,
-    spec: LossSpec,
-    cases: list[Case],
-    backends: dict[str, Backend],
-    artefacts: _Artefacts,
-    outcome: _Outcome,
-) -> None:
-    """Every route and backend on some cases of one spec; what is found goes into `outcome`."""
-    number = with_beta(spec, unit.beta)
-    refs = {case: References.of(number, case) for case in cases}
-    for route, name in product(unit.routes(spec), backends):
-        if not is_sampled(unit, spec, route, name):
-            continue
-        key = (spec, unit.beta, route, name)
-        reason = backends[name].refuses(spec)
-        if reason:
-            outcome.refused[key] = reason
-            continue
-        outcome.results.setdefault(key, []).extend(
-            _checked(
-                partial(artefacts.runner, spec, route, case.layout, name), backends[name], case, ref
-            )
-            for case, ref in refs.items()
-            if is_run(case, route, name)
-            and not is_too_slow(spec, case, backends[name])
-            and not needs_wider(spec, case, backends[name].accumulator != "float32")
-        )
-        if unit.huge:
-            artefacts.forget()
-            gc.collect()
 
 
 def _checked(
     load: Callable[[], Runner], backend: Backend, case: Case, refs: References
 ) -> CaseResult:
     try:
-        return check(load(), case, refs, backend.accumulator)
+        runner = load()
     except SmoothL1DeployError as exc:
-        # A backend that fails on one case is a red case, not the end of the run.
+        # A backend that can't load one artefact is a red case, not the end of the run.
         return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
+    return check(runner, case, refs, backend.accumulator)
+
+
+def _build(spec: LossSpec, route: str, model: onnx.ModelProto, folder: Path, flavour: str) -> Build:
+    """A TensorRT engine in `folder`; a refusal is a result, a failure a red one."""
+    from ..tensorrt.builder import build_engine
+
+    started = time.perf_counter()
+    path = folder / f"{model.graph.name}.engine"
+    try:
+        engine = build_engine(model, path, flavour=flavour)
+    except UnsupportedError as exc:
+        return Build(spec, route, flavour, refused=str(exc))
+    except SmoothL1DeployError as exc:
+        return Build(spec, route, flavour, error=f"{type(exc).__name__}: {exc}")
+    assert engine.sidecar is not None  # built just now
+    seconds = time.perf_counter() - started
+    return Build(spec, route, engine.sidecar.flavour, seconds, path.stat().st_size)
 
 
 class MatrixInterrupted(KeyboardInterrupt):
@@ -214,12 +184,9 @@ def run_matrix(
     require("torch", "torch", "the matrix, which compares with PyTorch,")
     started = time.perf_counter()
     units = matrix.units()
-    results: dict[_Key, list[CaseResult]] = {}
-    refused: dict[_Key, str] = {}
-    builds: list[Build] = []
-    drawn: list[Cell] = []
     progress(0, len(units))
     undone = dict.fromkeys(units)
+    total = _Outcome()
     found = each(_run_unit, units, workers, time.monotonic() + seconds)
     interrupted = False
     try:
@@ -227,47 +194,47 @@ def run_matrix(
         with contextlib.closing(found):
             for done, (unit, outcome) in enumerate(found, 1):
                 del undone[unit]
-                for key, more in outcome.results.items():
-                    results.setdefault(key, []).extend(more)
-                refused |= outcome.refused
-                builds += outcome.builds
-                drawn += outcome.drawn
+                total.add(outcome)
                 progress(done, len(units))
     except KeyboardInterrupt:
         interrupted = True
     taken = time.perf_counter() - started
-
-    cells = [cell_of(*key, found) for key, found in results.items()]
-    cells += [Cell(*key, refused=reason) for key, reason in refused.items()]
-
-    def order(item: Cell | Build) -> tuple[object, ...]:
-        spec, backend = item.spec, getattr(item, "backend", None)
-        return (
-            is_extended(spec),
-            DTYPES.index(spec.dtype),
-            getattr(item, "beta", spec.beta),
-            REDUCTIONS.index(spec.reduction),
-            spec.name,
-            ROUTES.index(item.route),
-            matrix.backends.index(backend) if backend else 0,
-        )
-
-    def by_draw(cell: Cell) -> tuple[object, ...]:
-        return matrix.backends.index(cell.backend), ROUTES.index(cell.route), cell.draw
-
     why = f"interrupted after {taken:.0f} s" if interrupted else f"after {seconds:.0f} s"
-    report = Report(
-        tuple(sorted(cells, key=order)),
-        tuple(sorted(builds, key=order)),
-        environment(),
-        matrix.seed,
-        taken,
-        (*matrix.notes(), *_left_out(undone, why)),
-        draws=draws_of(sorted(drawn, key=by_draw)),
-    )
+    report = _report(matrix, total, taken, _left_out(undone, why))
     if interrupted:
         raise MatrixInterrupted(report)
     return report
+
+
+def _report(matrix: Matrix, found: _Outcome, taken: float, left_out: list[str]) -> Report:
+    """The cells and builds in the order of the matrix."""
+
+    def place(cell: Cell | Build) -> tuple[object, ...]:
+        spec, backend = cell.spec, getattr(cell, "backend", None)
+        return (
+            is_extended(spec),
+            DTYPES.index(spec.dtype),
+            getattr(cell, "beta", spec.beta),
+            REDUCTIONS.index(spec.reduction),
+            spec.name,
+            ROUTES.index(cell.route),
+            matrix.backends.index(backend) if backend else 0,
+        )
+
+    def place_of_draw(cell: Cell) -> tuple[object, ...]:
+        return matrix.backends.index(cell.backend), ROUTES.index(cell.route), cell.draw
+
+    cells = [cell_of(*key, results) for key, results in found.results.items()]
+    cells += [Cell(*key, refused=reason) for key, reason in found.refused.items()]
+    return Report(
+        tuple(sorted(cells, key=place)),
+        tuple(sorted(found.builds, key=place)),
+        environment(),
+        matrix.seed,
+        taken,
+        (*matrix.notes(), *left_out),
+        draws=draws_of(sorted(found.drawn, key=place_of_draw)),
+    )
 
 
 def _left_out(units: Iterable[Unit | DrawUnit], why: str) -> list[str]:

@@ -11,8 +11,6 @@ from ..errors import require
 from ..floats import Array
 from ..graph.shapes import Shape
 
-__all__ = ["PlainExport", "plain_export"]
-
 
 def plain_export(
     arguments: dict[str, Any], dtype: str, shape: Shape, target_shape: Shape | None = None

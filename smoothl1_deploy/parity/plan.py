@@ -21,23 +21,6 @@ from .draws import Draw
 from .families import FAMILIES
 from .report import is_extended
 
-__all__ = [
-    "BETAS",
-    "DRAWS",
-    "EXTENSIONS",
-    "HUGE_BACKENDS",
-    "OVER_THE_WIRE",
-    "DrawUnit",
-    "Matrix",
-    "Unit",
-    "artefact_axes",
-    "draw_is_run",
-    "is_run",
-    "is_sampled",
-    "is_too_slow",
-    "needs_wider",
-]
-
 BETAS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4, math.inf)
 _QUICK_BETAS = (0.0, 0.5, 1.0, math.inf)
 
@@ -72,15 +55,23 @@ _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadca
 _EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both", "weight-column")
 #: The inlined route is made of the function route: with extensions, these betas show it.
 _INLINED_BETAS = (0.0, 1.0, math.inf)
+#: The torch route takes about a second an export: one fixed rank, this one, serves it.
+_TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
+#: Whose files are one node, which `ort-cpu` runs by an operator: the others' run alike with none.
+_PROVEN_ROUTE = "function"
+_BARE = "ort-cpu-bare"
 #: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
 _NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
 #: A process for each artefact, half a second of time: a sample of the matrix goes this way.
 OVER_THE_WIRE = ("triton-http", "triton-grpc")
+_WIRE_LAYOUTS = ("matrix", "no-rows")
 #: Backends that compute what an artefact says it computes, and not its graph: one route is all.
 _OF_THE_SPEC = (*REFERENCES, "torch-triton")
-_WIRE_LAYOUTS = ("matrix", "no-rows")
-#: The torch route takes about a second an export: one fixed rank, this one, serves it.
-_TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
+#: The others take minutes or gigabytes at 2^24 elements.
+HUGE_BACKENDS = (
+    *("ort-cpu", _BARE, "torch-cuda", "torch-triton"),
+    *("ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx", "trt"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +129,9 @@ class Matrix:
 
     def _grid(self) -> list[Unit]:
         units = [Unit(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
+        asked = {1.0, "mean", "float32"} <= {*self.betas, *self.reductions, *self.dtypes}
         # The one cell of 2^24 elements takes memory more than time: it comes alone.
-        if (
-            not self.quick
-            and self.plain
-            and 1.0 in self.betas
-            and {"mean", "float32"} <= {*self.reductions, *self.dtypes}
-        ):
+        if asked and self.plain and not self.quick:
             units.insert(0, Unit(self, 1.0, "float32", huge=True))
         return units
 
@@ -152,68 +139,84 @@ class Matrix:
         """What is sampled, for the report."""
         if self.draw:
             return (f"draws {', '.join(map(str, self.draw))} alone", *self.absent)
-        layouts = [name for name in _TORCH_LAYOUTS if not (self.quick and name == "2^20")]
-        notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(layouts)}"]
-        if self.draws:
-            notes[0] += "; other shapes by the random draws"
-            notes.append(
-                f"{self.draws} random combinations of spec, shapes and data, none over the wire"
-            )
+        torch_layouts = [n for n in _TORCH_LAYOUTS if not (self.quick and n == "2^20")]
         narrow = [name for name in _NO_FLOAT64 if name in self.backends]
-        if self.extensions and narrow:
-            notes.append(
-                f"{', '.join(narrow)}: no gradient of a broadcast input, summed back in float32"
-            )
-        if self.draws and narrow:
-            notes.append(
-                f"{', '.join(narrow)}, in the draws: no subnormal beta or weights and no slopes by "
-                "a beta above 1e30, for which the graph takes float64"
-            )
-        if self.extensions:
-            notes.append("float64: no gradient of a broadcast input with weights or upstream")
-            notes.append("no gradient of a broadcast input of the largest numbers")
-            formats = " and ".join(["float64", *narrow])
-            notes.append(
-                f"{formats}: no weighted gradient, and none with an upstream one, of subnormal "
-                "differences, which no wider format is there for"
-            )
-        if self.extensions and self.samples_inlined:
-            notes.append("extensions by the inlined route: beta 0, 1 and inf only")
-        if {*OVER_THE_WIRE} & {*self.backends}:
-            notes.append(
-                "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
-                f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
-            )
-        if _BARE in self.backends:
-            notes.append(
-                f"{_BARE}: the function route; ort-cpu has no operator for the nodes of the others"
-            )
         of_the_spec = [name for name in _OF_THE_SPEC if name in self.backends]
-        if of_the_spec:
-            notes.append(
+        slow = None
+        if "torch-triton" in self.backends and not missing("torch-triton"):
+            slow = get_backend("torch-triton").slow
+        told = (
+            (
+                True,
+                f"torch route: exported for (N, 16) only, layouts {', '.join(torch_layouts)}"
+                + ("; other shapes by the random draws" if self.draws else ""),
+            ),
+            (
+                self.draws,
+                f"{self.draws} random combinations of spec, shapes and data, none over the wire",
+            ),
+            (
+                self.extensions and narrow,
+                f"{', '.join(narrow)}: no gradient of a broadcast input, summed back in float32",
+            ),
+            (
+                self.draws and narrow,
+                f"{', '.join(narrow)}, in the draws: no subnormal beta or weights and no slopes by "
+                "a beta above 1e30, for which the graph takes float64",
+            ),
+            (
+                self.extensions,
+                "float64: no gradient of a broadcast input with weights or upstream",
+            ),
+            (self.extensions, "no gradient of a broadcast input of the largest numbers"),
+            (
+                self.extensions,
+                f"{' and '.join(['float64', *narrow])}: no weighted gradient, and none with an "
+                "upstream one, of subnormal differences, which no wider format is there for",
+            ),
+            (
+                self.extensions and self.samples_inlined,
+                "extensions by the inlined route: beta 0, 1 and inf only",
+            ),
+            (
+                {*OVER_THE_WIRE} & {*self.backends},
+                "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
+                f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only",
+            ),
+            (
+                _BARE in self.backends,
+                f"{_BARE}: the function route; ort-cpu has no operator for the nodes of the others",
+            ),
+            (
+                of_the_spec,
                 f"{', '.join(of_the_spec)}: no graph is run, the spec is computed; the function "
-                "route (or the first of what is asked for)"
-            )
-        if "torch-triton" in self.backends:
-            slow = None if missing("torch-triton") else get_backend("torch-triton").slow
-            if slow:
-                notes.append(
-                    f"torch-triton on {slow}: of 2^20 elements only mean at beta 1, constant"
-                )
-        if self.quick:
-            notes.append("quick: torch route for float32 only, no layout of 2^20 or 2^24 elements")
-            notes.append("quick: of the extensions only all together")
-        else:
-            notes.append("layout 2^20: every route on ort-cpu, the function route on the others")
-            notes.append("layout 2^24: beta 1, mean, float32, families normal and constant")
-            if self.extensions:
-                notes.append(
-                    "layout broadcast-10^6, a gradient summed back over a million rows: beta 1, "
-                    "mean, the function route on ort-cpu and those with a GPU"
-                )
-            if self.engines is not None and self.extensions:
-                notes.append(f"engines of the extensions: beta {self.betas[0]:g} only")
-        return (*notes, *self.absent)
+                "route (or the first of what is asked for)",
+            ),
+            (slow, f"torch-triton on {slow}: of 2^20 elements only mean at beta 1, constant"),
+            (
+                self.quick,
+                "quick: torch route for float32 only, no layout of 2^20 or 2^24 elements",
+            ),
+            (self.quick, "quick: of the extensions only all together"),
+            (
+                not self.quick,
+                "layout 2^20: every route on ort-cpu, the function route on the others",
+            ),
+            (
+                not self.quick,
+                "layout 2^24: beta 1, mean, float32, families normal and constant",
+            ),
+            (
+                not self.quick and self.extensions,
+                "layout broadcast-10^6, a gradient summed back over a million rows: beta 1, "
+                "mean, the function route on ort-cpu and those with a GPU",
+            ),
+            (
+                not self.quick and self.extensions and self.engines is not None,
+                f"engines of the extensions: beta {self.betas[0]:g} only",
+            ),
+        )
+        return (*(note for applies, note in told if applies), *self.absent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,14 +239,12 @@ class Unit:
             return [LossSpec(self.beta, "mean", self.dtype)]
         reductions = self.matrix.reductions if self.matrix.plain else ()
         specs = [LossSpec(self.beta, reduction, self.dtype) for reduction in reductions]
-        if self.matrix.extensions:
-            chosen = EXTENSIONS[-1:] if self.matrix.quick else EXTENSIONS
-            specs += [
-                replace(e, dtype=self.dtype, beta=e.beta if e.runtime_beta else self.beta)
-                for e in chosen
-                if e.reduction in self.matrix.reductions
-            ]
-        return specs
+        chosen = EXTENSIONS[-1:] if self.matrix.quick else EXTENSIONS
+        return specs + [
+            replace(e, dtype=self.dtype, beta=e.beta if e.runtime_beta else self.beta)
+            for e in chosen
+            if self.matrix.extensions and e.reduction in self.matrix.reductions
+        ]
 
     def cases(self, spec: LossSpec) -> list[Case]:
         """Families and layouts, each with the matrix's seed."""
@@ -252,8 +253,7 @@ class Unit:
             return [of("normal", "2^24"), of("constant", "2^24")]
         if is_extended(spec):
             cases = [of(family, "matrix") for family in FAMILIES]
-            layouts = (layout for layout in _EXTENSION_LAYOUTS if is_for(spec, layout))
-            cases += [of("normal", layout) for layout in layouts]
+            cases += [of("normal", name) for name in _EXTENSION_LAYOUTS if is_for(spec, name)]
             if spec == replace(_TALL, dtype=self.dtype) and not self.matrix.quick:
                 cases += [of(family, "broadcast-10^6") for family in ("normal", "constant")]
             return cases
@@ -271,15 +271,31 @@ class Unit:
         return [[case] for case in cases] if self.huge else [cases]
 
     def routes(self, spec: LossSpec) -> list[str]:
-        """Of the matrix, less the torch route where it is left out; see `Matrix.notes`."""
-        routes = list(self.matrix.routes)
-        if "torch" in routes and (
-            is_extended(spec) or (self.matrix.quick and self.dtype != "float32")
-        ):
-            routes.remove("torch")
+        """Of the matrix, less those that are left out; see `Matrix.notes`."""
+        left_out = set()
+        if is_extended(spec) or (self.matrix.quick and self.dtype != "float32"):
+            left_out.add("torch")
         if is_extended(spec) and self.matrix.samples_inlined and self.beta not in _INLINED_BETAS:
-            routes.remove("inlined")
-        return routes
+            left_out.add("inlined")
+        return [route for route in self.matrix.routes if route not in left_out]
+
+    def samples(self, spec: LossSpec, route: str, backend: str) -> bool:
+        """Whether a combination is run at all; see `Matrix.notes`."""
+        matrix = self.matrix
+
+        def is_one(value: object, usual: object, asked: tuple[object, ...]) -> bool:
+            """Whether `value` is the usual one, or the first of what is asked for without it."""
+            return value == (usual if usual in asked else asked[0])
+
+        if backend == _BARE:
+            return route == _PROVEN_ROUTE
+        if backend in _OF_THE_SPEC:
+            return is_one(route, _PROVEN_ROUTE, matrix.routes)
+        if backend not in OVER_THE_WIRE:
+            return True
+        if is_extended(spec) and self.dtype != "float32" and len(matrix.dtypes) > 1:
+            return False
+        return is_one(self.beta, 1.0, matrix.betas) and is_one(route, "inlined", matrix.routes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,22 +312,21 @@ class DrawUnit:
 
     def draws(self) -> list[Draw]:
         """Those of the dtypes, reductions and routes that are asked for."""
-        matrix = self.matrix
-        asked = {*matrix.dtypes}, {*matrix.reductions}, {*matrix.routes}
+        asked = self.matrix
         return [
             draw
             for draw in map(Draw.of, self.numbers)
-            if draw.spec.dtype in asked[0]
-            and draw.spec.reduction in asked[1]
-            and draw.route in asked[2]
+            if draw.spec.dtype in asked.dtypes
+            and draw.spec.reduction in asked.reductions
+            and draw.route in asked.routes
         ]
 
-
-def draw_is_run(draw: Draw, backend: str) -> bool:
-    """Whether a backend meets a draw at all; see `Matrix.notes`."""
-    if backend == _BARE:
-        return draw.route == _PROVEN_ROUTE
-    return backend not in OVER_THE_WIRE
+    @staticmethod
+    def samples(draw: Draw, backend: str) -> bool:
+        """Whether a backend meets a draw at all; see `Matrix.notes`."""
+        if backend == _BARE:
+            return draw.route == _PROVEN_ROUTE
+        return backend not in OVER_THE_WIRE
 
 
 def artefact_axes(
@@ -324,42 +339,11 @@ def artefact_axes(
     if route != "torch" and any_rank and layout not in _TORCH_LAYOUTS:
         return {"shape": None}
     shapes = LAYOUTS[layout]
-    axes: dict[str, Axes | None] = {
-        "shape": shapes.input_axes,
-        "target_shape": shapes.target_axes,
-    }
+    axes: dict[str, Axes | None] = {"shape": shapes.input_axes, "target_shape": shapes.target_axes}
     if spec.weight:
         own = shapes.weight_axes
         axes["weight_shape"] = shapes.target_axes if own is None else own
     return axes
-
-
-#: Whose files are one node, which `ort-cpu` runs by an operator: the others' run alike with none.
-_PROVEN_ROUTE = "function"
-_BARE = "ort-cpu-bare"
-
-
-def is_sampled(unit: Unit, spec: LossSpec, route: str, backend: str) -> bool:
-    """Whether a combination is run at all; see `Matrix.notes`."""
-    if backend == _BARE:
-        return route == _PROVEN_ROUTE
-    if backend in _OF_THE_SPEC:
-        return route == _spec_route(unit.matrix)
-    return backend not in OVER_THE_WIRE or _goes_over_the_wire(unit, spec, route)
-
-
-def _spec_route(matrix: Matrix) -> str:
-    """The one route of a backend that computes the spec, whatever the graph."""
-    return _PROVEN_ROUTE if _PROVEN_ROUTE in matrix.routes else matrix.routes[0]
-
-
-def _goes_over_the_wire(unit: Unit, spec: LossSpec, route: str) -> bool:
-    matrix = unit.matrix
-    beta = 1.0 if 1.0 in matrix.betas else matrix.betas[0]
-    chosen = "inlined" if "inlined" in matrix.routes else matrix.routes[0]
-    if is_extended(spec) and not (unit.dtype == "float32" or len(matrix.dtypes) == 1):
-        return False
-    return unit.beta == beta and route == chosen
 
 
 def is_run(case: Case, route: str, backend: str) -> bool:
@@ -371,6 +355,12 @@ def is_run(case: Case, route: str, backend: str) -> bool:
     if case.layout == "2^20" and backend != "ort-cpu":
         return route == "function"
     return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
+
+
+def is_spared(spec: LossSpec, case: Case, backend: Backend) -> bool:
+    """Whether a backend is too slow for a case, or has no format that is wide enough for it."""
+    wide = backend.accumulator != "float32"
+    return is_too_slow(spec, case, backend) or needs_wider(spec, case, wide)
 
 
 def is_too_slow(spec: LossSpec, case: Case, backend: Backend) -> bool:
@@ -413,16 +403,3 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         return True
     is_subnormal = spec.weight is not None and case.weighting in ("tiny", "mixed")
     return sums_back or rounds_thrice or is_subnormal
-
-
-#: The others take minutes or gigabytes at 2^24 elements.
-HUGE_BACKENDS = (
-    "ort-cpu",
-    "ort-cpu-bare",
-    "torch-cuda",
-    "torch-triton",
-    "ort-cuda",
-    "ort-tensorrt",
-    "ort-tensorrt-rtx",
-    "trt",
-)

@@ -20,8 +20,6 @@ from typing import TypeVar
 
 from ..environment import silence
 
-__all__ = ["each"]
-
 _GRACE = 3  # seconds for a process to end in: what it is at may be a long call
 
 Unit = TypeVar("Unit")

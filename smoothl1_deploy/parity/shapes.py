@@ -17,8 +17,6 @@ from ..artefact import Signature
 from ..errors import ArtefactError
 from ..graph import shapes as graph_shapes
 
-__all__ = ["Shape", "ShapePlan", "Shapes", "elements"]
-
 Shape = tuple[int, ...]
 Shapes = tuple[Shape, ...]  # of input, target and, where there is one, weight
 

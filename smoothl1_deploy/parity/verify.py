@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..artefact import ModelSource, Signature, check_spec, read_model, select_ports, sha256
-from ..backends.base import Runner, get_backend
+from ..backends.base import get_backend
 from ..environment import environment
-from ..errors import ArtefactError, SmoothL1DeployError, UnsupportedError, require
+from ..errors import ArtefactError, UnsupportedError, require
 from ..graph.metadata import is_changed, warn_if_changed
+from ..records import plain
 from ..spec import LossSpec
-from .artefact_drift import DriftPoint, artefact_drift
 from .cases import LAYOUTS, Case, CaseResult, References, check, is_for
 from .diagnose import choice_at_beta, diagnose
+from .drift import DriftPoint, artefact_drift
 from .families import BRANCHES, FAMILIES
 from .faults import Diagnosis
 from .plan import needs_wider
-from .shapes import ShapePlan, Shapes, elements
-
-__all__ = ["Verification", "diagnosis_table", "verify", "verify_table"]
+from .shapes import ShapePlan, elements
 
 _MOST = 1 << 27  # elements of fixed shapes: some GB of references in float64
 _LARGE = 1 << 20  # elements of the largest case of a loss that isn't reduced
@@ -70,20 +69,8 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON."""
-        return {
-            "ok": bool(self),
-            "name": self.name,
-            "sha256": self.sha256,
-            "changed": self.changed,
-            "spec": self.spec.to_dict(),
-            "backend": self.backend,
-            "seed": self.seed,
-            "cases": [result.to_dict() for result in self.results],
-            "drift": [point.to_dict() for point in self.drift],
-            "diagnoses": [diagnosis.to_dict() for diagnosis in self.diagnoses],
-            "remarks": [remark.to_dict() for remark in self.remarks],
-            "environment": dict(self.environment),
-        }
+        found = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+        return {"ok": bool(self), **found, "cases": found.pop("results")}
 
 
 def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
@@ -99,7 +86,11 @@ def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
         return
     plan = ShapePlan.of(signature)
     usual = plan.usual()
-    _check_size(usual)
+    if elements(usual) > _MOST:
+        raise ArtefactError(
+            f"the model's fixed shapes have {elements(usual):,} elements, and verify compares "
+            f"{_MOST:,} at most; export it with a name for an axis, which makes it dynamic"
+        )
     layout = ",".join(map(str, usual[0])) or "scalar"
     yield from (Case.at(family, layout, usual, seed) for family in FAMILIES)
     if plan.growing is not None:
@@ -107,26 +98,6 @@ def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
         if spec.reduction == "none":
             large = plan.of_size(_LARGE)
             yield Case.at("normal", ",".join(map(str, large[0])), large, seed)
-
-
-def _check_size(shapes: Shapes) -> None:
-    try:
-        count = elements(shapes)
-    except ValueError as exc:
-        raise ArtefactError(f"the model's input and target don't fit each other: {exc}") from exc
-    if count > _MOST:
-        raise ArtefactError(
-            f"the model's fixed shapes have {count:,} elements, and verify compares {_MOST:,} at "
-            "most; export it with a name for an axis, which makes it dynamic"
-        )
-
-
-def _checked(runner: Runner, spec: LossSpec, case: Case, accumulator: str | None) -> CaseResult:
-    refs = References.of(spec, case)
-    try:
-        return check(runner, case, refs, accumulator)
-    except SmoothL1DeployError as exc:  # an answer that doesn't come is a wrong answer
-        return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
 
 
 def verify(
@@ -187,27 +158,18 @@ def verify(
         raise UnsupportedError(reason)
     # A bound is proved of our own graphs alone.
     accumulator = chosen.accumulator if runner.exported else None
-    is_wide = chosen.accumulator != "float32"
     # A kernel of ours says nothing about the body that the file carries for everyone else.
     body = chosen.load_body(ports)
     others = [] if body is None else [body]
     results = tuple(
-        max(
-            (_checked(one, expected, case, accumulator) for one in (runner, *others)),
-            key=lambda result: result.verdict.badness,
-        )
+        check(runner, case, References.of(expected, case), accumulator, others)
         for case in _cases(runner.signature, expected, seed)
-        if not needs_wider(expected, case, is_wide)
+        if not needs_wider(expected, case, chosen.accumulator != "float32")
     )
     points: tuple[DriftPoint, ...] = ()
     if drift:
         points = artefact_drift(
-            runner,
-            expected,
-            seed=seed,
-            large=large,
-            accumulator=accumulator,
-            others=others,
+            runner, expected, seed=seed, large=large, accumulator=accumulator, others=others
         )
     found = Verification(
         original.graph.name,
@@ -233,9 +195,12 @@ def verify(
 
 def diagnosis_table(verification: Verification) -> Table:
     """One row a fault: its name, what it does, and the answers that speak for it."""
-    table = Table(title="most likely what is wrong", title_justify="left", show_lines=True)
-    for column in ("fault", "why", "evidence"):
-        table.add_column(column)
+    table = Table(
+        *("fault", "why", "evidence"),
+        title="most likely what is wrong",
+        title_justify="left",
+        show_lines=True,
+    )
     for diagnosis in verification.diagnoses:
         name = Text(diagnosis.fault.value, style="bold red")
         evidence = Text("\n".join(map(str, diagnosis.evidence)))
@@ -247,22 +212,20 @@ def verify_table(verification: Verification) -> Table:
     """One row a case: distance to the oracle, PyTorch's own, what is allowed, branches reached."""
     likely = ", ".join(item.fault.value for item in verification.diagnoses)
     table = Table(
+        *("family", "shape"),
+        *(Column(name, justify="right") for name in ("ULP", "PyTorch's", "allowed", *BRANCHES)),
+        "verdict",
         title=f"{verification.name} on {verification.backend}",
         title_justify="left",
         caption=f"most likely: {likely}" if likely else None,
         caption_justify="left",
     )
-    for column in ("family", "shape"):
-        table.add_column(column)
-    for column in ("ULP", "PyTorch's", "allowed", *BRANCHES):
-        table.add_column(column, justify="right")
-    table.add_column("verdict")
     for result in verification.results:
         verdict = result.verdict
         word = Text("better than PyTorch" if verdict.better else "equal", style="green")
         if not verdict.ok:
             word = Text(verdict.detail, style="bold red")
-        shares = (f"{result.shares[key]:.0%}" for key in BRANCHES)
         numbers = (str(n) for n in (verdict.ulp, verdict.torch_ulp, verdict.allowed))
+        shares = (f"{result.shares[branch]:.0%}" for branch in BRANCHES)
         table.add_row(result.case.family, result.case.layout, *numbers, *shares, word)
     return table

@@ -14,8 +14,6 @@ import numpy as np
 
 from ..floats import Array, round_to
 
-__all__ = ["round_fraction", "sums_of_products"]
-
 _SPLIT = 2.0**27 + 1
 _HALF = 2.0**27  # a significand is split in two, whose sums float64 holds up to 2^26 terms
 

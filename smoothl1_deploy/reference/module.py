@@ -15,8 +15,6 @@ import torch
 from ..floats import NUMPY_DTYPE, Array
 from ..spec import LossSpec
 
-__all__ = ["SmoothL1Loss", "eager", "eager_outputs", "eager_tensors", "from_torch", "to_torch"]
-
 
 class SmoothL1Loss(torch.nn.SmoothL1Loss):
     """`torch.nn.SmoothL1Loss` itself, every argument included, that knows its `LossSpec`.

@@ -24,8 +24,6 @@ from ..floats import NUMPY_DTYPE, Array, round_to, wide_dtype
 from ..spec import LossSpec
 from .exact import round_fraction, sums_of_products
 
-__all__ = ["oracle", "oracle_gradient"]
-
 _CHUNK = 1 << 20  # elements a step: keeps the wide temporaries of a 2^24 case at tens of MB
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from smoothl1_deploy.parity import drift as module
 from smoothl1_deploy.parity.drift import DATA, WAYS, Curve, Drift, measure_drift
 
 
@@ -29,15 +27,6 @@ def test_ours_does_not_drift_and_the_plain_graph_does(drift: Drift) -> None:
     plain = curve(drift, "torch.onnx.export", "constant")
     assert plain.ulp[-1] > 500 and plain.relative_error[-1] > 5e-5
     assert plain.relative_error[-1] > 10 * plain.relative_error[0]
-
-
-def test_the_truth_is_exact() -> None:
-    rng = np.random.default_rng(0)
-    shape = (1 << 17, 16)  # more than one part
-    pair = [rng.standard_normal(shape, np.float32) for _ in range(2)]
-    d = np.abs(np.subtract(*pair, dtype=np.longdouble))
-    exact = np.where(d < 1, d * d / 2, d - np.longdouble(0.5)).mean()
-    assert module._truth(*pair) == pytest.approx(float(exact), rel=1e-15)
 
 
 def test_the_seed_decides_the_normal_data() -> None:

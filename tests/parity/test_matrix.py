@@ -24,8 +24,8 @@ from smoothl1_deploy.floats import Array
 from smoothl1_deploy.parity import cases
 from smoothl1_deploy.parity.cases import LAYOUTS, Case, References, is_for
 from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.parity.matrix import EXTENSIONS, Matrix, run_matrix
-from smoothl1_deploy.parity.plan import Unit, is_run, needs_wider
+from smoothl1_deploy.parity.matrix import run_matrix
+from smoothl1_deploy.parity.plan import EXTENSIONS, Matrix, Unit, is_run, needs_wider
 from smoothl1_deploy.parity.report import repeat_command
 from smoothl1_deploy.parity.views import tables
 from smoothl1_deploy.spec import DTYPES
@@ -184,7 +184,7 @@ def test_breaking_the_graph_code_turns_the_matrix_red(tmp_path: Path, fault: str
         text = text.replace(good, bad)
     source.write_text(text)
     program = (
-        "from smoothl1_deploy.parity.matrix import *\n"
+        "from smoothl1_deploy.parity.matrix import Matrix, run_matrix\n"
         "m = Matrix(('ort-cpu-bare',), betas=(0.5,), dtypes=('float32',), routes=('function',))\n"
         "r = run_matrix(m); print(len(r.red)); raise SystemExit(0 if r else 1)"
     )

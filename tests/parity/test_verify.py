@@ -22,9 +22,10 @@ from smoothl1_deploy.artefact import select_ports, signature
 from smoothl1_deploy.backends.base import load
 from smoothl1_deploy.errors import ArtefactError, ModelWarning
 from smoothl1_deploy.ops import is_built as library_is_built
-from smoothl1_deploy.parity import artefact_drift as drift_module
-from smoothl1_deploy.parity.artefact_drift import FAMILIES, SIZES, artefact_drift, drift_table
+from smoothl1_deploy.parity import cases
+from smoothl1_deploy.parity import drift as drift_module
 from smoothl1_deploy.parity.bounds import bound
+from smoothl1_deploy.parity.drift import DATA, SIZES, artefact_drift, drift_table
 from smoothl1_deploy.parity.faults import Fault
 from smoothl1_deploy.parity.plain_export import plain_export as export_plainly
 from smoothl1_deploy.parity.verify import verify_table
@@ -45,7 +46,7 @@ def test_our_artefacts_are_green(shape: tuple[int | str, ...] | None, route: str
     layouts = {case.case.layout for case in result.results}
     if shape == ("N", 16):
         assert layouts == {"64,16", "N=0"}
-        assert [point.elements for point in result.drift] == [n for n in SIZES for _ in FAMILIES]
+        assert [point.elements for point in result.drift] == [n for n in SIZES for _ in DATA]
     assert verify_table(result).row_count == len(result.results)
     assert result.to_dict()["ok"] is True
     assert result.diagnoses == ()
@@ -450,7 +451,7 @@ def test_our_own_drift_is_held_to_the_proved_bound(monkeypatch: pytest.MonkeyPat
 
     assert all(point.ok for point in artefact_drift(runner, LossSpec(), accumulator="float64"))
     runner.run = off  # type: ignore[method-assign]
-    monkeypatch.setattr(drift_module, "bound", lambda *given: 1.5)
+    monkeypatch.setattr(cases, "proved_bound", lambda *given: 1)
     for accumulator in (None, "float64"):
         points = artefact_drift(runner, LossSpec(), accumulator=accumulator)
         assert [point.ok for point in points] == [accumulator is None] * 2
