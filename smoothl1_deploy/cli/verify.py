@@ -65,18 +65,10 @@ def verify(
     from ..parity.verify import verify as hold_against_references
 
     proto = read_model(model)
-    ports = select_ports(proto, input_name, target_name, output_name)
-    spec = _completed(given, ports) if given else None
+    names = {"input_name": input_name, "target_name": target_name, "output_name": output_name}
+    spec = _completed(given, select_ports(proto, **names)) if given else None
     result = hold_against_references(
-        proto,
-        backend,
-        spec=spec,
-        seed=seed,
-        input_name=input_name,
-        target_name=target_name,
-        output_name=output_name,
-        drift=drift,
-        large=large,
+        proto, backend, spec=spec, seed=seed, drift=drift, large=large, **names
     )
     written = certify(result, model) if certificate else None
     if as_json:

@@ -71,9 +71,8 @@ LAYOUTS: Mapping[str, Layout] = {
 def is_for(spec: LossSpec, layout: str) -> bool:
     """Whether a spec can meet a layout: rank 0 has no samples, and weights are for who weighs."""
     shapes = LAYOUTS[layout]
-    if shapes.weight is not None and not spec.weight:
-        return False
-    return bool(shapes.input) or not spec.per_sample
+    weighs = shapes.weight is None or spec.weight is not None
+    return weighs and (shapes.input != () or not spec.per_sample)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +176,7 @@ class References:
         """
         from ..reference.module import eager_outputs
 
-        large = math.prod(case.input_shape) > _MOST_KEPT
-        make = _arrays.__wrapped__ if large else _arrays
-        input, target = make(case, spec.beta, spec.dtype)
+        input, target = case.arrays(spec)
         weight = case.weights(spec) if spec.weight else None
         upstream = case.upstream(spec) if spec.upstream else None
         exact = {"loss": oracle(spec, input, target, weight)}
@@ -210,15 +207,6 @@ def with_beta(spec: LossSpec, beta: float) -> LossSpec:
     return replace(spec, beta=LossSpec(beta).effective_beta, runtime_beta=False)
 
 
-#: Elements of arrays that are kept for the next spec: 64 pairs of more would be gigabytes.
-_MOST_KEPT = 1 << 16
-
-
-@lru_cache(maxsize=64)  # the three reductions of one beta and dtype share their inputs
-def _arrays(case: Case, beta: float, dtype: str) -> tuple[Array, Array]:
-    return case.arrays(LossSpec(beta=beta, dtype=dtype))
-
-
 #: Elements from which on the largest distance of PyTorch says something of PyTorch.
 _ENOUGH = 1024
 
@@ -240,11 +228,6 @@ class Answer:
 
     verdict: Verdict
     got: Array | None
-
-    @classmethod
-    def missing(cls, refs: References, error: str) -> Answer:
-        """An error in the place of a loss, wrong in every element."""
-        return cls(Verdict.failed(refs.oracle["loss"].size, error), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,11 +254,6 @@ class CaseResult:
         sample = sample_of(name, arrays, got, refs.torch[name], refs.oracle[name], worst)
         return cls(case, verdict, refs.shares, sample)
 
-    @classmethod
-    def failed(cls, case: Case, refs: References, error: str) -> CaseResult:
-        """The result of a case that gave an error instead of an answer."""
-        return cls.of(case, refs, {"loss": Answer.missing(refs, error)})
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -284,6 +262,12 @@ class CaseResult:
             "shares": dict(self.shares),
             "sample": plain(self.sample),
         }
+
+
+def unanswered(refs: References, error: SmoothL1DeployError) -> dict[str, Answer]:
+    """An error in the place of a loss: it is wrong in every element."""
+    verdict = Verdict.failed(refs.oracle["loss"].size, f"{type(error).__name__}: {error}")
+    return {"loss": Answer(verdict, None)}
 
 
 def judge(
@@ -312,7 +296,7 @@ def judge(
     try:
         outputs = runner.run(refs.input, refs.target, **given)
     except SmoothL1DeployError as exc:
-        return {"loss": Answer.missing(refs, f"{type(exc).__name__}: {exc}")}
+        return unanswered(refs, exc)
     few = 0 < math.prod(shape) < _ENOUGH
     alike = _torch_alike(case.family, spec.effective_beta, spec.dtype) if few else {}
     # Weights may be of more axes than the pair: a verdict counts what everything broadcasts to.

@@ -23,7 +23,6 @@ from ..artefact import read_model, sha256, write_atomic
 from ..errors import ArtefactError, reason_of
 from ..files import read_file
 from ..model import external_locations
-from .cases import CaseResult
 from .verify import Verification
 
 FORMAT = 1  # raised when a reader would have to change
@@ -74,29 +73,21 @@ def _check_is_the_verified(path: Path, data: bytes, verification: Verification) 
         )
 
 
-def _worst(verification: Verification) -> list[CaseResult]:
-    """The red cases and those furthest from the oracle, the worst first."""
-    results = [*verification.results, *(point.result for point in verification.drift)]
-    return sorted(results, key=lambda result: result.verdict.badness, reverse=True)[:_WORST]
-
-
 def _content(verification: Verification, artefact: Path, data: bytes) -> dict[str, Any]:
     found = verification.to_dict()
+    results = [*verification.results, *(point.result for point in verification.drift)]
+    worst = sorted(results, key=lambda result: result.verdict.badness, reverse=True)
     return {
         "format": FORMAT,
         "verdict": "green" if verification else "red",
         "artefact": {"file": artefact.name, "sha256": sha256(data), "bytes": len(data)},
         "graph": verification.name,
-        "spec": found["spec"],
-        "backend": verification.backend,
         "families": list(dict.fromkeys(r.case.family for r in verification.results)),
         "seeds": [verification.seed],
-        "cases": len(verification.results) + len(verification.drift),
+        "cases": len(results),
         "red_cases": len(verification.failures),
-        "worst": [result.to_dict() for result in _worst(verification)],
-        "drift": found["drift"],
-        "diagnoses": found["diagnoses"],
-        "environment": found["environment"],
+        "worst": [result.to_dict() for result in worst[:_WORST]],
+        **{key: found[key] for key in ("spec", "backend", "drift", "diagnoses", "environment")},
         "tool": {"name": "smoothl1-deploy", "version": __version__},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -176,9 +167,8 @@ def read_certificate(artefact: str | os.PathLike[str]) -> CertificateStatus:
     try:
         content = json.loads(read_file(path))
         if content["format"] != FORMAT:
-            return status(
-                "damaged", f"format {content['format']!r} is not {FORMAT}: another version's"
-            )
+            why = f"format {content['format']!r} is not {FORMAT}: another version's"
+            return status("damaged", why)
         intact = content["content_sha256"] == _content_hash(content)
         certified, verdict = content["artefact"]["sha256"], content["verdict"]
         date, red, cases = content["date"], content["red_cases"], content["cases"]

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ from ..records import Record, plain
 from ..reference.oracle import oracle
 from ..spec import LossSpec
 from .bounds import bound
-from .cases import Case, CaseResult, References, judge
+from .cases import Answer, Case, CaseResult, References, judge
 from .plain_export import PlainExport, plain_export
 from .shapes import ShapePlan, elements
 
@@ -118,59 +120,50 @@ def artefact_drift(
     sizes = (*SIZES, LARGE) if large else SIZES
     if elements(plan.of_size(sizes[0])) < sizes[0]:
         return ()
-    any_rank = spec.gradient and runner.signature.input.shape is None
+    is_broadcast = spec.gradient and runner.signature.input.shape is None
     points: list[DriftPoint] = []
-    for case in _cases(plan, any_rank, sizes, seed):
+    for shapes, family in product(dict.fromkeys(map(plan.of_size, sizes)), DATA):
+        layout = ",".join(map(str, shapes[0]))
+        if is_broadcast:
+            shapes, layout = ((1, *shapes[0][1:]), *shapes[1:]), f"1 of {layout}"
+        case = Case.at(family, layout, shapes, seed)
         names = _outputs(spec, case)
-        points += _measure((runner, *others), spec, case, names, accumulator) if names else ()
+        if names:
+            refs = References.of(spec, case)
+            judged = [judge(one, case, refs, accumulator) for one in (runner, *others)]
+            limit = bound(spec, math.prod(case.shape(spec)), accumulator or "float64")
+            points += [_point(case, refs, name, judged, limit) for name in names]
     return tuple(points)
 
 
-def _cases(plan: ShapePlan, any_rank: bool, sizes: Sequence[int], seed: int) -> Iterator[Case]:
-    """The cases of each size; `any_rank`: with an input of one row, which is broadcast."""
-    for shapes in dict.fromkeys(map(plan.of_size, sizes)):
-        layout = ",".join(map(str, shapes[0]))
-        if any_rank:
-            shapes, layout = ((1, *shapes[0][1:]), *shapes[1:]), f"1 of {layout}"
-        for family in DATA:
-            yield Case.at(family, layout, shapes, seed)
-
-
-def _outputs(spec: LossSpec, case: Case) -> tuple[str, ...]:
+def _outputs(spec: LossSpec, case: Case) -> list[str]:
     """What adds up, or is divided by what did."""
     reduced = spec.reduction != "none" and not spec.per_sample
     summed_back = case.input_shape != case.shape(spec)
     gradient = spec.gradient and (reduced or summed_back)
-    return (*(["loss"] if reduced else []), *(["grad_input"] if gradient else []))
+    adds_up = {"loss": reduced, "grad_input": gradient}
+    return [name for name in adds_up if adds_up[name]]
 
 
-def _measure(
-    runners: Sequence[Runner],
-    spec: LossSpec,
-    case: Case,
-    names: Sequence[str],
-    accumulator: str | None,
-) -> Iterator[DriftPoint]:
-    """A point for each of the outputs called `names`: that of the runner whose answer is worst."""
-    refs = References.of(spec, case)
-    judged = [judge(runner, case, refs, accumulator) for runner in runners]
-    count = math.prod(case.shape(spec))
-    for name in names:
-        answers = [found.get(name, found["loss"]) for found in judged]
-        worst = max(answers, key=lambda answer: answer.verdict.badness)
-        at = worst.verdict.worst or 0
-        value = None if worst.got is None or at >= worst.got.size else float(worst.got.flat[at])
-        truth, theirs = (float(array.flat[at]) for array in (refs.oracle[name], refs.torch[name]))
-        yield DriftPoint(
-            count,
-            CaseResult(case, worst.verdict, refs.shares),
-            name,
-            value,
-            truth,
-            _relative(value, truth),
-            _relative(theirs, truth),
-            bound(spec, count, accumulator or "float64") if name == "loss" else None,
-        )
+def _point(
+    case: Case, refs: References, name: str, judged: Sequence[dict[str, Answer]], limit: float
+) -> DriftPoint:
+    """Of one output, by the runner whose answer is worst."""
+    answers = [found.get(name, found["loss"]) for found in judged]
+    worst = max(answers, key=lambda answer: answer.verdict.badness)
+    at = worst.verdict.worst or 0
+    value = None if worst.got is None or at >= worst.got.size else float(worst.got.flat[at])
+    truth, theirs = (float(array.flat[at]) for array in (refs.oracle[name], refs.torch[name]))
+    return DriftPoint(
+        math.prod(case.shape(refs.spec)),
+        CaseResult(case, worst.verdict, refs.shares),
+        name,
+        value,
+        truth,
+        _relative(value, truth),
+        _relative(theirs, truth),
+        limit if name == "loss" else None,
+    )
 
 
 def _relative(value: float | None, truth: float) -> float | None:
@@ -278,10 +271,8 @@ def measure_drift(
         raise ValueError(f"sizes must be positive multiples of {_COLUMNS}, got {bad or 'none'}")
     started = time.perf_counter()
     ways = _ways()
-    found: dict[tuple[str, str], list[tuple[float, int]]] = {
-        (way, data): [] for data in DATA for way in ways
-    }
-    places = [(data, size) for data in DATA for size in sizes]
+    found: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
+    places = [*product(DATA, sizes)]
     progress(0, len(places))
     for done, (data, size) in enumerate(places, 1):
         shape = (size // _COLUMNS, _COLUMNS)

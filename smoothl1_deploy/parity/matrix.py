@@ -24,7 +24,7 @@ from ..errors import SmoothL1DeployError, UnsupportedError, require
 from ..graph.export import ROUTES, export
 from ..graph.shapes import Shape as Axes
 from ..spec import DTYPES, REDUCTIONS, LossSpec
-from .cases import Case, CaseResult, References, check, with_beta
+from .cases import Case, CaseResult, References, check, unanswered, with_beta
 from .plan import HUGE_BACKENDS, DrawUnit, Unit, artefact_axes, is_run, is_spared
 from .plan import Matrix as Matrix
 from .pool import each
@@ -131,7 +131,7 @@ def _checked(
         runner = load()
     except SmoothL1DeployError as exc:
         # A backend that can't load one artefact is a red case, not the end of the run.
-        return CaseResult.failed(case, refs, f"{type(exc).__name__}: {exc}")
+        return CaseResult.of(case, refs, unanswered(refs, exc))
     return check(runner, case, refs, backend.accumulator)
 
 

@@ -8,6 +8,7 @@ there are random combinations of them, of `draws`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -140,83 +141,66 @@ class Matrix:
         if self.draw:
             return (f"draws {', '.join(map(str, self.draw))} alone", *self.absent)
         torch_layouts = [n for n in _TORCH_LAYOUTS if not (self.quick and n == "2^20")]
+        notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(torch_layouts)}"]
+        if self.draws:
+            notes[0] += "; other shapes by the random draws"
+            notes.append(
+                f"{self.draws} random combinations of spec, shapes and data, none over the wire"
+            )
         narrow = [name for name in _NO_FLOAT64 if name in self.backends]
-        of_the_spec = [name for name in _OF_THE_SPEC if name in self.backends]
-        slow = None
-        if "torch-triton" in self.backends and not missing("torch-triton"):
-            slow = get_backend("torch-triton").slow
-        told = (
-            (
-                True,
-                f"torch route: exported for (N, 16) only, layouts {', '.join(torch_layouts)}"
-                + ("; other shapes by the random draws" if self.draws else ""),
-            ),
-            (
-                self.draws,
-                f"{self.draws} random combinations of spec, shapes and data, none over the wire",
-            ),
-            (
-                self.extensions and narrow,
-                f"{', '.join(narrow)}: no gradient of a broadcast input, summed back in float32",
-            ),
-            (
-                self.draws and narrow,
-                f"{', '.join(narrow)}, in the draws: no subnormal beta or weights and no slopes by "
-                "a beta above 1e30, for which the graph takes float64",
-            ),
-            (
-                self.extensions,
+        without = ", ".join(narrow)
+        if narrow and self.extensions:
+            notes.append(f"{without}: no gradient of a broadcast input, summed back in float32")
+        if narrow and self.draws:
+            notes.append(
+                f"{without}, in the draws: no subnormal beta or weights and no slopes by a beta "
+                "above 1e30, for which the graph takes float64"
+            )
+        if self.extensions:
+            notes += [
                 "float64: no gradient of a broadcast input with weights or upstream",
-            ),
-            (self.extensions, "no gradient of a broadcast input of the largest numbers"),
-            (
-                self.extensions,
+                "no gradient of a broadcast input of the largest numbers",
                 f"{' and '.join(['float64', *narrow])}: no weighted gradient, and none with an "
                 "upstream one, of subnormal differences, which no wider format is there for",
-            ),
-            (
-                self.extensions and self.samples_inlined,
-                "extensions by the inlined route: beta 0, 1 and inf only",
-            ),
-            (
-                {*OVER_THE_WIRE} & {*self.backends},
+            ]
+            if self.samples_inlined:
+                notes.append("extensions by the inlined route: beta 0, 1 and inf only")
+        return (*notes, *self._notes_on_backends(), *self._notes_on_sizes(), *self.absent)
+
+    def _notes_on_backends(self) -> Iterator[str]:
+        if {*OVER_THE_WIRE} & {*self.backends}:
+            yield (
                 "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
-                f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only",
-            ),
-            (
-                _BARE in self.backends,
-                f"{_BARE}: the function route; ort-cpu has no operator for the nodes of the others",
-            ),
-            (
-                of_the_spec,
+                f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
+            )
+        if _BARE in self.backends:
+            nodes = "ort-cpu has no operator for the nodes of the others"
+            yield f"{_BARE}: the {_PROVEN_ROUTE} route; {nodes}"
+        of_the_spec = [name for name in _OF_THE_SPEC if name in self.backends]
+        if of_the_spec:
+            yield (
                 f"{', '.join(of_the_spec)}: no graph is run, the spec is computed; the function "
-                "route (or the first of what is asked for)",
-            ),
-            (slow, f"torch-triton on {slow}: of 2^20 elements only mean at beta 1, constant"),
-            (
-                self.quick,
-                "quick: torch route for float32 only, no layout of 2^20 or 2^24 elements",
-            ),
-            (self.quick, "quick: of the extensions only all together"),
-            (
-                not self.quick,
-                "layout 2^20: every route on ort-cpu, the function route on the others",
-            ),
-            (
-                not self.quick,
-                "layout 2^24: beta 1, mean, float32, families normal and constant",
-            ),
-            (
-                not self.quick and self.extensions,
+                "route (or the first of what is asked for)"
+            )
+        if "torch-triton" in self.backends and not missing("torch-triton"):
+            slow = get_backend("torch-triton").slow
+            if slow:
+                yield f"torch-triton on {slow}: of 2^20 elements only mean at beta 1, constant"
+
+    def _notes_on_sizes(self) -> Iterator[str]:
+        if self.quick:
+            yield "quick: torch route for float32 only, no layout of 2^20 or 2^24 elements"
+            yield "quick: of the extensions only all together"
+            return
+        yield "layout 2^20: every route on ort-cpu, the function route on the others"
+        yield "layout 2^24: beta 1, mean, float32, families normal and constant"
+        if self.extensions:
+            yield (
                 "layout broadcast-10^6, a gradient summed back over a million rows: beta 1, "
-                "mean, the function route on ort-cpu and those with a GPU",
-            ),
-            (
-                not self.quick and self.extensions and self.engines is not None,
-                f"engines of the extensions: beta {self.betas[0]:g} only",
-            ),
-        )
-        return (*(note for applies, note in told if applies), *self.absent)
+                "mean, the function route on ort-cpu and those with a GPU"
+            )
+            if self.engines is not None:
+                yield f"engines of the extensions: beta {self.betas[0]:g} only"
 
 
 @dataclass(frozen=True, slots=True)
