@@ -9,12 +9,9 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
+from planted import planted
 
-import smoothl1_deploy.backends.ort_cpu as ort_cpu
-from smoothl1_deploy.backends.base import Runner
-from smoothl1_deploy.backends.ort_cpu import OrtCpuBackend
 from smoothl1_deploy.errors import InvalidInputError
 from smoothl1_deploy.floats import Array
 from smoothl1_deploy.parity.contract import Contract, probe_contract
@@ -69,29 +66,19 @@ def green() -> Report:
     return run_matrix(matrix)
 
 
-class Planted(OrtCpuBackend):
-    """beta 0.5: an error; beta 1, mean: 1e-4 too large; beta 2: NaN lost; float64: refused."""
+def fault(spec: LossSpec, input: Array, right: dict[str, Array]) -> dict[str, Array]:
+    """beta 0.5: an error; beta 1, mean: 1e-4 too large; beta 2: NaN lost."""
+    if spec.beta == 0.5 and input.size == 0:
+        raise InvalidInputError(f"a planted refusal {HOSTILE}")
+    if spec.beta == 1.0 and spec.reduction == "mean":
+        return {"loss": np.asarray(right["loss"] * np.float32(1.0001))}
+    if spec.beta == 2.0 and np.isnan(input).any():
+        return {"loss": np.nan_to_num(right["loss"])}
+    return right
 
-    def refuses(self, spec: LossSpec) -> str | None:
-        return f"no float64 here {HOSTILE}" if spec.dtype == "float64" else None
 
-    def load(self, model: onnx.ModelProto) -> Runner:
-        runner = super().load(model)
-        assert runner.spec is not None
-        spec, honest = runner.spec, runner.run
-
-        def faulty(input: Array, target: Array, **given: Any) -> dict[str, Array]:
-            outputs = honest(input, target, **given)
-            if spec.beta == 0.5 and input.size == 0:
-                raise InvalidInputError(f"a planted refusal {HOSTILE}")
-            if spec.beta == 1.0 and spec.reduction == "mean":
-                return {"loss": np.asarray(outputs["loss"] * np.float32(1.0001))}
-            if spec.beta == 2.0 and np.isnan(input).any():
-                return {"loss": np.nan_to_num(outputs["loss"])}
-            return outputs
-
-        runner.run = faulty  # type: ignore[method-assign]
-        return runner
+def no_float64(spec: LossSpec) -> str | None:
+    return f"no float64 here {HOSTILE}" if spec.dtype == "float64" else None
 
 
 @pytest.fixture(scope="session")
@@ -100,8 +87,7 @@ def red() -> Report:
         ("ort-cpu",), betas=(0.0, 0.5, 1.0, 2.0), dtypes=("float32", "float64"),
         routes=("function",), extensions=False, seed=7, quick=True,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ort_cpu, "OrtCpuBackend", Planted)
+    with planted(fault, refusal=no_float64):
         report = run_matrix(matrix)
     spec = LossSpec(0.5)
     builds = (
