@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,13 +106,10 @@ def test_an_infinite_beta_and_nan_evidence_are_strict_json(tmp_path: Path) -> No
     strict(certify(verify(model, spec=LossSpec(1.0), drift=False), path))
 
 
-def test_absent(artefact: Path) -> None:
+def test_absent_and_stale(artefact: Path, green: Verification) -> None:
     status = read_certificate(artefact)
     assert not status and status.state == "absent"
     assert "verify --certificate" in status.message
-
-
-def test_stale_when_the_artefact_changed(artefact: Path, green: Verification) -> None:
     certify(green, artefact)
     onnx.save(export(LossSpec(0.25), shape=("N",)), artefact)
     status = read_certificate(artefact)
@@ -119,45 +117,28 @@ def test_stale_when_the_artefact_changed(artefact: Path, green: Verification) ->
     assert "changed since it was certified on" in status.message
 
 
-def damage_text(path: Path) -> None:
-    path.write_text(path.read_text()[:-40])
-
-
-def damage_verdict(path: Path) -> None:
-    path.write_text(path.read_text().replace('"verdict": "red"', '"verdict": "green"'))
-
-
-def damage_field(path: Path) -> None:
-    content = json.loads(path.read_text())
+def without_artefact(text: str) -> str:
+    content = json.loads(text)
     del content["artefact"]
-    path.write_text(json.dumps(content))
-
-
-def damage_format(path: Path) -> None:
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-
-
-def damage_type(path: Path) -> None:
-    path.write_text("[1, 2]")
-
-
-def damage_bytes(path: Path) -> None:
-    path.write_bytes(b"\xff\xfe\x00")
+    return json.dumps(content)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_text, "can't be read"),
-        (damage_verdict, "was edited"),
-        (damage_field, "can't be read"),
-        (damage_format, "another version's"),
-        (damage_type, "can't be read"),
-        (damage_bytes, "can't be read"),
+        (lambda text: text[:-40], "can't be read"),
+        (without_artefact, "can't be read"),
+        (lambda text: "[1, 2]", "can't be read"),
+        (lambda text: "\xff\xfe\x00", "can't be read"),
+        (lambda text: text.replace('"verdict": "red"', '"verdict": "green"'), "was edited"),
+        (lambda text: text.replace('"format": 1', '"format": 2'), "another version's"),
     ],
 )
-def test_damaged(artefact: Path, red: Verification, damage, message: str) -> None:  # type: ignore[no-untyped-def]
-    damage(certify(red, artefact))
+def test_damaged(
+    artefact: Path, red: Verification, damage: Callable[[str], str], message: str
+) -> None:
+    path = certify(red, artefact)
+    path.write_text(damage(path.read_text()), encoding="latin-1")
     status = read_certificate(artefact)
     assert not status and status.state == "damaged"
     assert message in status.message

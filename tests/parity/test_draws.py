@@ -7,17 +7,15 @@ import json
 import math
 import shlex
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree as ET
 
 import numpy as np
-import onnx
 import pytest
+from planted import planted
 
-import smoothl1_deploy.backends.ort_cpu as ort_cpu
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.backends.base import Runner
 from smoothl1_deploy.backends.ort_cpu import OrtCpuBackend
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.floats import Array
@@ -45,14 +43,9 @@ def test_a_number_decides_the_spec_the_shapes_and_the_data() -> None:
 
 
 def test_seeds_have_no_draw_in_common() -> None:
-    numbers = [
-        {number for unit in Matrix((), seed=seed, draws=DRAWS).units()
-         for number in getattr(unit, "numbers", ())}
-        for seed in (0, 1, 2)
-    ]  # fmt: skip
-    assert [len(each) for each in numbers] == [DRAWS] * 3 and len(
-        set().union(*numbers)
-    ) == 3 * DRAWS
+    units = [unit for seed in (0, 1, 2) for unit in Matrix((), seed=seed, draws=DRAWS).units()]
+    numbers = [number for unit in units for number in getattr(unit, "numbers", ())]
+    assert len(numbers) == len({*numbers}) == 3 * DRAWS
 
 
 def met(condition: Callable[[Draw, Case], bool]) -> bool:
@@ -67,15 +60,15 @@ def test_every_kind_of_data_is_drawn() -> None:
         assert met(lambda d, c: c.family == family and math.prod(c.shape(d.spec)) > 4096)  # noqa: B023
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_each_dtype_meets_gradients_that_are_summed_back_and_subnormal_betas(dtype: str) -> None:
-    smallest = 2.0**-149  # which float64 holds twice over, and has odd ones of as well
-    assert met(
-        lambda d, c: d.spec.dtype == dtype and d.spec.gradient and c.input_shape != c.shape(d.spec)
-    )
-    assert met(
-        lambda d, c: d.spec.dtype == dtype and 0 < d.beta < 1e-37 and d.beta / smallest % 2 == 1
-    )
+def test_each_dtype_meets_gradients_that_are_summed_back_and_subnormal_betas() -> None:
+    def summed_back(d: Draw, c: Case) -> bool:
+        return d.spec.gradient and c.input_shape != c.shape(d.spec)
+
+    def odd(d: Draw, c: Case) -> bool:  # float64 holds every one of float32's, and half of it
+        return 0 < d.beta < 1e-37 and d.beta / 2.0**-149 % 2 == 1
+
+    for dtype, condition in product(DTYPES, (summed_back, odd)):
+        assert met(lambda d, c: d.spec.dtype == dtype and condition(d, c)), dtype  # noqa: B023
 
 
 def test_weights_of_every_shape_are_declared_and_fed() -> None:
@@ -102,11 +95,8 @@ def test_artefacts_of_every_kind_are_exported() -> None:
     assert any(drawn.declared not in (None, drawn.axes) for drawn in ALL)  # broadcast at run time
 
 
-def test_a_beta_of_0_is_fed_too() -> None:
+def test_a_beta_of_0_is_fed_and_one_that_is_none_to_empty_batches_too() -> None:
     assert met(lambda d, c: d.spec.runtime_beta and d.beta == 0)
-
-
-def test_a_beta_that_is_none_is_fed_to_empty_batches_too() -> None:
     none = [drawn for drawn in ALL if not drawn.beta >= 0]
     assert none and all(drawn.spec.runtime_beta for drawn in none)
     assert any(math.isnan(drawn.beta) for drawn in none)
@@ -118,19 +108,9 @@ def test_a_beta_that_is_none_is_fed_to_empty_batches_too() -> None:
     assert math.isnan(refs.beta)
 
 
-class Planted(OrtCpuBackend):
-    """Every NaN is lost, so that draws with NaN, as a beta too, are red."""
-
-    def load(self, model: onnx.ModelProto) -> Runner:
-        runner = super().load(model)
-        honest = runner.run
-
-        def faulty(*arrays: Array, **given: Any) -> dict[str, Array]:
-            outputs = honest(*arrays, **given)
-            return {name: np.nan_to_num(array) for name, array in outputs.items()}
-
-        runner.run = faulty  # type: ignore[method-assign]
-        return runner
+def lose_nan(spec: LossSpec, input: Array, right: dict[str, Array]) -> dict[str, Array]:
+    """So that draws with NaN, as a beta too, are red."""
+    return {name: np.nan_to_num(array) for name, array in right.items()}
 
 
 #: A draw whose beta is no number, and one with NaN in its data.
@@ -146,24 +126,21 @@ RED = [
 
 @pytest.fixture(scope="module")
 def red() -> Report:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ort_cpu, "OrtCpuBackend", Planted)
+    with planted(lose_nan):
         return run_matrix(Matrix(("ort-cpu",), draw=tuple(RED)))
 
 
 def test_a_red_draw_is_a_red_cell_whose_command_repeats_it(
-    red: Report,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    red: Report, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert not red and {cell.draw for cell in red.red} == {*RED} and not red.cells
     cell = red.red[0]
     command = repeat_command(cell, red.seed)
     assert command == f"smoothl1-deploy parity --draw {cell.draw} --backend ort-cpu --no-engines"
-    monkeypatch.setattr(ort_cpu, "OrtCpuBackend", Planted)
     words = [*shlex.split(command)[1:], "-o", str(tmp_path), "--workers", "1"]
-    assert main(words) == 1 and f"repeat it: {command}" in capfd.readouterr().out
+    with planted(lose_nan):
+        assert main(words) == 1
+    assert f"repeat it: {command}" in capfd.readouterr().out
     (row,) = json.loads((tmp_path / "report.json").read_text())["draws"]
     assert row["red"] == [cell.to_dict()]
 

@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 from io import StringIO
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from planted import plant
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +24,7 @@ from smoothl1_deploy import LossSpec, export, verify
 from smoothl1_deploy.artefact import select_ports, signature
 from smoothl1_deploy.backends.base import load
 from smoothl1_deploy.errors import ArtefactError, ModelWarning
+from smoothl1_deploy.floats import Array
 from smoothl1_deploy.ops import is_built as library_is_built
 from smoothl1_deploy.parity import cases
 from smoothl1_deploy.parity import drift as drift_module
@@ -30,6 +34,8 @@ from smoothl1_deploy.parity.faults import Fault
 from smoothl1_deploy.parity.plain_export import plain_export as export_plainly
 from smoothl1_deploy.parity.verify import verify_table
 
+Axes = tuple[int | str, ...]
+
 
 def shown(table: Table) -> str:
     console = Console(file=StringIO(), width=200)
@@ -37,31 +43,45 @@ def shown(table: Table) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
-@pytest.mark.parametrize("shape", [None, ("N", 16), ("N", "M"), (), (4,), (0, 3)])
-@pytest.mark.parametrize("route", ["function", "inlined"])
-def test_our_artefacts_are_green(shape: tuple[int | str, ...] | None, route: str) -> None:
-    result = verify(export(LossSpec(0.5), route, shape))
-    assert result, result.failures
-    assert result.spec == LossSpec(0.5)
-    layouts = {case.case.layout for case in result.results}
-    if shape == ("N", 16):
-        assert layouts == {"64,16", "N=0"}
-        assert [point.elements for point in result.drift] == [n for n in SIZES for _ in DATA]
-    assert verify_table(result).row_count == len(result.results)
-    assert result.to_dict()["ok"] is True
-    assert result.diagnoses == ()
+def test_our_artefacts_are_green_in_every_shape() -> None:
+    shapes: tuple[Axes | None, ...] = (None, ("N", 16), ("N", "M"), (), (4,), (0, 3))
+    for shape, route in product(shapes, ("function", "inlined")):
+        result = verify(export(LossSpec(0.5), route, shape), drift=shape == ("N", 16))
+        assert result, (shape, route, result.failures)
+        assert result.spec == LossSpec(0.5)
+        assert verify_table(result).row_count == len(result.results)
+        assert result.to_dict()["ok"] is True and result.diagnoses == ()
+        if shape == ("N", 16):
+            assert {case.case.layout for case in result.results} == {"64,16", "N=0"}
+            sizes = [point.elements for point in result.drift]
+            assert sizes == [n for n in SIZES for _ in DATA]
 
 
-def test_a_spec_that_is_not_the_model_s_is_red() -> None:
-    result = verify(export(LossSpec(0.5)), spec=LossSpec(0.6))
+def test_the_extensions_are_green() -> None:
+    for spec in (
+        LossSpec(0.5, per_sample=True),
+        LossSpec(0.5, "none", gradient=True),
+        LossSpec(0.5, "sum", gradient=True, per_sample=True),
+        LossSpec(runtime_beta=True),
+        LossSpec(0.5, weight="count"),
+        LossSpec(0.5, weight="weights", dtype="float16"),
+        LossSpec(0.5, gradient=True, upstream=True),
+        LossSpec(0.5, "sum", per_sample=True, gradient=True, upstream=True, weight="count"),
+    ):
+        result = verify(export(spec, shape=("N", 5)))
+        assert result, (spec, result.failures)
+        assert bool(result.drift) is not (spec.per_sample or spec.reduction == "none")
+        assert {point.output for point in result.drift} <= {*spec.outputs}
+        assert verify_table(result).row_count and drift_table(result.drift).columns
+
+
+def test_a_spec_that_is_not_the_model_s_is_red_and_a_path_will_do(tmp_path: Path) -> None:
+    path = tmp_path / "loss.onnx"
+    onnx.save(export(LossSpec(0.5, "sum", "float16"), shape=("N", 8)), path)
+    assert verify(path, drift=False)
+    result = verify(path, spec=LossSpec(0.6, "sum", "float16"), drift=False)
     assert not result
     assert any("ULP >" in failure.verdict.detail for failure in result.failures)
-
-
-def test_a_path_will_do(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    path = tmp_path / "loss.onnx"
-    onnx.save(export(LossSpec(2.0, "sum", "float16"), shape=("N", 8)), path)
-    assert verify(path)
 
 
 @pytest.fixture(scope="module")
@@ -73,28 +93,13 @@ def plain_export() -> onnx.ModelProto:
 def test_the_plain_exporter_s_drift_and_its_empty_mean_are_found(
     plain_export: onnx.ModelProto,
 ) -> None:
+    """The sum of 2^20 equal float32 drifts, and of an empty batch it gives 0.0."""
     result = verify(plain_export, spec=LossSpec())
     failed = {(f.case.family, f.case.layout) for f in result.failures}
-    assert ("constant", "65536,16") in failed  # the sum of 2^20 equal float32 drifts
-    assert ("normal", "N=0") in failed  # 0.0 where PyTorch has NaN
-    assert [item.fault for item in result.diagnoses] == [
-        Fault.FLOAT32_ACCUMULATION,
-        Fault.EMPTY_MEAN,
-    ]
+    assert {("constant", "65536,16"), ("normal", "N=0")} <= failed
+    faults = [item.fault for item in result.diagnoses]
+    assert faults == [Fault.FLOAT32_ACCUMULATION, Fault.EMPTY_MEAN]
 
-
-def test_float32_sums_of_the_plain_exporter_s_float16_are_named() -> None:
-    """Three ULP of float16 too many, at the largest size alone."""
-    result = verify(export_plainly({}, "float16", ("N", 16)), spec=LossSpec(dtype="float16"))
-    summed, empty = result.diagnoses
-    assert (summed.fault, empty.fault) == (Fault.FLOAT32_ACCUMULATION, Fault.EMPTY_MEAN)
-    assert "which adding up in float32 explains; accumulate in float64" in summed.explanation
-
-
-def test_the_drift_is_a_curve_beside_pytorch_s_and_the_bound(
-    plain_export: onnx.ModelProto,
-) -> None:
-    result = verify(plain_export, spec=LossSpec())
     curve = {p.elements: p for p in result.drift if p.family == "constant"}
     assert list(curve) == [1 << power for power in (10, 14, 16, 18, 20, 22)]
     errors = [point.relative or 0.0 for point in curve.values()]
@@ -107,6 +112,14 @@ def test_the_drift_is_a_curve_beside_pytorch_s_and_the_bound(
     assert 1e-3 < abs(last["value"] / last["oracle"] - 1) < 1e-2
     table = shown(drift_table(result.drift))
     assert "4,194,304" in table and "bound" in table and f"{errors[-1]:.1e}" in table
+
+
+def test_float32_sums_of_the_plain_exporter_s_float16_are_named() -> None:
+    """Three ULP of float16 too many, at the largest size alone."""
+    result = verify(export_plainly({}, "float16", ("N", 16)), spec=LossSpec(dtype="float16"))
+    summed, empty = result.diagnoses
+    assert (summed.fault, empty.fault) == (Fault.FLOAT32_ACCUMULATION, Fault.EMPTY_MEAN)
+    assert "which adding up in float32 explains; accumulate in float64" in summed.explanation
 
 
 def test_2_to_24_elements_stay_below_2_gigabytes(
@@ -134,22 +147,9 @@ def test_2_to_24_elements_stay_below_2_gigabytes(
     assert int(memory) < 2e9
 
 
-def test_drift_can_be_left_out_and_is_empty_where_nothing_adds_up() -> None:
-    assert verify(export(LossSpec(), shape=("N",)), drift=False).drift == ()
+def test_drift_is_empty_where_nothing_adds_up() -> None:
     assert verify(export(LossSpec(reduction="none"), shape=("N",))).drift == ()
     assert verify(export(LossSpec(), shape=(4,))).drift == ()
-
-
-def test_a_model_of_other_origin_needs_a_spec(plain_export: onnx.ModelProto) -> None:
-    with pytest.raises(
-        ArtefactError, match=r"does not say what it computes.*--beta and --reduction"
-    ):
-        verify(plain_export)
-
-
-def test_a_spec_of_another_dtype_is_refused() -> None:
-    with pytest.raises(ArtefactError, match="takes float32, the spec says float64"):
-        verify(export(LossSpec()), spec=LossSpec(dtype="float64"))
 
 
 def test_the_seed_decides_the_inputs() -> None:
@@ -157,6 +157,15 @@ def test_the_seed_decides_the_inputs() -> None:
     one, two = verify(model, seed=1), verify(model, seed=2)
     assert one and two
     assert np.any([a.shares != b.shares for a, b in zip(one.results, two.results, strict=True)])
+
+
+def test_a_right_artefact_of_few_elements_is_green() -> None:
+    """PyTorch happened to hit the nearest number, and the rule of its own distance + 1 was red."""
+    for shape, seed in (((1,), 82), ((3,), 83)):
+        assert verify(export(LossSpec(293.3461099414553, "none"), shape=shape), seed=seed)
+
+
+# Models of other origin
 
 
 def theirs(
@@ -187,79 +196,93 @@ their_loss ({inputs}) => ({outputs})
 }}""")
 
 
-def test_any_names_and_symbolic_axes_will_do() -> None:
+def test_any_names_and_all_sorts_of_shapes_will_do() -> None:
     result = verify(theirs(), spec=LossSpec())
     assert result, result.failures
-    assert {case.case.input_shape for case in result.results} == {(64, 3), (0, 3)}
-    assert {case.case.target_shape for case in result.results} == {(64, 3), (0, 3)}
-
-
-@pytest.mark.parametrize(
-    "inputs",
-    [
+    for shape in ("input_shape", "target_shape"):
+        assert {getattr(r.case, shape) for r in result.results} == {(64, 3), (0, 3)}
+    for inputs in (
         "float[s0, s1, s2, s3] y_hat, float[s0, s1, s2, s3] y",
         "float[?, 3] y_hat, float[?, 3] y",
         "float[batch, 1] y_hat, float[1, cols] y",
         "float[batch, 5, 7] y_hat, float[time, features] y",
         "float[3, 4] y_hat, float[4] y",
         "float[N, 80, 80, 80] y_hat, float[N, 80, 80, 80] y",
-    ],
-)
-def test_all_sorts_of_shapes(inputs: str) -> None:
-    result = verify(theirs(inputs), spec=LossSpec(), drift=False)
-    assert result, result.failures[0].verdict.detail
+    ):
+        result = verify(theirs(inputs), spec=LossSpec(), drift=False)
+        assert result, (inputs, result.failures[0].verdict.detail)
 
 
 def test_the_inputs_are_taken_by_name() -> None:
-    model = theirs("float[N, 4] gt, float[N, 4] boxes, float[N, 4] weights", call=("boxes", "gt"))
-    with pytest.raises(ArtefactError, match=r"3 inputs \('gt', 'boxes', 'weights'\).*--input-name"):
-        verify(model, spec=LossSpec())
-    with pytest.raises(ArtefactError, match=r"takes 'weights', which nothing here can feed"):
-        verify(model, spec=LossSpec(), input_name="boxes", target_name="gt")
-    with pytest.raises(ArtefactError, match=r"besides 'boxes' the model has 2 inputs"):
-        verify(model, spec=LossSpec(), input_name="boxes")
     two = theirs("float[N, 4] gt, float[N, 4] boxes", call=("boxes", "gt"))
-    for names in (
-        {},
-        {"input_name": "boxes"},
-        {"target_name": "gt"},
-        {"input_name": "boxes", "target_name": "gt"},
-    ):
+    for names in ({}, {"input_name": "boxes"}, {"target_name": "gt"}):
         assert signature(select_ports(two, **names)).input.name == "boxes"
+    assert signature(select_ports(two, "boxes", "gt")).input.name == "boxes"
     assert signature(select_ports(two, "gt", "boxes")).input.name == "gt"
     assert two.graph.input[0].name == "gt"  # the caller's model is as it was
     assert verify(two, spec=LossSpec(), target_name="gt", drift=False)
+    for first in ("target", "Labels", "y_true"):
+        model = theirs(f"float[N] {first}, float[N] x", call=("x", first))
+        assert signature(select_ports(model)).target.name == first
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ({"input_name": "x"}, r"input_name='x' is no input of the model; it has 'y_hat', 'y'"),
-        ({"target_name": "x"}, r"target_name='x' is no input of the model"),
-        ({"output_name": "x"}, r"output_name='x' is no output of the model; it has 'out'"),
-        ({"input_name": "y", "target_name": "y"}, r"are both 'y'; give two inputs"),
-    ],
-)
-def test_names_that_are_not_there(names: dict[str, str], message: str) -> None:
-    with pytest.raises(ArtefactError, match=message):
-        verify(theirs(), spec=LossSpec(), **names)  # type: ignore[arg-type]
-
-
-def test_one_of_several_outputs() -> None:
+def test_one_of_several_outputs_is_taken_by_name_or_for_being_called_loss() -> None:
     model = theirs(outputs="int64 count, float out, float[rows, cols] each")
-    with pytest.raises(ArtefactError, match=r"3 outputs \('count', 'out', 'each'\).*--output-name"):
-        verify(model, spec=LossSpec())
     assert verify(model, spec=LossSpec(), output_name="out", drift=False)
     assert verify(model, spec=LossSpec(reduction="none"), output_name="each", drift=False)
-    with pytest.raises(ArtefactError, match="'count' has the element type INT64"):
-        verify(model, spec=LossSpec(), output_name="count")
-
-
-def test_an_output_called_loss_is_found_among_others() -> None:
     model = theirs(outputs="int64 count, float loss", more="loss = Identity(out)")
     assert verify(model, spec=LossSpec(), drift=False)
     outputs = load(model).run(np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32))
     assert list(outputs) == ["loss"]
+
+
+THREE = theirs("float[N, 4] gt, float[N, 4] boxes, float[N, 4] weights", call=("boxes", "gt"))
+MANY = theirs(outputs="int64 count, float out, float[rows, cols] each")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (theirs(), {"spec": None}, r"does not say what it computes.*--beta and --reduction"),
+        (THREE, {}, r"3 inputs \('gt', 'boxes', 'weights'\).*--input-name"),
+        (THREE, {"input_name": "boxes"}, r"besides 'boxes' the model has 2 inputs"),
+        (
+            THREE,
+            {"input_name": "boxes", "target_name": "gt"},
+            r"takes 'weights', which nothing here can feed",
+        ),
+        (MANY, {}, r"3 outputs \('count', 'out', 'each'\).*--output-name"),
+        (MANY, {"output_name": "count"}, "'count' has the element type INT64"),
+        (
+            theirs(),
+            {"input_name": "x"},
+            r"input_name='x' is no input of the model; it has 'y_hat', 'y'",
+        ),
+        (theirs(), {"target_name": "x"}, r"target_name='x' is no input of the model"),
+        (
+            theirs(),
+            {"output_name": "x"},
+            r"output_name='x' is no output of the model; it has 'out'",
+        ),
+        (theirs(), {"input_name": "y", "target_name": "y"}, r"are both 'y'; give two inputs"),
+        (theirs("float[N] y_hat, double[N] y"), {}, "'y_hat' as float32 and 'y' as float64"),
+        (theirs(), {"spec": LossSpec(dtype="float64")}, "takes float32, the spec says float64"),
+        (
+            theirs(),
+            {"spec": LossSpec(weight="count")},
+            "takes input, target, the spec input, target, weight",
+        ),
+        (theirs(), {"spec": LossSpec(gradient=True)}, "no output called grad_input"),
+    ],
+)
+def test_what_can_t_be_compared_is_refused(
+    model: onnx.ModelProto, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArtefactError, match=message):
+        verify(model, **{"spec": LossSpec(), **options})
+
+
+# What something else has changed since it was exported
 
 
 def test_our_own_artefact_is_taken_by_its_names() -> None:
@@ -268,6 +291,10 @@ def test_our_own_artefact_is_taken_by_its_names() -> None:
     assert select_ports(model, "input", "target", "loss") is model
     with pytest.raises(ArtefactError, match="exported by smoothl1-deploy, and its inputs"):
         select_ports(model, output_name="grad_input")
+    changed = export(LossSpec(0.5), "inlined", shape=("N",))
+    changed.graph.output.append(changed.graph.input[0])
+    chosen = select_ports(changed, output_name="loss")
+    assert [value.name for value in chosen.graph.output] == ["loss"]
 
 
 def test_a_changed_artefact_is_held_against_the_spec_in_its_metadata() -> None:
@@ -284,9 +311,8 @@ def test_a_changed_artefact_is_held_against_the_spec_in_its_metadata() -> None:
         assert not verify(model, drift=False)
 
 
-@pytest.mark.parametrize("is_drift", [False, True])
-def test_a_wrong_body_is_red_though_an_operator_of_ours_takes_its_place(is_drift: bool) -> None:
-    """`ort-cpu` runs the operator, and everyone else the body."""
+def test_a_wrong_body_is_red_though_an_operator_of_ours_takes_its_place() -> None:
+    """`ort-cpu` runs the operator, and everyone else the body: in the cases and in the drift."""
     model = export(LossSpec(0.5), shape=("N",))
     ones = np.ones(4, np.float32)
     for function in model.functions:
@@ -296,9 +322,9 @@ def test_a_wrong_body_is_red_though_an_operator_of_ours_takes_its_place(is_drift
     with pytest.warns(ModelWarning):
         if library_is_built():
             assert load(model).run(3 * ones, ones)["loss"] == 1.75
-        found = verify(model, drift=is_drift)
-    assert not found
-    assert not all(point.ok for point in found.drift) or not is_drift
+        found = verify(model)
+    assert not all(result.verdict.ok for result in found.results)
+    assert not all(point.ok for point in found.drift)
 
 
 def test_a_changed_artefact_is_held_to_no_bound_that_is_proved_of_exported_ones(
@@ -312,67 +338,37 @@ def test_a_changed_artefact_is_held_to_no_bound_that_is_proved_of_exported_ones(
         assert all(point.result.verdict.bound is None for point in verify(model).drift)
 
 
-def test_the_ports_of_a_changed_artefact_are_chosen_like_anyone_s() -> None:
-    model = export(LossSpec(0.5), "inlined", shape=("N",))
-    model.graph.output.append(model.graph.input[0])
-    chosen = select_ports(model, output_name="loss")
-    assert [value.name for value in chosen.graph.output] == ["loss"]
+# The shapes of weights, and gradients that are summed back
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        LossSpec(0.5, per_sample=True),
-        LossSpec(0.5, "none", gradient=True),
-        LossSpec(0.5, "sum", gradient=True, per_sample=True),
-        LossSpec(runtime_beta=True),
-        LossSpec(0.5, weight="count"),
-        LossSpec(0.5, weight="weights", dtype="float16"),
-        LossSpec(0.5, gradient=True, upstream=True),
-        LossSpec(0.5, "sum", per_sample=True, gradient=True, upstream=True, weight="count"),
-    ],
-    ids=lambda spec: spec.name,
-)
-def test_the_extensions_are_green(spec: LossSpec) -> None:
-    result = verify(export(spec, shape=("N", 5)))
-    assert result, result.failures
-    assert bool(result.drift) is not (spec.per_sample or spec.reduction == "none")
-    assert {point.output for point in result.drift} <= {*spec.outputs}
-    assert verify_table(result).row_count and drift_table(result.drift).columns
+def test_weights_are_drawn_in_the_shape_that_the_artefact_declares() -> None:
+    for shapes in (
+        {"weight_shape": ("N", 1)},
+        {"weight_shape": (16,)},
+        {"weight_shape": (1,)},
+        {"weight_shape": ()},
+        {"weight_shape": ("K", "N", 16)},
+        {"target_shape": (16,)},
+        {"shape": (1, 16), "target_shape": ("N", 16), "weight_shape": ("rows", 1)},
+    ):
+        axes: dict[str, Any] = {"shape": ("N", 16), **shapes}
+        model = export(LossSpec(0.5, weight="count"), **axes)
+        result = verify(model)
+        assert result, (axes, result.failures)
+        declared = axes.get("weight_shape", axes["shape"])
+        assert {len(f.case.weight_shape or ()) for f in result.results} == {len(declared)}
+        # What is red is diagnosed with weights of that shape as well.
+        wrong = verify(model, spec=LossSpec(0.75, weight="count"), drift=False)
+        assert [item.fault for item in wrong.diagnoses] == [Fault.WRONG_BETA], axes
 
 
-#: Shapes of input, target and weight as an export may declare them.
-WEIGHTED: list[dict[str, tuple[int | str, ...]]] = [
-    {"weight_shape": ("N", 1)},
-    {"weight_shape": (16,)},
-    {"weight_shape": (1,)},
-    {"weight_shape": ()},
-    {"weight_shape": ("K", "N", 16)},
-    {"target_shape": (16,)},
-    {"shape": (1, 16), "target_shape": ("N", 16), "weight_shape": ("rows", 1)},
-]
-
-
-@pytest.mark.parametrize("shapes", WEIGHTED, ids=str)
-def test_weights_are_drawn_in_the_shape_that_the_artefact_declares(
-    shapes: dict[str, tuple[int | str, ...]],
-) -> None:
-    shapes = {"shape": ("N", 16), **shapes}
-    model = export(LossSpec(0.5, weight="count"), **shapes)  # type: ignore[arg-type]
-    result = verify(model)
-    assert result, result.failures
-    declared = shapes.get("weight_shape", shapes["shape"])
-    assert {len(f.case.weight_shape or ()) for f in result.results} == {len(declared)}
-    # What is red is diagnosed with weights of that shape as well.
-    wrong = verify(model, spec=LossSpec(0.75, weight="count"), drift=False)
-    assert [item.fault for item in wrong.diagnoses] == [Fault.WRONG_BETA]
-
-
-def test_any_rank_meets_weights_of_every_shape() -> None:
+def test_any_rank_meets_weights_of_every_shape_and_no_case_without_rows() -> None:
     result = verify(export(LossSpec(0.5, weight="weights")), drift=False)
     assert result, result.failures
     shapes = {case.case.weight_shape for case in result.results}
     assert shapes >= {(64, 1), (16,), (1,), (), (3, 64, 16)}
+    result = verify(export(LossSpec(0.5, per_sample=True)))
+    assert result and all(case.case.input_shape for case in result.results)
 
 
 def test_no_artefact_is_blamed_for_what_only_a_wider_format_holds() -> None:
@@ -387,7 +383,7 @@ def test_a_gradient_that_is_summed_back_is_measured_at_every_size(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...] | None
 ) -> None:
     """Thousands of ULP off in 2^18 rows, and right in the 64 that the families are fed."""
-    monkeypatch.setattr(drift_module, "SIZES", (1 << 10, 1 << 14, 1 << 18))
+    monkeypatch.setattr(drift_module, "SIZES", (1 << 10, 1 << 18))
     spec = LossSpec(0.5, "none", gradient=True)
     target = ("N", 16) if shape else None
     runner = load(export(spec, shape=shape, target_shape=target))
@@ -397,7 +393,7 @@ def test_a_gradient_that_is_summed_back_is_measured_at_every_size(
     assert {point.result.case.input_shape for point in points} == {(1, 16)}
     honest = runner.run
 
-    def linear(input: np.ndarray, target: np.ndarray, **given: object) -> dict[str, np.ndarray]:
+    def linear(input: Array, target: Array, **given: object) -> dict[str, Array]:
         slopes = np.clip(input - target, -0.5, 0.5) / np.float32(0.5)
         total = np.add.accumulate(slopes, dtype=np.float32)[-1:]
         return {**honest(input, target, **given), "grad_input": total}
@@ -410,47 +406,16 @@ def test_a_gradient_that_is_summed_back_is_measured_at_every_size(
     assert "grad_input" in shown(drift_table(points))
 
 
-def test_per_sample_of_any_rank_has_no_case_without_rows() -> None:
-    result = verify(export(LossSpec(0.5, per_sample=True)))
-    assert result and all(case.case.input_shape for case in result.results)
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (LossSpec(weight="count"), "takes input, target, the spec input, target, weight"),
-        (LossSpec(gradient=True), "no output called grad_input"),
-    ],
-)
-def test_a_spec_with_more_ports_than_the_model(spec: LossSpec, message: str) -> None:
-    with pytest.raises(ArtefactError, match=message):
-        verify(theirs(), spec=spec)
-
-
-def test_inputs_of_two_dtypes_are_refused() -> None:
-    model = theirs("float[N] y_hat, double[N] y")
-    with pytest.raises(ArtefactError, match="'y_hat' as float32 and 'y' as float64"):
-        verify(model, spec=LossSpec())
-
-
-def test_a_target_s_name_decides_between_two_inputs() -> None:
-    for first in ("target", "Labels", "y_true"):
-        model = theirs(f"float[N] {first}, float[N] x", call=("x", first))
-        assert signature(select_ports(model)).target.name == first
-
-
 def test_our_own_drift_is_held_to_the_proved_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ULP are always allowed to anyone; of our own graphs a narrower bound may be proved."""
+
+    def two_off(spec: LossSpec, input: Array, right: dict[str, Array]) -> dict[str, Array]:
+        return {"loss": np.nextafter(np.nextafter(right["loss"], np.float32(9)), np.float32(9))}
+
     monkeypatch.setattr(drift_module, "SIZES", (1 << 10,))
     runner = load(export(LossSpec(), shape=("N", 16)))
-    honest = runner.run
-
-    def off(*arrays: np.ndarray, **given: object) -> dict[str, np.ndarray]:
-        loss = honest(*arrays, **given)["loss"]
-        return {"loss": np.nextafter(np.nextafter(loss, np.float32(9)), np.float32(9))}
-
     assert all(point.ok for point in artefact_drift(runner, LossSpec(), accumulator="float64"))
-    runner.run = off  # type: ignore[method-assign]
+    plant(runner, two_off)
     monkeypatch.setattr(cases, "proved_bound", lambda *given: 1)
     for accumulator in (None, "float64"):
         points = artefact_drift(runner, LossSpec(), accumulator=accumulator)
@@ -466,9 +431,3 @@ def test_a_bound_that_bounds_nothing_is_strict_json_too(monkeypatch: pytest.Monk
     assert all(point.ok and point.to_dict()["bound_ulp"] == "inf" for point in points)
     json.dumps([point.to_dict() for point in points], allow_nan=False)
     assert "inf" not in shown(drift_table(points))
-
-
-@pytest.mark.parametrize(("shape", "seed"), [((1,), 82), ((3,), 83)])
-def test_a_right_artefact_of_few_elements_is_green(shape: tuple[int, ...], seed: int) -> None:
-    """PyTorch happened to hit the nearest number, and the rule of its own distance + 1 was red."""
-    assert verify(export(LossSpec(293.3461099414553, "none"), shape=shape), seed=seed)

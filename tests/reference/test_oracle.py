@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import pytest
@@ -70,54 +71,51 @@ def test_elements_are_rounded_once(dtype: str, data: st.DataObject) -> None:
 
 
 @every_format
-@pytest.mark.parametrize("beta", BETAS)
-def test_random_elements(dtype: str, beta: float) -> None:
+def test_random_elements(dtype: str) -> None:
     generator = np.random.default_rng(7)
-    scale = generator.choice([1e-4, 0.1, 1.0, 100.0], 150)
-    a = (generator.standard_normal(150) * scale).astype(NUMPY_DTYPE[dtype])
-    b = (generator.standard_normal(150) * scale).astype(NUMPY_DTYPE[dtype])
-    spec = LossSpec(beta, "none", dtype)
-    for got, x, y in zip(oracle(spec, a, b), a, b, strict=True):
-        check(got, exact_loss(float(x), float(y), spec.effective_beta), dtype, DOUBT[dtype])
+    scale = generator.choice([1e-4, 0.1, 1.0, 100.0], (2, 100))
+    a, b = (generator.standard_normal((2, 100)) * scale).astype(NUMPY_DTYPE[dtype])
+    for spec in (LossSpec(beta, "none", dtype) for beta in BETAS):
+        for got, x, y in zip(oracle(spec, a, b), a, b, strict=True):
+            check(got, exact_loss(float(x), float(y), spec.effective_beta), dtype, DOUBT[dtype])
 
 
 @every_format
-@pytest.mark.parametrize("beta", [0.25, 1.0, 2.0])
-def test_around_the_boundary(dtype: str, beta: float) -> None:
+def test_around_the_boundary(dtype: str) -> None:
     """|d| = beta and its neighbours, from both sides: exact, and beta / 2 in the middle."""
-    # Not 0 * at and 2 * at: before numpy 2.1.3 an int beside a bfloat16 makes float32.
-    at, zero, twice = (to_array([number], dtype) for number in (beta, 0.0, 2 * beta))
-    down, up = np.nextafter(at, zero), np.nextafter(at, twice)
-    d = np.concatenate([down, at, up, -down, -at, -up])
-    spec = LossSpec(beta, "none", dtype)
-    losses = oracle(spec, d, np.zeros_like(d))
-    for got, x in zip(losses, d, strict=True):
-        check(got, exact_loss(float(x), 0.0, beta), dtype, DOUBT[dtype])
-    assert float(losses[1]) == beta / 2
-    assert (losses[:3] == losses[3:]).all()
-    assert losses[0] <= losses[1] <= losses[2]
+    for beta in (0.25, 1.0, 2.0):
+        # Not 0 * at and 2 * at: before numpy 2.1.3 an int beside a bfloat16 makes float32.
+        at, zero, twice = (to_array([number], dtype) for number in (beta, 0.0, 2 * beta))
+        down, up = np.nextafter(at, zero), np.nextafter(at, twice)
+        d = np.concatenate([down, at, up, -down, -at, -up])
+        losses = oracle(LossSpec(beta, "none", dtype), d, np.zeros_like(d))
+        for got, x in zip(losses, d, strict=True):
+            check(got, exact_loss(float(x), 0.0, beta), dtype, DOUBT[dtype])
+        assert float(losses[1]) == beta / 2
+        assert (losses[:3] == losses[3:]).all()
+        assert losses[0] <= losses[1] <= losses[2]
 
 
-@pytest.mark.parametrize(
-    ("d", "beta", "loss"),
-    [
-        (0.0, 1.0, 0.0),
-        (0.5, 1.0, 0.125),
-        (1.0, 1.0, 0.5),
-        (2.0, 1.0, 1.5),
-        (0.5, 0.0, 0.5),
-        (0.5, 0.25, 0.375),
-        (3.0, 4.0, 1.125),
-        (500.0, 1000.0, 125.0),  # eager float16 on the CPU has inf here: it squares 500 first
-        (1.0, 1e-50, 1.0),  # beta underflows in every compute dtype but float64's
-        (7.0, math.inf, 0.0),
-    ],
+KNOWN = (  # d, beta, loss
+    (0.0, 1.0, 0.0),
+    (0.5, 1.0, 0.125),
+    (1.0, 1.0, 0.5),
+    (2.0, 1.0, 1.5),
+    (0.5, 0.0, 0.5),
+    (0.5, 0.25, 0.375),
+    (3.0, 4.0, 1.125),
+    (500.0, 1000.0, 125.0),  # eager float16 on the CPU has inf here: it squares 500 first
+    (1.0, 1e-50, 1.0),  # beta underflows in every compute dtype but float64's
+    (7.0, math.inf, 0.0),
 )
+
+
 @every_format
-def test_known_values(d: float, beta: float, loss: float, dtype: str) -> None:
-    spec = LossSpec(beta, "none", dtype)
-    for x, y in ((d, 0.0), (0.0, d), (-d, 0.0), (d / 2, -d / 2)):
-        assert float(oracle(spec, *(to_array([v], dtype) for v in (x, y)))[0]) == loss
+def test_known_values(dtype: str) -> None:
+    for d, beta, loss in KNOWN:
+        for pair in ((d, 0.0), (0.0, d), (-d, 0.0), (d / 2, -d / 2)):
+            arrays = (to_array([value], dtype) for value in pair)
+            assert float(oracle(LossSpec(beta, "none", dtype), *arrays)[0]) == loss
 
 
 @every_format
@@ -125,14 +123,8 @@ def test_ends_of_the_format(dtype: str) -> None:
     f = FORMATS[dtype]
     largest = float(f.largest)
     smallest = math.ldexp(1.0, f.emin - f.precision + 1)
-    pairs = [
-        (largest, 0.0),
-        (largest, largest),
-        (largest, -smallest),
-        (smallest, 0.0),
-        (2 * smallest, -smallest),
-        (smallest, smallest),
-    ]
+    pairs = [(largest, 0.0), (largest, largest), (largest, -smallest), (smallest, 0.0)]
+    pairs += [(2 * smallest, -smallest), (smallest, smallest)]
     for beta in (0.0, smallest, 3 * smallest, 1.0, largest, 1e39, math.inf):
         spec = LossSpec(beta, "none", dtype)
         for a, b in pairs:
@@ -158,26 +150,19 @@ SPECIAL = (0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan)
 
 
 @every_format
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, math.inf])
-def test_special_values_are_those_of_pytorch(dtype: str, beta: float) -> None:
-    a, b = (to_array(list(v), dtype) for v in np.meshgrid(SPECIAL, SPECIAL))
-    a, b = a.reshape(-1), b.reshape(-1)
-    spec = LossSpec(beta, "none", dtype)
-    got, expected = oracle(spec, a, b), eager(spec, a, b)
-    assert ieee_class(got).tolist() == ieee_class(expected).tolist()
-    assert (ieee_class(got) != 2).all()  # never -0
-
-
-@every_format
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("values", [(1.0, math.nan), (1.0, math.inf), (math.inf, math.nan)])
-def test_special_values_reach_the_reduction(
-    dtype: str, reduction: str, values: tuple[float, ...]
-) -> None:
-    spec = LossSpec(1.0, reduction, dtype)
-    a = to_array(list(values), dtype)
-    got, expected = oracle(spec, a, np.zeros_like(a)), eager(spec, a, np.zeros_like(a))
-    assert ieee_class(got) == ieee_class(expected) != 0
+def test_special_values_are_those_of_pytorch(dtype: str) -> None:
+    a, b = (to_array(list(v), dtype).reshape(-1) for v in np.meshgrid(SPECIAL, SPECIAL))
+    for beta in (0.0, 0.5, 1.0, math.inf):
+        spec = LossSpec(beta, "none", dtype)
+        got, expected = oracle(spec, a, b), eager(spec, a, b)
+        assert ieee_class(got).tolist() == ieee_class(expected).tolist()
+        assert (ieee_class(got) != 2).all()  # never -0
+    for reduction in ("mean", "sum"):
+        for values in ((1.0, math.nan), (1.0, math.inf), (math.inf, math.nan)):
+            spec = LossSpec(1.0, reduction, dtype)
+            a = to_array(list(values), dtype)
+            got, expected = oracle(spec, a, np.zeros_like(a)), eager(spec, a, np.zeros_like(a))
+            assert ieee_class(got) == ieee_class(expected) != 0
 
 
 @every_format
@@ -207,44 +192,32 @@ def test_a_long_reduction(dtype: str, reduction: str, monkeypatch: pytest.Monkey
     check(got, exact_reduction(losses, reduction), dtype, DOUBT_OF_SUMS[dtype])
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_chunks_change_nothing(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     a = np.arange(20, dtype=np.float32).reshape(4, 5)
     b = np.full((4, 5), 3, np.float32)
-    spec = LossSpec(2.0, reduction)
-    whole = oracle(spec, a, b)
-    for size in (1, 7, 19, 20, 21):
+    whole = {reduction: oracle(LossSpec(2.0, reduction), a, b) for reduction in REDUCTIONS}
+    for size, reduction in product((1, 7, 19, 20, 21), REDUCTIONS):
         monkeypatch.setattr(oracle_module, "_CHUNK", size)
-        assert (oracle(spec, a, b) == whole).all()
+        assert (oracle(LossSpec(2.0, reduction), a, b) == whole[reduction]).all()
 
 
 SHAPES = [
-    ((), ()),
-    ((3,), ()),
-    ((), (3,)),
-    ((2, 3), (3,)),
-    ((2, 1), (1, 3)),
-    ((2, 1, 4), (3, 1)),
-    ((0,), (1,)),
-    ((2, 0), (2, 1)),
-    ((1,), (1,)),
-]
+    ((), ()), ((3,), ()), ((), (3,)), ((2, 3), (3,)), ((2, 1), (1, 3)),
+    ((2, 1, 4), (3, 1)), ((0,), (1,)), ((2, 0), (2, 1)), ((1,), (1,)),
+]  # fmt: skip
 
 
 @every_format
-@pytest.mark.parametrize(("a_shape", "b_shape"), SHAPES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_broadcasting(
-    dtype: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...], reduction: str
-) -> None:
-    a = np.linspace(0, 2, math.prod(a_shape)).reshape(a_shape).astype(NUMPY_DTYPE[dtype])
-    b = np.linspace(1, 5, math.prod(b_shape)).reshape(b_shape).astype(NUMPY_DTYPE[dtype])
-    spec = LossSpec(1.0, reduction, dtype)
-    got, expected = oracle(spec, a, b), eager(spec, a, b)
-    assert isinstance(got, np.ndarray)
-    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+def test_broadcasting(dtype: str) -> None:
     rtol = 0.02 if FORMATS[dtype].dtype.itemsize == 2 else 1e-6
-    np.testing.assert_allclose(got.astype(float), expected.astype(float), rtol=rtol)
+    for (a_shape, b_shape), reduction in product(SHAPES, REDUCTIONS):
+        a = np.linspace(0, 2, math.prod(a_shape)).reshape(a_shape).astype(NUMPY_DTYPE[dtype])
+        b = np.linspace(1, 5, math.prod(b_shape)).reshape(b_shape).astype(NUMPY_DTYPE[dtype])
+        spec = LossSpec(1.0, reduction, dtype)
+        got, expected = oracle(spec, a, b), eager(spec, a, b)
+        assert isinstance(got, np.ndarray)
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        np.testing.assert_allclose(got.astype(float), expected.astype(float), rtol=rtol)
 
 
 @every_format
@@ -266,13 +239,10 @@ def test_strided_input_is_read_and_left_as_it_was() -> None:
     assert (oracle(spec, a, b) == expected).all()
 
 
-@pytest.mark.parametrize(
-    ("a", "b"), [("float64", "float32"), ("float32", "float16"), ("int32", "int32")]
-)
-def test_another_dtype_is_refused(a: str, b: str) -> None:
-    with pytest.raises(TypeError) as caught:
-        oracle(LossSpec(), np.ones(2, a), np.ones(2, b))
-    assert str(caught.value).endswith(f"takes float32, got {a} and {b}")
+def test_another_dtype_is_refused() -> None:
+    for a, b in (("float64", "float32"), ("float32", "float16"), ("int32", "int32")):
+        with pytest.raises(TypeError, match=f"takes float32, got {a} and {b}$"):
+            oracle(LossSpec(), np.ones(2, a), np.ones(2, b))
 
 
 def test_is_silent_about_what_ieee_754_defines() -> None:
