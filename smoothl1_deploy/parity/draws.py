@@ -78,10 +78,8 @@ class Draw:
         rank = max(random.choice(_RANKS), int(spec.per_sample))
         arrays = _arrays(random, spec, rank)
         sizes = _SIZES[: _FEW_SIZES if rank > 2 else None]
-        if (
-            spec.gradient
-        ):  # a sum over one term that is -0 is 0 in a runtime, and no sum in autograd
-            sizes = sizes[1:]
+        if spec.gradient:
+            sizes = sizes[1:]  # a sum of one term that is -0: 0 in a runtime, none in autograd
         whole: list[Dim] = [
             f"axis_{i}" if random.random() < 0.75 else random.choice(sizes) for i in range(rank)
         ]

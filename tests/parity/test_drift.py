@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from smoothl1_deploy.parity.drift import DATA, WAYS, Curve, Drift, measure_drift
 
 
@@ -30,16 +28,10 @@ def test_ours_does_not_drift_and_the_plain_graph_does(drift: Drift) -> None:
 
 
 def test_the_seed_decides_the_normal_data() -> None:
-    one, two, three = (measure_drift([256], seed=s).curves for s in (1, 1, 2))
+    one, two, three = (measure_drift([2**12], seed=s).curves for s in (1, 1, 2))
     assert [c.relative_error for c in one] == [c.relative_error for c in two]
     normal = [[c.relative_error for c in cs if c.data == "normal"] for cs in (one, three)]
     assert normal[0] != normal[1]
-
-
-@pytest.mark.parametrize("sizes", [[], [17], [0], [16, -16]])
-def test_sizes_must_be_rows_of_sixteen(sizes: list[int]) -> None:
-    with pytest.raises(ValueError, match="sizes must be positive multiples of 16, got"):
-        measure_drift(sizes)
 
 
 def test_progress_is_told() -> None:

@@ -211,38 +211,6 @@ def test_scaling_by_a_power_of_two(dtype: str, data: Any, beta: float, exponent:
     assert same(losses(scaled_beta, dtype, k * a, k * b), k * losses(beta, dtype, a, b))
 
 
-@relation(100, "float32", "float64")
-@given(data=st.data(), beta=BETA)
-def test_above_beta_half_of_beta_lies_between_it_and_l1(dtype: str, data: Any, beta: float) -> None:
-    """Within 2 u |d|: both are of the same difference, and two roundings are left."""
-    a, b = data.draw(pairs(dtype, TAME))
-    half = LossSpec(beta, "none", dtype).effective_beta / 2
-    l1, smooth = (losses(x, dtype, a, b).astype(np.longdouble) for x in (0.0, beta))
-    above = l1 >= 2 * half
-    off = np.abs(l1 - smooth - half)[above]
-    assert (off <= 2.001 * UNIT_ROUNDOFF[dtype] * l1[above]).all()
-
-
-@relation(100, "float32", "float64")
-@given(data=st.data(), beta=BETA)
-def test_never_negative_and_zero_where_equal(dtype: str, data: Any, beta: float) -> None:
-    a, b = data.draw(pairs(dtype, GRID))
-    b = np.where(data.draw(hnp.arrays(bool, a.size)), a, b)
-    loss = losses(beta, dtype, a, b)
-    assert not np.signbit(loss).any()
-    assert np.array_equal(loss == 0, a == b)
-
-
-@relation(50, *DTYPES)
-@given(data=st.data(), beta=st.sampled_from((0.0, *BETAS)))
-def test_nan_where_the_difference_is_and_nowhere_else(dtype: str, data: Any, beta: float) -> None:
-    a, b = data.draw(pairs(dtype, ANY))
-    with np.errstate(all="ignore"):
-        d = a.astype(np.float64) - b.astype(np.float64)
-    assert np.array_equal(np.isnan(losses(beta, dtype, a, b)), np.isnan(d))
-    assert math.isnan(reduced(beta, "sum", dtype, a, b)) == bool(np.isnan(d).any())
-
-
 @relation(50, *DTYPES)
 @given(data=st.data(), beta=BETA)
 def test_broadcasting_is_repeating(dtype: str, data: Any, beta: float) -> None:
