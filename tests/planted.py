@@ -32,7 +32,7 @@ def plant(runner: Runner, fault: Fault) -> None:
 
 @contextmanager
 def planted(
-    fault: Fault, refusal: Callable[[LossSpec], str | None] | None = None
+    fault: Fault, refusal: Callable[[LossSpec], str | None] = lambda spec: None
 ) -> Iterator[None]:
     """Every `ort-cpu` that is loaded meanwhile has the fault, and refuses what `refusal` says."""
 

@@ -40,7 +40,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..floats import Array
+from ..floats import Array, ulp_distance
 from ..spec import LossSpec
 
 #: 2^-p for p bits of significand.
@@ -135,6 +135,35 @@ def proved_bound(spec: LossSpec, shape: tuple[int, ...], accumulator: str) -> in
     count = math.prod(shape[1:] if spec.per_sample else shape)
     limit = bound(spec, count, accumulator)
     return None if math.isinf(limit) else math.floor(limit)
+
+
+def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) -> Array | None:
+    """The largest distance to the oracle, in ULP of each element, of a gradient summed back.
+
+    Proved of a float64 gradient without weights and upstream gradient, whose terms are differences,
+    rounded once each because no format is wider, and may cancel. Our graphs add them up, clipped,
+    and divide by beta and the count of a mean: with n terms the error is at most
+    `(u sum |d| + 8 n^2 u^2 sum |clip(d)|) / (beta count) + 3 u |exact|`, the first sum being of the
+    differences below beta (others are clipped to beta exactly), the second term as in 2. above; the
+    oracle's own rounding is one more. None where that is not proved, or nothing is summed back.
+    """
+    whole = np.broadcast_shapes(input.shape, target.shape)
+    beta, terms = spec.effective_beta, math.prod(whole) // max(input.size, 1)
+    is_plain = spec.dtype == "float64" and not spec.weight and not spec.upstream
+    if not is_plain or not 1 < terms <= _SPLIT_LIMIT or beta == 0 or math.isinf(beta):
+        return None
+    with np.errstate(all="ignore"):
+        slopes = abs(input - target) / beta
+        below = np.where(slopes < 1 + 8 * _WIDE, slopes, 0)
+        errors = _WIDE * below + 8 * (terms * _WIDE) ** 2 * np.minimum(slopes, 1)
+        extra = len(whole) - input.ndim
+        axes = tuple(i for i in range(len(whole)) if i < extra or input.shape[i - extra] == 1)
+        reach = errors.sum(axis=axes).reshape(input.shape)
+        if spec.reduction == "mean":
+            reach /= math.prod(whole[1:] if spec.per_sample else whole)
+        # The roundings of this computation itself, and of what is subnormal.
+        reach = 1.001 * reach + 4 * _WIDE * abs(exact) + 4 * np.finfo("float64").smallest_subnormal
+        return np.maximum(ulp_distance(exact, exact - reach), ulp_distance(exact, exact + reach))
 
 
 def in_range(spec: LossSpec, input: Array, target: Array, weight: Array | None = None) -> bool:

@@ -18,7 +18,7 @@ from ..graph import shapes as graph_shapes
 from ..records import plain
 from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
-from .bounds import in_range, proved_bound
+from .bounds import gradient_bound, in_range, proved_bound
 from .compare import Verdict, compare
 from .families import branch_shares, generate, weigh
 from .samples import Sample, sample_of
@@ -305,8 +305,11 @@ def judge(
     for name, exact in refs.oracle.items():
         got = outputs[runner.signature.loss.name if name == "loss" else name]
         bound = proved if name == "loss" else None
-        torch = refs.torch[name]
-        verdict = compare(spec, got, torch, exact, *pair, name, bound, alike.get(name, 0))
+        slack = None
+        if name == "grad_input" and accumulator == "float64" and is_provable:
+            slack = gradient_bound(spec, refs.input, refs.target, exact)
+        torch, like = refs.torch[name], alike.get(name, 0)
+        verdict = compare(spec, got, torch, exact, *pair, name, bound, like, slack)
         answers[name] = Answer(verdict, got)
     return answers
 

@@ -111,6 +111,17 @@ def test_only_pytorch_s_class_or_the_oracle_s_will_do() -> None:
     assert verdict.ok and verdict.better == 0
 
 
+def test_what_cancellation_leaves_is_allowed_of_each_element_alone() -> None:
+    truth = np.array([1.0, 2.0, 3.0])
+    spec, unavoidable = LossSpec(dtype="float64", gradient=True), np.array([9, 0, 0], np.uint64)
+    for steps, ok, worst in (((9, 0, 1), True, 0), ((10, 0, 1), False, 0), ((9, 2, 1), False, 1)):
+        ours = np.concatenate([up(truth[i : i + 1], n) for i, n in enumerate(steps)])
+        data = (truth, truth, truth, truth, "grad_input")
+        verdict = compare(spec, ours, *data, unavoidable=unavoidable)
+        assert (verdict.ok, verdict.worst, verdict.ulp) == (ok, worst, steps[worst])
+        assert verdict.allowed == (1 if worst else 9)
+
+
 @pytest.mark.parametrize("overflows", [True, False])
 def test_a_weight_of_0_that_makes_nan_of_an_overflow_is_no_contract(overflows: bool) -> None:
     """PyTorch squares 1e25 to inf, and 0 * inf is NaN; beside it stands an infinite loss."""
