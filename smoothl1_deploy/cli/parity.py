@@ -53,7 +53,6 @@ def parity(
     engines: Annotated[
         bool, typer.Option(help="Build a TensorRT engine of every artefact, with its sidecar.")
     ] = True,
-    flavour: Annotated[str, typer.Option(help="Of those engines.")] = "auto",
     html: Annotated[
         bool,
         typer.Option(help="Also write report.html; of the whole matrix with drift and contract."),
@@ -94,8 +93,7 @@ def parity(
         Matrix.quickly(backends) if quick else Matrix(backends),
         extensions=extensions or extensions_only,
         plain=not extensions_only,
-        engines=_engine_folder(output, flavour) if engines and not (quick or draw) else None,
-        flavour=flavour,
+        engines=_engine_folder(output) if engines and not (quick or draw) else None,
         seed=seed,
         draws=draws,
         draw=tuple(draw or ()),
@@ -183,13 +181,13 @@ def _backends(asked: list[str] | None, quick: bool) -> tuple[tuple[str, ...], tu
     return tuple(usable), tuple(absent)
 
 
-def _engine_folder(output: Path, flavour: str) -> Path | None:
+def _engine_folder(output: Path) -> Path | None:
     """The folder of the engines, made; None, said aloud, where no engine can be built here."""
     from ..errors import BackendUnavailableError, MissingDependencyError
     from ..tensorrt.flavour import get_flavour
 
     try:
-        get_flavour(flavour)
+        get_flavour("auto")
     except (MissingDependencyError, BackendUnavailableError) as exc:
         print_note(f"no engines are built: {exc}")
         return None

@@ -119,7 +119,7 @@ def _run_grid(unit: Unit) -> _Outcome:
         if matrix.engines is not None and of_it and not unit.huge:
             for route in unit.routes(spec):
                 model = make(spec, route, **artefact_axes(spec, route, "matrix", any_rank=False))
-                outcome.builds.append(_build(spec, route, model, matrix.engines, matrix.flavour))
+                outcome.builds.append(_build(spec, route, model, matrix.engines))
         load.cache_clear()
     return outcome
 
@@ -135,18 +135,18 @@ def _checked(
     return check(runner, case, refs, backend.accumulator)
 
 
-def _build(spec: LossSpec, route: str, model: onnx.ModelProto, folder: Path, flavour: str) -> Build:
+def _build(spec: LossSpec, route: str, model: onnx.ModelProto, folder: Path) -> Build:
     """A TensorRT engine in `folder`; a refusal is a result, a failure a red one."""
     from ..tensorrt.builder import build_engine
 
     started = time.perf_counter()
     path = folder / f"{model.graph.name}.engine"
     try:
-        engine = build_engine(model, path, flavour=flavour)
+        engine = build_engine(model, path)
     except UnsupportedError as exc:
-        return Build(spec, route, flavour, refused=str(exc))
+        return Build(spec, route, "auto", refused=str(exc))
     except SmoothL1DeployError as exc:
-        return Build(spec, route, flavour, error=f"{type(exc).__name__}: {exc}")
+        return Build(spec, route, "auto", error=f"{type(exc).__name__}: {exc}")
     assert engine.sidecar is not None  # built just now
     seconds = time.perf_counter() - started
     return Build(spec, route, engine.sidecar.flavour, seconds, path.stat().st_size)

@@ -88,7 +88,6 @@ class Matrix:
         draw: numbers of draws, which are all that is run then; for the repetition of one.
         quick: fewer betas, no large layouts, the torch route for float32 only.
         engines: a folder to leave a TensorRT engine of every artefact in; None builds none.
-        flavour: of those engines.
         absent: what is left out because it can't run here: `"<backend> not available: <reason>"`.
     """
 
@@ -104,7 +103,6 @@ class Matrix:
     draw: tuple[int, ...] = ()
     quick: bool = False
     engines: Path | None = None
-    flavour: str = "auto"
     absent: tuple[str, ...] = ()
 
     @classmethod

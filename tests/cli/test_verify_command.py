@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import onnx.parser
 import pytest
-from conftest_cli import spawn
+from conftest_cli import Done, spawn
 
+import smoothl1_deploy.backends.base as base
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.cli import main
 
@@ -141,23 +143,18 @@ def test_less_or_equal_is_named_though_no_answer_differs(
     assert "seen in the graph: <= for <: the graph sends |d| = beta" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("words", "status", "text"),
-    [
-        (["--beta", "-1"], 2, "beta must not be negative"),
-        (["--beta", "x"], 2, "Invalid value"),
-        (["--dtype", "float8"], 2, "unknown dtype 'float8'"),
-        (["--route", "onnx"], 2, "unknown route 'onnx'"),
-        (["--backend", "gpu"], 2, "unknown backend 'gpu'"),
-    ],
-)
-def test_parity_refuses_bad_usage(
-    words: list[str], status: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert main(["parity", *words, "-o", str(tmp_path / "out")]) == status
-    captured = capsys.readouterr()
-    assert text in captured.err
-    assert "Traceback" not in captured.err
+def test_parity_refuses_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for words, text in (
+        (["--beta", "-1"], "beta must not be negative"),
+        (["--beta", "x"], "Invalid value"),
+        (["--dtype", "float8"], "unknown dtype 'float8'"),
+        (["--route", "onnx"], "unknown route 'onnx'"),
+        (["--backend", "gpu"], "unknown backend 'gpu'"),
+    ):
+        assert main(["parity", *words, "-o", str(tmp_path / "out")]) == 2
+        captured = capsys.readouterr()
+        assert text in captured.err
+        assert "Traceback" not in captured.err
 
 
 def test_parity_of_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -167,6 +164,28 @@ def test_parity_of_one_cell(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["summary"]["cells"] == 1 and report["ok"] is True
     assert "1 cells, " in capsys.readouterr().out
+
+
+def test_absent_backends_stand_in_the_report(
+    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = base.missing
+    monkeypatch.setattr(
+        base, "missing", lambda name: real(name) if name == "onnx-reference" else f"no {name}"
+    )
+    done = cli(
+        "parity", "--quick", "--beta", "0.5", "--reduction", "none", "--dtype", "float32",
+        "--route", "function", "--no-extensions", "-o", "out", "--workers", "1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    notes = json.loads(Path("out/report.json").read_text())["notes"]
+    for name in ("trt", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx", "trt-network"):
+        assert f"{name} not available: no {name}" in notes
+        assert f"{name} not available: no {name}" in " ".join(done.err.split())
+    # PyTorch is what they are compared with, on either device.
+    assert not any(note.startswith(("torch not", "torch-cuda not")) for note in notes)
+    assert "sampled: trt" not in done.out
+    assert "trt not available: no trt" in Path("out/report.md").read_text()
 
 
 def test_parity_into_a_folder_that_cannot_be_made(

@@ -196,7 +196,7 @@ def test_what_the_bound_assumes_is_asked_of_the_data(
     dtype: str, beta: float, d: float, weight: float | None, within: bool
 ) -> None:
     input, target = np.array([1.0, d], dtype), np.array([[1.0], [0.0]], dtype)
-    spec = LossSpec(beta, dtype=dtype, weight=weight and "count")
+    spec = LossSpec(beta, dtype=dtype, weight=None if weight is None else "count")
     weights = None if weight is None else np.array([weight], dtype)
     assert in_range(spec, input, target, weights) is within
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 from planted import planted
 
 import smoothl1_deploy
@@ -105,28 +104,17 @@ def test_wrong_answers_and_errors_are_red_cells_with_a_command() -> None:
     assert [len(table.rows) for table in tables.matrix(report)] == [1]
 
 
-#: name of a fault -> what to replace in the source of the functions, by what.
-FAULTS = {
-    "a bound": [
-        ("core = op.Clip(difference, op.Neg(beta), beta)\n    excess",
-         "core = op.Clip(difference, beta, beta)\n    excess"),
-    ],
-    "float32 sums": [
-        ("op.Reshape(op.Cast(losses, to=11),", "op.Reshape(losses,"),
-        ("return op.ReduceSum(flat, op.Constant(value_ints=[0]), keepdims=0)",
-         "return op.Cast(op.ReduceSum(flat, op.Constant(value_ints=[0]), keepdims=0), to=11)"),
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_breaking_the_graph_code_turns_the_matrix_red(tmp_path: Path, fault: str) -> None:
-    """On a copy of the package, in a process of its own; where sums drift, by the large layouts."""
+def test_sums_in_float32_turn_the_matrix_red(tmp_path: Path) -> None:
+    """By the layouts of 2^20 and more; on a copy of the package, in a process of its own."""
     package = tmp_path / "smoothl1_deploy"
     shutil.copytree(Path(smoothl1_deploy.__file__).parent, package)
     source = package / "graph" / "functions.py"
     text = source.read_text()
-    for good, bad in FAULTS[fault]:
+    total = "op.ReduceSum(flat, op.Constant(value_ints=[0]), keepdims=0)"
+    for good, bad in (
+        ("op.Reshape(op.Cast(losses, to=11),", "op.Reshape(losses,"),
+        (f"return {total}", f"return op.Cast({total}, to=11)"),
+    ):
         assert text.count(good) == 1
         text = text.replace(good, bad)
     source.write_text(text)
