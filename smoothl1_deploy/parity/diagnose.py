@@ -27,9 +27,9 @@ from ..floats import CLASS_NAMES, NUMPY_DTYPE, Array, dtype_name, ieee_class, ro
 from ..model import inlined
 from ..reference.oracle import oracle_gradient
 from ..spec import LossSpec
-from .drift import DriftPoint
 from .bounds import UNIT_ROUNDOFF, accumulation_error
 from .cases import CaseResult
+from .drift import DriftPoint
 from .faults import ACCUMULATION, Diagnosis, Evidence, Fault
 from .fit import Hypothesis, explains, find, narrower, predict, right, weighted
 from .probes import Answer, Subject
