@@ -145,10 +145,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """A case's arrays with both references' answers, computed once for every route and backend.
+    """A case, its arrays and both references' answers: computed once for every route and backend.
 
     Attributes:
         spec: what the references computed; beta is a number here, also for `runtime_beta`.
+        case: what the arrays are made of.
         torch: PyTorch's array for each output of the spec.
         oracle: the exact one.
         shares: how much of each branch the case reaches.
@@ -157,6 +158,7 @@ class References:
     """
 
     spec: LossSpec
+    case: Case
     input: Array
     target: Array
     weight: Array | None
@@ -188,6 +190,7 @@ class References:
             asked, fed = replace(spec, beta=1.0, runtime_beta=True), np.asarray(beta, np.float32)
         return cls(
             spec,
+            case,
             input,
             target,
             weight,
@@ -240,7 +243,7 @@ class CaseResult:
     sample: Sample | None = None
 
     @classmethod
-    def of(cls, case: Case, refs: References, answers: Mapping[str, Answer]) -> CaseResult:
+    def of(cls, refs: References, answers: Mapping[str, Answer]) -> CaseResult:
         """The result by the worst of the answers, each of an output of the case."""
         name = max(answers, key=lambda name: answers[name].verdict.badness)
         verdict = replace(
@@ -252,7 +255,7 @@ class CaseResult:
         got = answers[name].got
         worst = 0 if got is None else verdict.worst
         sample = sample_of(name, arrays, got, refs.torch[name], refs.oracle[name], worst)
-        return cls(case, verdict, refs.shares, sample)
+        return cls(refs.case, verdict, refs.shares, sample)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -270,19 +273,16 @@ def unanswered(refs: References, error: SmoothL1DeployError) -> dict[str, Answer
     return {"loss": Answer(verdict, None)}
 
 
-def judge(
-    runner: Runner, case: Case, refs: References, accumulator: str | None = None
-) -> dict[str, Answer]:
+def judge(runner: Runner, refs: References, accumulator: str | None = None) -> dict[str, Answer]:
     """Run one case and judge every output; an answer that doesn't come is a wrong answer.
 
     Args:
         runner: of the artefact.
-        case: what is run.
-        refs: its arrays, and what is right for them.
+        refs: the case, and what is right for it.
         accumulator: the dtype in which one of our own artefacts is added up, for the bound that
             is proved for it; None for anything else.
     """
-    spec = refs.spec
+    spec, case = refs.spec, refs.case
     shape = case.shape(spec)
     takes_beta = "beta" in runner.signature.inputs
     proved = None
@@ -315,14 +315,9 @@ def judge(
 
 
 def check(
-    runner: Runner,
-    case: Case,
-    refs: References,
-    accumulator: str | None = None,
-    others: Sequence[Runner] = (),
+    runner: Runner, refs: References, accumulator: str | None = None, others: Sequence[Runner] = ()
 ) -> CaseResult:
     """`judge`, by the worst output: of the runner and of `others`, which run the same artefact."""
-    results = (
-        CaseResult.of(case, refs, judge(one, case, refs, accumulator)) for one in (runner, *others)
-    )
+    runners = (runner, *others)
+    results = (CaseResult.of(refs, judge(one, refs, accumulator)) for one in runners)
     return max(results, key=lambda result: result.verdict.badness)

@@ -128,9 +128,9 @@ def artefact_drift(
         names = _outputs(spec, case)
         if names:
             refs = References.of(spec, case)
-            judged = [judge(one, case, refs, accumulator) for one in (runner, *others)]
+            judged = [judge(one, refs, accumulator) for one in (runner, *others)]
             limit = bound(spec, math.prod(case.shape(spec)), accumulator or "float64")
-            points += [_point(case, refs, name, judged, limit) for name in names]
+            points += [_point(refs, name, judged, limit) for name in names]
     return tuple(points)
 
 
@@ -144,7 +144,7 @@ def _outputs(spec: LossSpec, case: Case) -> list[str]:
 
 
 def _point(
-    case: Case, refs: References, name: str, judged: Sequence[dict[str, Answer]], limit: float
+    refs: References, name: str, judged: Sequence[dict[str, Answer]], limit: float
 ) -> DriftPoint:
     """Of one output, by the runner whose answer is worst."""
     answers = [found.get(name, found["loss"]) for found in judged]
@@ -153,8 +153,8 @@ def _point(
     value = None if worst.got is None or at >= worst.got.size else float(worst.got.flat[at])
     truth, theirs = (float(array.flat[at]) for array in (refs.oracle[name], refs.torch[name]))
     return DriftPoint(
-        math.prod(case.shape(refs.spec)),
-        CaseResult(case, worst.verdict, refs.shares),
+        math.prod(refs.case.shape(refs.spec)),
+        CaseResult(refs.case, worst.verdict, refs.shares),
         name,
         value,
         truth,
@@ -261,10 +261,9 @@ def measure_drift(
     progress(0, len(places))
     for done, (data, size) in enumerate(places, 1):
         shape = (size // _COLUMNS, _COLUMNS)
-        case = Case(data, "drift", shape, shape, seed=seed)
-        refs = References.of(_SPEC, case)
-        judged = [judge(runner, case, refs) for runner in runners]
-        ours, plain = (_point(case, refs, "loss", [answers], math.inf) for answers in judged)
+        refs = References.of(_SPEC, Case(data, "drift", shape, shape, seed=seed))
+        judged = [judge(runner, refs) for runner in runners]
+        ours, plain = (_point(refs, "loss", [answers], math.inf) for answers in judged)
         errors = (ours.relative, plain.relative, ours.torch_relative)
         verdicts = ours.result.verdict, plain.result.verdict
         ulps = (*(verdict.ulp for verdict in verdicts), verdicts[0].torch_ulp)

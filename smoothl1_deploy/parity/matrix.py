@@ -24,7 +24,7 @@ from ..errors import SmoothL1DeployError, UnsupportedError, require
 from ..graph.export import ROUTES, export
 from ..graph.shapes import Shape as Axes
 from ..spec import DTYPES, REDUCTIONS, LossSpec
-from .cases import Case, CaseResult, References, check, unanswered, with_beta
+from .cases import CaseResult, References, check, unanswered, with_beta
 from .plan import HUGE_BACKENDS, DrawUnit, Unit, artefact_axes, is_run, is_spared
 from .plan import Matrix as Matrix
 from .pool import each
@@ -60,7 +60,7 @@ def _run_draws(unit: DrawUnit) -> _Outcome:
     backends = [get_backend(name, threads=1) for name in unit.matrix.backends]
     outcome = _Outcome()
     for draw in unit.draws():
-        refs = {case: draw.references(case) for case in draw.cases}
+        references = [draw.references(case) for case in draw.cases]
         make = cache(draw.model)
         for backend in backends:
             if not unit.samples(draw, backend.name):
@@ -72,9 +72,9 @@ def _run_draws(unit: DrawUnit) -> _Outcome:
                 continue
             load = cache(lambda: backend.load(make(backend.any_rank)))  # noqa: B023
             results = [
-                _checked(load, backend, case, ref)
-                for case, ref in refs.items()
-                if not is_spared(ref.spec, case, backend)
+                _checked(load, backend, refs)
+                for refs in references
+                if not is_spared(refs.spec, refs.case, backend)
             ]
             if results:
                 outcome.drawn.append(replace(cell_of(*key, results), draw=draw.number))
@@ -97,7 +97,7 @@ def _run_grid(unit: Unit) -> _Outcome:
     outcome = _Outcome()
     for spec in unit.specs():
         for batch in unit.batches(spec):
-            refs = {case: References.of(with_beta(spec, unit.beta), case) for case in batch}
+            references = [References.of(with_beta(spec, unit.beta), case) for case in batch]
             for route, (name, backend) in product(unit.routes(spec), backends.items()):
                 if not unit.samples(spec, route, name):
                     continue
@@ -106,11 +106,12 @@ def _run_grid(unit: Unit) -> _Outcome:
                 if reason:
                     outcome.refused[key] = reason
                     continue
-                for case, ref in refs.items():
+                for refs in references:
+                    case = refs.case
                     if is_run(case, route, name) and not is_spared(spec, case, backend):
                         axes = artefact_axes(spec, route, case.layout, backend.any_rank)
                         loaded = partial(load, name, spec, route, **axes)
-                        outcome.results[key].append(_checked(loaded, backend, case, ref))
+                        outcome.results[key].append(_checked(loaded, backend, refs))
                 if unit.huge:  # a session keeps the memory of the largest call that it had
                     load.cache_clear()
                     gc.collect()
@@ -124,15 +125,13 @@ def _run_grid(unit: Unit) -> _Outcome:
     return outcome
 
 
-def _checked(
-    load: Callable[[], Runner], backend: Backend, case: Case, refs: References
-) -> CaseResult:
+def _checked(load: Callable[[], Runner], backend: Backend, refs: References) -> CaseResult:
     try:
         runner = load()
     except SmoothL1DeployError as exc:
         # A backend that can't load one artefact is a red case, not the end of the run.
-        return CaseResult.of(case, refs, unanswered(refs, exc))
-    return check(runner, case, refs, backend.accumulator)
+        return CaseResult.of(refs, unanswered(refs, exc))
+    return check(runner, refs, backend.accumulator)
 
 
 def _build(spec: LossSpec, route: str, model: onnx.ModelProto, folder: Path) -> Build:

@@ -162,7 +162,7 @@ def verify(
     body = chosen.load_body(ports)
     others = [] if body is None else [body]
     results = tuple(
-        check(runner, case, References.of(expected, case), accumulator, others)
+        check(runner, References.of(expected, case), accumulator, others)
         for case in _cases(runner.signature, expected, seed)
         if not needs_wider(expected, case, chosen.accumulator != "float32")
     )

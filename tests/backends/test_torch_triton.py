@@ -60,7 +60,7 @@ def agrees(spec: LossSpec, case: Case) -> None:
     axes = LAYOUTS[case.layout]
     target = None if axes.target_axes == axes.input_axes else axes.target_axes
     runner = load(export(spec, shape=axes.input_axes, target_shape=target), "torch-triton")
-    result = check(runner, case, References.of(spec, case), TorchTritonBackend.accumulator)
+    result = check(runner, References.of(spec, case), TorchTritonBackend.accumulator)
     assert result.verdict.ok, (spec.name, case, result.verdict.detail)
 
 

@@ -215,7 +215,7 @@ def test_an_artefact_that_takes_beta_is_held_to_the_bound(beta: float, proved: i
     model = load(export(LossSpec(runtime_beta=True)))
     case = Case("normal", "bound", (64,), (64,))
     refs = References.of(LossSpec(beta), case)
-    assert check(model, case, refs, "float64").verdict.bound == proved
+    assert check(model, refs, "float64").verdict.bound == proved
 
 
 def test_a_case_is_judged_by_the_bound_where_the_artefact_is_ours() -> None:
@@ -223,7 +223,7 @@ def test_a_case_is_judged_by_the_bound_where_the_artefact_is_ours() -> None:
     case = Case("normal", "bound", (64,), (64,))
     refs = References.of(spec, case)
     assert refs.in_range and not References.of(LossSpec(), Case.of("overflow", "matrix")).in_range
-    own = check(runner(spec), case, refs, "float64").verdict
-    foreign = check(runner(spec), case, refs).verdict
+    own = check(runner(spec), refs, "float64").verdict
+    foreign = check(runner(spec), refs).verdict
     assert (own.bound, own.allowed) == (1, 1)
     assert (foreign.bound, foreign.allowed) == (None, foreign.torch_ulp + 1)

@@ -149,7 +149,7 @@ def test_the_worst_of_several_outputs_is_the_furthest_off(monkeypatch: pytest.Mo
     torch = {name: up(refs.oracle[name], steps) for name, steps in (("loss", 1), ("grad_input", 3))}
     ours = {name: up(refs.oracle[name], steps) for name, steps in (("loss", 2), ("grad_input", 3))}
     monkeypatch.setattr(runner, "run", lambda *_, **__: ours)
-    verdict = check(runner, case, replace(refs, torch=torch)).verdict
+    verdict = check(runner, replace(refs, torch=torch)).verdict
     assert (verdict.ok, verdict.ulp, verdict.allowed) == (True, 3, 4)
     red = replace(verdict, ok=False, ulp=0)
     assert max([red, verdict, replace(red, wrong_class=1)], key=lambda v: v.badness).wrong_class

@@ -179,4 +179,4 @@ def test_weights_of_more_axes_than_the_losses_are_judged_per_sample() -> None:
     refs = References.of(spec, case)
     runner = OrtCpuBackend().load(Draw(0, spec, 1.0, "function", (), None, ()).model(True))
     assert refs.oracle["loss"].shape == (3,) and np.isnan(refs.torch["loss"]).any()
-    assert check(runner, case, refs, "float64").verdict.ok
+    assert check(runner, refs, "float64").verdict.ok
