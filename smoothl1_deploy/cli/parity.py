@@ -80,8 +80,7 @@ def parity(
     """
     from dataclasses import replace
 
-    from ..parity.matrix import Matrix, MatrixInterrupted, run_matrix
-    from ..parity.plan import DRAWS, QUICK_DRAWS
+    from ..parity.matrix import DRAWS, QUICK_DRAWS, Matrix, MatrixInterrupted, run_matrix
 
     _make_folder(output)
     part = _checked_part(beta=beta, reduction=reduction, dtype=dtype, route=route)
@@ -163,7 +162,7 @@ def _checked_part(**options: list[Any] | None) -> dict[str, Any]:
 def _backends(asked: list[str] | None, quick: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Those asked for, or every one but PyTorch; and why others are left out, said aloud."""
     from ..backends.base import BACKENDS, REFERENCES, get_backend, missing
-    from ..parity.plan import OVER_THE_WIRE
+    from ..parity.matrix import OVER_THE_WIRE
 
     if asked is not None:
         for name in asked:
@@ -201,7 +200,7 @@ def _measured(report: Report, backends: tuple[str, ...]) -> Report:
 
     from ..parity.contract import probe_contract
     from ..parity.drift import measure_drift
-    from ..parity.plan import OVER_THE_WIRE
+    from ..parity.matrix import OVER_THE_WIRE
 
     with _bar() as progress:
         drift = measure_drift(progress=progress)

@@ -21,7 +21,7 @@ from .diagnose import choice_at_beta, diagnose
 from .drift import DriftPoint, artefact_drift
 from .families import BRANCHES, FAMILIES
 from .faults import Diagnosis
-from .plan import needs_wider
+from .matrix import needs_wider
 from .shapes import ShapePlan, elements
 
 _MOST = 1 << 27  # elements of fixed shapes: some GB of references in float64
@@ -116,7 +116,7 @@ def verify(
 
     One that something else has changed since it was exported is held against the spec in its
     metadata as well, with a `ModelWarning`. Cases that only a wider format can get right
-    (`plan.needs_wider`) are spared, as the matrix spares them.
+    (`matrix.needs_wider`) are spared, as the matrix spares them.
 
     Args:
         model: an `onnx.ModelProto`, its bytes, or a path; of this tool's making or anyone's.

@@ -30,8 +30,7 @@ from smoothl1_deploy.errors import (
 from smoothl1_deploy.floats import NUMPY_DTYPE
 from smoothl1_deploy.parity.cases import LAYOUTS, Case, References, check, is_for
 from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.parity.matrix import run_matrix
-from smoothl1_deploy.parity.plan import BETAS, Matrix, is_too_slow
+from smoothl1_deploy.parity.matrix import BETAS, Matrix, is_too_slow, run_matrix
 from smoothl1_deploy.spec import DTYPES, REDUCTIONS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")

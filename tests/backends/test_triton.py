@@ -9,8 +9,7 @@ from agreement import assert_right, pair
 from smoothl1_deploy import LossSpec, export, load
 from smoothl1_deploy.backends.base import missing
 from smoothl1_deploy.errors import ArtefactError, InvalidInputError, SmoothL1DeployError
-from smoothl1_deploy.parity.matrix import run_matrix
-from smoothl1_deploy.parity.plan import OVER_THE_WIRE, Matrix
+from smoothl1_deploy.parity.matrix import OVER_THE_WIRE, Matrix, run_matrix
 
 
 @pytest.fixture(scope="module", autouse=True)

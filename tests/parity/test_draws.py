@@ -22,8 +22,7 @@ from smoothl1_deploy.floats import Array
 from smoothl1_deploy.parity.cases import Case, References, check
 from smoothl1_deploy.parity.draws import Draw
 from smoothl1_deploy.parity.families import ADVERSARIAL, FAMILIES, WEIGHTS
-from smoothl1_deploy.parity.matrix import Matrix, run_matrix
-from smoothl1_deploy.parity.plan import DRAWS
+from smoothl1_deploy.parity.matrix import DRAWS, Matrix, run_matrix
 from smoothl1_deploy.parity.report import Report, is_extended, repeat_command
 from smoothl1_deploy.parity.views import html, junit, markdown, tables
 from smoothl1_deploy.spec import DTYPES

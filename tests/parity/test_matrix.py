@@ -19,8 +19,14 @@ from smoothl1_deploy.errors import InvalidInputError
 from smoothl1_deploy.floats import Array
 from smoothl1_deploy.parity.cases import LAYOUTS, Case, is_for
 from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.parity.matrix import Matrix, run_matrix
-from smoothl1_deploy.parity.plan import EXTENSIONS, Unit, is_run, needs_wider
+from smoothl1_deploy.parity.matrix import (
+    EXTENSIONS,
+    Matrix,
+    Unit,
+    is_run,
+    needs_wider,
+    run_matrix,
+)
 from smoothl1_deploy.parity.report import is_extended, repeat_command
 from smoothl1_deploy.parity.views import tables
 from smoothl1_deploy.spec import DTYPES

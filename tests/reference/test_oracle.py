@@ -16,7 +16,7 @@ from smoothl1_deploy import LossSpec
 from smoothl1_deploy.floats import NUMPY_DTYPE, ieee_class
 from smoothl1_deploy.reference import oracle as oracle_module
 from smoothl1_deploy.reference.module import eager
-from smoothl1_deploy.reference.oracle import oracle, oracle_gradient
+from smoothl1_deploy.reference.oracle import oracle, oracle_gradient, sums_of_products
 from smoothl1_deploy.spec import DTYPES, REDUCTIONS
 
 every_format = pytest.mark.parametrize("dtype", DTYPES)
@@ -294,8 +294,6 @@ def test_a_gradient_that_cancels_to_nothing_is_zero() -> None:
 
 def test_products_that_no_float_holds_are_added_exactly() -> None:
     """A million factors of many magnitudes, and their negatives, leave the one that is alone."""
-    from smoothl1_deploy.reference.exact import sums_of_products
-
     rng = np.random.default_rng(3)
     a, b = (np.ldexp(rng.standard_normal(5000), rng.integers(-1000, 900, 5000)) for _ in range(2))
     one = [np.append(a, 3e-300), np.append(b, 7e-300)]
