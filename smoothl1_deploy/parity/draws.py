@@ -1,7 +1,8 @@
 """Random draws: a spec, its shapes and its data, each a function of one number.
 
-The grid of `matrix` meets every value of every field, and few of their combinations. A draw combines
-them at random, with the shapes, weights and numbers that were found by looking for what breaks.
+The grid of `matrix` meets every value of every field, and few of their combinations. A draw
+combines them at random, with the shapes, weights and numbers that were found by looking for what
+breaks.
 """
 
 from __future__ import annotations
