@@ -145,7 +145,8 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
     and divide by beta and the count of a mean: with n terms the error is at most
     `(u sum |d| + 8 n^2 u^2 sum |clip(d)|) / (beta count) + 3 u |exact|`, the first sum being of the
     differences below beta (others are clipped to beta exactly), the second term as in 2. above; the
-    oracle's own rounding is one more. None where that is not proved, or nothing is summed back.
+    oracle's own rounding is one more. 0 for an element whose terms don't cancel: the first sum is
+    at most `u |exact|` then. None where nothing is proved, or nothing is summed back.
     """
     whole = np.broadcast_shapes(input.shape, target.shape)
     beta, terms = spec.effective_beta, math.prod(whole) // max(input.size, 1)
@@ -161,9 +162,11 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
         reach = errors.sum(axis=axes).reshape(input.shape)
         if spec.reduction == "mean":
             reach /= math.prod(whole[1:] if spec.per_sample else whole)
+        cancels = reach > 2 * _WIDE * abs(exact)
         # The roundings of this computation itself, and of what is subnormal.
         reach = 1.001 * reach + 4 * _WIDE * abs(exact) + 4 * np.finfo("float64").smallest_subnormal
-        return np.maximum(ulp_distance(exact, exact - reach), ulp_distance(exact, exact + reach))
+        ends = (ulp_distance(exact, end) for end in (exact - reach, exact + reach))
+        return np.where(cancels, np.maximum(*ends), np.uint64(0))
 
 
 def in_range(spec: LossSpec, input: Array, target: Array, weight: Array | None = None) -> bool:

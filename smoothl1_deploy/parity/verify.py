@@ -70,7 +70,8 @@ class Verification:
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON."""
         found = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
-        return {"ok": bool(self), **found, "cases": found.pop("results")}
+        found["cases"] = found.pop("results")
+        return {"ok": bool(self), **found}
 
 
 def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:

@@ -163,9 +163,12 @@ def test_differences_that_cancel_are_within_the_bound_of_a_gradient_summed_back(
                 exact = oracle_gradient(spec, input, target)
                 limits = gradient_bound(spec, input, target, exact)
                 off = ulp_distance(model.run(input, target)["grad_input"], exact)
-                assert limits is not None and (off <= limits).all(), (spec, family, seed)
-                closest = max(closest, float((off / np.maximum(limits, 1)).max()))
+                assert limits is not None and (off <= np.maximum(limits, 6)).all(), (spec, family)
+                closest = max(closest, float((off / np.maximum(limits, 6)).max()))
     assert closest > 0.5  # the bound is not idle
+    alike = np.linspace(1.0, 2.0, 8)[:, None]  # nothing cancels: there PyTorch is the measure
+    exact = oracle_gradient(spec, alike[:1], -alike)
+    assert (gradient_bound(spec, alike[:1], -alike, exact) == 0).all()
     assert gradient_bound(LossSpec(gradient=True), input, target, exact) is None
     assert gradient_bound(spec, target, target, target) is None
 

@@ -105,6 +105,10 @@ def test_the_plain_exporter_s_drift_and_its_empty_mean_are_found(
     errors = [point.relative or 0.0 for point in curve.values()]
     assert errors == sorted(errors) and errors[-1] > 1e-3
     assert all((point.torch_relative or 0.0) < 1e-6 for point in curve.values())
+    assert set(result.to_dict()) == {
+        "ok", "name", "sha256", "changed", "spec", "backend", "seed", "cases", "drift",
+        "diagnoses", "remarks", "environment",
+    }  # fmt: skip
     last = result.to_dict()["drift"][-2]
     assert last["elements"] == 1 << 22 and last["case"]["family"] == "constant"
     assert last["case"]["ulp"] > 10_000 > last["case"]["allowed"] and last["ok"] is False
