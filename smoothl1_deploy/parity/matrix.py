@@ -373,8 +373,8 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     float64 leaves the roundings of products with weights or an upstream gradient, and of numbers
     near the largest those of the differences; weighted (or multiplied by an upstream gradient) and
     divided, a subnormal slope is rounded three times. How far PyTorch itself, which computes in the
-    output's format, is off in these cases is a matter of luck, and no measure. What differences alone
-    leave in float64 is allowed for: `bounds.gradient_bound`.
+    output's format, is off in these cases is a matter of luck, and no measure. (What float64
+    differences alone leave is no such case: `bounds.gradient_bound` allows for it.)
     Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
     no room for it: a subnormal beta, slopes by a beta near the largest, products with subnormal
     weights.
