@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from random import Random
 
 import onnx
@@ -21,7 +20,6 @@ from ..spec import DTYPES, NORMALIZERS, REDUCTIONS, LossSpec
 from .cases import Case, References, with_beta
 from .families import ADVERSARIAL, FAMILIES, WEIGHTS
 from .report import is_extended
-from .shapes import Shapes
 
 _BY_TORCH = 0.15  # of the plain ones: that export takes ten times as long as the others
 _CASES = 3  # of a draw: to export takes longer than to run
@@ -87,10 +85,38 @@ class Draw:
         whole.append("copies")  # the axis that weights alone may have, at index -1
         axes = tuple(tuple(1 if i is None else whole[i] for i in array) for array in arrays)
         declared = axes if by_torch else _declared(random, axes)
-        empty = _EMPTY if beta >= 0 else _EMPTY_WITHOUT_BETA
-        draw = partial(_case, random, spec, arrays, whole, sizes, number, empty)
-        cases = tuple(draw() for _ in range(_CASES))
-        return cls(number, spec, beta, route, axes, declared, cases)
+        draw = cls(number, spec, beta, route, axes, declared, ())
+        cases = tuple(draw._case(random, arrays, whole, sizes) for _ in range(_CASES))
+        return replace(draw, cases=cases)
+
+    def _case(
+        self, random: Random, arrays: tuple[_Axes, ...], whole: list[Dim], sizes: tuple[int, ...]
+    ) -> Case:
+        """One input pair in the shapes of `arrays`, whose dynamic axes get sizes of their own."""
+        spec = self.spec
+        given = [dim if isinstance(dim, int) else random.choice(sizes) for dim in whole]
+        given[-1] = random.choice((1, 2, 3))
+        dynamic = [i for i, dim in enumerate(whole[:-1]) if isinstance(dim, str)]
+        kind = random.random()
+        if dynamic and kind < _UNUSUAL:
+            axis = random.choice(dynamic)
+            given[axis] = 1
+            many = int(2 ** random.uniform(*_LARGE))
+            empty = _EMPTY if self.beta >= 0 else _EMPTY_WITHOUT_BETA
+            given[axis] = 0 if kind < empty else max(1, many // math.prod(given))
+        shapes = tuple(tuple(1 if i is None else given[i] for i in array) for array in arrays)
+        layout = " ".join(map(describe, shapes))
+        case = Case.at(random.choice(_FAMILIES), layout, shapes, self.number)
+        weighs = spec.weight is not None or spec.upstream
+        if weighs and random.random() < 0.5:
+            case = replace(case, weighting=random.choice([*WEIGHTS]))
+        # Where sums of weights overflow as well, PyTorch's NaN has two causes.
+        overflows = spec.weight and case.family in ("overflow", "inf", "nan", "inf-minus-inf")
+        # Autograd adds these weights up before the product that underflows to -0.
+        is_wider = spec.gradient and -1 in (arrays[-1] or ())
+        if overflows or (is_wider and case.weighting in ("tiny", "mixed")):
+            case = replace(case, weighting="usual")
+        return case
 
     def model(self, any_rank: bool) -> onnx.ModelProto:
         """The artefact, for a backend that takes any rank or for one that doesn't."""
@@ -178,36 +204,3 @@ def _declared(random: Random, axes: tuple[Axes, ...]) -> tuple[Axes, ...] | None
         tuple(dim if isinstance(dim, int) and dim > 1 else f"{role}_{i}" for i, dim in enumerate(x))
         for role, x in zip("abw", axes, strict=False)
     )
-
-
-def _case(
-    random: Random,
-    spec: LossSpec,
-    arrays: tuple[_Axes, ...],
-    whole: list[Dim],
-    sizes: tuple[int, ...],
-    number: int,
-    empty: float,
-) -> Case:
-    """One input pair in the shapes of `arrays`, whose dynamic axes get sizes of their own."""
-    given = [dim if isinstance(dim, int) else random.choice(sizes) for dim in whole]
-    given[-1] = random.choice((1, 2, 3))
-    dynamic = [i for i, dim in enumerate(whole[:-1]) if isinstance(dim, str)]
-    kind = random.random()
-    if dynamic and kind < _UNUSUAL:
-        axis = random.choice(dynamic)
-        given[axis] = 1
-        many = int(2 ** random.uniform(*_LARGE))
-        given[axis] = 0 if kind < empty else max(1, many // math.prod(given))
-    shapes: Shapes = tuple(tuple(1 if i is None else given[i] for i in array) for array in arrays)
-    case = Case.at(random.choice(_FAMILIES), " ".join(map(describe, shapes)), shapes, number)
-    weighs = spec.weight is not None or spec.upstream
-    if weighs and random.random() < 0.5:
-        case = replace(case, weighting=random.choice([*WEIGHTS]))
-    if spec.weight and case.family in ("overflow", "inf", "nan", "inf-minus-inf"):
-        # Where sums of weights overflow as well, PyTorch's NaN has two causes.
-        case = replace(case, weighting="usual")
-    if spec.gradient and -1 in (arrays[-1] or ()) and case.weighting in ("tiny", "mixed"):
-        # Autograd adds these up before the product that underflows to -0.
-        case = replace(case, weighting="usual")
-    return case

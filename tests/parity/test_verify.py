@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnx.parser
 import pytest
 from planted import plant
@@ -149,6 +150,16 @@ def test_2_to_24_elements_stay_below_2_gigabytes(
     elements, error, memory = done.stdout.split()
     assert int(elements) == 1 << 24 and float(error) > 1e-2
     assert int(memory) < 2e9
+
+
+def test_the_drift_of_a_loss_of_another_rank_is_judged_by_its_numbers() -> None:
+    model = theirs(outputs="float[1] loss", more="loss = Reshape(out, size)")
+    model.graph.initializer.append(
+        onnx.helper.make_tensor("size", onnx.TensorProto.INT64, [1], [1])
+    )
+    found = verify(model, spec=LossSpec())
+    assert not any(result.verdict.ok for result in found.results)
+    assert found.drift and all(point.ok for point in found.drift)
 
 
 def test_drift_is_empty_where_nothing_adds_up() -> None:
