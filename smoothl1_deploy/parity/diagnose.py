@@ -474,17 +474,16 @@ def choice_at_beta(
     if not is_held or not only_a_pair or not 0 < elements(shapes) <= _MOST:
         return None
     knee = np.asarray(beta, dtype)
-    below, above = (np.nextafter(knee, np.asarray(end, dtype)) for end in (0, np.inf))
-    zeros = np.zeros(shapes[1], dtype)
-    steps = [
-        {signature.input.name: np.full(shapes[0], d, dtype), signature.target.name: zeros}
-        for d in (below, knee, above)
-    ]
+    steps = (np.nextafter(knee, dtype.type(0)), knee, np.nextafter(knee, dtype.type(np.inf)))
     try:
-        chosen = list(_conditions(model, steps))
+        chosen = _conditions(
+            model,
+            signature,
+            [(np.full(shapes[0], d, dtype), np.zeros(shapes[1], dtype)) for d in steps],
+        )
     except Exception:  # whatever an evaluator dies of, it says nothing about the comparison
         return None
-    if not any(low == at != high for low, at, high in chosen):
+    if (True, True, False) not in chosen and (False, False, True) not in chosen:
         return None
     why = (
         "the graph sends |d| = beta to the quadratic part, PyTorch to the linear one. Both give "
@@ -495,18 +494,21 @@ def choice_at_beta(
 
 
 def _conditions(
-    model: onnx.ModelProto, steps: list[dict[str, np.ndarray]]
-) -> Iterator[tuple[bool, ...]]:
-    """For each `Where` whose condition is the same in all elements: its value at every step."""
+    model: onnx.ModelProto, signature: Signature, pairs: Sequence[tuple[Array, Array]]
+) -> list[tuple[bool, ...]]:
+    """For each `Where` whose condition is the same in all elements: its value for every pair."""
     flat = inlined(model)
-    names = dict.fromkeys(node.input[0] for node in flat.graph.node if node.op_type == "Where")
     made = {name for node in flat.graph.node for name in node.output}
-    wanted = [name for name in names if name in made]
+    asked = dict.fromkeys(node.input[0] for node in flat.graph.node if node.op_type == "Where")
+    wanted = [name for name in asked if name in made]
     if not wanted:
-        return
+        return []
     evaluator = ReferenceEvaluator(flat)
+    names = signature.input.name, signature.target.name
     with np.errstate(all="ignore"):  # beta may be as large as its dtype takes
-        found = [evaluator.run(wanted, feeds) for feeds in steps]
-    for values in zip(*found, strict=True):
-        if all(value.size and (value.all() or not value.any()) for value in values):
-            yield tuple(bool(value.all()) for value in values)
+        found = [evaluator.run(wanted, dict(zip(names, pair, strict=True))) for pair in pairs]
+    return [
+        tuple(bool(value.all()) for value in values)
+        for values in zip(*found, strict=True)
+        if all(value.size and value.all() == value.any() for value in values)
+    ]
