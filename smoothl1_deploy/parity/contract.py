@@ -153,11 +153,11 @@ def _text(values: Array) -> str:
     return nested(values)
 
 
-def _attempt(compute: Callable[[], Array]) -> Array | Exception:
+def _attempt(compute: Callable[..., Array], *arguments: Any) -> Array | Exception:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return compute()
+            return compute(*arguments)
     except Exception as exc:  # torch and ONNX Runtime raise of their own: what, is the finding
         return exc
 
@@ -197,21 +197,20 @@ def _torch(probe: _Probe) -> Array:
     return from_torch(module(*map(to_torch, probe.arrays())))
 
 
-def _ours(probe: _Probe, backend: str, route: str) -> Array:
+def _ours(probe: _Probe, backend: str) -> Array:
     spec = probe.spec()
     chosen = get_backend(backend, threads=1)
     reason = chosen.refuses(spec)
     if reason:
         raise UnsupportedError(reason)
     shape, target_shape = probe.axes
-    model = export(spec, route, shape, target_shape=target_shape)
+    model = export(spec, shape=shape, target_shape=target_shape)
     return chosen.load(model).run(*probe.arrays())["loss"]
 
 
 def probe_contract(
     backends: Sequence[str] = ("ort-cpu",),
     *,
-    route: str = "function",
     plain: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Contract:
@@ -219,14 +218,13 @@ def probe_contract(
 
     Args:
         backends: names of `BACKENDS` that can be used here.
-        route: of this tool's artefacts.
         plain: whether to ask the plain exporter's graph on ONNX Runtime too (about a second a
             row: each needs an export).
         progress: called with the rows done and their number, at the start and after each.
 
     Raises:
         MissingDependencyError: without torch, or what a backend lives on.
-        SpecError: for an unknown backend or route.
+        SpecError: for an unknown backend.
     """
     started = time.perf_counter()
     for backend in backends:
@@ -243,15 +241,15 @@ def probe_contract(
     edges = []
     progress(0, len(_PROBES))
     for done, probe in enumerate(_PROBES, 1):
-        torch = _attempt(lambda: _torch(probe))  # noqa: B023 - called at once
+        torch = _attempt(_torch, probe)
         answers = [Answer(PYTORCH, "reference", _describe(torch))]
         for backend in backends:
-            got = _attempt(lambda: _ours(probe, backend, route))  # noqa: B023
+            got = _attempt(_ours, probe, backend)
             if isinstance(got, Exception) and not isinstance(got, SmoothL1DeployError):
                 raise got  # a crash of our own is no answer
             answers.append(_answer(backend, probe, got, torch))
         if plain:
-            answers.append(_answer(PLAIN, probe, _attempt(lambda: run_plain(probe)), torch))  # noqa: B023
+            answers.append(_answer(PLAIN, probe, _attempt(run_plain, probe), torch))
         edges.append(Edge(probe.name, probe.question, tuple(answers)))
         progress(done, len(_PROBES))
     columns = (PYTORCH, *backends, *([PLAIN] if plain else []))

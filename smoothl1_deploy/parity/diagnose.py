@@ -120,7 +120,7 @@ def _named(fault: Fault, why: str, answers: Sequence[Answer]) -> Diagnosis:
 def _formula(subject: Subject) -> Iterator[Diagnosis]:
     """What is wrong with them; nothing where all three are right."""
     spec = subject.spec
-    answers = subject.formula()
+    answers = subject.ordinary
     errors = [answer for answer in answers if answer.got is None]
     if errors:
         what = f"{len(errors)} of {len(answers)} ordinary inputs gave an error: {errors[0].error}"
@@ -314,12 +314,12 @@ _GRADIENTS: tuple[tuple[Fault, str, Callable[[Array], Array]], ...] = (
 
 
 def _gradient(subject: Subject) -> Iterator[Diagnosis]:
-    """What is wrong with the output `grad_input`, asked with probes that don't broadcast."""
+    """What is wrong with the output `grad_input`, by the probes that don't broadcast."""
     if not subject.has_gradient:
         return
     spec, wide = subject.spec, wide_dtype(subject.spec.dtype)
     asked: list[tuple[Answer, Array, Array]] = []
-    for answer in subject.formula(any_rank=False):
+    for answer in subject.ordinary:
         input, target, *weights = answer.probe.arrays
         got = answer.gradient
         if got is not None and input.shape == target.shape == got.shape:
@@ -329,7 +329,7 @@ def _gradient(subject: Subject) -> Iterator[Diagnosis]:
     def holds(change: Callable[[Array], Array]) -> bool:
         tolerance = 16 * UNIT_ROUNDOFF[spec.dtype]
         pairs = [(got, change(exact)) for _, got, exact in asked]
-        return all(np.all(np.abs(got - all_) <= tolerance * np.abs(all_)) for got, all_ in pairs)
+        return all((np.abs(got - it) <= tolerance * np.abs(it)).all() for got, it in pairs)
 
     if holds(np.copy):
         return

@@ -410,7 +410,6 @@ _COUNTS: tuple[tuple[str, Count], ...] = (
     ("the number of elements in one row (all axes but the first)",
      lambda x, a, b: math.prod(x.shape[1:])),
     ("the size of the last axis", lambda x, a, b: x.shape[-1] if x.ndim else 1),
-    ("the number of all elements", lambda x, a, b: x.size),
     ("the number of elements of the input, before broadcasting", lambda x, a, b: math.prod(a)),
     ("the number of elements of the target, before broadcasting", lambda x, a, b: math.prod(b)),
     ("the number of elements less 1", lambda x, a, b: x.size - 1),

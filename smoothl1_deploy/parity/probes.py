@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import ml_dtypes
 import numpy as np
@@ -132,11 +133,9 @@ class Subject:
             got = got.reshape(expected.shape)
         return Answer(spec, probe, expected, got, shape, outputs.get("grad_input"))
 
-    def formula(self, any_rank: bool | None = None) -> list[Answer]:
-        """Ordinary numbers: what they give depends on the formula and the reduction alone.
-
-        `any_rank=False` leaves out what is broadcast.
-        """
+    @cached_property
+    def ordinary(self) -> list[Answer]:
+        """To ordinary numbers: what they give depends on the formula and the reduction alone."""
         first, second, row = (self._plan.small(size) for size in (3, 5, 1))
         if not elements(first):
             return []
@@ -146,7 +145,7 @@ class Subject:
         # one row can't be told from all.
         if not self.spec.per_sample:
             others[row] = [d for d in sizes if d >= self.spec.effective_beta][:2]
-        if self.any_rank if any_rank is None else any_rank:
+        if self.any_rank:
             others[((3, 1), (1, 4), (1, 4))[: len(first)]] = sizes[::3]
         others.pop(first, None)
         signed = [sign * d for d in sizes for sign in (1, -1)]

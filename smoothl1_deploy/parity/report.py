@@ -117,7 +117,7 @@ class Build(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class Draws(Record):
     """The random draws that one backend met by one route, summed up.
 
     Attributes:
@@ -137,15 +137,8 @@ class Draws:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: of the green ones no more than what is nearest to its limit."""
         near = self.nearest
-        return {
-            "backend": self.backend,
-            "route": self.route,
-            "draws": self.draws,
-            "cases": self.cases,
-            "refused": self.refused,
-            "nearest": near and {"draw": near.draw, "ulp": near.ulp, "allowed": near.allowed},
-            "red": plain(self.red),
-        }
+        shown = near and {"draw": near.draw, "ulp": near.ulp, "allowed": near.allowed}
+        return {**Record.to_dict(self), "nearest": shown}
 
 
 def draws_of(cells: Iterable[Cell]) -> tuple[Draws, ...]:

@@ -366,6 +366,12 @@ def test_float32_accumulation(shape: str, text: str) -> None:
     assert diagnosis.evidence[0].got != diagnosis.evidence[0].expected
 
 
+def test_an_error_of_the_same_size_everywhere_is_no_accumulation() -> None:
+    slightly_more = "odd = Constant<value_float=1.0000005>() each = Mul(odd, raw)"
+    model = planted(f"raw = Where(inside, quadratic, linear) {slightly_more}")
+    assert found(model, LossSpec(0.5), drift=True) == [Fault.UNKNOWN]
+
+
 def test_float64_accumulation() -> None:
     result = verify(planted(dtype="float64"), spec=LossSpec(0.5, dtype="float64"))
     assert [d.fault for d in result.diagnoses] == [Fault.FLOAT64_ACCUMULATION]

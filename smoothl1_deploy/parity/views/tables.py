@@ -22,6 +22,7 @@ from ..report import Build, Cell, Report, is_extended, mean_shares
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+    from rich.text import Text
 
 # XML 1.0 has no place for these, and a browser drops or replaces them.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -235,20 +236,12 @@ class Table:
     def rich(self) -> RichTable:
         """For the terminal."""
         from rich.table import Table as RichTable
-        from rich.text import Text
 
-        table = RichTable(title=Text(self.title), title_justify="left")
+        table = RichTable(title=_rich_entry(self.title), title_justify="left")
         for name, letter in zip(self.columns, self.align, strict=True):
-            table.add_column(Text(name), justify="right" if letter == "r" else "left")
+            table.add_column(_rich_entry(name), justify="right" if letter == "r" else "left")
         for row in self.rows:
-            table.add_row(
-                *(
-                    Text(entry)
-                    if isinstance(entry, str)
-                    else Text(entry.text, style="green" if entry.ok else "bold white on red")
-                    for entry in row
-                )
-            )
+            table.add_row(*map(_rich_entry, row))
         return table
 
     def markdown(self) -> list[str]:
@@ -260,6 +253,14 @@ class Table:
             [entry.replace("|", "\\|") for entry in row] for row in (rows[0], rule, *rows[1:])
         ]
         return ["", *(f"| {' | '.join(row)} |" for row in escaped), ""]
+
+
+def _rich_entry(entry: Entry | str) -> Text:
+    from rich.text import Text
+
+    if isinstance(entry, str):
+        return Text(entry)
+    return Text(entry.text, style="green" if entry.ok else "bold white on red")
 
 
 def _markdown_entry(entry: Entry | str) -> str:
