@@ -278,8 +278,8 @@ def _drift(spec: LossSpec, points: Sequence[DriftPoint]) -> Iterator[Diagnosis]:
             return
         first = min(point.elements for point in red)
         known = f"the error grows with the number of elements, red from {first:,} on: "
-    formats = sorted(UNIT_ROUNDOFF, key=UNIT_ROUNDOFF.__getitem__)
-    yield from _accumulation(spec, points, formats[spec.dtype != "float64" :], known)
+    formats = [spec.compute_dtype, *narrower(spec.compute_dtype)]
+    yield from _accumulation(spec, points, formats, known)
 
 
 def _sums_of(spec: LossSpec, cases: Sequence[CaseResult]) -> list[DriftPoint]:

@@ -49,22 +49,21 @@ def _red(report: Report) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _section(heading: str, table: tables.Table) -> list[str]:
-    """A table under its heading; nothing of one without rows."""
-    return [heading, table.title, *table.markdown()] if table.rows else []
+def _section(table: tables.Table) -> list[str]:
+    """A table under its title; nothing of one without rows."""
+    return [table.title, *table.markdown()] if table.rows else []
 
 
 def render(report: Report) -> str:
     """Headline, red cells and tables; the rest folded away."""
     lines = [_headline(report), "", *_red(report)]
-    for number, table in enumerate(tables.matrix(report)):
-        lines += [*([] if number else [table.title]), *table.markdown()]
-    lines += tables.backends(report).markdown()
-    lines += _section("### Random combinations", tables.draws(report))
+    shown = [*tables.matrix(report), tables.backends(report), tables.draws(report)]
+    for table in shown:
+        lines += _section(table)
     if report.drift:
-        lines += _section("### Error against size", tables.drift(report.drift))
+        lines += ["### Error against size", *_section(tables.drift(report.drift))]
     if report.contract:
-        lines += _section("### Contract differences", tables.contract(report.contract))
+        lines += ["### Contract differences", *_section(tables.contract(report.contract))]
     environment = json.dumps(dict(report.environment), indent=1, ensure_ascii=True)
     fence = "`" * (3 + tables.longest_backticks(environment))
     lines += [

@@ -298,7 +298,8 @@ def matrix(report: Report) -> list[Table]:
         "ULP to the oracle / allowed, the worst of every route and backend "
         "(★ right where PyTorch itself overflows, underflows or makes NaN)"
     )
-    return [grid.table(title) for grid in overviews(report)]
+    titles = (title, "the extensions, likewise")
+    return [grid.table(text) for grid, text in zip(overviews(report), titles, strict=False)]
 
 
 def backends(report: Report) -> Table:
@@ -337,7 +338,12 @@ def draws(report: Report) -> Table:
         )
         rows.append((row.backend, row.route, *counts, limit))
     columns = ("backend", "route", "draws", "cases", "red", "not run", "nearest to its limit")
-    return Table("random combinations: ULP / allowed, number", columns, rows, "llrrrrr")
+    return Table(
+        "random combinations; the nearest to its limit as ULP / allowed, number",
+        columns,
+        rows,
+        "llrrrrr",
+    )
 
 
 def branches(report: Report) -> Table:
