@@ -316,10 +316,12 @@ class Supervisor:
         the canary among them: looking at the process is faster.
         """
         start = f"{self._server.mirror.folder / name / version}/"
+        if not self._server.triton.embedded:
+            return frozenset()
         found = set()
-        if self._server.triton.embedded:
+        with contextlib.suppress(self._psutil.NoSuchProcess):  # the server itself has ended
             for process in self._psutil.Process(self._server.pid).children():
-                with contextlib.suppress(self._psutil.Error):  # it has ended
+                with contextlib.suppress(self._psutil.Error):  # this one has
                     if any(word.startswith(start) for word in process.cmdline()):
                         found.add(process)
         return frozenset(found)
@@ -527,7 +529,7 @@ class Events:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            self._file = path.open("ab", buffering=0)
         except OSError as exc:
             raise OutputError(
                 f"can't write {path}: {exc.strerror or exc}; choose another folder with --logs"
@@ -542,7 +544,8 @@ class Events:
             "pid": os.getpid(),
             **{k: round(v, 4) if isinstance(v, float) else v for k, v in fields.items()},
         }
-        self._file.write(json.dumps(line, default=str) + "\n")
+        with contextlib.suppress(OSError):  # a full disk is no reason to stop serving
+            self._file.write((json.dumps(line, default=str) + "\n").encode())
 
     def close(self) -> None:
         """End the log."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -159,8 +157,6 @@ def test_a_folder_that_is_no_repository(tmp_path: Path, triton: Triton) -> None:
 
 
 def test_a_port_that_is_taken(tmp_path: Path, triton: Triton) -> None:
-    import socket
-
     write_loss(tmp_path, LossSpec(), name="mean")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -168,27 +164,3 @@ def test_a_port_that_is_taken(tmp_path: Path, triton: Triton) -> None:
             SpecError, match=f"127.0.0.1:{port} .*choose another --grpc-port, 0 for"
         ):
             Server(tmp_path, triton, ports={"grpc": port}).start()
-
-
-def test_a_server_whose_parent_is_killed_ends(tmp_path: Path, triton: Triton) -> None:
-    import psutil
-
-    write_loss(tmp_path / "models", LossSpec(), name="mean")
-    code = (
-        "import sys, time\n"
-        "from smoothl1_deploy.serving.server import Server\n"
-        "server = Server(sys.argv[1])\nserver.start()\n"
-        "print(server.pid, flush=True)\ntime.sleep(600)\n"
-    )
-    root = Path(module.__file__).parents[2]
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "models")],
-        stdout=subprocess.PIPE, text=True, cwd=root,
-        env={**os.environ, "TMPDIR": str(tmp_path)},  # nobody is left to remove its folder
-    )  # fmt: skip
-    assert parent.stdout is not None
-    server = psutil.Process(int(parent.stdout.readline()))
-    family = [server, *server.children(recursive=True)]
-    parent.kill()
-    parent.communicate()
-    assert not psutil.wait_procs(family, timeout=60)[1]

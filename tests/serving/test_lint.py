@@ -165,29 +165,28 @@ def certificate(verdict: str) -> Plant:
     return write
 
 
-def in_model(model: str, change: Callable[[Path], object], file: str = "1/model.onnx") -> Plant:
-    return lambda root: change(root / model / file)
+def in_mean(change: Callable[[Path], object], file: str = "1/model.onnx") -> Plant:
+    return lambda root: change(root / "mean" / file)
 
 
-MEAN = "loss is a mean over all rows of a batch: requests of different callers would be mixed into"
+BETA = 'input {\n  name: "beta"\n  data_type: TYPE_FP32\n  dims: 1\n}\n'
+BATCHES, DYNAMIC = "max_batch_size: 8\ninput {", "dynamic_batching { }\ninput {"
+LIBRARY = "model_operations { op_library_filename: '/no/ops.so' }\ninput {"
+WARMUP = "model_warmup { name: 'first' batch_size: 65 }\ndynamic"
 #: What is planted, the rule that finds it, and a part of what it says.
 FAULTS: list[tuple[Plant, str, str]] = [
-    (in_model("mean", Path.unlink, "config.pbtxt"), "no-config", "there is no config.pbtxt"),
+    (in_mean(Path.unlink, "config.pbtxt"), "no-config", "there is no config.pbtxt"),
     (
         edit("mean", ("platform", "plattform")),
         "bad-config",
         'config.pbtxt: not a model config: 2:1 : Message type "inference.ModelConfig" has no '
         'field named "plattform"',
     ),
-    (in_model("mean", pipe, "config.pbtxt"), "bad-config", "it is a folder, a pipe or a device"),
+    (in_mean(pipe, "config.pbtxt"), "bad-config", "it is a folder, a pipe or a device"),
+    (in_mean(lambda path: path.rename(f"{path}.old")), "no-model-file", "1 has no model.onnx"),
+    (in_mean(lambda path: path.write_bytes(b"onnx")), "bad-model", "model.onnx"),
     (
-        in_model("mean", lambda path: path.rename(path.with_name("mean.onnx"))),
-        "no-model-file",
-        "version 1 has no model.onnx",
-    ),
-    (in_model("mean", lambda path: path.write_bytes(b"onnx")), "bad-model", "model.onnx"),
-    (
-        in_model("mean", lambda path: onnx.save(carrying("function"), path)),
+        in_mean(lambda path: onnx.save(carrying("function"), path)),
         "engine-inside",
         "the model carries an engine (4 bytes) for any provider in the node 'F/engine'",
     ),
@@ -196,41 +195,25 @@ FAULTS: list[tuple[Plant, str, str]] = [
         "unknown-tensor",
         "the config has the input 'label', the model has 'input', 'target'",
     ),
-    (
-        edit("beta", ('input {\n  name: "beta"\n  data_type: TYPE_FP32\n  dims: 1\n}\n', "")),
-        "missing-input",
-        "the model takes the input 'beta', and the config doesn't have it",
-    ),
+    (edit("beta", (BETA, "")), "missing-input", "takes the input 'beta', and the config doesn't"),
     (
         edit("sum", ("TYPE_FP16", "TYPE_FP32")),
         "wrong-dtype",
         "the config has the input 'input' as TYPE_FP32, the model as TYPE_FP16",
     ),
-    (
-        edit("mean", ("  dims: -1\n", "")),
-        "wrong-dims",
-        "the input 'input' has the dims [16], in the model [-1, 16]",
-    ),
+    (edit("mean", ("  dims: -1\n", "")), "wrong-dims", "dims [16], in the model [-1, 16]"),
     # An export as it is, without what a server needs.
     (plain_mean, "wrong-dims", "the output 'loss' has the dims [1], in the model []"),
     (plain_mean, "missing-guard", "a 'target' of one row would be broadcast to the rows of 'in"),
+    (edit("none", ("16", "8")), "wrong-dims", "[-1, 8] with the rows of a batch, in the model [-1"),
+    (edit("mean", ("16", "-1")), "wrong-dims", "the dims [-1, -1], in the model [-1, 16]"),
     (
-        edit("none", ("dims: 16", "dims: 8")),
-        "wrong-dims",
-        "'input' has the dims [-1, 8] with the rows of a batch, in the model [-1, 16]",
-    ),
-    (
-        edit("mean", ("dims: 16", "dims: -1")),
-        "wrong-dims",
-        "the input 'input' has the dims [-1, -1], in the model [-1, 16]",
-    ),
-    (
-        edit("mean", ("input {", "max_batch_size: 8\ninput {"), *[("dims: -1\n", "")] * 2),
+        edit("mean", ("input {", BATCHES), *[("dims: -1\n", "")] * 2),
         "batched-reduction",
-        f"max_batch_size is 8, but {MEAN}",
+        "max_batch_size is 8, but loss is a mean over all rows of a batch: requests of different",
     ),
     (
-        edit("sum", ("input {", "dynamic_batching { }\ninput {")),
+        edit("sum", ("input {", DYNAMIC)),
         "batched-reduction",
         "max_batch_size is 0 and dynamic_batching is on, but loss is a sum over all rows",
     ),
@@ -239,21 +222,13 @@ FAULTS: list[tuple[Plant, str, str]] = [
         "batched-reduction",
         "max_batch_size is 8, but the output l1 has no axis of rows",
     ),
+    (edit("beta-none", ("input {", BATCHES)), "not-batchable", "and two requests may differ in it"),
     (
-        edit("beta-none", ("input {", "max_batch_size: 8\ninput {")),
-        "not-batchable",
-        "beta is one number for a whole batch, and two requests may differ in it",
-    ),
-    (
-        edit("none", ("dyn", "model_warmup { name: 'first' batch_size: 65 }\ndyn")),
+        edit("none", ("dynamic", WARMUP)),
         "warmup-batch",
         "the warm-up 'first' sends 65 requests in one batch, and the model takes 64",
     ),
-    (
-        edit("mean", ("input", "model_operations { op_library_filename: '/no/ops.so' }\ninput")),
-        "operator-library",
-        "the server is to load the library '/no/ops.so'; there is none",
-    ),
+    (edit("mean", ("input {", LIBRARY)), "operator-library", "library '/no/ops.so'; there is none"),
     (foreign, "missing-guard", "a 'y_true' of one row would be broadcast to the rows of 'y_pred'"),
     (attached, "missing-guard", "a 'gt' of one row would be broadcast to the rows of 'loss'"),
     (changed, "changed-model", "the model was changed by something else after"),

@@ -88,3 +88,5 @@ def test_events_are_json_lines(tmp_path: Path) -> None:
     assert found["event"] == "canary_failed" and found["level"] == "warning"
     assert found["reason"] == 'it said "no"\nand more' and found["seconds"] == 0.1235
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", found["time"])
+    with contextlib.closing(Events(Path("/dev/full"))) as events:
+        events.record("loaded", model="mean")  # a full disk ends no server

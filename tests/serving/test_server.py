@@ -428,24 +428,34 @@ def test_no_command_in_a_path_is_run(tmp_path: Path, certified: Path, triton: Tr
     assert [*tmp_path.iterdir()] == [folder]
 
 
-def test_what_one_that_was_killed_has_left_goes_at_the_next_start(models: Path) -> None:
+def test_a_server_ends_with_its_parent_and_what_is_left_goes_at_the_next_start(
+    models: Path,
+) -> None:
     temporary = models.parent / "temporary"
     temporary.mkdir()
+
+    def killed(everything: bool) -> Family:
+        with Served(models, TMPDIR=str(temporary)) as served:
+            served.facts()
+            family = Family(served.process.pid)
+            served.process.kill()
+            for member in family.all if everything else ():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            served.process.wait()
+        served.ready.unlink()
+        assert not psutil.wait_procs(family.all, timeout=60)[1]
+        return family
+
+    killed(everything=False)
+    (first,) = temporary.iterdir()
+    family = killed(everything=True)  # as a machine that runs out of memory may do
+    (second,) = temporary.iterdir()
+    assert second != first and family.regions()
     with Served(models, TMPDIR=str(temporary)) as served:
         served.facts()
-        before = Family(served.process.pid)
-        served.process.kill()
-        for member in before.all:  # the server too, as a machine without memory may do
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        served.process.wait()
-    (left,) = temporary.iterdir()
-    assert before.regions()
-    served.ready.unlink()
-    with Served(models, TMPDIR=str(temporary)) as served:
-        served.facts()
-        (now,) = temporary.iterdir()
-        assert now.name != left.name and not before.regions()
+        (third,) = temporary.iterdir()
+        assert third != second and not family.regions()
     assert [*temporary.iterdir()] == []
 
 

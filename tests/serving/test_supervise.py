@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.errors import ArtefactError
+from smoothl1_deploy.errors import ArtefactError, ServerError
 from smoothl1_deploy.serving import Client
 from smoothl1_deploy.serving.embedded import Triton
 from smoothl1_deploy.serving.repository import write_loss
@@ -182,6 +183,17 @@ def test_new_broken_and_changed_versions_without_a_failure_in_between(
             process.kill()
         found.until(lambda: bool(found.events("reloaded")))
         assert found.loss() == 0.75 and len(found.events("version_refused")) == 2
+
+
+def test_a_server_that_ended_by_itself_is_told_with_its_last_words(
+    tmp_path: Path, triton: Triton
+) -> None:
+    write_loss(tmp_path, LossSpec(), name="mean")
+    with watched(tmp_path, triton) as found:
+        found.supervisor.bring_up()
+        os.kill(found.server.pid, signal.SIGKILL)
+        with pytest.raises(ServerError, match="ended by itself with -9; its last words: .*"):
+            found.until(lambda: False)
 
 
 def test_a_server_for_this_process_alone_loads_over_a_socket_of_this_users(
