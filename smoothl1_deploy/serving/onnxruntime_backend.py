@@ -158,8 +158,9 @@ class TritonPythonModel:
         """The outputs of several requests, computed as one batch."""
         load = self._ort.OrtValue.from_dlpack
         arrays = [{name: np.from_dlpack(value) for name, value in f.items()} for f in feeds]
-        rows = [{len(array) for array in one.values()} for one in arrays]
-        (counts,) = zip(*rows, strict=True)  # ValueError where inputs differ in their rows
+        counts = [len(next(iter(one.values()))) for one in arrays]
+        if any({*map(len, one.values())} != {n} for one, n in zip(arrays, counts, strict=True)):
+            raise ValueError("the inputs of a request differ in their rows")
         whole = {name: load(np.concatenate([one[name] for one in arrays])) for name in arrays[0]}
         ends = np.cumsum(counts)
         outputs = {name: np.from_dlpack(value) for name, value in self._run(whole).items()}

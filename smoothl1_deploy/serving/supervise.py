@@ -495,17 +495,13 @@ def _remove(path: Path) -> None:
 
 def _runs(facts: Mapping[str, Any]) -> bool:
     """Whether the process lives and its server answers: a number alone may have been used again."""
+    psutil = require("psutil", "serve", "serving")
     try:
-        os.kill(int(facts["pid"]), 0)
-    except PermissionError:
-        pass  # another user's
-    except (OSError, ValueError, TypeError, OverflowError):
-        return False
-    try:
+        lives = psutil.pid_exists(int(facts["pid"]))
         transport = open_transport(str(facts["http"]), 2, 0)
-    except SpecError:
+    except (SpecError, ValueError, TypeError, OverflowError):
         return False
-    return isinstance(transport, HttpTransport) and transport.is_live()
+    return lives and isinstance(transport, HttpTransport) and transport.is_live()
 
 
 # In service

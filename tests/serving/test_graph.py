@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest_serving import parsed
 from onnx import TensorProto, helper
 
 from smoothl1_deploy import LossSpec, attach, export, load, verify
@@ -135,10 +136,6 @@ def test_beta_of_a_request_is_one_number() -> None:
     np.testing.assert_array_equal(loss[0], load(export(LossSpec(0.5))).run(x, t)["loss"])
     with pytest.raises(Exception, match=r"index: 0 Got: 2 Expected: 1"):
         ask(model, input=x, target=t, beta=np.float32([0.5, 1.0]))
-
-
-def parsed(graph: str) -> onnx.ModelProto:
-    return onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18]> g {graph}')
 
 
 def autoencoder() -> onnx.ModelProto:

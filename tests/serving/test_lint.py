@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest_serving import tensorrt_engine
+from conftest_serving import parsed, tensorrt_engine
 
 from fuzzing.damage import carrying
 from smoothl1_deploy import LossSpec, attach, export
@@ -60,10 +60,6 @@ def test_what_this_tool_writes_is_clean(clean: Path) -> None:
     assert report.findings == () and report
     assert report.models == tuple(sorted(VARIANTS))
     assert {status.state for status in report.certificates.values()} == {"absent"}
-
-
-def parsed(graph: str) -> onnx.ModelProto:
-    return onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18]> g {graph}')
 
 
 def write(root: Path, name: str, config: str) -> Path:
