@@ -34,8 +34,8 @@ from smoothl1_deploy.errors import SmoothL1DeployError
 from smoothl1_deploy.floats import NUMPY_DTYPE, ulp_distance
 from smoothl1_deploy.reference.oracle import oracle
 from smoothl1_deploy.serving import Client
-from smoothl1_deploy.serving.launcher import Server
 from smoothl1_deploy.serving.repository import write_loss
+from smoothl1_deploy.serving.server import Server
 from smoothl1_deploy.serving.supervise import Supervisor
 
 #: name -> (spec, most rows of a request).

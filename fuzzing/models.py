@@ -30,12 +30,10 @@ from smoothl1_deploy.graph.metadata import (
 )
 from smoothl1_deploy.model import ATTACHED, Loss, inputs_of, metadata_of, value_names
 from smoothl1_deploy.scoring.scorer import make_job
-from smoothl1_deploy.serving.canary import make_canary
-from smoothl1_deploy.serving.certify import only_loss
-from smoothl1_deploy.serving.lint_graph import unguarded
-from smoothl1_deploy.serving.loss_part import loss_part
-from smoothl1_deploy.serving.losses import read_losses
-from smoothl1_deploy.serving.served_graph import serve
+from smoothl1_deploy.serving.graph import loss_part, read_losses, serve
+from smoothl1_deploy.serving.lint import unguarded
+from smoothl1_deploy.serving.repository import only_loss
+from smoothl1_deploy.serving.supervise import make_canary
 from smoothl1_deploy.tensorrt.options import BuildOptions
 
 from .damage import BYTE_EDITS, bases, carries_engine, damage_bytes, damaged_models

@@ -24,11 +24,10 @@ from smoothl1_deploy.cli import main
 from smoothl1_deploy.cli.inspect import graph_ports, inspect_model
 from smoothl1_deploy.errors import ArtefactError, SpecError
 from smoothl1_deploy.model import ATTACHED, Loss, axes_of, dims_of, inputs_of, main_tensors
-from smoothl1_deploy.serving.canary import make_canary
-from smoothl1_deploy.serving.lint_graph import unguarded
-from smoothl1_deploy.serving.losses import read_losses
-from smoothl1_deploy.serving.ports import onnx_ports
-from smoothl1_deploy.serving.served_graph import serve
+from smoothl1_deploy.serving.config import onnx_ports
+from smoothl1_deploy.serving.graph import read_losses, serve
+from smoothl1_deploy.serving.lint import unguarded
+from smoothl1_deploy.serving.supervise import make_canary
 from smoothl1_deploy.tensorrt.profile import input_shapes
 
 _COMPUTED = """<ir_version: 8, opset_import: ["": 18]>

@@ -22,7 +22,7 @@ from ..spec import LossSpec
 from .base import Backend, Runner
 
 if TYPE_CHECKING:
-    from ..serving.launcher import Server
+    from ..serving.server import Server
     from ..serving.transport import Transport
 
 __all__ = ["TritonGrpcBackend", "TritonHttpBackend", "TritonRunner"]
@@ -78,7 +78,7 @@ class _Shared:
         return HttpTransport(addresses.http, False, _TIMEOUT, 0)
 
     def _running(self) -> Server:
-        from ..serving.launcher import Server
+        from ..serving.server import Server
 
         if self._server is None:
             server = Server(self._folder.path, private=True)
@@ -132,7 +132,7 @@ class _TritonBackend(Backend):
     protocol: str
 
     def __init__(self) -> None:
-        from ..serving.install import find_triton
+        from ..serving.embedded import find_triton
 
         require("tritonclient.grpc", "serve", f"the {self.name} backend")
         find_triton()
@@ -148,7 +148,7 @@ class _TritonBackend(Backend):
             ArtefactError: for an unknown rank.
             UnsupportedError: for an opset older than 13.
         """
-        from ..serving.served_graph import serve
+        from ..serving.graph import serve
 
         return TritonRunner(serve(model).model, self.protocol)
 

@@ -131,9 +131,15 @@ def repository(
     if kserve is None and (storage_uri or service_name or runtime_version):
         raise SpecError("--storage-uri, --service-name and --runtime-version need --kserve FILE")
 
-    from ..serving.certify import certify_model, only_loss
-    from ..serving.kserve import RUNTIME_VERSION, inference_service, write_inference_service
-    from ..serving.repository import write_loss, write_model
+    from ..serving.repository import (
+        RUNTIME_VERSION,
+        certify_model,
+        inference_service,
+        only_loss,
+        write_inference_service,
+        write_loss,
+        write_model,
+    )
 
     service = None
     if kserve is not None:  # before anything is written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -93,7 +94,7 @@ def serve(
     it. A model whose process dies is loaded again.
     """
     if install:
-        from ..serving.install import install as set_up
+        from ..serving.embedded import install as set_up
 
         print_lines([f"the embedded Triton is in {set_up().home}"])
         if repository is None:
@@ -103,8 +104,8 @@ def serve(
             "say which model repository to serve: smoothl1-deploy serve REPOSITORY"
         )
 
-    from ..serving.launcher import Server
-    from ..serving.service import keep_up, service
+    from ..serving.server import Server
+    from ..serving.supervise import service
 
     logs = _log_folder(logs)
     ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
@@ -123,7 +124,9 @@ def serve(
             print_note(text)
         with service(server, logs, model is not None, ready_file, print_note) as supervisor:
             _show({**server.addresses.to_dict(), "logs": str(logs)}, supervisor)
-            keep_up(supervisor, interval)
+            while True:
+                time.sleep(interval)
+                supervisor.check()
     print_lines(["stopped"])
 
 

@@ -28,7 +28,7 @@ __all__ = [
 
 _PREFIX = "smoothl1_deploy."
 SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
-#: Of a graph whose ports are a server's: see serving/served_graph.py.
+#: Of a graph whose ports are a server's: see serving/graph.py.
 SERVED = _PREFIX + "served"
 #: What is said of a model for which `is_changed` is true.
 CHANGED = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from ..artefact import ROLES
@@ -14,9 +13,7 @@ from ..errors import ArtefactError, InvalidInputError
 from ..floats import Array
 from .transport import Declared, open_transport
 
-__all__ = ["Client"]
-
-#: Of the Open Inference Protocol -> dtype name.
+#: A data type of the Open Inference Protocol -> dtype name.
 _DTYPES = {"FP16": "float16", "BF16": "bfloat16", "FP32": "float32", "FP64": "float64"}
 
 
@@ -53,17 +50,12 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
     def retried(self) -> int:
-        """How many times a connection was tried again."""
+        """How many times the client tried again to connect."""
         return self._transport.retried
 
     def metadata(self) -> dict[str, Any]:
@@ -81,7 +73,7 @@ class Client:
 
     @property
     def dtype(self) -> str:
-        """Of the model's input, such as `"bfloat16"`.
+        """The dtype of the model's input, such as `"bfloat16"`.
 
         Raises:
             ArtefactError: for a model that takes no `input` and `target`, and as `metadata`.

@@ -27,17 +27,13 @@ from ..artefact import read_model
 from ..errors import ArtefactError, BackendUnavailableError, MissingDependencyError, ServerError
 from ..ops import library
 from . import stand_in
-from .install import Triton, find_triton
-from .launcher import Server
-from .lint_config import BACKENDS
-from .model_config import CONFIG_FILE, dump_config
+from .config import BACKENDS, CONFIG_FILE, ONNX_FILE, dump_config
+from .embedded import Triton, find_triton
 from .private import PrivateFolder
-from .repository import ONNX_FILE
+from .server import Server
 
 if TYPE_CHECKING:
     from .lint import Visit
-
-__all__ = ["refusals"]
 
 _POLL_FAILED = re.compile(r"Poll failed for model directory '(.+?)': (.*?)\"?$", re.MULTILINE)
 
@@ -47,7 +43,7 @@ _LEFT_OUT = (
     *("default_model_filename", "cc_model_filenames", "model_transaction_policy", "model_metrics"),
 )
 
-#: A server may take so much memory beside what the models weigh: a warm-up can ask for any.
+#: The bytes that a server may take beside what the models weigh: a warm-up can ask for any.
 _MEMORY = 4 << 30
 _SECONDS = 60.0  # for one model
 
@@ -76,7 +72,7 @@ class _Mirror:
         self._names = {"": ""}  # of the stranger's -> ours
 
     def ask(self, visits: Iterable[Visit]) -> tuple[dict[str, str], str]:
-        """As `refusals`.
+        """What `refusals` gives.
 
         Raises:
             ServerError: when no server can be started.
@@ -158,7 +154,7 @@ class _Mirror:
         self._link_files(visit, config, folder)
         if config.platform == "ensemble":
             return config
-        # Of instances only what is wrong on any machine is kept: this one may have no GPU.
+        # An instance group is kept only if it is wrong on any machine: this one may have no GPU.
         groups = [group for group in config.instance_group if group.gpus and group.kind > 1]
         config.ClearField("instance_group")
         config.instance_group.extend(groups[:1])  # 2 and 3 are KIND_CPU and KIND_MODEL
@@ -189,7 +185,7 @@ class _Mirror:
 
 
 def _load(server: Server, name: str) -> None:
-    """As `Server.load`, within the time, and at once where the server crashes over the model."""
+    """`Server.load`, but it ends within the time, and at once where the server crashes over it."""
     with ThreadPoolExecutor(1) as pool:
         loading, end = pool.submit(server.load, name), time.monotonic() + _SECONDS
         try:

@@ -1,13 +1,13 @@
 """A backend `onnxruntime` for the embedded Triton, which brings only the `python` backend.
 
-The launcher copies this file, as `onnxruntime/model.py`, into the backend directory: a
+The server copies this file, as `onnxruntime/model.py`, into the backend directory: a
 *python-based backend*, which makes `platform: "onnxruntime_onnx"` with `1/model.onnx` load
 unchanged. It runs inside Triton's stub process, where this package need not be importable: it
-imports numpy, onnxruntime, and `loss_metrics` where that is copied beside it. So is the library of
-`smoothl1_deploy.ops`, the only one that it registers.
+imports numpy and onnxruntime. The library of `smoothl1_deploy.ops` is copied beside it, the only
+one that it registers.
 
-Tensors go both ways by DLPack, because `as_numpy()` of this stub, built against numpy 1, gives
-wrong values with numpy 2 and no error.
+Tensors go both ways by DLPack and ONNX Runtime's own values, because `as_numpy()` of this stub,
+built against numpy 1, gives wrong values with numpy 2 and no error.
 """
 
 from __future__ import annotations
@@ -18,71 +18,32 @@ import filecmp
 import importlib
 import json
 import os
+import time
 from typing import Any
 
 import numpy as np
 
-__all__ = ["OPERATORS", "TritonPythonModel"]
-
 #: What the library of operators is called beside this file.
 OPERATORS = "operators.so"
+#: The environment variable that has the losses counted; see `LossMetrics`.
+COUNT_LOSSES = "SMOOTHL1_DEPLOY_COUNT_LOSSES"
+#: The request id of a canary, whose losses are not counted.
+CANARY_ID = "smoothl1-deploy-canary"
+#: Upper bounds of the buckets of losses; one without bound comes after them.
+BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
-#: Triton's name -> (ONNX Runtime's, ONNX's element type, numpy's).
-_TYPES: dict[str, tuple[str, int, Any]] = {
-    "TYPE_FP16": ("tensor(float16)", 10, np.float16),
-    "TYPE_BF16": ("tensor(bfloat16)", 16, np.uint16),  # carried as its bits
-    "TYPE_FP32": ("tensor(float)", 1, np.float32),
-    "TYPE_FP64": ("tensor(double)", 11, np.float64),
-    "TYPE_INT32": ("tensor(int32)", 6, np.int32),
-    "TYPE_INT64": ("tensor(int64)", 7, np.int64),
+_LOSSES = ("loss", "score")  # the outputs that are losses, by their names
+_PERIOD = 1.0  # seconds between two messages of the counters; each costs one to the server
+
+#: Triton's data types that are served -> ONNX Runtime's.
+_TYPES = {
+    "TYPE_FP16": "tensor(float16)",
+    "TYPE_BF16": "tensor(bfloat16)",
+    "TYPE_FP32": "tensor(float)",
+    "TYPE_FP64": "tensor(double)",
+    "TYPE_INT32": "tensor(int32)",
+    "TYPE_INT64": "tensor(int64)",
 }
-_UINT, _BFLOAT = 1, 4  # DLDataTypeCode
-
-
-class _DLTensor(ctypes.Structure):
-    """The head of a `DLManagedTensor`, source: dlpack.h 0.8."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-    )
-
-
-class _Capsule:
-    """A DLPack capsule of a C-contiguous tensor, its numbers called `code` where one is given."""
-
-    def __init__(self, capsule: Any, code: int | None = None) -> None:
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-        tensor = _DLTensor.from_address(pointer(capsule, b"dltensor"))
-        tensor.strides = None  # Triton refuses those that an empty array may have
-        if code is not None:
-            tensor.code = code  # numpy's DLPack knows no bfloat16
-        self._capsule = capsule
-
-    def given_away(self) -> _Capsule:
-        """Itself, without numpy's destructor.
-
-        The stub takes the memory over and calls the capsule "used_dlpack", where the standard has
-        "used_dltensor": numpy would write an error for each tensor into the server's log.
-        """
-        forget = ctypes.pythonapi.PyCapsule_SetDestructor
-        forget.argtypes = (ctypes.py_object, ctypes.c_void_p)
-        forget(self._capsule, None)
-        return self
-
-    def __dlpack__(self, **_: Any) -> Any:
-        return self._capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0  # the CPU
 
 
 class TritonPythonModel:
@@ -106,27 +67,22 @@ class TritonPythonModel:
             path, options, providers=["CPUExecutionProvider"]
         )
         self._batches = int(config["max_batch_size"]) > 0
-        self._inputs = self._checked(config["input"], self._session.get_inputs(), "input")
-        self._outputs = self._checked(config["output"], self._session.get_outputs(), "output")
-        self._metrics: Any = None
-        self._losses: list[str] = []
-        self._canary_id = ""
-        with contextlib.suppress(ModuleNotFoundError):  # copied only where it was asked for
-            module = importlib.import_module("loss_metrics")
-            self._canary_id = module.CANARY_ID
-            self._losses = [name for name in self._outputs if name in module.OUTPUTS]
-            self._metrics = module.LossMetrics(
-                self._pb, args["model_name"], str(args["model_version"])
-            )
-        graph_inputs = {value.name for value in self._session.get_inputs()}
-        absent = sorted(graph_inputs - {*self._inputs})
-        if absent:
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        given = self._checked(config["input"], inputs, "input")
+        self._outputs = self._checked(config["output"], outputs, "output")
+        if absent := sorted({value.name for value in inputs} - {*given}):
             raise self._pb.TritonModelException(
                 f"the graph needs the inputs {absent}, which config.pbtxt doesn't have"
             )
+        # numpy has no bfloat16 to stack: such requests are computed one by one.
+        dtypes = {*given.values(), *self._outputs.values()}
+        self._stacks = self._batches and "TYPE_BF16" not in dtypes
+        self._metrics: LossMetrics | None = None
+        if COUNT_LOSSES in os.environ:
+            self._metrics = LossMetrics(self._pb, args["model_name"], str(args["model_version"]))
 
     def _operators(self, path: str) -> str:
-        """The launcher's copy of the library that a config names: it is run, and no other."""
+        """The server's copy of the library that a config names: it is run, and no other."""
         own = os.path.join(os.path.dirname(__file__), OPERATORS)
         with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
             if filecmp.cmp(path, own, shallow=False):
@@ -147,7 +103,7 @@ class TritonPythonModel:
                     f"config.pbtxt has the {kind} {name!r}, but the graph has {sorted(known)}"
                 )
             value = known[name]
-            if dtype not in _TYPES or _TYPES[dtype][0] != value.type:
+            if _TYPES.get(dtype) != value.type:
                 raise self._pb.TritonModelException(
                     f"{kind} {name!r} is {dtype} in config.pbtxt and {value.type} in the graph"
                 )
@@ -164,94 +120,118 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One answer, or one error, for each request."""
-        feeds = [self._feeds(request) for request in requests]
-        self._counted = [request.request_id() != self._canary_id for request in requests]
-        responses = self._responses(feeds)
+        load = self._ort.OrtValue.from_dlpack
+        feeds = [{t.name(): load(t.to_dlpack()) for t in one.inputs()} for one in requests]
+        answers = None
+        if self._stacks and len(feeds) > 1:
+            with contextlib.suppress(Exception):  # one of them is wrong: each is tried alone
+                answers = self._stacked(feeds)
+        answers = answers or [self._answer(feed) for feed in feeds]
         if self._metrics is not None:
+            for request, answer in zip(requests, answers, strict=True):
+                if request.request_id() != CANARY_ID and isinstance(answer, dict):
+                    self._metrics.count(answer)
             self._metrics.tell()
-        return responses
-
-    def _responses(self, feeds: list[dict[str, Any]]) -> list[Any]:
-        if self._batches and len(feeds) > 1 and _stackable(feeds):
-            try:
-                return self._split(feeds, self._run(_stacked(feeds)))
-            except Exception:  # one of them is wrong: each is tried alone
-                pass
-        return [self._answer(*item) for item in zip(feeds, self._counted, strict=True)]
-
-    def _answer(self, feeds: dict[str, Any], counted: bool) -> Any:
-        try:
-            return self._response(self._run(feeds), counted)
-        except Exception as exc:  # pybind raises a class of its own for each status code
-            error = self._pb.TritonError(
-                f"onnx runtime error: {exc}", self._pb.TritonError.INVALID_ARG
-            )
-            return self._pb.InferenceResponse(error=error)
-
-    def _feeds(self, request: Any) -> dict[str, Any]:
-        feeds = {}
-        for tensor in request.inputs():
-            name = tensor.name()
-            if self._inputs[name] == "TYPE_BF16":
-                array = np.from_dlpack(_Capsule(tensor.to_dlpack(), _UINT))
-            else:
-                array = np.from_dlpack(tensor)
-            feeds[name] = array
-        return feeds
+        return [self._response(answer) for answer in answers]
 
     def _run(self, feeds: dict[str, Any]) -> dict[str, Any]:
         names = list(self._outputs)
-        if "TYPE_BF16" not in (*self._inputs.values(), *self._outputs.values()):
-            return dict(zip(names, self._session.run(names, feeds), strict=True))
-        make = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type
-        values = {
-            name: make(np.ascontiguousarray(array), _TYPES[self._inputs[name]][1])
-            for name, array in feeds.items()
-        }
-        outputs = self._session.run_with_ort_values(names, values)
-        return {name: self._array(name, value) for name, value in zip(names, outputs, strict=True)}
+        return dict(zip(names, self._session.run_with_ort_values(names, feeds), strict=True))
 
-    def _array(self, name: str, value: Any) -> Any:
-        """A copy of what an OrtValue holds; its own numpy() knows no bfloat16."""
-        shape, dtype = value.shape(), np.dtype(_TYPES[self._outputs[name]][2])
-        size = int(np.prod(shape)) * dtype.itemsize
-        data = ctypes.string_at(value.data_ptr(), size) if size else b""
-        return np.frombuffer(bytearray(data), dtype).reshape(shape)
+    def _answer(self, feeds: dict[str, Any]) -> Any:
+        """The outputs, or why there are none."""
+        try:
+            return self._run(feeds)
+        except Exception as exc:  # pybind raises a class of its own for each status code
+            return exc
 
-    def _response(self, outputs: dict[str, Any], counted: bool) -> Any:
-        for name in self._losses if counted else ():
-            self._metrics.count(self._numbers(name, outputs[name]))
-        return self._pb.InferenceResponse([self._tensor(*item) for item in outputs.items()])
+    def _response(self, answer: Any) -> Any:
+        if isinstance(answer, Exception):
+            error = self._pb.TritonError(
+                f"onnx runtime error: {answer}", self._pb.TritonError.INVALID_ARG
+            )
+            return self._pb.InferenceResponse(error=error)
+        make = self._pb.Tensor.from_dlpack
+        return self._pb.InferenceResponse([make(*item) for item in answer.items()])
 
-    def _numbers(self, name: str, array: Any) -> Any:
-        if self._outputs[name] != "TYPE_BF16":
-            return array
-        return (array.astype(np.uint32) << 16).view(np.float32)
-
-    def _tensor(self, name: str, array: Any) -> Any:
-        if not array.flags.writeable or not array.flags.c_contiguous:  # numpy exports no other
-            array = array.copy()
-        code = _BFLOAT if self._outputs[name] == "TYPE_BF16" else None
-        return self._pb.Tensor.from_dlpack(name, _Capsule(array.__dlpack__(), code).given_away())
-
-    def _split(self, feeds: list[dict[str, Any]], outputs: dict[str, Any]) -> list[Any]:
-        rows = [len(next(iter(feed.values()))) for feed in feeds]
-        ends = np.cumsum(rows)
+    def _stacked(self, feeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The outputs of several requests, computed as one batch."""
+        load = self._ort.OrtValue.from_dlpack
+        arrays = [{name: np.from_dlpack(value) for name, value in f.items()} for f in feeds]
+        counts = [len(next(iter(one.values()))) for one in arrays]
+        if any({*map(len, one.values())} != {n} for one, n in zip(arrays, counts, strict=True)):
+            raise ValueError("the inputs of a request differ in their rows")
+        whole = {name: load(np.concatenate([one[name] for one in arrays])) for name in arrays[0]}
+        ends = np.cumsum(counts)
+        outputs = {name: np.from_dlpack(value) for name, value in self._run(whole).items()}
         if any(len(array) != ends[-1] for array in outputs.values()):
             raise ValueError("an output has not one row for each row of the inputs")
         return [
-            self._response({name: array[end - n : end] for name, array in outputs.items()}, counted)
-            for n, end, counted in zip(rows, ends, self._counted, strict=True)
+            {name: load(array[end - n : end].copy()) for name, array in outputs.items()}
+            for n, end in zip(counts, ends, strict=True)
         ]
 
 
-def _stackable(feeds: list[dict[str, Any]]) -> bool:
-    def rests(feed: dict[str, Any]) -> list[tuple[str, Any]]:
-        return sorted((name, array.shape[1:]) for name, array in feed.items())
+class LossMetrics:
+    """The distribution of the losses that a model gave, as a histogram on the server's `/metrics`.
 
-    same_rows = all(len({len(array) for array in feed.values()}) == 1 for feed in feeds)
-    return same_rows and all(rests(feed) == rests(feeds[0]) for feed in feeds)
+    This Triton has counters and no histograms for backends, so the buckets are counters with
+    Prometheus' label `le`, which is what a histogram is on the wire. The server is told at most
+    once a second.
+
+    Args:
+        pb: Triton's `triton_python_backend_utils`.
+        model: the labels `model` and `version`.
+        version: likewise.
+    """
+
+    def __init__(self, pb: Any, model: str, version: str) -> None:
+        # The families must outlive their metrics.
+        self._families = {
+            name: pb.MetricFamily(
+                name=f"smooth_l1_loss_{name}", description=text, kind=pb.MetricFamily.COUNTER
+            )
+            for name, text in (
+                ("bucket", "Losses up to the bound le, cumulative"),
+                ("sum", "Sum of the finite losses"),
+                ("count", "Number of the finite losses"),
+                ("not_finite", "Number of losses that are NaN or infinite"),
+            )
+        }
+        counters = [("bucket", {"le": bound}) for bound in (*map(repr, BOUNDS), "+Inf")]
+        counters += [(name, {}) for name in ("sum", "count", "not_finite")]
+        self._counters = [
+            self._families[name].Metric(labels={"model": model, "version": version, **more})
+            for name, more in counters
+        ]
+        self._pending = np.zeros(len(counters))
+        self._told = 0.0
+
+    def count(self, outputs: dict[str, Any]) -> None:
+        """Add the losses among the outputs of a request, of any shape and any float dtype."""
+        for name in set(_LOSSES) & outputs.keys():
+            values = _numbers(outputs[name])
+            finite = values[np.isfinite(values)]
+            below = [int(np.count_nonzero(finite <= bound)) for bound in BOUNDS]
+            total, number = max(0.0, float(finite.sum())), len(finite)
+            self._pending += np.array([*below, number, total, number, len(values) - number])
+
+    def tell(self) -> None:
+        """Pass on what was counted, if the last time is long enough ago."""
+        now = time.monotonic()
+        if now - self._told < _PERIOD:
+            return
+        self._told = now
+        for counter, amount in zip(self._counters, self._pending, strict=True):
+            if amount:
+                counter.increment(float(amount))
+        self._pending[:] = 0
 
 
-def _stacked(feeds: list[dict[str, Any]]) -> dict[str, Any]:
-    return {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
+def _numbers(value: Any) -> Any:
+    """The numbers of an OrtValue, as float64."""
+    if value.data_type() == "tensor(bfloat16)":  # its bits are the upper half of a float32's
+        data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+        bits = np.frombuffer(data, np.uint16)
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return np.from_dlpack(value).reshape(-1).astype(np.float64)

@@ -1,4 +1,6 @@
-"""Writes models into a Triton model repository: a folder each, whole or not at all.
+"""Models in a Triton model repository: written, certified, and named to a cluster.
+
+A model is a folder, which appears whole or not at all:
 
 <repository>/<name>/config.pbtxt
 <repository>/<name>/1/model.onnx
@@ -14,46 +16,53 @@ import re
 import secrets
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..artefact import ModelSource, read_model, sha256
-from ..errors import ArtefactError, OutputError, SpecError, UnsupportedError
+from ..errors import ArtefactError, OutputError, SpecError, UnsupportedError, require
+from ..files import write_atomic
 from ..graph.export import export
 from ..graph.functions import DOMAIN
 from ..graph.metadata import warn_if_changed
 from ..graph.shapes import Dim
-from ..model import every_node
+from ..model import Loss, every_node
 from ..ops import library
+from ..parity.certificate import certify
+from ..parity.verify import Verification, verify
+from ..records import Record
 from ..spec import LossSpec
 from ..tensorrt.engine import Engine, read_verified
 from ..tensorrt.sidecar import sidecar_path
-from .model_config import CONFIG_FILE, dump_config, make_config
-from .ports import engine_ports, onnx_ports
-from .served_graph import ServedGraph, serve
-
-__all__ = [
-    "MAX_BATCH_SIZE",
-    "ONNX_FILE",
-    "PLAN_FILE",
-    "ServedModel",
-    "served_loss",
-    "write_loss",
-    "write_model",
-]
-
-ONNX_FILE, PLAN_FILE = "model.onnx", "model.plan"
-ONNX_PLATFORM, PLAN_PLATFORM = "onnxruntime_onnx", "tensorrt_plan"
+from .config import (
+    CONFIG_FILE,
+    ONNX_FILE,
+    ONNX_PLATFORM,
+    PLAN_FILE,
+    PLAN_PLATFORM,
+    dump_config,
+    engine_ports,
+    make_config,
+    onnx_ports,
+)
+from .graph import ServedGraph, loss_part, read_losses, serve
 
 #: Rows that Triton may put into one batch where nothing else is said.
 MAX_BATCH_SIZE = 64
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
+#: Tag of the Triton container. The runtime that KServe ships names 23.05; before 25.07 Triton has
+#: CVE-2025-23319.
+RUNTIME_VERSION = "25.07-py3"
+
+_SERVICE_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_STORAGE_URI = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
+
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
+class ServedModel(Record):
     """A model that was written.
 
     Attributes:
@@ -71,17 +80,6 @@ class ServedModel:
     platform: str
     max_batch_size: int
     unbatched: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "name": self.name,
-            "folder": str(self.folder),
-            "file": str(self.file),
-            "platform": self.platform,
-            "max_batch_size": self.max_batch_size,
-            "unbatched": self.unbatched,
-        }
 
 
 def write_loss(
@@ -176,24 +174,28 @@ def write_model(
     data = served.model.SerializeToString(deterministic=True)
     plan = None if engine is None else _readable_plan(Path(engine), sha256(data))
 
-    ports, path = onnx_ports(served.model), str(library()) if ops else ""
-    config = make_config(name, ONNX_PLATFORM, ports, batch, path)
-    staged = {name: _files(config, {ONNX_FILE: data})}
-    if plan is not None:
-        files = {PLAN_FILE: plan.data, sidecar_path(Path(PLAN_FILE)).name: plan.sidecar.dumps()}
-        trt = f"{name}_trt"
-        config = make_config(trt, PLAN_PLATFORM, engine_ports(plan.sidecar), batch)
-        staged[trt] = _files(config, files)
+    ports, operators = onnx_ports(served.model), str(library()) if ops else ""
     root = Path(repository)
-    _write_folders(root, staged, overwrite)
+    models: list[ServedModel] = []
+    staged: dict[str, dict[str, bytes]] = {}
 
-    def written(name: str, platform: str, file: str) -> ServedModel:
-        folder = root / name
-        return ServedModel(name, folder, folder / "1" / file, platform, batch, served.unbatched)
+    def stage(config: Any, files: dict[str, bytes]) -> None:
+        """Take a model's config and the files of its version, the model file first."""
+        version = {f"1/{file}": content for file, content in files.items()}
+        staged[config.name] = {CONFIG_FILE: dump_config(config), **version}
+        folder, reason = root / config.name, served.unbatched
+        file = folder / next(iter(version))
+        models.append(ServedModel(config.name, folder, file, config.platform, batch, reason))
 
-    models = [written(name, ONNX_PLATFORM, ONNX_FILE)]
+    stage(make_config(name, ONNX_PLATFORM, ports, batch, operators), {ONNX_FILE: data})
     if plan is not None:
-        models.append(written(f"{name}_trt", PLAN_PLATFORM, PLAN_FILE))
+        sidecar = sidecar_path(Path(PLAN_FILE)).name
+        ports = engine_ports(plan.sidecar)
+        stage(
+            make_config(f"{name}_trt", PLAN_PLATFORM, ports, batch),
+            {PLAN_FILE: plan.data, sidecar: plan.sidecar.dumps()},
+        )
+    _write_folders(root, staged, overwrite)
     return tuple(models)
 
 
@@ -233,12 +235,6 @@ def _readable_plan(path: Path, digest: str) -> Engine:
             "--overwrite"
         )
     return engine
-
-
-def _files(config: Any, version: dict[str, bytes]) -> dict[str, bytes]:
-    """Path in the model's folder -> content."""
-    files = {f"1/{file}": data for file, data in version.items()}
-    return {CONFIG_FILE: dump_config(config), **files}
 
 
 def _write_folders(root: Path, folders: dict[str, dict[str, bytes]], overwrite: bool) -> None:
@@ -282,3 +278,106 @@ def _swap(new: Path, place: Path) -> None:
         if old.exists():
             os.replace(old, place)
         raise
+
+
+# Certificates
+
+
+def only_loss(model: ModelSource) -> Loss:
+    """The one loss of a model.
+
+    Raises:
+        ArtefactError: when it has none, or several, which one certificate can't vouch for.
+    """
+    losses = read_losses(read_model(model))
+    if len(losses) != 1:
+        raise ArtefactError(
+            f"the model says of {len(losses)} losses that it computes them, and a certificate is "
+            "of one; attach one loss, or leave the certificate out"
+        )
+    return losses[0]
+
+
+def certify_model(path: str | os.PathLike[str], *, drift: bool = True) -> tuple[Verification, Path]:
+    """Verify a served model and write its certificate beside it, green or red.
+
+    Of a model with a loss attached, the loss is verified, from prediction and target to its
+    output: what the rest of the model computes, nothing here can judge.
+
+    Raises:
+        ArtefactError: when the file is no model with one loss.
+        MissingDependencyError: without torch or ONNX Runtime.
+    """
+    model = read_model(path)
+    loss = only_loss(model)
+    part = loss_part(model, loss)
+    found = verify(part, drift=drift)
+    if part is not model:
+        name = f"{model.graph.name}: the loss {loss.outputs['loss']}"
+        digest = sha256(model.SerializeToString(deterministic=True))
+        found = replace(found, name=name, sha256=digest)
+    return found, certify(found, path)
+
+
+# On a cluster
+
+
+def inference_service(
+    name: str, storage_uri: str, *, runtime_version: str = RUNTIME_VERSION, gpus: int = 0
+) -> dict[str, Any]:
+    """The KServe `InferenceService` that serves a whole repository with Triton, scaled by load.
+
+    Source of the fields: the v1beta1 types and the webhook's checks of kserve/kserve,
+    `pkg/apis/serving/v1beta1`. The file passes a schema of these fields; it was never applied to a
+    cluster by this package's authors.
+
+    Args:
+        name: lower-case letters, digits and `-`, a letter first; 63 characters at most.
+        storage_uri: where the cluster finds the repository, as in `pvc://models/smooth_l1`.
+        runtime_version: tag of the Triton container.
+        gpus: for each replica; TensorRT plans need one.
+
+    Raises:
+        SpecError: on values that KServe would refuse.
+    """
+    if not _SERVICE_NAME.fullmatch(name) or len(name) > 63:
+        raise SpecError(
+            f"{name!r} can't be the name of an InferenceService; use lower-case letters, digits "
+            "and '-', a letter first, 63 characters at most"
+        )
+    if not _STORAGE_URI.fullmatch(storage_uri):
+        raise SpecError(
+            f"the storage URI {storage_uri!r} has no scheme; write where the cluster finds the "
+            "repository, as in pvc://CLAIM/FOLDER or s3://BUCKET/FOLDER"
+        )
+    limits = {"cpu": "2", "memory": "4Gi", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
+    model = {
+        "modelFormat": {"name": "triton"},
+        "runtime": "kserve-tritonserver",
+        "runtimeVersion": runtime_version,
+        "protocolVersion": "v2",
+        "storageUri": storage_uri,
+        # The autoscaler measures use against what is requested.
+        "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": limits},
+    }
+    scaling = {"minReplicas": 1, "maxReplicas": 4, "scaleMetric": "cpu", "scaleTarget": 80}
+    prefix = "serving.kserve.io"
+    annotations = {f"{prefix}/deploymentMode": "Standard", f"{prefix}/autoscalerClass": "hpa"}
+    return {
+        "apiVersion": f"{prefix}/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {"name": name, "annotations": annotations},
+        "spec": {"predictor": {**scaling, "model": model}},
+    }
+
+
+def write_inference_service(path: str | os.PathLike[str], service: dict[str, Any]) -> Path:
+    """Write an `InferenceService` as YAML.
+
+    Raises:
+        OutputError: when the file can't be written.
+        MissingDependencyError: without pyyaml.
+    """
+    yaml = require("yaml", "serve", "the InferenceService file")
+    text: str = yaml.safe_dump(service, sort_keys=False)
+    return write_atomic(path, text.encode())

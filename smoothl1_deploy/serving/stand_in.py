@@ -11,8 +11,6 @@ import json
 import os
 from typing import Any
 
-__all__ = ["TritonPythonModel"]
-
 
 class TritonPythonModel:
     """One instance of a model; the names of class and methods are those Triton calls."""

@@ -40,8 +40,6 @@ from ..errors import (
 )
 from ..floats import Array
 
-__all__ = ["Declared", "GrpcTransport", "HttpTransport", "Transport", "open_transport"]
-
 _FIRST_WAIT = 0.1  # seconds before the second try; doubled for each further one
 _BESIDE = 2**20  # bytes, the most of a request or an answer beside its numbers
 _JSON_SIZE = "Inference-Header-Content-Length"
@@ -299,11 +297,11 @@ class _Timed:
 
 
 class _Socket(_Timed, socket.socket):
-    """Of HTTP; its sendall is one wait."""
+    """The socket of an HTTP connection; its sendall is one wait."""
 
 
 class _TlsSocket(_Timed, ssl.SSLSocket):
-    """Of HTTPS; its sendall calls send, and its recv_into is one wait."""
+    """The socket of an HTTPS connection; its sendall calls send, and its recv_into is one wait."""
 
 
 class HttpTransport(Transport):
@@ -462,7 +460,7 @@ class HttpTransport(Transport):
                 return sock
 
     def close(self) -> None:
-        """As `Transport.close`."""
+        """Give the connections back."""
         while self._idle:
             self._idle.pop().close()
 
@@ -535,5 +533,5 @@ class GrpcTransport(Transport):
             raise _refusal(status, text) from exc
 
     def close(self) -> None:
-        """As `Transport.close`."""
+        """Give the connections back."""
         self._client.close()

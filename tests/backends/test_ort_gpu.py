@@ -26,7 +26,7 @@ from smoothl1_deploy.backends.ort_nodes import host_nodes, inlined
 from smoothl1_deploy.backends.ort_tensorrt import OrtTensorrtBackend, OrtTensorrtRtxBackend
 from smoothl1_deploy.backends.torch_cuda import TorchCudaBackend
 from smoothl1_deploy.errors import BackendUnavailableError, OutputError, UnsupportedError
-from smoothl1_deploy.serving.served_graph import serve
+from smoothl1_deploy.serving.graph import serve
 
 CPU = "CPUExecutionProvider"
 SPEC = LossSpec(0.5, "none")

@@ -5,22 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from agreement import assert_right, pair
+from embedded import embedded_triton
 
 from smoothl1_deploy import LossSpec, export, load
 from smoothl1_deploy.backends.base import missing
-from smoothl1_deploy.errors import ArtefactError, InvalidInputError, SmoothL1DeployError
+from smoothl1_deploy.errors import ArtefactError, InvalidInputError
 from smoothl1_deploy.parity.matrix import OVER_THE_WIRE, Matrix, run_matrix
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _triton() -> None:
-    pytest.importorskip("tritonclient")
-    from smoothl1_deploy.serving.install import install
-
-    try:
-        install()
-    except SmoothL1DeployError as exc:
-        pytest.skip(f"the embedded Triton can't run here: {exc}")
+    embedded_triton()
 
 
 @pytest.mark.parametrize("backend", OVER_THE_WIRE)

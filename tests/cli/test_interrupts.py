@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest_cli import _ROOT, model
+from embedded import embedded_triton
 
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.cli.console import interrupts_told, on_interrupt
-from smoothl1_deploy.errors import SmoothL1DeployError
 
 #: All takes for ever but float32 in the matrix; worker processes import this too. The files say how
 #: far it is: no test waits for a time.
@@ -214,14 +214,9 @@ def test_a_killed_parity_takes_its_workers_along() -> None:
 
 
 def test_ctrl_c_twice_on_a_server() -> None:
-    pytest.importorskip("tritonclient")
-    from smoothl1_deploy.serving.install import install
+    embedded_triton()
     from smoothl1_deploy.serving.repository import write_loss
 
-    try:
-        install()
-    except SmoothL1DeployError as exc:
-        pytest.skip(f"the embedded Triton can't run here: {exc}")
     write_loss(Path("models"), LossSpec(), name="mean")
     command = "-m smoothl1_deploy serve models --ready-file ready.json --logs logs"
     with started(command.split()) as (process, children):

@@ -38,9 +38,9 @@ from smoothl1_deploy.scoring.scorer import make_job
 from smoothl1_deploy.scoring.shards import locate
 from smoothl1_deploy.scoring.sources import Location, open_source
 from smoothl1_deploy.serving import Client
-from smoothl1_deploy.serving.canary import make_canary
-from smoothl1_deploy.serving.certify import certify_model
-from smoothl1_deploy.serving.served_graph import serve
+from smoothl1_deploy.serving.graph import serve
+from smoothl1_deploy.serving.repository import certify_model
+from smoothl1_deploy.serving.supervise import make_canary
 from smoothl1_deploy.tensorrt.engine import read_engine, read_verified
 from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
 
@@ -537,7 +537,7 @@ def _served_above(folder: Path) -> object:
 def _shown(folder: Path, name: str, words: str) -> object:
     """What a server would be shown of a repository with one model."""
     pytest.importorskip("tritonclient")
-    from smoothl1_deploy.serving.mirror import models_of
+    from smoothl1_deploy.serving.private import models_of
     from smoothl1_deploy.serving.repository import write_loss
 
     write_loss(folder / "repository", LossSpec(), name="mean")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
+from embedded import embedded_triton
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.errors import SmoothL1DeployError
-from smoothl1_deploy.serving.install import Triton, install
-from smoothl1_deploy.serving.launcher import Server
+from smoothl1_deploy.serving.embedded import Triton
+from smoothl1_deploy.serving.server import Server
 
 #: name on the server -> what it computes.
 SPECS = {
@@ -25,12 +28,9 @@ SPECS = {
 
 @pytest.fixture(scope="session")
 def triton() -> Triton:
-    """The embedded one; the first test that asks for it sets it up."""
-    pytest.importorskip("tritonclient")
-    try:
-        return install()
-    except SmoothL1DeployError as exc:
-        pytest.skip(f"the embedded Triton can't run here: {exc}")
+    """The embedded one."""
+    found: Triton = embedded_triton()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +50,27 @@ def server(repository: Path, triton: Triton) -> Iterator[Server]:
     server.start()
     yield server
     server.stop(at_once=True)
+
+
+def tensorrt_engine(model: Path, path: Path, **fields: Any) -> Path:
+    """A real engine of TensorRT for RTX, whose sidecar says that TensorRT 10.13 built it.
+
+    Args:
+        model: what it is built from.
+        path: where it goes.
+        fields: what else its sidecar says otherwise.
+    """
+    pytest.importorskip("tensorrt_rtx")
+    from smoothl1_deploy import build_engine
+    from smoothl1_deploy.tensorrt.engine import read_verified, write_engine
+
+    build_engine(model, path, flavour="tensorrt_rtx", profile={"input": (1, 8, 64)})
+    engine = read_verified(path)
+    said = {"flavour": "tensorrt", "version": "10.13.0.35", **fields}
+    write_engine(path, engine.data, replace(engine.sidecar, **said))
+    return path
+
+
+def parsed(graph: str) -> onnx.ModelProto:
+    """A model of opset 18, by its graph in ONNX' text format."""
+    return onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18]> g {graph}')

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.errors import BackendUnavailableError, MissingDependencyError
 from smoothl1_deploy.ops import library
 from smoothl1_deploy.serving import lint_server
-from smoothl1_deploy.serving.install import Triton
+from smoothl1_deploy.serving.embedded import Triton
 from smoothl1_deploy.serving.lint import LintReport, lint
 from smoothl1_deploy.serving.repository import write_loss
 
@@ -30,6 +29,14 @@ def port(name: str, dtype: str = "FP32", dims: str = "4", more: str = "") -> str
 X, Y = f"input {port('x')}", f"output {port('y')}"
 NAMES = 'label_filename: "names"'
 HEAD = 'backend: "python" max_batch_size: 8 '
+PYTHON = HEAD + X + Y
+ONNX = 'platform: "onnxruntime_onnx" '
+RESHAPE, BATCHING, SEQUENCE = (
+    "reshape { shape: %s }",
+    "dynamic_batching { %s }",
+    "sequence_batching { %s }",
+)
+CONTROL = "control_input { name: 'a' control { } }"
 ENSEMBLE = f'platform: "ensemble" max_batch_size: 8 {X}{Y}'
 
 
@@ -50,30 +57,26 @@ def step(x: str = "x", y: str = "y", model: str = "good", version: int = -1, key
     )
 
 
+OTHER, LARGER = ENSEMBLE.replace("4", "5"), ENSEMBLE.replace("8", "16")
+UNMAPPED = 'step { model_name: "good" model_version: -1 output_map { key: "y" value: "y" } }'
 #: A model -> its config and a part of the words with which Triton refuses it.
 REFUSED = {
     # Ensembles.
     "no_steps": (steps(), "must specify 'step'"),
     "no_scheduling": (ENSEMBLE, "ensemble scheduling must be set"),
-    "no_such_step": (
-        steps(step(model="nobody")),
-        "models that are not available or ambiguous: nobody",
-    ),
+    "no_such_step": (steps(step(model="nobody")), "not available or ambiguous: nobody"),
     "no_such_version": (steps(step(version=7)), "'good' whose required version 7 is not loaded"),
-    "nothing_mapped": (
-        steps('step { model_name: "good" model_version: -1 output_map { key: "y" value: "y" } }'),
-        "must specify 'input_map' in step 0",
-    ),
+    "nothing_mapped": (steps(UNMAPPED), "must specify 'input_map' in step 0"),
     "input_not_mapped": (steps(step(model="pair")), "input x2 in model pair is not mapped"),
     "no_such_input": (steps(step(key="z")), "mapping to non-existing input z in model good"),
     "nobody_makes": (steps(step(y="t"), step("u")), "'u', is not connected"),
     "nobody_reads": (steps(step(), head=f"{ENSEMBLE}input {port('z')}"), "input 'z' for ensemble"),
     "two_make": (steps(step(), step()), "can appear in an output map only once"),
     "other_dtype": (steps(step(y="t"), step("t", model="half")), "inconsistent data type"),
-    "other_dims": (steps(step(), head=ENSEMBLE.replace("4", "5")), "inconsistent shape"),
+    "other_dims": (steps(step(), head=OTHER), "inconsistent shape"),
     "larger_batch": (
-        steps(step(), head=ENSEMBLE.replace("8", "16")),
-        "contains model good which only allows maximum batch size to be 8",
+        steps(step(), head=LARGER),
+        "which only allows maximum batch size to be 8",
     ),
     "cycle": (steps(step("b", "a"), step("a", "b"), step()), "tensor 'b' is unused"),
     "itself": (steps(step(model="itself")), "circular dependency"),
@@ -87,7 +90,7 @@ REFUSED = {
     "warmup_dtype": (warmup(dtype="FP16"), "data-type is 'FP16', but model"),
     "warmup_file": (
         warmup(data='input_data_file: "rows"'),
-        "read warmup_file/warmup/rows: No such",
+        "read warmup_file/warmup/rows: No",
     ),
     # Tensors.
     "zero": (f"{HEAD}{X}output {port('y', dims='0')}", "must be integer >= 1, or -1"),
@@ -95,107 +98,80 @@ REFUSED = {
     "no_dims": (f"{HEAD}{X}output {port('y', dims='')}", "must specify 'dims'"),
     "no_dtype": (f"{HEAD}{X}output {{ name: 'y' dims: [ 4 ] }}", "must specify 'data_type'"),
     "no_name": (f"{HEAD}{X}output {port('')}", "model output must specify 'name'"),
-    "volume": (
-        f"{HEAD}{Y}input {port('x', more='reshape { shape: 3 }')}",
-        "different size for dims",
-    ),
+    "volume": (f"{HEAD}{Y}input {port('x', more=RESHAPE % '3')}", "different size for dims"),
     "rank_zero": (
-        f"{HEAD.replace('8', '0')}{Y}input {port('x', dims='1', more='reshape { }')}",
+        f"{HEAD.replace('8', '0')}{Y}input {port('x', dims='1', more=RESHAPE % '[ ]')}",
         "cannot have empty reshape for non-batching model",
     ),
-    "label": (
-        f"{HEAD}{X}output {port('y', more=NAMES)}",
-        "read label/names: No",
-    ),
+    "label": (f"{HEAD}{X}output {port('y', more=NAMES)}", "read label/names: No"),
     # The rest of a config.
-    "another": (
-        f'name: "one" {HEAD}{X}{Y}',
-        "'another' for model 'one', directory name must equal",
-    ),
+    "another": (f'name: "one" {PYTHON}', "'another' for model 'one', directory name must equal"),
     "unknown_platform": (f'platform: "onnx" {X}{Y}', "unexpected platform type 'onnx'"),
     "no_platform": (f"{X}{Y}", "Could not determine backend for model 'no_platform'"),
-    "not_its_platform": (
-        f'backend: "onnxruntime" platform: "a" {X}{Y}',
-        "'platform' and 'backend' pair",
-    ),
-    "versionless": (
-        f"{HEAD}{X}{Y}version_policy {{ specific {{ }} }}",
-        "at least one version must be",
-    ),
+    "not_its_platform": (f'backend: "onnxruntime" platform: "a" {X}{Y}', "and 'backend' pair"),
+    "versionless": (f"{PYTHON}version_policy {{ specific {{ }} }}", "at least one version must be"),
     "negative": (f"{HEAD.replace('8', '-1')}{X}{Y}", "'max_batch_size' must be non-negative"),
     "preferred": (
-        f"{HEAD}{X}{Y}dynamic_batching {{ preferred_batch_size: 9 }}",
-        "preferred size must be <= max batch size",
+        f"{PYTHON}{BATCHING % 'preferred_batch_size: 9'}",
+        "must be <= max batch size",
     ),
-    "priority": (
-        f"{HEAD}{X}{Y}dynamic_batching {{ priority_levels: 2 }}",
-        "default priority level must be in range [1, 2]",
-    ),
+    "priority": (f"{PYTHON}{BATCHING % 'priority_levels: 2'}", "level must be in range [1, 2]"),
     "cpu_gpus": (
-        f"{HEAD}{X}{Y}instance_group {{ kind: KIND_CPU gpus: [ 0 ] }}",
+        f"{PYTHON}instance_group {{ kind: KIND_CPU gpus: [ 0 ] }}",
         "has kind KIND_CPU but specifies one or more GPUs",
     ),
-    "control": (
-        f"{HEAD}{X}{Y}sequence_batching {{ control_input {{ name: 'a' control {{ }} }} }}",
-        "must specify either 'int32_false_true'",
-    ),
+    "control": (f"{PYTHON}{SEQUENCE % CONTROL}", "must specify either 'int32_false_true'"),
     # ONNX Runtime's own.
-    "operator": (f'platform: "onnxruntime_onnx" {X}{Y}', "Frob"),
+    "operator": (f"{ONNX}{X}{Y}", "Frob"),
 }
 
+START = (
+    "control_input { name: 'START' control { kind: CONTROL_SEQUENCE_START fp32_false_true: [ 0, 1 ]"
+    " } }"
+)
+STATE = "state { input_name: 'START' output_name: 'END' data_type: TYPE_FP32 dims: [ 4 ] }"
+COUNT = "batch_input { kind: BATCH_ELEMENT_COUNT target_name: 'START' data_type: TYPE_FP32 %s }"
+SOURCE = "source_input: 'x'"
+ANY_X, ANY_Y = X.replace("4", "-1, 4"), Y.replace("4", "-1, 4")
 #: Models that Triton loads, and that are as they should be, whatever machine looks at them.
 SOUND = {
-    "good": HEAD + X + Y,
-    "half": HEAD + X.replace("FP32", "FP16") + Y.replace("FP32", "FP16"),
-    "pair": f"{HEAD}{X}{Y}input {port('x2')}",
+    "good": PYTHON,
+    "half": PYTHON.replace("FP32", "FP16"),
+    "pair": f"{PYTHON}input {port('x2')}",
     "above": steps(step(model="chain")),
     "chain": steps(step(y="t"), step("t")),
-    "gpu": f"{HEAD}{X}{Y}instance_group {{ kind: KIND_GPU gpus: [ 0, 1 ] count: 4 }}",
+    "gpu": f"{PYTHON}instance_group {{ kind: KIND_GPU gpus: [ 0, 1 ] count: 4 }}",
     "warm": warmup(data='input_data_file: "rows"'),
     "labelled": f"{HEAD}{X}output {port('y', more=NAMES)}",
     # What used to be found wrong, from NVIDIA's own examples.
-    "control_input": 'platform: "onnxruntime_onnx" max_batch_size: 8 '
-    + f"{X}{Y}sequence_batching {{ control_input {{ name: 'START' control {{ "
-    + "kind: CONTROL_SEQUENCE_START fp32_false_true: [ 0, 1 ] } } }",
-    "state": f'platform: "onnxruntime_onnx" max_batch_size: 8 {X}{Y}'
-    + "sequence_batching { state { input_name: 'START' output_name: 'END' data_type: TYPE_FP32 "
-    + "dims: [ 4 ] } }",
-    "batch_input": f'platform: "onnxruntime_onnx" max_batch_size: 8 {X}{Y}'
-    + "batch_input { kind: BATCH_ELEMENT_COUNT target_name: 'START' data_type: TYPE_FP32 "
-    + "source_input: 'x' }",
-    "initialiser": f'backend: "onnxruntime" {X.replace("4", "-1, 4")}{Y.replace("4", "-1, 4")}'
-    + f"input {port('START', dims='1, 4')}",
+    "control_input": f"{ONNX}max_batch_size: 8 {X}{Y}{SEQUENCE % START}",
+    "state": f"{ONNX}max_batch_size: 8 {X}{Y}{SEQUENCE % STATE}",
+    "batch_input": f"{ONNX}max_batch_size: 8 {X}{Y}{COUNT % SOURCE}",
+    "initialiser": f'backend: "onnxruntime" {ANY_X}{ANY_Y}input {port("START", dims="1, 4")}',
     "by_capability": 'backend: "tensorrt" cc_model_filenames { key: "8.0" value: "a.plan" } '
     + f"{Y}input {port('x', more='is_shape_tensor: true')}",
     "any_platform": f'backend: "mine" platform: "whatever" {X}{Y}',
-    "guessed": X.replace("4", "-1, 4") + Y.replace("4", "-1, 4"),
-    "newer": f"{HEAD}{X}{Y}model_metrics {{ metric_control {{ metric_identifier {{ }} }} }}",
+    "guessed": ANY_X + ANY_Y,
+    "newer": f"{PYTHON}model_metrics {{ metric_control {{ metric_identifier {{ }} }} }}",
 }
 
-LOADS = f'platform: "onnxruntime_onnx" max_batch_size: 8 {X}{Y}model_operations '
+LOADS = f"{ONNX}max_batch_size: 8 {X}{Y}model_operations "
 SOUND["strangers_operators"] = f'{LOADS}{{ op_library_filename: "{__file__}" }}'
 with suppress(BackendUnavailableError):
     SOUND["operators"] = f'{LOADS}{{ op_library_filename: "{library()}" }}'
 
 
-def graph(extra: bool = False, value: bool = False, operator: str = "Abs") -> onnx.ModelProto:
+def graph(more: str = "", operator: str = "Abs") -> onnx.ModelProto:
     """`x` to `y`, rows of four, where asked with an input `START` of which it may have a value."""
-
-    def info(name: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4])
-
-    inputs = [info("x")]
-    weights = []
-    if value:
-        inputs.append(helper.make_tensor_value_info("START", TensorProto.FLOAT, [1, 4]))
-        weights.append(helper.make_tensor("START", TensorProto.FLOAT, [1, 4], [0.0] * 4))
-    elif extra:
-        inputs.append(info("START"))
-    nodes = [helper.make_node(operator, ["x"], ["y"])]
-    if extra or value:
-        nodes.append(helper.make_node("Abs", ["START"], ["END"]))
-    made = helper.make_graph(nodes, "g", inputs, [info("y")], weights)
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    inputs, value = {
+        "": ("", ""),
+        "input": (", float[N, 4] START", ""),
+        "value": (", float[1, 4] START", "<float[1, 4] START = {0, 0, 0, 0}>"),
+    }[more]
+    end = "END = Abs(START)" if more else ""
+    return onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": 18, "smoothl1_deploy": 2]>
+        g (float[N, 4] x{inputs}) => (float[N, 4] y) {value} {{ y = {operator}(x) {end} }}""")
 
 
 @pytest.fixture(scope="module")
@@ -227,17 +203,14 @@ def asked(tmp_path_factory: pytest.TempPathFactory, triton: Triton) -> Iterator[
             (version / "libtriton_mine.so").write_bytes(b"\x7fELF")
         (version / "a.plan").write_bytes(b"plan")
     for name in ("control_input", "state", "batch_input"):
-        onnx.save(graph(extra=True), models / name / "1" / "model.onnx")
-    onnx.save(graph(value=True), models / "initialiser" / "1" / "model.onnx")
+        onnx.save(graph("input"), models / name / "1" / "model.onnx")
+    onnx.save(graph("value"), models / "initialiser" / "1" / "model.onnx")
     onnx.save(graph(), models / "guessed" / "1" / "model.onnx")
     for name in ("operator", "strangers_operators"):
         onnx.save(graph(operator="Frob"), models / name / "1" / "model.onnx")
     if "operators" in SOUND:  # a node whose body is in the library alone
-        model = graph(operator="SmoothL1Loss")
+        model = graph(operator="smoothl1_deploy.SmoothL1Loss<beta = 1.0>")
         model.graph.node[0].input.append("x")
-        model.graph.node[0].domain = "smoothl1_deploy"
-        model.graph.node[0].attribute.append(helper.make_attribute("beta", 1.0))
-        model.opset_import.append(helper.make_opsetid("smoothl1_deploy", 2))
         onnx.save(model, models / "operators" / "1" / "model.onnx")
     (models / "labelled" / "names").write_text("a\nb\n")
     (models / "warm" / "warmup").mkdir()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
 import re
 import time
 import urllib.request
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
-import pytest
 
 from smoothl1_deploy.serving import Client
-from smoothl1_deploy.serving.events import LOGGER, JsonFormatter, open_log, record
-from smoothl1_deploy.serving.launcher import Server
-from smoothl1_deploy.serving.loss_metrics import BOUNDS, CANARY_ID
+from smoothl1_deploy.serving.onnxruntime_backend import CANARY_ID
+from smoothl1_deploy.serving.server import Server
+from smoothl1_deploy.serving.supervise import Events
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana-dashboard.json"
 
@@ -34,43 +34,24 @@ def tell(client: Client, *arrays: np.ndarray) -> None:
     client._transport.infer(client.model, "", named, CANARY_ID)
 
 
-def test_requests_are_counted(server: Server) -> None:
-    key = 'nv_inference_request_success{model="mean",version="1"}'
-    x = np.zeros((3, 16), "f4")
-    before = scrape(server)[key]
-    with Client(server.addresses.to_dict()["http"], "mean") as client:
-        for _ in range(7):
-            client.loss(x, x)
-    assert scrape(server)[key] == before + 7
-
-
-@pytest.mark.parametrize(("model", "dtype"), [("none", "float32"), ("scores", "bfloat16")])
-def test_the_distribution_of_the_losses(server: Server, model: str, dtype: str) -> None:
-    import ml_dtypes
-
-    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+def test_the_distribution_of_the_losses_without_those_of_canaries(server: Server) -> None:
     # Row losses 0, 0.5 and 8.5 at beta 1, and one row of NaN.
-    x = np.repeat(np.array([[0.0], [1.0], [9.0], [np.nan]]), 16, axis=1).astype(kind)
-    y = np.zeros_like(x)
-    size = 16 if model == "none" else 1
-    labels = f'model="{model}",version="1"'
-    with Client(server.addresses.to_dict()["grpc"], model) as client:
-        tell(client, x, y)
-        before = scrape(server)
-        client.loss(x, y)
-        tell(client, x, y)
-        after = scrape(server)
-
-    def grown(name: str) -> float:
-        key = f"smooth_l1_loss_{name}"
-        return after[key] - before[key]
-
-    buckets = {b: grown(f'bucket{{le="{b}",{labels}}}') for b in (*map(repr, BOUNDS), "+Inf")}
-    below = {"0.001": 1, "0.3": 1, "1.0": 2, "3.0": 2, "10.0": 3, "100.0": 3, "+Inf": 3}
-    assert {bound: buckets[bound] for bound in below} == {b: n * size for b, n in below.items()}
-    assert grown(f"count{{{labels}}}") == 3 * size
-    assert grown(f"sum{{{labels}}}") == 9.0 * size
-    assert grown(f"not_finite{{{labels}}}") == size
+    for model, dtype, size in (("none", np.float32, 16), ("scores", ml_dtypes.bfloat16, 1)):
+        x = np.repeat(np.array([[0.0], [1.0], [9.0], [np.nan]]), 16, axis=1).astype(dtype)
+        y = np.zeros_like(x)
+        with Client(server.addresses.to_dict()["grpc"], model) as client:
+            tell(client, x, y)
+            before = scrape(server)
+            client.loss(x, y)
+            tell(client, x, y)
+            after = scrape(server)
+        grown = {name: after[name] - before[name] for name in after if name in before}
+        labels = f'model="{model}",version="1"'
+        below = {"0.001": 1, "0.3": 1, "1.0": 2, "3.0": 2, "10.0": 3, "100.0": 3, "+Inf": 3}
+        for bound, count in below.items():
+            assert grown[f'smooth_l1_loss_bucket{{le="{bound}",{labels}}}'] == count * size, bound
+        for name, total in (("count", 3), ("sum", 9.0), ("not_finite", 1)):
+            assert grown[f"smooth_l1_loss_{name}{{{labels}}}"] == total * size, name
 
 
 def test_the_dashboard_reads_what_the_server_tells(server: Server) -> None:
@@ -97,19 +78,15 @@ def test_the_query_of_the_page_is_that_of_the_dashboard() -> None:
 
 def test_events_are_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    handler = open_log(path)
-    try:
-        record("canary_failed", model="mean", reason='it said "no"\nand more', seconds=0.123456)
-    finally:
-        LOGGER.removeHandler(handler)
-        handler.close()
-    (line,) = path.read_text().splitlines()
+    path.write_text("{}\n")  # of the server before
+    with contextlib.closing(Events(path)) as events:
+        events.record(
+            "canary_failed", model="mean", reason='it said "no"\nand more', seconds=0.123456
+        )
+        _, line = path.read_text().splitlines()  # there at once
     found = json.loads(line)
     assert found["event"] == "canary_failed" and found["level"] == "warning"
     assert found["reason"] == 'it said "no"\nand more' and found["seconds"] == 0.1235
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", found["time"])
-
-
-def test_a_record_without_fields_is_formatted_too() -> None:
-    plain = logging.LogRecord("x", logging.INFO, "", 0, "ready", None, None)
-    assert json.loads(JsonFormatter().format(plain))["event"] == "ready"
+    with contextlib.closing(Events(Path("/dev/full"))) as events:
+        events.record("loaded", model="mean")  # a full disk ends no server

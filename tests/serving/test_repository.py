@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import onnx
 import pytest
+from conftest_serving import tensorrt_engine
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.artefact import sha256
 from smoothl1_deploy.errors import (
     ArtefactError,
     ModelWarning,
@@ -21,11 +22,16 @@ from smoothl1_deploy.errors import (
 )
 from smoothl1_deploy.graph.metadata import is_changed, is_served, read_spec
 from smoothl1_deploy.serving import repository
-from smoothl1_deploy.serving.repository import write_loss, write_model
+from smoothl1_deploy.serving.repository import (
+    inference_service,
+    write_inference_service,
+    write_loss,
+    write_model,
+)
 
 pytest.importorskip("tritonclient", reason="the extra serve")
 
-from smoothl1_deploy.serving.model_config import dump_config, read_config
+from smoothl1_deploy.serving.config import dump_config, read_config
 
 
 def config_of(folder: Path) -> Any:
@@ -36,49 +42,26 @@ def dims(ports: Any) -> dict[str, list[int]]:
     return {port.name: list(port.dims) for port in ports}
 
 
-@pytest.mark.parametrize(
-    ("spec", "batch", "inputs", "output"),
-    [
+def test_the_config_of_each_variant(tmp_path: Path) -> None:
+    for spec, batch, inputs, output in (
         (LossSpec(reduction="none"), 64, [16], [16]),
         (LossSpec(per_sample=True), 64, [16], [1]),
         (LossSpec(), 0, [-1, 16], [1]),
         (LossSpec(reduction="sum"), 0, [-1, 16], [1]),
-    ],
-    ids=lambda value: value.name if isinstance(value, LossSpec) else "",
-)
-def test_the_config_of_each_variant(
-    tmp_path: Path, spec: LossSpec, batch: int, inputs: list[int], output: list[int]
-) -> None:
-    (written,) = write_loss(tmp_path, spec)
-    assert written.folder == tmp_path / spec.name and written.file.is_file()
-    config = config_of(written.folder)
-    assert (config.name, config.platform) == (spec.name, "onnxruntime_onnx")
-    assert config.max_batch_size == written.max_batch_size == batch
-    assert dims(config.input) == {"input": inputs, "target": inputs}
-    assert dims(config.output) == {"loss": output}
-    assert config.HasField("dynamic_batching") == (batch > 0)
-    assert {field.name for field, _ in config.ListFields()} <= {
-        "name", "platform", "max_batch_size", "input", "output", "dynamic_batching",
-        "instance_group",
-    }  # fmt: skip
-    assert (written.folder / "config.pbtxt").read_bytes() == dump_config(config)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "triton"),
-    [("float32", 11), ("float16", 10), ("bfloat16", 14), ("float64", 12)],
-)
-def test_the_data_types(tmp_path: Path, dtype: str, triton: int) -> None:
-    (written,) = write_loss(tmp_path, LossSpec(dtype=dtype, runtime_beta=True), name="loss")
-    types = {port.name: port.data_type for port in config_of(written.folder).input}
-    assert types == {"input": triton, "target": triton, "beta": 11}
-    assert dims(config_of(written.folder).input)["beta"] == [1]
-
-
-def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
-    first, second = (write_loss(tmp_path / name, LossSpec())[0] for name in "ab")
-    for file in ("config.pbtxt", "1/model.onnx"):
-        assert (first.folder / file).read_bytes() == (second.folder / file).read_bytes()
+    ):
+        (written,) = write_loss(tmp_path, spec)
+        assert written.folder == tmp_path / spec.name and written.file.is_file()
+        config = config_of(written.folder)
+        assert (config.name, config.platform) == (spec.name, "onnxruntime_onnx")
+        assert config.max_batch_size == written.max_batch_size == batch
+        assert dims(config.input) == {"input": inputs, "target": inputs}
+        assert dims(config.output) == {"loss": output}
+        assert config.HasField("dynamic_batching") == (batch > 0)
+        assert {field.name for field, _ in config.ListFields()} <= {
+            *("name", "platform", "max_batch_size", "input", "output", "dynamic_batching"),
+            "instance_group",
+        }
+        assert (written.folder / "config.pbtxt").read_bytes() == dump_config(config)
 
 
 def test_a_batch_of_any_size_where_rows_are_independent(tmp_path: Path) -> None:
@@ -88,38 +71,30 @@ def test_a_batch_of_any_size_where_rows_are_independent(tmp_path: Path) -> None:
     assert dims(config_of(written.folder).input)["input"] == [-1, 16]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_bad_requests_leave_nothing(tmp_path: Path) -> None:
+    rows = LossSpec(per_sample=True)
+    for spec, options, message in (
         (
-            {"spec": LossSpec(), "max_batch_size": 8},
+            LossSpec(),
+            {"max_batch_size": 8},
             r"max_batch_size=8, but requests must not be batched together: loss is a mean over "
             r"all rows of a batch.*Leave it out, or use per_sample=True",
         ),
         (
-            {"spec": LossSpec(runtime_beta=True, reduction="none"), "max_batch_size": 8},
+            LossSpec(runtime_beta=True, reduction="none"),
+            {"max_batch_size": 8},
             "beta is one number for a whole batch, and two requests may differ in it",
         ),
-        (
-            {"spec": LossSpec(per_sample=True), "max_batch_size": -1},
-            "max_batch_size must be 0 to 2147483647, got -1; 0 is no batching",
-        ),
-        (
-            {"spec": LossSpec(per_sample=True), "max_batch_size": 1 << 31},
-            "max_batch_size must be 0 to 2147483647, got 2147483648",
-        ),
-        ({"spec": LossSpec(), "shape": (4, 16)}, r"got the shape \(4, 16\); give a name for"),
-        ({"spec": LossSpec(), "shape": ()}, r"got the shape \(\); give a name for"),
-        ({"spec": LossSpec(), "name": "../x"}, r"'../x' can't be a model's name"),
-        ({"spec": LossSpec(), "name": ".x"}, r"'.x' can't be a model's name"),
-    ],
-)
-def test_bad_requests_leave_nothing(
-    tmp_path: Path, arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(SpecError, match=message):
-        write_loss(tmp_path / "new" / "models", **arguments)
-    assert list(tmp_path.iterdir()) == []
+        (rows, {"max_batch_size": -1}, "must be 0 to 2147483647, got -1; 0 is no batching"),
+        (rows, {"max_batch_size": 1 << 31}, "must be 0 to 2147483647, got 2147483648"),
+        (rows, {"shape": (4, 16)}, r"got the shape \(4, 16\); give a name for"),
+        (rows, {"shape": ()}, r"got the shape \(\); give a name for"),
+        (rows, {"name": "../x"}, r"'../x' can't be a model's name"),
+        (rows, {"name": ".x"}, r"'.x' can't be a model's name"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            write_loss(tmp_path / "new" / "models", spec, **options)  # type: ignore[arg-type]
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_is_there_is_kept_unless_asked(tmp_path: Path) -> None:
@@ -135,62 +110,36 @@ def test_a_model_that_is_there_is_kept_unless_asked(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["loss"]
 
 
-@pytest.mark.parametrize("failing", [0, 1])
 def test_a_write_that_fails_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
-    (written,) = write_loss(tmp_path, LossSpec(), name="loss")
-    before = written.file.read_bytes()
-    calls, replace_ = iter(range(10)), os.replace
-
-    def full(old: object, new: object) -> None:
-        if next(calls) == failing:
-            raise OSError(28, "No space left on device")
-        replace_(old, new)  # type: ignore[call-overload]
-
-    monkeypatch.setattr(repository.os, "replace", full)
-    with pytest.raises(OutputError, match="can't write into .*: No space left on device; choose"):
-        write_loss(tmp_path, LossSpec(2.0), name="loss", overwrite=True)
-    assert written.file.read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["loss"]
-
-
-def test_a_write_that_fails_leaves_no_new_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(old: object, new: object) -> None:
-        raise OSError(28, "No space left on device")
+    (written,) = write_loss(tmp_path, LossSpec(), name="loss")
+    before, replace_ = written.file.read_bytes(), os.replace
+    for failing in (0, 1):
+        calls = iter(range(10))
 
-    monkeypatch.setattr(repository.os, "replace", full)
-    with pytest.raises(OutputError, match="No space left on device"):
+        def full(old: Any, new: Any, calls: Any = calls, failing: int = failing) -> None:
+            if next(calls) == failing:
+                raise OSError(28, "No space left on device")
+            replace_(old, new)
+
+        monkeypatch.setattr(repository.os, "replace", full)
+        with pytest.raises(OutputError, match="can't write into .*: No space left on device; cho"):
+            write_loss(tmp_path, LossSpec(2.0), name="loss", overwrite=True)
+        assert written.file.read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["loss"]
+    monkeypatch.setattr(repository.os, "replace", lambda *_: replace_(tmp_path / "no", "no"))
+    with pytest.raises(OutputError, match="No such file"):
         write_loss(tmp_path / "new" / "models", LossSpec())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_cant_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="can't write into .*file.*: Not a directory"):
-        write_loss(tmp_path / "file" / "models", LossSpec())
-
-
-def _engine(path: Path, flavour: str, digest: str) -> Path:
-    """A real engine of TensorRT for RTX whose sidecar says what the test needs."""
-    pytest.importorskip("tensorrt_rtx")
-    from smoothl1_deploy import build_engine, export
-    from smoothl1_deploy.tensorrt.engine import read_verified, write_engine
-
-    model = export(LossSpec(reduction="none"), "inlined", ("N", 16))
-    build_engine(model, path, flavour="tensorrt_rtx", profile={"input": (1, 8, 64)})
-    engine = read_verified(path)
-    version = {"tensorrt": "10.13.0.35"}.get(flavour, engine.sidecar.version)
-    sidecar = replace(engine.sidecar, flavour=flavour, version=version, onnx_sha256=digest)
-    write_engine(path, engine.data, sidecar)
-    return path
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match="can't write into .*onnx.*: Not a directory"):
+        write_loss(written.file / "models", LossSpec())
+    assert [path.name for path in tmp_path.iterdir()] == ["loss"]
 
 
 def test_an_engine_becomes_a_model_of_its_own(tmp_path: Path) -> None:
     (plain,) = write_loss(tmp_path / "a", LossSpec(reduction="none"), name="loss")
-    engine = _engine(tmp_path / "loss.engine", "tensorrt", sha256(plain.file.read_bytes()))
+    engine = tensorrt_engine(plain.file, tmp_path / "loss.engine")
     models = write_loss(tmp_path / "b", LossSpec(reduction="none"), name="loss", engine=engine)
     assert [model.name for model in models] == ["loss", "loss_trt"]
     trt = models[1]
@@ -202,27 +151,20 @@ def test_an_engine_becomes_a_model_of_its_own(tmp_path: Path) -> None:
     assert dims(config.input) == {"input": [16], "target": [16]}
 
 
-def test_an_engine_that_triton_cant_load(tmp_path: Path) -> None:
-    engine = _engine(tmp_path / "loss.engine", "tensorrt_rtx", "")
+def test_an_engine_that_triton_cant_load_or_of_another_graph(tmp_path: Path) -> None:
+    spec = LossSpec(reduction="none")
+    (plain,) = write_loss(tmp_path / "a", spec, name="loss")
+    engine = tensorrt_engine(plain.file, tmp_path / "rtx.engine", flavour="tensorrt_rtx")
     with pytest.raises(
         UnsupportedError,
-        match=r"is an engine of tensorrt_rtx 1\..*, and Triton's backend loads those of tensorrt "
+        match=r"is an engine of tensorrt_rtx 10\..*, and Triton's backend loads those of tensorrt "
         r"alone; build it with --flavour tensorrt on a machine with a GPU",
     ):
-        write_loss(tmp_path / "models", LossSpec(reduction="none"), engine=engine)
-    assert not (tmp_path / "models").exists()
-
-
-def test_an_engine_of_another_graph(tmp_path: Path) -> None:
-    engine = _engine(tmp_path / "loss.engine", "tensorrt", "0" * 64)
+        write_loss(tmp_path / "models", spec, engine=engine)
+    engine = tensorrt_engine(plain.file, tmp_path / "other.engine", onnx_sha256="0" * 64)
     with pytest.raises(ArtefactError, match="was built from another graph than the served one"):
-        write_loss(tmp_path / "models", LossSpec(reduction="none"), engine=engine)
-
-
-def test_a_model_from_a_file_has_its_name(tmp_path: Path) -> None:
-    onnx.save(export(LossSpec(), shape=("N", 4)), tmp_path / "mine.onnx")
-    (written,) = write_model(tmp_path / "models", tmp_path / "mine.onnx")
-    assert written.name == "mine"
+        write_loss(tmp_path / "models", spec, engine=engine)
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_changed_model_stays_known_as_changed(tmp_path: Path) -> None:
@@ -233,3 +175,44 @@ def test_a_changed_model_stays_known_as_changed(tmp_path: Path) -> None:
         (written,) = write_model(tmp_path / "models", model, name="mine")
     served = onnx.load(written.file)
     assert (read_spec(served), is_changed(served), is_served(served)) == (LossSpec(0.5), True, True)
+
+
+# On a cluster
+
+#: Written from the v1beta1 Go types of kserve/kserve and the checks of its webhook.
+SCHEMA = json.loads(Path(__file__).with_name("inference_service.schema.json").read_text())
+
+
+def test_the_file_passes_the_schema_and_says_what_a_cluster_needs(tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml", reason="the extra serve")
+    for gpus in (0, 1):
+        written = inference_service("smooth-l1", "s3://bucket/models", gpus=gpus)
+        read = yaml.safe_load(write_inference_service(tmp_path / "isvc.yaml", written).read_text())
+        assert read == written
+        jsonschema.validate(read, SCHEMA)
+        model = read["spec"]["predictor"]["model"]
+        assert ("nvidia.com/gpu" in model["resources"]["limits"]) == bool(gpus)
+    assert model["runtimeVersion"] == "25.07-py3"  # the runtime's own default is older
+    assert (model["runtime"], model["protocolVersion"]) == ("kserve-tritonserver", "v2")
+    assert read["metadata"]["annotations"] == {
+        "serving.kserve.io/deploymentMode": "Standard",
+        "serving.kserve.io/autoscalerClass": "hpa",
+    }
+    model["runtimeversion"] = model.pop("runtimeVersion")  # the API has no such field
+    assert not jsonschema.Draft202012Validator(SCHEMA).is_valid(read)
+    with pytest.raises(OutputError, match="can't write"):
+        write_inference_service(tmp_path / "none" / "isvc.yaml", written)
+
+
+def test_what_kserve_would_refuse() -> None:
+    for name, uri, message in (
+        (
+            "smooth_l1",
+            "pvc://a/b",
+            r"'smooth_l1' can't be the name of an InferenceService; use low",
+        ),
+        ("a" * 64, "pvc://a/b", "63 characters at most"),
+        ("smooth-l1", "models", "the storage URI 'models' has no scheme; write where"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            inference_service(name, uri)

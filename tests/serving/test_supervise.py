@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.errors import ArtefactError
+from smoothl1_deploy.errors import ArtefactError, ServerError
 from smoothl1_deploy.serving import Client
-from smoothl1_deploy.serving.install import Triton
-from smoothl1_deploy.serving.launcher import Server
+from smoothl1_deploy.serving.embedded import Triton
 from smoothl1_deploy.serving.repository import write_loss
+from smoothl1_deploy.serving.server import Server
 from smoothl1_deploy.serving.supervise import Supervisor
 
 _TENSORS = (
@@ -104,6 +104,9 @@ def test_what_triton_refuses_is_left_out_in_its_words_and_the_others_are_served(
     add(root, "plan", 'platform: "tensorrt_plan"')
     add(root, "another", 'name: "called" backend: "python"', model_py=_PYTHON)
     add(root, "part", f'platform: "ensemble" {_STEP % "absent"}')
+    (narrow,) = write_loss(root, LossSpec(), name="dtype")
+    config = narrow.folder / "config.pbtxt"
+    config.write_text(config.read_text().replace("TYPE_FP32", "TYPE_FP64"))
     with watched(root, triton) as found:
         found.supervisor.bring_up()
         assert [*found.supervisor.models] == found.server.models == ["mean", "python", "whole"]
@@ -111,10 +114,17 @@ def test_what_triton_refuses_is_left_out_in_its_words_and_the_others_are_served(
         with Client(found.server.addresses.to_dict()["grpc"], "whole") as client:
             assert client.infer(x)["y"] == 3
         reasons = {fields["model"]: fields["reason"] for fields in found.events("refused")}
-    assert {*reasons} == {*found.server.left_out} == {"no_file", "plan", "another", "part"}
+    assert (
+        {*reasons}
+        == {*found.server.left_out}
+        == {
+            *("no_file", "plan", "another", "part", "dtype"),
+        }
+    )
     assert "NO_SUCHFILE" in reasons["no_file"] and "At:" not in reasons["no_file"]
     assert "unable to find backend library for backend 'tensorrt'" in reasons["plan"]
     assert reasons["another"].startswith("unexpected directory name 'another' for model 'called'")
+    assert "TYPE_FP64 in config.pbtxt and tensor(float) in the graph" in reasons["dtype"]
     assert reasons["part"].endswith("not available or ambiguous: absent")
     for name, reason in found.server.left_out.items():
         assert reason.endswith(f"load the model {name!r}: {reasons[name]}")
@@ -170,9 +180,20 @@ def test_new_broken_and_changed_versions_without_a_failure_in_between(
         (root / "mean/3/model.onnx").write_bytes(b"no model")
         found.until(lambda: len(found.events("version_refused")) == 2)
         for process in found.supervisor.models["mean"].processes:
-            os.kill(process, signal.SIGKILL)
+            process.kill()
         found.until(lambda: bool(found.events("reloaded")))
         assert found.loss() == 0.75 and len(found.events("version_refused")) == 2
+
+
+def test_a_server_that_ended_by_itself_is_told_with_its_last_words(
+    tmp_path: Path, triton: Triton
+) -> None:
+    write_loss(tmp_path, LossSpec(), name="mean")
+    with watched(tmp_path, triton) as found:
+        found.supervisor.bring_up()
+        os.kill(found.server.pid, signal.SIGKILL)
+        with pytest.raises(ServerError, match="ended by itself with -9; its last words: .*"):
+            found.until(lambda: False)
 
 
 def test_a_server_for_this_process_alone_loads_over_a_socket_of_this_users(

@@ -15,7 +15,7 @@ from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
 from smoothl1_deploy.artefact import read_model, sha256
 from smoothl1_deploy.errors import CarriedEngineError, SpecError, UnsupportedError
 from smoothl1_deploy.graph.metadata import is_changed, read_spec
-from smoothl1_deploy.serving.served_graph import serve
+from smoothl1_deploy.serving.graph import serve
 from smoothl1_deploy.tensorrt.engine import read_engine, write_context
 from smoothl1_deploy.tensorrt.options import BuildOptions
 from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path

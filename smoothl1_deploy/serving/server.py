@@ -6,6 +6,7 @@ import contextlib
 import errno
 import ipaddress
 import os
+import re
 import resource
 import shutil
 import signal
@@ -17,7 +18,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from ..errors import (
     ArtefactError,
@@ -28,14 +28,10 @@ from ..errors import (
     require,
 )
 from ..ops import library
-from . import loss_metrics, onnxruntime_backend
-from .install import Triton, find_triton
-from .mirror import Mirror, models_of
-from .private import PrivateFolder, is_plain
+from . import onnxruntime_backend
+from .embedded import Triton, find_triton
+from .private import Mirror, PrivateFolder, is_plain, models_of
 from .transport import HttpTransport
-from .triton_log import TritonLog, one_line
-
-__all__ = ["ADMIN_HEADER", "Addresses", "Server"]
 
 #: The HTTP header that opens the restricted APIs; over gRPC `triton-grpc-protocol-` goes before it.
 ADMIN_HEADER = "admin-key"
@@ -44,12 +40,12 @@ _RESTRICTED = "model-repository,shared-memory,statistics,trace,logging"
 #: A header that no request can have: neither protocol takes a line feed in one.
 _CLOSED = "(none opens it without serve --admin-key)\n=\n"
 
-_SILENT_SECONDS = 120.0  # without a word while it loads its models
-_EXIT_SECONDS = 3  # for requests in flight
+_SILENT_SECONDS = 120.0  # how long it may load its models without a word
+_EXIT_SECONDS = 3  # how long it waits for requests in flight when it ends
 _LOAD_SECONDS = 120.0
 
-#: Every thread of the server gets so much. It reads JSON by recursion, and lists the chunks of a
-#: body on its stack: with the usual 8 MiB a request of 7.8 MB ends it (bench/NOTES.md).
+#: The stack of every thread of the server, which reads JSON by recursion and lists the chunks
+#: of a body on it: with the usual 8 MiB a request of 7.8 MB ends the server (bench/NOTES.md).
 STACK_BYTES = 256 << 20
 
 #: A program that becomes Triton, with that stack. Where a parent is named, Triton ends with it;
@@ -63,6 +59,15 @@ _BECOME = (
 )
 
 
+_LOADED = re.compile(r"\bsuccessfully loaded '(?P<model>[^']+)'")
+#: Source: model_repository_manager.cc and model_lifecycle.cc of Triton 2.51.
+_REFUSED = re.compile(
+    r" E .*?\] \"?(?:[\w ]+: )?(?:(?:failed to load(?: model)?|Poll failed for model directory) "
+    r"'(?P<model>[^']+)'(?: version (?P<version>\d+))?:|"
+    r"(?:in )?ensemble '?(?P<ensemble>[^', ]+)'?,?) (?P<reason>.*)"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Addresses:
     """Where a server listens, each as `host:port`."""
@@ -72,12 +77,74 @@ class Addresses:
     metrics: str
 
     def to_dict(self) -> dict[str, str]:
-        """As URLs."""
+        """The addresses as URLs."""
         return {
             "http": f"http://{self.http}",
             "grpc": f"grpc://{self.grpc}",
             "metrics": f"http://{self.metrics}/metrics",
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the server said of a model: that it was loaded, or why not.
+
+    Attributes:
+        version: the one that was refused; empty where it is none alone.
+        reason: the server's; empty for one that was loaded.
+    """
+
+    model: str
+    version: str = ""
+    reason: str = ""
+
+
+class TritonLog:
+    """What one server says of its models in its log: no API tells why one was refused.
+
+    Args:
+        path: it need not be there yet; what stands in it already is another server's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._start = self._read = self.size()
+
+    def size(self) -> int:
+        """The length of the log in bytes."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def news(self) -> list[Said]:
+        """What was said of models since the last call."""
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            whole = file.read().rpartition(b"\n")
+        text = b"".join(whole[:2])
+        self._read += len(text)
+        return [said for line in text.decode(errors="replace").split("\n") if (said := _said(line))]
+
+    def last_words(self) -> str:
+        """The last errors of the server, or else its last lines."""
+        with self.path.open("rb") as file:
+            file.seek(self._start)
+            lines = file.read().decode(errors="replace").splitlines()
+        errors = [line for line in lines if re.search(r" E |\berror\b", line)]
+        return " ".join((errors or lines)[-5:]) or f"{self.path} is empty"
+
+
+def _said(line: str) -> Said | None:
+    if found := _LOADED.search(line):
+        return Said(found["model"])
+    if found := _REFUSED.search(line):
+        name = found["model"] or found["ensemble"]
+        return Said(name, found["version"] or "", _one_line(found["reason"]))
+    return None
+
+
+def _one_line(text: str) -> str:
+    """A text of the server's without the call stack of the Python backend."""
+    text = re.split(r"(?:\\n|\n){2}At:", text)[0].replace("\\n", " ").removesuffix('"')
+    return " ".join(text.split())
 
 
 class Server:
@@ -98,8 +165,9 @@ class Server:
             which is to run code. New versions are then loaded on request only.
         private: for this process alone: gRPC listens on a socket that no other user can reach, and
             a model is there when `load` has loaded it. The repository's path must be plain.
-        loss_metrics: have the embedded server count losses; see `loss_metrics`. In a soak with it
-            the server once ended with a segmentation fault while a model was loaded under load.
+        loss_metrics: have the embedded server count losses; see `onnxruntime_backend.LossMetrics`.
+            In a soak with it the server once ended with a segmentation fault while a model was
+            loaded under load.
 
     Attributes:
         models: the names of those it serves.
@@ -146,19 +214,12 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: PrivateFolder | None = None
         self._addresses: Addresses | None = None
-        self._grpc = require("tritonclient.grpc", "serve", "serving")
-        self._error = require("tritonclient.utils", "serve", "serving").InferenceServerException
 
     def __enter__(self) -> Server:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property
@@ -175,7 +236,7 @@ class Server:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """The exit code of the server; None while it runs."""
         return None if self._process is None else self._process.poll()
 
     def warnings(self) -> Iterator[str]:
@@ -258,6 +319,8 @@ class Server:
         command = [sys.executable, "-S", "-c", *become, str(self.triton.binary)]
         command += self._options(private)
         environment = self.triton.environment(folder)
+        if self._loss_metrics:
+            environment[onnxruntime_backend.COUNT_LOSSES] = "1"
         try:
             with open(self.log.path, "ab") as log:
                 self._process = subprocess.Popen(
@@ -314,8 +377,6 @@ class Server:
         shutil.copy(onnxruntime_backend.__file__, folder / "onnxruntime" / "model.py")
         with contextlib.suppress(BackendUnavailableError):
             shutil.copy(library(), folder / "onnxruntime" / onnxruntime_backend.OPERATORS)
-        if self._loss_metrics:
-            shutil.copy(loss_metrics.__file__, folder / "onnxruntime" / "loss_metrics.py")
         return folder
 
     def _wait_until_live(self) -> bool:
@@ -387,17 +448,19 @@ class Server:
         self._manage("unload", model)
 
     def _manage(self, verb: str, model: str) -> None:
+        triton = require("tritonclient.grpc", "serve", "serving")
         options = [("grpc.enable_http_proxy", 0)]
         headers = {f"triton-grpc-protocol-{ADMIN_HEADER}": self.admin_key or ""}
-        with self._grpc.InferenceServerClient(self.addresses.grpc, channel_args=options) as client:
+        with triton.InferenceServerClient(self.addresses.grpc, channel_args=options) as client:
             try:
                 method = client.load_model if verb == "load" else client.unload_model
                 method(model, headers=headers, client_timeout=_LOAD_SECONDS)
-            except self._error as exc:
+            except triton.InferenceServerException as exc:
                 if exc.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
                     raise ServerError(f"the Triton server does not answer ({exc})") from exc
+                reason = _one_line(exc.message())
                 raise ArtefactError(
-                    f"the Triton server can't {verb} the model {model!r}: {one_line(exc.message())}"
+                    f"the Triton server can't {verb} the model {model!r}: {reason}"
                 ) from exc
 
     def stop(self, at_once: bool = False) -> None:

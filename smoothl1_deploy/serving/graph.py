@@ -7,7 +7,7 @@ only where it batches. So a served graph has
 * a guard, `Reshape(target, Shape(input))`: a target of another number of rows is an error, where
   it would be broadcast. Empty batches pass.
 
-Inside, nothing changes: the same nodes compute the same number.
+Inside, nothing changes: the same nodes compute the same number. `loss_part` cuts a loss out again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
+import onnx.utils
 from onnx import TensorProto, helper
 
 from ..errors import ArtefactError, ModelWarning, UnsupportedError
@@ -33,16 +34,14 @@ from ..model import (
     main_tensors,
     metadata_of,
     opset_of,
+    read_attached,
     restate,
 )
-from .losses import read_losses, why_unbatched
-from .ports import ModelPorts, onnx_ports
-
-__all__ = ["ServedGraph", "rename_uses", "serve"]
+from .config import ModelPorts, onnx_ports
 
 _PROTOBUF_LIMIT = 2**31 - 2**20  # with room for what is added
 _ALLOWZERO = 14  # the first opset whose Reshape takes a size of 0 as it is
-_AXES_AS_INPUT = 13
+_AXES_AS_INPUT = 13  # the first opset whose Squeeze and Unsqueeze take their axes as an input
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
         name, changed = f"served_{describe(shape)}", is_changed(model)
         stamp(copy, spec, route or "unknown", name, served=True, changed=changed)
     else:
-        _note_served(copy)
+        helper.set_model_props(copy, {**metadata_of(copy), SERVED: "1"})
     try:
         onnx.checker.check_model(copy, full_check=True)
     except (*MODEL_ERRORS, ValueError) as exc:
@@ -122,8 +121,32 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     return ServedGraph(copy, losses, unbatched)
 
 
-def _note_served(model: onnx.ModelProto) -> None:
-    helper.set_model_props(model, {**metadata_of(model), SERVED: "1"})
+def read_losses(model: onnx.ModelProto) -> tuple[Loss, ...]:
+    """The losses that `model` says it computes: its spec's, or those that were attached.
+
+    Raises:
+        ArtefactError: when the metadata are damaged.
+    """
+    spec = read_spec(model)
+    return read_attached(model) if spec is None else (Loss.of(spec),)
+
+
+def why_unbatched(losses: Iterable[Loss], ports: ModelPorts) -> str | None:
+    """Why the rows of two requests must not go into one batch; None where they may."""
+    for loss in losses:
+        spec = loss.spec
+        if spec.reduction != "none" and not spec.per_sample:
+            return (
+                f"{loss.outputs['loss']} is a {spec.reduction} over all rows of a batch: requests "
+                "of different callers would be mixed into one number"
+            )
+        if spec.runtime_beta:
+            return "beta is one number for a whole batch, and two requests may differ in it"
+    for kind, given in (("input", ports.inputs), ("output", ports.outputs)):
+        for port in given:
+            if port.without_rows:
+                return f"the {kind} {port.name} has no axis of rows"
+    return None
 
 
 def _rows_alone(ports: ModelPorts) -> str | None:
@@ -149,7 +172,7 @@ class _Editor:
         self.contradiction = correct(model, self._tensors)
 
     def dims(self, name: str) -> Shape:
-        """Sizes, and names of dynamic axes.
+        """The shape of a tensor: sizes, and names of dynamic axes.
 
         Raises:
             ArtefactError: for a port of unknown rank.
@@ -174,7 +197,7 @@ class _Editor:
         dims, own = (self._known(name) for name in (like, tensor))
         if tensor == like or dims is None or own is None or _sizes(dims) != _sizes(own):
             return
-        if (tensor, like) in self._guarded:  # by another loss of the two
+        if (tensor, like) in self._guarded:  # another loss compares the same two
             return
         self._guarded.append((tensor, like))
         nodes = self.model.graph.node
@@ -191,7 +214,7 @@ class _Editor:
             shape = added[-1].output[0]
         zero: dict[str, Any] = {"allowzero": 1} if self._opset >= _ALLOWZERO else {}
         added.append(helper.make_node("Reshape", [tensor, shape], [guarded], name=guarded, **zero))
-        rename_uses(users, tensor, guarded)
+        _rename_uses(users, tensor, guarded)
         del nodes[start:]
         nodes.extend([*added, *users])
 
@@ -210,24 +233,20 @@ class _Editor:
         ]
 
     def widen_input(self, value: onnx.ValueInfoProto) -> None:
-        """From rank 0 to [1]."""
+        """Have an input of rank 0 take a tensor of the shape [1]."""
         scalar, axes = f"{value.name}/scalar", self._axes(value.name, 0)
         nodes = list(self.model.graph.node)
-        rename_uses(nodes, value.name, scalar)
+        _rename_uses(nodes, value.name, scalar)
         squeeze = helper.make_node("Squeeze", [value.name, axes], [scalar], name=scalar)
         del self.model.graph.node[:]
         self.model.graph.node.extend([squeeze, *nodes])
         restate(value, [1])
 
     def widen_output(self, value: onnx.ValueInfoProto, dims: Shape) -> None:
-        """From rank 0 to [1], from [N] to [N, 1]."""
+        """Give an output of rank 0 in the shape [1], and one of [N] in [N, 1]."""
         narrow, axes = f"{value.name}/narrow", self._axes(value.name, len(dims))
         nodes = self.model.graph.node
-        rename_uses(nodes, value.name, narrow)
-        for node in nodes:
-            for i, name in enumerate(node.output):
-                if name == value.name:
-                    node.output[i] = narrow
+        _rename(nodes, value.name, narrow)
         # A node may be called after its output; two nodes of one name are refused.
         for node in nodes:
             if node.name == value.name:  # others may be no UTF-8, which can't be written
@@ -245,9 +264,54 @@ def _sizes(dims: Shape) -> list[int]:
     return [-1 if isinstance(dim, str) else dim for dim in dims]
 
 
-def rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+def _rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
     """Let every node that reads the tensor `old` read `new`, in subgraphs too."""
     for node in every_node(nodes):
         for i, name in enumerate(node.input):
             if name == old:
                 node.input[i] = new
+
+
+def _rename(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    """Call a tensor of a graph otherwise, where it is made and where it is read."""
+    _rename_uses(nodes, old, new)
+    for node in nodes:
+        for i, name in enumerate(node.output):
+            if name == old:  # others may be no UTF-8, which can't be written
+                node.output[i] = new
+
+
+def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
+    """The part of a served graph from prediction and target to the loss, as an artefact.
+
+    `load` and `verify` understand it. An artefact of its own comes back as it is.
+
+    Raises:
+        ArtefactError: when the metadata name tensors that the model doesn't have.
+    """
+    if read_spec(model) is not None:
+        return model
+    typed = onnx.ModelProto()
+    typed.CopyFrom(model)
+    del typed.graph.value_info[:]
+    typed.graph.value_info.extend(  # any tensor may become an input
+        helper.make_tensor_value_info(tensor.name, tensor.element, tensor.shape)
+        for tensor in main_tensors(model).values()
+        if tensor.element
+    )
+    names = [loss.inputs[role] for role in loss.spec.inputs]
+    try:
+        part = onnx.utils.Extractor(typed).extract_model(names, list(loss.outputs.values()))
+        del part.graph.value_info[:]
+        for role, tensor in {**loss.inputs, **loss.outputs}.items():
+            _rename(part.graph.node, tensor, role)
+            for value in (*part.graph.input, *part.graph.output):
+                if value.name == tensor:
+                    value.name = role
+        onnx.checker.check_model(part, full_check=True)
+    except (*MODEL_ERRORS, ValueError) as exc:
+        raise ArtefactError(
+            f"the loss that the metadata tell of can't be cut out of the model: {exc}"
+        ) from exc
+    stamp(part, loss.spec, "attached", "served", served=True)
+    return part

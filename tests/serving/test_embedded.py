@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -19,11 +17,11 @@ from smoothl1_deploy.errors import (
     ServerError,
     SpecError,
 )
-from smoothl1_deploy.serving import install as module
-from smoothl1_deploy.serving.install import Triton, find_triton, install, install_path
-from smoothl1_deploy.serving.launcher import Server
-from smoothl1_deploy.serving.mirror import models_of
+from smoothl1_deploy.serving import embedded as module
+from smoothl1_deploy.serving.embedded import Triton, find_triton, install, install_path
+from smoothl1_deploy.serving.private import models_of
 from smoothl1_deploy.serving.repository import write_loss
+from smoothl1_deploy.serving.server import Server
 
 
 @pytest.fixture
@@ -62,14 +60,12 @@ def test_the_one_on_path_wins(triton: Triton, nothing: Path) -> None:
     assert "--backend-directory" not in options  # it knows its own
 
 
-@pytest.mark.parametrize("machine", [("Linux", "riscv64"), ("Darwin", "x86_64")])
-def test_another_machine(
-    nothing: Path, monkeypatch: pytest.MonkeyPatch, machine: tuple[str, str]
-) -> None:
-    monkeypatch.setattr(module.platform, "system", lambda: machine[0])
-    monkeypatch.setattr(module.platform, "machine", lambda: machine[1])
-    with pytest.raises(BackendUnavailableError, match=f"this is {machine[0]} on {machine[1]}; put"):
-        install()
+def test_another_machine(nothing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for system, machine in (("Linux", "riscv64"), ("Darwin", "x86_64")):
+        monkeypatch.setattr(module.platform, "system", lambda system=system: system)
+        monkeypatch.setattr(module.platform, "machine", lambda machine=machine: machine)
+        with pytest.raises(BackendUnavailableError, match=f"this is {system} on {machine}; put"):
+            install()
 
 
 def test_a_version_of_python_without_a_stub(
@@ -80,23 +76,25 @@ def test_a_version_of_python_without_a_stub(
 
     monkeypatch.setattr(module.sys, "version_info", Version((3, 99)))
     with pytest.raises(BackendUnavailableError, match=r"has no stub for Python .*3\.11"):
-        module._checked(triton)
+        find_triton()
 
 
-@pytest.mark.parametrize(
-    ("part", "remedy"), [("binary", "needs glibc 2.35"), ("stub", "needs Python's shared library")]
-)
-def test_a_library_that_is_missing(tmp_path: Path, part: str, remedy: str) -> None:
+def test_a_library_that_is_missing(nothing: Path) -> None:
     words = "error while loading shared libraries: libx.so.1: no such file"
-    triton = Triton(tmp_path / "tritonserver", tmp_path)
-    triton.stub.parent.mkdir(parents=True)
-    for name, path in (("binary", triton.binary), ("stub", triton.stub)):
-        path.write_text(f"#!/bin/sh\necho '{words}' >&2\nexit {127 * (name == part)}\n")
-        path.chmod(0o755)
-        if name != part:
-            path.write_text("#!/bin/sh\nexit 1\n")
-    with pytest.raises(BackendUnavailableError, match=f"can't run here .{words}.; it {remedy}"):
-        module._checked(triton)
+    home = install_path()
+    triton = Triton(home / "pytriton/tritonserver/bin/tritonserver", home)
+    for program in (triton.binary, triton.stub):
+        program.parent.mkdir(parents=True)
+    for missing, sound, remedy in (
+        (triton.binary, triton.stub, "needs glibc 2.35"),
+        (triton.stub, triton.binary, "needs Python's shared library"),
+    ):
+        missing.write_text(f"#!/bin/sh\necho '{words}' >&2\nexit 127\n")
+        sound.write_text("#!/bin/sh\nexit 1\n")
+        for program in (missing, sound):
+            program.chmod(0o755)
+        with pytest.raises(BackendUnavailableError, match=f"can't run here .{words}.; it {remedy}"):
+            find_triton()
 
 
 def test_a_download_that_is_not_what_was_pinned(
@@ -159,8 +157,6 @@ def test_a_folder_that_is_no_repository(tmp_path: Path, triton: Triton) -> None:
 
 
 def test_a_port_that_is_taken(tmp_path: Path, triton: Triton) -> None:
-    import socket
-
     write_loss(tmp_path, LossSpec(), name="mean")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -168,27 +164,3 @@ def test_a_port_that_is_taken(tmp_path: Path, triton: Triton) -> None:
             SpecError, match=f"127.0.0.1:{port} .*choose another --grpc-port, 0 for"
         ):
             Server(tmp_path, triton, ports={"grpc": port}).start()
-
-
-def test_a_server_whose_parent_is_killed_ends(tmp_path: Path, triton: Triton) -> None:
-    import psutil
-
-    write_loss(tmp_path / "models", LossSpec(), name="mean")
-    code = (
-        "import sys, time\n"
-        "from smoothl1_deploy.serving.launcher import Server\n"
-        "server = Server(sys.argv[1])\nserver.start()\n"
-        "print(server.pid, flush=True)\ntime.sleep(600)\n"
-    )
-    root = Path(module.__file__).parents[2]
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "models")],
-        stdout=subprocess.PIPE, text=True, cwd=root,
-        env={**os.environ, "TMPDIR": str(tmp_path)},  # nobody is left to remove its folder
-    )  # fmt: skip
-    assert parent.stdout is not None
-    server = psutil.Process(int(parent.stdout.readline()))
-    family = [server, *server.children(recursive=True)]
-    parent.kill()
-    parent.communicate()
-    assert not psutil.wait_procs(family, timeout=60)[1]

@@ -1,23 +1,32 @@
-"""What `models/` holds: the served catalogue, made anew by scripts/export_models.
+"""What `models/` holds: a Triton model repository of five losses, and of digits that are scored.
 
 The models and their configs are reproducible byte for byte. A certificate is not, since it says
 when and where the file was verified; it names the file by its sha256 instead.
+
+    scripts/export_models [output folder]
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from pathlib import Path
 
-from ..artefact import read_model
-from ..graph.attach import attach
-from ..spec import LossSpec
-from .repository import ServedModel, write_loss, write_model
+import onnx
 
-__all__ = ["AUTOENCODER", "LOSSES", "write_catalogue"]
+from smoothl1_deploy import LossSpec, attach
+from smoothl1_deploy.serving.repository import (
+    ServedModel,
+    certify_model,
+    write_loss,
+    write_model,
+)
+
+#: A trained autoencoder, `digits` to `reconstruction`.
+SOURCE = Path(__file__).with_name("digits_autoencoder.onnx")
 
 #: Name -> spec of the losses of their own, for rows of 16 features.
-LOSSES: Mapping[str, LossSpec] = {
+LOSSES = {
     "smooth_l1_none": LossSpec(reduction="none"),
     "smooth_l1_mean": LossSpec(reduction="mean"),
     "smooth_l1_sum": LossSpec(reduction="sum"),
@@ -31,20 +40,13 @@ AUTOENCODER = "digits_autoencoder"
 _SCORE = LossSpec(0.1, "mean", per_sample=True)  # beta in units of a pixel, 0 to 1
 
 
-def write_catalogue(
-    folder: str | os.PathLike[str], autoencoder: str | os.PathLike[str]
-) -> tuple[ServedModel, ...]:
-    """Write every model of the catalogue, those that are there already anew.
-
-    Args:
-        folder: the repository.
-        autoencoder: ONNX file of a trained autoencoder, `digits` to `reconstruction`.
-    """
+def write_catalogue(folder: str | os.PathLike[str]) -> list[ServedModel]:
+    """Write every model of the catalogue into a repository, those that are there already anew."""
     written: list[ServedModel] = []
     for name, spec in LOSSES.items():
         written += write_loss(folder, spec, ("N", 16), name=name, overwrite=True)
     scorer = attach(
-        read_model(autoencoder),
+        onnx.load(SOURCE),
         "reconstruction",
         "digits",
         _SCORE,
@@ -53,4 +55,12 @@ def write_catalogue(
         route="inlined",
     )
     written += write_model(folder, scorer, name=AUTOENCODER, overwrite=True)
-    return tuple(written)
+    return written
+
+
+if __name__ == "__main__":
+    for model in write_catalogue(*sys.argv[1:]):
+        print(f"wrote {model.folder}")
+        found, certificate = certify_model(model.file)
+        assert found, f"{model.file} is wrong: see {certificate}"
+        print(f"wrote {certificate}")

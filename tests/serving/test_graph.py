@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest_serving import parsed
 from onnx import TensorProto, helper
 
 from smoothl1_deploy import LossSpec, attach, export, load, verify
@@ -13,10 +17,9 @@ from smoothl1_deploy.artefact import signature
 from smoothl1_deploy.errors import ArtefactError, UnsupportedError
 from smoothl1_deploy.floats import NUMPY_DTYPE
 from smoothl1_deploy.graph.metadata import is_served, read_spec, stamp
-from smoothl1_deploy.serving import served_graph
-from smoothl1_deploy.serving.lint_graph import unguarded
-from smoothl1_deploy.serving.losses import read_losses
-from smoothl1_deploy.serving.served_graph import serve
+from smoothl1_deploy.serving import graph as graph_module
+from smoothl1_deploy.serving.graph import read_losses, serve
+from smoothl1_deploy.serving.lint import unguarded
 
 
 def served(spec: LossSpec, shape: tuple[int | str, ...] = ("N", 16)) -> onnx.ModelProto:
@@ -34,63 +37,55 @@ def rows(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 16)).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    ("spec", "shape", "batched"),
-    [
-        (LossSpec(reduction="none"), (3, 16), True),
-        (LossSpec(per_sample=True), (3, 1), True),
-        (LossSpec(reduction="sum", per_sample=True, gradient=True), (3, 1), True),
-        (LossSpec(), (1,), False),
-        (LossSpec(reduction="sum"), (1,), False),
-    ],
-)
-def test_the_shapes_a_server_takes(spec: LossSpec, shape: tuple[int, ...], batched: bool) -> None:
-    graph = serve(export(spec, "inlined", ("N", 16)))
-    loss = ask(graph.model, input=rows(3), target=rows(3, 1))[0]
-    assert loss.shape == shape
-    declared = signature(graph.model).loss.shape
-    assert declared is not None and declared[-1] == shape[-1] and len(declared) == len(shape)
-    assert (graph.unbatched is None) == batched
+def test_the_shapes_a_server_takes() -> None:
+    for spec, shape in (
+        (LossSpec(reduction="none"), (3, 16)),
+        (LossSpec(per_sample=True), (3, 1)),
+        (LossSpec(reduction="sum", per_sample=True, gradient=True), (3, 1)),
+        (LossSpec(), (1,)),
+        (LossSpec(reduction="sum"), (1,)),
+    ):
+        graph = serve(export(spec, "inlined", ("N", 16)))
+        assert ask(graph.model, input=rows(3), target=rows(3, 1))[0].shape == shape, spec
+        declared = signature(graph.model).loss.shape
+        assert declared is not None and declared[1:] == shape[1:], spec
+        assert (graph.unbatched is None) == (len(shape) == 2), spec
 
 
-@pytest.mark.parametrize("route", ["function", "inlined"])
 @pytest.mark.parametrize("backend", ["ort-cpu", "onnx-reference", "torch", "trt-network"])
-@pytest.mark.parametrize(
-    "spec",
-    [
-        LossSpec(0.5),
-        LossSpec(per_sample=True, gradient=True),
-        LossSpec(runtime_beta=True, reduction="sum"),
-        LossSpec(dtype="bfloat16", weight="weights"),
-    ],
-    ids=lambda spec: spec.name,
-)
-def test_run_gives_what_the_unserved_graph_gives(spec: LossSpec, backend: str, route: str) -> None:
+def test_run_gives_what_the_unserved_graph_gives(backend: str) -> None:
     if backend == "trt-network":
         pytest.importorskip("tensorrt_rtx")
-    plain = export(spec, route, ("N", 16))
-    more = {"weight": rows(5, 2)} if spec.weight else {}
-    x, t = rows(5), rows(5, 1)
-    if spec.dtype == "bfloat16":
-        dtype = NUMPY_DTYPE[spec.dtype]
-        x, t = x.astype(dtype), t.astype(dtype)
-        more = {name: array.astype(dtype) for name, array in more.items()}
-    beta = 0.25 if spec.runtime_beta else None
-    expected = load(plain, backend).run(x, t, beta=beta, **more)
-    answer = load(serve(plain).model, backend).run(x, t, beta=beta, **more)
-    assert answer.keys() == expected.keys()
-    for name, value in expected.items():
-        assert answer[name].shape == value.shape
-        np.testing.assert_array_equal(answer[name], value)
+    for route, spec in itertools.product(
+        ("function", "inlined"),
+        (
+            LossSpec(0.5),
+            LossSpec(per_sample=True, gradient=True),
+            LossSpec(runtime_beta=True, reduction="sum"),
+            LossSpec(dtype="bfloat16", weight="weights"),
+        ),
+    ):
+        plain = export(spec, route, ("N", 16))
+        feeds: dict[str, Any] = {
+            name: rows(5, seed).astype(NUMPY_DTYPE[spec.dtype])
+            for seed, name in enumerate(spec.inputs)
+            if name != "beta"
+        }
+        if spec.runtime_beta:
+            feeds["beta"] = 0.25
+        expected = load(plain, backend).run(**feeds)
+        answer = load(serve(plain).model, backend).run(**feeds)
+        assert answer.keys() == expected.keys()
+        for name, value in expected.items():
+            assert answer[name].shape == value.shape, (route, spec)
+            np.testing.assert_array_equal(answer[name], value, err_msg=f"{route} {spec}")
 
 
-@pytest.mark.parametrize(
-    "spec", [LossSpec(), LossSpec(reduction="none"), LossSpec(per_sample=True)]
-)
-def test_verify_understands_a_served_graph(spec: LossSpec) -> None:
-    model = served(spec)
-    assert read_spec(model) == spec and is_served(model)
-    assert verify(model, drift=False)
+def test_verify_understands_a_served_graph() -> None:
+    for spec in (LossSpec(), LossSpec(reduction="none"), LossSpec(per_sample=True)):
+        model = served(spec)
+        assert read_spec(model) == spec and is_served(model)
+        assert verify(model, drift=False)
 
 
 def test_verify_sees_a_served_graph_of_the_wrong_shape() -> None:
@@ -102,13 +97,13 @@ def test_verify_sees_a_served_graph_of_the_wrong_shape() -> None:
     assert not verify(model, drift=False)
 
 
-@pytest.mark.parametrize("role", ["target", "weight"])
-@pytest.mark.parametrize("given", [1, 2, 6])
-def test_another_number_of_rows_is_an_error(role: str, given: int) -> None:
+def test_another_number_of_rows_is_an_error() -> None:
     spec = LossSpec(weight="count")
-    feeds = {name: rows(3) for name in spec.inputs}
-    with pytest.raises(Exception, match="Reshape"):
-        ask(served(spec), **{**feeds, role: rows(given)})
+    model, feeds = served(spec), {name: rows(3) for name in spec.inputs}
+    ask(model, **feeds)
+    for role, given in itertools.product(("target", "weight"), (1, 2, 6)):
+        with pytest.raises(Exception, match="Reshape"):
+            ask(model, **{**feeds, role: rows(given)})
 
 
 def test_without_the_guard_one_row_is_broadcast() -> None:
@@ -125,14 +120,13 @@ def test_the_guard_tells_equal_sizes_of_other_shapes_apart() -> None:
         ask(model, input=x, target=x.T.copy())
 
 
-@pytest.mark.parametrize(
-    ("reduction", "empty"), [("mean", [np.nan]), ("sum", [0.0]), ("none", np.empty((0, 16)))]
-)
-def test_an_empty_batch(reduction: str, empty: object) -> None:
-    loss = ask(served(LossSpec(reduction=reduction)), input=rows(0), target=rows(0))[0]
-    np.testing.assert_array_equal(loss, np.asarray(empty, np.float32))
-    with pytest.raises(Exception, match="Reshape"):
-        ask(served(LossSpec(reduction=reduction)), input=rows(0), target=rows(1))
+def test_an_empty_batch() -> None:
+    for reduction, empty in (("mean", [np.nan]), ("sum", [0.0]), ("none", np.empty((0, 16)))):
+        model = served(LossSpec(reduction=reduction))
+        loss = ask(model, input=rows(0), target=rows(0))[0]
+        np.testing.assert_array_equal(loss, np.asarray(empty, np.float32))
+        with pytest.raises(Exception, match="Reshape"):
+            ask(model, input=rows(0), target=rows(1))
 
 
 def test_beta_of_a_request_is_one_number() -> None:
@@ -146,22 +140,12 @@ def test_beta_of_a_request_is_one_number() -> None:
 
 def autoencoder() -> onnx.ModelProto:
     """`digits` [N, 16] and `mask` [N, 16] to their product and its rows' first column [N]."""
-    value = helper.make_tensor_value_info
-    nodes = [
-        helper.make_node("Mul", ["digits", "mask"], ["masked"]),
-        helper.make_node("Gather", ["masked", "zero"], ["first"], axis=1),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "masked",
-        [value(name, TensorProto.FLOAT, ["N", 16]) for name in ("digits", "mask")],
-        [
-            value("masked", TensorProto.FLOAT, ["N", 16]),
-            value("first", TensorProto.FLOAT, ["N"]),
-        ],
-        [helper.make_tensor("zero", TensorProto.INT64, [], [0])],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return parsed("""
+        (float[N, 16] digits, float[N, 16] mask) => (float[N, 16] masked, float[N] first)
+        <int64 zero = {0}> {
+            masked = Mul(digits, mask)
+            first = Gather<axis = 1>(masked, zero)
+        }""")
 
 
 def test_an_attached_score_of_each_row() -> None:
@@ -196,38 +180,29 @@ def test_a_target_that_is_to_broadcast_may() -> None:
     assert ask(serve(model).model, digits=rows(3), mask=rows(3))[0].shape == (1,)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_of_one_number_are_not_batched(dtype: str) -> None:
-    spec = LossSpec(reduction="none", dtype=dtype)
-    graph = serve(export(spec, "inlined", ("N",)))
-    assert graph.unbatched == "the input input has no axis beside its rows"
-    x = np.zeros(3, NUMPY_DTYPE[dtype])
-    assert load(graph.model).run(x, x)["loss"].shape == (3,)
+def test_rows_of_one_number_are_not_batched() -> None:
+    for dtype in ("float32", "bfloat16"):
+        graph = serve(export(LossSpec(reduction="none", dtype=dtype), "inlined", ("N",)))
+        assert graph.unbatched == "the input input has no axis beside its rows"
+        x = np.zeros(3, NUMPY_DTYPE[dtype])
+        assert load(graph.model).run(x, x)["loss"].shape == (3,)
 
 
-def test_an_unknown_rank_is_refused() -> None:
+def test_what_can_not_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArtefactError, match="the rank of 'input' is unknown, and a server needs"):
         serve(export(LossSpec()))
-
-
-def test_a_model_that_no_single_file_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served_graph, "_PROTOBUF_LIMIT", 100)
-    with pytest.raises(UnsupportedError, match="the model has 2 GiB or more, and a served one is"):
-        serve(autoencoder())
-
-
-def test_a_graph_that_is_no_graph() -> None:
     model = autoencoder()
     model.graph.node[0].input[0] = "nothing"
     with pytest.raises(ArtefactError, match="the model is no valid ONNX graph: .*nothing"):
         serve(model)
-
-
-def test_an_old_opset_is_refused() -> None:
-    model = autoencoder()
     model.opset_import[0].version = 11
     with pytest.raises(UnsupportedError, match="the model is of opset 11, and a served"):
         serve(model)
+    with pytest.raises(UnsupportedError, match="a server has no gradient to pass back"):
+        serve(export(LossSpec(gradient=True, upstream=True), shape=("N", 16)))
+    monkeypatch.setattr(graph_module, "_PROTOBUF_LIMIT", 100)
+    with pytest.raises(UnsupportedError, match="the model has 2 GiB or more, and a served one is"):
+        serve(autoencoder())
 
 
 def test_two_losses_and_a_reader_of_an_output() -> None:
@@ -252,19 +227,13 @@ def test_two_losses_and_a_reader_of_an_output() -> None:
 
 
 def test_a_subgraph_reads_what_was_renamed() -> None:
-    value = helper.make_tensor_value_info
-    branch = [
-        helper.make_graph([helper.make_node(op, ["total"], [f"{op}_out"])], op, [],
-                          [value(f"{op}_out", 1, [])])
-        for op in ("Neg", "Abs")
-    ]  # fmt: skip
-    nodes = [
-        helper.make_node("ReduceSum", ["x"], ["total"], keepdims=0),
-        helper.make_node("If", ["flag"], ["y"], then_branch=branch[0], else_branch=branch[1]),
-    ]
-    inputs = [value("x", 1, ["N", 2]), value("flag", TensorProto.BOOL, [])]
-    graph = helper.make_graph(nodes, "g", inputs, [value("total", 1, []), value("y", 1, [])])
-    opset = helper.make_opsetid("", 18)
-    served_model = serve(helper.make_model(graph, opset_imports=[opset], ir_version=10)).model
-    total, y = ask(served_model, x=np.ones((3, 2), np.float32), flag=np.array([True]))
-    np.testing.assert_array_equal((total, y), ([6], [-6]))
+    model = parsed("""
+        (float[N, 2] x, bool flag) => (float total, float y) {
+            total = ReduceSum<keepdims = 0>(x)
+            y = If(flag) <
+                then_branch = t () => (float a) { a = Neg(total) },
+                else_branch = e () => (float b) { b = Abs(total) }
+            >
+        }""")
+    feeds = {"x": np.ones((3, 2), np.float32), "flag": np.array([True])}
+    np.testing.assert_array_equal(ask(serve(model).model, **feeds), ([6], [-6]))

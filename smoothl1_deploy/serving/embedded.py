@@ -24,16 +24,10 @@ from ..environment import TELEMETRY
 from ..errors import BackendUnavailableError, MissingDependencyError
 from .private import PrivateFolder
 
-__all__ = ["REMEDY", "Triton", "find_triton", "install", "install_path"]
-
 _VERSION = "0.7.0"
 _REQUIREMENT = (
     f"nvidia-pytriton=={_VERSION} "
     "--hash=sha256:21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df\n"
-)
-REMEDY = (
-    "install it with: smoothl1-deploy serve --install (55 MB, Linux on x86-64), or put a "
-    "tritonserver on PATH, as in NVIDIA's container"
 )
 
 
@@ -104,13 +98,15 @@ def find_triton() -> Triton:
     if not home.is_dir():
         raise MissingDependencyError(
             f"there is no Triton Inference Server: no tritonserver on PATH, and none in {home}; "
-            f"{REMEDY}"
+            "install it with: smoothl1-deploy serve --install (55 MB, Linux on x86-64), or put a "
+            "tritonserver on PATH, as in NVIDIA's container"
         )
-    return _checked(Triton(home / "pytriton/tritonserver/bin/tritonserver", home))
+    return _checked(home)
 
 
-def _checked(triton: Triton) -> Triton:
-    """The embedded Triton, after its programs were loaded once."""
+def _checked(home: Path) -> Triton:
+    """The embedded Triton in a folder, after its programs were loaded once."""
+    triton = Triton(home / "pytriton/tritonserver/bin/tritonserver", home)
     if not triton.stub.exists():
         raise BackendUnavailableError(
             f"the embedded Triton has no stub for Python {platform.python_version()}, only for "
@@ -156,9 +152,12 @@ def install() -> Triton:
             with tempfile.TemporaryDirectory(dir=home.parent, prefix=".new-") as folder:
                 target = Path(folder) / "target"
                 _pip_install(target, Path(folder) / "requirements.txt")
-                _make_executable(target)
+                server = target / "pytriton/tritonserver"
+                # A wheel's files may come without the permission to run them.
+                for program in (*server.glob("bin/*"), *server.glob("python_backend_stubs/*/*")):
+                    program.chmod(0o755)
                 os.rename(target, home)
-    return _checked(Triton(home / "pytriton/tritonserver/bin/tritonserver", home))
+    return _checked(home)
 
 
 def _pip_install(target: Path, requirements: Path) -> None:
@@ -173,10 +172,3 @@ def _pip_install(target: Path, requirements: Path) -> None:
             f"pip could not install {_REQUIREMENT.split()[0]}: {done.stderr.strip()[-500:]}; mend "
             "that, or put a tritonserver on PATH"
         )
-
-
-def _make_executable(target: Path) -> None:
-    """A wheel's files may come without the permission to run them."""
-    home = target / "pytriton/tritonserver"
-    for program in (*home.glob("bin/*"), *home.glob("python_backend_stubs/*/*")):
-        program.chmod(0o755)
