@@ -14,17 +14,16 @@ import numpy as np
 from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec, build_engine, export
-from smoothl1_deploy.artefact import read_model, sha256
+from smoothl1_deploy.artefact import read_model, sha256, sidecar_path
 from smoothl1_deploy.model import engines_in
 from smoothl1_deploy.npy import read_archive, read_array
 from smoothl1_deploy.parity.certificate import certificate_path, read_certificate
 from smoothl1_deploy.tensorrt.cache import EngineCache
-from smoothl1_deploy.tensorrt.engine import Engine, read_engine, write_context
-from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
+from smoothl1_deploy.tensorrt.engine import Engine, Sidecar, read_engine, write_context
 
 from .damage import BYTE_EDITS, damage_bytes
 from .target import Target
-from .values import ARRAYS, JSON, NAMES, NUMBERS, mostly, some
+from .values import ARRAYS, JSON, NAMES, mostly, some
 
 __all__ = ["FILES", "TARGETS"]
 
@@ -179,7 +178,7 @@ def _read_context(case: tuple[Any, ...], folder: Path) -> None:
     """A file that carries an engine: whatever is damaged, its engine comes back or nothing does."""
     mode, edits, which, sidecar = case
     data, entries = _engine()
-    whole = Engine(None, sha256(data), Sidecar.from_dict(entries), data)
+    whole = Engine(None, Sidecar.from_dict(entries), data)
     path = write_context(folder / "a.onnx", whole, export(LossSpec()), "", mode).path
     assert path is not None
     victim = folder / which
@@ -192,21 +191,18 @@ def _read_context(case: tuple[Any, ...], folder: Path) -> None:
 
 
 def _cache(case: tuple[Any, ...], folder: Path) -> None:
-    entries, durations, max_bytes, seconds = case
+    entries, max_bytes = case
     engines = folder / "engines"
     engines.mkdir()
     for name, sidecar in entries:
         (engines / f"{name}.engine").write_bytes(_engine()[0])
         if sidecar is not None:
             (engines / f"{name}.engine.json").write_bytes(sidecar)
-    (folder / "durations.json").write_bytes(durations)
     cache = EngineCache(folder)
     key = Sidecar.from_dict(_engine()[1]).key
     cache.list()
     cache.get(key)
-    cache.duration(key)
     cache.nearest(key)
-    cache._remember(key, seconds)
     cache.prune(max_bytes)
 
 
@@ -284,9 +280,7 @@ TARGETS = [
         "cache",
         st.tuples(
             st.lists(st.tuples(st.sampled_from("abc"), mostly(_sidecars(), st.none())), max_size=2),
-            st.binary(max_size=8) | JSON.map(lambda value: json.dumps(value).encode()),
             st.sampled_from([0, 1, 10**6, -1, True, None, 2**70, 1.5]),
-            NUMBERS.filter(lambda value: isinstance(value, float)),
         ),
         _cache,
         share=5,

@@ -199,15 +199,13 @@ _FLAGS = st.booleans() | THINGS
 _OPTIONS = some(
     st.just({}),
     st.just({}),
-    st.just({"strip_plan": True}),
+    st.just({"tf32": True}),
     st.fixed_dictionaries(
         {},
         optional={
             "compute_capabilities": st.lists(st.sampled_from(["8.6", "current", "9.9"])) | THINGS,
             "hardware_compatibility": NAMES,
-            "workspace": NUMBERS,
-            "timing_cache": st.sampled_from(["timings", "no/timings", "", "."]),
-            **{name: _FLAGS for name in ("version_compatible", "tf32", "strict_nans", "refit")},
+            **{name: _FLAGS for name in ("version_compatible", "tf32")},
         },
     ),
 )

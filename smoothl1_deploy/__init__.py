@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .reference.module import SmoothL1Loss as SmoothL1Loss
     from .scoring.score import Score as Score
     from .scoring.score import loss_over as loss_over
-    from .tensorrt.builder import build_engine as build_engine
+    from .tensorrt.build import build_engine as build_engine
     from .tensorrt.engine import Engine as Engine
 
 #: public name -> module that defines it, imported on first use.
@@ -38,7 +38,7 @@ _LAZY = {
     "Score": ".scoring.score",
     "SmoothL1Loss": ".reference.module",
     "Verification": ".parity.verify",
-    "build_engine": ".tensorrt.builder",
+    "build_engine": ".tensorrt.build",
     "attach": ".graph.attach",
     "export": ".graph.export",
     "load": ".backends.base",

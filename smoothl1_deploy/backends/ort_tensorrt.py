@@ -20,13 +20,10 @@ from ..errors import BackendUnavailableError, OutputError, reason_of, require
 from ..spec import LossSpec
 from ..tensorrt.cache import default_cache_dir
 from ..tensorrt.flavour import PROVIDERS
-from ..tensorrt.prepare import prepare
-from ..tensorrt.profile import Profile, input_shapes, resolve_profile
+from ..tensorrt.prepare import prepare, refuses
+from ..tensorrt.profile import Profile, input_shapes, resolve_profile, wide_profile
 from .ort_gpu import OrtGpuBackend
 from .ort_nodes import inlined
-from .trt import wide_profile
-
-__all__ = ["OrtTensorrtBackend", "OrtTensorrtRtxBackend"]
 
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _registering = threading.Lock()
@@ -53,9 +50,7 @@ class _EngineBackend(OrtGpuBackend):
 
     def refuses(self, spec: LossSpec) -> str | None:
         """float64, which TensorRT doesn't have."""
-        if spec.dtype == "float64":
-            return "TensorRT has no float64; its parser would narrow the loss to float32"
-        return None
+        return refuses(spec)
 
     def _graph(self, model: onnx.ModelProto) -> onnx.ModelProto:
         return inlined(prepare(model)[0])

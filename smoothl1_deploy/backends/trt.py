@@ -1,11 +1,10 @@
 """`trt`: a TensorRT engine on the GPU, built from the model or read from a file.
 
-No GPU has run an engine of this module yet; see `smoothl1_deploy.tensorrt.execution`.
+No GPU has run an engine of this module yet; see `smoothl1_deploy.tensorrt.run`.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +15,15 @@ from ..device import Device
 from ..errors import ArtefactError, BackendUnavailableError
 from ..graph.elements import ELEMENT_TYPE
 from ..spec import LossSpec
-from ..tensorrt.builder import build_engine
+from ..tensorrt.build import build_engine
 from ..tensorrt.cache import EngineCache, default_cache_dir
 from ..tensorrt.engine import Engine, read_engine
-from ..tensorrt.execution import Program
 from ..tensorrt.flavour import ELSEWHERE, Flavour, get_flavour
 from ..tensorrt.options import BuildOptions
-from ..tensorrt.profile import InputShape, ProfileRequest, input_shapes
+from ..tensorrt.prepare import refuses
+from ..tensorrt.profile import ProfileRequest, input_shapes, wide_profile
+from ..tensorrt.run import Program
 from .gpu import Compute, GpuBackend, GpuRunner
-
-__all__ = ["TrtBackend", "TrtRunner", "wide_profile"]
-
-_LARGEST = 1 << 26  # elements of an input that the default profile covers
-
-
-def wide_profile(inputs: tuple[InputShape, ...]) -> dict[str, Any]:
-    """Ranges of the dynamic axes from empty to 2^26 elements an input, tuned for 64 rows."""
-    highest: dict[str, int] = {}
-    for shape in inputs:
-        fixed = math.prod(dim for dim in shape.dims if isinstance(dim, int))
-        axes = len(shape.dynamic)
-        for axis in shape.dynamic:
-            size = max(1, int((_LARGEST // max(fixed, 1)) ** (1 / axes) + 1e-9))
-            key = str(shape.dims[axis])
-            highest[key] = min(size, highest.get(key, size))
-
-    def sizes(shape: InputShape, limit: int) -> tuple[int, ...]:
-        return tuple(
-            dim if isinstance(dim, int) else min(limit, highest[str(dim)]) for dim in shape.dims
-        )
-
-    return {
-        shape.name: tuple(sizes(shape, limit) for limit in (0, 64, _LARGEST))
-        for shape in inputs
-        if shape.dynamic
-    }
 
 
 class TrtRunner(GpuRunner):
@@ -122,9 +95,7 @@ class TrtBackend(GpuBackend):
 
     def refuses(self, spec: LossSpec) -> str | None:
         """float64, which TensorRT doesn't have."""
-        if spec.dtype == "float64":
-            return "TensorRT has no float64; its parser would narrow the loss to float32"
-        return None
+        return refuses(spec)
 
     def load(self, model: onnx.ModelProto) -> TrtRunner:
         """Build the engine of `model`, or take it from the cache, and deserialise it.
@@ -156,9 +127,7 @@ class TrtBackend(GpuBackend):
 
     def _program(self, engine: Engine, flavour: Flavour) -> Program:
         kernels = self._root / "kernels" / f"{engine.sha256}.cache"
-        return Program(
-            engine, flavour, self._device, contexts=self._contexts, runtime_cache=kernels
-        )
+        return Program(engine, flavour, self._device, contexts=self._contexts, kernels=kernels)
 
 
 def _skeleton(engine: Engine) -> onnx.ModelProto:
@@ -167,18 +136,12 @@ def _skeleton(engine: Engine) -> onnx.ModelProto:
     Raises:
         ArtefactError: for an engine that is no loss's.
     """
-
-    def value(port: Any) -> onnx.ValueInfoProto:
-        dims = [name or size for name, size in zip(port.names, port.shape, strict=True)]
+    sidecar = engine.sidecar
+    for port in (*sidecar.inputs, *sidecar.outputs):
         if port.dtype not in ELEMENT_TYPE:
             raise ArtefactError(
                 f"the engine's {port.name!r} has the dtype {port.dtype}; a loss artefact takes and "
                 f"gives {', '.join(ELEMENT_TYPE)}"
             )
-        # An axis that has no name in the sidecar is dynamic by its -1.
-        dims = [None if dim == -1 else dim for dim in dims]
-        return helper.make_tensor_value_info(port.name, ELEMENT_TYPE[port.dtype], dims)
-
-    sidecar = engine.sidecar
-    inputs, outputs = map(value, sidecar.inputs), map(value, sidecar.outputs)
-    return helper.make_model(helper.make_graph([], sidecar.graph_name, [*inputs], [*outputs]))
+    inputs, outputs = ([p.to_value() for p in ports] for ports in (sidecar.inputs, sidecar.outputs))
+    return helper.make_model(helper.make_graph([], sidecar.graph_name, inputs, outputs))

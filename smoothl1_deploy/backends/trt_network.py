@@ -13,9 +13,8 @@ from ..spec import LossSpec
 from ..tensorrt.flavour import Flavour, get_flavour
 from ..tensorrt.network import plan
 from ..tensorrt.parse import parse
+from ..tensorrt.prepare import refuses
 from .base import Backend, Runner
-
-__all__ = ["TrtNetworkBackend", "TrtNetworkRunner"]
 
 
 class TrtNetworkRunner(Runner):
@@ -56,9 +55,7 @@ class TrtNetworkBackend(Backend):
 
     def refuses(self, spec: LossSpec) -> str | None:
         """float64, which TensorRT doesn't have."""
-        if spec.dtype == "float64":
-            return "TensorRT has no float64; its parser would narrow the loss to float32"
-        return None
+        return refuses(spec)
 
     def load(self, model: onnx.ModelProto) -> TrtNetworkRunner:
         """Parse `model` and read the network.

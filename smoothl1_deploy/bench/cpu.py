@@ -346,7 +346,7 @@ def once(repeats: int = 5) -> dict[str, Timing | str]:
 
 
 def _build(model: Any) -> None:
-    from ..tensorrt.builder import build_engine
+    from ..tensorrt.build import build_engine
 
     with tempfile.TemporaryDirectory() as folder:
         build_engine(model, str(Path(folder) / "loss.engine"), profile={"input": (1, 64, 1024)})

@@ -23,7 +23,7 @@ from ..environment import environment, silence
 from ..errors import OutputError, SmoothL1DeployError
 from ..files import write_atomic
 from ..records import Record
-from ..tensorrt.gpu import current_gpu
+from ..tensorrt.flavour import current_gpu
 from .gpu import BACKENDS, TORCH, plan, run, timed, usable_backends
 from .rows import Row, row_tables
 from .timing import copy_bandwidth

@@ -97,8 +97,8 @@ def _interrupted(argv: Sequence[str] | None) -> int:
     processes = sys.modules.get("multiprocessing")
     for child in processes.active_children() if processes is not None else ():
         child.kill()
-    progress = sys.modules.get("smoothl1_deploy.tensorrt.progress")
-    if progress is not None and progress.is_building():
+    build = sys.modules.get("smoothl1_deploy.tensorrt.build")
+    if build is not None and build.is_building():
         os._exit(INTERRUPTED)
     return INTERRUPTED
 

@@ -13,10 +13,8 @@ from ..errors import SpecError
 from .console import human_size, open_console, print_fields, print_json, print_note
 
 if TYPE_CHECKING:
+    from ..tensorrt.build import BuildProgress
     from ..tensorrt.engine import Engine
-    from ..tensorrt.progress import BuildProgress
-
-__all__ = ["EXAMPLE", "build"]
 
 EXAMPLE = "smoothl1-deploy build loss.onnx -o loss.engine --profile input=1x16,64x16,4096x16"
 
@@ -36,7 +34,7 @@ def _spinner(name: str) -> Iterator[Callable[[BuildProgress], None] | None]:
         def show(progress: BuildProgress) -> None:
             text = f"building {name}, {progress.elapsed:.1f} s"
             if progress.expected is not None:
-                text += f" (the last build took {progress.expected:.1f} s)"
+                text += f" (a like one took {progress.expected:.1f} s)"
             if progress.phase is not None:
                 text += f": {progress.phase}"
             status.update(text)
@@ -108,34 +106,9 @@ def build(
             rich_help_panel=_GPU,
         ),
     ] = False,
-    strict_nans: Annotated[
-        bool | None,
-        typer.Option(
-            "--strict-nans/--no-strict-nans",
-            show_default=False,
-            help="Keep NaN as IEEE 754 has it. Default: wherever the flavour can.",
-        ),
-    ] = None,
     tf32: Annotated[
         bool, typer.Option("--tf32", help="Allow float32 products with 10 bits of mantissa.")
     ] = False,
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Let weights be replaced later; needs a GPU to build.")
-    ] = False,
-    strip_plan: Annotated[
-        bool, typer.Option("--strip-plan", help="Leave the weights out, to be refitted.")
-    ] = False,
-    workspace_mb: Annotated[
-        int | None,
-        typer.Option(metavar="MIB", help="Limit of scratch memory. Default: TensorRT's own."),
-    ] = None,
-    timing_cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of kernel timings to read and update (tensorrt only).",
-            rich_help_panel=_CACHE,
-        ),
-    ] = None,
     cache_dir: Annotated[
         Path | None,
         typer.Option(
@@ -159,7 +132,7 @@ def build(
     if embed_mode is not None and format == "engine":
         raise SpecError("--embed-mode goes with --format epcontext; leave it out, or give both")
 
-    from ..tensorrt.builder import build_engine
+    from ..tensorrt.build import build_engine
     from ..tensorrt.cache import EngineCache
     from ..tensorrt.options import BuildOptions
 
@@ -168,11 +141,6 @@ def build(
         hardware_compatibility=hardware_compatibility,
         version_compatible=version_compatible,
         tf32=tf32,
-        strict_nans=strict_nans,
-        refit=refit,
-        strip_plan=strip_plan,
-        workspace=None if workspace_mb is None else workspace_mb << 20,
-        timing_cache=None if timing_cache is None else str(timing_cache),
     )
     # A folder has no name to change; that it is one is said when it is read.
     ending = ".engine" if format == "engine" else "_ctx.onnx"
@@ -196,10 +164,9 @@ def build(
 
 
 def _show(engine: Engine) -> None:
-    from ..tensorrt.sidecar import sidecar_path
+    from ..artefact import sidecar_path
 
     sidecar = engine.sidecar
-    assert sidecar is not None
     assert engine.path is not None  # built just now, and written
     capabilities = ", ".join(sidecar.options.compute_capabilities) or "those of the flavour"
     print_fields(

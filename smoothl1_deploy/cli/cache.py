@@ -15,8 +15,6 @@ from .console import human_size, print_json, print_lines, print_table
 if TYPE_CHECKING:
     from ..tensorrt.cache import CacheEntry, EngineCache
 
-__all__ = ["EXAMPLE", "cache"]
-
 EXAMPLE = "smoothl1-deploy cache prune --max-mb 100"
 
 cache = typer.Typer()

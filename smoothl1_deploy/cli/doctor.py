@@ -103,7 +103,7 @@ def doctor(
     Ends with 0 whatever it finds.
     """
     from ..environment import environment, lowest_versions, telemetry
-    from ..tensorrt.gpu import current_gpu
+    from ..tensorrt.flavour import current_gpu
 
     facts, lowest, gpu, told = environment(), lowest_versions(), current_gpu(), telemetry()
     parts = _parts()

@@ -26,8 +26,8 @@ from .options import AsJson
 if TYPE_CHECKING:
     import onnx
 
+    from ..tensorrt.engine import Sidecar
     from ..tensorrt.parse import NetworkPort
-    from ..tensorrt.sidecar import Sidecar
 
 EXAMPLE = "smoothl1-deploy inspect loss.onnx"
 
@@ -60,7 +60,8 @@ def _is_engine(path: Path) -> bool:
 
 
 def _has_sidecar(path: Path) -> bool:
-    from ..tensorrt.sidecar import Sidecar, sidecar_path
+    from ..artefact import sidecar_path
+    from ..tensorrt.engine import Sidecar
 
     with contextlib.suppress(ArtefactError):
         return Sidecar.read(sidecar_path(path)).context_sha256 is None
@@ -266,9 +267,8 @@ def inspect_engine(path: Path) -> Inspection:
     An engine is executable code: one that doesn't fit its sidecar is hashed and not deserialised.
     An engine whose sidecar is missing or doesn't fit it is shown with that problem.
     """
-    from ..artefact import sha256
-    from ..tensorrt.engine import read_verified
-    from ..tensorrt.sidecar import Sidecar, sidecar_path
+    from ..artefact import sha256, sidecar_path
+    from ..tensorrt.engine import Sidecar, read_verified
 
     problems = []
     try:
@@ -314,7 +314,7 @@ def _layers(path: Path) -> tuple[list[str], str | None]:
     """The layers that the engine inspector names, or why the engine can't be deserialised here."""
     from ..tensorrt.engine import read_engine
     from ..tensorrt.flavour import get_flavour
-    from ..tensorrt.layers import engine_layers
+    from ..tensorrt.run import engine_layers
 
     try:
         engine = read_engine(path)
@@ -324,15 +324,13 @@ def _layers(path: Path) -> tuple[list[str], str | None]:
 
 
 def _engine_port(port: NetworkPort) -> dict[str, Any]:
-    shape = [name or size for name, size in zip(port.names, port.shape, strict=True)]
-    return {"name": port.name, "dtype": port.dtype, "shape": shape}
+    return {"name": port.name, "dtype": port.dtype, "shape": port.dims}
 
 
 def _cannot_run(path: Path, sidecar: Sidecar) -> str | None:
     """Why a sound engine can't run here; None where nothing speaks against it."""
     from ..tensorrt.engine import diagnose, read_engine
-    from ..tensorrt.flavour import get_flavour
-    from ..tensorrt.gpu import current_gpu
+    from ..tensorrt.flavour import current_gpu, get_flavour
 
     gpu = current_gpu()
     if gpu is None:

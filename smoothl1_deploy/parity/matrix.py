@@ -508,7 +508,7 @@ def _checked(load: Callable[[], Runner], backend: Backend, refs: References) -> 
 
 def _build(spec: LossSpec, route: str, model: onnx.ModelProto, folder: Path) -> Build:
     """A TensorRT engine in `folder`; a refusal is a result, a failure a red one."""
-    from ..tensorrt.builder import build_engine
+    from ..tensorrt.build import build_engine
 
     started = time.perf_counter()
     path = folder / f"{model.graph.name}.engine"

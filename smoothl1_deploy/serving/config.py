@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from ..errors import ArtefactError, SpecError, require
 from ..model import axes_of, inputs_of, outputs_of
-from ..tensorrt.sidecar import Sidecar
+from ..tensorrt.engine import Sidecar
 
 CONFIG_FILE = "config.pbtxt"
 ONNX_FILE, PLAN_FILE = "model.onnx", "model.plan"

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import onnx
 
-from ..artefact import read_model, sha256
+from ..artefact import read_model, sha256, sidecar_path
 from ..errors import ArtefactError, CarriedEngineError, reason_of
 from ..files import read_file
 from ..graph.metadata import CHANGED, is_changed
@@ -23,8 +23,7 @@ from ..model import Loss, engines_in, inlined, inputs_of, main_tensors
 from ..ops import is_library
 from ..parity.certificate import CertificateStatus, read_certificate
 from ..records import Record
-from ..tensorrt.engine import read_verified
-from ..tensorrt.sidecar import Sidecar, sidecar_path
+from ..tensorrt.engine import Sidecar, read_verified
 from .config import (
     CONFIG_FILE,
     ONNX_FILE,

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..artefact import ModelSource, read_model, sha256
+from ..artefact import ModelSource, read_model, sha256, sidecar_path
 from ..errors import ArtefactError, OutputError, SpecError, UnsupportedError, require
 from ..files import write_atomic
 from ..graph.export import export
@@ -34,7 +34,6 @@ from ..parity.verify import Verification, verify
 from ..records import Record
 from ..spec import LossSpec
 from ..tensorrt.engine import Engine, read_verified
-from ..tensorrt.sidecar import sidecar_path
 from .config import (
     CONFIG_FILE,
     ONNX_FILE,

@@ -2,7 +2,6 @@
 
     <root>/engines/<key>.engine, <key>.engine.json     written by `write_engine`
     <root>/locks/<key>.lock                            held while the key is built or removed
-    <root>/durations.json                              seconds of the last build of a key
 
 The time of last use is the engine file's modification time.
 """
@@ -10,41 +9,22 @@ The time of last use is the engine file's modification time.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import filelock
 import platformdirs
 
+from ..artefact import sidecar_path
 from ..errors import ArtefactError, OutputError, SpecError, reason_of
-from ..files import is_unfinished, write_atomic
-from .engine import Engine, read_verified, write_engine
-from .key import BuildKey
-from .sidecar import Sidecar, sidecar_path
+from ..files import is_unfinished
+from ..records import Record
+from .engine import BuildKey, Engine, Sidecar, read_verified, write_engine
 
-__all__ = ["CacheEntry", "EngineCache", "default_cache_dir", "is_cache"]
-
-_DURATIONS_KEPT = 1000
 _ABANDONED = 3600  # seconds after which nobody is writing a file any more
-_WAIT = 0.1  # seconds between two looks at a lock
-
-# One lock a key and process in front of the file lock: threads then sleep instead of polling.
-_key_locks: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-_key_locks_guard = threading.Lock()
-
-
-class _KeyLock:
-    """A lock that a WeakValueDictionary can hold."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
 
 
 def default_cache_dir() -> Path:
@@ -58,7 +38,7 @@ def is_cache(folder: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheEntry:
+class CacheEntry(Record):
     """An engine in the cache.
 
     Attributes:
@@ -73,16 +53,6 @@ class CacheEntry:
     bytes: int
     last_used: float
     sidecar: Sidecar | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "key": self.key,
-            "path": str(self.path),
-            "bytes": self.bytes,
-            "last_used": self.last_used,
-            "sidecar": None if self.sidecar is None else self.sidecar.to_dict(),
-        }
 
 
 class EngineCache:
@@ -100,6 +70,7 @@ class EngineCache:
     def __init__(self, root: str | Path | None = None, max_bytes: int = 1 << 30) -> None:
         self.root = default_cache_dir() if root is None else Path(root)
         self.max_bytes = _size(max_bytes)
+        self._engines, self._locks = self.root / "engines", self.root / "locks"
         self._make_folders()
 
     def _make_folders(self) -> None:
@@ -111,14 +82,6 @@ class EngineCache:
                 f"can't use {self.root} as an engine cache ({reason_of(exc)}); choose a folder "
                 "that you may write to, or build without a cache"
             ) from exc
-
-    @property
-    def _engines(self) -> Path:
-        return self.root / "engines"
-
-    @property
-    def _locks(self) -> Path:
-        return self.root / "locks"
 
     def path(self, key: BuildKey) -> Path:
         """Where the engine of `key` stands, or would."""
@@ -138,10 +101,7 @@ class EngineCache:
         return replace(engine, cached=True)
 
     def get_or_build(
-        self,
-        key: BuildKey,
-        build: Callable[[float | None], tuple[bytes, Sidecar]],
-        cancelled: Callable[[], bool] = lambda: False,
+        self, key: BuildKey, build: Callable[[float | None], tuple[bytes, Sidecar]]
     ) -> Engine:
         """The engine of `key`, built by `build` where the cache has none.
 
@@ -150,43 +110,36 @@ class EngineCache:
 
         Args:
             key: what is asked for.
-            build: gets the seconds the last build took (None where unknown), returns the engine
-                and its sidecar.
-            cancelled: asked while another builds the key; true stops waiting and calls `build`,
-                which is to raise.
+            build: gets the seconds that the nearest entry took (None without one), returns the
+                engine and its sidecar.
         """
         found = self.get(key)
         if found is not None:
             return found
         path = self.path(key)
-        with self._locked(key.digest, cancelled=cancelled):
+        with self._locked(key.digest):
             found = self.get(key)
             if found is not None:
                 return found
-            damaged = path.exists()
-            near = self.nearest(key)
-            expected = self.duration(key)
-            if expected is None and near is not None:
-                expected = near.build_seconds
-            data, sidecar = build(expected)
+            damaged, near = path.exists(), self.nearest(key)
+            data, sidecar = build(None if near is None else near.build_seconds)
             self._make_folders()  # somebody may have emptied the user's cache folder
             write_engine(path, data, sidecar)
-            self._remember(key, sidecar.build_seconds)
         with contextlib.suppress(OutputError):  # the engine is there; the next prune tries again
             self.prune(self.max_bytes, keep=key.digest)
         changed = () if near is None else key.changes(near.key)
         if damaged:
             changed = ("the cached engine was damaged",)
-        return Engine(path, sidecar.engine_sha256, sidecar, data, changed=changed)
+        return Engine(path, sidecar, data, changed=changed)
 
     def nearest(self, key: BuildKey) -> Sidecar | None:
         """The entry for the same graph name whose key differs least; the latest of equals."""
-        candidates = [
-            (len(key.changes(entry.sidecar.key)), -entry.last_used, entry.key, entry.sidecar)
-            for entry in self.list()
-            if entry.sidecar is not None and entry.sidecar.graph_name == key.graph_name
-        ]
-        return min(candidates, key=lambda c: c[:3])[3] if candidates else None
+        sidecars = (entry.sidecar for entry in self.list() if entry.sidecar is not None)
+        return min(
+            (sidecar for sidecar in sidecars if sidecar.graph_name == key.graph_name),
+            key=lambda sidecar: len(key.changes(sidecar.key)),
+            default=None,
+        )
 
     def list(self) -> tuple[CacheEntry, ...]:
         """All entries, the most recently used first."""
@@ -225,7 +178,7 @@ class EngineCache:
                 break
             if entry.key == keep:
                 continue
-            with contextlib.suppress(filelock.Timeout), self._locked(entry.key, wait=False):
+            with contextlib.suppress(filelock.Timeout), self._locked(entry.key, timeout=0):
                 try:
                     # The sidecar first: an engine without one is never taken for sound.
                     sidecar_path(entry.path).unlink(missing_ok=True)
@@ -244,59 +197,25 @@ class EngineCache:
                 if old and is_unfinished(path.name):
                     path.unlink()
 
-    def duration(self, key: BuildKey) -> float | None:
-        """Seconds the last build of `key` took here, None where it is not known."""
-        value = self._durations().get(key.digest)
-        return float(value) if isinstance(value, (int, float)) else None
-
-    def _durations(self) -> dict[str, Any]:
-        try:
-            content = json.loads((self.root / "durations.json").read_bytes())
-        except (OSError, ValueError, RecursionError):  # a lost estimate is no reason to fail
-            return {}
-        return content if isinstance(content, dict) else {}
-
-    def _remember(self, key: BuildKey, seconds: float) -> None:
-        with self._locked("durations"):
-            durations = self._durations()
-            durations.pop(key.digest, None)  # the newest stand last
-            durations[key.digest] = round(seconds, 3)
-            kept = dict([*durations.items()][-_DURATIONS_KEPT:])
-            write_atomic(self.root / "durations.json", json.dumps(kept, indent=1).encode())
-
     @contextlib.contextmanager
-    def _locked(
-        self, name: str, *, wait: bool = True, cancelled: Callable[[], bool] = lambda: False
-    ) -> Iterator[None]:
-        """Hold the lock of `name` against threads and processes; filelock.Timeout if not `wait`.
+    def _locked(self, name: str, timeout: float = -1) -> Iterator[None]:
+        """Hold the lock of `name` against threads and processes.
 
-        Goes on without the lock when `cancelled`.
+        Raises:
+            filelock.Timeout: after `timeout` seconds, of which -1 is no end.
         """
-        path = self._locks / f"{name}.lock"
-        with _key_locks_guard:
-            own = _key_locks.setdefault(str(path.absolute()), _KeyLock())
-        with contextlib.ExitStack() as held:
-            try:
-                while not own.lock.acquire(timeout=_WAIT):
-                    if not wait:
-                        raise filelock.Timeout(str(path))
-                    if cancelled():
-                        break
-                else:
-                    held.callback(own.lock.release)
-                    file_lock = filelock.FileLock(path)
-                    while not cancelled():
-                        try:
-                            held.enter_context(file_lock.acquire(timeout=_WAIT))
-                            break
-                        except filelock.Timeout:
-                            if not wait:
-                                raise
-            except OSError as exc:
-                if isinstance(exc, filelock.Timeout):
-                    raise
-                raise OutputError(f"can't lock {path}: {exc.strerror or exc}") from exc
+        # A lock of its own for each caller: threads exclude one another as processes do.
+        lock = filelock.FileLock(self._locks / f"{name}.lock", timeout)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise
+        except OSError as exc:
+            raise OutputError(f"can't lock {lock.lock_file}: {exc.strerror or exc}") from exc
+        try:
             yield
+        finally:
+            lock.release()
 
 
 def _size(max_bytes: object) -> int:

@@ -1,4 +1,4 @@
-"""The two TensorRTs behind one name: `tensorrt` (10.x and 11.x) and `tensorrt_rtx`.
+"""The two TensorRTs behind one name, `tensorrt` (10.x and 11.x) and `tensorrt_rtx`, and the GPU.
 
 They share an API but for some names, and the numbers behind the names differ between versions:
 `BuilderFlag.STRICT_NANS` is 24 in 10.16 and 23 in 11.4. So every flag and enumeration is looked
@@ -10,8 +10,14 @@ is written against the attribute names of tensorrt 10.0 to 11.4 and tested with 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import re
+import shutil
+import subprocess
 import threading
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,17 +29,7 @@ from ..errors import (
     UnsupportedError,
     require,
 )
-from .logger import LogCapture, capture_log, get_logger
-
-__all__ = [
-    "ELSEWHERE",
-    "FLAVOURS",
-    "PROVIDERS",
-    "Flavour",
-    "available_flavours",
-    "get_flavour",
-    "missing",
-]
+from ..records import Record
 
 #: flavour -> the extra of this package that brings it.
 FLAVOURS = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
@@ -49,8 +45,84 @@ ELSEWHERE = (
     "need no engine"
 )
 
+#: Where there is no driver, TensorRT ends unrelated errors with a failed look at the GPU.
+_NO_DRIVER = re.compile(r"\[checkMacros\.cpp::catchCudaError.*?cudaError 35:.*?\)\)\.?")
+
 _lock = threading.Lock()
 _usable: dict[str, Flavour] = {}
+
+
+# What TensorRT says
+
+
+def tidy(text: str) -> str:
+    """One line, without the remark that there is no GPU, and without a full stop."""
+    return " ".join(_NO_DRIVER.sub("", text).split()).rstrip(".")
+
+
+@dataclass(slots=True, eq=False)
+class LogCapture:
+    """The errors that were logged while a capture was open, in order."""
+
+    errors: list[str] = field(default_factory=list)
+    thread: int = field(default_factory=threading.get_ident)
+
+    def reason(self) -> str:
+        """The errors in one line, for the end of a message of ours."""
+        texts = [text for text in dict.fromkeys(map(tidy, self.errors)) if text]
+        # A logger of the caller's own, made before ours, gets the messages instead.
+        return "; ".join(texts) or "TensorRT logged no reason"
+
+
+class _Log:
+    """The logger of one module, and the captures that are open."""
+
+    def __init__(self, trt: Any) -> None:
+        self._captures: list[LogCapture] = []
+        self._guard = threading.Lock()
+        record = self.record
+
+        class RecordingLogger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, msg: str) -> None:
+                if severity.name in ("ERROR", "INTERNAL_ERROR"):
+                    record(msg)
+
+        self.logger = RecordingLogger()
+
+    def record(self, text: str) -> None:
+        thread = threading.get_ident()
+        with self._guard:
+            own = [capture for capture in self._captures if capture.thread == thread]
+            # TensorRT's worker threads belong to no capture: what they say may concern any of them.
+            for capture in own or self._captures:
+                capture.errors.append(text)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[LogCapture]:
+        capture = LogCapture()
+        with self._guard:
+            self._captures.append(capture)
+        try:
+            yield capture
+        finally:
+            with self._guard:
+                self._captures.remove(capture)
+
+
+@functools.cache
+def _log_of(trt: Any) -> _Log:
+    """The log of a module, made once and never dropped.
+
+    Many of TensorRT's errors reach only its logger, and the first logger of a process is the one
+    that it uses for good.
+    """
+    return _Log(trt)
+
+
+# Which TensorRT
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +144,15 @@ class Flavour:
 
     @property
     def logger(self) -> Any:
-        """The recording logger, one a process and flavour."""
-        return get_logger(self.name, self.trt)
+        """The recording logger, one a process and module."""
+        return _log_of(self.trt).logger
 
     def capture(self) -> AbstractContextManager[LogCapture]:
-        """Collect what TensorRT logs inside the `with` block, in this thread."""
-        return capture_log(self.name)
+        """Collect the errors that TensorRT logs inside the `with` block.
+
+        Those of this thread and of threads of TensorRT's own.
+        """
+        return _log_of(self.trt).capture()
 
     def member(self, enum: str, name: str) -> Any | None:
         """A member of an enumeration (or an attribute of a class), None where there is none."""
@@ -112,34 +187,28 @@ class Flavour:
         known = self.capabilities
         return not known or capability in known or float(capability) > float(known[-1])
 
-    def flags(self) -> dict[str, Any]:
-        """Every builder flag of this version, by name."""
-        return dict(self.trt.BuilderFlag.__members__)
-
     def builder(self) -> Any:
         """A new `Builder`.
 
         Raises:
             BackendUnavailableError: when TensorRT can't make one here; `tensorrt` needs a GPU.
         """
+        builder, problem = None, ""
         with self.capture() as log:
             try:
                 builder = self.trt.Builder(self.logger)
             except (TypeError, RuntimeError) as exc:  # pybind's words for a null pointer
-                raise self._unusable(f"{log.reason()}; {exc}") from exc
+                problem = f"; {exc}"
         if builder is None:
-            raise self._unusable(log.reason())
+            hint = (
+                "it needs a GPU and its driver even to build; flavour='tensorrt_rtx' builds without"
+                if self.name == "tensorrt"
+                else "reinstall it with: pip install --force-reinstall 'smoothl1-deploy[rtx]'"
+            )
+            raise BackendUnavailableError(
+                f"{self} is installed but can't be used here ({log.reason()}{problem}): {hint}"
+            )
         return builder
-
-    def _unusable(self, reason: str) -> BackendUnavailableError:
-        hint = (
-            "it needs a GPU and its driver even to build; flavour='tensorrt_rtx' builds without"
-            if self.name == "tensorrt"
-            else "reinstall it with: pip install --force-reinstall 'smoothl1-deploy[rtx]'"
-        )
-        return BackendUnavailableError(
-            f"{self} is installed but can't be used here ({reason}): {hint}"
-        )
 
 
 def _load(name: str) -> Flavour:
@@ -182,15 +251,39 @@ def get_flavour(name: str | Flavour = "auto") -> Flavour:
     return _load(name)
 
 
-def available_flavours() -> tuple[Flavour, ...]:
-    """The flavours that can be used on this machine, `tensorrt` first."""
-    return tuple(get_flavour(name) for name in FLAVOURS if missing(name) is None)
+# Which GPU
 
 
-def missing(name: str) -> str | None:
-    """Why the flavour `name` can't be used on this machine; None where it can."""
+@dataclass(frozen=True, slots=True)
+class Gpu(Record):
+    """Name, compute capability (`"8.6"`) and driver version of a GPU, as nvidia-smi gives them."""
+
+    name: str
+    compute_capability: str
+    driver: str
+
+
+@functools.cache
+def current_gpu() -> Gpu | None:
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves visible; None without one.
+
+    Asks nvidia-smi, once a process: it comes with the driver, and asking CUDA itself would take
+    a context on the GPU for a line in a file.
+    """
+    program = shutil.which("nvidia-smi")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if program is None or visible in ("", "-1"):
+        return None
+    query = "--query-gpu=name,compute_cap,driver_version"
     try:
-        get_flavour(name)
-    except (MissingDependencyError, BackendUnavailableError) as exc:
-        return str(exc)
-    return None
+        answer = subprocess.run(
+            [program, query, "--format=csv,noheader", f"--id={visible}"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        ).stdout
+        name, capability, driver = (part.strip() for part in answer.splitlines()[0].split(","))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None  # a driver that is not running answers with an error: no GPU to build with
+    return Gpu(name, capability, driver)

@@ -1,21 +1,19 @@
 """`BuildOptions`: what can be chosen about a build, and how a flavour is told.
 
 An option that a flavour or version doesn't know is refused by name, never dropped: an engine
-must be what was asked for. The two whose defaults depend on the flavour, `tf32` and
-`strict_nans`, say so.
+must be what was asked for.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import BuildError, SpecError, UnsupportedError
+from ..records import Record
 from .flavour import Flavour
-
-__all__ = ["BuildOptions", "check_timing_cache", "configure"]
 
 _LEVELS = ("none", "ampere_plus", "same_compute_capability")
 _CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)", re.IGNORECASE)
@@ -36,7 +34,7 @@ def _capability(value: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class BuildOptions:
+class BuildOptions(Record):
     """What an engine is built for, and how.
 
     Args:
@@ -48,12 +46,6 @@ class BuildOptions:
         version_compatible: let later runtimes of the same major version run the engine.
         tf32: let float32 products run on tensor cores with 10 bits of mantissa. Off, because
             the loss is to equal PyTorch's; TensorRT's own default is on.
-        strict_nans: keep NaN semantics; None means wherever the flavour has the flag.
-        refit: weights can be replaced later; needs a GPU to build.
-        strip_plan: leave the weights out; the engine must be refitted before it runs.
-        workspace: limit of scratch memory in bytes; None is TensorRT's own.
-        timing_cache: file of measured kernel timings to read and update, guarded by a lock file
-            beside it; `tensorrt` only. What it holds is no part of an engine's cache key.
 
     Raises:
         SpecError: on values that mean nothing.
@@ -63,11 +55,6 @@ class BuildOptions:
     hardware_compatibility: str | None = None
     version_compatible: bool = False
     tf32: bool = False
-    strict_nans: bool | None = None
-    refit: bool = False
-    strip_plan: bool = False
-    workspace: int | None = None
-    timing_cache: str | None = None
 
     def __post_init__(self) -> None:
         given: Any = self.compute_capabilities
@@ -88,39 +75,29 @@ class BuildOptions:
                     f"unknown hardware_compatibility {level!r}; choose one of {', '.join(_LEVELS)}"
                 )
             object.__setattr__(self, "hardware_compatibility", level.lower())
-        size: Any = self.workspace
-        if size is not None and (
-            not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**63
-        ):
-            raise SpecError(f"workspace must be a number of bytes, 1 to 2^63 - 1, got {size!r}")
-        for name in ("version_compatible", "tf32", "strict_nans", "refit", "strip_plan"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (name == "strict_nans" and value is None):
-                raise SpecError(f"{name} must be true or false, got {value!r}")
-        if self.timing_cache is not None:
-            object.__setattr__(self, "timing_cache", str(self.timing_cache))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, JSON-ready."""
-        return {**asdict(self), "compute_capabilities": list(self.compute_capabilities)}
+        for name in ("version_compatible", "tf32"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BuildOptions:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; an option of another version that was not used is passed over.
 
         Raises:
-            SpecError: on an unknown field (a newer version wrote it) or a bad value.
+            SpecError: on an unknown field that was used, or a bad value.
         """
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(name for name in set(values) - known if values[name])
         if unknown:
             raise SpecError(
-                f"unknown build option(s) {', '.join(unknown)}; upgrade smoothl1-deploy"
+                f"unknown build option(s) {', '.join(unknown)}, of another version of "
+                "smoothl1-deploy"
             )
-        return cls(**values)
+        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 def configure(config: Any, options: BuildOptions, flavour: Flavour) -> tuple[str, ...]:
-    """Write `options` into a builder config.
+    """Write `options` into a builder config, and STRICT_NANS, which keeps NaN, where it exists.
 
     Returns:
         The names of the builder flags that are then set, sorted.
@@ -130,49 +107,21 @@ def configure(config: Any, options: BuildOptions, flavour: Flavour) -> tuple[str
         BuildError: when TensorRT refuses what it should know.
     """
     with flavour.capture() as log:
-        _set_flag(config, flavour, "TF32", options.tf32, "tf32")
-        _set_flag(config, flavour, "STRICT_NANS", options.strict_nans, "strict_nans")
-        _set_flag(
-            config, flavour, "VERSION_COMPATIBLE", options.version_compatible, "version_compatible"
-        )
-        _set_flag(config, flavour, "REFIT", options.refit, "refit")
-        _set_flag(config, flavour, "STRIP_PLAN", options.strip_plan, "strip_plan")
+        for option in ("tf32", "version_compatible"):
+            flag = flavour.need("BuilderFlag", option.upper(), f"the option {option}")
+            if getattr(options, option):
+                config.set_flag(flag)
+            else:
+                config.clear_flag(flag)
+        strict_nans = flavour.member("BuilderFlag", "STRICT_NANS")
+        if strict_nans is not None:
+            config.set_flag(strict_nans)
         _set_capabilities(config, flavour, options.compute_capabilities)
         _set_hardware_level(config, flavour, options.hardware_compatibility)
-        check_timing_cache(options, flavour)
-        if options.workspace is not None:
-            pool = flavour.need("MemoryPoolType", "WORKSPACE", "workspace")
-            config.set_memory_pool_limit(pool, options.workspace)
         if log.errors:
             raise BuildError(f"{flavour} refused the build options: {log.reason()}")
-    return tuple(sorted(name for name, flag in flavour.flags().items() if config.get_flag(flag)))
-
-
-def check_timing_cache(options: BuildOptions, flavour: Flavour) -> None:
-    """Whether `flavour` has a use for the timing cache, where one is given.
-
-    Raises:
-        UnsupportedError: for `tensorrt_rtx`.
-    """
-    if options.timing_cache is not None and flavour.name == "tensorrt_rtx":
-        # It takes one, warns that this is deprecated and does nothing (tried with 1.7.1).
-        raise UnsupportedError(
-            f"timing_cache has no effect on {flavour}, which measures no kernels when it builds; "
-            "leave it out"
-        )
-
-
-def _set_flag(config: Any, flavour: Flavour, name: str, wanted: bool | None, option: str) -> None:
-    """Set or clear a flag; None sets it where it exists, and a missing flag is clear already."""
-    flag = flavour.member("BuilderFlag", name)
-    if wanted:
-        flag = flavour.need("BuilderFlag", name, f"the option {option}")
-    elif flag is None:
-        return
-    if wanted is False:
-        config.clear_flag(flag)
-    else:
-        config.set_flag(flag)
+    flags = flavour.trt.BuilderFlag.__members__
+    return tuple(sorted(name for name, flag in flags.items() if config.get_flag(flag)))
 
 
 def _set_capabilities(config: Any, flavour: Flavour, wanted: tuple[str, ...]) -> None:
@@ -212,7 +161,6 @@ def _set_hardware_level(config: Any, flavour: Flavour, level: str | None) -> Non
             f"hardware_compatibility is not supported by {flavour}; "
             "name the GPUs with compute_capabilities, as in ['8.6', '12.0']"
         )
-    what = f"hardware_compatibility={level!r}"
     config.hardware_compatibility_level = flavour.need(
-        "HardwareCompatibilityLevel", level.upper(), what
+        "HardwareCompatibilityLevel", level.upper(), f"hardware_compatibility={level!r}"
     )

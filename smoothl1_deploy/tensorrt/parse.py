@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from ..artefact import sha256
 from ..errors import ArtefactError, BuildError, UnsupportedError
 from ..graph.elements import element_name
 from ..model import axes_of, contradiction, inputs_of, main_tensors, outputs_of
-from .flavour import Flavour
-from .logger import tidy
+from ..records import Record
+from .flavour import Flavour, tidy
 from .prepare import prepare
-
-__all__ = ["NetworkPort", "ParsedNetwork", "parse", "prepare"]
 
 #: ONNX element type -> the name of TensorRT's DataType.
 _DATA_TYPE: dict[int, str] = {
@@ -42,7 +40,7 @@ _ELEMENT = {_NUMPY_NAME.get(name, name.lower()): element for element, name in _D
 
 
 @dataclass(frozen=True, slots=True)
-class NetworkPort:
+class NetworkPort(Record):
     """An input or output of the network.
 
     Attributes:
@@ -65,15 +63,6 @@ class NetworkPort:
         shape = [n or (d if d >= 0 else None) for n, d in zip(self.names, self.shape, strict=True)]
         return helper.make_tensor_value_info(self.name, _ELEMENT[self.dtype], shape)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; the inverse of `from_dict`."""
-        return {
-            "name": self.name,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-            "names": list(self.names),
-        }
-
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> NetworkPort:
         """The inverse of `to_dict`; raises KeyError, TypeError or ValueError on other content."""
@@ -95,13 +84,11 @@ class ParsedNetwork:
     network and parser stay in one object.
 
     Attributes:
-        trt: the flavour's module.
         notes: what `prepare` changed, and what the model declares that isn't so; each a
             sentence.
         inputs, outputs: the ports, in the order of the ONNX graph.
     """
 
-    trt: Any = field(repr=False)
     builder: Any = field(repr=False)
     network: Any = field(repr=False)
     parser: Any = field(repr=False)
@@ -111,16 +98,12 @@ class ParsedNetwork:
     outputs: tuple[NetworkPort, ...]
 
 
-def parse(
-    model: onnx.ModelProto, flavour: Flavour, *, network_name: str | None = None
-) -> ParsedNetwork:
+def parse(model: onnx.ModelProto, flavour: Flavour) -> ParsedNetwork:
     """Parse `model` into a strongly typed network of `flavour`.
 
     Args:
         model: prepared by `prepare` first; give it as it was exported.
         flavour: whose parser.
-        network_name: of the network; the graph's name by default. TensorRT numbers nameless
-            networks, and two builds of one model then differ in a byte.
 
     Raises:
         UnsupportedError: for what `prepare` refuses, and where the network's inputs or outputs
@@ -131,8 +114,7 @@ def parse(
     prepared, notes = prepare(model)
     inputs = inputs_of(prepared)
     _check_types(inputs)
-    data = _serialized(prepared)
-    trt = flavour.trt
+    data = serialized(prepared)
     # Types are fixed by the graph in every version: 10.x wants the flag, 11.x ignores it.
     typed = flavour.need(
         "NetworkDefinitionCreationFlag", "STRONGLY_TYPED", "a strongly typed network"
@@ -142,28 +124,31 @@ def parse(
         network = builder.create_network(1 << int(typed))
         if network is None:
             raise BuildError(f"{flavour} can't create a network: {log.reason()}")
-        parser = trt.OnnxParser(network, flavour.logger)
+        parser = flavour.trt.OnnxParser(network, flavour.logger)
         parsed = parser.parse(data)
         if not parsed or parser.num_errors:
             raise _parser_error(parser, flavour, log.reason())
-    network.name = (
-        network_name or model.graph.name or f"graph_{hashlib.sha256(data).hexdigest()[:16]}"
-    )
+    network.name = network_name(model)
     wrong = contradiction(main_tensors(prepared).values())
+    made = [network.get_input(i) for i in range(network.num_inputs)]
+    given = [network.get_output(i) for i in range(network.num_outputs)]
     return ParsedNetwork(
-        trt,
         builder,
         network,
         parser,
         flavour,
         notes if wrong is None else (*notes, wrong),
-        _checked("input", inputs, [network.get_input(i) for i in range(network.num_inputs)]),
-        _checked(
-            "output",
-            outputs_of(prepared),
-            [network.get_output(i) for i in range(network.num_outputs)],
-        ),
+        _checked("input", inputs, made),
+        _checked("output", outputs_of(prepared), given),
     )
+
+
+def network_name(model: onnx.ModelProto) -> str:
+    """The name of the network of `model`: its graph's, or one of its own.
+
+    TensorRT numbers nameless networks, and two builds of one model then differ in a byte.
+    """
+    return model.graph.name or f"graph_{sha256(serialized(model))[:16]}"
 
 
 def _check_types(inputs: list[onnx.ValueInfoProto]) -> None:
@@ -178,10 +163,15 @@ def _check_types(inputs: list[onnx.ValueInfoProto]) -> None:
             )
 
 
-def _serialized(model: onnx.ModelProto) -> bytes:
+def serialized(model: onnx.ModelProto) -> bytes:
+    """The bytes of `model`, the same each time.
+
+    Raises:
+        ArtefactError: for more than protobuf's 2 GiB.
+    """
     try:
         data: bytes = model.SerializeToString(deterministic=True)
-    except ValueError as exc:  # protobuf's limit of 2 GiB
+    except ValueError as exc:
         raise ArtefactError(f"the model can't be serialised for TensorRT's parser: {exc}") from exc
     return data
 
@@ -189,13 +179,6 @@ def _serialized(model: onnx.ModelProto) -> bytes:
 def _parser_error(parser: Any, flavour: Flavour, logged: str) -> BuildError:
     if not parser.num_errors:
         return BuildError(f"{flavour} can't parse the model: {logged}")
-    try:
-        return _described(parser, flavour)
-    except UnicodeDecodeError:  # a name in the model that is no text, which its bindings decode
-        return BuildError(f"{flavour} can't parse the model, in which a name is no text: {logged}")
-
-
-def _described(parser: Any, flavour: Flavour) -> BuildError:
     parts = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
@@ -223,7 +206,14 @@ def _described(parser: Any, flavour: Flavour) -> BuildError:
     )
 
 
-def _rank(tensor: Any) -> tuple[int, ...] | None:
+def dtype_of(tensor: Any) -> str:
+    """The dtype of a network's tensor by numpy's name, where numpy has one."""
+    name: str = tensor.dtype.name
+    return _NUMPY_NAME.get(name, name.lower())
+
+
+def shape_of(tensor: Any) -> tuple[int, ...] | None:
+    """The shape of a network's tensor, -1 for a dynamic axis; None for an unknown rank."""
     try:
         return tuple(tensor.shape)
     except ValueError:  # the bindings' answer for a rank that is not known
@@ -250,7 +240,7 @@ def _port(kind: str, value: onnx.ValueInfoProto, tensor: Any) -> NetworkPort:
             f"the graph declares the {kind} {value.name!r} as {element}, TensorRT made it {dtype}; "
             "export the model with an element type TensorRT has, and declare what it computes"
         )
-    shape = _rank(tensor)
+    shape = shape_of(tensor)
     axes = axes_of(value)
     names = tuple(axis if isinstance(axis, str) else None for axis in axes or shape or ())
     differs = shape is None or (
@@ -267,4 +257,4 @@ def _port(kind: str, value: onnx.ValueInfoProto, tensor: Any) -> NetworkPort:
             f"it {'of unknown rank' if shape is None else list(shape)}; declare the shape the "
             "graph computes (onnx.shape_inference.infer_shapes finds it)"
         )
-    return NetworkPort(value.name, _NUMPY_NAME.get(dtype, dtype.lower()), shape, names)
+    return NetworkPort(value.name, dtype_of(tensor), shape, names)

@@ -28,9 +28,9 @@ from ..model import (
     node_label,
     scopes,
 )
+from ..spec import LossSpec
 
-__all__ = ["prepare"]
-
+_DOUBLE = TensorProto.DOUBLE
 _REMEDY = (
     "TensorRT has no float64 and would silently compute in float32. Export with "
     "dtype='float32', or run this model on ONNX Runtime (backend='ort-cpu')"
@@ -40,8 +40,15 @@ _OF_THE_EXPORT = frozenset({SPEC, ROUTE, VERSION, HASH, SERVED})
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "stash_type"})
 
 
+def refuses(spec: LossSpec) -> str | None:
+    """Why TensorRT can't carry out `spec` faithfully; None where it can."""
+    if spec.dtype == "float64":
+        return "TensorRT has no float64; its parser would narrow the loss to float32"
+    return None
+
+
 def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """`model` as TensorRT is to see it, and notes on what that changed.
+    """`model`, as `artefact.read_model` gives it, as TensorRT is to see it, and what that changed.
 
     Internal casts to float64 (the accumulators of `WideSum` and `WideMean`, the gradient, and those
     of anyone's model) become casts to float32, in functions and subgraphs too, and scalar float64
@@ -52,11 +59,9 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
         says about itself (read the spec from `model`); and the notes, each a sentence.
 
     Raises:
-        UnsupportedError: for any other float64, for inputs of unknown rank, and for names that are
-            no UTF-8.
-        ArtefactError: for a model without outputs, for external data that was not loaded, for a
-            call of a local function without a required attribute, and for a node that can't take
-            what it is given.
+        UnsupportedError: for any other float64, and for inputs of unknown rank.
+        ArtefactError: for a model without outputs, for a call of a local function without a
+            required attribute, and for a node that can't take what it is given.
     """
     try:
         check_nesting(model, by_name=True)
@@ -64,32 +69,35 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
         raise UnsupportedError(
             f"TensorRT's parser knows functions by their names alone, whatever the domain: {exc}"
         ) from exc
-    _check_complete(model)
+    _check_calls(model)
     _check_ports(model)
     check_types(model)
-    own = {(function.domain, function.name) for function in model.functions}
-    handed_on = (
-        any(attribute.ref_attr_name for attribute in node.attribute)
-        for scope in scopes(model)
-        for node in scope.nodes
-        if (node.domain, node.op_type) in own
-    )
-    types = (a.ref_attr_name for scope in scopes(model) for _, a in _element_types(scope))
-    if any(types) or any(handed_on):
-        # Where the element type stands at the caller, the bodies are put where it can be seen. And
-        # TensorRT (for RTX 1.7.1) loses what one function hands on to another by reference, and
-        # computes with 0.
+    if _refers_to_attributes(model):
         model = inlined(model)
     for scope in scopes(model):
-        _check_names(scope)
         _check_constants(scope)
-        _check_types(scope)
+        _check_nodes(scope)
     if not any(_has_double(scope) for scope in scopes(model)):
         return model, ()
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    notes = _narrow(copy)
-    return copy, notes
+    return copy, _narrow(copy)
+
+
+def _refers_to_attributes(model: onnx.ModelProto) -> bool:
+    """Whether a body is to be put where it is called.
+
+    There an element type can be seen that the caller gives. And TensorRT (for RTX 1.7.1) loses what
+    one function hands on to another by reference, and computes with 0.
+    """
+    own = {(function.domain, function.name) for function in model.functions}
+    return any(
+        attribute.ref_attr_name
+        for scope in scopes(model)
+        for node in scope.nodes
+        for attribute in node.attribute
+        if (node.domain, node.op_type) in own or _sets_type(node, attribute)
+    )
 
 
 def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
@@ -97,16 +105,16 @@ def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
     constants: list[str] = []
     for scope in scopes(model):
         for node, element in _element_types(scope):
-            if element.i == TensorProto.DOUBLE:  # of a Cast: the others were refused
+            if element.i == _DOUBLE:  # the element type of a Cast: the others were refused
                 element.i = TensorProto.FLOAT
                 casts.append(f"{scope.where}{node_label(node)}")
         for where, tensor in scope.constants:
-            if tensor.data_type == TensorProto.DOUBLE:
+            if tensor.data_type == _DOUBLE:
                 value = _value(tensor, where).astype(np.float32)
                 tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
                 constants.append(where)
         for value in scope.values:
-            if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
+            if value.type.tensor_type.elem_type == _DOUBLE:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
     # They speak for the model as it was exported; with the rest gone, the hash would be refused.
     kept = [entry for entry in model.metadata_props if entry.key not in _OF_THE_EXPORT]
@@ -123,34 +131,27 @@ def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _sets_type(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> bool:
+    return node.domain in ("", "ai.onnx") and attribute.name in _TYPE_ATTRIBUTES
+
+
 def _element_types(scope: Scope) -> Iterator[tuple[onnx.NodeProto, onnx.AttributeProto]]:
     """The attributes that set an element type, with their nodes."""
     for node in scope.nodes:
         for attribute in node.attribute:
-            if node.domain in ("", "ai.onnx") and attribute.name in _TYPE_ATTRIBUTES:
+            if _sets_type(node, attribute):
                 yield node, attribute
 
 
 def _has_double(scope: Scope) -> bool:
-    return any(e.i == TensorProto.DOUBLE for _, e in _element_types(scope)) or any(
-        tensor.data_type == TensorProto.DOUBLE for _, tensor in scope.constants
+    return any(element.i == _DOUBLE for _, element in _element_types(scope)) or any(
+        tensor.data_type == _DOUBLE for _, tensor in scope.constants
     )
-
-
-def _check_names(scope: Scope) -> None:
-    """TensorRT's Python can't tell the name of a layer that is no UTF-8; protobuf gives bytes."""
-    for node in scope.nodes:
-        for name in (node.name, *node.input, *node.output):
-            if isinstance(name, bytes):
-                raise UnsupportedError(
-                    f"a node has the name {name!r}, which is no UTF-8 text, and TensorRT takes no "
-                    "other; the model is damaged, or its names want to be written anew"
-                )
 
 
 def _check_constants(scope: Scope) -> None:
     for where, tensor in scope.constants:
-        if tensor.data_type != TensorProto.DOUBLE:
+        if tensor.data_type != _DOUBLE:
             continue
         if tensor.dims:
             raise UnsupportedError(
@@ -179,23 +180,16 @@ def _value(tensor: TensorProto, where: str) -> Array:
     return value
 
 
-def _check_types(scope: Scope) -> None:
-    found = [
-        (node, attribute)
-        for node, attribute in _element_types(scope)
-        if attribute.i == TensorProto.DOUBLE and node.op_type != "Cast"
-    ]
-    found += [
-        (node, attribute)
-        for node in scope.nodes
-        for attribute in node.attribute
-        if attribute.sparse_tensor.values.data_type == TensorProto.DOUBLE
-    ]
-    for node, attribute in found:
-        raise UnsupportedError(
-            f"the node {scope.where}{node_label(node)!r} ({node.op_type}) makes float64 "
-            f"(attribute {attribute.name}). {_REMEDY}"
-        )
+def _check_nodes(scope: Scope) -> None:
+    for node in scope.nodes:
+        for attribute in node.attribute:
+            makes = _sets_type(node, attribute) and attribute.i == _DOUBLE
+            sparse = attribute.sparse_tensor.values.data_type == _DOUBLE
+            if (makes and node.op_type != "Cast") or sparse:
+                raise UnsupportedError(
+                    f"the node {scope.where}{node_label(node)!r} ({node.op_type}) makes float64 "
+                    f"(attribute {attribute.name}). {_REMEDY}"
+                )
 
 
 def _check_ports(model: onnx.ModelProto) -> None:
@@ -203,7 +197,7 @@ def _check_ports(model: onnx.ModelProto) -> None:
     if not graph.output:
         raise ArtefactError("the model has no outputs; it is empty, damaged, or of another format")
     for sparse in graph.sparse_initializer:
-        if sparse.values.data_type == TensorProto.DOUBLE:
+        if sparse.values.data_type == _DOUBLE:
             raise UnsupportedError(f"the constant {sparse.values.name!r} is float64. {_REMEDY}")
     inputs = inputs_of(model)
     for kind, values in (("input", inputs), ("output", graph.output)):
@@ -213,7 +207,7 @@ def _check_ports(model: onnx.ModelProto) -> None:
                     f"the graph {kind} {value.name!r} is no tensor, and TensorRT takes and gives "
                     "nothing else; unpack it in the graph"
                 )
-            if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
+            if value.type.tensor_type.elem_type == _DOUBLE:
                 raise UnsupportedError(f"the graph {kind} {value.name!r} is float64. {_REMEDY}")
     for value in inputs:
         if axes_of(value) is None:
@@ -224,15 +218,9 @@ def _check_ports(model: onnx.ModelProto) -> None:
             )
 
 
-def _check_complete(model: onnx.ModelProto) -> None:
+def _check_calls(model: onnx.ModelProto) -> None:
     needs = {(f.domain, f.name, f.overload): set(f.attribute) for f in model.functions}
     for scope in scopes(model):
-        for where, tensor in scope.constants:
-            if tensor.data_location == TensorProto.EXTERNAL:
-                raise ArtefactError(
-                    f"the data of {where!r} lie in another file and were not loaded; "
-                    "read the model with onnx.load(path), or give its path"
-                )
         for node in scope.nodes:
             needed = needs.get((node.domain, node.op_type, node.overload), set())
             lacking = sorted(needed - {attribute.name for attribute in node.attribute})

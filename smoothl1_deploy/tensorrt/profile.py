@@ -13,6 +13,7 @@ same, an axis follows another of the same name, and what remains takes `DEFAULT_
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,18 +24,12 @@ import onnx
 from ..errors import ArtefactError, SpecError
 from ..graph.shapes import check_size
 from ..model import axes_of, inputs_of
-
-__all__ = [
-    "DEFAULT_RANGE",
-    "InputShape",
-    "Profile",
-    "ProfileRequest",
-    "input_shapes",
-    "resolve_profile",
-]
+from ..records import Record
 
 #: min, opt and max of a dynamic axis that no request mentions.
 DEFAULT_RANGE = (1, 64, 4096)
+
+_WIDEST = 1 << 26  # elements of an input that `wide_profile` covers
 
 Sizes = tuple[int, ...]
 Range = tuple[Sizes, Sizes, Sizes]
@@ -63,7 +58,7 @@ class InputShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class Profile(Record):
     """The ranges of all dynamic inputs; static inputs need none.
 
     Attributes:
@@ -74,19 +69,10 @@ class Profile:
     ranges: Mapping[str, Range]
     defaults: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; the inverse of `from_dict`."""
-        return {
-            "ranges": {k: [list(shape) for shape in v] for k, v in sorted(self.ranges.items())},
-            "defaults": list(self.defaults),
-        }
-
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Profile:
         """The inverse of `to_dict`; raises KeyError, TypeError or ValueError on other content."""
-        ranges: dict[str, Range] = {}
-        for name, (low, usual, high) in fields["ranges"].items():
-            ranges[name] = (_sizes(low), _sizes(usual), _sizes(high))
+        ranges = {name: _range(shapes) for name, shapes in fields["ranges"].items()}
         return cls(ranges, tuple(str(axis) for axis in fields["defaults"]))
 
     def __str__(self) -> str:
@@ -111,6 +97,28 @@ def input_shapes(model: onnx.ModelProto) -> tuple[InputShape, ...]:
     return tuple(found)
 
 
+def wide_profile(inputs: Sequence[InputShape]) -> dict[str, Range]:
+    """Ranges of the dynamic axes from empty to 2^26 elements an input, tuned for 64 rows."""
+    highest: dict[str, int] = {}
+    for shape in inputs:
+        fixed = math.prod(dim for dim in shape.dims if isinstance(dim, int))
+        for axis in shape.dynamic:
+            size = max(1, int((_WIDEST // max(fixed, 1)) ** (1 / len(shape.dynamic)) + 1e-9))
+            key = str(shape.dims[axis])
+            highest[key] = min(size, highest.get(key, size))
+
+    def sizes(shape: InputShape, limit: int) -> Sizes:
+        return tuple(
+            dim if isinstance(dim, int) else min(limit, highest[str(dim)]) for dim in shape.dims
+        )
+
+    return {
+        shape.name: (sizes(shape, 0), sizes(shape, 64), sizes(shape, _WIDEST))
+        for shape in inputs
+        if shape.dynamic
+    }
+
+
 def resolve_profile(request: ProfileRequest, inputs: Sequence[InputShape]) -> Profile:
     """The profile of `inputs` that `request` asks for; None asks for the defaults.
 
@@ -125,7 +133,7 @@ def resolve_profile(request: ProfileRequest, inputs: Sequence[InputShape]) -> Pr
         if name not in by_name:
             known = ", ".join(str(shape) for shape in inputs) or "none"
             raise SpecError(f"the profile names the input {name!r}; the model's inputs are {known}")
-        given[name] = _checked(by_name[name], _shapes_of(by_name[name], value))
+        given[name] = _checked(by_name[name], value)
     pair = by_name.get("input"), by_name.get("target")
     if pair[0] and pair[1] and pair[0].dims == pair[1].dims:
         for name, other in (("input", "target"), ("target", "input")):
@@ -145,39 +153,35 @@ def resolve_profile(request: ProfileRequest, inputs: Sequence[InputShape]) -> Pr
                     f"through {shape.name!r}; one name is one size: give both inputs one range"
                 )
 
-    ranges: dict[str, Range] = {}
     defaults: list[str] = []
     for shape in inputs:
-        if not shape.dynamic:
+        if not shape.dynamic or shape.name in given:
             continue
-        if shape.name not in given:
-            axes: list[Sizes] = []
-            for axis, dim in enumerate(shape.dims):
-                if isinstance(dim, int):
-                    axes.append((dim, dim, dim))
-                elif dim is not None and dim in named:
-                    axes.append(named[dim][1])
-                else:
-                    axes.append(DEFAULT_RANGE)
-                    defaults.append(dim or f"{shape.name}[{axis}]")
-            low, usual, high = zip(*axes, strict=True)
-            given[shape.name] = (low, usual, high)
-        ranges[shape.name] = given[shape.name]
+        axes: list[Sizes] = []
+        for axis, dim in enumerate(shape.dims):
+            if isinstance(dim, int):
+                axes.append((dim, dim, dim))
+            elif dim is not None and dim in named:
+                axes.append(named[dim][1])
+            else:
+                axes.append(DEFAULT_RANGE)
+                defaults.append(dim or f"{shape.name}[{axis}]")
+        given[shape.name] = _range(zip(*axes, strict=True))
+    ranges = {shape.name: given[shape.name] for shape in inputs if shape.dynamic}
     return Profile(ranges, tuple(dict.fromkeys(defaults)))
 
 
 def _parsed(request: ProfileRequest) -> dict[str, Any]:
-    if request is None:
-        return {}
-    if isinstance(request, Mapping):
-        return dict(request)
+    """Input -> what is asked for it: three shapes, or whatever a mapping holds."""
+    if request is None or isinstance(request, Mapping):
+        return dict(request or {})
     texts: Any = [request] if isinstance(request, str) else request
     if not isinstance(texts, Sequence):
         raise SpecError(f"can't read the profile {request!r}; {_FORMS}")
     found: dict[str, Any] = {}
     for text in texts:
-        name, equals, shapes = text.partition("=") if isinstance(text, str) else ("", "", "")
-        if not (name and equals and shapes):
+        name, _, shapes = text.partition("=") if isinstance(text, str) else ("", "", "")
+        if not (name and shapes):
             raise SpecError(f"can't read the profile {text!r}; {_FORMS}")
         if name in found:
             raise SpecError(f"two profiles for the input {name!r}; give one")
@@ -195,13 +199,16 @@ def _is_size(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _sizes(values: Sequence[Any]) -> Sizes:
-    if not all(_is_size(value) for value in values):
-        raise ValueError(f"not a shape: {values!r}")
-    return tuple(int(value) for value in values)  # of numpy, for instance
+def _range(shapes: Any) -> Range:
+    """Three shapes as they are kept; raises TypeError or ValueError on anything else."""
+    low, usual, high = (tuple(shape) for shape in shapes)
+    for size in (*low, *usual, *high):
+        if not _is_size(size):
+            raise ValueError(f"not a size: {size!r}")
+    return tuple(map(int, low)), tuple(map(int, usual)), tuple(map(int, high))  # of numpy, too
 
 
-def _shapes_of(shape: InputShape, value: Any) -> Range:
+def _checked(shape: InputShape, value: Any) -> Range:
     """min, opt and max from three shapes, or from three values of the only dynamic axis."""
     problem = SpecError(f"can't read the profile {value!r} of the input {shape.name!r}; {_FORMS}")
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
@@ -216,13 +223,10 @@ def _shapes_of(shape: InputShape, value: Any) -> Range:
             )
         value = [[n if i in shape.dynamic else d for i, d in enumerate(shape.dims)] for n in value]
     try:
-        low, usual, high = (_sizes(sizes) for sizes in value)
+        shapes = _range(value)
     except (TypeError, ValueError):
         raise problem from None
-    return low, usual, high
 
-
-def _checked(shape: InputShape, shapes: Range) -> Range:
     texts = ", ".join("x".join(map(str, sizes)) for sizes in shapes)
     for sizes in shapes:
         if len(sizes) != len(shape.dims):

@@ -65,7 +65,7 @@ def test_an_onnx_file_that_carries_the_engine(cli: Callable[..., Done], mode: in
 def test_every_option_reaches_the_build(
     cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import smoothl1_deploy.tensorrt.builder as builder
+    import smoothl1_deploy.tensorrt.build as module
     from smoothl1_deploy.errors import BuildError
 
     seen: dict[str, object] = {}
@@ -74,12 +74,11 @@ def test_every_option_reaches_the_build(
         seen.update(rest, model=model, path=path, flavour=flavour, profile=profile)
         raise BuildError("enough seen")
 
-    monkeypatch.setattr(builder, "build_engine", fake)
+    monkeypatch.setattr(module, "build_engine", fake)
     done = cli(
         "build", "a.onnx", "-o", "b.engine", "--flavour", "tensorrt", "--profile", "x=1,2,3",
         "--profile", "y=1", "--compute-capability", "8.9", "--compute-capability", "SM86",
-        "--hardware-compatibility", "ampere_plus", "--version-compatible", "--no-strict-nans",
-        "--tf32", "--refit", "--strip-plan", "--workspace-mb", 3, "--timing-cache", "t.cache",
+        "--hardware-compatibility", "ampere_plus", "--version-compatible", "--tf32",
         "--cache-dir", "engines", "--format", "epcontext", "--embed-mode", "0",
     )  # fmt: skip
     assert done.err == "error: enough seen\n"
@@ -88,11 +87,6 @@ def test_every_option_reaches_the_build(
         hardware_compatibility="ampere_plus",
         version_compatible=True,
         tf32=True,
-        strict_nans=False,
-        refit=True,
-        strip_plan=True,
-        workspace=3 << 20,
-        timing_cache="t.cache",
     )
     assert seen.pop("cache_dir").root == Path("engines")  # type: ignore[attr-defined]
     assert seen == {
@@ -107,10 +101,10 @@ def test_every_option_reaches_the_build(
 
 
 def test_defaults_of_the_options(cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
-    import smoothl1_deploy.tensorrt.builder as builder
+    import smoothl1_deploy.tensorrt.build as module
 
     seen: list[object] = []
-    monkeypatch.setattr(builder, "build_engine", lambda *a, **k: seen.append(k["options"]))
+    monkeypatch.setattr(module, "build_engine", lambda *a, **k: seen.append(k["options"]))
     cli("build", "a.onnx", "--json")
     assert seen == [BuildOptions()]
 
@@ -124,9 +118,7 @@ def test_defaults_of_the_options(cli: Callable[..., Done], monkeypatch: pytest.M
         (["--profile", "x=1x16"], "the profile names the input 'x'; the model's inputs are input"),
         (["--compute-capability", "newest"], "can't read the compute capability 'newest'"),
         (["--hardware-compatibility", "all"], "unknown hardware_compatibility 'all'"),
-        (["--workspace-mb", "0"], "workspace must be a number of bytes, 1 to 2^63 - 1, got 0"),
         (["--no-cache", "--cache-dir", "x"], "--no-cache and --cache-dir exclude each other"),
-        ([*RTX, "--timing-cache", "t"], "timing_cache has no effect on tensorrt_rtx"),
         (["--cache-dir", "loss.onnx"], "can't use loss.onnx as an engine cache"),
         (["--embed-mode", "0"], "--embed-mode goes with --format epcontext"),
         (["--format", "plan"], "unknown format 'plan'; choose one of engine, epcontext"),
@@ -175,14 +167,6 @@ def test_a_model_called_like_its_engine_is_not_overwritten(cli: Callable[..., Do
     assert done.code == 2
     assert "loss.engine is the model it is built from" in done.err
     assert path.read_bytes() == before
-
-
-def test_a_timing_cache_of_no_use_is_refused_where_the_engine_is_cached(
-    cli: Callable[..., Done],
-) -> None:
-    cli("build", model(), *RTX)
-    done = cli("build", "loss.onnx", *RTX, "--timing-cache", "t")
-    assert (done.code, "timing_cache has no effect" in done.err) == (2, True)
 
 
 def test_the_cache_can_be_listed_and_pruned(cli: Callable[..., Done]) -> None:

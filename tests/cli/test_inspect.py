@@ -182,7 +182,7 @@ def test_an_engine_without_a_gpu_here(
     cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    import smoothl1_deploy.tensorrt.gpu as gpu
+    import smoothl1_deploy.tensorrt.flavour as gpu
 
     cli("build", model(), "--flavour", "tensorrt_rtx", "--compute-capability", "8.6")
     monkeypatch.setattr(gpu, "current_gpu", lambda: None)
@@ -199,8 +199,8 @@ def test_the_layers_of_an_engine_that_runs_here(
     cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    import smoothl1_deploy.tensorrt.gpu as gpu
-    import smoothl1_deploy.tensorrt.layers as layers
+    import smoothl1_deploy.tensorrt.flavour as gpu
+    import smoothl1_deploy.tensorrt.run as layers
 
     cli("build", model(), "--flavour", "tensorrt_rtx", "--compute-capability", "8.6")
     without = gpu.current_gpu() is None

@@ -29,8 +29,8 @@ from smoothl1_deploy.backends.runner import Runner
 from smoothl1_deploy.bench import cpu
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.parity import matrix
-from smoothl1_deploy.tensorrt import builder
-from smoothl1_deploy.tensorrt.progress import BuildWatch, run_watched
+from smoothl1_deploy.tensorrt import build as builder
+from smoothl1_deploy.tensorrt.build import BuildWatch, run_watched
 
 run, each = Runner.run, matrix.each
 

@@ -294,8 +294,8 @@ def test_an_interrupt_ends_with_130_and_one_sentence() -> None:
 def test_a_second_interrupt_does_not_wait_for_tensorrt() -> None:
     """A build goes on in C++, and may crash the interpreter that ends meanwhile (1.7.1)."""
     code = _INTERRUPTED + (
-        "import smoothl1_deploy.tensorrt.builder as module\n"
-        "from smoothl1_deploy.tensorrt.progress import BuildWatch, run_watched\n"
+        "import smoothl1_deploy.tensorrt.build as module\n"
+        "from smoothl1_deploy.tensorrt.build import BuildWatch, run_watched\n"
         "atexit.register(print, 'the interpreter ended')\n"
         "watch = BuildWatch()\n"
         "def build():\n"

@@ -26,7 +26,7 @@ import smoothl1_deploy.errors as errors
 from fuzzing.answers import OUTPUT, FakeServer, answer, inferred
 from fuzzing.damage import carrying, foreign, nested, recursive
 from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
-from smoothl1_deploy.artefact import read_model
+from smoothl1_deploy.artefact import read_model, sidecar_path
 from smoothl1_deploy.cli.options import parse_shape
 from smoothl1_deploy.errors import ModelWarning
 from smoothl1_deploy.files import write_atomic
@@ -41,8 +41,7 @@ from smoothl1_deploy.serving import Client
 from smoothl1_deploy.serving.graph import serve
 from smoothl1_deploy.serving.repository import certify_model
 from smoothl1_deploy.serving.supervise import make_canary
-from smoothl1_deploy.tensorrt.engine import read_engine, read_verified
-from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
+from smoothl1_deploy.tensorrt.engine import Sidecar, read_engine, read_verified
 
 CASES: dict[str, Callable[[Path], object]] = {}
 
@@ -577,7 +576,7 @@ def _other(folder: Path) -> object:
 @case("an edited sidecar")
 def _edited(folder: Path) -> object:
     path = sidecar_path(_engine(folder))
-    path.write_text(path.read_text().replace('"strict_nans": null', '"strict_nans": true'))
+    path.write_text(path.read_text().replace('"tf32": false', '"tf32": true'))
     return Sidecar.read(path)
 
 

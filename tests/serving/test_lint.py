@@ -345,7 +345,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewrite(root: Path, **fields: object) -> None:
-    from smoothl1_deploy.tensorrt.sidecar import Sidecar
+    from smoothl1_deploy.tensorrt.engine import Sidecar
 
     path = root / "loss_trt" / "1" / "model.plan.json"
     path.write_bytes(replace(Sidecar.read(path), **fields).dumps())  # type: ignore[arg-type]

@@ -10,13 +10,14 @@ from typing import Any
 import onnx
 import pytest
 
-from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.tensorrt import builder
+from smoothl1_deploy import LossSpec, build_engine, export
+from smoothl1_deploy.tensorrt.engine import Engine
 from smoothl1_deploy.tensorrt.flavour import Flavour, get_flavour
 
 
-def _load_fake() -> Any:
-    # Under --import-mode=importlib test modules can't import one another.
+@pytest.fixture(scope="session")
+def fake_trt() -> Any:
+    """The module fake_trt; under --import-mode=importlib test modules can't import one another."""
     path = Path(__file__).with_name("fake_trt.py")
     spec = importlib.util.spec_from_file_location("smoothl1_deploy_fake_trt", path)
     module = importlib.util.module_from_spec(spec)
@@ -25,15 +26,8 @@ def _load_fake() -> Any:
 
 
 @pytest.fixture(scope="session")
-def fake_trt() -> Any:
-    """The module fake_trt."""
-    return _load_fake()
-
-
-@pytest.fixture
-def fake(fake_trt: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Flavour]:
-    """`fake("10.16.1")`: a flavour whose module is a fake of that version, beside a driver."""
-    monkeypatch.setattr(builder, "has_driver", lambda: True)
+def fake(fake_trt: Any) -> Callable[[str], Flavour]:
+    """`fake("10.16.1")`: a flavour whose module is a fake of that version."""
 
     def make(version: str) -> Flavour:
         name = "tensorrt_rtx" if version.startswith("rtx") else "tensorrt"
@@ -56,3 +50,9 @@ def rtx() -> Flavour:
 def mean_model() -> onnx.ModelProto:
     """The mean of float32 with a dynamic first axis."""
     return export(LossSpec(beta=0.5, reduction="mean"), shape=("N", 16))
+
+
+@pytest.fixture(scope="session")
+def built(rtx: Flavour, mean_model: onnx.ModelProto) -> Engine:
+    """An engine of `mean_model`."""
+    return build_engine(mean_model, flavour=rtx)

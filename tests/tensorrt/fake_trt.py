@@ -223,7 +223,6 @@ class _Config:
         self._flags = {self._fake.BuilderFlag.__members__["TF32"]}  # on, as TensorRT has it
         self._profiles: list[Any] = []
         self._extras: dict[str, Any] = {}
-        self._cache: Any = None
 
     def _monitor(self) -> Any:
         return vars(self).get("progress_monitor")
@@ -237,9 +236,6 @@ class _Config:
     def get_flag(self, flag: Any) -> bool:
         return flag in self._flags
 
-    def set_memory_pool_limit(self, pool: Any, size: int) -> None:
-        self._extras[pool.name] = size
-
     def set_compute_capability(self, capability: Any, index: int) -> bool:
         self._extras[f"cc{index}"] = capability.name
         return index < self.num_compute_capabilities
@@ -249,34 +245,6 @@ class _Config:
             return -1
         self._profiles.append(profile)
         return len(self._profiles) - 1
-
-    def create_timing_cache(self, data: bytes) -> Any:
-        if data.startswith(b"damaged"):
-            return None
-        return self._fake.ITimingCache(data)
-
-    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
-        if cache is None or b"other GPU" in cache._data:
-            say(self._logger, "WARNING", "timing cache of another device")
-            return False
-        self._cache = cache
-        return True
-
-    def get_timing_cache(self) -> Any:
-        self._cache._data += b"|measured"
-        return self._cache
-
-
-class _TimingCache:
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def combine(self, other: Any, ignore_mismatch: bool) -> bool:
-        self._data += b"+" + other._data
-        return True
-
-    def serialize(self) -> Any:
-        return self._fake.IHostMemory(self._data)
 
 
 class _Profile:
@@ -471,7 +439,6 @@ BEHAVIOUR: dict[str, type] = {
     "IOptimizationProfile": _Profile,
     "IProgressMonitor": _Monitor,
     "ITensor": _Tensor,
-    "ITimingCache": _TimingCache,
     "OnnxParser": _Parser,
     "ParserError": _ParserError,
     "Runtime": _Runtime,

@@ -12,20 +12,19 @@ from onnx import helper
 
 from fuzzing.damage import carries_engine, carrying
 from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
-from smoothl1_deploy.artefact import read_model, sha256
+from smoothl1_deploy.artefact import read_model, sha256, sidecar_path
 from smoothl1_deploy.errors import CarriedEngineError, SpecError, UnsupportedError
 from smoothl1_deploy.graph.metadata import is_changed, read_spec
 from smoothl1_deploy.serving.graph import serve
-from smoothl1_deploy.tensorrt.engine import read_engine, write_context
+from smoothl1_deploy.tensorrt.engine import Sidecar, read_engine, write_context
 from smoothl1_deploy.tensorrt.options import BuildOptions
-from smoothl1_deploy.tensorrt.sidecar import Sidecar, sidecar_path
 
 RTX = "NvTensorRTRTXExecutionProvider"
 
 
-@pytest.fixture(scope="module")
-def engine(rtx, mean_model):
-    return build_engine(mean_model, flavour=rtx)
+@pytest.fixture
+def engine(built):
+    return built
 
 
 @pytest.fixture(params=[0, 1], ids=["beside", "inside"])

@@ -1,4 +1,4 @@
-"""Which TensorRT is there, what it lacks, and what it says."""
+"""Which TensorRT and which GPU are there, what they lack, and what TensorRT says."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from smoothl1_deploy.errors import (
     UnsupportedError,
 )
 from smoothl1_deploy.tensorrt import flavour as module
-from smoothl1_deploy.tensorrt.flavour import available_flavours, get_flavour, missing
-from smoothl1_deploy.tensorrt.logger import _record, capture_log, tidy
+from smoothl1_deploy.tensorrt.flavour import Gpu, current_gpu, get_flavour, tidy
 
 
 @pytest.fixture
@@ -40,7 +39,6 @@ def test_auto_prefers_tensorrt(installed, fake_trt):
     full, rtx = fake_trt.FakeTensorRT("10.16.1"), fake_trt.FakeTensorRT("rtx-1.7.1")
     installed(tensorrt=full, tensorrt_rtx=rtx)
     assert str(get_flavour()) == "tensorrt 10.16.1"
-    assert [str(f) for f in available_flavours()] == ["tensorrt 10.16.1", "tensorrt_rtx 1.7.1"]
 
 
 def test_auto_takes_rtx_where_tensorrt_has_no_gpu(installed, fake_trt):
@@ -57,26 +55,18 @@ def test_auto_takes_rtx_where_tensorrt_has_no_gpu(installed, fake_trt):
         get_flavour("tensorrt")
     text = str(caught.value)
     assert "tensorrt 10.16.1 is installed but can't be used here" in text
-    assert "CUDA initialization failure" in text
+    assert "CUDA initialization failure; pybind11" in text
     assert "needs a GPU and its driver even to build; flavour='tensorrt_rtx' builds without" in text
     assert caught.value.exit_code == 3
-    assert [f.name for f in available_flavours()] == ["tensorrt_rtx"]
-    assert "CUDA initialization failure" in missing("tensorrt")
-    assert missing("tensorrt_rtx") is None
 
 
-@pytest.mark.parametrize(("name", "extra"), [("tensorrt", "gpu"), ("tensorrt_rtx", "rtx")])
-def test_missing_names_the_extra(installed, name, extra):
+def test_what_is_missing_names_its_extra(installed):
     installed()
-    with pytest.raises(MissingDependencyError, match=rf"pip install 'smoothl1-deploy\[{extra}\]'"):
-        get_flavour(name)
-
-
-def test_missing_both_names_both_extras(installed):
-    installed()
+    for name, said in (("tensorrt", r"\[gpu\]"), ("tensorrt_rtx", r"\[rtx\]")):
+        with pytest.raises(MissingDependencyError, match=f"pip install 'smoothl1-deploy{said}'"):
+            get_flavour(name)
     with pytest.raises(MissingDependencyError, match=r"\[gpu\].*\[rtx\]"):
         get_flavour()
-    assert available_flavours() == ()
 
 
 def test_a_folder_called_tensorrt_is_not_tensorrt(installed):
@@ -86,7 +76,9 @@ def test_a_folder_called_tensorrt_is_not_tensorrt(installed):
         get_flavour("tensorrt")
 
 
-def test_a_missing_flag_is_reported_not_raised(fake):
+def test_flags_are_looked_up_by_name(fake):
+    assert int(fake("10.16.1").member("BuilderFlag", "STRICT_NANS")) == 24
+    assert int(fake("11.4.0").member("BuilderFlag", "STRICT_NANS")) == 23
     old = fake("10.4.0")
     assert old.member("BuilderFlag", "STRICT_NANS") is None
     assert old.member("NoSuchEnum", "X") is None
@@ -97,25 +89,21 @@ def test_a_missing_flag_is_reported_not_raised(fake):
         old.need("BuilderFlag", "STRICT_NANS", "strict_nans")
 
 
-def test_flags_have_the_numbers_of_their_version(fake):
-    assert int(fake("10.16.1").member("BuilderFlag", "STRICT_NANS")) == 24
-    assert int(fake("11.4.0").member("BuilderFlag", "STRICT_NANS")) == 23
+# What TensorRT says
 
 
 def test_one_logger_a_flavour(rtx):
-    assert rtx.logger is rtx.logger
     assert get_flavour("tensorrt_rtx").logger is rtx.logger
 
 
-def test_captures_keep_threads_apart():
-    barrier = threading.Barrier(8)
-    wrong = []
+def test_captures_keep_threads_apart(fake, fake_trt):
+    flavour, barrier, wrong = fake("11.4.0"), threading.Barrier(8), []
 
     def work(number):
-        with capture_log("some flavour") as log:
+        with flavour.capture() as log:
             barrier.wait()
             for i in range(50):
-                _record("some flavour", "ERROR", f"{number}:{i}")
+                fake_trt.say(flavour.logger, "ERROR", f"{number}:{i}")
         if log.errors != [f"{number}:{i}" for i in range(50)]:
             wrong.append((number, log.errors))
 
@@ -127,15 +115,17 @@ def test_captures_keep_threads_apart():
     assert wrong == []
 
 
-def test_a_worker_thread_of_tensorrt_reaches_the_capture():
-    with capture_log("some flavour") as log, capture_log("another") as other:
-        worker = threading.Thread(target=_record, args=("some flavour", "WARNING", "from below"))
-        worker.start()
-        worker.join()
-    assert (log.warnings, log.errors, other.messages) == (["from below"], [], [])
-    assert log.reason() == "TensorRT logged no reason"
-    _record("some flavour", "ERROR", "after the end")
-    assert log.errors == []
+def test_a_worker_thread_of_tensorrt_reaches_the_capture(fake, fake_trt):
+    flavour, other = fake("11.4.0"), fake("10.16.1")
+    with flavour.capture() as log, other.capture() as elsewhere:
+        for severity in ("INTERNAL_ERROR", "WARNING"):
+            said = flavour.logger, severity, f"{severity} from below"
+            worker = threading.Thread(target=fake_trt.say, args=said)
+            worker.start()
+            worker.join()
+    fake_trt.say(flavour.logger, "ERROR", "after the end")
+    assert log.errors == ["INTERNAL_ERROR from below"]
+    assert elsewhere.reason() == "TensorRT logged no reason"
 
 
 def test_tidy_drops_the_remark_on_the_missing_driver():
@@ -145,3 +135,37 @@ def test_tidy_drops_the_remark_on_the_missing_driver():
         "version))"
     )
     assert tidy(f"the true\n cause {remark}") == "the true cause"
+
+
+# The GPU
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Put a program of that name on PATH."""
+
+    def install(script, visible):
+        program = tmp_path / "nvidia-smi"
+        program.write_text("#!/bin/sh\n" + script)
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        current_gpu.cache_clear()
+
+    yield install
+    current_gpu.cache_clear()
+
+
+def test_the_gpu_is_read_from_nvidia_smi(nvidia_smi):
+    answer = '[ "$3" = --id=2 ] && echo "NVIDIA H100 PCIe, 9.0, 580.65.06"'
+    nvidia_smi(answer, "2,3")
+    assert current_gpu() == Gpu("NVIDIA H100 PCIe", "9.0", "580.65.06")
+    for script, visible in (
+        ("exit 9", "0"),
+        ("echo", "0"),
+        ("echo no devices were found", "0"),
+        ("exec sleep 0", "0"),
+        (answer.replace("2", "-1"), "-1"),  # hidden
+    ):
+        nvidia_smi(script, visible)
+        assert current_gpu() is None, script

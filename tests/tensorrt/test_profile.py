@@ -7,15 +7,20 @@ import pytest
 
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.errors import SpecError
-from smoothl1_deploy.tensorrt.profile import InputShape, Profile, input_shapes, resolve_profile
+from smoothl1_deploy.tensorrt.profile import (
+    InputShape,
+    Profile,
+    input_shapes,
+    resolve_profile,
+    wide_profile,
+)
 
 SAME = (InputShape("input", ("N", 16)), InputShape("target", ("N", 16)))
 ROWS = ((1, 16), (64, 16), (4096, 16))
 
 
-@pytest.mark.parametrize(
-    "request_",
-    [
+def test_the_forms_mean_the_same():
+    for request in (
         "input=1x16,64x16,4096x16",
         ["input=1x16,64x16,4096x16"],
         {"input": (1, 64, 4096)},
@@ -25,11 +30,9 @@ ROWS = ((1, 16), (64, 16), (4096, 16))
         {"target": (1, 64, 4096)},
         {"input": (1, 64, 4096), "target": ROWS},
         ["input=1x16,64x16,4096x16", "target=1x16,64x16,4096x16"],
-    ],
-    ids=str,
-)
-def test_the_forms_mean_the_same(request_):
-    assert resolve_profile(request_, SAME) == Profile({"input": ROWS, "target": ROWS})
+    ):
+        found = resolve_profile(request, SAME)
+        assert found == Profile({"input": ROWS, "target": ROWS}), request
 
 
 def test_one_shape_stands_for_all_three():
@@ -143,3 +146,20 @@ def test_one_name_within_one_input():
     square = (InputShape("x", ("N", "N")),)
     with pytest.raises(SpecError, match=r"'N' has the range \(1, 2, 4\) .* and \(1, 2, 8\)"):
         resolve_profile("x=1x1,2x2,4x8", square)
+
+
+# The profile of the backends
+
+
+def test_the_wide_profile_reaches_from_empty_to_2_26_elements():
+    for dims, ranges in (
+        (("N", 16), ((0, 16), (64, 16), (1 << 22, 16))),
+        (("N", 3, "H", "W"), ((0, 3, 0, 0), (64, 3, 64, 64), (281, 3, 281, 281))),
+        (("N", 0), ((0, 0), (64, 0), (1 << 26, 0))),
+    ):
+        assert wide_profile((InputShape("input", dims),)) == {"input": ranges}
+    # One name has one range; what is fixed has none.
+    shapes = (InputShape("input", ("N", 16)), InputShape("target", ("N",)), InputShape("beta", ()))
+    found = wide_profile(shapes)
+    assert found["target"] == ((0,), (64,), (1 << 22,))
+    assert [*found] == ["input", "target"]

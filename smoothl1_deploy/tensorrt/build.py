@@ -3,16 +3,24 @@
 `tensorrt_rtx` builds on a machine without a GPU, and the same model and options give the same
 bytes there. `tensorrt` measures kernels on the GPU while it builds; that path is written against
 the attribute names of 10.0 to 11.4 and has not been run by this package's authors.
+
+TensorRT builds inside one call. It reports steps to a progress monitor, nearly all of them in
+the first few milliseconds, and an exception in a monitor is swallowed (tried with tensorrt_rtx
+1.7.1). So the build runs in a thread of its own; the caller waits, is told the elapsed time, and
+an interrupt reaches the waiting thread, which asks the monitor to stop the build.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 
@@ -20,24 +28,20 @@ from .. import __version__
 from ..artefact import ModelSource, read_model, sha256
 from ..errors import BuildError, OutputError, SpecError, UnsupportedError
 from ..graph.metadata import CHANGED, is_changed, read_spec, warn_if_changed
-from ..spec import LossSpec
 from .cache import EngineCache
-from .engine import Engine, context_engine, write_context, write_engine
-from .flavour import Flavour, get_flavour
-from .gpu import current_gpu, has_driver
-from .key import BuildKey
-from .options import BuildOptions, check_timing_cache, configure
-from .parse import ParsedNetwork, parse
+from .engine import BuildKey, Engine, Sidecar, context_engine, write_context, write_engine
+from .flavour import Flavour, current_gpu, get_flavour
+from .options import BuildOptions, configure
+from .parse import ParsedNetwork, network_name, parse, serialized
 from .prepare import prepare
 from .profile import Profile, ProfileRequest, input_shapes, resolve_profile
-from .progress import BuildCancelledError, BuildProgress, BuildWatch, run_watched
-from .sidecar import Sidecar
-from .timing_cache import attach_timing_cache, save_timing_cache
-
-__all__ = ["FORMATS", "build_engine"]
 
 #: What an engine is written as.
 FORMATS = ("engine", "epcontext")
+
+_THREAD = "smoothl1-deploy build"
+_TICK = 0.05  # seconds between two looks at the clock: a spinner moves, nobody waits
+T = TypeVar("T")
 
 
 def build_engine(
@@ -50,7 +54,6 @@ def build_engine(
     cache_dir: str | Path | EngineCache | None = None,
     format: str = "engine",
     embed_mode: int = 1,
-    cancel: Callable[[], bool] | None = None,
     on_progress: Callable[[BuildProgress], None] | None = None,
 ) -> Engine:
     """Build an engine, or take it from a cache.
@@ -71,7 +74,6 @@ def build_engine(
             Runtime's providers for TensorRT read and write it.
         embed_mode: 1 puts the engine inside that file; 0 leaves it beside, in
             `context_engine(path)`.
-        cancel: asked about 20 times a second; true stops the build at its next step.
         on_progress: called in this thread about 20 times a second while a build runs.
 
     Returns:
@@ -82,7 +84,7 @@ def build_engine(
         ArtefactError: when `model` can't be read.
         SpecError: for a profile or option that makes no sense.
         UnsupportedError: for what TensorRT or the flavour can't do faithfully.
-        BuildError: when TensorRT refuses; BuildCancelledError, one of them, when it was stopped.
+        BuildError: when TensorRT refuses.
         OutputError: when `path` or the cache can't be written; `path` is checked first.
         MissingDependencyError, BackendUnavailableError: when TensorRT can't be used here.
     """
@@ -100,38 +102,41 @@ def build_engine(
             _checked_path(context_engine(target), model)
     loaded = read_model(model)
     warn_if_changed(loaded)
-    spec = read_spec(loaded)
     options = options or BuildOptions()
     if not isinstance(options, BuildOptions):
         raise SpecError(f"options must be BuildOptions, got {type(options).__name__}")
     chosen = get_flavour(flavour)
-    check_timing_cache(options, chosen)  # which is no part of the key: a cache would not see it
     prepare(loaded)  # refuse what can't be built before a cache is asked or a thread started
     wanted = resolve_profile(profile, input_shapes(loaded))
-    data = loaded.SerializeToString(deterministic=True)
-    graph_name = loaded.graph.name or f"graph_{sha256(data)[:16]}"
-    key = BuildKey.of(sha256(data), graph_name, chosen, options, wanted)
-    watch = BuildWatch(cancel)
+    # An engine of tensorrt_rtx depends on the compute capabilities it is told, and on no GPU.
+    local = chosen.name == "tensorrt" or "current" in options.compute_capabilities
+    key = BuildKey(
+        sha256(serialized(loaded)),
+        network_name(loaded),
+        chosen.name,
+        chosen.version,
+        options,
+        wanted,
+        current_gpu() if local else None,
+    )
 
     def build(expected: float | None) -> tuple[bytes, Sidecar]:
-        def work() -> tuple[bytes, Sidecar]:
-            return _build(loaded, spec, chosen, key, watch)
-
-        return run_watched(work, watch, on_progress, expected)
+        watch = BuildWatch()
+        return run_watched(lambda: _build(loaded, chosen, key, watch), watch, on_progress, expected)
 
     if cache_dir is None:
-        built, sidecar = build(None)
-        engine = Engine(target, sidecar.engine_sha256, sidecar, built)
+        data, sidecar = build(None)
+        engine = Engine(target, sidecar, data)
     else:
         cache = cache_dir if isinstance(cache_dir, EngineCache) else EngineCache(cache_dir)
-        engine = cache.get_or_build(key, build, watch.poll)
+        engine = cache.get_or_build(key, build)
     if target is None:
         return engine
     if format == "epcontext":
         file = os.path.basename(model) if isinstance(model, (str, os.PathLike)) else ""
         return write_context(target, engine, loaded, file, embed_mode)
     write_engine(target, engine.data, engine.sidecar)
-    return Engine(target, engine.sha256, engine.sidecar, engine.data, engine.cached, engine.changed)
+    return Engine(target, engine.sidecar, engine.data, engine.cached, engine.changed)
 
 
 def _checked_path(path: str | Path | None, model: ModelSource) -> Path | None:
@@ -157,61 +162,43 @@ def _same_file(a: Path, b: str | os.PathLike[str]) -> bool:
 
 
 def _build(
-    model: onnx.ModelProto,
-    spec: LossSpec | None,
-    flavour: Flavour,
-    key: BuildKey,
-    watch: BuildWatch,
+    model: onnx.ModelProto, flavour: Flavour, key: BuildKey, watch: BuildWatch
 ) -> tuple[bytes, Sidecar]:
     """Parse, configure, build; the work of the building thread."""
     start = time.monotonic()
     options = key.options
-    # Not tried: TensorRT's compiler writes of the missing driver to stderr, past every logger.
-    if options.refit and not has_driver():
-        raise BuildError(f"{flavour} can't build {key.graph_name!r}{_hint(options)}")
-    parsed = parse(model, flavour, network_name=key.graph_name)
+    parsed = parse(model, flavour)
     config = parsed.builder.create_builder_config()
     with flavour.capture() as log:
         flags = configure(config, options, flavour)
         _add_profile(config, parsed, key.profile)
-        unused = attach_timing_cache(config, options.timing_cache, flavour)
         config.progress_monitor = watch.monitor(flavour.trt)
         memory = parsed.builder.build_serialized_network(parsed.network, config)
-    if watch.stopped:
-        seconds = time.monotonic() - start
-        raise BuildCancelledError(
-            f"the build of {key.graph_name!r} was cancelled after {seconds:.1f} s; "
-            "nothing was written"
-        )
     if memory is None:
         raise BuildError(
             f"{flavour} can't build {key.graph_name!r}: {log.reason()}{_hint(options)}"
         )
     data = bytes(memory)
-    save_timing_cache(config, options.timing_cache)
-    notes = [*parsed.notes, *([unused] if unused else [])]
+    notes = list(parsed.notes)
     if is_changed(model):
         notes.append(CHANGED)
-    if options.strict_nans is None and "STRICT_NANS" not in flags:
+    if "STRICT_NANS" not in flags:
         notes.append(f"{flavour} has no STRICT_NANS: it may reorder operations on NaN")
-    if options.strip_plan:
-        notes.append("the weights were left out: refit the engine before it runs")
-    gpu = current_gpu()
     sidecar = Sidecar(
         engine_sha256=sha256(data),
         engine_bytes=len(data),
         onnx_sha256=key.onnx_sha256,
-        spec=spec,
+        spec=read_spec(model),
         graph_name=key.graph_name,
         flavour=flavour.name,
         version=flavour.version,
-        options=key.options,
+        options=options,
         flags=flags,
         profile=key.profile,
         inputs=parsed.inputs,
         outputs=parsed.outputs,
         notes=tuple(notes),
-        gpu=gpu,
+        gpu=current_gpu(),
         gpu_dependent=key.gpu is not None,
         build_seconds=round(time.monotonic() - start, 3),
         built_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -231,24 +218,114 @@ def _add_profile(config: Any, parsed: ParsedNetwork, profile: Profile) -> None:
             )
     if not profile.ranges:
         return
+    problem = ""
     with parsed.flavour.capture() as log:
         made = parsed.builder.create_optimization_profile()
         try:
             for name, (low, usual, high) in profile.ranges.items():
                 made.set_shape(name, low, usual, high)
             accepted = config.add_optimization_profile(made) >= 0
-        except (ValueError, TypeError, RuntimeError) as exc:  # by how its bindings see it
-            raise SpecError(f"{parsed.flavour} refused the profile {profile}: {exc}") from exc
+        except (ValueError, TypeError, RuntimeError) as exc:
+            accepted, problem = False, str(exc)
     if not accepted:
-        raise SpecError(f"{parsed.flavour} refused the profile {profile}: {log.reason()}")
+        raise SpecError(
+            f"{parsed.flavour} refused the profile {profile}: {problem or log.reason()}"
+        )
 
 
 def _hint(options: BuildOptions) -> str:
     """What in the options is known to make a build fail where it could work otherwise."""
-    if options.refit:
-        return "; refit needs a GPU to build: build there, or without it"
     if options.version_compatible:
         return "; version_compatible needs the lean runtime library, which not every package holds"
     if "current" in options.compute_capabilities:
         return "; compute capability 'current' needs a GPU: name one, as in '8.6'"
     return ""
+
+
+# Waiting for a build
+
+
+@dataclass(frozen=True, slots=True)
+class BuildProgress:
+    """What can be said about a running build.
+
+    Attributes:
+        elapsed: seconds since it began.
+        phase: TensorRT's name for what it does, None before it says so.
+        expected: seconds that the nearest engine of the cache took, None without one.
+    """
+
+    elapsed: float
+    phase: str | None = None
+    expected: float | None = None
+
+
+class BuildWatch:
+    """What the waiting and the building thread tell each other.
+
+    Attributes:
+        phase: TensorRT's name for what it does.
+        stopped: whether the build is to end at its next step.
+    """
+
+    def __init__(self) -> None:
+        self.phase: str | None = None
+        self.stopped = False
+
+    def monitor(self, trt: Any) -> Any:
+        """An `IProgressMonitor` of the module `trt` that stops the build on request."""
+        watch = self
+
+        class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IProgressMonitor.__init__(self)
+
+            def phase_start(
+                self, phase_name: str, parent_phase: str | None, num_steps: int
+            ) -> None:
+                watch.phase = phase_name
+
+            def step_complete(self, phase_name: str, step: int) -> bool:
+                return not watch.stopped
+
+            def phase_finish(self, phase_name: str) -> None:
+                pass
+
+        return Monitor()
+
+
+def is_building() -> bool:
+    """Whether a build that nobody waits for any more, or still does, runs in this process."""
+    return any(thread.name == _THREAD and thread.is_alive() for thread in threading.enumerate())
+
+
+def run_watched(
+    work: Callable[[], T],
+    watch: BuildWatch,
+    on_progress: Callable[[BuildProgress], None] | None = None,
+    expected: float | None = None,
+) -> T:
+    """Run `work` in a thread and wait for it; what it returns or raises is returned or raised.
+
+    An exception in the waiting thread (KeyboardInterrupt, or one of `on_progress`) stops the build
+    and is raised when the build has ended; a second interrupt doesn't wait.
+    """
+    done: Future[T] = Future()
+
+    def body() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as exc:  # raised again in the waiting thread
+            done.set_exception(exc)
+
+    start = time.monotonic()
+    threading.Thread(target=body, name=_THREAD, daemon=True).start()
+    try:
+        while not wait([done], _TICK).done:
+            if on_progress is not None:
+                on_progress(BuildProgress(time.monotonic() - start, watch.phase, expected))
+    except BaseException:
+        watch.stopped = True
+        wait([done])
+        raise
+    return done.result()

@@ -17,21 +17,20 @@ from host_device import HostDevice, on_host_device
 
 from smoothl1_deploy import LossSpec, build_engine, export
 from smoothl1_deploy.backends import gpu
-from smoothl1_deploy.backends.trt import TrtBackend, wide_profile
+from smoothl1_deploy.backends.trt import TrtBackend
 from smoothl1_deploy.errors import (
     ArtefactError,
     BackendUnavailableError,
     InvalidInputError,
+    OutputError,
     SpecError,
     UnsupportedError,
 )
 from smoothl1_deploy.parity.cases import LAYOUTS
 from smoothl1_deploy.tensorrt.engine import read_verified, write_engine
-from smoothl1_deploy.tensorrt.execution import Program, _aligned
-from smoothl1_deploy.tensorrt.gpu import current_gpu
-from smoothl1_deploy.tensorrt.layers import engine_layers
-from smoothl1_deploy.tensorrt.options import BuildOptions
-from smoothl1_deploy.tensorrt.profile import InputShape, input_shapes
+from smoothl1_deploy.tensorrt.flavour import current_gpu
+from smoothl1_deploy.tensorrt.profile import input_shapes, wide_profile
+from smoothl1_deploy.tensorrt.run import Program, _aligned, engine_layers
 
 VERSIONS = ("10.0.1", "10.4.0", "10.9.0", "10.16.1", "11.4.0", "rtx-1.7.1")
 SPEC = LossSpec(0.5, "none")
@@ -64,20 +63,21 @@ def backend(running, tmp_path):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(
-    "spec",
-    [SPEC, LossSpec(2.0), LossSpec(0.5, "sum", "float16"), LossSpec(1.0, "none", gradient=True)],
-    ids=lambda spec: spec.name,
-)
-def test_runs_on(backend, version, spec):
+def test_runs_on(backend, version):
     """Fails where a call has a name that the version lacks."""
-    runner = backend(version).load(export(spec, shape=("N", 4)))
-    for rows in (3, 7, 0, 3):
-        a, b = pair(spec, (rows, 4))
-        outputs = runner.run(a, b)
-        assert isinstance(outputs["loss"], np.ndarray)
-        assert_right(LossSpec(spec.beta, spec.reduction, spec.dtype), outputs["loss"], a, b)
-        assert [*outputs] == [*spec.outputs]
+    for spec in (
+        SPEC,
+        LossSpec(2.0),
+        LossSpec(0.5, "sum", "float16"),
+        LossSpec(1.0, "none", gradient=True),
+    ):
+        runner = backend(version).load(export(spec, shape=("N", 4)))
+        for rows in (3, 7, 0, 3):
+            a, b = pair(spec, (rows, 4))
+            outputs = runner.run(a, b)
+            assert isinstance(outputs["loss"], np.ndarray)
+            assert_right(LossSpec(spec.beta, spec.reduction, spec.dtype), outputs["loss"], a, b)
+            assert [*outputs] == [*spec.outputs]
 
 
 def test_tensors_give_tensors(backend):
@@ -212,39 +212,55 @@ def test_what_a_graph_could_not_follow_is_refused(backend):
 # --- kernels compiled by tensorrt_rtx ---------------------------------------------------------
 
 
-def test_compiled_kernels_are_kept(running, mean_model, tmp_path):
-    flavour, path = running("rtx-1.7.1"), tmp_path / "kernels" / "one.cache"
-    engine = build_engine(mean_model, flavour=flavour)
-    program = Program(engine, flavour, HostDevice(), runtime_cache=path)
-    feeds = {name: torch.zeros(3, 16) for name in ("input", "target")}
-    program.cache._cache._content = b"kernels of 3x16"
-    program.run(feeds)
+@pytest.fixture
+def program(running, mean_model):
+    """Runs an engine with a file for its kernels; what the fake compiled is `_content`."""
+
+    def make(path, version="rtx-1.7.1"):
+        flavour = running(version)
+        engine = build_engine(mean_model, flavour=flavour)
+        return Program(engine, flavour, HostDevice(), kernels=path)
+
+    return make
+
+
+def on(rows):
+    return {name: torch.zeros(rows, 16) for name in ("input", "target")}
+
+
+def test_compiled_kernels_are_kept_where_a_new_shape_is_met(program, tmp_path):
+    path = tmp_path / "kernels" / "one.cache"
+    made = program(path)
+    cache = made._config._cache
+    cache._content = b"kernels of 3x16"
+    made.run(on(3))
     assert path.read_bytes() == b"kernels of 3x16"
-    program.cache._cache._content = b"kernels and more"
-    program.run(feeds)
-    assert path.read_bytes() == b"kernels of 3x16"  # nothing new was met
-    program.run({name: torch.zeros(4, 16) for name in feeds})
+    cache._content = b"kernels and more"
+    made.run(on(3))
+    assert path.read_bytes() == b"kernels of 3x16"
+    made.run(on(4))
     assert path.read_bytes() == b"kernels and more"
-    again = Program(engine, flavour, HostDevice(), runtime_cache=path)
-    assert again.cache.loaded and again.cache._cache._content == b"kernels and more"
-    assert again._config._cache is again.cache._cache
-    assert again._config._strategy.name == "USER_MANAGED"
+    config = program(path)._config
+    assert config._cache._content == b"kernels and more"
+    assert config._strategy.name == "USER_MANAGED"
 
 
-def test_kernels_that_do_not_fit_are_compiled_again(running, mean_model, tmp_path):
-    flavour, path = running("rtx-1.7.1"), tmp_path / "one.cache"
+def test_kernels_that_do_not_fit_are_compiled_again(program, tmp_path):
+    path = tmp_path / "one.cache"
     path.write_bytes(b"of another GPU")
-    engine = build_engine(mean_model, flavour=flavour)
-    program = Program(engine, flavour, HostDevice(), runtime_cache=path)
-    assert not program.cache.loaded
-    program.run({name: torch.zeros(3, 16) for name in ("input", "target")})
+    program(path).run(on(3))
     assert path.read_bytes() == b"kernels"
 
 
-def test_the_other_flavour_keeps_none(running, mean_model, tmp_path):
-    flavour = running("11.4.0")
-    engine = build_engine(mean_model, flavour=flavour)
-    assert Program(engine, flavour, HostDevice(), runtime_cache=tmp_path / "x").cache is None
+def test_a_folder_that_kernels_cannot_be_kept_in(program, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="can't keep compiled kernels in .*; choose a folder"):
+        program(tmp_path / "file" / "one.cache").run(on(3))
+
+
+def test_the_other_flavour_keeps_none(program, tmp_path):
+    program(tmp_path / "x", "11.4.0").run(on(3))
+    assert not (tmp_path / "x").exists()
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -285,29 +301,23 @@ def card(capability):
     return device
 
 
-@pytest.mark.parametrize("capability", ["7.0", "9.0", "10.0"])
-def test_a_card_that_the_flavour_has_no_name_for(fake, tmp_path, capability):
+def test_a_card_that_the_flavour_has_no_name_for(fake, tmp_path):
     """It builds there and does not run, so doctor had better say it first (seen on an H200)."""
-    with pytest.raises(BackendUnavailableError) as caught:
-        TrtBackend(fake("rtx-1.7.1"), cache_dir=tmp_path, device=card(capability))
-    assert str(caught.value) == (
-        f"tensorrt_rtx 1.7.1 runs no engine on a host, which has compute capability {capability}; "
-        "it knows 7.5, 8.0, 8.6, 8.9, 12.0, 12.1. Hopper (9.0) runs engines of flavour='tensorrt', "
-        "and the backends torch-triton and ort-cuda need no engine"
-    )
-
-
-@pytest.mark.parametrize(
-    ("version", "capability"),
-    [("rtx-1.7.1", "8.9"), ("rtx-1.7.1", "12.0"), ("rtx-1.7.1", "13.0"), ("10.16.1", "9.0")],
-)
-def test_a_card_that_it_may_run_on(fake, tmp_path, version, capability):
-    TrtBackend(fake(version), cache_dir=tmp_path, device=card(capability))
-
-
-def test_an_engine_without_weights(backend, mean_model):
-    with pytest.raises(UnsupportedError, match="built with strip_plan and holds no weights"):
-        backend(options=BuildOptions(strip_plan=True)).load(mean_model)
+    for capability in ("7.0", "9.0", "10.0"):
+        with pytest.raises(BackendUnavailableError) as caught:
+            TrtBackend(fake("rtx-1.7.1"), cache_dir=tmp_path, device=card(capability))
+        assert str(caught.value) == (
+            "tensorrt_rtx 1.7.1 runs no engine on a host, which has compute capability "
+            f"{capability}; it knows 7.5, 8.0, 8.6, 8.9, 12.0, 12.1. Hopper (9.0) runs engines of "
+            "flavour='tensorrt', and the backends torch-triton and ort-cuda need no engine"
+        )
+    for version, capability in (
+        ("rtx-1.7.1", "8.9"),
+        ("rtx-1.7.1", "12.0"),
+        ("rtx-1.7.1", "13.0"),
+        ("10.16.1", "9.0"),
+    ):
+        TrtBackend(fake(version), cache_dir=tmp_path, device=card(capability))
 
 
 def test_no_contexts_at_all(backend, mean_model):
@@ -362,69 +372,43 @@ def test_an_engine_that_is_no_loss_is_refused_before_it_is_deserialised(written,
         backend.load_engine(path)
 
 
-# --- the default profile ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("dims", "ranges"),
-    [
-        (("N", 16), ((0, 16), (64, 16), (1 << 22, 16))),
-        (("N", 3, "H", "W"), ((0, 3, 0, 0), (64, 3, 64, 64), (281, 3, 281, 281))),
-        (("N", 0), ((0, 0), (64, 0), (1 << 26, 0))),
-    ],
-)
-def test_the_default_profile(dims, ranges):
-    assert wide_profile((InputShape("input", dims),)) == {"input": ranges}
-
-
-def test_one_name_has_one_range():
-    shapes = (InputShape("input", ("N", 16)), InputShape("target", ("N",)), InputShape("beta", ()))
-    found = wide_profile(shapes)
-    assert found["target"] == ((0,), (64,), (1 << 22,))
-    assert [*found] == ["input", "target"]
-
-
 # --- the engine inspector ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_layers_of_an_engine(running, mean_model, version):
     flavour = running(version)
-    layers = engine_layers(build_engine(mean_model, flavour=flavour), flavour)
-    assert layers == ["loss"]  # what the fake makes of the graph's nodes
-
-
-@pytest.mark.parametrize(
-    ("answer", "layers"),
-    [
-        ('{"Layers": [{"Name": "a", "LayerType": "Reduce"}, "b"]}', ["a (Reduce)", "b"]),
-        ("Layer 0", None),
-        ('{"Layers": [3]}', None),
-    ],
-)
-def test_what_the_inspector_may_answer(running, mean_model, monkeypatch, answer, layers):
-    flavour = running("11.4.0")
-    monkeypatch.setattr(
-        flavour.trt.EngineInspector, "get_engine_information", lambda self, format: answer
-    )
     engine = build_engine(mean_model, flavour=flavour)
-    if layers is None:
+    assert engine_layers(engine, flavour) == ["loss"]  # what the fake makes of the graph's nodes
+
+
+def test_what_the_inspector_may_answer(running, mean_model, monkeypatch):
+    flavour = running("11.4.0")
+    engine = build_engine(mean_model, flavour=flavour)
+
+    def layers(answer):
+        inspector = flavour.trt.EngineInspector
+        monkeypatch.setattr(inspector, "get_engine_information", lambda self, format: answer)
+        return engine_layers(engine, flavour)
+
+    detailed = '{"Layers": [{"Name": "a", "LayerType": "Reduce"}, "b"]}'
+    assert layers(detailed) == ["a (Reduce)", "b"]
+    for answer in ("Layer 0", '{"Layers": [3]}'):
         with pytest.raises(UnsupportedError, match="gave what can't be read as layers"):
-            engine_layers(engine, flavour)
-    else:
-        assert engine_layers(engine, flavour) == layers
+            layers(answer)
 
 
 # --- the real TensorRT for RTX, as far as it goes without a GPU -------------------------------
 
 
-@pytest.mark.parametrize("layout", ["matrix", "4-d", "broadcast-both"])
-def test_the_default_profile_builds(rtx, layout):
-    axes = LAYOUTS[layout]
-    other = axes.target_axes if axes.target_axes != axes.input_axes else None
-    model = export(LossSpec(0.5, gradient=True), "function", axes.input_axes, target_shape=other)
-    engine = build_engine(model, flavour=rtx, profile=wide_profile(input_shapes(model)))
-    assert engine.sidecar.profile.defaults == ()
+def test_the_default_profile_builds(rtx):
+    for layout in ("matrix", "4-d", "broadcast-both"):
+        axes = LAYOUTS[layout]
+        other = axes.target_axes if axes.target_axes != axes.input_axes else None
+        spec = LossSpec(0.5, gradient=True)
+        model = export(spec, "function", axes.input_axes, target_shape=other)
+        engine = build_engine(model, flavour=rtx, profile=wide_profile(input_shapes(model)))
+        assert engine.sidecar.profile.defaults == ()
 
 
 @pytest.mark.skipif(current_gpu() is not None, reason="about a machine without a GPU")

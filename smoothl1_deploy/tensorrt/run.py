@@ -9,18 +9,23 @@ run this module.
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..artefact import write_atomic
 from ..device import Device
-from ..errors import BackendUnavailableError, InvalidInputError, SpecError, UnsupportedError
+from ..errors import (
+    BackendUnavailableError,
+    InvalidInputError,
+    OutputError,
+    SpecError,
+    UnsupportedError,
+)
 from .engine import Engine
 from .flavour import ELSEWHERE, Flavour
-from .runtime_cache import RuntimeCache
-
-__all__ = ["Context", "Program", "deserialize"]
 
 _ALIGNMENT = 256  # bytes, of every address TensorRT is given
 
@@ -55,6 +60,29 @@ def deserialize(engine: Engine, flavour: Flavour) -> tuple[Any, Any]:
     return runtime, made
 
 
+def engine_layers(engine: Engine, flavour: Flavour) -> list[str]:
+    """One text a layer: its name, and its type where the engine was built with such detail.
+
+    Raises:
+        BackendUnavailableError: when the engine can't be deserialised on this machine.
+        UnsupportedError: when the inspector's answer can't be read.
+    """
+    _runtime, made = deserialize(engine, flavour)
+    text = made.create_engine_inspector().get_engine_information(
+        flavour.need("LayerInformationFormat", "JSON", "the engine inspector")
+    )
+    try:
+        # Names alone, unless the engine was built with ProfilingVerbosity.DETAILED.
+        return [
+            layer if isinstance(layer, str) else f"{layer['Name']} ({layer['LayerType']})"
+            for layer in json.loads(text)["Layers"]
+        ]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise UnsupportedError(
+            f"the engine inspector of {flavour} gave what can't be read as layers: {text[:200]!r}"
+        ) from exc
+
+
 class Program:
     """An engine that is ready to run, from many threads at once.
 
@@ -63,11 +91,10 @@ class Program:
         flavour: that built it.
         device: to run on.
         contexts: how many calls may be prepared at a time; a further one waits.
-        runtime_cache: file for the kernels that `tensorrt_rtx` compiles; None keeps none.
+        kernels: file for the kernels that `tensorrt_rtx` compiles; None keeps none.
 
     Raises:
         SpecError: for fewer than one context.
-        UnsupportedError: for an engine without its weights.
         BackendUnavailableError: when the engine can't be deserialised here.
     """
 
@@ -78,20 +105,16 @@ class Program:
         device: Device,
         *,
         contexts: int = 4,
-        runtime_cache: Path | None = None,
+        kernels: Path | None = None,
     ) -> None:
         if contexts < 1:
             raise SpecError(f"contexts must be at least 1, got {contexts}")
-        if engine.sidecar.options.strip_plan:
-            raise UnsupportedError(
-                "the engine was built with strip_plan and holds no weights; build it without"
-            )
         self.sidecar = engine.sidecar
         self.flavour = flavour
         self.device = device
-        self.cache: RuntimeCache | None = None
+        self._kernels: _Kernels | None = None
         self._runtime, self._engine = deserialize(engine, flavour)
-        self._config = self._runtime_config(runtime_cache)
+        self._config = self._runtime_config(kernels)
         self._guard = threading.Lock()
         self._free = threading.Semaphore(contexts)
         self._idle: list[Context] = []
@@ -109,7 +132,13 @@ class Program:
         """
         with self._context() as context:
             outputs = context.execute(feeds)
-        self._remember(feeds)
+        if self._kernels is not None:
+            shapes = tuple(tuple(tensor.shape) for tensor in feeds.values())
+            with self._guard:
+                new = shapes not in self._met
+                self._met.add(shapes)
+                if new:
+                    self._kernels.save()
         return outputs
 
     def new_context(self) -> Context:
@@ -127,7 +156,7 @@ class Program:
             with self._guard:
                 self._idle.append(context)
 
-    def _runtime_config(self, path: Path | None) -> Any:
+    def _runtime_config(self, kernels: Path | None) -> Any:
         """How contexts are to be made: a runtime configuration, or a strategy before 10.16.
 
         Scratch memory is ours to give: TensorRT would take, for each context, what the largest
@@ -144,21 +173,39 @@ class Program:
             # LAZY answers with other kernels until a background thread is done: which ones ran
             # would be a matter of time, and a CUDA graph would keep the first.
             config.dynamic_shapes_kernel_specialization_strategy = eager
-        if path is not None and flavour.member("IRuntimeConfig", "create_runtime_cache"):
-            self.cache = RuntimeCache(path)
-            self.cache.attach(config)
+        if kernels is not None and flavour.member("IRuntimeConfig", "create_runtime_cache"):
+            self._kernels = _Kernels(kernels, config)
         return config
 
-    def _remember(self, feeds: Mapping[str, Any]) -> None:
-        """Keep the kernels that a shape met for the first time was compiled to."""
-        if self.cache is None:
-            return
-        shapes = tuple(tuple(tensor.shape) for tensor in feeds.values())
-        with self._guard:
-            new = shapes not in self._met
-            self._met.add(shapes)
-        if new:
-            self.cache.save()
+
+class _Kernels:
+    """The kernels that `tensorrt_rtx` compiled for this GPU, in a file that processes share.
+
+    An engine of `tensorrt_rtx` holds none for the GPU at hand: they are compiled when an execution
+    context first meets a shape. Of two processes the last one to write wins.
+    """
+
+    def __init__(self, path: Path, config: Any) -> None:
+        self._path, self._cache = path, config.create_runtime_cache()
+        with contextlib.suppress(OSError):  # what can't be read is compiled again
+            # The runtime itself checks that it fits the GPU, the driver and the version.
+            self._cache.deserialize(path.read_bytes())
+        config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Write what there is.
+
+        Raises:
+            OutputError: when the file can't be written.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise OutputError(
+                f"can't keep compiled kernels in {self._path} ({exc.strerror or exc}); choose a "
+                "folder that you may write to"
+            ) from exc
+        write_atomic(self._path, bytes(self._cache.serialize()))
 
 
 class Context:
@@ -236,12 +283,12 @@ class Context:
                     "has no use for and this runner no memory for"
                 )
             self._output_shapes[port.name] = shape
-        size = int(context.update_device_memory_size_for_shapes())
-        self._scratch = program.device.empty((max(size, _ALIGNMENT),), "uint8")
+        size = max(int(context.update_device_memory_size_for_shapes()), _ALIGNMENT)
+        self._scratch = program.device.empty((size,), "uint8")
         if program.flavour.member("IExecutionContext", "set_device_memory") is None:
             context.device_memory = self._scratch.data_ptr()  # before 10.4
         else:
-            context.set_device_memory(self._scratch.data_ptr(), max(size, _ALIGNMENT))
+            context.set_device_memory(self._scratch.data_ptr(), size)
 
 
 def _aligned(tensor: Any) -> Any:
