@@ -13,7 +13,6 @@ from ..errors import SpecError
 from .console import human_size, open_console, print_fields, print_json, print_note
 
 if TYPE_CHECKING:
-    from ..tensorrt.build import BuildProgress
     from ..tensorrt.engine import Engine
 
 EXAMPLE = "smoothl1-deploy build loss.onnx -o loss.engine --profile input=1x16,64x16,4096x16"
@@ -23,7 +22,7 @@ _CACHE = "Cache"
 
 
 @contextlib.contextmanager
-def _spinner(name: str) -> Iterator[Callable[[BuildProgress], None] | None]:
+def _spinner(name: str) -> Iterator[Callable[[float, str | None], None] | None]:
     """Elapsed time beside a spinner, on a terminal; TensorRT reports next to no progress."""
     console = open_console(stderr=True)
     if not console.is_terminal:
@@ -31,13 +30,8 @@ def _spinner(name: str) -> Iterator[Callable[[BuildProgress], None] | None]:
         return
     with console.status(f"building {name}") as status:
 
-        def show(progress: BuildProgress) -> None:
-            text = f"building {name}, {progress.elapsed:.1f} s"
-            if progress.expected is not None:
-                text += f" (a like one took {progress.expected:.1f} s)"
-            if progress.phase is not None:
-                text += f": {progress.phase}"
-            status.update(text)
+        def show(elapsed: float, phase: str | None) -> None:
+            status.update(f"building {name}, {elapsed:.1f} s" + (f": {phase}" if phase else ""))
 
         yield show
 

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +42,8 @@ _THREAD = "smoothl1-deploy build"
 _TICK = 0.05  # seconds between two looks at the clock: a spinner moves, nobody waits
 T = TypeVar("T")
 
+OnProgress = Callable[[float, str | None], None]
+
 
 def build_engine(
     model: ModelSource,
@@ -54,7 +55,7 @@ def build_engine(
     cache_dir: str | Path | EngineCache | None = None,
     format: str = "engine",
     embed_mode: int = 1,
-    on_progress: Callable[[BuildProgress], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Engine:
     """Build an engine, or take it from a cache.
 
@@ -74,7 +75,8 @@ def build_engine(
             Runtime's providers for TensorRT read and write it.
         embed_mode: 1 puts the engine inside that file; 0 leaves it beside, in
             `context_engine(path)`.
-        on_progress: called in this thread about 20 times a second while a build runs.
+        on_progress: called in this thread about 20 times a second while a build runs, with the
+            seconds since it began and TensorRT's name for what it does, None before it says so.
 
     Returns:
         The engine, written to `path` if one was given. `cached` says whether a cache had it, else
@@ -120,12 +122,12 @@ def build_engine(
         current_gpu() if local else None,
     )
 
-    def build(expected: float | None) -> tuple[bytes, Sidecar]:
+    def build() -> tuple[bytes, Sidecar]:
         watch = BuildWatch()
-        return run_watched(lambda: _build(loaded, chosen, key, watch), watch, on_progress, expected)
+        return run_watched(lambda: _build(loaded, chosen, key, watch), watch, on_progress)
 
     if cache_dir is None:
-        data, sidecar = build(None)
+        data, sidecar = build()
         engine = Engine(target, sidecar, data)
     else:
         cache = cache_dir if isinstance(cache_dir, EngineCache) else EngineCache(cache_dir)
@@ -245,21 +247,6 @@ def _hint(options: BuildOptions) -> str:
 # Waiting for a build
 
 
-@dataclass(frozen=True, slots=True)
-class BuildProgress:
-    """What can be said about a running build.
-
-    Attributes:
-        elapsed: seconds since it began.
-        phase: TensorRT's name for what it does, None before it says so.
-        expected: seconds that the nearest engine of the cache took, None without one.
-    """
-
-    elapsed: float
-    phase: str | None = None
-    expected: float | None = None
-
-
 class BuildWatch:
     """What the waiting and the building thread tell each other.
 
@@ -302,8 +289,7 @@ def is_building() -> bool:
 def run_watched(
     work: Callable[[], T],
     watch: BuildWatch,
-    on_progress: Callable[[BuildProgress], None] | None = None,
-    expected: float | None = None,
+    on_progress: OnProgress | None = None,
 ) -> T:
     """Run `work` in a thread and wait for it; what it returns or raises is returned or raised.
 
@@ -323,7 +309,7 @@ def run_watched(
     try:
         while not wait([done], _TICK).done:
             if on_progress is not None:
-                on_progress(BuildProgress(time.monotonic() - start, watch.phase, expected))
+                on_progress(time.monotonic() - start, watch.phase)
     except BaseException:
         watch.stopped = True
         wait([done])

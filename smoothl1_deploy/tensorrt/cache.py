@@ -100,18 +100,11 @@ class EngineCache:
             os.utime(path)
         return replace(engine, cached=True)
 
-    def get_or_build(
-        self, key: BuildKey, build: Callable[[float | None], tuple[bytes, Sidecar]]
-    ) -> Engine:
+    def get_or_build(self, key: BuildKey, build: Callable[[], tuple[bytes, Sidecar]]) -> Engine:
         """The engine of `key`, built by `build` where the cache has none.
 
         Of all threads and processes that ask for one key at a time, one builds; the others wait
         and take its engine.
-
-        Args:
-            key: what is asked for.
-            build: gets the seconds that the nearest entry took (None without one), returns the
-                engine and its sidecar.
         """
         found = self.get(key)
         if found is not None:
@@ -122,7 +115,7 @@ class EngineCache:
             if found is not None:
                 return found
             damaged, near = path.exists(), self.nearest(key)
-            data, sidecar = build(None if near is None else near.build_seconds)
+            data, sidecar = build()
             self._make_folders()  # somebody may have emptied the user's cache folder
             write_engine(path, data, sidecar)
         with contextlib.suppress(OutputError):  # the engine is there; the next prune tries again

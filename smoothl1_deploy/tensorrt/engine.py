@@ -32,7 +32,7 @@ from ..files import read_file
 from ..graph.elements import IR_VERSION
 from ..graph.metadata import is_changed, is_served, stamp
 from ..model import ENGINE_OPERATOR, opset_of
-from ..records import Record
+from ..records import Record, plain
 from ..spec import LossSpec
 from .flavour import FLAVOURS, PROVIDERS, Flavour, Gpu, get_flavour
 from .options import BuildOptions
@@ -249,13 +249,8 @@ class Engine:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without the bytes."""
-        return {
-            "path": None if self.path is None else str(self.path),
-            "sha256": self.sha256,
-            "sidecar": self.sidecar.to_dict(),
-            "cached": self.cached,
-            "changed": list(self.changed),
-        }
+        shown = ("path", "sha256", "sidecar", "cached", "changed")
+        return {name: plain(getattr(self, name)) for name in shown}
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,11 +116,10 @@ class Plan:
                     wanted = sizes.setdefault(name, got) if name else got
                 fits = fits and got == wanted
             if not fits:
-                dims = [name or str(n) for name, n in zip(port.names, port.shape, strict=True)]
                 raise InvalidInputError(
                     f"the input {port.name!r} of the network takes {dtype} of the shape "
-                    f"({', '.join(dims)}), one size for each name; got {array.dtype} of the shape "
-                    f"{array.shape}"
+                    f"({', '.join(map(str, port.dims))}), one size for each name; got "
+                    f"{array.dtype} of the shape {array.shape}"
                 )
 
 

@@ -54,14 +54,18 @@ class NetworkPort(Record):
     shape: tuple[int, ...]
     names: tuple[str | None, ...]
 
+    @property
+    def dims(self) -> list[int | str]:
+        """The names of the axes that have one, and the sizes of the others."""
+        return [name or size for name, size in zip(self.names, self.shape, strict=True)]
+
     def __str__(self) -> str:
-        dims = ", ".join(n or str(d) for n, d in zip(self.names, self.shape, strict=True))
-        return f"{self.name}: {self.dtype}[{dims}]"
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.dims))}]"
 
     def to_value(self) -> onnx.ValueInfoProto:
         """Its declaration in an ONNX graph."""
-        shape = [n or (d if d >= 0 else None) for n, d in zip(self.names, self.shape, strict=True)]
-        return helper.make_tensor_value_info(self.name, _ELEMENT[self.dtype], shape)
+        dims = [None if dim == -1 else dim for dim in self.dims]
+        return helper.make_tensor_value_info(self.name, _ELEMENT[self.dtype], dims)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> NetworkPort:

@@ -25,12 +25,9 @@ from ..errors import (
     UnsupportedError,
 )
 from .engine import Engine
-from .flavour import ELSEWHERE, Flavour
+from .flavour import Flavour
 
 _ALIGNMENT = 256  # bytes, of every address TensorRT is given
-
-#: What tensorrt_rtx 1.7.1.116 says on an H200, of an engine that it built there.
-_NO_SUCH_CARD = "so the engine cannot be rebuilt for it"
 
 
 def deserialize(engine: Engine, flavour: Flavour) -> tuple[Any, Any]:
@@ -49,19 +46,15 @@ def deserialize(engine: Engine, flavour: Flavour) -> tuple[Any, Any]:
                 "GPU and its driver"
             ) from exc
     if made is None:
-        reason = log.reason()
-        remedy = "Build it again on this machine, or for its GPU's compute capability"
-        if _NO_SUCH_CARD in reason:
-            remedy = ELSEWHERE
         raise BackendUnavailableError(
             f"{flavour} can't run the engine of {engine.sidecar.graph_name!r} here: "
-            f"{reason.rstrip('.')}. {remedy}"
+            f"{log.reason()}. Build it again on this machine, or for its GPU's compute capability"
         )
     return runtime, made
 
 
 def engine_layers(engine: Engine, flavour: Flavour) -> list[str]:
-    """One text a layer: its name, and its type where the engine was built with such detail.
+    """The names of its layers, by TensorRT's engine inspector.
 
     Raises:
         BackendUnavailableError: when the engine can't be deserialised on this machine.
@@ -72,11 +65,7 @@ def engine_layers(engine: Engine, flavour: Flavour) -> list[str]:
         flavour.need("LayerInformationFormat", "JSON", "the engine inspector")
     )
     try:
-        # Names alone, unless the engine was built with ProfilingVerbosity.DETAILED.
-        return [
-            layer if isinstance(layer, str) else f"{layer['Name']} ({layer['LayerType']})"
-            for layer in json.loads(text)["Layers"]
-        ]
+        return [str(layer) for layer in json.loads(text)["Layers"]]
     except (ValueError, KeyError, TypeError) as exc:
         raise UnsupportedError(
             f"the engine inspector of {flavour} gave what can't be read as layers: {text[:200]!r}"

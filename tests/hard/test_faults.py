@@ -145,8 +145,8 @@ def _build(folder: Path) -> None:
     path.parent.mkdir()
     _call("export", "--shape", "N,16", "-o", model)
     words = ["build", model, "-o", path, "--cache-dir", cache]
-    # Of the cache: engine, sidecar, durations; then the engine and the sidecar asked for.
-    for count in range(5):
+    # Of the cache: engine and sidecar; then the engine and the sidecar asked for.
+    for count in range(4):
         shutil.rmtree(cache, ignore_errors=True)
         for old in path.parent.iterdir():
             old.unlink()

@@ -268,8 +268,7 @@ class _Runtime:
 
     def deserialize_cuda_engine(self, data: bytes) -> Any:
         if not getattr(self._fake, "gpu", False):
-            reason = getattr(self._fake, "refusal", "CUDA initialization failure with error: 35")
-            say(self._logger, "ERROR", reason)
+            say(self._logger, "ERROR", "CUDA initialization failure with error: 35")
             return None
         return self._fake.ICudaEngine(data.split(b"\0", 1)[1], self._logger)
 

@@ -163,14 +163,12 @@ def fast_tick(monkeypatch):
 def test_progress_is_told_in_the_waiting_thread(rtx, mean_model, fast_tick):
     seen = []
 
-    def on_progress(report):
-        seen.append((report, threading.current_thread()))
+    def on_progress(elapsed, phase):
+        assert threading.current_thread() is threading.main_thread()
+        seen.append(elapsed)
 
     build_engine(mean_model, flavour=rtx, on_progress=on_progress)
-    assert {thread for _, thread in seen} == {threading.current_thread()}
-    elapsed = [report.elapsed for report, _ in seen]
-    assert elapsed == sorted(elapsed)
-    assert all(report.expected is None for report, _ in seen)
+    assert seen and seen == sorted(seen)
 
 
 def test_the_monitor_stops_tensorrt_itself_and_learns_the_phase(rtx, mean_model):
@@ -194,7 +192,7 @@ def test_ctrl_c_stops_the_build(rtx, mean_model, tmp_path, fast_tick):
             tmp_path / "loss.engine",
             rtx,
             cache_dir=tmp_path,
-            on_progress=lambda report: signal.raise_signal(signal.SIGINT),
+            on_progress=lambda *report: signal.raise_signal(signal.SIGINT),
         )
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert all(name.endswith(".lock") for name in left)
@@ -203,7 +201,7 @@ def test_ctrl_c_stops_the_build(rtx, mean_model, tmp_path, fast_tick):
 
 
 def test_an_error_of_the_hook_stops_the_build(rtx, mean_model, fast_tick):
-    def on_progress(report):
+    def on_progress(elapsed, phase):
         raise ZeroDivisionError("the spinner fell over")
 
     with pytest.raises(ZeroDivisionError, match="the spinner fell over"):

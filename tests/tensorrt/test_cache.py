@@ -46,21 +46,19 @@ def backdate(entry, seconds):
     os.utime(entry.path, (then, then))
 
 
-def test_hit(flavour, cache, mean_model):
+def test_a_hit_is_the_engine_that_was_built_and_is_written_where_it_is_asked_for(
+    flavour, cache, mean_model, tmp_path
+):
     first = build_engine(mean_model, flavour=flavour, cache_dir=cache)
     second = build_engine(mean_model, flavour=flavour, cache_dir=cache)
     assert (first.cached, second.cached, flavour.trt.built) == (False, True, 1)
     assert second.data == first.data and second.sidecar == first.sidecar
     assert first.path == cache.path(first.sidecar.key) == second.path
-    assert read_engine(first.path, flavour=flavour).data == first.data
-
-
-def test_a_hit_is_written_where_it_is_asked_for(flavour, cache, mean_model, tmp_path):
-    build_engine(mean_model, flavour=flavour, cache_dir=cache)
     path = tmp_path / "loss.engine"
-    engine = build_engine(mean_model, path, flavour, cache_dir=cache.root)
-    assert engine.cached and engine.path == path
-    assert read_engine(path, flavour=flavour).data == engine.data
+    written = build_engine(mean_model, path, flavour, cache_dir=cache.root)
+    assert written.cached and written.path == path
+    for each in (first.path, path):
+        assert read_engine(each, flavour=flavour).data == first.data
 
 
 def test_without_a_cache_nothing_is_kept(flavour, mean_model, monkeypatch, tmp_path):
@@ -117,35 +115,17 @@ def test_the_profile_s_spelling_is_no_part_of_the_key(flavour, cache, mean_model
         assert build_engine(mean_model, None, flavour, profile, cache_dir=cache).cached
 
 
-def test_progress_is_told_what_the_nearest_engine_took(flavour, cache, mean_model, monkeypatch):
-    monkeypatch.setattr(module, "_TICK", 0.0001)
-    build, seen = module._build, []
-    monkeypatch.setattr(module, "_build", lambda *args: time.sleep(0.05) or build(*args))
-
-    def expected(**kwargs):
-        seen.clear()
-        build_engine(
-            mean_model, flavour=flavour, cache_dir=cache, on_progress=seen.append, **kwargs
-        )
-        return {report.expected for report in seen}
-
-    assert expected() == {None}
-    (entry,) = cache.list()
-    assert expected(profile={"input": (1, 2, 3)}) == {entry.sidecar.build_seconds}
-
-
-@pytest.mark.parametrize("damage", ["engine", "sidecar", "no sidecar"])
-def test_a_damaged_entry_is_built_again(flavour, cache, mean_model, damage):
-    first = build_engine(mean_model, flavour=flavour, cache_dir=cache)
-    if damage == "engine":
-        first.path.write_bytes(b"damage")
-    elif damage == "sidecar":
-        sidecar_path(first.path).write_text("{}")
-    else:
-        sidecar_path(first.path).unlink()
-    second = build_engine(mean_model, flavour=flavour, cache_dir=cache)
-    assert not second.cached and second.changed == ("the cached engine was damaged",)
-    assert build_engine(mean_model, flavour=flavour, cache_dir=cache).cached
+def test_a_damaged_entry_is_built_again(flavour, cache, mean_model):
+    path = build_engine(mean_model, flavour=flavour, cache_dir=cache).path
+    for damage in (
+        lambda: path.write_bytes(b"damage"),
+        lambda: sidecar_path(path).write_text("{}"),
+        lambda: sidecar_path(path).unlink(),
+    ):
+        damage()
+        again = build_engine(mean_model, flavour=flavour, cache_dir=cache)
+        assert not again.cached and again.changed == ("the cached engine was damaged",)
+        assert build_engine(mean_model, flavour=flavour, cache_dir=cache).cached
 
 
 def test_a_sound_engine_under_a_false_name_is_no_hit(flavour, cache, mean_model):

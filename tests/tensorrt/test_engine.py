@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import sys
 
 import pytest
@@ -78,25 +77,17 @@ def test_an_engine_that_was_changed(pair, built):
 
 
 def test_a_sidecar_that_is_no_json(pair):
-    for text, problem in (
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ("[]", "no JSON obj"),
-    ):
+    for text in ("{", "[" * 100_000, "[]"):
         sidecar_path(pair).write_text(text)
-        refused(pair, problem)
+        refused(pair, r"engine\.json (is no JSON|holds no JSON object)")
 
 
-def test_a_carelessly_edited_sidecar(pair):
+def test_an_edited_sidecar_is_refused_and_a_reformatted_one_is_not(pair, built):
     text = sidecar_path(pair).read_text()
     assert '"beta": 0.5' in text
     sidecar_path(pair).write_text(text.replace('"beta": 0.5', '"beta": 0.25'))
     refused(pair, "was damaged or changed: its content doesn't match its own sha256")
-
-
-def test_a_reformatted_sidecar_is_the_same_sidecar(pair, built):
-    content = json.loads(sidecar_path(pair).read_text())
-    sidecar_path(pair).write_text(json.dumps(content, indent=8))
+    sidecar_path(pair).write_text(json.dumps(json.loads(text), indent=8))
     assert read_engine(pair).sidecar == built.sidecar
 
 
@@ -132,57 +123,23 @@ def test_a_sidecar_that_lacks_an_entry(built):
             Sidecar.from_dict(fields)
 
 
-def test_a_hundred_random_damages(built, tmp_path):
-    rng = random.Random(20)
-    path = tmp_path / "loss.engine"
-    for number in range(100):
-        path.write_bytes(built.data)
-        sidecar_path(path).write_bytes(built.sidecar.dumps())
-        victim = rng.choice([path, sidecar_path(path)])
-        content = bytearray(victim.read_bytes())
-        kind = rng.choice(["flip", "cut", "insert", "zero", "swap", "delete", "noise"])
-        solid = [i for i, byte in enumerate(content) if byte not in b" \n"]  # JSON's white space
-        at = rng.choice(solid)
-        if kind == "flip":
-            content[at] ^= 1 << rng.randrange(8)
-        elif kind == "cut":
-            del content[at:]
-        elif kind == "insert":
-            content.insert(at, rng.randrange(33, 127))
-        elif kind == "zero":
-            content[at : at + 16] = bytes(len(content[at : at + 16]))
-        elif kind == "swap":
-            other = rng.choice([i for i in solid if content[i] != content[at]])
-            content[at], content[other] = content[other], content[at]
-        elif kind == "delete":
-            del content[at]
-        else:
-            content = bytearray(rng.randbytes(len(content)))
-        if victim.read_bytes() == bytes(content):
-            continue
-        victim.write_bytes(content)
-        with pytest.raises(ArtefactError) as caught:
-            read_engine(path)
-        assert "engine" in str(caught.value), (number, kind, victim)
-
-
-@pytest.mark.parametrize("what", ["engine", "sidecar"])
-def test_a_crash_between_the_two_files(pair, built, mean_model, rtx, monkeypatch, what):
+def test_a_crash_between_the_two_files(pair, built, mean_model, rtx, monkeypatch):
     """Whichever write fails, what is left is refused or is the old pair."""
     new = build_engine(mean_model, flavour=rtx, profile={"input": (1, 2, 3)})
+    for fails in (pair, sidecar_path(pair)):
 
-    def fails(path, data):
-        if path.name.endswith(".json") == (what == "sidecar"):
-            raise OutputError("the disk is full")
-        return write_atomic(path, data)
+        def write(path, data, fails=fails):
+            if path == fails:
+                raise OutputError("the disk is full")
+            return write_atomic(path, data)
 
-    monkeypatch.setattr(module, "write_atomic", fails)
-    with pytest.raises(OutputError, match="disk is full"):
-        write_engine(pair, new.data, new.sidecar)
-    if what == "engine":
-        assert read_engine(pair).data == built.data
-    else:
-        refused(pair, "not the engine its sidecar describes")
+        monkeypatch.setattr(module, "write_atomic", write)
+        with pytest.raises(OutputError, match="disk is full"):
+            write_engine(pair, new.data, new.sidecar)
+        if fails == pair:
+            assert read_engine(pair).data == built.data
+        else:
+            refused(pair, "not the engine its sidecar describes")
 
 
 # --- unverified ------------------------------------------------------------------------------
@@ -198,12 +155,8 @@ def test_unverified_on_request(pair, built):
 
 def test_unverified_is_still_an_engine(pair, rtx):
     pair.write_bytes(b"x" * 300)
-    refused(
-        pair,
-        r"is no engine of tensorrt_rtx .*: MALFORMED_ENGINE; build it again",
-        allow_unverified=True,
-        flavour=rtx,
-    )
+    problem = r"is no engine of tensorrt_rtx .*: MALFORMED_ENGINE; build it again"
+    refused(pair, problem, allow_unverified=True, flavour=rtx)
 
 
 # --- flavour and version ---------------------------------------------------------------------

@@ -62,6 +62,12 @@ def backend(running, tmp_path):
     return make
 
 
+@pytest.fixture
+def runner(backend):
+    """Of `SPEC`."""
+    return backend().load(export(SPEC, shape=("N", 4)))
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_runs_on(backend, version):
     """Fails where a call has a name that the version lacks."""
@@ -80,27 +86,19 @@ def test_runs_on(backend, version):
             assert [*outputs] == [*spec.outputs]
 
 
-def test_tensors_give_tensors(backend):
-    runner = backend().load(export(SPEC, shape=("N", 4)))
-    a, b = pair(SPEC, (5, 4))
-    loss = runner.run(torch.from_numpy(a), torch.from_numpy(b))["loss"]
-    assert isinstance(loss, torch.Tensor)
-    assert_right(SPEC, loss.numpy(), a, b)
-
-
-def test_tensors_are_read_where_they_lie(backend, monkeypatch):
-    runner = backend().load(export(SPEC, shape=("N", 4)))
+def test_tensors_give_tensors_and_are_read_where_they_lie(runner, monkeypatch):
+    a, b = pair(SPEC, (64, 4))
     x, t = runner.device.empty((64, 4), "float32"), runner.device.empty((64, 4), "float32")
+    x[:], t[:] = torch.from_numpy(a), torch.from_numpy(b)
     seen = {}
-    context = runner.program.new_context()
-    put = type(context._context).set_tensor_address
+    kind = type(runner.program.new_context()._context)
+    put = kind.set_tensor_address
     monkeypatch.setattr(
-        type(context._context),
-        "set_tensor_address",
-        lambda self, name, address: seen.update({name: address}) or put(self, name, address),
+        kind, "set_tensor_address", lambda self, *given: seen.update([given]) or put(self, *given)
     )
     loss = runner.run(x, t)["loss"]
-    assert seen["loss"] == loss.data_ptr()
+    assert isinstance(loss, torch.Tensor) and seen["loss"] == loss.data_ptr()
+    assert_right(SPEC, loss.numpy(), a, b)
     # Memory of the host is aligned to 64 bytes only; what happens to begin at 256 is not copied.
     for name, tensor in (("input", x), ("target", t)):
         assert (seen[name] == tensor.data_ptr()) == (tensor.data_ptr() % 256 == 0)
@@ -122,18 +120,17 @@ def test_promotion_and_refusals_on_the_device(backend):
     for _ in range(2):
         assert runner.run(x, whole)["loss"].item() == 0.75
     # What was right before is not checked again; these are not what was right.
+    for given, message in (
+        ((whole, whole), "input and target are both integral"),
+        ((x, np.zeros((2, 4), np.float32)), "^target is not on the GPU, and another of the ar"),
+        ((x, x.double()), "input float32 and target float64 promote to fl"),
+        ((x, torch.zeros(3, 4)), r"target has the shape \(3, 4\), but the artefact"),
+        ((x, None), "^target is missing; the artefact takes input, ta"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            runner.run(*given)
     with pytest.raises(InvalidInputError, match="the artefact takes input, target, and no beta; l"):
         runner.run(x, whole, beta=0.5)
-    with pytest.raises(InvalidInputError, match="input and target are both integral"):
-        runner.run(whole, whole)
-    with pytest.raises(InvalidInputError, match="^target is not on the GPU, and another of the ar"):
-        runner.run(x, np.zeros((2, 4), np.float32))
-    with pytest.raises(InvalidInputError, match="input float32 and target float64 promote to fl"):
-        runner.run(x, x.double())
-    with pytest.raises(InvalidInputError, match=r"target has the shape \(3, 4\), but the artefact"):
-        runner.run(x, torch.zeros(3, 4))
-    with pytest.raises(InvalidInputError, match="^target is missing; the artefact takes input, ta"):
-        runner.run(x, None)
 
 
 def test_beta_at_run_time(backend):
@@ -169,8 +166,7 @@ def test_many_threads_share_few_contexts(backend):
     assert all(context.active_optimization_profile == 0 for context in made)
 
 
-def test_a_context_that_failed_is_not_used_again(backend):
-    runner = backend().load(export(SPEC, shape=("N", 4)))
+def test_a_context_that_failed_is_not_used_again(runner):
     a, b = pair(SPEC, (2, 4))
     runner.run(a, b)
     fake = runner.program.flavour.trt
@@ -185,8 +181,7 @@ def test_a_context_that_failed_is_not_used_again(backend):
 # --- CUDA graphs ------------------------------------------------------------------------------
 
 
-def test_a_recorded_run_follows_its_tensors(backend):
-    runner = backend().load(export(SPEC, shape=("N", 4)))
+def test_a_recorded_run_follows_its_tensors(runner):
     a, b = pair(SPEC, (4, 4))
     x, t = torch.from_numpy(a.copy()), torch.from_numpy(b)
     recorded = runner.capture(x, t)
@@ -197,8 +192,7 @@ def test_a_recorded_run_follows_its_tensors(backend):
     assert runner.program._idle == []
 
 
-def test_what_a_graph_could_not_follow_is_refused(backend):
-    runner = backend().load(export(SPEC, shape=("N", 4)))
+def test_what_a_graph_could_not_follow_is_refused(runner, backend):
     x = torch.zeros(4, 4)
     for other in (x.T, x.half(), torch.zeros(4, 4, dtype=torch.int32)):
         with pytest.raises(InvalidInputError, match="^target would be copied, and the graph go on"):
@@ -245,11 +239,15 @@ def test_compiled_kernels_are_kept_where_a_new_shape_is_met(program, tmp_path):
     assert config._strategy.name == "USER_MANAGED"
 
 
-def test_kernels_that_do_not_fit_are_compiled_again(program, tmp_path):
+def test_kernels_that_do_not_fit_are_compiled_again_and_the_other_flavour_keeps_none(
+    program, tmp_path
+):
     path = tmp_path / "one.cache"
     path.write_bytes(b"of another GPU")
     program(path).run(on(3))
     assert path.read_bytes() == b"kernels"
+    program(tmp_path / "x", "11.4.0").run(on(3))
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_that_kernels_cannot_be_kept_in(program, tmp_path):
@@ -258,15 +256,10 @@ def test_a_folder_that_kernels_cannot_be_kept_in(program, tmp_path):
         program(tmp_path / "file" / "one.cache").run(on(3))
 
 
-def test_the_other_flavour_keeps_none(program, tmp_path):
-    program(tmp_path / "x", "11.4.0").run(on(3))
-    assert not (tmp_path / "x").exists()
-
-
 # --- what is refused --------------------------------------------------------------------------
 
 
-def test_an_engine_tensorrt_does_not_take(fake, backend, mean_model, tmp_path):
+def test_why_an_engine_does_not_run(fake, mean_model, tmp_path):
     refusing = TrtBackend(fake("10.16.1"), cache_dir=tmp_path, device=HostDevice())
     with pytest.raises(BackendUnavailableError) as caught:
         refusing.load(mean_model)
@@ -274,24 +267,6 @@ def test_an_engine_tensorrt_does_not_take(fake, backend, mean_model, tmp_path):
         f"tensorrt 10.16.1 can't run the engine of {mean_model.graph.name!r} here: CUDA "
         "initialization failure with error: 35. Build it again on this machine, or for its GPU's "
         "compute capability"
-    )
-
-
-def test_a_card_the_flavour_does_not_know(fake, mean_model, tmp_path):
-    """The words of tensorrt_rtx 1.7.1.116 on an H200, of an engine built there."""
-    flavour = fake("rtx-1.7.1")
-    flavour.trt.refusal = (
-        "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine cannot run on "
-        "this GPU, which has compute capability 9.0. Supported compute capabilities: 8.0 8.6 8.9 "
-        "12.0 12.1 >12.0. TensorRT-RTX does not support this compute capability, so the engine "
-        "cannot be rebuilt for it. In throwUnlessComputeCapSupported at runtime.cpp:84)."
-    )
-    refusing = TrtBackend(flavour, cache_dir=tmp_path, device=HostDevice())
-    with pytest.raises(BackendUnavailableError) as caught:
-        refusing.load(mean_model)
-    assert str(caught.value).endswith(
-        "cpp:84). Hopper (9.0) runs engines of flavour='tensorrt', and the backends torch-triton "
-        "and ort-cuda need no engine"
     )
 
 
@@ -311,21 +286,14 @@ def test_a_card_that_the_flavour_has_no_name_for(fake, tmp_path):
             f"{capability}; it knows 7.5, 8.0, 8.6, 8.9, 12.0, 12.1. Hopper (9.0) runs engines of "
             "flavour='tensorrt', and the backends torch-triton and ort-cuda need no engine"
         )
-    for version, capability in (
-        ("rtx-1.7.1", "8.9"),
-        ("rtx-1.7.1", "12.0"),
-        ("rtx-1.7.1", "13.0"),
-        ("10.16.1", "9.0"),
-    ):
-        TrtBackend(fake(version), cache_dir=tmp_path, device=card(capability))
+    for capability in ("8.9", "12.0", "13.0"):
+        TrtBackend(fake("rtx-1.7.1"), cache_dir=tmp_path, device=card(capability))
+    TrtBackend(fake("10.16.1"), cache_dir=tmp_path, device=card("9.0"))
 
 
-def test_no_contexts_at_all(backend, mean_model):
+def test_no_contexts_and_float64_are_refused(backend, mean_model):
     with pytest.raises(SpecError, match="^contexts must be at least 1, got 0"):
         backend(contexts=0).load(mean_model)
-
-
-def test_float64_is_refused(backend):
     assert "TensorRT has no float64" in backend().refuses(LossSpec(dtype="float64"))
     assert backend().refuses(LossSpec(dtype="float16")) is None
 
@@ -375,27 +343,16 @@ def test_an_engine_that_is_no_loss_is_refused_before_it_is_deserialised(written,
 # --- the engine inspector ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_layers_of_an_engine(running, mean_model, version):
-    flavour = running(version)
-    engine = build_engine(mean_model, flavour=flavour)
-    assert engine_layers(engine, flavour) == ["loss"]  # what the fake makes of the graph's nodes
-
-
-def test_what_the_inspector_may_answer(running, mean_model, monkeypatch):
-    flavour = running("11.4.0")
-    engine = build_engine(mean_model, flavour=flavour)
-
-    def layers(answer):
+def test_the_layers_of_an_engine(running, mean_model, monkeypatch):
+    for version in VERSIONS:
+        flavour = running(version)
+        engine = build_engine(mean_model, flavour=flavour)
+        assert engine_layers(engine, flavour) == ["loss"]  # what the fake makes of its nodes
+    for answer in ("Layer 0", '{"Layers": 3}'):
         inspector = flavour.trt.EngineInspector
-        monkeypatch.setattr(inspector, "get_engine_information", lambda self, format: answer)
-        return engine_layers(engine, flavour)
-
-    detailed = '{"Layers": [{"Name": "a", "LayerType": "Reduce"}, "b"]}'
-    assert layers(detailed) == ["a (Reduce)", "b"]
-    for answer in ("Layer 0", '{"Layers": [3]}'):
+        monkeypatch.setattr(inspector, "get_engine_information", lambda self, f, a=answer: a)
         with pytest.raises(UnsupportedError, match="gave what can't be read as layers"):
-            layers(answer)
+            engine_layers(engine, flavour)
 
 
 # --- the real TensorRT for RTX, as far as it goes without a GPU -------------------------------
