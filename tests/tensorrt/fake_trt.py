@@ -15,42 +15,17 @@ import ctypes
 import json
 import math
 import threading
+from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto
 
 API = Path(__file__).with_name("api")
-VERSIONS = ("10.0.1", "10.4.0", "10.9.0", "10.16.1", "11.4.0", "rtx-1.7.1")
 KNOWN_BAD = "Foo"  # an operator the fake parser doesn't know
 _DATA_TYPE = {1: "FLOAT", 10: "HALF", 16: "BF16", 11: "FLOAT", 6: "INT32", 7: "INT64", 9: "BOOL"}
-
-
-class Member(int):
-    """A member of an enumeration, as pybind makes them: a number with a name."""
-
-    name: str
-
-
-class Enumeration:
-    def __init__(self, name: str, members: dict[str, int], touched: set[tuple[str, str]]) -> None:
-        self._name, self._touched = name, touched
-        self.__members__ = {}
-        for key, value in members.items():
-            self.__members__[key] = Member(value)
-            self.__members__[key].name = key
-
-    def __getattr__(self, key: str) -> Member:
-        if key.startswith("__") or key not in self.__members__:
-            raise AttributeError(f"type object {self._name!r} has no attribute {key!r}")
-        self._touched.add((self._name, key))
-        return self.__members__[key]
-
-    def __dir__(self) -> list[str]:
-        return list(self.__members__)
 
 
 def _stub(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,39 +33,27 @@ def _stub(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class FakeTensorRT:
-    """A module; `touched` collects the (class, attribute) pairs that were used."""
+    """A module; a name that its version lacks can neither be read nor be set."""
 
     def __init__(self, version: str) -> None:
         self.__version__ = version.removeprefix("rtx-")
-        self.touched: set[tuple[str, str]] = set()
         self.built = 0
         self.api = json.loads((API / f"{version}.json").read_text())
         for name, content in self.api.items():
-            if isinstance(content, dict):
-                setattr(self, name, Enumeration(name, content, self.touched))
-            else:
-                setattr(self, name, self._class(name, content))
+            made = IntEnum(name, content) if isinstance(content, dict) else None
+            setattr(self, name, made or self._class(name, content))
 
     def _class(self, name: str, attributes: list[str]) -> type:
-        touched, fake = self.touched, self
         behaviour = vars(BEHAVIOUR.get(name, object))
 
-        def get(obj: Any, attr: str) -> Any:
-            if not attr.startswith("_"):
-                touched.add((name, attr))
-            return object.__getattribute__(obj, attr)
-
         def put(obj: Any, attr: str, value: Any) -> None:
-            if not attr.startswith("_"):
-                touched.add((name, attr))
-                if attr not in attributes:
-                    raise AttributeError(f"{name!r} object has no attribute {attr!r}")
+            if not attr.startswith("_") and attr not in attributes:
+                raise AttributeError(f"{name!r} object has no attribute {attr!r}")
             object.__setattr__(obj, attr, value)
 
         body = {attr: behaviour.get(attr, _stub) for attr in attributes}
         body |= {k: v for k, v in behaviour.items() if k.startswith("_") and callable(v)}
-        body |= {"__getattribute__": get, "__setattr__": put, "_fake": fake}
-        return type(name, (), body)
+        return type(name, (), body | {"__setattr__": put, "_fake": self})
 
 
 class _Logger:
@@ -442,5 +405,3 @@ BEHAVIOUR: dict[str, type] = {
     "ParserError": _ParserError,
     "Runtime": _Runtime,
 }
-
-assert TensorProto.DOUBLE == 11

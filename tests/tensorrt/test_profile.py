@@ -19,6 +19,10 @@ SAME = (InputShape("input", ("N", 16)), InputShape("target", ("N", 16)))
 ROWS = ((1, 16), (64, 16), (4096, 16))
 
 
+def shapes(**dims):
+    return tuple(InputShape(name, axes) for name, axes in dims.items())
+
+
 def test_the_forms_mean_the_same():
     for request in (
         "input=1x16,64x16,4096x16",
@@ -33,63 +37,55 @@ def test_the_forms_mean_the_same():
     ):
         found = resolve_profile(request, SAME)
         assert found == Profile({"input": ROWS, "target": ROWS}), request
+        assert Profile.from_dict(found.to_dict()) == found
 
 
-def test_one_shape_stands_for_all_three():
-    profile = resolve_profile("input=8x16", SAME)
-    assert profile.ranges["input"] == ((8, 16),) * 3 == profile.ranges["target"]
+#: What is asked for, of which inputs, and the profile.
+FILLED = {
+    "one shape stands for all three, and target follows": (
+        "input=8x16",
+        SAME,
+        "input=8x16,8x16,8x16 target=8x16,8x16,8x16",
+    ),
+    "target follows without names too": (
+        {"input": (2, 4, 8)},
+        shapes(input=(None, 16), target=(None, 16)),
+        "input=2x16,4x16,8x16 target=2x16,4x16,8x16",
+    ),
+    "but not where its shape is another": (
+        {"input": (2, 4, 8)},
+        shapes(input=(None, 16), target=(None, 1)),
+        "input=2x16,4x16,8x16 target=1x1,64x1,4096x1 (default 1, 64, 4096 for target[0])",
+    ),
+    "an axis follows its name": (
+        {"input": (2, 4, 8)},
+        shapes(input=("N", 16), target=("N", 1)),
+        "input=2x16,4x16,8x16 target=2x1,4x1,8x1",
+    ),
+    "what nothing is said of takes the default, which is named": (
+        {"input": (2, 4, 8)},
+        shapes(input=("N", 16), x=(None, "M")),
+        "input=2x16,4x16,8x16 x=1x1,64x64,4096x4096 (default 1, 64, 4096 for x[0], M)",
+    ),
+    "an empty axis is a size": (
+        {"x": (0, 0, 8)},
+        shapes(x=("N", 16)),
+        "x=0x16,0x16,8x16",
+    ),
+    "static inputs need none": (None, shapes(input=(4, 16), target=(4, 16)), "static"),
+    "and may be named": ("input=4x16", shapes(input=(4, 16), target=(4, 16)), "static"),
+}
 
 
-def test_target_follows_input_without_names_too():
-    pair = (InputShape("input", (None, 16)), InputShape("target", (None, 16)))
-    assert resolve_profile({"input": (2, 4, 8)}, pair).ranges["target"] == (
-        (2, 16),
-        (4, 16),
-        (8, 16),
-    )
-    other = (pair[0], InputShape("target", (None, 1)))
-    assert resolve_profile({"input": (2, 4, 8)}, other).defaults == ("target[0]",)
-
-
-def test_defaults_are_named():
-    profile = resolve_profile(None, SAME)
-    assert profile == Profile({"input": ROWS, "target": ROWS}, ("N",))
-    assert str(profile).endswith("(default 1, 64, 4096 for N)")
-
-
-def test_an_axis_follows_its_name():
-    inputs = (InputShape("input", ("N", 16)), InputShape("target", ("N", 1)))
-    profile = resolve_profile({"input": (2, 4, 8)}, inputs)
-    assert profile == Profile(
-        {"input": ((2, 16), (4, 16), (8, 16)), "target": ((2, 1), (4, 1), (8, 1))}
-    )
-
-
-def test_what_has_no_name_and_no_request_takes_the_default():
-    inputs = (InputShape("input", ("N", 16)), InputShape("x", (None, "M")))
-    profile = resolve_profile({"input": (2, 4, 8)}, inputs)
-    assert profile.ranges["x"] == ((1, 1), (64, 64), (4096, 4096))
-    assert profile.defaults == ("x[0]", "M")
-
-
-def test_static_inputs_need_none():
-    inputs = (InputShape("input", (4, 16)), InputShape("target", (4, 16)))
-    assert resolve_profile(None, inputs) == Profile({}) == resolve_profile("input=4x16", inputs)
-    assert str(Profile({})) == "static"
-
-
-def test_an_empty_axis_is_a_size():
-    assert resolve_profile({"input": (0, 0, 8)}, SAME).ranges["input"][0] == (0, 16)
+@pytest.mark.parametrize("case", FILLED)
+def test_what_is_left_open_is_filled_in(case):
+    request, inputs, text = FILLED[case]
+    assert str(resolve_profile(request, inputs)) == text
 
 
 def test_shapes_are_read_from_the_graph():
     model = export(LossSpec(reduction="none"), shape=("N", 16), target_shape=(16,))
     assert [str(s) for s in input_shapes(model)] == ["input[N, 16]", "target[16]"]
-
-
-def test_round_trip():
-    profile = resolve_profile(None, SAME)
-    assert Profile.from_dict(profile.to_dict()) == profile
 
 
 REFUSED = {
@@ -131,21 +127,14 @@ def test_refused(case):
     assert message in str(caught.value)
 
 
-def test_three_values_need_one_dynamic_axis():
-    two = (InputShape("input", ("N", "M")),)
-    with pytest.raises(
-        SpecError, match="gives one axis, and 2 of its axes are dynamic; give three"
+def test_three_values_need_one_dynamic_axis_and_a_name_one_range():
+    for dims, request, message in (
+        (("N", "M"), (1, 2, 3), "gives one axis, and 2 of its axes are dynamic; give three"),
+        ((4, 16), (1, 2, 3), r"x\[4, 16\] has no dynamic axis; leave it out"),
+        (("N", "N"), ((1, 1), (2, 2), (4, 8)), r"'N' has the range \(1, 2, 4\) .* \(1, 2, 8\)"),
     ):
-        resolve_profile({"input": (1, 2, 3)}, two)
-    none = (InputShape("input", (4, 16)),)
-    with pytest.raises(SpecError, match=r"input\[4, 16\] has no dynamic axis; leave it out"):
-        resolve_profile({"input": (1, 2, 3)}, none)
-
-
-def test_one_name_within_one_input():
-    square = (InputShape("x", ("N", "N")),)
-    with pytest.raises(SpecError, match=r"'N' has the range \(1, 2, 4\) .* and \(1, 2, 8\)"):
-        resolve_profile("x=1x1,2x2,4x8", square)
+        with pytest.raises(SpecError, match=message):
+            resolve_profile({"x": request}, shapes(x=dims))
 
 
 # The profile of the backends
