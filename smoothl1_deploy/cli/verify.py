@@ -60,9 +60,8 @@ def verify(
     """
     from ..artefact import read_model, select_ports
     from ..parity.certificate import certify
-    from ..parity.drift import drift_table
-    from ..parity.verify import diagnosis_table, verify_table
     from ..parity.verify import verify as hold_against_references
+    from ..parity.views import tables
 
     proto = read_model(model)
     names = {"input_name": input_name, "target_name": target_name, "output_name": output_name}
@@ -75,11 +74,11 @@ def verify(
         print_json(result.to_dict())
     else:
         console = open_console()
-        console.print(verify_table(result))
+        console.print(tables.verification(result).rich())
         if result.drift:
-            console.print(drift_table(result.drift))
+            console.print(tables.artefact_drift(result.drift).rich())
         if result.diagnoses:
-            console.print(diagnosis_table(result))
+            console.print(tables.diagnoses(result).rich())
         print_lines([f"seen in the graph: {remark}" for remark in result.remarks])
         red, cases = len(result.failures), len(result.results) + len(result.drift)
         print_lines([f"{cases - red} of {cases} cases equal to PyTorch, or nearer to the truth"])

@@ -15,13 +15,12 @@ from ..backends.base import Runner
 from ..errors import SmoothL1DeployError
 from ..floats import NUMPY_DTYPE, Array
 from ..graph import shapes as graph_shapes
-from ..records import plain
+from ..records import Record, plain
 from ..reference.oracle import oracle, oracle_gradient
 from ..spec import LossSpec
 from .bounds import gradient_bound, in_range, proved_bound
 from .compare import Verdict, compare
 from .families import branch_shares, generate, weigh
-from .samples import Sample, sample_of
 from .shapes import Shape, Shapes
 
 
@@ -233,6 +232,61 @@ class Answer:
     got: Array | None
 
 
+_SHOWN = 4  # of the elements behind a reduced result
+
+
+@dataclass(frozen=True, slots=True)
+class Sample(Record):
+    """The worst element of a result, with what went in and both references, to check by hand.
+
+    Numbers are text, the shortest that reads back as the same number of the dtype: NaN and the
+    infinities have no other place in JSON.
+
+    Attributes:
+        output: which result, `loss` or `grad_input`.
+        index: of the element in the result; empty for rank 0.
+        behind: how many element losses it is computed from.
+        inputs: `input`, `target` and, where there is one, `weight`: those elements after
+            broadcasting, the first four at most.
+        got, torch, oracle: the three answers; `got` is empty where there was none.
+    """
+
+    output: str
+    index: tuple[int, ...]
+    behind: int
+    inputs: Mapping[str, tuple[str, ...]]
+    got: str
+    torch: str
+    oracle: str
+
+    @classmethod
+    def of(cls, refs: References, output: str, answer: Answer) -> Sample | None:
+        """The worst element of an answer; None where the result is empty, or of another shape."""
+        got, exact = answer.got, refs.oracle[output]
+        worst = 0 if got is None else answer.verdict.worst
+        if worst is None or worst >= exact.size or (got is not None and got.shape != exact.shape):
+            return None
+        at = tuple(map(int, np.unravel_index(worst, exact.shape)))
+        given = {"input": refs.input, "target": refs.target, "weight": refs.weight}
+        arrays = {name: array for name, array in given.items() if array is not None}
+        whole = dict(zip(arrays, np.broadcast_arrays(*arrays.values()), strict=True))
+        if output == "grad_input":  # every place that this element of input was broadcast to
+            places = np.arange(refs.input.size).reshape(refs.input.shape)
+            here = np.broadcast_to(places, whole["input"].shape) == worst
+            parts = {name: values[here] for name, values in whole.items()}
+        else:  # the axes of a loss are the leading ones of its inputs, the others are reduced
+            parts = {name: np.asarray(values[at]) for name, values in whole.items()}
+        return cls(
+            output,
+            at,
+            parts["input"].size,
+            {name: tuple(map(str, values.flat[:_SHOWN])) for name, values in parts.items()},
+            "" if got is None else str(got[at]),
+            str(refs.torch[output][at]),
+            str(exact[at]),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class CaseResult:
     """The verdict on one case, how much of each branch it reached, and its worst element."""
@@ -249,13 +303,7 @@ class CaseResult:
         verdict = replace(
             answers[name].verdict, better=sum(each.verdict.better for each in answers.values())
         )
-        arrays = {"input": refs.input, "target": refs.target}
-        if refs.weight is not None:
-            arrays["weight"] = refs.weight
-        got = answers[name].got
-        worst = 0 if got is None else verdict.worst
-        sample = sample_of(name, arrays, got, refs.torch[name], refs.oracle[name], worst)
-        return cls(refs.case, verdict, refs.shares, sample)
+        return cls(refs.case, verdict, refs.shares, Sample.of(refs, name, answers[name]))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -19,9 +19,6 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from rich.table import Column, Table
-from rich.text import Text
-
 from ..artefact import select_ports
 from ..backends.base import Runner, get_backend
 from ..graph.export import export
@@ -170,35 +167,6 @@ def _relative(value: float | None, truth: float) -> float | None:
     if value is None or not (math.isfinite(value) and math.isfinite(truth)) or truth == 0:
         return None
     return abs(value - truth) / abs(truth)
-
-
-def drift_table(points: Sequence[DriftPoint]) -> Table:
-    """One row a size and family: error and ULP, measured, PyTorch's, allowed, bound."""
-    numbers = ("error", "PyTorch's", "ULP", "PyTorch's", "allowed", "bound")
-    table = Table(
-        Column("elements", justify="right"),
-        *("inputs", "output"),
-        *(Column(name, justify="right") for name in numbers),
-        title="error of the reduction by size",
-        title_justify="left",
-        caption="bound: what is proved of the graphs that smoothl1-deploy makes, in ULP",
-        caption_justify="left",
-    )
-    for point in sorted(points, key=lambda p: (p.output, DATA.index(p.family), p.elements)):
-        verdict = point.result.verdict
-        wrong = "class" if verdict.wrong_class else f"{verdict.ulp:,}"
-        errors = (point.relative, point.torch_relative)
-        table.add_row(
-            f"{point.elements:,}",
-            point.family,
-            point.output,
-            *("-" if error is None else f"{error:.1e}" for error in errors),
-            Text(wrong, style="green" if point.ok else "bold red"),
-            str(verdict.torch_ulp),
-            str(verdict.allowed),
-            "-" if point.bound is None or math.isinf(point.bound) else f"{point.bound:,.1f}",
-        )
-    return table
 
 
 WAYS = ("smoothl1-deploy", "torch.onnx.export", "PyTorch eager")

@@ -184,8 +184,9 @@ def _coefficients(p: float, q: float) -> Losses:
     )
 
 
-#: The right formula, of elements in a wide format.
-smooth_l1 = _piecewise(_quadratic, _linear)
+def smooth_l1(a: Array, b: Array, beta: float) -> Array:
+    """The right formula, of elements in a wide format."""
+    return _piecewise(_quadratic, _linear)(a, b, beta)
 
 
 def _log_cosh(a: Array, b: Array, beta: float) -> Array:

@@ -98,6 +98,7 @@ class Subject:
     Attributes:
         spec: what it ought to compute.
         any_rank: whether it takes arrays of any rank.
+        has_gradient: whether it gives one beside the loss.
     """
 
     def __init__(self, runner: Runner, spec: LossSpec) -> None:
@@ -108,7 +109,7 @@ class Subject:
         self._plan = ShapePlan.of(runner.signature)
         self._dtype = NUMPY_DTYPE[spec.dtype]
         info = ml_dtypes.finfo(self._dtype)  # type: ignore[no-untyped-call]
-        self.tiny, self.largest = float(info.tiny), float(info.max)
+        self._tiny, self._largest = float(info.tiny), float(info.max)
 
     def ask(self, probes: Iterable[Probe]) -> list[Answer]:
         """Run each probe, with all that the model takes beside: beta, an upstream gradient of 1."""
@@ -184,7 +185,7 @@ class Subject:
     def narrow(self, bits: int) -> list[Answer]:
         """A difference of 4.25 that is 4 where the inputs keep only `bits` of significand."""
         shapes, base = self._plan.small(), 2.0**bits
-        if not elements(shapes) or base >= self.largest:
+        if not elements(shapes) or base >= self._largest:
             return []
         text = f"input {base:g} + 0.25, target {base:g} - 4"
         return self.ask([self._full("narrow", text, shapes, base + 0.25, base - 4)])
@@ -241,12 +242,12 @@ class Subject:
         A square that over- or underflows is a matter of rounding and range, not of the formula.
         """
         beta = self.spec.effective_beta
-        if not self.tiny < abs(d) < self.largest / 4:
+        if not self._tiny < abs(d) < self._largest / 4:
             return False
         if abs(d) <= beta:
-            within = self.tiny < d * d < self.largest / (2 * count)
-            return within and 0.5 * d * d / beta > self.tiny
-        return abs(d) * count < self.largest / 4
+            within = self._tiny < d * d < self._largest / (2 * count)
+            return within and 0.5 * d * d / beta > self._tiny
+        return abs(d) * count < self._largest / 4
 
     def _differences(self) -> list[float]:
         beta = self.spec.effective_beta

@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from rich.table import Column, Table
-from rich.text import Text
-
 from ..artefact import ModelSource, Signature, check_spec, read_model, select_ports, sha256
 from ..backends.base import get_backend
 from ..environment import environment
@@ -19,7 +16,7 @@ from ..spec import LossSpec
 from .cases import LAYOUTS, Case, CaseResult, References, check, is_for
 from .diagnose import choice_at_beta, diagnose
 from .drift import DriftPoint, artefact_drift
-from .families import BRANCHES, FAMILIES
+from .families import FAMILIES
 from .faults import Diagnosis
 from .matrix import needs_wider
 from .shapes import ShapePlan, elements
@@ -192,41 +189,3 @@ def verify(
     if unseen is None or any(unseen.fault is item.fault for item in found.diagnoses):
         return found
     return replace(found, remarks=(unseen,))
-
-
-def diagnosis_table(verification: Verification) -> Table:
-    """One row a fault: its name, what it does, and the answers that speak for it."""
-    table = Table(
-        *("fault", "why", "evidence"),
-        title="most likely what is wrong",
-        title_justify="left",
-        show_lines=True,
-    )
-    for diagnosis in verification.diagnoses:
-        name = Text(diagnosis.fault.value, style="bold red")
-        evidence = Text("\n".join(map(str, diagnosis.evidence)))
-        table.add_row(name, Text(diagnosis.explanation), evidence)
-    return table
-
-
-def verify_table(verification: Verification) -> Table:
-    """One row a case: distance to the oracle, PyTorch's own, what is allowed, branches reached."""
-    likely = ", ".join(item.fault.value for item in verification.diagnoses)
-    table = Table(
-        *("family", "shape"),
-        *(Column(name, justify="right") for name in ("ULP", "PyTorch's", "allowed", *BRANCHES)),
-        "verdict",
-        title=f"{verification.name} on {verification.backend}",
-        title_justify="left",
-        caption=f"most likely: {likely}" if likely else None,
-        caption_justify="left",
-    )
-    for result in verification.results:
-        verdict = result.verdict
-        word = Text("better than PyTorch" if verdict.better else "equal", style="green")
-        if not verdict.ok:
-            word = Text(verdict.detail, style="bold red")
-        numbers = (str(n) for n in (verdict.ulp, verdict.torch_ulp, verdict.allowed))
-        shares = (f"{result.shares[branch]:.0%}" for branch in BRANCHES)
-        table.add_row(result.case.family, result.case.layout, *numbers, *shares, word)
-    return table

@@ -18,7 +18,8 @@ from smoothl1_deploy import LossSpec, export, load, verify
 from smoothl1_deploy.graph.elements import ELEMENT_TYPE
 from smoothl1_deploy.parity.diagnose import diagnose
 from smoothl1_deploy.parity.faults import Fault
-from smoothl1_deploy.parity.verify import Verification, diagnosis_table, verify_table
+from smoothl1_deploy.parity.verify import Verification
+from smoothl1_deploy.parity.views import tables
 from smoothl1_deploy.spec import DTYPES, REDUCTIONS
 
 #: An element of the loss, PyTorch's formula.
@@ -467,7 +468,7 @@ def test_what_the_weights_alone_get_wrong_is_unknown() -> None:
 def test_a_green_verification_is_not_diagnosed() -> None:
     result = verify(planted(), spec=LossSpec(0.5))
     assert result and result.diagnoses == ()
-    assert "most likely" not in str(verify_table(result).caption)
+    assert not tables.verification(result).below
 
 
 def gradient_model(negated: bool = False, divided: bool = True) -> onnx.ModelProto:
@@ -574,7 +575,7 @@ def shown(result: Verification) -> str:
     from rich.console import Console
 
     console = Console(file=StringIO(), width=200)
-    console.print(verify_table(result), diagnosis_table(result))
+    console.print(tables.verification(result).rich(), tables.diagnoses(result).rich())
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 

@@ -19,7 +19,6 @@ import onnx.parser
 import pytest
 from planted import plant
 from rich.console import Console
-from rich.table import Table
 
 from smoothl1_deploy import LossSpec, export, verify
 from smoothl1_deploy.artefact import select_ports, signature
@@ -30,17 +29,17 @@ from smoothl1_deploy.ops import is_built as library_is_built
 from smoothl1_deploy.parity import cases
 from smoothl1_deploy.parity import drift as drift_module
 from smoothl1_deploy.parity.bounds import bound
-from smoothl1_deploy.parity.drift import DATA, SIZES, artefact_drift, drift_table
+from smoothl1_deploy.parity.drift import DATA, SIZES, artefact_drift
 from smoothl1_deploy.parity.faults import Fault
 from smoothl1_deploy.parity.plain_export import plain_export as export_plainly
-from smoothl1_deploy.parity.verify import verify_table
+from smoothl1_deploy.parity.views import tables
 
 Axes = tuple[int | str, ...]
 
 
-def shown(table: Table) -> str:
+def shown(table: tables.Table) -> str:
     console = Console(file=StringIO(), width=200)
-    console.print(table)
+    console.print(table.rich())
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
@@ -50,7 +49,7 @@ def test_our_artefacts_are_green_in_every_shape() -> None:
         result = verify(export(LossSpec(0.5), route, shape), drift=shape == ("N", 16))
         assert result, (shape, route, result.failures)
         assert result.spec == LossSpec(0.5)
-        assert verify_table(result).row_count == len(result.results)
+        assert len(tables.verification(result).rows) == len(result.results)
         assert result.to_dict()["ok"] is True and result.diagnoses == ()
         if shape == ("N", 16):
             assert {case.case.layout for case in result.results} == {"64,16", "N=0"}
@@ -73,7 +72,8 @@ def test_the_extensions_are_green() -> None:
         assert result, (spec, result.failures)
         assert bool(result.drift) is not (spec.per_sample or spec.reduction == "none")
         assert {point.output for point in result.drift} <= {*spec.outputs}
-        assert verify_table(result).row_count and drift_table(result.drift).columns
+        assert tables.verification(result).rich().row_count
+        assert len(tables.artefact_drift(result.drift).rows) == len(result.drift)
 
 
 def test_a_spec_that_is_not_the_model_s_is_red_and_a_path_will_do(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_plain_exporter_s_drift_and_its_empty_mean_are_found(
     assert last["case"]["ulp"] > 10_000 > last["case"]["allowed"] and last["ok"] is False
     assert last["bound_ulp"] == bound(LossSpec(), 1 << 22)
     assert 1e-3 < abs(last["value"] / last["oracle"] - 1) < 1e-2
-    table = shown(drift_table(result.drift))
+    table = shown(tables.artefact_drift(result.drift))
     assert "4,194,304" in table and "bound" in table and f"{errors[-1]:.1e}" in table
 
 
@@ -399,7 +399,7 @@ def test_a_gradient_that_is_summed_back_is_measured_at_every_size(
     red = {point.elements for point in points if not point.ok}
     assert 1 << 18 in red
     assert json.dumps([point.to_dict() for point in points], allow_nan=False)
-    assert "grad_input" in shown(drift_table(points))
+    assert "grad_input" in shown(tables.artefact_drift(points))
 
 
 def test_our_own_drift_is_held_to_the_proved_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,4 +426,4 @@ def test_a_bound_that_bounds_nothing_is_strict_json_too(monkeypatch: pytest.Monk
     points = artefact_drift(runner, LossSpec(), accumulator="float32")
     assert all(point.ok and point.to_dict()["bound_ulp"] == "inf" for point in points)
     json.dumps([point.to_dict() for point in points], allow_nan=False)
-    assert "inf" not in shown(drift_table(points))
+    assert "inf" not in shown(tables.artefact_drift(points))

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 
 from ...spec import LossSpec
 from ..contract import Contract
-from ..drift import Drift
+from ..drift import DATA, Drift, DriftPoint
 from ..families import BRANCHES
 from ..report import Build, Cell, Report, is_extended, mean_shares
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
     from rich.text import Text
+
+    from ..verify import Verification
 
 # XML 1.0 has no place for these, and a browser drops or replaces them.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -226,18 +228,29 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of text, under a title; `align` has a letter a column, `l` or `r`."""
+    """Rows of text, under a title; `align` has a letter a column, `l` or `r`.
+
+    What stands below, and the lines between rows, are the terminal's alone.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[Entry | str, ...]]
     align: str
+    below: str = ""
+    ruled: bool = False
 
     def rich(self) -> RichTable:
         """For the terminal."""
         from rich.table import Table as RichTable
 
-        table = RichTable(title=_rich_entry(self.title), title_justify="left")
+        table = RichTable(
+            title=_rich_entry(self.title),
+            title_justify="left",
+            caption=_rich_entry(self.below) if self.below else None,
+            caption_justify="left",
+            show_lines=self.ruled,
+        )
         for name, letter in zip(self.columns, self.align, strict=True):
             table.add_column(_rich_entry(name), justify="right" if letter == "r" else "left")
         for row in self.rows:
@@ -394,6 +407,65 @@ def drift(measured: Drift) -> Table:
     ]
     title = f"`mean`, float32, at {size:,} elements, against the oracle"
     return Table(title, ("way", "data", "relative error", "ULP"), rows, "llrr")
+
+
+def artefact_drift(points: Sequence[DriftPoint]) -> Table:
+    """One row a size and family: error and ULP, measured, PyTorch's, allowed, bound."""
+    rows: list[tuple[Entry | str, ...]] = []
+    for point in sorted(points, key=lambda p: (p.output, DATA.index(p.family), p.elements)):
+        verdict = point.result.verdict
+        errors = (point.relative, point.torch_relative)
+        proved = point.bound is not None and math.isfinite(point.bound)
+        rows.append(
+            (
+                f"{point.elements:,}",
+                point.family,
+                point.output,
+                *("-" if error is None else f"{error:.1e}" for error in errors),
+                Entry("class" if verdict.wrong_class else f"{verdict.ulp:,}", point.ok),
+                str(verdict.torch_ulp),
+                str(verdict.allowed),
+                f"{point.bound:,.1f}" if proved else "-",
+            )
+        )
+    numbers = ("error", "PyTorch's", "ULP", "PyTorch's", "allowed", "bound")
+    return Table(
+        "error of the reduction by size",
+        ("elements", "inputs", "output", *numbers),
+        rows,
+        "rllrrrrrr",
+        below="bound: what is proved of the graphs that smoothl1-deploy makes, in ULP",
+    )
+
+
+def verification(found: Verification) -> Table:
+    """One row a case: distance to the oracle, PyTorch's own, what is allowed, branches reached."""
+    rows: list[tuple[Entry | str, ...]] = []
+    for result in found.results:
+        verdict = result.verdict
+        word = "better than PyTorch" if verdict.better else "equal"
+        numbers = (str(n) for n in (verdict.ulp, verdict.torch_ulp, verdict.allowed))
+        shares = (f"{result.shares[branch]:.0%}" for branch in BRANCHES)
+        said = Entry(word if verdict.ok else verdict.detail, verdict.ok)
+        rows.append((result.case.family, result.case.layout, *numbers, *shares, said))
+    likely = ", ".join(item.fault.value for item in found.diagnoses)
+    return Table(
+        f"{found.name} on {found.backend}",
+        ("family", "shape", "ULP", "PyTorch's", "allowed", *BRANCHES, "verdict"),
+        rows,
+        "llrrrrrrl",
+        below=f"most likely: {likely}" if likely else "",
+    )
+
+
+def diagnoses(found: Verification) -> Table:
+    """One row a fault: its name, what it does, and the answers that speak for it."""
+    rows = [
+        (Entry(item.fault.value, False), item.explanation, "\n".join(map(str, item.evidence)))
+        for item in found.diagnoses
+    ]
+    columns = ("fault", "why", "evidence")
+    return Table("most likely what is wrong", columns, rows, "lll", ruled=True)
 
 
 #: What stands before an answer, by its kind.
