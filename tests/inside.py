@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from torch import nn
 
 from smoothl1_deploy import LossSpec, register_torchscript_symbolic, translation_table
 from smoothl1_deploy.floats import NUMPY_DTYPE, ieee_class, round_to, ulp_distance
+from smoothl1_deploy.graph.torch_route import quiet
 from smoothl1_deploy.reference.module import from_torch, to_torch
 
 Array = NDArray[Any]
@@ -105,19 +104,6 @@ def arrays(dtype: str, rows: int, special: bool = False) -> tuple[Array, Array]:
         return (y + d).astype(NUMPY_DTYPE[dtype]), y.astype(NUMPY_DTYPE[dtype])
 
 
-@contextlib.contextmanager
-def silently() -> Iterator[None]:
-    """The exporters print, log and warn about themselves."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
-
-
 def by_table(
     module: nn.Module | torch.export.ExportedProgram,
     args: tuple[torch.Tensor, ...],
@@ -132,7 +118,7 @@ def by_table(
         options["dynamic_shapes"] = tuple({0: rows} for _ in args)
     if ours:
         options["custom_translation_table"] = translation_table()
-    with silently():
+    with quiet():
         program = torch.onnx.export(module, args, dynamo=True, verbose=False, **options)
     assert program is not None
     model: onnx.ModelProto = program.model_proto
@@ -152,7 +138,7 @@ def by_torchscript(
     options: dict[str, Any] = {"opset_version": opset_version, "input_names": ["x", "y"]}
     if dynamic:
         options["dynamic_axes"] = {"x": {0: "N"}, "y": {0: "N"}}
-    with register_torchscript_symbolic() if ours else contextlib.nullcontext(), silently():
+    with register_torchscript_symbolic() if ours else contextlib.nullcontext(), quiet():
         torch.onnx.export(module, args, file, dynamo=False, **options)
     return onnx.load_model_from_string(file.getvalue())
 

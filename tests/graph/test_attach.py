@@ -12,9 +12,10 @@ import pytest
 from handmade import Array, assert_kept, model_of, run
 from onnx import helper
 
-from smoothl1_deploy import LossSpec, attach
+from smoothl1_deploy import LossSpec, attach, export
 from smoothl1_deploy.errors import ArtefactError, SpecError
 from smoothl1_deploy.floats import ulp_distance
+from smoothl1_deploy.graph.metadata import read_spec
 from smoothl1_deploy.reference.module import eager_outputs
 
 W, X, T = (
@@ -71,6 +72,8 @@ def test_several_losses_in_one_model() -> None:
     assert '"coarse"' in next(e.value for e in three.metadata_props if e.key.endswith("attached"))
     assert [e.domain for e in three.opset_import].count("smoothl1_deploy") == 1
     assert len({(f.domain, f.name) for f in three.functions}) == len(three.functions)
+    bare = export(LossSpec(reduction="none"), shape=("N", 4))
+    assert read_spec(attach(bare, "loss", "gt")) is None  # it isn't that loss any more
 
 
 def test_names_that_are_taken_are_avoided_the_same_way_each_time() -> None:
@@ -86,6 +89,8 @@ def test_names_that_are_taken_are_avoided_the_same_way_each_time() -> None:
     assert [i.name for i in one.graph.input] == ["x", "gt", "beta_1"]
     outputs = untouched(before, one, x=X, gt=T, beta_1=np.array(1, np.float32))
     assert_loss(LossSpec(), {"loss": outputs["loss_1"]}, outputs["boxes"], T)
+    after = attach(linear(), "boxes", "loss")  # taken by the target's own input
+    assert [o.name for o in after.graph.output] == ["boxes", "loss_1"]
 
 
 def test_names_below_the_loss_s_own_are_avoided() -> None:
