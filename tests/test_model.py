@@ -92,7 +92,7 @@ def _rows(count: int, seed: int = 0) -> Array:
 _SUM = LossSpec(0.5, "sum", gradient=True)
 
 
-def _assert_pytorchs(model: onnx.ModelProto, x: Array, t: Array, **feeds: Array) -> None:
+def _assert_pytorchs(model: onnx.ModelProto, x: Array, t: Array, /, **feeds: Array) -> None:
     """The sum and its gradient with respect to `y`, which is -x, in the shapes of PyTorch."""
     y = torch.from_numpy(-x).requires_grad_()
     with warnings.catch_warnings():
