@@ -36,7 +36,9 @@ WAYS = [(by_table, {"optimize": o}) for o in (True, False)]
 WAYS += [(by_torchscript, {"opset_version": opset}) for opset in OPSETS]
 
 
-@pytest.mark.parametrize(("exporter", "options"), WAYS, ids=str)
+@pytest.mark.parametrize(
+    ("exporter", "options"), WAYS, ids=lambda way: getattr(way, "__name__", str(way))
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_loss_in_one_model(dtype: str, exporter: Exporter, options: dict[str, Any]) -> None:
     model = exporter(Inside(*LOSSES).eval(), example(dtype), **options)
