@@ -13,8 +13,6 @@ from smoothl1_deploy.floats import CLASS_NAMES, NUMPY_DTYPE, ieee_class, ulp_dis
 from smoothl1_deploy.reference.module import eager
 from smoothl1_deploy.reference.oracle import oracle
 
-__all__ = ["assert_right", "disagreement", "pair"]
-
 Array = NDArray[Any]
 
 

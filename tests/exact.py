@@ -12,16 +12,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-__all__ = [
-    "FORMATS",
-    "Format",
-    "error_in_ulp",
-    "exact_loss",
-    "exact_reduction",
-    "round_fraction",
-    "to_array",
-]
-
 
 class Format:
     """A binary format: bits of significand (the hidden one too), exponent range, numpy dtype."""

@@ -14,8 +14,6 @@ import torch
 
 from smoothl1_deploy.device import Captured, Device
 
-__all__ = ["HostDevice", "on_host_device"]
-
 
 class HostDevice(Device):
     kind = "cpu"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,13 @@ import onnx
 import onnxruntime as ort
 import torch
 from agreement import assert_right
+from handmade import run_session
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 from torch import nn
 
-from smoothl1_deploy import LossSpec
+from smoothl1_deploy import LossSpec, register_torchscript_symbolic, translation_table
 from smoothl1_deploy.floats import NUMPY_DTYPE, ieee_class, round_to, ulp_distance
+from smoothl1_deploy.graph.torch_route import quiet
 from smoothl1_deploy.reference.module import from_torch, to_torch
 
 Array = NDArray[Any]
@@ -86,6 +85,7 @@ class Narrow(nn.Module):
         assert len(outputs) == len(expected)
         for i, (got, wanted) in enumerate(zip(outputs, expected, strict=True)):
             tolerance = torch.finfo(torch.bfloat16 if i < len(narrow) else torch.float32).eps
+            got = got.astype(np.float32)
             np.testing.assert_allclose(got, wanted.numpy(), rtol=2 * tolerance, err_msg=f"{i}")
 
 
@@ -104,69 +104,76 @@ def arrays(dtype: str, rows: int, special: bool = False) -> tuple[Array, Array]:
         return (y + d).astype(NUMPY_DTYPE[dtype]), y.astype(NUMPY_DTYPE[dtype])
 
 
-@contextlib.contextmanager
-def silently() -> Iterator[None]:
-    """The exporters print, log and warn about themselves."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
+def by_table(
+    module: nn.Module | torch.export.ExportedProgram,
+    args: tuple[torch.Tensor, ...],
+    *,
+    ours: bool = True,
+    dynamic: bool = True,
+    **options: Any,
+) -> onnx.ModelProto:
+    """The model that PyTorch's newer exporter makes, with our table or without."""
+    if dynamic and isinstance(module, nn.Module):
+        rows = torch.export.Dim("N")
+        options["dynamic_shapes"] = tuple({0: rows} for _ in args)
+    if ours:
+        options["custom_translation_table"] = translation_table()
+    with quiet():
+        program = torch.onnx.export(module, args, dynamo=True, verbose=False, **options)
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def by_torchscript(
+    module: nn.Module,
+    args: tuple[torch.Tensor, ...],
+    *,
+    ours: bool = True,
+    dynamic: bool = True,
+    opset_version: int = 17,
+) -> onnx.ModelProto:
+    """The model of the TorchScript exporter, with what we register or without."""
+    file = io.BytesIO()
+    options: dict[str, Any] = {"opset_version": opset_version, "input_names": ["x", "y"]}
+    if dynamic:
+        options["dynamic_axes"] = {"x": {0: "N"}, "y": {0: "N"}}
+    with register_torchscript_symbolic() if ours else contextlib.nullcontext(), quiet():
+        torch.onnx.export(module, args, file, dynamo=False, **options)
+    return onnx.load_model_from_string(file.getvalue())
+
+
+def example(dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `Inside` is exported with."""
+    return torch.zeros(3, 2, 4, dtype=DTYPES[dtype]), torch.zeros(3, 2, 4, dtype=DTYPES[dtype])
 
 
 def session_of(model: onnx.ModelProto) -> ort.InferenceSession:
-    """ONNX Runtime on the CPU, bfloat16 ports widened, which numpy can't feed to it."""
+    """ONNX Runtime on the CPU, of a model that is whole."""
     onnx.checker.check_model(model, full_check=True)
-    widened = onnx.ModelProto()
-    widened.CopyFrom(model)
-    graph = widened.graph
-    before: list[onnx.NodeProto] = []
-    for value in (*graph.input, *graph.output):
-        tensor = value.type.tensor_type
-        if tensor.elem_type != TensorProto.BFLOAT16:
-            continue
-        tensor.elem_type = TensorProto.FLOAT
-        own, port = value.name, f"{value.name}_float32"
-        value.name = port
-        if value in graph.input:
-            node = helper.make_node("Cast", [port], [own], to=TensorProto.BFLOAT16)
-            before.append(node)
-        else:
-            graph.node.append(helper.make_node("Cast", [own], [port], to=TensorProto.FLOAT))
-    nodes = [*before, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     return ort.InferenceSession(
-        widened.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
 
 
-def run(session: ort.InferenceSession, *inputs: Array) -> list[Array]:
-    """The outputs of a model of `Inside`, in its own dtype or wider."""
-    feeds = {}
-    for port, array in zip(session.get_inputs(), inputs, strict=True):
-        narrow = array.dtype == NUMPY_DTYPE["bfloat16"]
-        feeds[port.name] = array.astype(np.float32) if narrow else array
-    return [np.asarray(value) for value in session.run(None, feeds)]
+def run(session: ort.InferenceSession, *inputs: Array | torch.Tensor) -> list[Array]:
+    """The outputs of a model of PyTorch's."""
+    names = [port.name for port in session.get_inputs()]
+    arrays = [from_torch(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    return list(run_session(session, dict(zip(names, arrays, strict=True))).values())
 
 
 def assert_each_is_right(outputs: list[Array], losses: list[nn.Module], x: Array, y: Array) -> None:
     """Every output is its loss: class and distance to the truth, by PyTorch's own distance."""
     x, y = (a.reshape(len(a), math.prod(a.shape[1:])) for a in (x, y))
-    assert len(outputs) == len(losses)
     for got, loss in zip(outputs, losses, strict=True):
-        got = got.astype(x.dtype)  # bfloat16 came back widened
         if isinstance(loss, nn.HuberLoss):
             _assert_huber(got, loss, x, y)
-            continue
-        beta = getattr(loss, "beta", 0.0)
-        spec = LossSpec(beta, loss.reduction, x.dtype.name)
-        assert_right(spec, got, x, y, str(loss))
+        else:
+            spec = LossSpec(getattr(loss, "beta", 0.0), loss.reduction, x.dtype.name)
+            assert_right(spec, got, x, y, str(loss))
 
 
 def _assert_huber(got: Array, loss: nn.HuberLoss, x: Array, y: Array) -> None:

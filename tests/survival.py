@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from handmade import model_of, run_session
 
 from smoothl1_deploy import LossSpec, attach, export
 from smoothl1_deploy.floats import NUMPY_DTYPE, Array, dtype_name
@@ -94,20 +95,13 @@ _HOST = ("linear", "narrow")  # the nodes of the model that a loss is attached t
 
 def host(dtype: str) -> onnx.ModelProto:
     """A linear layer in float32, its output in `dtype`; its weights leave every number as it is."""
-    element, value = ELEMENT_TYPE[dtype], helper.make_tensor_value_info
-    narrow = [helper.make_node("Cast", ["h"], ["y"], "narrow", to=element)]
-    weights = numpy_helper.from_array(np.eye(_COLUMNS, dtype=np.float32), "w")
-    graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "w"], ["y" if dtype == "float32" else "h"], "linear"),
-            *(narrow if dtype != "float32" else []),
-        ],
-        "host",
-        [value("x", TensorProto.FLOAT, ["N", _COLUMNS])],
-        [value("y", element, ["N", _COLUMNS])],
-        [weights],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    kind = "float" if dtype == "float32" else dtype.replace("float64", "double")
+    nodes = '["linear"] h = MatMul(x, w) ["narrow"] y = Cast<to = TYPE>(h)'
+    if dtype == "float32":
+        nodes = '["linear"] y = MatMul(x, w)'
+    nodes = nodes.replace("TYPE", str(ELEMENT_TYPE[dtype]))
+    text = f"host (float[N, {_COLUMNS}] x) => ({kind}[N, {_COLUMNS}] y) {{ {nodes} }}"
+    return model_of(text, ir=10, w=np.eye(_COLUMNS, dtype=np.float32))
 
 
 def rows() -> Iterator[Row]:
@@ -132,10 +126,15 @@ def _untouched(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _onnxscript_optimizer(model: onnx.ModelProto) -> onnx.ModelProto:
-    from onnxscript import optimizer
+def _called(path: str, model: onnx.ModelProto, **options: Any) -> onnx.ModelProto:
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name)(model, **options)
+    return found[0] if isinstance(found, tuple) else found
 
-    return optimizer.optimize(model)
+
+def _by(path: str, **options: Any) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
+    """What the function at `path` gives for a model; it goes to another process."""
+    return functools.partial(_called, path, **options)
 
 
 def _onnx_ir(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -150,77 +149,31 @@ def _onnx_ir(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx_ir.serde.serialize_model(ir)
 
 
-def _onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
-    import onnxsim
-
-    return onnxsim.simplify(model)[0]
-
-
-def _onnxslim(model: onnx.ModelProto) -> onnx.ModelProto:
-    import onnxslim
-
-    return onnxslim.slim(model)
-
-
-def _onnxoptimizer(model: onnx.ModelProto) -> onnx.ModelProto:
-    import onnxoptimizer
-
-    return onnxoptimizer.optimize(model)
-
-
 def _ort_saved(model: onnx.ModelProto, level: str) -> onnx.ModelProto:
     import onnxruntime as ort
 
     with _files(model) as (before, after):
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        options.graph_optimization_level = getattr(
-            ort.GraphOptimizationLevel, f"ORT_ENABLE_{level}"
-        )
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = getattr(levels, f"ORT_ENABLE_{level}")
         options.optimized_model_filepath = after
         ort.InferenceSession(before, options, providers=["CPUExecutionProvider"])
         return onnx.load(after)
-
-
-def _ort_float16(model: onnx.ModelProto) -> onnx.ModelProto:
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    return convert_float_to_float16(model)
-
-
-def _common_float16(model: onnx.ModelProto) -> onnx.ModelProto:
-    from onnxconverter_common.float16 import convert_float_to_float16
-
-    return convert_float_to_float16(model)
-
-
-def _version(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
-    import onnx.version_converter
-
-    return onnx.version_converter.convert_version(model, version)
-
-
-def _inliner(model: onnx.ModelProto) -> onnx.ModelProto:
-    import onnx.inliner
-
-    return onnx.inliner.inline_local_functions(model)
 
 
 def _merged(model: onnx.ModelProto) -> onnx.ModelProto:
     """With a model in front, whose output becomes the first input."""
     import onnx.compose
 
-    first, element = model.graph.input[0].name, model.graph.input[0].type.tensor_type.elem_type
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [helper.make_node("Identity", ["front_x"], ["front_y"], "front")],
-        "front",
-        [value("front_x", element, ["N", _COLUMNS])],
-        [value("front_y", element, ["N", _COLUMNS])],
-    )
-    opset = next(entry for entry in model.opset_import if not entry.domain)
-    front = helper.make_model(graph, opset_imports=[opset], ir_version=model.ir_version)
-    return onnx.compose.merge_models(front, model, io_map=[("front_y", first)])
+    first = model.graph.input[0]
+    ports = "(float[N] front_x) => (float[N] front_y)"
+    front = model_of(f'front {ports} {{ ["front"] front_y = Identity(front_x) }}')
+    for value in (front.graph.input[0], front.graph.output[0]):
+        value.type.CopyFrom(first.type)
+    front.ir_version = model.ir_version
+    front.opset_import[0].version = next(e.version for e in model.opset_import if not e.domain)
+    return onnx.compose.merge_models(front, model, io_map=[("front_y", first.name)])
 
 
 def _quantize_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -253,9 +206,8 @@ def _quantize_static(model: onnx.ModelProto) -> onnx.ModelProto:
 def _some_feeds(model: onnx.ModelProto, rng: np.random.Generator) -> dict[str, Array]:
     feeds = {}
     for value in model.graph.input:
-        tensor = value.type.tensor_type
-        shape = [dim.dim_value or _ROWS for dim in tensor.shape.dim]
-        dtype = NUMPY_DTYPE[DTYPE_OF_ELEMENT[tensor.elem_type]]
+        shape = [dim.dim_value or _ROWS for dim in value.type.tensor_type.shape.dim]
+        dtype = NUMPY_DTYPE[DTYPE_OF_ELEMENT[value.type.tensor_type.elem_type]]
         feeds[value.name] = np.asarray(rng.normal(size=shape)).astype(dtype)
     return feeds
 
@@ -300,51 +252,36 @@ class Tool:
 
 _NEWEST = 26  # what the ONNX Runtime of constraints.txt reads; it calls later ones unfinished
 
+_CONVERT = "convert_float_to_float16"
+_ORT = ("onnxruntime", "onnxruntime")
 TOOLS = (
-    Tool("untouched", "onnxruntime", "onnxruntime", _untouched),
-    Tool("onnxscript.optimizer", "onnxscript", "onnxscript", _onnxscript_optimizer),
+    Tool("untouched", *_ORT, _untouched),
+    Tool("onnxscript.optimizer", "onnxscript", "onnxscript",
+         _by("onnxscript.optimizer.optimize")),
     Tool("onnx_ir, every common pass", "onnx-ir", "onnx_ir", _onnx_ir),
-    Tool("onnxsim", "onnxsim", "onnxsim", _onnxsim),
-    Tool("onnxslim", "onnxslim", "onnxslim", _onnxslim),
-    Tool("onnxoptimizer", "onnxoptimizer", "onnxoptimizer", _onnxoptimizer),
+    Tool("onnxsim", "onnxsim", "onnxsim", _by("onnxsim.simplify")),
+    Tool("onnxslim", "onnxslim", "onnxslim", _by("onnxslim.slim")),
+    Tool("onnxoptimizer", "onnxoptimizer", "onnxoptimizer", _by("onnxoptimizer.optimize")),
     *(
-        Tool(
-            f"ONNX Runtime's saved model, {level.lower()}",
-            "onnxruntime",
-            "onnxruntime",
-            functools.partial(_ort_saved, level=level),
-        )
+        Tool(f"ONNX Runtime's saved model, {level.lower()}", *_ORT,
+             functools.partial(_ort_saved, level=level))
         for level in ("BASIC", "EXTENDED", "ALL")
     ),
-    Tool(
-        "onnxruntime.transformers.float16",
-        "onnxruntime",
-        "onnxruntime",
-        _ort_float16,
-        narrows=True,
-    ),
-    Tool(
-        "onnxconverter_common.float16",
-        "onnxconverter-common",
-        "onnxconverter_common",
-        _common_float16,
-        narrows=True,
-    ),
+    Tool("onnxruntime.transformers.float16", *_ORT,
+         _by(f"onnxruntime.transformers.float16.{_CONVERT}"), narrows=True),
+    Tool("onnxconverter_common.float16", "onnxconverter-common", "onnxconverter_common",
+         _by(f"onnxconverter_common.float16.{_CONVERT}"), narrows=True),
     *(
-        Tool(
-            f"onnx.version_converter to {version}",
-            "onnx",
-            "onnx",
-            functools.partial(_version, version=version),
-        )
+        Tool(f"onnx.version_converter to {version}", "onnx", "onnx",
+             _by("onnx.version_converter.convert_version", target_version=version))
         for version in (17, _NEWEST)
     ),
-    Tool("onnx.inliner", "onnx", "onnx", _inliner),
+    Tool("onnx.inliner", "onnx", "onnx", _by("onnx.inliner.inline_local_functions")),
     Tool("onnx.compose.merge_models", "onnx", "onnx", _merged),
-    Tool("quantize_dynamic", "onnxruntime", "onnxruntime", _quantize_dynamic, "attach"),
-    Tool("quantize_static", "onnxruntime", "onnxruntime", _quantize_static, "attach"),
+    Tool("quantize_dynamic", *_ORT, _quantize_dynamic, "attach"),
+    Tool("quantize_static", *_ORT, _quantize_static, "attach"),
     Tool("polygraphy surgeon sanitize", "polygraphy", "polygraphy", _polygraphy),
-)
+)  # fmt: skip
 
 
 # --- the judge -------------------------------------------------------------------------------
@@ -376,29 +313,18 @@ class Outcome:
         return self.status + (f": {self.detail}" if self.detail else "")
 
 
-#: Part of a tool's name, what is said of the file it makes, and what the tool does there. Each was
-#: looked up in the tool's source, in the version that docs/compat.md names.
 FAULTS = (
-    (
-        "version_converter",
-        "is not a registered function/op",
-        "it drops every local function of a model",
-    ),
-    (
-        "float16",
-        r"Op \((\w*SmoothL1Loss\w*|BetaDivisor)\) .*ShapeInferenceError",
-        "it does not look into local functions, whose constants stay float32",
-    ),
-    (
-        "onnxconverter_common",
-        r"Type \(tensor\(float16\)\) of output arg .* does not match expected type",
-        "it declares the result of a Cast to float32 to be float16, and leaves the Cast",
-    ),
-)
+    ("version_converter", "is not a registered function/op",
+     "it drops every local function of a model"),
+    ("float16", r"Op \((\w*SmoothL1Loss\w*|BetaDivisor)\) .*ShapeInferenceError",
+     "it does not look into local functions, whose constants stay float32"),
+    ("onnxconverter_common", r"Type \(tensor\(float16\)\) of output arg .* does not match expected "
+     "type", "it declares the result of a Cast to float32 to be float16, and leaves the Cast"),
+)  # fmt: skip
 
 
 class _Session:
-    """A model in ONNX Runtime, as anyone runs it; bfloat16 goes in and out by address."""
+    """A model in ONNX Runtime, as anyone runs it."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         import onnxruntime as ort
@@ -407,27 +333,9 @@ class _Session:
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
         data = model.SerializeToString()
-        self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         self.inputs = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
-        self.outputs = {v.name: v.type.tensor_type.elem_type for v in model.graph.output}
-
-    def run(
-        self, feeds: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Array]:
-        binding = self._session.io_binding()
-        kept, results = [], {}
-        for name, array in feeds.items():
-            array = np.ascontiguousarray(array).reshape(array.shape)
-            kept.append(array)
-            element = self.inputs[name]
-            binding.bind_input(name, "cpu", 0, element, array.shape, array.ctypes.data)
-        for name, element in self.outputs.items():
-            dtype = NUMPY_DTYPE[DTYPE_OF_ELEMENT[element]]
-            results[name] = np.empty(shapes[name], dtype)
-            place = results[name].ctypes.data
-            binding.bind_output(name, "cpu", 0, element, shapes[name], place)
-        self._session.run_with_iobinding(binding)
-        return results
+        self.run = functools.partial(run_session, session)
 
 
 #: Families whose numbers, and all that is computed on the way, are within the range of float16.
@@ -490,8 +398,7 @@ def _check(row: Row, session: _Session, case: Case, narrows: bool) -> str:
             name: given[name].astype(NUMPY_DTYPE[DTYPE_OF_ELEMENT[element]])
             for name, element in session.inputs.items()
         }
-    loss = shape if spec.reduction == "none" else shape[:1] if spec.per_sample else ()
-    outputs = session.run(feeds, {"y": shape, "grad_input": shape, "loss": loss})
+    outputs = session.run(feeds)
     compared = outputs["y"] if row.attached else feeds.get("input", feeds.get("front_x"))
     dtype = dtype_name(outputs["loss"].dtype)
     if narrows:

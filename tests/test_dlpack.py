@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import onnx
 import pytest
 import torch
+from handmade import model_of
 from host_device import HostDevice
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,68 +30,41 @@ TORCH = {name: getattr(torch, name) for name in (*DTYPES, *INTEGERS)}
 NUMPY = {**NUMPY_DTYPE, **{name: np.dtype(name) for name in INTEGERS}}
 
 
-@pytest.mark.parametrize("name", NUMPY)
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
-def test_a_plain_array_is_taken_without_a_copy(name: str, shape: tuple[int, ...]) -> None:
-    array = np.ones(shape, NUMPY[name])
-    taken = as_array(array, "input")
-    assert (taken.shape, taken.dtype) == (shape, NUMPY[name])
-    assert np.shares_memory(taken, array) or not array.size
+def test_plain_arrays_and_tensors_are_taken_without_a_copy() -> None:
+    for name, shape in itertools.product(NUMPY, ((), (0,), (3,), (2, 3))):
+        array, tensor = np.ones(shape, NUMPY[name]), torch.ones(shape, dtype=TORCH[name])
+        for given, address in ((array, array.ctypes.data), (tensor, tensor.data_ptr())):
+            taken = as_array(given, "input")
+            assert (taken.shape, taken.dtype) == (shape, NUMPY[name])
+            assert (taken.astype(np.float64) == 1).all()
+            assert taken.ctypes.data == address or not taken.size
 
 
-@pytest.mark.parametrize("name", TORCH)
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
-def test_a_tensor_is_taken_without_a_copy(name: str, shape: tuple[int, ...]) -> None:
-    tensor = torch.ones(shape, dtype=TORCH[name])
-    taken = as_array(tensor, "input")
-    assert (taken.shape, taken.dtype) == (shape, NUMPY[name])
-    assert (taken.astype(np.float64) == 1).all()
-    assert taken.ctypes.data == tensor.data_ptr() or not tensor.numel()
-
-
-def _layouts(base: np.ndarray) -> dict[str, np.ndarray]:
-    read_only = base.copy()
-    read_only.flags.writeable = False
-    return {
-        "transposed": base.T,
-        "strided": base[:, ::2],
-        "reversed": base[::-1, ::-1],
-        "broadcast": np.broadcast_to(base[:1], base.shape),
-        "fortran": np.asfortranarray(base),
-        "read-only": read_only,
-        "unaligned": np.frombuffer(b"\0" + base.tobytes(), base.dtype, offset=1).reshape(
-            base.shape
-        ),
-    }
+def test_big_endian_arrays_and_scalars_of_numpy() -> None:
+    for dtype in ("float16", "float32", "float64", "int32"):
+        array = np.arange(5).astype(np.dtype(dtype).newbyteorder(">"))
+        taken = as_array(array, "input")
+        assert taken.dtype == np.dtype(dtype) and taken.dtype.isnative
+        assert taken.tolist() == [0, 1, 2, 3, 4]
+    for dtype in NUMPY_DTYPE.values():
+        taken = as_array(dtype.type(1.5), "input")
+        assert isinstance(taken, np.ndarray)
+        assert (taken.shape, taken.dtype, float(taken)) == ((), dtype, 1.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", _layouts(np.zeros((2, 2))))
-def test_layouts_of_numpy(dtype: str, layout: str) -> None:
-    array = _layouts(np.arange(12).reshape(3, 4).astype(NUMPY_DTYPE[dtype]))[layout]
-    expected = array.tolist()
-    taken = as_array(array, "input")
-    assert taken.flags.c_contiguous
-    assert taken.tolist() == expected
-    assert taken.dtype == NUMPY_DTYPE[dtype]
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int32"])
-def test_big_endian_arrays(dtype: str) -> None:
-    array = np.arange(5).astype(np.dtype(dtype).newbyteorder(">"))
-    taken = as_array(array, "input")
-    assert taken.dtype == np.dtype(dtype)
-    assert taken.dtype.isnative
-    assert taken.tolist() == [0, 1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    "scalar", [np.float16(1.5), np.float32(1.5), np.float64(1.5), ml_dtypes.bfloat16(1.5)]
-)
-def test_numpy_scalars_are_arrays_of_rank_0(scalar: np.generic) -> None:
-    taken = as_array(scalar, "input")
-    assert isinstance(taken, np.ndarray)
-    assert (taken.shape, taken.dtype, float(taken)) == ((), scalar.dtype, 1.5)
+def test_layouts_of_numpy(dtype: str) -> None:
+    base = np.arange(12).reshape(3, 4).astype(NUMPY_DTYPE[dtype])
+    read_only = base.copy()
+    read_only.flags.writeable = False
+    unaligned = np.frombuffer(b"\0" + base.tobytes(), base.dtype, offset=1).reshape(3, 4)
+    broadcast = np.broadcast_to(base[:1], base.shape)
+    views = (base.T, base[:, ::2], base[::-1, ::-1], np.asfortranarray(base))
+    for array in (*views, broadcast, read_only, unaligned):
+        taken = as_array(array, "input")
+        assert taken.flags.c_contiguous
+        assert taken.tolist() == array.tolist()
+        assert taken.dtype == NUMPY_DTYPE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,34 +101,37 @@ def test_anything_with_dlpack_is_taken() -> None:
     assert as_array(_OnlyDlpack(np.arange(3.0)), "input").tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("value", [[1.0], (1.0,), 1.0, 1, None, "1", {}, b"1", memoryview(b"1")])
-def test_what_is_no_array_is_refused(value: object) -> None:
+def test_what_is_no_array_is_refused() -> None:
+    for value in ([1.0], (1.0,), 1.0, None, "1", {}, b"1", memoryview(b"1")):
+        with pytest.raises(InvalidInputError) as caught:
+            as_array(value, "target")
+        text = f"target is a {type(value).__name__}; give a numpy array or a tensor with __dlpack__"
+        assert str(caught.value) == text
     with pytest.raises(InvalidInputError) as caught:
-        as_array(value, "target")
+        as_array(np.ma.masked_array([1.0, 2.0], [True, False]), "input")
     assert str(caught.value) == (
-        f"target is a {type(value).__name__}; give a numpy array or a tensor with __dlpack__"
+        "input is a masked array, and a loss knows no mask; fill it or select what counts: "
+        "input.filled(...) or input.compressed()"
     )
 
 
-class _Broken:
+class _Broken(_OnlyDlpack):
     def __init__(self, error: Exception) -> None:
+        super().__init__(np.ones(3))
         self.error = error
 
     def __dlpack__(self, **kwargs: object) -> object:
         raise self.error
 
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
 
-
-@pytest.mark.parametrize("error", [BufferError, NotImplementedError, TypeError, OSError, KeyError])
-def test_what_can_not_be_exported_is_refused(error: type[Exception]) -> None:
-    with pytest.raises(InvalidInputError) as caught:
-        as_array(_Broken(error("it is on the moon")), "input")
-    assert str(caught.value) == (
-        f"input can't be read through DLPack ({error('it is on the moon')}); move it to the CPU, "
-        "or give a numpy array"
-    )
+def test_what_can_not_be_exported_is_refused() -> None:
+    for error in (BufferError, NotImplementedError, TypeError, OSError, KeyError):
+        with pytest.raises(InvalidInputError) as caught:
+            as_array(_Broken(error("it is on the moon")), "input")
+        assert str(caught.value) == (
+            f"input can't be read through DLPack ({error('it is on the moon')}); move it to the "
+            "CPU, or give a numpy array"
+        )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -166,15 +142,6 @@ def test_tensors_without_plain_memory_are_refused() -> None:
         for other in (tensor.to_sparse(), tensor.to_sparse_csr(), masked):
             with pytest.raises(InvalidInputError, match="^input can't be read through DLPack"):
                 as_array(other, "input")
-
-
-def test_a_masked_array_is_refused() -> None:
-    with pytest.raises(InvalidInputError) as caught:
-        as_array(np.ma.masked_array([1.0, 2.0], [True, False]), "input")
-    assert str(caught.value) == (
-        "input is a masked array, and a loss knows no mask; fill it or select what counts: "
-        "input.filled(...) or input.compressed()"
-    )
 
 
 # Without data
@@ -228,9 +195,7 @@ def _on_a_device() -> Any:
     return TorchCudaBackend(HostDevice()).load(export(LossSpec(), shape=("N", 4)))
 
 
-MODEL = onnx.parser.parse_model(
-    '<ir_version: 8, opset_import: ["": 18]> g (float[N, 4] x) => (float[N, 4] y) {y = Relu(x)}'
-)
+MODEL = model_of("g (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }")
 ZERO = np.zeros((3, 4), np.float32)
 #: Whatever takes an array of the caller's.
 DOORS: dict[str, Callable[[Any], object]] = {
@@ -247,25 +212,16 @@ DOORS: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.fixture
-def _what_is_no_array_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "is_on_device", lambda x: not isinstance(x, (np.ndarray, type(None))))
-
-
-@pytest.mark.usefixtures("_what_is_no_array_is_on_the_device")
 @pytest.mark.parametrize("door", DOORS)
-def test_no_door_reads_memory_that_is_not_there(door: str) -> None:
+def test_no_door_reads_memory_that_is_not_there(door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an error in the caller's `__dlpack__` is a sentence at every one."""
+    monkeypatch.setattr(gpu, "is_on_device", lambda x: not isinstance(x, (np.ndarray, type(None))))
     for kind, make in WITHOUT.items():
         value = make()
         with pytest.raises(InvalidInputError) as caught:
             DOORS[door](value)
         without = f" is a {type(value).__name__} without data; give one that holds"
         assert without in str(caught.value), kind
-
-
-@pytest.mark.usefixtures("_what_is_no_array_is_on_the_device")
-@pytest.mark.parametrize("door", DOORS)
-def test_an_error_in_the_caller_s_dlpack_is_a_sentence_at_every_door(door: str) -> None:
     with pytest.raises(InvalidInputError, match="can't be read through DLPack .*no space left"):
         DOORS[door](_Broken(OSError(28, "no space left on device")))
 
@@ -281,10 +237,10 @@ def test_an_error_in_the_caller_s_dlpack_device_is_a_sentence() -> None:
         HostDevice().adopt(Lost(ZERO), "input")
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
-def test_no_element_needs_no_data(shape: tuple[int, ...]) -> None:
-    for empty in (_NoData(True, shape), torch.ones(shape)):
-        assert as_array(empty, "input").shape == shape
+def test_no_element_needs_no_data() -> None:
+    for shape in ((0, 4), (3, 0)):
+        for empty in (_NoData(True, shape), torch.ones(shape)):
+            assert as_array(empty, "input").shape == shape
 
 
 def test_a_beta_without_a_number_is_a_sentence() -> None:

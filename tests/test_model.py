@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
-from onnx import helper, numpy_helper, parser
+from handmade import Array, model_of, run
+from onnx import helper, numpy_helper
 
 from smoothl1_deploy import LossSpec, attach, load
 from smoothl1_deploy.artefact import signature
@@ -30,34 +30,22 @@ from smoothl1_deploy.serving.lint import unguarded
 from smoothl1_deploy.serving.supervise import make_canary
 from smoothl1_deploy.tensorrt.profile import input_shapes
 
-_COMPUTED = """<ir_version: 8, opset_import: ["": 18]>
-g (float[{rows}, 4] x) => (float[a, b] y) {{
-    size = Shape(x)
-    turned = Gather <axis = 0> (size, {{order}})
-    y = Reshape(x, turned)
-}}"""
-
 
 def _model(rows: int) -> onnx.ModelProto:
-    text = _COMPUTED.format(rows=rows).replace("{order}", "order")
-    text = text.replace("{\n    size", "<int64[2] order = {1, 0}> {\n    size")
-    return parser.parse_model(text)
+    """A matrix that is reshaped to what it would be if it were transposed."""
+    body = "size = Shape(x) turned = Gather<axis = 0>(size, order) y = Reshape(x, turned)"
+    graph = f"g (float[{rows}, 4] x) => (float[a, b] y) {{ {body} }}"
+    return model_of(graph, order=np.array([1, 0]))
 
 
-def test_shapes_that_the_graph_computes_are_told() -> None:
-    assert main_tensors(_model(6))["y"].certain == (4, 6)
-
-
-@pytest.mark.parametrize("rows", [1 << 22, 1 << 40])
-def test_of_a_large_model_the_computed_shapes_are_told_without_their_numbers(rows: int) -> None:
-    assert main_tensors(_model(rows))["turned"].certain == (2,)
-
-
-def test_where_inference_fails_the_declarations_count() -> None:
+def test_shapes_that_the_graph_computes_are_told_where_inference_works() -> None:
     model = _model(6)
-    model.graph.node[0].op_type = "Unknown"
+    assert main_tensors(model)["y"].certain == (4, 6)
+    model.graph.node[0].op_type = "Unknown"  # and the declarations count where it doesn't
     y = main_tensors(model)["y"]
     assert (y.shape, y.certain) == (("a", "b"), None)
+    for rows in (1 << 22, 1 << 40):  # of a large model without their numbers
+        assert main_tensors(_model(rows))["turned"].certain == (2,)
 
 
 _ROWS = """
@@ -88,7 +76,7 @@ _UNKNOWN: dict[str, Callable[[Any], Any]] = {
 
 def _parsed(text: str, unknown: str = "?", imports: str = "") -> onnx.ModelProto:
     """A model whose axes `u` are written as `unknown`; checked by nobody, as those of users are."""
-    model = parser.parse_model(f'<ir_version: 8, opset_import: ["": 18{imports}]> {text}')
+    model = model_of(text, imports=imports)
     graph = model.graph
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
@@ -97,32 +85,23 @@ def _parsed(text: str, unknown: str = "?", imports: str = "") -> onnx.ModelProto
     return model
 
 
-def _ask(model: onnx.ModelProto, **feeds: np.ndarray) -> dict[str, np.ndarray]:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    session = ort.InferenceSession(model.SerializeToString(), options)
-    names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(None, feeds), strict=True))
-
-
-def _rows(count: int, seed: int = 0) -> np.ndarray:
+def _rows(count: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).normal(size=(count, 4)).astype(np.float32) * 2
 
 
 _SUM = LossSpec(0.5, "sum", gradient=True)
 
 
-def _assert_pytorchs(found: dict[str, np.ndarray], x: np.ndarray, t: np.ndarray) -> None:
-    """The sum and its gradient with respect to `x`, in the shapes of PyTorch."""
-    input = torch.from_numpy(x).requires_grad_()
+def _assert_pytorchs(model: onnx.ModelProto, x: Array, t: Array, /, **feeds: Array) -> None:
+    """The sum and its gradient with respect to `y`, which is -x, in the shapes of PyTorch."""
+    y = torch.from_numpy(-x).requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # broadcasting is meant
-        loss = torch.nn.functional.smooth_l1_loss(
-            input, torch.from_numpy(t), reduction="sum", beta=0.5
-        )
+        loss = torch.nn.functional.smooth_l1_loss(y, torch.from_numpy(t), reduction="sum", beta=0.5)
     loss.backward()
+    found = run(model, {"x": x, **feeds})
     np.testing.assert_allclose(found["loss"], loss.detach().numpy(), rtol=1e-6)
-    gradient = input.grad.numpy()  # type: ignore[union-attr]
+    gradient = y.grad.numpy()  # type: ignore[union-attr]
     assert found["grad_input"].shape == gradient.shape
     np.testing.assert_allclose(found["grad_input"], gradient, rtol=1e-6, atol=1e-7)
 
@@ -153,10 +132,8 @@ def test_every_part_reads_the_same_inputs_and_axes() -> None:
     assert [value.name for value in inputs_of(model)] == ["x", "t"]
     assert [port.name for port in signature(model).inputs.values()] == ["x", "t"]
     assert signature(model).input.shape == ("x_axis_0", 4)
-    assert [(p["name"], p["shape"]) for p in graph_ports(model)[0]] == [
-        ("x", [-1, 4]),
-        ("t", [-1, 4]),
-    ]
+    shown = [(port["name"], port["shape"]) for port in graph_ports(model)[0]]
+    assert shown == [("x", [-1, 4]), ("t", [-1, 4])]
     assert [(p.name, p.dims) for p in onnx_ports(model).inputs] == [("x", (-1, 4)), ("t", (-1, 4))]
     assert [(s.name, s.dims) for s in input_shapes(model)] == [("x", (None, 4)), ("t", (None, 4))]
     assert host_nodes(model) == frozenset()
@@ -170,19 +147,16 @@ _ONE = "g (float[u, 4] x) => (float[u, 4] y) { y = Neg(x) }"
 
 
 @pytest.mark.parametrize("unknown", _UNKNOWN)
-@pytest.mark.parametrize("text", [_TWO, _ONE], ids=["a target that is there", "a new target"])
-def test_the_gradient_where_two_unknown_axes_differ(text: str, unknown: str) -> None:
+def test_the_gradient_where_two_unknown_axes_differ(unknown: str) -> None:
     """Taken for equal, grad_input came in the shape of the target: (3, 4) of ones."""
-    model = attach(_parsed(text, unknown), "y", "t", _SUM)
-    for rows, others in ((1, 3), (3, 3)):
-        x, t = _rows(rows), _rows(others, 1)
-        _assert_pytorchs(_ask(model, x=x, t=t), -x, t)
-
-
-@pytest.mark.parametrize("unknown", _UNKNOWN)
-def test_a_constant_target_of_two_rows_beside_an_unknown_number(unknown: str) -> None:
-    x, t = _rows(2), _rows(2, 1)
-    _assert_pytorchs(_ask(attach(_parsed(_ONE, unknown), "y", t, _SUM), x=x), -x, t)
+    for text in (_TWO, _ONE):  # a target that is there, and a new one
+        model = attach(_parsed(text, unknown), "y", "t", _SUM)
+        for rows, others in ((1, 3), (3, 3)):
+            t = _rows(others, 1)
+            _assert_pytorchs(model, _rows(rows), t, t=t)
+    constant = _rows(2, 1)
+    model = attach(_parsed(_ONE, unknown), "y", constant, _SUM)
+    _assert_pytorchs(model, _rows(2), constant)
 
 
 @pytest.mark.parametrize("unknown", _UNKNOWN)
@@ -191,14 +165,14 @@ def test_a_server_of_unknown_rows(tmp_path: Path, unknown: str) -> None:
     model = attach(_parsed(_ONE, unknown), "y", "t", LossSpec(0.5, per_sample=True))
     served = serve(model)
     assert served.unbatched is None
-    (tmp_path / "model.onnx").write_bytes(served.model.SerializeToString())
+    onnx.save(served.model, tmp_path / "model.onnx")
     canary = make_canary(tmp_path / "model.onnx", "m", "1")
     assert canary is not None
-    answer = _ask(served.model, **canary.inputs)
+    answer = run(served.model, canary.inputs)
     assert answer["loss"].shape == (2, 1)
     assert canary._same(answer["loss"], canary.expected["loss"])
     with pytest.raises(Exception, match="Reshape"):
-        _ask(served.model, x=_rows(3), t=_rows(1))  # the guard of the rows
+        run(served.model, {"x": _rows(3), "t": _rows(1)})  # the guard of the rows
 
 
 def test_a_server_of_a_model_with_a_name_that_is_no_text() -> None:
@@ -214,7 +188,7 @@ _ONCE_OF_ONE_ROW = """g (float[N, 4] x) => (float[1, 4] y) <float[1, 4] h>
     { h = Neg(x) y = Identity(h) }"""
 
 
-def test_a_declared_batch_of_one_where_it_is_n() -> None:
+def test_a_declared_batch_of_one_where_it_is_n(tmp_path: Path, capsys: Any) -> None:
     model = _parsed(_ONCE_OF_ONE_ROW)
     with pytest.warns(UserWarning) as caught:
         grafted = attach(model, "y", "t", _SUM)
@@ -226,26 +200,27 @@ def test_a_declared_batch_of_one_where_it_is_n() -> None:
     assert [dims_of(value) for value in grafted.graph.output] == [("N", 4), (), ("N", 4)]
     assert dims_of(model.graph.output[0]) == (1, 4)  # the caller's own
     x, t = _rows(3), _rows(3, 1)
-    _assert_pytorchs(_ask(grafted, x=x, t=t), -x, t)
+    _assert_pytorchs(grafted, x, t, t=t)
     with pytest.warns(UserWarning):
         constant = attach(model, "y", _rows(1), _SUM)
-    _assert_pytorchs(_ask(constant, x=x), -x, _rows(1))
+    _assert_pytorchs(constant, x, _rows(1))
+    onnx.save(model, tmp_path / "m.onnx")
+    arguments = ["--prediction", "y", "--target", "t", "-o", str(tmp_path / "out.onnx")]
+    assert main(["attach", str(tmp_path / "m.onnx"), *arguments]) == 0
+    assert "note: the model declares 'y' with the shape (1, 4), and" in capsys.readouterr().err
 
 
-def test_a_declared_rank_of_two_where_it_is_three() -> None:
-    text = "g (float[N, 2, 4] x) => (float[N, 4] y) { y = Neg(x) }"
+def test_a_declared_rank_and_a_branch_are_believed_no_more() -> None:
+    rank = _parsed("g (float[N, 2, 4] x) => (float[N, 4] y) { y = Neg(x) }")
     with pytest.warns(UserWarning, match=r"\(N, 4\), and its nodes make \(N, 2, 4\) of"):
-        grafted = attach(_parsed(text), "y", "t", _SUM)
+        grafted = attach(rank, "y", "t", _SUM)
     assert dims_of(grafted.graph.input[1]) == ("N", 2, 4)
     x, t = (_rows(6, seed).reshape(3, 2, 4) for seed in (0, 1))
-    _assert_pytorchs(_ask(grafted, x=x, t=t), -x, t)
-
-
-def test_what_is_declared_inside_a_branch_is_believed_no_more() -> None:
-    text = """g (bool c, float[N, 4] x) => (float[1, 4] y) { y = If (c) <
+    _assert_pytorchs(grafted, x, t, t=t)
+    branch = """g (bool c, float[N, 4] x) => (float[1, 4] y) { y = If (c) <
         then_branch = t () => (float[1, 4] a) { a = Neg(x) },
         else_branch = e () => (float[1, 4] b) { b = Abs(x) }> }"""
-    assert main_tensors(_parsed(text))["y"].certain == ("N", 4)
+    assert main_tensors(_parsed(branch))["y"].certain == ("N", 4)
 
 
 def test_every_part_believes_the_nodes(tmp_path: Path) -> None:
@@ -266,16 +241,14 @@ _MINE = ', "mine": 1'
 
 
 def test_what_nothing_contradicts_is_believed_but_no_number_rests_on_it() -> None:
-    model = _parsed(_UNTOLD.format(shape="1, 4"), imports=_MINE)
-    y = main_tensors(model)["y"]
+    y = main_tensors(_parsed(_UNTOLD.format(shape="1, 4"), imports=_MINE))["y"]
     assert (y.shape, y.certain, y.misdeclared) == ((1, 4), None, None)
     # onnx knows nothing of com.microsoft.QuickGelu, and ONNX Runtime runs it.
-    runs = _parsed(_UNTOLD.format(shape="1, 4").replace("mine.", "com.microsoft."),
-                   imports=', "com.microsoft": 1')  # fmt: skip
+    text = _UNTOLD.format(shape="1, 4").replace("mine.", "com.microsoft.")
+    runs = _parsed(text, imports=', "com.microsoft": 1')
     grafted = attach(runs, "y", "t", _SUM, target_shape=("M", 4), only_loss=True)
-    x, t = _rows(3), _rows(3, 1)
-    y = x / (1 + np.exp(-1.702 * x))
-    assert _ask(grafted, x=x, t=t)["grad_input"].shape == y.shape
+    found = run(grafted, {"x": _rows(3), "t": _rows(3, 1)})
+    assert found["grad_input"].shape == (3, 4)
 
 
 def test_target_shape_gives_what_nobody_knows(tmp_path: Path) -> None:
@@ -294,8 +267,8 @@ def test_target_shape_gives_what_nobody_knows(tmp_path: Path) -> None:
 
 def test_target_shape_may_broadcast_and_must_fit() -> None:
     row = attach(_parsed(_ONE), "y", "t", _SUM, target_shape=(1, 4))
-    x, t = _rows(3), _rows(1, 1)
-    _assert_pytorchs(_ask(row, x=x, t=t), -x, t)
+    t = _rows(1, 1)
+    _assert_pytorchs(row, _rows(3), t, t=t)
     with pytest.raises(SpecError, match=r"the target 't' \(5, 3\): .* can't be broadcast: 4"):
         attach(_parsed(_ONE), "y", "t", target_shape=(5, 3))
     for target in ("x", np.zeros((1, 4), np.float32)):
@@ -306,23 +279,12 @@ def test_target_shape_may_broadcast_and_must_fit() -> None:
     assert axes_of(attach(untold, "y", "t", target_shape=(5, 4)).graph.input[1]) == (5, 4)
 
 
-def test_attach_says_on_the_command_line_what_it_does_not_believe(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "m.onnx"
-    onnx.save(_parsed(_ONCE_OF_ONE_ROW), path)
-    arguments = ["--prediction", "y", "--target", "t", "-o", str(tmp_path / "out.onnx")]
-    assert main(["attach", str(path), *arguments]) == 0
-    assert "note: the model declares 'y' with the shape (1, 4), and" in capsys.readouterr().err
-
-
 _LOSS = Loss.of(LossSpec(0.5)).to_dict()
 #: What may stand in the entry of a file that somebody else wrote.
 _DAMAGED: dict[str, Any] = {
     "no roles": [{**_LOSS, "inputs": {}}],
     "no target": [{**_LOSS, "inputs": {"input": "y"}}],
     "a role too many": [{**_LOSS, "outputs": {"loss": "loss", "grad_input": "g"}}],
-    "a role too many without a name": [{**_LOSS, "outputs": {"loss": "loss", "grad_input": None}}],
     "no inputs": [{"spec": _LOSS["spec"], "outputs": _LOSS["outputs"]}],
     "lists for roles": [{**_LOSS, "inputs": [], "outputs": []}],
     "a number for a name": [{**_LOSS, "outputs": {"loss": 3}}],
@@ -335,26 +297,17 @@ _DAMAGED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("damage", [*_DAMAGED, "no JSON"])
-def test_damaged_notes_of_what_was_attached_are_one_sentence(
-    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = attach(_parsed(_ONE), "y", "t", LossSpec(0.5))
-    entry = "[{" if damage == "no JSON" else json.dumps(_DAMAGED[damage])
-    helper.set_model_props(model, {ATTACHED: entry})
+def test_damaged_notes_of_what_was_attached_are_one_sentence(tmp_path: Path, capsys: Any) -> None:
+    model, path = attach(_parsed(_ONE), "y", "t", LossSpec(0.5)), tmp_path / "m.onnx"
     sentence = f"the model's metadata entry {ATTACHED} is damaged ("
-    for ask in (
-        lambda: read_losses(model),
-        lambda: serve(model),
-        lambda: attach(model, "y", "t", LossSpec(0.5)),
-    ):
-        with pytest.raises(ArtefactError, match=rf"^the model's metadata entry {ATTACHED} is"):
-            ask()
-    path = tmp_path / "m.onnx"
-    onnx.save(model, path)
-    assert inspect_model(path).problems[0].startswith(sentence)
-    folder = str(tmp_path / "models")
-    assert main(["repository", folder, "--model", str(path)]) == 2
+    for entry in ("[{", *map(json.dumps, _DAMAGED.values())):
+        helper.set_model_props(model, {ATTACHED: entry})
+        for ask in (read_losses, serve, lambda model: attach(model, "y", "t", LossSpec(0.5))):
+            with pytest.raises(ArtefactError, match=rf"^the model's metadata entry {ATTACHED} is"):
+                ask(model)
+        onnx.save(model, path)
+        assert inspect_model(path).problems[0].startswith(sentence), entry
+    assert main(["repository", str(tmp_path / "models"), "--model", str(path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
 
 

@@ -36,57 +36,43 @@ def imported_by(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+RUNS = """
+import numpy as np
+from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy.backends.base import load
+x = np.ones(3, np.float32)
+for backend in ("ort-cpu", "onnx-reference"):
+    load(export(LossSpec()), backend).run(x, x)
+"""
+EXPORTS = """
+from smoothl1_deploy import LossSpec, export
+for route in ("function", "inlined"):
+    export(LossSpec(0.5, "mean", "bfloat16"), route, ("N", 4))
+"""
+ONNX = {"numpy", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"}
+
+
 @pytest.mark.parametrize(
-    "code",
+    ("code", "allowed"),
     [
-        "import smoothl1_deploy",
-        "from smoothl1_deploy import LossSpec; LossSpec(0.5).to_dict()",
-        "import smoothl1_deploy; dir(smoothl1_deploy)",
-        "import smoothl1_deploy.errors, smoothl1_deploy.spec",
+        ("import smoothl1_deploy; dir(smoothl1_deploy)", set()),
+        ("from smoothl1_deploy import LossSpec; LossSpec(0.5).to_dict()", set()),
+        ("import smoothl1_deploy.errors, smoothl1_deploy.spec", set()),
+        ("import smoothl1_deploy.reference.oracle", {"numpy", "ml_dtypes"}),
+        (EXPORTS, ONNX),
+        (RUNS, {*ONNX, "onnxruntime"}),
     ],
 )
-def test_the_package_imports_nothing_heavy(code: str) -> None:
-    assert imported_by(code) == set()
+def test_nothing_heavier_is_imported_than_is_needed(code: str, allowed: set[str]) -> None:
+    assert imported_by(code) <= allowed
 
 
-@pytest.mark.parametrize("route", ["function", "inlined"])
-def test_export_without_torch_route_never_imports_torch(route: str) -> None:
-    code = "from smoothl1_deploy import LossSpec, export\n"
-    code += f"export(LossSpec(0.5, 'mean', 'bfloat16'), {route!r}, ('N', 4))"
-    assert imported_by(code) & {"torch", "onnxruntime", "tensorrt", "tensorrt_rtx"} == set()
-
-
-def test_the_onnx_backends_never_import_torch() -> None:
-    code = (
-        "import numpy as np\n"
-        "from smoothl1_deploy import LossSpec, export\n"
-        "from smoothl1_deploy.backends.base import load\n"
-        "x = np.ones(3, np.float32)\n"
-        "for backend in ('ort-cpu', 'onnx-reference'):\n"
-        "    load(export(LossSpec()), backend).run(x, x)\n"
-    )
-    assert "torch" not in imported_by(code)
-
-
-def test_the_oracle_imports_numpy_and_no_more() -> None:
-    code = "import smoothl1_deploy.reference.oracle"
-    assert imported_by(code) == {"numpy", "ml_dtypes"}
-
-
-def test_every_public_name_resolves() -> None:
-    for name in smoothl1_deploy.__all__:
-        assert getattr(smoothl1_deploy, name) is not None
-        assert name in dir(smoothl1_deploy)
-    assert len(set(smoothl1_deploy.__all__)) == len(smoothl1_deploy.__all__)
-
-
-def test_star_import_brings_the_public_names() -> None:
+def test_every_public_name_resolves_and_an_unknown_one_is_an_attribute_error() -> None:
     names: dict[str, object] = {}
     exec("from smoothl1_deploy import *", names)
-    assert set(smoothl1_deploy.__all__) <= set(names)
-
-
-def test_an_unknown_name_is_an_attribute_error() -> None:
+    assert set(smoothl1_deploy.__all__) <= set(names) & set(dir(smoothl1_deploy))
+    assert all(getattr(smoothl1_deploy, name) is not None for name in smoothl1_deploy.__all__)
+    assert len(set(smoothl1_deploy.__all__)) == len(smoothl1_deploy.__all__)
     with pytest.raises(AttributeError, match="module 'smoothl1_deploy' has no attribute 'huber'"):
         smoothl1_deploy.huber  # noqa: B018
 

@@ -37,17 +37,14 @@ def _files() -> list[Path]:
     return [path for n in listed.stdout.decode().split("\0") if n and (path := ROOT / n).is_file()]
 
 
-def test_every_pin_is_exact() -> None:
+def test_what_the_scripts_install_is_pinned_to_an_exact_version_that_fits() -> None:
     for pin in PINS:
         assert re.fullmatch(r"[\w.-]+==[\d.]+", pin), pin
-    assert "torch==2.13.0" in PINS
-
-
-@pytest.mark.parametrize("extra", [None, *sorted({*PROJECT["optional-dependencies"]} - {"gpu"})])
-def test_what_the_scripts_install_is_pinned_to_a_version_that_fits(extra: str | None) -> None:
     pins = {canonicalize_name(name): pin for name, pin in (pin.split("==") for pin in PINS)}
-    wanted = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
-    for requirement in map(Requirement, wanted):
+    assert pins["torch"] == "2.13.0"
+    extras = PROJECT["optional-dependencies"]
+    wanted = [text for extra in {*extras} - {"gpu"} for text in extras[extra]]
+    for requirement in map(Requirement, [*PROJECT["dependencies"], *wanted]):
         version = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} against {version}"
 
@@ -60,14 +57,11 @@ def test_runtimes_that_exclude_each_other_are_in_extras_of_their_own() -> None:
         assert sum(runtime in found for found in names.values()) == 1, runtime
 
 
-def test_the_version_is_that_of_the_package() -> None:
+def test_the_version_is_that_of_the_package_and_the_licence_whole() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert PROJECT["dynamic"] == ["version"]
     assert setuptools["dynamic"]["version"]["attr"] == "smoothl1_deploy.__version__"
     assert re.fullmatch(r"\d+\.\d+\.\d+", smoothl1_deploy.__version__)
-
-
-def test_the_licence_is_whole() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Version 2.0, January 2004" in text
     assert "9. Accepting Warranty or Additional Liability." in text
@@ -107,13 +101,9 @@ def test_compilers_that_fail_leave_the_package_to_be_installed(nvcc: str, tmp_pa
     assert not [*tmp_path.rglob("*.so")]
 
 
-def test_torch_is_installed_first_and_by_its_exact_spelling() -> None:
+def test_each_script_installs_torch_first_and_extras_that_exist() -> None:
     script = (ROOT / "scripts" / "_env").read_text()
     assert script.index("install --quiet torch==2.13.0\n") < script.index("constraints.txt -e")
-
-
-def test_each_script_installs_extras_that_exist() -> None:
-    script = (ROOT / "scripts" / "_env").read_text()
     lists = [found.split(",") for found in re.findall(r"_extras=([\w,-]+)", script)]
     demo, everything = sorted(lists, key=len)
     extras = {*PROJECT["optional-dependencies"]}
@@ -123,14 +113,12 @@ def test_each_script_installs_extras_that_exist() -> None:
     assert {*demo} - {"report"} <= {*everything} and {*report} <= {*test}
 
 
-@pytest.mark.parametrize(
-    "name", ["scripts/test", "scripts/demo", "scripts/fuzz", "scripts/longrun", ".ci/run"]
-)
-def test_scripts_are_executable_and_parse(name: str) -> None:
-    path = ROOT / name
-    assert path.stat().st_mode & 0o111 == 0o111
-    assert path.read_text().startswith("#!/usr/bin/env bash\n")
-    subprocess.run(["bash", "-n", str(path)], check=True)
+def test_scripts_are_executable_and_parse() -> None:
+    for name in ("scripts/test", "scripts/demo", "scripts/fuzz", "scripts/longrun", ".ci/run"):
+        path = ROOT / name
+        assert path.stat().st_mode & 0o111 == 0o111
+        assert path.read_text().startswith("#!/usr/bin/env bash\n")
+        subprocess.run(["bash", "-n", str(path)], check=True)
 
 
 def test_no_committed_file_names_a_registry_or_this_machine() -> None:
@@ -157,19 +145,15 @@ def _ruff(name: str, code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["torch", "onnxruntime", "tensorrt", "tensorrt_rtx"])
-def test_the_lint_rule_against_heavy_imports_bites(module: str) -> None:
-    top = f"import {module}\n\nprint({module})"
-    inside = f"def use() -> None:\n    import {module}\n\n    print({module})"
-    assert "TID253" in _ruff("smoothl1_deploy/backends/new.py", top)
+def test_the_lint_rule_against_heavy_imports_bites_but_where_a_module_lives_on_torch() -> None:
+    heavy = ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx")
+    top = "\n".join(f"import {module}\n\nprint({module})" for module in heavy)
+    inside = f"def use() -> None:\n    {top}".replace("\n", "\n    ")
+    assert _ruff("smoothl1_deploy/backends/new.py", top).count("TID253") == len(heavy)
     assert "TID253" not in _ruff("smoothl1_deploy/backends/new.py", inside)
     assert "TID253" not in _ruff("tests/test_new.py", top)
-
-
-def test_the_modules_that_live_on_torch_may_import_it() -> None:
-    graph = ("torch_route", "torch_table", "torchscript")
-    for name in ("reference/module.py", *(f"graph/{module}.py" for module in graph)):
-        assert "TID253" not in _ruff(f"smoothl1_deploy/{name}", "import torch\n\nprint(torch)")
+    for name in ("reference/module", "graph/torch_route", "graph/torch_table", "graph/torchscript"):
+        assert "TID253" not in _ruff(f"smoothl1_deploy/{name}.py", "import torch\n\nprint(torch)")
 
 
 def _compat() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -32,16 +31,16 @@ def test_repeated_data_stay_within_two_ulp(columns: int) -> None:
             assert ulp_distance(got, oracle(spec, a, 0 * a)) <= 2
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_one_element_of_any_place_counts(reduction: str, value: float) -> None:
+def test_one_element_of_any_place_counts(reduction: str) -> None:
     """Places of a kernel's first and last lane, of a block, of a task and of what is left over."""
     spec = LossSpec(0.5, reduction)
     run = load(export(spec)).run
-    for at in (0, 15, 16, 1023, 1024, (1 << 15) - 1, 1 << 15, 100_002):
-        a, b = pair(spec, (100_003,))
-        a[at] = value
-        assert_right(spec, run(a, b)["loss"], a, b, f"at {at}")
+    for value in (np.nan, np.inf, 3e38):
+        for at in (0, 15, 16, 1023, 1024, (1 << 15) - 1, 1 << 15, 100_002):
+            a, b = pair(spec, (100_003,))
+            a[at] = value
+            assert_right(spec, run(a, b)["loss"], a, b, f"at {at}")
 
 
 def test_without_the_operators_no_value_moves_by_more_than_an_ulp(
@@ -60,20 +59,6 @@ def test_without_the_operators_no_value_moves_by_more_than_an_ulp(
             assert without.tobytes() == bare.tobytes()
             with_them = load(export(spec)).run(a, b)["loss"]
             assert ulp_distance(with_them, without).max() <= 1, spec
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_answer_is_not_changed_by_the_next_call(dtype: str) -> None:
-    spec = LossSpec(0.5, "none", dtype, gradient=True)
-    runner = load(export(spec))
-    a, b = pair(spec, (3, 4))
-    kept = a.tobytes(), b.tobytes()
-    found: dict[str, Any] = runner.run(a, b)
-    before = {name: array.tobytes() for name, array in found.items()}
-    again = runner.run(b, a)
-    assert not any(np.shares_memory(found[name], again[name]) for name in found)
-    assert {name: array.tobytes() for name, array in found.items()} == before
-    assert (a.tobytes(), b.tobytes()) == kept
 
 
 def test_an_error_says_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ What a GPU would run besides (its instructions, not its numbers) is in `test_fus
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -63,6 +64,12 @@ def agrees(spec: LossSpec, case: Case) -> None:
     assert result.verdict.ok, (spec.name, case, result.verdict.detail)
 
 
+def fused_loss(spec: LossSpec, *arrays: np.ndarray, **others: Any) -> np.ndarray:
+    """The loss of a matrix by the kernels."""
+    model = export(spec, shape=("N", arrays[0].shape[1]))
+    return load(model, "torch-triton").run(*arrays, **others)["loss"]
+
+
 # Numbers
 
 
@@ -75,90 +82,74 @@ def test_every_beta_and_family(dtype: str, reduction: str) -> None:
             agrees(LossSpec(beta, reduction, dtype), Case.of(family, "odd"))
 
 
-@pytest.mark.parametrize(
-    "layout", [name for name in LAYOUTS if "^" not in name and is_for(LossSpec(), name)]
-)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_every_layout(reduction: str, layout: str) -> None:
-    for dtype in ("float32", "bfloat16"):
-        agrees(LossSpec(0.5, reduction, dtype), Case.of("normal", layout))
+def test_every_layout(reduction: str) -> None:
+    for layout in LAYOUTS:
+        if "^" not in layout and is_for(LossSpec(), layout):
+            for dtype in ("float32", "bfloat16"):
+                agrees(LossSpec(0.5, reduction, dtype), Case.of("normal", layout))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_mean_of_a_million_equal_numbers(dtype: str) -> None:
-    agrees(LossSpec(1.0, "mean", dtype), Case.of("constant", "2^20"))
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["matrix", "odd", "4-d", "no-rows"])
-def test_one_number_a_row(layout: str, dtype: str, reduction: str) -> None:
-    spec = LossSpec(0.5, reduction, dtype, per_sample=True)
-    for family in ("normal", "constant", "nan", "overflow"):
-        agrees(spec, Case.of(family, layout))
+def test_the_mean_of_a_million_equal_numbers() -> None:
+    agrees(LossSpec(1.0, "mean"), Case.of("constant", "2^20"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_many_programs_and_tiles_along_a_row(
-    monkeypatch: pytest.MonkeyPatch, fused: Any, dtype: str, rows: int
-) -> None:
+def test_one_number_a_row(dtype: str) -> None:
+    for reduction in ("mean", "sum"):
+        spec = LossSpec(0.5, reduction, dtype, per_sample=True)
+        for layout in ("matrix", "odd", "4-d", "no-rows"):
+            for family in ("normal", "constant", "nan", "overflow"):
+                agrees(spec, Case.of(family, layout))
+
+
+def test_many_programs_and_tiles_along_a_row(monkeypatch: pytest.MonkeyPatch, fused: Any) -> None:
     for name, value in {"_TILE": (64, 1), "_PROGRAMS": 8}.items():
         monkeypatch.setattr(fused, name, value)
-    how = fused.plan(rows, 1000)
-    assert how.tiles > 1 and how.programs[1] > 1
-    for reduction, special in (("mean", False), ("sum", True)):
-        spec = LossSpec(0.5, reduction, dtype, per_sample=rows > 1)
-        a, b = pair(spec, (rows, 1000), special=special)
-        runner = load(export(spec, shape=("N", 1000)), "torch-triton")
-        assert_right(spec, runner.run(a, b)["loss"], a, b)
+    for rows, dtype in itertools.product((1, 3), DTYPES):
+        how = fused.plan(rows, 1000)
+        assert how.tiles > 1 and how.programs[1] > 1
+        for reduction, special in (("mean", False), ("sum", True)):
+            spec = LossSpec(0.5, reduction, dtype, per_sample=rows > 1)
+            a, b = pair(spec, (rows, 1000), special=special)
+            assert_right(spec, fused_loss(spec, a, b), a, b)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_beta_at_run_time(dtype: str) -> None:
-    spec = LossSpec(reduction="none", dtype=dtype, runtime_beta=True)
-    runner = load(export(spec, shape=("N", 4)), "torch-triton")
-    for beta in (0.0, 0.1, 2.0, math.inf):
-        number = replace(spec, runtime_beta=False, beta=float(np.float32(beta)))
-        a, b = pair(number, (30, 4), special=True)
-        assert_right(number, runner.run(a, b, beta=beta)["loss"], a, b)
-    for beta in (-1.0, math.nan):
-        assert np.isnan(runner.run(a, b, beta=beta)["loss"].astype("f8")).all()
-
-
-def test_no_beta_makes_nothing_of_an_empty_sum() -> None:
+def test_beta_at_run_time() -> None:
+    for dtype in DTYPES:
+        spec = LossSpec(reduction="none", dtype=dtype, runtime_beta=True)
+        for beta in (0.0, 0.1, 2.0, math.inf):
+            number = replace(spec, runtime_beta=False, beta=float(np.float32(beta)))
+            a, b = pair(number, (30, 4), special=True)
+            assert_right(number, fused_loss(spec, a, b, beta=beta), a, b)
+        for beta in (-1.0, math.nan):
+            assert np.isnan(fused_loss(spec, a, b, beta=beta).astype("f8")).all()
     spec = LossSpec(reduction="sum", runtime_beta=True)
-    runner = load(export(spec, shape=("N", 4)), "torch-triton")
     nothing, one = (np.zeros((n, 4), np.float32) for n in (0, 1))
-    assert runner.run(nothing, nothing, beta=-1.0)["loss"] == 0
-    assert np.isnan(runner.run(one, one, beta=-1.0)["loss"])
+    assert fused_loss(spec, nothing, nothing, beta=-1.0) == 0
+    assert np.isnan(fused_loss(spec, one, one, beta=-1.0))
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
-def test_a_sum_is_rounded_once(dtype: str, bits: int) -> None:
+def test_a_sum_is_rounded_once() -> None:
     """1 + half an ULP + a trace that float32 does not hold: by way of float32 it would be 1."""
-    runner = load(export(LossSpec(0.0, "sum", dtype), shape=("N", 16)), "torch-triton")
-    x = np.zeros((1, 16), NUMPY_DTYPE[dtype])
-    x[0, [0, 1, 8]] = 1.0, 2.0**-bits, 2.0**-24
-    zeros = np.zeros_like(x)  # not 0 * x: before numpy 2.1.3 that of a bfloat16 is float32
-    expected = 1 + 2.0 ** (1 - bits)
-    assert float(runner.run(x, zeros)["loss"]) == expected
-    x[0, 8] = 0
-    assert float(runner.run(x, zeros)["loss"]) == 1.0  # the tie, to even
+    for dtype, bits in (("float16", 11), ("bfloat16", 8)):
+        spec = LossSpec(0.0, "sum", dtype)
+        x = np.zeros((1, 16), NUMPY_DTYPE[dtype])
+        x[0, [0, 1, 8]] = 1.0, 2.0**-bits, 2.0**-24
+        zeros = np.zeros_like(x)  # not 0 * x: before numpy 2.1.3 that of a bfloat16 is float32
+        assert float(fused_loss(spec, x, zeros)) == 1 + 2.0 ** (1 - bits)
+        x[0, 8] = 0
+        assert float(fused_loss(spec, x, zeros)) == 1.0  # the tie, to even
 
 
-def test_every_bfloat16_comes_back() -> None:
+def test_every_bfloat16_comes_back_and_ties_are_rounded_to_even() -> None:
     """As |x - 0|, by the bits: every number but NaN's payload."""
+    spec = LossSpec(0.0, "none", "bfloat16")
     x = np.arange(1 << 16, dtype=np.uint16).view(NUMPY_DTYPE["bfloat16"]).reshape(-1, 16)
-    runner = load(export(LossSpec(0.0, "none", "bfloat16"), shape=("N", 16)), "torch-triton")
-    got = runner.run(x, np.zeros_like(x))["loss"]
+    got = fused_loss(spec, x, np.zeros_like(x))
     np.testing.assert_array_equal(got.astype("f4"), np.abs(x.astype("f4")))
-
-
-def test_ties_are_rounded_to_even() -> None:
-    runner = load(export(LossSpec(0.0, "none", "bfloat16"), shape=("N", 2)), "torch-triton")
     x = np.array([[1, 1 + 2.0**-7]], NUMPY_DTYPE["bfloat16"])
-    got = runner.run(x, np.full_like(x, -(2.0**-8)))["loss"]
+    got = fused_loss(spec, x, np.full_like(x, -(2.0**-8)))
     assert got.astype("f8").tolist() == [[1, 1 + 2.0**-6]]
 
 
@@ -178,37 +169,37 @@ def test_the_nan_of_a_gpu_is_still_nan(fused: Any) -> None:
 
 def test_what_pairs_of_float64_lose_is_kept() -> None:
     """Each 2^-53 meets the 1 at a step of its own, and is rounded away there."""
-    runner = load(export(LossSpec(0.0, "sum", "float64"), shape=("N", 16)), "torch-triton")
     x = np.zeros(4096)
     x[0], x[[1 << k for k in range(12)]] = 1.0, 2.0**-53
     x = x.reshape(-1, 16)
-    assert runner.run(x, 0 * x)["loss"] == 1 + 12 * 2.0**-53
+    assert fused_loss(LossSpec(0.0, "sum", "float64"), x, 0 * x) == 1 + 12 * 2.0**-53
 
 
-@pytest.mark.parametrize("exact", [False, True])
 def test_the_tree_of_the_interpreter_and_that_of_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, fused: Any, exact: bool
+    monkeypatch: pytest.MonkeyPatch, fused: Any
 ) -> None:
     """On a GPU the last step is `tl.reduce`, which takes the interpreter long."""
-    spec = LossSpec(0.5, "sum", "float64" if exact else "float32")
-    a, b = pair(spec, (16, 16))
-    runner = load(export(spec, shape=("N", 16)), "torch-triton")
-    unrolled = runner.run(a, b)["loss"]
-    monkeypatch.setattr(fused, "INTERPRETED", False)
-    np.testing.assert_array_max_ulp(runner.run(a, b)["loss"], unrolled, 1)
+    for dtype in ("float32", "float64"):
+        spec = LossSpec(0.5, "sum", dtype)
+        inputs = pair(spec, (16, 16))
+        runner = load(export(spec, shape=("N", 16)), "torch-triton")
+        unrolled = runner.run(*inputs)["loss"]
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "INTERPRETED", False)
+            np.testing.assert_array_max_ulp(runner.run(*inputs)["loss"], unrolled, 1)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_the_product_with_an_inverse_is_the_quotient(fused: Any, dtype: str) -> None:
+def test_the_product_with_an_inverse_is_the_quotient(fused: Any) -> None:
     """Of all powers of two that have one, and of nothing else."""
-    for power in (-149, -128, -127, -126, -20, -1, 0, 1, 20, 126, 127):
+    for power in (-149, -128, -127, -126, -20, 0, 1, 126, 127):
         beta = 2.0**power
         inverse = fused._inverse(beta)
         assert (inverse is None) == (power < -127)
         if inverse is not None:
             assert float(np.float32(inverse)) == inverse == 1 / beta
-        agrees(LossSpec(beta, "none", dtype), Case.of("normal", "odd"))
-        agrees(LossSpec(beta, "none", dtype), Case.of("subnormals", "odd"))
+        for dtype in ("float16", "bfloat16", "float32"):
+            for family in ("normal", "subnormals"):
+                agrees(LossSpec(beta, "none", dtype), Case.of(family, "odd"))
     for beta in (0.1, 3.0, 1e-40, float(np.nextafter(np.float32(1), np.float32(2)))):
         assert fused._inverse(beta) is None
     assert fused._inverse(0.0) == 1 and fused._inverse(math.inf) == 0
@@ -217,25 +208,24 @@ def test_the_product_with_an_inverse_is_the_quotient(fused: Any, dtype: str) -> 
 # How a sum is cut
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 64, 5000, 1 << 20, 1 << 33])
-@pytest.mark.parametrize("columns", [0, 1, 5, 16, 4096, 16385, 1 << 20, (1 << 26) + 1, 1 << 33])
-def test_a_plan_covers_every_element_once(fused: Any, rows: int, columns: int) -> None:
-    how = fused.plan(rows, columns)
-    (height, width), (down, parts) = how.tile, how.programs
-    assert height * width <= 2048 and width >= 16
-    assert height & (height - 1) == width & (width - 1) == 0
-    assert down * height >= rows > (down - 1) * height or rows == down == 0
-    reach = how.tiles * width
-    assert parts * reach >= columns and (parts == 1 or (parts - 1) * reach < columns)
-    assert 1 <= parts <= 4096
-    assert how.scratch == (0 if parts == 1 else 2 * rows * parts)
-
-
-def test_small_sums_are_one_launch_and_large_ones_fill_a_card(fused: Any) -> None:
-    assert fused.plan(1, 1024).programs == (1, 1)
-    assert fused.plan(1 << 20, 16).programs == (8192, 1)
-    assert fused.plan(1, 1 << 20).programs == (1, 512)
-    assert fused.plan(1, 1 << 26).programs == (1, 4096)
+def test_a_plan_covers_every_element_once(fused: Any) -> None:
+    for rows, columns in itertools.product(
+        (0, 1, 2, 3, 64, 5000, 1 << 20, 1 << 33),
+        (0, 1, 5, 16, 4096, 16385, 1 << 20, (1 << 26) + 1, 1 << 33),
+    ):
+        how = fused.plan(rows, columns)
+        (height, width), (down, parts) = how.tile, how.programs
+        assert height * width <= 2048 and width >= 16
+        assert height & (height - 1) == width & (width - 1) == 0
+        assert down * height >= rows > (down - 1) * height or rows == down == 0
+        reach = how.tiles * width
+        assert parts * reach >= columns and (parts == 1 or (parts - 1) * reach < columns)
+        assert 1 <= parts <= 4096
+        assert how.scratch == (0 if parts == 1 else 2 * rows * parts)
+    # Small sums are one launch, and large ones fill a card.
+    for shape, programs in (((1, 1024), (1, 1)), ((1 << 20, 16), (8192, 1)),
+                            ((1, 1 << 20), (1, 512)), ((1, 1 << 26), (1, 4096))):  # fmt: skip
+        assert fused.plan(*shape).programs == programs
 
 
 # The backend
@@ -302,7 +292,7 @@ def test_many_threads() -> None:
         assert_right(spec, runner.run(a, b)["loss"], a, b)
 
     with ThreadPoolExecutor(4) as pool:
-        assert len([*pool.map(work, range(1, 25))]) == 24
+        assert len([*pool.map(work, range(1, 9))]) == 8
 
 
 class _Host(HostDevice):
@@ -311,23 +301,20 @@ class _Host(HostDevice):
     selected = InterpretedDevice.selected
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_tensors_stay_where_they_are_and_a_graph_replays(
-    monkeypatch: pytest.MonkeyPatch, reduction: str
-) -> None:
+def test_tensors_stay_where_they_are_and_a_graph_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "is_on_device", on_host_device)
-    spec = LossSpec(0.5, reduction, "bfloat16")
-    runner = TorchTritonBackend(_Host()).load(export(spec, shape=("N", 16)))
-    a, b = pair(spec, (64, 16))
-    x, t = runner.device.upload(a), runner.device.upload(b)
-    loss = runner.run(x, t)["loss"]
-    assert isinstance(loss, torch.Tensor) and loss.dtype == torch.bfloat16
-    assert_right(spec, runner.device.download(loss), a, b)
-    recorded = runner.capture(x, t)
-    x += 1
-    assert_right(
-        spec, runner.device.download(recorded.replay()["loss"]), runner.device.download(x), b
-    )
+    for reduction in REDUCTIONS:
+        spec = LossSpec(0.5, reduction, "bfloat16")
+        runner = TorchTritonBackend(_Host()).load(export(spec, shape=("N", 16)))
+        download = runner.device.download
+        a, b = pair(spec, (64, 16))
+        x, t = runner.device.upload(a), runner.device.upload(b)
+        loss = runner.run(x, t)["loss"]
+        assert isinstance(loss, torch.Tensor) and loss.dtype == torch.bfloat16
+        assert_right(spec, download(loss), a, b)
+        recorded = runner.capture(x, t)
+        x += 1
+        assert_right(spec, download(recorded.replay()["loss"]), download(x), b)
 
 
 def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, fused: Any) -> None:
@@ -408,10 +395,8 @@ def test_without_an_interpreter_or_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(MissingDependencyError) as caught:
+    with pytest.raises(MissingDependencyError, match="^the torch-triton .* needs the package 'tri"):
         base.get_backend("torch-triton")
-    assert str(caught.value).startswith("the torch-triton backend needs the package 'triton'")
-    assert str(caught.value).endswith("pip install 'smoothl1-deploy[triton]'")
 
 
 def test_a_triton_that_flushes_subnormals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,11 +409,9 @@ def test_a_triton_that_flushes_subnormals(monkeypatch: pytest.MonkeyPatch) -> No
     )
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     monkeypatch.setattr(np, "__version__", "2.4.1")
-    with pytest.raises(
-        BackendUnavailableError, match=r"needs triton 3\.7 or newer with numpy 2\.4"
-    ):
+    with pytest.raises(BackendUnavailableError, match=r"needs triton 3\.7 or newer with numpy 2\."):
         base.get_backend("torch-triton")
-    monkeypatch.setattr(np, "__version__", "2.3.5")
-    assert TorchTritonBackend().name == "torch-triton"
-    monkeypatch.setattr(triton, "__version__", "3.10.0")
-    assert TorchTritonBackend().name == "torch-triton"
+    for version, numpy in (("3.6.0", "2.3.5"), ("3.10.0", "2.4.1")):
+        monkeypatch.setattr(triton, "__version__", version)
+        monkeypatch.setattr(np, "__version__", numpy)
+        assert TorchTritonBackend().name == "torch-triton"

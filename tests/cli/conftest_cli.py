@@ -43,6 +43,10 @@ class Done:
     err: str
 
 
+#: Calls the command line in this process.
+Cli = Callable[..., Done]
+
+
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -52,7 +56,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
     """Call the command line in this process; no test ever sees a traceback."""
 
     def call(*arguments: object) -> Done:
@@ -62,6 +66,12 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
         return Done(code, out, err)
 
     return call
+
+
+def assert_refused(done: Done, message: str) -> None:
+    """One sentence that says what is wrong, and nothing on stdout."""
+    assert (done.code, done.out) == (2, ""), done
+    assert done.err.startswith("error: ") and message in done.err, done.err
 
 
 def spawn(*arguments: object, without: str = "", code: str = _WITHOUT) -> Done:

@@ -79,25 +79,28 @@ COMMANDS = {
 
 
 @contextmanager
-def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A process group of its own, as a terminal's; the list is for children, which end with it."""
+def started(
+    command: str, *patterns: str, script: str = _SCRIPT
+) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A process group of its own, as a terminal's, once there are files of these patterns.
+
+    With it come its children, which end with it.
+    """
+    Path("script.py").write_text(script)
     Path("temporary").mkdir()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(_ROOT),
-        "TMPDIR": str(Path("temporary").absolute()),
-    }
+    temporary = str(Path("temporary").absolute())
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "TMPDIR": temporary}
     children: list[psutil.Process] = []
     with open("out.txt", "w") as out:
         process = subprocess.Popen(
-            [sys.executable, *command],
-            start_new_session=True,
-            env=environment,
-            text=True,
-            stdout=out,
-            stderr=subprocess.PIPE,
-        )
+            [sys.executable, *command.split()], start_new_session=True, env=environment,
+            text=True, stdout=out, stderr=subprocess.PIPE,
+        )  # fmt: skip
     try:
+        while not all([*Path().glob(pattern)] for pattern in patterns):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.02)
+        children += psutil.Process(process.pid).children(recursive=True)
         yield process, children
     finally:
         for left in (*children, process):
@@ -106,26 +109,24 @@ def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[str], list[ps
         process.communicate()
 
 
-def wait(process: subprocess.Popen[str], *patterns: str) -> None:
-    while not all([*Path().glob(pattern)] for pattern in patterns):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.02)
+@pytest.fixture
+def _default_handler() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("_default_handler")
 def test_a_second_interrupt_while_the_first_is_told_is_not_lost_in_it() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with interrupts_told():
-            on_interrupt(lambda: signal.raise_signal(signal.SIGINT) or "told")
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-            with pytest.raises(KeyboardInterrupt):
-                time.sleep(60)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with interrupts_told():
+        on_interrupt(lambda: signal.raise_signal(signal.SIGINT) or "told")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(60)
 
 
+@pytest.mark.usefixtures("_default_handler")
 def test_an_interrupt_that_comes_within_a_destructor_comes_again(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -135,21 +136,14 @@ def test_an_interrupt_that_comes_within_a_destructor_comes_again(
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGINT)
 
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with interrupts_told():
-            Dying()
-            with pytest.raises(KeyboardInterrupt):
-                time.sleep(60)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with interrupts_told():
+        Dying()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(60)
     assert capfd.readouterr().err == _ONCE
 
 
-def test_an_interrupt_that_keeps_the_matrix_from_tidying_up(pair: object) -> None:
-    """The second may come before the first thing that is done about the first."""
-    late = """
+_DISTURBED = """
 from smoothl1_deploy.parity import pool
 undisturbed, entered = pool._undisturbed, []
 def disturbed():
@@ -160,11 +154,12 @@ def disturbed():
 pool._undisturbed = disturbed
 
 if __name__"""
-    Path("script.py").write_text(_SCRIPT.replace("\nif __name__", late))
-    model()
-    with started(["script.py", *_PARITY.split()]) as (process, children):
-        wait(process, "begun-*", "done")
-        children += psutil.Process(process.pid).children(recursive=True)
+
+
+def test_an_interrupt_that_keeps_the_matrix_from_tidying_up() -> None:
+    """The second may come before the first thing that is done about the first."""
+    script = _SCRIPT.replace("\nif __name__", _DISTURBED)
+    with started(f"script.py {_PARITY}", "begun-*", "done", script=script) as (process, children):
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=60)
         assert process.returncode == 130
@@ -180,11 +175,9 @@ def assert_nothing_is_left(children: list[psutil.Process]) -> None:
 @pytest.mark.parametrize(("name", "times"), [("parity", 1), *((name, 2) for name in COMMANDS)])
 def test_ctrl_c(name: str, times: int, pair: object) -> None:
     command, sentence = COMMANDS[name]
-    Path("script.py").write_text(_SCRIPT)
     model()
-    with started(["script.py", *command.split()]) as (process, children):
-        wait(process, "begun-*", *(["done"] if name == "parity" else []))
-        children += psutil.Process(process.pid).children(recursive=True)
+    patterns = ["begun-*", *(["done"] if name == "parity" else [])]
+    with started(f"script.py {command}", *patterns) as (process, children):
         assert len(children) >= (2 if name == "parity" else 0)
         os.killpg(process.pid, signal.SIGINT)
         assert process.stderr is not None
@@ -205,10 +198,7 @@ def test_ctrl_c(name: str, times: int, pair: object) -> None:
 
 
 def test_a_killed_parity_takes_its_workers_along() -> None:
-    Path("script.py").write_text(_SCRIPT)
-    with started(["script.py", *_PARITY.split()]) as (process, children):
-        wait(process, "begun-*", "done")
-        children += psutil.Process(process.pid).children(recursive=True)
+    with started(f"script.py {_PARITY}", "begun-*", "done") as (process, children):
         process.kill()
         assert psutil.wait_procs(children, timeout=60)[1] == []
 
@@ -219,9 +209,7 @@ def test_ctrl_c_twice_on_a_server() -> None:
 
     write_loss(Path("models"), LossSpec(), name="mean")
     command = "-m smoothl1_deploy serve models --ready-file ready.json --logs logs"
-    with started(command.split()) as (process, children):
-        wait(process, "ready.json")
-        children += psutil.Process(process.pid).children(recursive=True)
+    with started(command, "ready.json") as (process, children):
         assert children
         for _ in range(2):
             os.killpg(process.pid, signal.SIGINT)

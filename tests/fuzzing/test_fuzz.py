@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,13 +25,16 @@ PLANTED = {
 }
 
 
-def _fuzz(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fuzzing", "-o", folder / "out", *map(str, arguments)]
-    path = f"{ROOT}:{Path(__file__).parent}"
-    environment = {**os.environ, "PYTHONPATH": path}
+def _python(*arguments: object, **options: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", **options}
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def _fuzz(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    return _python("-m", "fuzzing", "-o", folder / "out", *arguments)
 
 
 def test_a_thousand_cases_give_a_result_or_a_documented_error(tmp_path: Path) -> None:
@@ -42,34 +46,29 @@ def test_a_thousand_cases_give_a_result_or_a_documented_error(tmp_path: Path) ->
 
 
 @pytest.fixture(scope="module")
-def planted(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[subprocess.CompletedProcess[str], Path]:
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     folder = tmp_path_factory.mktemp("fuzz")
     module = ("--module", "planted", "--workers", 2, "--seed", 3)
     return _fuzz("--cases", 14, *module, folder=folder), folder
 
 
-def test_the_last_line_counts_and_a_fault_ends_with_1(planted: tuple) -> None:  # type: ignore[type-arg]
+def test_the_last_line_counts_and_a_fault_ends_with_1(planted: tuple[Any, Path]) -> None:
     done, _ = planted
     assert done.stdout.splitlines()[-1] == "14 cases, 2 refused, 10 faults"
     assert done.returncode == 1
     assert "of 14" in done.stderr  # progress
 
 
-@pytest.mark.parametrize("name", PLANTED)
-def test_a_fault_is_kept_and_says_how_to_repeat_it(planted: tuple, name: str) -> None:  # type: ignore[type-arg]
+def test_a_fault_is_kept_and_says_how_to_repeat_it(planted: tuple[Any, Path]) -> None:
     done, folder = planted
-    for index in (0, 1):  # one that died doesn't take the next with it
-        assert f"repeat: scripts/fuzz --repeat {name}:3:{index}" in done.stdout
-        place = folder / "out" / f"{name}-3-{index}"
-        text = (place / "case.txt").read_text()
-        assert text.startswith(f"'{name}'") and PLANTED[name] in text
-        assert (place / "input.bin").read_bytes() == buffer_of(name, 3, index)
-
-
-def test_a_case_repeats(tmp_path: Path) -> None:
-    done = _fuzz("--module", "planted", "--repeat", "bug:3:1", folder=tmp_path)
+    for name, said in PLANTED.items():
+        for index in (0, 1):  # one that died doesn't take the next with it
+            assert f"repeat: scripts/fuzz --repeat {name}:3:{index}" in done.stdout
+            place = folder / "out" / f"{name}-3-{index}"
+            text = (place / "case.txt").read_text()
+            assert text.startswith(f"'{name}'") and said in text
+            assert (place / "input.bin").read_bytes() == buffer_of(name, 3, index)
+    done = _fuzz("--module", "planted", "--repeat", "bug:3:1", folder=folder)
     assert done.returncode == 1
     assert "ZeroDivisionError: planted" in done.stdout
 
@@ -111,17 +110,11 @@ print(json.dumps(found))
 """
 
 
-def _digests(hash_seed: int, late: int) -> dict[str, list[str]]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(hash_seed)}
-    command = [sys.executable, "-c", _DIGESTS, str(late)]
-    printed = subprocess.check_output(command, cwd=ROOT, env=environment, text=True, timeout=300)
-    return dict(json.loads(printed))
-
-
 def test_a_seed_draws_the_same_cases_in_any_process_on_any_day() -> None:
-    cases = _digests(hash_seed=1, late=0)
-    assert cases == _digests(hash_seed=2, late=100_000)
-    assert all(len({*digests}) > 1 for digests in cases.values())
+    runs = ((0, "1"), (100_000, "2"))
+    found = [_python("-c", _DIGESTS, late, PYTHONHASHSEED=seed) for late, seed in runs]
+    assert found[0].stdout == found[1].stdout, found[0].stderr
+    assert all(len({*digests}) > 1 for digests in json.loads(found[0].stdout).values())
 
 
 def test_the_current_folder_is_left_as_it_was() -> None:

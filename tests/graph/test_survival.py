@@ -6,7 +6,8 @@ import functools
 
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from handmade import model_of
+from onnx import TensorProto
 from survival import TOOLS, Outcome, Row, Tool, judge, missing, survive, table
 
 from smoothl1_deploy import LossSpec, attach, export
@@ -36,32 +37,26 @@ def test_the_number_survives_or_the_tool_s_own_fault_is_named(tool: Tool) -> Non
     assert any(outcome.status == "same" for outcome in found.values())
 
 
-def _negate(model: onnx.ModelProto) -> onnx.ModelProto:
-    next(node for node in model.graph.node if node.op_type == "Abs").op_type = "Neg"
-    return model
+def test_a_tool_that_spoils_the_file_is_seen() -> None:
+    def negate(model: onnx.ModelProto) -> onnx.ModelProto:
+        next(node for node in model.graph.node if node.op_type == "Abs").op_type = "Neg"
+        return model
 
+    def forget(model: onnx.ModelProto) -> onnx.ModelProto:
+        del model.graph.node[0]
+        return model
 
-def _forget(model: onnx.ModelProto) -> onnx.ModelProto:
-    del model.graph.node[0]
-    return model
+    def refuse(model: onnx.ModelProto) -> onnx.ModelProto:
+        raise NotImplementedError("not this one")
 
-
-def _refuse(model: onnx.ModelProto) -> onnx.ModelProto:
-    raise NotImplementedError("not this one")
-
-
-@pytest.mark.parametrize(
-    ("change", "status", "detail"),
-    [
-        (_negate, "wrong", "ULP"),
-        (_forget, "unloadable", "Invalid model"),
-        (_refuse, "refuses", "NotImplementedError: not this one"),
-    ],
-)
-def test_a_tool_that_spoils_the_file_is_seen(change: object, status: str, detail: str) -> None:
-    found = survive(Tool("planted", "onnx", "onnx", change), FILES[2])  # type: ignore[arg-type]
-    assert found.status == status and detail in found.detail, found
-    assert found.ok is (status == "refuses")
+    for change, status, detail in (
+        (negate, "wrong", "ULP"),
+        (forget, "unloadable", "Invalid model"),
+        (refuse, "refuses", "NotImplementedError: not this one"),
+    ):
+        found = survive(Tool("planted", "onnx", "onnx", change), FILES[2])
+        assert found.status == status and detail in found.detail, found
+        assert found.ok is (status == "refuses")
 
 
 def test_a_sum_in_float32_is_seen() -> None:
@@ -87,19 +82,17 @@ def test_the_table_tells_equal_cells_together() -> None:
     assert lines[6:] == ["1. float16: refuses: no", "2. refuses: no"]
 
 
-@pytest.mark.parametrize("attached", [False, True])
-def test_an_inlined_loss_has_no_constant_whose_number_is_no_tensor(attached: bool) -> None:
+def test_an_inlined_loss_has_no_constant_whose_number_is_no_tensor() -> None:
     """onnxslim reads such a float as a double, and converters leave its dtype as it was."""
     spec = LossSpec(0.3)
-    model = export(spec, "inlined", ("N", 4))
-    if attached:
-        ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("N", 4)) for name in "xy"]
-        nodes = [helper.make_node("Neg", ["x"], ["y"])]
-        front = helper.make_model(helper.make_graph(nodes, "front", ports[:1], ports[1:]))
-        model = attach(front, "y", "t", spec, route="inlined")
-    constants = [node for node in model.graph.node if node.op_type == "Constant"]
-    assert constants
-    assert {attribute.name for node in constants for attribute in node.attribute} == {"value"}
+    front = model_of("g (float[N, 4] x) => (float[N, 4] y) { y = Neg(x) }")
+    for model in (
+        export(spec, "inlined", ("N", 4)),
+        attach(front, "y", "t", spec, route="inlined"),
+    ):
+        constants = [node for node in model.graph.node if node.op_type == "Constant"]
+        assert constants
+        assert {attribute.name for node in constants for attribute in node.attribute} == {"value"}
 
 
 def test_what_a_tool_has_changed_is_known_as_changed() -> None:

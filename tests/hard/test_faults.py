@@ -59,11 +59,17 @@ def fault(title: str) -> Callable[[Callable[[Path], None]], Callable[[Path], Non
     return enter
 
 
-def _run(*arguments: object, **streams: Any) -> subprocess.CompletedProcess[str]:
+def _started(*arguments: object, **streams: Any) -> subprocess.Popen[str]:
     command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    return subprocess.run(command, env=environment, text=True, timeout=300, **streams)
+    return subprocess.Popen(command, env=environment, text=True, **streams)
+
+
+def _run(*arguments: object, **streams: Any) -> subprocess.CompletedProcess[str]:
+    process = _started(*arguments, **streams)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def _command(*arguments: object, **streams: Any) -> subprocess.CompletedProcess[str]:
@@ -96,6 +102,16 @@ def _data(folder: Path) -> list[str]:
     for name in ("p.npy", "t.npy"):
         np.save(folder / name, np.ones((20_000, 4), np.float32))
     return ["score", "--input", str(folder / "p.npy"), "--target", str(folder / "t.npy")]
+
+
+def _shards(folder: Path, count: int, rows: int) -> list[object]:
+    """How to score rows that lie in some files."""
+    rng = np.random.default_rng(0)
+    for role in ("input", "target"):
+        (folder / role).mkdir()
+        for shard in range(count):
+            np.save(folder / role / f"{shard}.npy", rng.normal(size=(rows, 4)).astype("f4"))
+    return ["score", "--input", folder / "input", "--target", folder / "target"]
 
 
 def _kill_at(function: str, count: int, *arguments: object) -> None:
@@ -142,14 +158,13 @@ def _attach(folder: Path) -> None:
 def _build(folder: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     model, path, cache = folder / "loss.onnx", folder / "out" / "e.engine", folder / "cache"
-    path.parent.mkdir()
     _call("export", "--shape", "N,16", "-o", model)
     words = ["build", model, "-o", path, "--cache-dir", cache]
     # Of the cache: engine and sidecar; then the engine and the sidecar asked for.
     for count in range(4):
         shutil.rmtree(cache, ignore_errors=True)
-        for old in path.parent.iterdir():
-            old.unlink()
+        shutil.rmtree(path.parent, ignore_errors=True)
+        path.parent.mkdir()
         _kill_at("replace", count, *words)
         _call(*words)  # the lock of the dead process holds nothing up
         assert _shown(path.parent) == ["e.engine", "e.engine.json"]
@@ -159,12 +174,7 @@ def _build(folder: Path) -> None:
 
 @fault("kill -9 in the middle of `score`")
 def _score(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    for role in ("input", "target"):
-        (folder / role).mkdir()
-        for shard in range(4):
-            np.save(folder / role / f"{shard}.npy", rng.normal(size=(50, 8)).astype("f4"))
-    words = ["score", "--input", folder / "input", "--target", folder / "target", "--per-sample"]
+    words = [*_shards(folder, 4, 50), "--per-sample"]
     whole, again = folder / "whole.npy", folder / "again.npy"
     _call(*words, "-o", whole)
     for count in (1, 3):
@@ -229,19 +239,15 @@ def _full(folder: Path) -> None:
 @fault("a full disk under `score -o`")
 def _full_scores(folder: Path) -> None:
     """There is room for those of the first piece, a shard, but not for all."""
-    for name in ("p", "t"):
-        (folder / name).mkdir()
-        for number in range(5):
-            np.save(folder / name / f"{number}.npy", np.ones((1000, 4), np.float32))
-    words = ["score", "--input", folder / "p", "--target", folder / "t"]
+    words = [*_shards(folder, 5, 1000), "--per-sample"]
     with _mounted(folder / "small", "16k") as remount:
         path = folder / "small" / "s.npy"
-        done = _command(*words, "--per-sample", "-o", path)
+        done = _command(*words, "-o", path)
         assert done.returncode == 2
         assert f"error: can't write {path}: No space left on device; choose" in done.stderr
         assert os.listdir(path.parent) == []
         remount("size=4m")
-        _call(*words, "--per-sample", "-o", path)
+        _call(*words, "-o", path)
         assert len(np.load(path)) == 5000
 
 
@@ -433,15 +439,13 @@ for _ in range(60):
 def _two(folder: Path) -> None:
     path = folder / "target"
     write_atomic(path, b"0" * 100_000)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", _WRITER, str(path)]
-    writers = [subprocess.Popen([*command, digit], env=environment) for digit in "123"]
+    writers = [_started("-c", _WRITER, path, digit) for digit in "123"]
     seen = set()
     while any(writer.poll() is None for writer in writers):
         data = path.read_bytes()
         assert len(data) == 100_000 and len(set(data)) == 1
         seen.add(data[:1])
-    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert [writer.communicate() and writer.returncode for writer in writers] == [0, 0, 0]
     assert len(seen) > 1 and os.listdir(folder) == ["target"]
 
 
@@ -457,12 +461,7 @@ print(engine.cached, engine.sha256)
 @fault("processes that build one engine into one cache")
 def _builders(folder: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", _BUILDER, str(folder)]
-    builders = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    builders = [_started("-c", _BUILDER, folder) for _ in range(3)]
     said = [builder.communicate(timeout=300)[0].split() for builder in builders]
     assert sorted(cached for cached, _ in said) == ["False", "True", "True"]
     assert len({digest for _, digest in said}) == 1

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx.parser
+import onnx
 import pytest
+from handmade import model_of
 from onnx import TensorProto, helper
 from security_page import table
 
@@ -80,18 +81,6 @@ def test_weights_beside_the_model_are_read(tmp_path: Path) -> None:
     assert len(read_model(_external(tmp_path, "weights")).graph.initializer[0].raw_data) == 256
 
 
-case("weights of a model at an absolute path")(
-    lambda folder: read_model(_external(folder, "{folder}/secret"))
-)
-case("weights of a model in `..`")(lambda folder: read_model(_external(folder, "../secret")))
-case("weights of a model behind a symbolic link")(
-    lambda folder: read_model(_external(folder, "link"))
-)
-case("weights of a model beyond the end of their file")(
-    lambda folder: read_model(_external(folder, "weights", length=str(2**62)))
-)
-
-
 @case("forty tensors that each ask for all of a file of 256 MB")
 def _forty(folder: Path) -> object:
     path = Path(_external(folder, "weights"))
@@ -112,26 +101,12 @@ def _bytes_with_files(folder: Path) -> object:
     return load(data, input_name="x", target_name="label")
 
 
-case("a function that calls itself")(lambda folder: build_engine(recursive(1)))
-
-
 @case("a function that calls its own name in another domain, for TensorRT")
 def _by_name(folder: Path) -> object:
     pytest.importorskip("tensorrt_rtx")
     model = recursive(1)
     model.functions[0].node[0].domain = ""
     return load(model, "trt-network", input_name="x", target_name="label", output_name="z")
-
-
-case("functions that call each other in a ring")(
-    lambda folder: attach(recursive(3), "hidden", "label")
-)
-case("2,000 graphs inside one another, as a message")(
-    lambda folder: load(nested(2000), "trt-network")
-)
-case("2,000 graphs inside one another, in a file")(
-    lambda folder: load(nested(2000).SerializeToString())
-)
 
 
 @case("functions that unfold to 2^40 nodes")
@@ -164,12 +139,6 @@ def _swollen(folder: Path) -> object:
     return load(model.SerializeToString())
 
 
-case("an engine inside an ONNX file")(lambda folder: load(carrying("graph")))
-case("an engine in a function's default for a graph")(
-    lambda folder: verify(carrying("default").SerializeToString())
-)
-
-
 @case("an ONNX file that names an engine beside it")
 def _named_engine(folder: Path) -> object:
     model = carrying("subgraph", "TensorrtExecutionProvider")
@@ -196,17 +165,6 @@ def _said(key: str, value: object, model: onnx.ModelProto | None = None) -> onnx
     return model
 
 
-case("metadata of an attached loss without roles")(
-    lambda folder: attach(
-        _said(ATTACHED, [{"spec": {}, "inputs": {}, "outputs": {}}]), "hidden", "label"
-    )
-)
-case("metadata of attached losses that are no list")(lambda folder: serve(_said(ATTACHED, 1)))
-case("metadata of a spec whose fields have other types")(
-    lambda folder: serve(_said(SPEC, {"beta": [], "reduction": {}}, _sized(4, 16)))
-)
-
-
 @case("metadata of an attached loss that no nodes make, for a certificate")
 def _unmade(folder: Path) -> object:
     loss = Loss.of(LossSpec()).to_dict() | {"inputs": {"input": "x", "target": "label"}}
@@ -227,32 +185,17 @@ def _unfit_spec(folder: Path) -> object:
 
 
 def _sized(*dims: int) -> onnx.ModelProto:
-    value = helper.make_tensor_value_info
-    names = ("input", "target")
-    graph = helper.make_graph(
-        [helper.make_node("Sub", [*names], ["loss"])],
-        "g",
-        [value(name, 1, dims) for name in names],
-        [value("loss", 1, dims)],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-
-
-case("a model whose element count overflows int64")(lambda folder: load(_sized(2**40, 2**40)))
-case("`verify` of a model of 2^40 elements")(
-    lambda folder: verify(_sized(2**40), spec=LossSpec(reduction="none"))
-)
+    port = f"float[{', '.join(map(str, dims))}]"
+    ports = f"({port} input, {port} target) => ({port} loss)"
+    return model_of(f"g {ports} {{ loss = Sub(input, target) }}", ir=10)
 
 
 @case("`verify` of a model whose input and target fit no arrays")
 def _unfit(folder: Path) -> object:
-    nodes = """
-        a = ReduceMean<keepdims=0>(input)
-        b = ReduceMean<keepdims=0>(target)
-        loss = Sub(a, b)"""
+    means = "a = ReduceMean<keepdims=0>(input) b = ReduceMean<keepdims=0>(target)"
     ports = "float[N, 16] input, float[N, 4] target"
-    text = f'<ir_version: 10, opset_import: ["" : 18]> g ({ports}) => (float loss) {{{nodes}}}'
-    return verify(onnx.parser.parse_model(text), spec=LossSpec())
+    model = model_of(f"g ({ports}) => (float loss) {{{means} loss = Sub(a, b)}}", ir=10)
+    return verify(model, spec=LossSpec())
 
 
 @case("a float64 constant without its number, for TensorRT")
@@ -279,21 +222,6 @@ def _mistyped(folder: Path) -> object:
     next(node for node in terms.node if node.op_type == "Abs").op_type = "ConstantOfShape"
     with pytest.warns(ModelWarning):
         return build_engine(model)
-
-
-case("an export whose element count overflows int64")(
-    lambda folder: export(LossSpec(), shape=parse_shape(f"{2**31},{2**32},2"))
-)
-case("shapes that overflow when they are broadcast")(
-    lambda folder: export(LossSpec(), shape=(2**40, 1), target_shape=(1, 2**40))
-)
-case("an export of 65 axes")(lambda folder: export(LossSpec(), shape=(1,) * 65))
-case("a profile whose element count overflows int64")(
-    lambda folder: build_engine(
-        export(LossSpec(), shape=("N", 16)), profile=f"input=1x16,4x16,{2**62}x16"
-    )
-)
-case("a dtype with a name of 5 million letters")(lambda folder: LossSpec(dtype="x" * 5_000_000))
 
 
 @case("an operator with a name of 5 million letters")
@@ -326,23 +254,6 @@ def _header(shape: object) -> str:
     return f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
 
 
-case("a .npy header whose element count overflows int64")(
-    lambda folder: read_array(_npy(folder, _header((2**62, 2**62))), "float32")
-)
-case("a .npy header of no elements and a size that no array has")(
-    lambda folder: read_array(_npy(folder, _header((0, 2**63 - 1))), "float32")
-)
-case("a .npy header with more elements than the file")(
-    lambda folder: read_array(_npy(folder, _header((2**40,)), bytes(64)), "float32")
-)
-case("a .npy header with a size that is no number")(
-    lambda folder: read_array(_npy(folder, _header((True,)), bytes(4)), "float32")
-)
-case("a .npy header that is a program")(
-    lambda folder: read_array(_npy(folder, "__import__('os').system('true')"), "float32")
-)
-
-
 class _Harm:
     def __reduce__(self) -> tuple[Any, ...]:
         return (open, ("harmed", "w"))
@@ -366,22 +277,6 @@ def _archive(folder: Path, input: bytes, target: bytes | None = None) -> Path:
     return folder / "a.npz"
 
 
-case("a pickle called .npy")(
-    lambda folder: read_array(_written(folder, "a.npy", pickle.dumps(_Harm())), "float32")
-)
-case("a pickled array in a .npy file")(
-    lambda folder: read_array(_written(folder, "a.npy", _pickled()), "float32")
-)
-case("a pickled array in an .npz file")(
-    lambda folder: read_archive(_archive(folder, _pickled()), "float32")
-)
-case("an .npz header with more elements than the archive")(
-    lambda folder: read_archive(
-        _archive(folder, _npy(folder, _header((2**40,)), bytes(64)).read_bytes()), "float32"
-    )
-)
-
-
 @case("a zip bomb: .npz of 6 MB, an array of 1.25 GiB")
 def _bomb(folder: Path) -> object:
     path = folder / "a.npz"
@@ -393,9 +288,6 @@ def _bomb(folder: Path) -> object:
                 for _ in range(max(rows >> 20, 1)):
                     file.write(bytes(16 * min(rows, 1 << 20)))
     return read_archive(path, "float32")
-
-
-case("output to a folder")(lambda folder: write_atomic(folder, b"data"))
 
 
 @case("output through a link into its own ring")
@@ -514,42 +406,22 @@ def _scores_as_data(folder: Path) -> object:
         assert len(np.load(folder / "s.npy")) == 4 and (folder / "s.npy").is_symlink()
 
 
-case("a file name with a NUL")(lambda folder: read_array(folder / "a\0b.npy", "float32"))
-
-
-@case("a served model called `../outside`")
-def _served(folder: Path) -> object:
+def _served(folder: Path, name: str) -> object:
     pytest.importorskip("tritonclient")
     from smoothl1_deploy.serving.repository import write_loss
 
-    return write_loss(folder / "repository", LossSpec(), name="../outside")
-
-
-@case("a served model called `..`")
-def _served_above(folder: Path) -> object:
-    pytest.importorskip("tritonclient")
-    from smoothl1_deploy.serving.repository import write_loss
-
-    return write_loss(folder / "repository", LossSpec(), name="..")
+    return write_loss(folder / "repository", LossSpec(), name=name)
 
 
 def _shown(folder: Path, name: str, words: str) -> object:
     """What a server would be shown of a repository with one model."""
-    pytest.importorskip("tritonclient")
+    _served(folder, "mean")
     from smoothl1_deploy.serving.private import models_of
-    from smoothl1_deploy.serving.repository import write_loss
 
-    write_loss(folder / "repository", LossSpec(), name="mean")
     (folder / "repository/mean").rename(folder / "repository" / name)
     with (folder / "repository" / name / "config.pbtxt").open("a") as config:
         config.write(words)
     return models_of(folder / "repository")
-
-
-case("a repository with a model called `$(reboot)`")(lambda f: _shown(f, "$(reboot)", ""))
-case("a config that names an instance `` `reboot` ``")(
-    lambda f: _shown(f, "mean", 'instance_group { name: "`reboot`" }')
-)
 
 
 def _engine(folder: Path) -> Path:
@@ -580,11 +452,6 @@ def _edited(folder: Path) -> object:
     return Sidecar.read(path)
 
 
-case("a sidecar of 100,000 brackets")(
-    lambda folder: Sidecar.read(_written(folder, "a.json", b"[" * 100_000))
-)
-
-
 def _asked(said: bytes | Callable[[], Iterable[bytes]]) -> object:
     pytest.importorskip("tritonclient")
     with FakeServer() as server:
@@ -602,17 +469,89 @@ def _dripped() -> Iterator[bytes]:
         yield bytes([byte])
 
 
-case("a server's answer of 100,000 brackets")(lambda folder: _asked(answer(b"[" * 100_000)))
-case("a server's answer of bytes in place of a loss")(
-    lambda folder: _asked(inferred([{**OUTPUT, "datatype": "BYTES"}], b"\xff" * 64))
-)
-case("a server's answer of 64 kB that unpacks to 64 MB")(
-    lambda folder: _asked(answer(zlib.compress(bytes(2**26)), "Content-Encoding: deflate"))
-)
-case("a server's answer that goes on and on")(
-    lambda folder: _asked(inferred([OUTPUT], bytes(2**21)))
-)
-case("a server's answer of a byte now and then")(lambda folder: _asked(_dripped))
+#: What is said in one line each.
+CASES |= {
+    "weights of a model at an absolute path": lambda f: read_model(_external(f, "{folder}/secret")),
+    "weights of a model in `..`": lambda f: read_model(_external(f, "../secret")),
+    "weights of a model behind a symbolic link": lambda f: read_model(_external(f, "link")),
+    "weights of a model beyond the end of their file": lambda f: read_model(
+        _external(f, "weights", length=str(2**62))
+    ),
+    "a function that calls itself": lambda f: build_engine(recursive(1)),
+    "functions that call each other in a ring": lambda f: attach(recursive(3), "hidden", "label"),
+    "2,000 graphs inside one another, as a message": lambda f: load(nested(2000), "trt-network"),
+    "2,000 graphs inside one another, in a file": lambda f: load(nested(2000).SerializeToString()),
+    "an engine inside an ONNX file": lambda f: load(carrying("graph")),
+    "an engine in a function's default for a graph": lambda f: verify(
+        carrying("default").SerializeToString()
+    ),
+    "metadata of an attached loss without roles": lambda f: attach(
+        _said(ATTACHED, [{"spec": {}, "inputs": {}, "outputs": {}}]), "hidden", "label"
+    ),
+    "metadata of attached losses that are no list": lambda f: serve(_said(ATTACHED, 1)),
+    "metadata of a spec whose fields have other types": lambda f: serve(
+        _said(SPEC, {"beta": [], "reduction": {}}, _sized(4, 16))
+    ),
+    "a model whose element count overflows int64": lambda f: load(_sized(2**40, 2**40)),
+    "`verify` of a model of 2^40 elements": lambda f: verify(
+        _sized(2**40), spec=LossSpec(reduction="none")
+    ),
+    "an export whose element count overflows int64": lambda f: export(
+        LossSpec(), shape=parse_shape(f"{2**31},{2**32},2")
+    ),
+    "shapes that overflow when they are broadcast": lambda f: export(
+        LossSpec(), shape=(2**40, 1), target_shape=(1, 2**40)
+    ),
+    "an export of 65 axes": lambda f: export(LossSpec(), shape=(1,) * 65),
+    "a profile whose element count overflows int64": lambda f: build_engine(
+        export(LossSpec(), shape=("N", 16)), profile=f"input=1x16,4x16,{2**62}x16"
+    ),
+    "a dtype with a name of 5 million letters": lambda f: LossSpec(dtype="x" * 5_000_000),
+    "a .npy header whose element count overflows int64": lambda f: read_array(
+        _npy(f, _header((2**62, 2**62))), "float32"
+    ),
+    "a .npy header of no elements and a size that no array has": lambda f: read_array(
+        _npy(f, _header((0, 2**63 - 1))), "float32"
+    ),
+    "a .npy header with more elements than the file": lambda f: read_array(
+        _npy(f, _header((2**40,)), bytes(64)), "float32"
+    ),
+    "a .npy header with a size that is no number": lambda f: read_array(
+        _npy(f, _header((True,)), bytes(4)), "float32"
+    ),
+    "a .npy header that is a program": lambda f: read_array(
+        _npy(f, "__import__('os').system('true')"), "float32"
+    ),
+    "a pickle called .npy": lambda f: read_array(
+        _written(f, "a.npy", pickle.dumps(_Harm())), "float32"
+    ),
+    "a pickled array in a .npy file": lambda f: read_array(
+        _written(f, "a.npy", _pickled()), "float32"
+    ),
+    "a pickled array in an .npz file": lambda f: read_archive(_archive(f, _pickled()), "float32"),
+    "an .npz header with more elements than the archive": lambda f: read_archive(
+        _archive(f, _npy(f, _header((2**40,)), bytes(64)).read_bytes()), "float32"
+    ),
+    "output to a folder": lambda f: write_atomic(f, b"data"),
+    "a file name with a NUL": lambda f: read_array(f / "a\0b.npy", "float32"),
+    "a repository with a model called `$(reboot)`": lambda f: _shown(f, "$(reboot)", ""),
+    "a config that names an instance `` `reboot` ``": lambda f: _shown(
+        f, "mean", 'instance_group { name: "`reboot`" }'
+    ),
+    "a served model called `../outside`": lambda f: _served(f, "../outside"),
+    "a served model called `..`": lambda f: _served(f, ".."),
+    "a sidecar of 100,000 brackets": lambda f: Sidecar.read(_written(f, "a.json", b"[" * 100_000)),
+    "a server's answer of 100,000 brackets": lambda f: _asked(answer(b"[" * 100_000)),
+    "a server's answer of bytes in place of a loss": lambda f: _asked(
+        inferred([{**OUTPUT, "datatype": "BYTES"}], b"\xff" * 64)
+    ),
+    "a server's answer of 64 kB that unpacks to 64 MB": lambda f: _asked(
+        answer(zlib.compress(bytes(2**26)), "Content-Encoding: deflate")
+    ),
+    "a server's answer that goes on and on": lambda f: _asked(inferred([OUTPUT], bytes(2**21))),
+    "a server's answer of a byte now and then": lambda f: _asked(_dripped),
+}
+
 
 ROWS = table("Bad input")
 
@@ -627,12 +566,7 @@ def test_it_is_refused_as_the_page_says(
 ) -> None:
     kind, said = re.fullmatch(r"`(\w+)`: (.+)", ROWS[title]).groups()  # type: ignore[union-attr]
     monkeypatch.chdir(tmp_path)
-    if (
-        "trt-network" in title
-        or "message" in title
-        or "profile" in title
-        or "calls itself" in title
-    ):
+    if any(word in title for word in ("trt-network", "message", "profile", "calls itself")):
         pytest.importorskip("tensorrt_rtx")
     with pytest.raises(errors.SmoothL1DeployError) as caught:
         CASES[title](tmp_path)

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import onnxruntime as ort
+from handmade import run_session
 from onnx import TensorProto, helper
 
 SHAPES = [
@@ -26,11 +27,7 @@ ELEMENTS = {
 
 use = ctypes.CDLL(sys.argv[1]).smoothl1_deploy_use
 for suffix, reduction, row, weighted, gradient in itertools.product(
-    ELEMENTS,
-    ("", "Sum", "Mean", "Average"),
-    ("", "Row"),
-    ("", "Weighted"),
-    ("", "Gradient"),
+    ELEMENTS, ("", "Sum", "Mean", "Average"), ("", "Row"), ("", "Weighted"), ("", "Gradient")
 ):
     if (row and not reduction) or (reduction == "Average" and not weighted):
         continue
@@ -60,21 +57,12 @@ for suffix, reduction, row, weighted, gradient in itertools.product(
         if (row and not any(shapes)) or (shapes[0] == (300_001,) and number > 1):
             continue  # no rows; or threads, which one instruction set has like another
         use(number)
-        binding = session.io_binding()
-        held = []
-        for name, shape in zip(names, shapes, strict=False):
-            array = np.ones(shape, helper.tensor_dtype_to_np_dtype(element))
-            held.append(array)
-            binding.bind_input(name, "cpu", 0, element, array.shape, array.ctypes.data)
-        beta = np.asarray(0.5, np.float32)
-        binding.bind_input("beta", "cpu", 0, TensorProto.FLOAT, (), beta.ctypes.data)
+        dtype = helper.tensor_dtype_to_np_dtype(element)
+        feeds = {name: np.ones(shape, dtype) for name, shape in zip(names, shapes, strict=False)}
+        whole = np.broadcast_shapes(*(array.shape for array in feeds.values()))
+        feeds["beta"] = np.asarray(0.5, np.float32)
         if upstream:
-            whole = np.broadcast_shapes(*(array.shape for array in held))
-            shape = whole if not reduction else whole[:1] if row else ()
-            array = np.ones(shape, helper.tensor_dtype_to_np_dtype(element))
-            held.append(array)
-            binding.bind_input("grad_output", "cpu", 0, element, shape, array.ctypes.data)
-        for output in outputs:
-            binding.bind_output(output)
-        session.run_with_iobinding(binding)
+            loss = whole if not reduction else whole[:1] if row else ()
+            feeds["grad_output"] = np.ones(loss, dtype)
+        run_session(session, feeds)
 print("done")
