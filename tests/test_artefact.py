@@ -27,7 +27,7 @@ def model() -> onnx.ModelProto:
 def difference(*inputs: str) -> onnx.ModelProto:
     """`Sub` of the first two inputs, by their types and names."""
     first, second = (inputs * 2)[:2]
-    names = (first.split()[1], second.split()[1])
+    names = (first.split()[-1], second.split()[-1])
     text = f"g ({', '.join(inputs)}) => (float[?, 4] c) {{ c = Sub({', '.join(names)}) }}"
     return model_of(text)
 
@@ -138,7 +138,7 @@ def test_signature_finds_input_and_target_by_name_or_in_their_order() -> None:
 
 def test_signature_refuses_another_number_of_inputs() -> None:
     for inputs in (["float[3] x"], ["float[3] x", "float[3] y", "float[3] z"]):
-        listed = ", ".join(repr(each.split()[1]) for each in inputs)
+        listed = ", ".join(repr(each.split()[-1]) for each in inputs)
         with pytest.raises(ArtefactError) as caught:
             signature(difference(*inputs))
         assert str(caught.value) == (
