@@ -27,7 +27,7 @@ from onnx import helper
 import smoothl1_deploy
 from smoothl1_deploy import LossSpec, verify
 from smoothl1_deploy.cli import main
-from smoothl1_deploy.errors import BackendUnavailableError
+from smoothl1_deploy.errors import BackendUnavailableError, ServerError
 from smoothl1_deploy.graph import metadata
 from smoothl1_deploy.ops import library
 from smoothl1_deploy.parity.certificate import certify
@@ -37,7 +37,7 @@ from smoothl1_deploy.serving import server as module
 from smoothl1_deploy.serving.embedded import Triton, install_path
 from smoothl1_deploy.serving.repository import served_loss, write_loss
 from smoothl1_deploy.serving.server import Server
-from smoothl1_deploy.serving.supervise import Supervisor
+from smoothl1_deploy.serving.supervise import Supervisor, service
 
 ROOT = Path(smoothl1_deploy.__file__).parent.parent
 MEAN, NONE = LossSpec(), LossSpec(reduction="none")
@@ -247,16 +247,19 @@ def test_a_model_that_is_wrong_or_refused_is_named_in_one_line(
     models: Path, triton: Triton, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ready = models.parent / "ready.json"
-    command = ["serve", str(models), "--ready-file", str(ready), "--logs", str(models.parent)]
     # Another loss under the first one's name and spec: the server finds nothing wrong with it.
     other = served_loss(LossSpec(beta=0.25), ("N", 16)).model
     metadata.stamp(other, MEAN, "inlined", "served", served=True)
     onnx.save(other, models / "mean/1/model.onnx")
-    assert main(command) == 3 and not ready.exists()
-    assert "the canary of 'mean' is wrong: loss is [" in capsys.readouterr().err
+    with (
+        pytest.raises(ServerError, match=r"^the canary of 'mean' is wrong: loss is \["),
+        service(Server(models, triton), models.parent, ready_file=ready),
+    ):
+        pass
+    assert not ready.exists()
 
     (models / "none/1/model.onnx").write_bytes(b"junk")
-    assert main([*command, "--model", "none"]) == 2
+    assert main(["serve", str(models), "--logs", str(models.parent), "--model", "none"]) == 2
     note, line = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert note.startswith("note: none: refused: ")
     assert line.startswith("error: the Triton server can't load the model 'none'")
