@@ -12,10 +12,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from ..environment import silence
@@ -50,22 +52,33 @@ def each(
     others = set(active_children())
     # spawn: torch's and ONNX Runtime's threads don't survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare)
-    futures: dict[Future[str], Unit] = {}
+    futures: list[Future[str]] = []
+    finished: SimpleQueue[tuple[Unit, BaseException | None, str]] = SimpleQueue()
+
+    def tell(unit: Unit, future: Future[str]) -> None:
+        if not future.cancelled():
+            error = future.exception()
+            finished.put((unit, error, "" if error else future.result()))
+
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     try:
         with _undisturbed():  # each unit that is handed in may start a process
-            futures = {pool.submit(_filed, work, unit, folder.name): unit for unit in units}
-        left = None if math.isinf(until) else max(0.0, until - time.monotonic())
-        finished = as_completed(futures, timeout=left)
-        while True:
+            for unit in units:
+                futures.append(pool.submit(_filed, work, unit, folder.name))
+                futures[-1].add_done_callback(partial(tell, unit))
+        # Not by as_completed, nor by asking the futures here: an interrupt that comes while this
+        # thread holds a future's lock leaves it held, and the executor waits for it for ever.
+        for _ in units:
             try:
-                future = next(finished)
-            except (StopIteration, TimeoutError):
+                left = None if math.isinf(until) else max(0.0, until - time.monotonic())
+                unit, error, path = finished.get(timeout=left)
+            except Empty:
                 return
-            file = Path(future.result())
-            result: Result = pickle.loads(file.read_bytes())
-            file.unlink()
-            yield futures[future], result
+            if error is not None:
+                raise error
+            result: Result = pickle.loads(Path(path).read_bytes())
+            os.unlink(path)
+            yield unit, result
     finally:
         with _undisturbed():
             unfinished = not all(future.done() for future in futures)
