@@ -16,13 +16,12 @@ from .console import open_console, print_lines, print_note
 if TYPE_CHECKING:
     from ..bench.rows import Row
 
-__all__ = ["EXAMPLE", "bench"]
-
 EXAMPLE = "smoothl1-deploy bench --size 1024 --size 1048576 -o out/bench"
 
 _SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 20, 1 << 24)
 _ROWS = ("1x16", "64x16", "4096x256", "65536x256")
 _COLUMNS = 16
+_WIDTH = 160  # of a table of all contestants
 
 
 def bench(
@@ -126,10 +125,12 @@ def bench(
 
 
 def _print(parts: Sequence[str]) -> None:
-    """Markdown as a terminal shows it."""
+    """Markdown as a terminal shows it; one that is too narrow breaks lines and loses no number."""
     from rich.markdown import Markdown
 
-    open_console().print(Markdown("\n".join(parts)))
+    console = open_console()
+    console.width = max(console.width, _WIDTH)
+    console.print(Markdown("\n".join(parts)))
 
 
 def _bench_gpu(output: Path, given: dict[str, object]) -> None:

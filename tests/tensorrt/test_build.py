@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import itertools
 import math
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -192,7 +192,7 @@ def test_ctrl_c_stops_the_build(rtx, mean_model, tmp_path, fast_tick):
             tmp_path / "loss.engine",
             rtx,
             cache_dir=tmp_path,
-            on_progress=lambda *report: signal.raise_signal(signal.SIGINT),
+            on_progress=lambda *report: _thread.interrupt_main(),
         )
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert all(name.endswith(".lock") for name in left)
