@@ -179,7 +179,7 @@ class Journal:
             self._resume(head, lines)
         except InvalidInputError:
             raise
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as exc:
+        except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as exc:
             raise InvalidInputError(
                 f"the journal {self.path} makes no sense ({type(exc).__name__}: {exc}), though "
                 f"it was written whole; {_AGAIN}"

@@ -175,7 +175,7 @@ class Sidecar(Record):
                 raise ValueError(f"unknown flavour {entries['flavour']!r}")
             values = {field.name: entries[field.name] for field in fields(cls)}
             return cls(**{name: _READ.get(name, str)(value) for name, value in values.items()})
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise ArtefactError(
                 f"the sidecar's content makes no sense ({type(exc).__name__}: {exc}); "
                 "build the engine again"

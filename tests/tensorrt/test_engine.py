@@ -105,6 +105,7 @@ NONSENSE = {
     "makes no sense .*OverflowError": {"engine_bytes": float("inf")},
     "makes no sense .*many": {"engine_bytes": "many"},
     "makes no sense .*NoneType": {"notes": None},
+    "makes no sense .*IndexError": {"options": [True]},
 }
 
 
