@@ -115,6 +115,9 @@ def _filed(work: Callable[[Unit], Result], unit: Unit, folder: str) -> str:
     waits at its exit for the other half. A path is written in one piece.
     """
     try:
+        # Not from the start: while a process still imports torch there is nothing to tidy up, and
+        # what is raised there the executor shows with a traceback.
+        signal.signal(signal.SIGTERM, _leave)
         result = work(unit)
     except SystemExit:  # of `_leave`; handed on, the executor would take it for a result
         atexit._run_exitfuncs()  # a server that was started ends, temporary folders go
@@ -136,7 +139,6 @@ def _end(children: Iterable[BaseProcess]) -> None:
 
 def _prepare() -> None:
     """In each process: one thread for PyTorch, and an end that leaves nothing."""
-    signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_watch, daemon=True).start()
 
     import torch

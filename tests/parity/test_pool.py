@@ -99,6 +99,36 @@ def test_a_process_that_is_ended_tidies_up_what_it_started(tmp_path: Path) -> No
     assert (done.stdout, done.stderr) == ("2\n", "")
 
 
+_EARLY = """
+import multiprocessing, os, signal
+from contextlib import closing
+from smoothl1_deploy.parity import pool
+
+real = pool.silence
+
+def silence():  # of the second process, in the middle of its preparation
+    real()
+    if multiprocessing.current_process().name.endswith("-2"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+pool.silence = silence
+
+if __name__ == "__main__":
+    try:
+        with closing(pool.each(abs, range(-9, 0), 2)) as found:
+            [*found]
+    except BaseException as exc:
+        print(type(exc).__name__)
+"""
+
+
+def test_a_process_that_is_ended_while_it_prepares_shows_nothing(tmp_path: Path) -> None:
+    (tmp_path / "early.py").write_text(_EARLY)
+    command = [sys.executable, "early.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stderr == ""
+
+
 _LARGE = """
 import sys, time
 from smoothl1_deploy.parity.pool import each
