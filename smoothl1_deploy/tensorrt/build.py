@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -296,22 +296,25 @@ def run_watched(
     An exception in the waiting thread (KeyboardInterrupt, or one of `on_progress`) stops the build
     and is raised when the build has ended; a second interrupt doesn't wait.
     """
-    done: Future[T] = Future()
+    outcome: Future[T] = Future()
+    done = threading.Event()  # an interrupted wait for a future may keep its lock
 
     def body() -> None:
         try:
-            done.set_result(work())
+            outcome.set_result(work())
         except BaseException as exc:  # raised again in the waiting thread
-            done.set_exception(exc)
+            outcome.set_exception(exc)
+        finally:
+            done.set()
 
     start = time.monotonic()
     threading.Thread(target=body, name=_THREAD, daemon=True).start()
     try:
-        while not wait([done], _TICK).done:
+        while not done.wait(_TICK):
             if on_progress is not None:
                 on_progress(time.monotonic() - start, watch.phase)
     except BaseException:
         watch.stopped = True
-        wait([done])
+        done.wait()
         raise
-    return done.result()
+    return outcome.result()
