@@ -25,6 +25,7 @@ __all__ = [
     "create",
     "descriptors_written",
     "is_unfinished",
+    "make_folder",
     "open_file",
     "put",
     "read_file",
@@ -81,6 +82,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             f"can't write {path}: {reason_of(exc)}; choose a file in a folder that exists "
             "and that you may write to"
         ) from exc
+
+
+def make_folder(folder: Path, option: str = "-o") -> Path:
+    """The folder, made with those above it where they are missing.
+
+    Args:
+        folder: to write into.
+        option: of the command line, by which the user chooses another.
+
+    Raises:
+        OutputError: when it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+        raise OutputError(
+            f"can't make the folder {folder}: {reason_of(exc)}; choose another with {option}"
+        ) from exc
+    return folder
 
 
 def resolve(path: Path) -> Path | None:

@@ -9,8 +9,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-__all__ = ["Record", "plain"]
-
 
 class Record:
     """The base of a dataclass that is written as JSON.

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..device import Device, find_device
 from ..environment import environment, silence
-from ..errors import OutputError, SmoothL1DeployError
-from ..files import write_atomic
+from ..errors import SmoothL1DeployError
+from ..files import make_folder, write_atomic
 from ..records import Record
 from ..tensorrt.flavour import current_gpu
 from .gpu import BACKENDS, TORCH, plan, run, timed, usable_backends
@@ -215,10 +215,7 @@ def report_into(
         OutputError: when a file can't be written.
     """
     device = find_device("the GPU report")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(f"can't make the folder {folder}: {exc.strerror}") from exc
+    make_folder(folder)
     report = measure(device, seconds, parity)
     name = re.sub(r"[^a-z0-9]+", "-", report.gpu["name"].lower()).strip("-")
     stem = f"gpu-{name}-{report.date[:10]}"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import MissingDependencyError, OutputError, SpecError
+from ..errors import MissingDependencyError, SpecError
+from ..files import make_folder
 from .console import open_console, print_lines, print_note
 
 if TYPE_CHECKING:
@@ -85,10 +86,7 @@ def bench(
         for kind in dtype or ["float32"]
         for text in shapes
     ]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(f"can't make the folder {output}: {exc}; choose another with -o") from exc
+    make_folder(output)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     origin = {"date": date, "environment": environment()}
     load = os.getloadavg()[0]

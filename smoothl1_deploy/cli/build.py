@@ -11,6 +11,7 @@ import typer
 
 from ..errors import SpecError
 from .console import human_size, open_console, print_fields, print_json, print_note
+from .options import AsJson
 
 if TYPE_CHECKING:
     from ..tensorrt.engine import Engine
@@ -114,7 +115,7 @@ def build(
         bool,
         typer.Option("--no-cache", help="Build without a cache.", rich_help_panel=_CACHE),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Build a TensorRT engine from an ONNX file.
 

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import InvalidInputError
 from .console import human_size, print_json, print_lines, print_table
+from .options import AsJson
 
 if TYPE_CHECKING:
     from ..tensorrt.cache import CacheEntry, EngineCache
@@ -22,7 +23,6 @@ cache = typer.Typer()
 _Folder = Annotated[
     Path | None, typer.Option("--cache-dir", help="Default: the one in your cache folder.")
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _rows(entries: tuple[CacheEntry, ...]) -> list[tuple[str, ...]]:
@@ -52,7 +52,7 @@ _COLUMNS = ("key", "graph", "flavour", "bytes", "last used")
 
 
 @cache.command("list", epilog="Example:  smoothl1-deploy cache list --json")
-def list_engines(cache_dir: _Folder = None, as_json: _Json = False) -> None:
+def list_engines(cache_dir: _Folder = None, as_json: AsJson = False) -> None:
     """Show the engines in the cache, the most recently used first."""
     found = _open(cache_dir)
     entries = found.list()
@@ -71,7 +71,7 @@ def prune(
         int, typer.Option(metavar="MIB", help="What the engines that stay may take; 0 removes all.")
     ],
     cache_dir: _Folder = None,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove the least recently used engines until the rest fits."""
     found = _open(cache_dir)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import signal
 import sys
@@ -256,12 +255,6 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], title: st
 def print_json(value: object) -> None:
     """Strict JSON on stdout, records and numbers that JSON lacks as `records.plain` has them."""
     print(json.dumps(plain(value), indent=2, allow_nan=False))
-
-
-def json_number(value: Any) -> float | str:
-    """A float, or `"nan"`, `"inf"`, `"-inf"`, which JSON has no numbers for."""
-    number = float(value)
-    return number if math.isfinite(number) else str(number)
 
 
 def human_size(count: int) -> str:

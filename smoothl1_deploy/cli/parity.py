@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OutputError, SpecError, reason_of
+from ..errors import SpecError
+from ..files import make_folder
 from .console import INTERRUPTED, open_console, print_lines, print_note
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def parity(
 
     from ..parity.matrix import DRAWS, QUICK_DRAWS, Matrix, MatrixInterrupted, run_matrix
 
-    _make_folder(output)
+    make_folder(output)
     part = _checked_part(beta=beta, reduction=reduction, dtype=dtype, route=route)
     backends, absent = _backends(backend, quick)
     is_part = bool(part or extensions_only or not extensions)
@@ -136,15 +137,6 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as exc:
-        raise OutputError(
-            f"can't make the folder {folder}: {reason_of(exc)}; choose another with -o"
-        ) from exc
-
-
 def _checked_part(**options: list[Any] | None) -> dict[str, Any]:
     """The fields of the matrix that are given; a bad name is an error here, not in a cell."""
     from ..graph.export import ROUTES
@@ -190,7 +182,7 @@ def _engine_folder(output: Path) -> Path | None:
     except (MissingDependencyError, BackendUnavailableError) as exc:
         print_note(f"no engines are built: {exc}")
         return None
-    _make_folder(output / "engines")
+    make_folder(output / "engines")
     return output / "engines"
 
 

@@ -11,14 +11,8 @@ import typer
 
 from ..errors import OutputError, SpecError
 from ..spec import DTYPES, NORMALIZERS, LossSpec
-from .console import (
-    json_number,
-    on_interrupt,
-    open_console,
-    print_fields,
-    print_json,
-    print_note,
-)
+from .console import on_interrupt, open_console, print_fields, print_json, print_note
+from .options import AsJson, BackendName
 
 if TYPE_CHECKING:
     from ..scoring.score import Engine, Progress, Score
@@ -58,9 +52,7 @@ def score(
     model: Annotated[
         Path | None, typer.Option(help="Run this ONNX file instead of a loss of these options.")
     ] = None,
-    backend: Annotated[
-        str, typer.Option(help="What runs it; smoothl1-deploy doctor lists them.")
-    ] = "ort-cpu",
+    backend: BackendName = "ort-cpu",
     per_sample: Annotated[
         bool, typer.Option("--per-sample", help="One score for each row, to be written to -o.")
     ] = False,
@@ -124,7 +116,7 @@ def score(
             rich_help_panel=_ENGINE,
         ),
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compute the loss of data larger than memory.
 
@@ -289,7 +281,7 @@ def _show(result: Score, as_json: bool) -> None:
         print_json(result.to_dict())
         return
     fields: dict[str, object] = {
-        "loss": json_number(result.loss),
+        "loss": result.loss,
         "elements": f"{result.count:,} in {result.shards} shard(s)",
         "spec": ", ".join(f"{name}={value}" for name, value in result.spec.to_dict().items()),
         "time": f"{result.seconds:.1f} s, {_rate(result.rate)} elements/s",

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InvalidInputError, OutputError
+from ..errors import InvalidInputError
+from ..files import make_folder
 from .console import print_fields, print_lines, print_note, print_table
 
 if TYPE_CHECKING:
@@ -152,13 +153,7 @@ def _log_folder(logs: Path | None) -> Path:
     from platformdirs import user_log_path
 
     folder = user_log_path("smoothl1-deploy") / "serve" if logs is None else logs
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(
-            f"can't make the folder {folder}: {exc.strerror or exc}; choose another with --logs"
-        ) from exc
-    return folder
+    return make_folder(folder, "--logs")
 
 
 def _show(fields: dict[str, str], supervisor: Supervisor) -> None:
