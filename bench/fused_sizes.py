@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from smoothl1_deploy import LossSpec, export, load
-from smoothl1_deploy.backends import fused
-from smoothl1_deploy.backends.torch_triton import TorchTritonBackend
-from smoothl1_deploy.bench.timing import copy_bandwidth, sweep, time_calls
+from smoothl1_deploy.backends import _fused as fused
+from smoothl1_deploy.backends._torch_triton import TorchTritonBackend
+from smoothl1_deploy.bench._timing import copy_bandwidth, sweep, time_calls
 
 Sizes = tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...], tuple[int, ...]]
 #: Elements -> tiles (elements, warps) of `none`, tiles of a sum, programs of a sum.

@@ -19,10 +19,10 @@ import torch
 from onnx import helper
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.backends.ort_gpu import OrtCudaBackend
-from smoothl1_deploy.backends.ort_nodes import inlined
-from smoothl1_deploy.bench.timing import sweep, time_calls
-from smoothl1_deploy.graph.metadata import read_spec, stamp
+from smoothl1_deploy.backends._ort_gpu import OrtCudaBackend
+from smoothl1_deploy.backends._ort_nodes import inlined
+from smoothl1_deploy.bench._timing import sweep, time_calls
+from smoothl1_deploy.graph._metadata import read_spec, stamp
 
 SIZES = (26, 24, 22, 20, 18, 16, 14, 10)  # log2 of the elements
 ROUNDS = 3  # in turn, so that a slow moment meets both

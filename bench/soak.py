@@ -30,13 +30,13 @@ import numpy as np
 import psutil
 
 from smoothl1_deploy import LossSpec
+from smoothl1_deploy._floats import NUMPY_DTYPE, ulp_distance
 from smoothl1_deploy.errors import SmoothL1DeployError
-from smoothl1_deploy.floats import NUMPY_DTYPE, ulp_distance
-from smoothl1_deploy.reference.oracle import oracle
+from smoothl1_deploy.reference._oracle import oracle
 from smoothl1_deploy.serving import Client
-from smoothl1_deploy.serving.repository import write_loss
-from smoothl1_deploy.serving.server import Server
-from smoothl1_deploy.serving.supervise import Supervisor
+from smoothl1_deploy.serving._repository import write_loss
+from smoothl1_deploy.serving._server import Server
+from smoothl1_deploy.serving._supervise import Supervisor
 
 #: name -> (spec, most rows of a request).
 MODELS = {

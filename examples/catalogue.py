@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 
 from smoothl1_deploy import LossSpec, attach
-from smoothl1_deploy.serving.repository import (
+from smoothl1_deploy.serving import (
     ServedModel,
     certify_model,
     write_loss,

@@ -29,7 +29,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from smoothl1_deploy import LossSpec, SmoothL1Loss, attach, export, load, verify
-from smoothl1_deploy.floats import ulp_distance
+from smoothl1_deploy._floats import ulp_distance
 
 BETA = 0.1  # in units of a pixel, which is 0 (paper) to 1 (ink)
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from smoothl1_deploy.cli import main, registry
+from smoothl1_deploy.cli import _registry as registry
+from smoothl1_deploy.cli import main
 from smoothl1_deploy.errors import SmoothL1DeployError
 
 from .damage import bases, damaged_bytes

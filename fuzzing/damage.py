@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from smoothl1_deploy import LossSpec, attach, export
-from smoothl1_deploy.graph.metadata import HASH, content_hash, forget_spec
-from smoothl1_deploy.model import ATTACHED, Loss, metadata_of, tensors
+from smoothl1_deploy._model import ATTACHED, Loss, metadata_of, tensors
+from smoothl1_deploy.graph._metadata import HASH, content_hash, forget_spec
 
 from .values import JSON, NAMES
 

@@ -14,12 +14,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec, build_engine, export
-from smoothl1_deploy.artefact import read_model, sha256, sidecar_path
-from smoothl1_deploy.model import engines_in
-from smoothl1_deploy.npy import read_archive, read_array
-from smoothl1_deploy.parity.certificate import certificate_path, read_certificate
-from smoothl1_deploy.tensorrt.cache import EngineCache
-from smoothl1_deploy.tensorrt.engine import Engine, Sidecar, read_engine, write_context
+from smoothl1_deploy._artefact import read_model, sha256, sidecar_path
+from smoothl1_deploy._model import engines_in
+from smoothl1_deploy._npy import read_archive, read_array
+from smoothl1_deploy.parity._certificate import certificate_path, read_certificate
+from smoothl1_deploy.tensorrt._cache import EngineCache
+from smoothl1_deploy.tensorrt._engine import Engine, Sidecar, read_engine, write_context
 
 from .damage import BYTE_EDITS, damage_bytes
 from .target import Target

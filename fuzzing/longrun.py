@@ -19,8 +19,9 @@ import numpy as np
 import psutil
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.artefact import read_model
-from smoothl1_deploy.backends.base import Runner, get_backend
+from smoothl1_deploy._artefact import read_model
+from smoothl1_deploy.backends._base import get_backend
+from smoothl1_deploy.backends._runner import Runner
 
 # Of growth after the warm-up: what a heap moves, and a library opens, by itself.
 _ALLOWED_MB = 16.0

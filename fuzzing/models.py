@@ -14,11 +14,12 @@ import onnx
 from hypothesis import strategies as st
 
 from smoothl1_deploy import attach, build_engine, load, verify
-from smoothl1_deploy.artefact import read_model, select_ports
-from smoothl1_deploy.backends.base import BACKENDS, missing
-from smoothl1_deploy.cli.inspect import inspect_model
-from smoothl1_deploy.floats import NUMPY_DTYPE
-from smoothl1_deploy.graph.metadata import (
+from smoothl1_deploy._artefact import read_model, select_ports
+from smoothl1_deploy._floats import NUMPY_DTYPE
+from smoothl1_deploy._model import ATTACHED, Loss, inputs_of, metadata_of, value_names
+from smoothl1_deploy.backends._base import BACKENDS, missing
+from smoothl1_deploy.cli._inspect import inspect_model
+from smoothl1_deploy.graph._metadata import (
     HASH,
     ROUTE,
     SERVED,
@@ -28,13 +29,12 @@ from smoothl1_deploy.graph.metadata import (
     is_served,
     read_spec,
 )
-from smoothl1_deploy.model import ATTACHED, Loss, inputs_of, metadata_of, value_names
-from smoothl1_deploy.scoring.scorer import make_job
-from smoothl1_deploy.serving.graph import loss_part, read_losses, serve
-from smoothl1_deploy.serving.lint import unguarded
-from smoothl1_deploy.serving.repository import only_loss
-from smoothl1_deploy.serving.supervise import make_canary
-from smoothl1_deploy.tensorrt.options import BuildOptions
+from smoothl1_deploy.scoring._scorer import make_job
+from smoothl1_deploy.serving._graph import loss_part, read_losses, serve
+from smoothl1_deploy.serving._lint import unguarded
+from smoothl1_deploy.serving._repository import only_loss
+from smoothl1_deploy.serving._supervise import make_canary
+from smoothl1_deploy.tensorrt._options import BuildOptions
 
 from .damage import BYTE_EDITS, bases, carries_engine, damage_bytes, damaged_models
 from .target import Target

@@ -14,10 +14,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.scoring.score import score_files
-from smoothl1_deploy.scoring.scorer import make_job
-from smoothl1_deploy.scoring.shards import locate
-from smoothl1_deploy.scoring.sources import SUFFIXES, Location, open_source
+from smoothl1_deploy.scoring._score import score_files
+from smoothl1_deploy.scoring._scorer import make_job
+from smoothl1_deploy.scoring._shards import locate
+from smoothl1_deploy.scoring._sources import SUFFIXES, Location, open_source
 
 from .damage import BYTE_EDITS, damage_bytes
 from .files import FILES

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.serving import Client
-from smoothl1_deploy.serving.private import Mirror, models_of
-from smoothl1_deploy.serving.repository import write_loss
-from smoothl1_deploy.serving.server import Server
+from smoothl1_deploy.serving._private import Mirror, models_of
+from smoothl1_deploy.serving._repository import write_loss
+from smoothl1_deploy.serving._server import Server
 
 from .damage import BYTE_EDITS, damage_bytes
 from .target import Target

@@ -8,10 +8,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec, attach, export
-from smoothl1_deploy.cli.options import parse_shape
-from smoothl1_deploy.graph.export import ROUTES
-from smoothl1_deploy.graph.metadata import read_spec
-from smoothl1_deploy.spec import DTYPES, NORMALIZERS, REDUCTIONS
+from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
+from smoothl1_deploy.cli._options import parse_shape
+from smoothl1_deploy.graph._export import ROUTES
+from smoothl1_deploy.graph._metadata import read_spec
 
 from .damage import bases, damaged_models
 from .target import Target

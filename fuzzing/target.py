@@ -15,8 +15,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from smoothl1_deploy._files import is_unfinished
 from smoothl1_deploy.errors import SmoothL1DeployError
-from smoothl1_deploy.files import is_unfinished
 
 __all__ = ["Outcome", "Target", "buffer_of", "check_case", "draw"]
 

@@ -11,8 +11,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec
+from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
 from smoothl1_deploy.errors import SpecError
-from smoothl1_deploy.spec import DTYPES, NORMALIZERS, REDUCTIONS
 
 __all__ = ["ARRAYS", "JSON", "NAMES", "NUMBERS", "SHAPES", "SPECS", "THINGS", "mostly", "some"]
 

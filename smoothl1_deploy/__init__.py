@@ -6,63 +6,48 @@ what it needs when it is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-from .errors import require
-from .spec import LossSpec
+from ._face import face
+from ._spec import LossSpec
 
 if TYPE_CHECKING:
-    from .backends.base import load as load
-    from .backends.runner import Runner as Runner
-    from .graph.attach import attach as attach
-    from .graph.export import export as export
-    from .graph.torch_table import translation_table as translation_table
-    from .graph.torchscript import (
+    from .backends._base import load as load
+    from .backends._runner import Runner as Runner
+    from .graph._attach import attach as attach
+    from .graph._export import export as export
+    from .graph._torch_table import translation_table as translation_table
+    from .graph._torchscript import (
         register_torchscript_symbolic as register_torchscript_symbolic,
     )
-    from .parity.verify import Verification as Verification
-    from .parity.verify import verify as verify
-    from .reference.module import SmoothL1Loss as SmoothL1Loss
-    from .scoring.score import Score as Score
-    from .scoring.score import loss_over as loss_over
-    from .tensorrt.build import build_engine as build_engine
-    from .tensorrt.engine import Engine as Engine
+    from .parity._verify import Verification as Verification
+    from .parity._verify import verify as verify
+    from .reference._module import SmoothL1Loss as SmoothL1Loss
+    from .scoring._score import Score as Score
+    from .scoring._score import loss_over as loss_over
+    from .tensorrt._build import build_engine as build_engine
+    from .tensorrt._engine import Engine as Engine
 
-#: public name -> module that defines it, imported on first use.
-_LAZY = {
-    "Engine": ".tensorrt.engine",
-    "Runner": ".backends.runner",
-    "Score": ".scoring.score",
-    "SmoothL1Loss": ".reference.module",
-    "Verification": ".parity.verify",
-    "build_engine": ".tensorrt.build",
-    "attach": ".graph.attach",
-    "export": ".graph.export",
-    "load": ".backends.base",
-    "loss_over": ".scoring.score",
-    "register_torchscript_symbolic": ".graph.torchscript",
-    "translation_table": ".graph.torch_table",
-    "verify": ".parity.verify",
-}
+__getattr__, __dir__, _lazy = face(
+    __name__,
+    {
+        "Engine": ".tensorrt._engine",
+        "Runner": ".backends._runner",
+        "Score": ".scoring._score",
+        "SmoothL1Loss": ".reference._module",
+        "Verification": ".parity._verify",
+        "attach": ".graph._attach",
+        "build_engine": ".tensorrt._build",
+        "export": ".graph._export",
+        "load": ".backends._base",
+        "loss_over": ".scoring._score",
+        "register_torchscript_symbolic": ".graph._torchscript",
+        "translation_table": ".graph._torch_table",
+        "verify": ".parity._verify",
+    },
+    of_torch=("SmoothL1Loss", "register_torchscript_symbolic", "translation_table"),
+)
 
-#: Those that PyTorch has to be there for.
-_OF_TORCH = ("SmoothL1Loss", "register_torchscript_symbolic", "translation_table")
-
-__all__ = ["LossSpec", "__version__", *sorted(_LAZY)]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _OF_TORCH:
-        require("torch", "torch", name)
-    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__all__ = ["LossSpec", "__version__", *_lazy]

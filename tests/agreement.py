@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.floats import CLASS_NAMES, NUMPY_DTYPE, ieee_class, ulp_distance
-from smoothl1_deploy.reference.module import eager
-from smoothl1_deploy.reference.oracle import oracle
+from smoothl1_deploy._floats import CLASS_NAMES, NUMPY_DTYPE, ieee_class, ulp_distance
+from smoothl1_deploy.reference._module import eager
+from smoothl1_deploy.reference._oracle import oracle
 
 Array = NDArray[Any]
 

@@ -12,7 +12,7 @@ from smoothl1_deploy.errors import SmoothL1DeployError
 def embedded_triton() -> Any:
     """It is set up by the first test that asks for it; where it can't run the test is skipped."""
     pytest.importorskip("tritonclient")
-    from smoothl1_deploy.serving.embedded import install
+    from smoothl1_deploy.serving._embedded import install
 
     try:
         return install()

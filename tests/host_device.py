@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from smoothl1_deploy.device import Captured, Device
+from smoothl1_deploy._device import Captured, Device
 
 
 class HostDevice(Device):

@@ -9,11 +9,11 @@ from typing import Any
 import onnx
 import pytest
 
-import smoothl1_deploy.backends.ort_cpu as ort_cpu
-from smoothl1_deploy.backends.base import Runner
-from smoothl1_deploy.backends.ort_cpu import OrtCpuBackend
-from smoothl1_deploy.floats import Array
-from smoothl1_deploy.spec import LossSpec
+import smoothl1_deploy.backends._ort_cpu as ort_cpu
+from smoothl1_deploy._floats import Array
+from smoothl1_deploy._spec import LossSpec
+from smoothl1_deploy.backends._ort_cpu import OrtCpuBackend
+from smoothl1_deploy.backends._runner import Runner
 
 #: Makes wrong answers of the spec, the input and the right answers, or raises.
 Fault = Callable[[LossSpec, Array, dict[str, Array]], dict[str, Array]]

@@ -33,14 +33,14 @@ import onnx
 from handmade import model_of, run_session
 
 from smoothl1_deploy import LossSpec, attach, export
-from smoothl1_deploy.floats import NUMPY_DTYPE, Array, dtype_name
-from smoothl1_deploy.graph.elements import DTYPE_OF_ELEMENT, ELEMENT_TYPE
-from smoothl1_deploy.parity.cases import Case
-from smoothl1_deploy.parity.compare import compare
-from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.reference.module import eager_outputs
-from smoothl1_deploy.reference.oracle import oracle, oracle_gradient
-from smoothl1_deploy.spec import DTYPES
+from smoothl1_deploy._floats import NUMPY_DTYPE, Array, dtype_name
+from smoothl1_deploy._model import DTYPE_OF_ELEMENT, ELEMENT_TYPE
+from smoothl1_deploy._spec import DTYPES
+from smoothl1_deploy.parity._cases import Case
+from smoothl1_deploy.parity._compare import compare
+from smoothl1_deploy.parity._families import FAMILIES
+from smoothl1_deploy.reference._module import eager_outputs
+from smoothl1_deploy.reference._oracle import oracle, oracle_gradient
 
 ROUTES = ("function", "inlined", "torch", "attach function", "attach inlined")
 

@@ -10,11 +10,11 @@ import pytest
 from handmade import model_of
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.artefact import Port, read_model, signature
-from smoothl1_deploy.backends.base import load
+from smoothl1_deploy._artefact import Port, read_model, signature
+from smoothl1_deploy._spec import DTYPES
+from smoothl1_deploy.backends._base import load
 from smoothl1_deploy.errors import ArtefactError
-from smoothl1_deploy.graph.metadata import is_changed, read_spec
-from smoothl1_deploy.spec import DTYPES
+from smoothl1_deploy.graph._metadata import is_changed, read_spec
 
 SPEC = LossSpec(0.5)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from host_device import HostDevice
 
-from smoothl1_deploy.device import Device, find_device, is_on_device
+from smoothl1_deploy._device import Device, find_device, is_on_device
 from smoothl1_deploy.errors import (
     BackendUnavailableError,
     InvalidInputError,

@@ -14,16 +14,16 @@ from handmade import model_of
 from host_device import HostDevice
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import smoothl1_deploy.backends.gpu as gpu
+import smoothl1_deploy.backends._gpu as gpu
 from smoothl1_deploy import LossSpec, attach, export, load, loss_over
-from smoothl1_deploy.backends.arrays import as_beta
-from smoothl1_deploy.backends.torch_cuda import TorchCudaBackend
-from smoothl1_deploy.device import is_on_device
-from smoothl1_deploy.dlpack import as_array
+from smoothl1_deploy._device import is_on_device
+from smoothl1_deploy._dlpack import as_array
+from smoothl1_deploy._floats import NUMPY_DTYPE
+from smoothl1_deploy._spec import DTYPES
+from smoothl1_deploy.backends._arrays import as_beta
+from smoothl1_deploy.backends._torch_cuda import TorchCudaBackend
 from smoothl1_deploy.errors import InvalidInputError, SpecError
-from smoothl1_deploy.floats import NUMPY_DTYPE
 from smoothl1_deploy.serving import Client
-from smoothl1_deploy.spec import DTYPES
 
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "bool")
 TORCH = {name: getattr(torch, name) for name in (*DTYPES, *INTEGERS)}

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from smoothl1_deploy import files
+from smoothl1_deploy import _files as files
+from smoothl1_deploy._files import check_apart, is_unfinished, replacing, write_atomic
 from smoothl1_deploy.errors import OutputError
-from smoothl1_deploy.files import check_apart, is_unfinished, replacing, write_atomic
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from exact import FORMATS, Format, round_fraction, to_array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smoothl1_deploy.floats import (
+from smoothl1_deploy._floats import (
     CLASS_NAMES,
     NUMPY_DTYPE,
     dtype_name,
@@ -21,7 +21,7 @@ from smoothl1_deploy.floats import (
     ulp_distance,
     wide_dtype,
 )
-from smoothl1_deploy.spec import DTYPES
+from smoothl1_deploy._spec import DTYPES
 
 LONG = np.dtype(np.longdouble)
 has_extended = np.finfo(LONG).nmant >= 63

@@ -18,17 +18,17 @@ from handmade import Array, model_of, run
 from onnx import helper, numpy_helper
 
 from smoothl1_deploy import LossSpec, attach, load
-from smoothl1_deploy.artefact import signature
-from smoothl1_deploy.backends.ort_nodes import host_nodes
+from smoothl1_deploy._artefact import signature
+from smoothl1_deploy._model import ATTACHED, Loss, axes_of, dims_of, inputs_of, main_tensors
+from smoothl1_deploy.backends._ort_nodes import host_nodes
 from smoothl1_deploy.cli import main
-from smoothl1_deploy.cli.inspect import graph_ports, inspect_model
+from smoothl1_deploy.cli._inspect import graph_ports, inspect_model
 from smoothl1_deploy.errors import ArtefactError, SpecError
-from smoothl1_deploy.model import ATTACHED, Loss, axes_of, dims_of, inputs_of, main_tensors
-from smoothl1_deploy.serving.config import onnx_ports
-from smoothl1_deploy.serving.graph import read_losses, serve
-from smoothl1_deploy.serving.lint import unguarded
-from smoothl1_deploy.serving.supervise import make_canary
-from smoothl1_deploy.tensorrt.profile import input_shapes
+from smoothl1_deploy.serving._config import onnx_ports
+from smoothl1_deploy.serving._graph import read_losses, serve
+from smoothl1_deploy.serving._lint import unguarded
+from smoothl1_deploy.serving._supervise import make_canary
+from smoothl1_deploy.tensorrt._profile import input_shapes
 
 
 def _model(rows: int) -> onnx.ModelProto:

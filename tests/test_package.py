@@ -21,6 +21,7 @@ ROOT = Path(smoothl1_deploy.__file__).parent
 HEAVY = ("numpy", "ml_dtypes", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt")
 HEAVY += ("tensorrt_rtx", "typer", "rich")
 
+ERRORS = "smoothl1_deploy.errors"
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages([str(ROOT)], "smoothl1_deploy.") if not info.ispkg
 )
@@ -39,7 +40,7 @@ def imported_by(code: str) -> set[str]:
 RUNS = """
 import numpy as np
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.backends.base import load
+from smoothl1_deploy.backends._base import load
 x = np.ones(3, np.float32)
 for backend in ("ort-cpu", "onnx-reference"):
     load(export(LossSpec()), backend).run(x, x)
@@ -57,8 +58,8 @@ ONNX = {"numpy", "ml_dtypes", "onnx", "onnx_ir", "onnxscript"}
     [
         ("import smoothl1_deploy; dir(smoothl1_deploy)", set()),
         ("from smoothl1_deploy import LossSpec; LossSpec(0.5).to_dict()", set()),
-        ("import smoothl1_deploy.errors, smoothl1_deploy.spec", set()),
-        ("import smoothl1_deploy.reference.oracle", {"numpy", "ml_dtypes"}),
+        ("import smoothl1_deploy.errors, smoothl1_deploy._spec", set()),
+        ("import smoothl1_deploy.reference._oracle", {"numpy", "ml_dtypes"}),
         (EXPORTS, ONNX),
         (RUNS, {*ONNX, "onnxruntime"}),
     ],
@@ -75,6 +76,32 @@ def test_every_public_name_resolves_and_an_unknown_one_is_an_attribute_error() -
     assert len(set(smoothl1_deploy.__all__)) == len(smoothl1_deploy.__all__)
     with pytest.raises(AttributeError, match="module 'smoothl1_deploy' has no attribute 'huber'"):
         smoothl1_deploy.huber  # noqa: B018
+
+
+FACES = [info.name for info in pkgutil.walk_packages([str(ROOT)], "smoothl1_deploy.") if info.ispkg]
+
+
+def test_what_is_public_stands_on_a_face() -> None:
+    """Modules begin with `_`; a face's names resolve, and a type checker is told of the same."""
+    assert [n for n in MODULES if not n.rpartition(".")[2].startswith("_")] == [ERRORS]
+    for name in ("smoothl1_deploy", *FACES):
+        package = importlib.import_module(name)
+        assert package.__file__ is not None
+        tree = ast.parse(Path(package.__file__).read_text())
+        guarded = [node for node in tree.body if isinstance(node, ast.If)]
+        told = (
+            {
+                alias.name
+                for node in ast.walk(guarded[0])
+                if isinstance(node, ast.ImportFrom)
+                for alias in node.names
+            }
+            if guarded
+            else set()
+        )
+        public = set(getattr(package, "__all__", ()))
+        assert not guarded or public - {"LossSpec", "__version__"} == told
+        assert all(hasattr(package, item) for item in public)
 
 
 def _module(name: str) -> object:
@@ -116,23 +143,25 @@ def test_a_module_and_what_is_public_in_it_say_what_they_are(name: str) -> None:
 
 
 def test_the_check_for_docstrings_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from smoothl1_deploy.spec import LossSpec, resolve_reduction
+    from smoothl1_deploy._spec import LossSpec, resolve_reduction
 
     monkeypatch.setattr(resolve_reduction, "__doc__", None)
     monkeypatch.setattr(LossSpec.to_dict, "__doc__", None)
-    assert _undocumented("smoothl1_deploy.spec") == ["LossSpec.to_dict", "resolve_reduction"]
+    assert sorted(_undocumented("smoothl1_deploy._spec")) == [
+        "LossSpec.to_dict",
+        "resolve_reduction",
+    ]
 
 
 #: A module imports, when it is imported itself, from its own layer and those before it alone.
 LAYERS = [
-    {"", "__version__", "errors", "spec", "records"},
-    {"environment", "files", "floats"},
-    {"dlpack", "reference"},
-    {"graph.elements", "graph.shapes"},
-    {"model"},
+    {"", "__version__", "errors", "_face", "_spec", "_records"},
+    {"_environment", "_files", "_floats", "_shapes"},
+    {"_dlpack", "reference"},
+    {"_model"},
     {"graph"},
-    {"artefact"},
-    {"npy", "device", "ops"},
+    {"_artefact"},
+    {"_npy", "_device", "ops"},
     {"tensorrt"},
     {"backends"},
     {"parity", "scoring"},
@@ -144,8 +173,7 @@ LAYERS = [
 
 
 def _layer(module: tuple[str, ...]) -> int:
-    names = {".".join(module[:2]), ".".join(module[:1])}
-    found = [layer for layer, those in enumerate(LAYERS) if names & those]
+    found = [layer for layer, those in enumerate(LAYERS) if ".".join(module[:1]) in those]
     assert found, f"{'.'.join(module)} stands in no layer"
     return found[0]
 
@@ -181,5 +209,5 @@ def test_data_flow_one_way() -> None:
 def test_documented_examples_work(name: str) -> None:
     result = doctest.testmod(_module(name))  # type: ignore[arg-type]
     assert result.failed == 0
-    if name == "smoothl1_deploy.spec":
+    if name == "smoothl1_deploy._spec":
         assert result.attempted >= 5  # doctest finds none where a module is loaded in a new way

@@ -152,7 +152,12 @@ def test_the_lint_rule_against_heavy_imports_bites_but_where_a_module_lives_on_t
     assert _ruff("smoothl1_deploy/backends/new.py", top).count("TID253") == len(heavy)
     assert "TID253" not in _ruff("smoothl1_deploy/backends/new.py", inside)
     assert "TID253" not in _ruff("tests/test_new.py", top)
-    for name in ("reference/module", "graph/torch_route", "graph/torch_table", "graph/torchscript"):
+    for name in (
+        "reference/_module",
+        "graph/_torch_route",
+        "graph/_torch_table",
+        "graph/_torchscript",
+    ):
         assert "TID253" not in _ruff(f"smoothl1_deploy/{name}.py", "import torch\n\nprint(torch)")
 
 
@@ -161,7 +166,7 @@ def _compat() -> dict[str, Any]:
 
 
 def test_every_command_is_probed_with_packages_missing() -> None:
-    from smoothl1_deploy.cli.registry import COMMANDS
+    from smoothl1_deploy.cli._registry import COMMANDS
 
     compat = _compat()
     assert {probe.split()[0] for probe in compat["PROBES"]} == {*COMMANDS, "--help"}

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from smoothl1_deploy.backends.base import BACKENDS, REFERENCES
+from smoothl1_deploy.backends._base import BACKENDS, REFERENCES
 from smoothl1_deploy.errors import BackendUnavailableError
-from smoothl1_deploy.graph.export import ROUTES
+from smoothl1_deploy.graph._export import ROUTES
 from smoothl1_deploy.ops import library
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +78,7 @@ def test_the_page_runs(page: Path, tmp_path: Path, environment: dict[str, str]) 
 
 def test_every_command_is_run_by_a_page_in_a_process_of_its_own() -> None:
     """What one process imported, another command would find there and miss elsewhere."""
-    from smoothl1_deploy.cli.registry import COMMANDS
+    from smoothl1_deploy.cli._registry import COMMANDS
 
     text = "\n".join(_script(page.read_text(encoding="utf-8")) for page in PAGES)
     assert {*COMMANDS} <= set(re.findall(r"^ *smoothl1-deploy ([a-z]+)", text, re.MULTILINE))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.records import Record
+from smoothl1_deploy._records import Record
 
 
 class _Colour(Enum):

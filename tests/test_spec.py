@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec
+from smoothl1_deploy._spec import DTYPES, REDUCTIONS, resolve_reduction
 from smoothl1_deploy.errors import SpecError
-from smoothl1_deploy.spec import DTYPES, REDUCTIONS, resolve_reduction
 
 betas = st.floats(min_value=0, allow_nan=False, allow_infinity=True)
 specs = st.builds(LossSpec, betas, st.sampled_from(REDUCTIONS), st.sampled_from(DTYPES))

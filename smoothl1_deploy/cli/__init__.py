@@ -22,9 +22,9 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from ..environment import silence
+from .._environment import silence
 from ..errors import SmoothL1DeployError, is_shortage, reason_of, shortage
-from .console import INTERRUPTED, interrupts_told, safe_streams, warnings_as_notes
+from ._console import INTERRUPTED, interrupts_told, safe_streams, warnings_as_notes
 
 __all__ = ["main"]
 
@@ -58,7 +58,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return _interrupted(argv)
     except BrokenPipeError:
-        from .registry import BROKEN_PIPE
+        from ._registry import BROKEN_PIPE
 
         return BROKEN_PIPE
     except ModuleNotFoundError as exc:
@@ -76,7 +76,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _invoke(argv: Sequence[str] | None) -> int:
-    from .registry import root_command
+    from ._registry import root_command
 
     arguments = None if argv is None else list(argv)
     try:
@@ -97,14 +97,14 @@ def _interrupted(argv: Sequence[str] | None) -> int:
     processes = sys.modules.get("multiprocessing")
     for child in processes.active_children() if processes is not None else ():
         child.kill()
-    build = sys.modules.get("smoothl1_deploy.tensorrt.build")
+    build = sys.modules.get("smoothl1_deploy.tensorrt._build")
     if build is not None and build.is_building():
         os._exit(INTERRUPTED)
     return INTERRUPTED
 
 
 def _fail(message: str, status: int) -> int:
-    from .console import print_error
+    from ._console import print_error
 
     print_error(message)
     return status

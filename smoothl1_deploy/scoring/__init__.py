@@ -1,1 +1,17 @@
 """Scoring of data larger than memory: sources → shards → pieces → an engine → one exact result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._face import face
+
+if TYPE_CHECKING:
+    from ._score import score_files as score_files
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "score_files": "._score",
+    },
+)

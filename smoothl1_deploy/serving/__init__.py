@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from .client import Client
+from typing import TYPE_CHECKING
 
-__all__ = ["Client"]
+from .._face import face
+
+if TYPE_CHECKING:
+    from ._client import Client as Client
+    from ._repository import ServedModel as ServedModel
+    from ._repository import certify_model as certify_model
+    from ._repository import write_loss as write_loss
+    from ._repository import write_model as write_model
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "Client": "._client",
+        "ServedModel": "._repository",
+        "certify_model": "._repository",
+        "write_loss": "._repository",
+        "write_model": "._repository",
+    },
+)

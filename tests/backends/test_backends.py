@@ -19,9 +19,11 @@ from handmade import model_of
 from host_device import HostDevice
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.backends import base
-from smoothl1_deploy.backends.base import BACKENDS, get_backend, load
-from smoothl1_deploy.backends.torch_cuda import TorchCudaBackend
+from smoothl1_deploy._floats import NUMPY_DTYPE
+from smoothl1_deploy._spec import DTYPES, REDUCTIONS
+from smoothl1_deploy.backends import _base as base
+from smoothl1_deploy.backends._base import BACKENDS, get_backend, load
+from smoothl1_deploy.backends._torch_cuda import TorchCudaBackend
 from smoothl1_deploy.errors import (
     ArtefactError,
     InvalidInputError,
@@ -30,10 +32,8 @@ from smoothl1_deploy.errors import (
     SpecError,
     UnsupportedError,
 )
-from smoothl1_deploy.floats import NUMPY_DTYPE
-from smoothl1_deploy.reference.module import eager, to_torch
-from smoothl1_deploy.reference.oracle import oracle
-from smoothl1_deploy.spec import DTYPES, REDUCTIONS
+from smoothl1_deploy.reference._module import eager, to_torch
+from smoothl1_deploy.reference._oracle import oracle
 
 ON_THE_CPU = ("torch", "onnx-reference", "ort-cpu")
 every_backend = pytest.mark.parametrize("backend", ON_THE_CPU)

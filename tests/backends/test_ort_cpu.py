@@ -9,12 +9,13 @@ import pytest
 from agreement import assert_right, pair
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.backends import ort_cpu
-from smoothl1_deploy.backends.base import Runner, load
+from smoothl1_deploy._floats import ulp_distance
+from smoothl1_deploy._spec import DTYPES, REDUCTIONS
+from smoothl1_deploy.backends import _ort_cpu as ort_cpu
+from smoothl1_deploy.backends._base import load
+from smoothl1_deploy.backends._runner import Runner
 from smoothl1_deploy.errors import InvalidInputError, SpecError
-from smoothl1_deploy.floats import ulp_distance
-from smoothl1_deploy.reference.oracle import oracle
-from smoothl1_deploy.spec import DTYPES, REDUCTIONS
+from smoothl1_deploy.reference._oracle import oracle
 
 
 @pytest.mark.parametrize("columns", [1, 2, 32, 64, 8192])

@@ -9,9 +9,9 @@ from agreement import pair
 from host_device import HostDevice, on_host_device
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.backends import gpu
-from smoothl1_deploy.backends.torch_cuda import TorchCudaBackend
-from smoothl1_deploy.reference.module import eager_outputs
+from smoothl1_deploy.backends import _gpu as gpu
+from smoothl1_deploy.backends._torch_cuda import TorchCudaBackend
+from smoothl1_deploy.reference._module import eager_outputs
 
 
 @pytest.fixture(autouse=True)

@@ -20,24 +20,25 @@ from agreement import assert_right, pair
 from host_device import HostDevice, on_host_device
 
 from smoothl1_deploy import LossSpec, export, load
-from smoothl1_deploy.backends import base, gpu
-from smoothl1_deploy.backends.torch_triton import InterpretedDevice, TorchTritonBackend
+from smoothl1_deploy._floats import NUMPY_DTYPE
+from smoothl1_deploy._spec import DTYPES, REDUCTIONS
+from smoothl1_deploy.backends import _base as base
+from smoothl1_deploy.backends import _gpu as gpu
+from smoothl1_deploy.backends._torch_triton import InterpretedDevice, TorchTritonBackend
 from smoothl1_deploy.errors import (
     ArtefactError,
     BackendUnavailableError,
     MissingDependencyError,
     UnsupportedError,
 )
-from smoothl1_deploy.floats import NUMPY_DTYPE
-from smoothl1_deploy.parity.cases import LAYOUTS, Case, References, check, is_for
-from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.parity.matrix import BETAS, Matrix, is_too_slow, run_matrix
-from smoothl1_deploy.spec import DTYPES, REDUCTIONS
+from smoothl1_deploy.parity._cases import LAYOUTS, Case, References, check, is_for
+from smoothl1_deploy.parity._families import FAMILIES
+from smoothl1_deploy.parity._matrix import BETAS, Matrix, is_too_slow, run_matrix
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 
-_KERNELS = "smoothl1_deploy.backends.fused"
+_KERNELS = "smoothl1_deploy.backends._fused"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,9 +8,9 @@ from agreement import assert_right, pair
 from embedded import embedded_triton
 
 from smoothl1_deploy import LossSpec, export, load
-from smoothl1_deploy.backends.base import missing
+from smoothl1_deploy.backends._base import missing
 from smoothl1_deploy.errors import ArtefactError, InvalidInputError
-from smoothl1_deploy.parity.matrix import OVER_THE_WIRE, Matrix, run_matrix
+from smoothl1_deploy.parity._matrix import OVER_THE_WIRE, Matrix, run_matrix
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +64,7 @@ def test_a_runner_that_is_collected_in_the_middle_of_a_load(
 ) -> None:
     import gc
 
-    from smoothl1_deploy.serving import repository
+    from smoothl1_deploy.serving import _repository as repository
 
     runners = [load(export(LossSpec(), shape=("N", 4)), "triton-grpc") for _ in range(2)]
     a, b = pair(LossSpec(), (3, 4))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.bench import cpu
-from smoothl1_deploy.bench.cpu import AHEAD, BARE, OURS, measure, peak_ratio
-from smoothl1_deploy.bench.rows import COMPILED, PLAIN, READ, append_rows, plot_png, row_tables
-from smoothl1_deploy.bench.timing import in_turn
+from smoothl1_deploy.bench import _cpu as cpu
+from smoothl1_deploy.bench._cpu import AHEAD, BARE, OURS, measure, peak_ratio
+from smoothl1_deploy.bench._rows import COMPILED, PLAIN, READ, append_rows, plot_png, row_tables
+from smoothl1_deploy.bench._timing import in_turn
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.errors import OutputError
 

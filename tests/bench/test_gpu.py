@@ -17,14 +17,15 @@ import pytest
 from host_device import HostDevice
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.bench import gpu, gpu_report
-from smoothl1_deploy.bench.gpu import ALONE, GRAPH, IN_A_ROW, Job, plan
-from smoothl1_deploy.bench.gpu_report import Parity, condense, run_parity
-from smoothl1_deploy.bench.rows import COMPILED, EAGER
-from smoothl1_deploy.bench.timing import Timing, copy_bandwidth, time_calls
+from smoothl1_deploy.bench import _gpu as gpu
+from smoothl1_deploy.bench import _gpu_report as gpu_report
+from smoothl1_deploy.bench._gpu import ALONE, GRAPH, IN_A_ROW, Job, plan
+from smoothl1_deploy.bench._gpu_report import Parity, condense, run_parity
+from smoothl1_deploy.bench._rows import COMPILED, EAGER
+from smoothl1_deploy.bench._timing import Timing, copy_bandwidth, time_calls
 from smoothl1_deploy.cli import main as cli
-from smoothl1_deploy.parity.cases import CaseResult
-from smoothl1_deploy.parity.matrix import Matrix, run_matrix
+from smoothl1_deploy.parity._cases import CaseResult
+from smoothl1_deploy.parity._matrix import Matrix, run_matrix
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,7 +187,7 @@ def test_red_cells_are_kept_with_their_command_and_the_reference_is_apart() -> N
 
 
 def test_a_matrix_that_dies_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    import smoothl1_deploy.parity.matrix as module
+    import smoothl1_deploy.parity._matrix as module
 
     def dies(matrix: Matrix, **settings: Any) -> None:
         assert matrix.backends == ("trt", "torch-cuda") and matrix.betas[:2] == (1.0, 0.0)
@@ -218,8 +219,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(gpu_report, "TORCH", (EAGER,))
     monkeypatch.setattr(gpu, "BACKENDS", ("ort-cpu", "nobody"))
     monkeypatch.setattr(gpu, "SIZES", (12, 10))
-    monkeypatch.setattr("smoothl1_deploy.bench.timing._SWEPT", 1 << 10)
-    monkeypatch.setattr("smoothl1_deploy.bench.timing._ENOUGH", 0.0)
+    monkeypatch.setattr("smoothl1_deploy.bench._timing._SWEPT", 1 << 10)
+    monkeypatch.setattr("smoothl1_deploy.bench._timing._ENOUGH", 0.0)
 
     def parity(backends: tuple[str, ...], seconds: float) -> Parity:
         asked.append((backends, seconds))

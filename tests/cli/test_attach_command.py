@@ -146,7 +146,7 @@ def test_beyond_protobuf_s_limit_the_weights_go_beside_the_file(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it is at 2 GB, with the limit brought down to 4 kB."""
-    command = importlib.import_module("smoothl1_deploy.cli.attach")
+    command = importlib.import_module("smoothl1_deploy.cli._attach")
     monkeypatch.setattr(command, "_PROTOBUF_LIMIT", 4096)
     weights = np.arange(4096, dtype=np.float32)
     onnx.save(model_of(RELU, unused=weights), "detector.onnx")

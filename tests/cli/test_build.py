@@ -11,8 +11,8 @@ import pytest
 from conftest_cli import Done, model
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.tensorrt.engine import read_verified
-from smoothl1_deploy.tensorrt.options import BuildOptions
+from smoothl1_deploy.tensorrt._engine import read_verified
+from smoothl1_deploy.tensorrt._options import BuildOptions
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx builds without a GPU")
 
@@ -65,7 +65,7 @@ def test_an_onnx_file_that_carries_the_engine(cli: Callable[..., Done], mode: in
 def test_every_option_reaches_the_build(
     cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import smoothl1_deploy.tensorrt.build as module
+    import smoothl1_deploy.tensorrt._build as module
     from smoothl1_deploy.errors import BuildError
 
     seen: dict[str, object] = {}
@@ -101,7 +101,7 @@ def test_every_option_reaches_the_build(
 
 
 def test_defaults_of_the_options(cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
-    import smoothl1_deploy.tensorrt.build as module
+    import smoothl1_deploy.tensorrt._build as module
 
     seen: list[object] = []
     monkeypatch.setattr(module, "build_engine", lambda *a, **k: seen.append(k["options"]))

@@ -13,10 +13,10 @@ from conftest_cli import _WITHOUT, Cli, spawn
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-import smoothl1_deploy.backends.base as base
-import smoothl1_deploy.environment as environment
-from smoothl1_deploy.backends.base import BACKENDS
-from smoothl1_deploy.tensorrt.flavour import FLAVOURS
+import smoothl1_deploy._environment as environment
+import smoothl1_deploy.backends._base as base
+from smoothl1_deploy.backends._base import BACKENDS
+from smoothl1_deploy.tensorrt._flavour import FLAVOURS
 
 
 def test_the_report(cli: Cli) -> None:

@@ -13,10 +13,10 @@ import typer
 from conftest_cli import Cli, assert_refused
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.cli.options import SPEC_OPTIONS, parse_shape, takes_spec
+from smoothl1_deploy.cli._options import SPEC_OPTIONS, parse_shape, takes_spec
 from smoothl1_deploy.errors import SpecError
-from smoothl1_deploy.graph.export import ROUTES
-from smoothl1_deploy.graph.metadata import read_route, read_spec
+from smoothl1_deploy.graph._export import ROUTES
+from smoothl1_deploy.graph._metadata import read_route, read_spec
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -15,7 +15,7 @@ from conftest_cli import Cli, assert_refused, model
 from handmade import model_of
 
 from fuzzing.damage import carrying
-from smoothl1_deploy.backends.base import BACKENDS
+from smoothl1_deploy.backends._base import BACKENDS
 
 
 def _json(cli: Cli, path: str) -> dict[str, Any]:
@@ -122,8 +122,8 @@ def test_losses_attached_to_a_model(cli: Cli) -> None:
 def test_a_stranger_s_engine_is_shown_and_nothing_is_loaded(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smoothl1_deploy.backends.base.load", None)
-    monkeypatch.setattr("smoothl1_deploy.tensorrt.parse.parse", None)
+    monkeypatch.setattr("smoothl1_deploy.backends._base.load", None)
+    monkeypatch.setattr("smoothl1_deploy.tensorrt._parse.parse", None)
     onnx.save(carrying("subgraph", "QNNExecutionProvider"), "m.onnx")
     found = _json(cli, "m.onnx")
     engine = {"node": "e/engine", "provider": "QNNExecutionProvider", "bytes": 4}
@@ -179,8 +179,8 @@ def test_an_engine_is_not_deserialised(
 def test_where_an_engine_runs_and_its_layers(
     cli: Cli, engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import smoothl1_deploy.tensorrt.flavour as gpu
-    import smoothl1_deploy.tensorrt.run as layers
+    import smoothl1_deploy.tensorrt._flavour as gpu
+    import smoothl1_deploy.tensorrt._run as layers
 
     def runs(here: gpu.Gpu | None) -> str | None:
         monkeypatch.setattr(gpu, "current_gpu", lambda: here)

@@ -19,20 +19,20 @@ from conftest_cli import _ROOT, model
 from embedded import embedded_triton
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.cli import console
-from smoothl1_deploy.cli.console import interrupts_told, on_interrupt
+from smoothl1_deploy.cli import _console as console
+from smoothl1_deploy.cli._console import interrupts_told, on_interrupt
 
 #: All takes for ever but float32 in the matrix; worker processes import this too. The files say how
 #: far it is: no test waits for a time.
 _SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from smoothl1_deploy.backends.runner import Runner
+from smoothl1_deploy.backends._runner import Runner
 from smoothl1_deploy.bench import cpu
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.parity import matrix
 from smoothl1_deploy.tensorrt import build as builder
-from smoothl1_deploy.tensorrt.build import BuildWatch, run_watched
+from smoothl1_deploy.tensorrt._build import BuildWatch, run_watched
 
 run, each = Runner.run, matrix.each
 
@@ -238,7 +238,7 @@ def test_a_killed_parity_takes_its_workers_along() -> None:
 
 def test_ctrl_c_twice_on_a_server() -> None:
     embedded_triton()
-    from smoothl1_deploy.serving.repository import write_loss
+    from smoothl1_deploy.serving._repository import write_loss
 
     write_loss(Path("models"), LossSpec(), name="mean")
     command = "-m smoothl1_deploy serve models --ready-file ready.json --logs logs"

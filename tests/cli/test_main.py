@@ -16,8 +16,9 @@ import pytest
 from conftest_cli import Cli, Done, model, spawn
 
 import smoothl1_deploy
-from smoothl1_deploy.cli import main, registry
-from smoothl1_deploy.cli.registry import COMMANDS, Entry
+from smoothl1_deploy.cli import _registry as registry
+from smoothl1_deploy.cli import main
+from smoothl1_deploy.cli._registry import COMMANDS, Entry
 
 _PROGRAM = [sys.executable, "-m", "smoothl1_deploy"]
 _ROOT = Path(smoothl1_deploy.__file__).parent.parent
@@ -33,7 +34,7 @@ def test_help_lists_every_command_with_its_line(cli: Cli) -> None:
 
 def test_every_command_loads_and_has_help_with_an_example(cli: Cli) -> None:
     for name, entry in COMMANDS.items():
-        module = importlib.import_module(f"smoothl1_deploy.cli.{entry.module}")
+        module = importlib.import_module(f"smoothl1_deploy.cli._{entry.module}")
         assert module.EXAMPLE.startswith(f"smoothl1-deploy {name}")
         done = cli(name, "--help")
         assert done.code == 0, done.err
@@ -47,7 +48,7 @@ def test_the_examples_in_the_help_work(cli: Cli, pair: object) -> None:
     if importlib.util.find_spec("tensorrt_rtx"):
         names.insert(1, "build")
     for name in names:
-        module = importlib.import_module(f"smoothl1_deploy.cli.{COMMANDS[name].module}")
+        module = importlib.import_module(f"smoothl1_deploy.cli._{COMMANDS[name].module}")
         done = cli(*shlex.split(module.EXAMPLE)[1:])
         assert done.code == 0, (name, done.err)
     assert Path("loss.onnx").is_file()
@@ -57,7 +58,7 @@ _READS_DOCSTRINGS = """
 import hashlib
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.cli import main
-from smoothl1_deploy.parity.views.html import FAMILIES, family_meaning
+from smoothl1_deploy.parity.views._html import FAMILIES, family_meaning
 for spec in (LossSpec(), LossSpec(0.0, "none", gradient=True), LossSpec(dtype="float64")):
     for route in ("function", "inlined"):
         data = export(spec, route).SerializeToString(deterministic=True)
@@ -137,7 +138,7 @@ def boom(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Done]:
     """Calls a command with this body."""
 
     def call(body: str) -> Done:
-        module = type(sys)("smoothl1_deploy.cli.boom")
+        module = type(sys)("smoothl1_deploy.cli._boom")
         exec(f"EXAMPLE = 'boom'\ndef boom() -> None:\n    {body}", module.__dict__)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(registry.COMMANDS, "boom", Entry("Boom.", "boom", "boom"))
@@ -236,13 +237,13 @@ def interrupt():
 
 """
 _ONCE = """
-import smoothl1_deploy.graph.export as module
+import smoothl1_deploy.graph._export as module
 module.export = lambda *a, **k: (interrupt(), time.sleep(600))
 sys.exit(main(['export']))
 """
 _IN_TENSORRT = """
-import smoothl1_deploy.tensorrt.build as module
-from smoothl1_deploy.tensorrt.build import BuildWatch, run_watched
+import smoothl1_deploy.tensorrt._build as module
+from smoothl1_deploy.tensorrt._build import BuildWatch, run_watched
 atexit.register(print, 'the interpreter ended')
 watch = BuildWatch()
 def build():
@@ -255,7 +256,7 @@ module.build_engine = lambda *a, **k: run_watched(build, watch)
 sys.exit(main(['build', 'loss.onnx']))
 """
 _AT_THE_END = """
-import smoothl1_deploy.graph.export as module
+import smoothl1_deploy.graph._export as module
 def late():
     threading.main_thread().join()
     interrupt()

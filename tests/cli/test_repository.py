@@ -11,7 +11,7 @@ from conftest_cli import Done, model, spawn
 
 from smoothl1_deploy.errors import BackendUnavailableError
 from smoothl1_deploy.ops import library
-from smoothl1_deploy.parity.certificate import read_certificate
+from smoothl1_deploy.parity._certificate import read_certificate
 
 pytest.importorskip("tritonclient", reason="the extra serve")
 pytest.importorskip("yaml", reason="the extra serve")

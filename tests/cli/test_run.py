@@ -16,9 +16,9 @@ import pytest
 from conftest_cli import Cli, Done, assert_refused, model
 
 from smoothl1_deploy import load
-from smoothl1_deploy.backends.base import BACKENDS
+from smoothl1_deploy._npy import read_array
+from smoothl1_deploy.backends._base import BACKENDS
 from smoothl1_deploy.errors import InvalidInputError
-from smoothl1_deploy.npy import read_array
 
 Pair = tuple[np.ndarray, np.ndarray]
 FILES = ("--input", "input.npy", "--target", "target.npy")

@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 from conftest_cli import Done, spawn
 
-import smoothl1_deploy.backends.base as base
+import smoothl1_deploy.backends._base as base
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.cli import main
 

@@ -78,7 +78,7 @@ def test_atheris_chooses_the_bytes(tmp_path: Path) -> None:
     done = _fuzz("--guided", "certificate", "--cases", 200, folder=tmp_path)
     said = done.stdout + done.stderr
     assert re.search(r"^\d+ cases, \d+ refused, 0 faults$", said, re.MULTILINE), said[-2000:]
-    assert "Instrumenting smoothl1_deploy.parity.certificate" in said
+    assert "Instrumenting smoothl1_deploy.parity._certificate" in said
     planted = _fuzz("--guided", "bug", "--cases", 50, "--module", "planted", folder=tmp_path)
     assert planted.returncode != 0
     assert "FAULT bug: 'bug'" in planted.stdout + planted.stderr

@@ -10,9 +10,9 @@ import torch
 from agreement import assert_right, pair
 
 from smoothl1_deploy import LossSpec, export, load
-from smoothl1_deploy.backends.base import missing
+from smoothl1_deploy.backends._base import missing
 from smoothl1_deploy.errors import SmoothL1DeployError
-from smoothl1_deploy.parity.matrix import Matrix, run_matrix
+from smoothl1_deploy.parity._matrix import Matrix, run_matrix
 
 pytestmark = pytest.mark.gpu
 

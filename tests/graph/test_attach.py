@@ -13,10 +13,10 @@ from handmade import Array, assert_kept, model_of, run
 from onnx import helper
 
 from smoothl1_deploy import LossSpec, attach, export
+from smoothl1_deploy._floats import ulp_distance
 from smoothl1_deploy.errors import ArtefactError, SpecError
-from smoothl1_deploy.floats import ulp_distance
-from smoothl1_deploy.graph.metadata import read_spec
-from smoothl1_deploy.reference.module import eager_outputs
+from smoothl1_deploy.graph._metadata import read_spec
+from smoothl1_deploy.reference._module import eager_outputs
 
 W, X, T = (
     np.random.default_rng(seed).standard_normal(shape).astype("f4")
@@ -249,7 +249,7 @@ def test_the_functions_of_an_old_model_survive_the_conversion() -> None:
 def test_more_than_protobuf_reads_is_refused_where_a_step_takes_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("smoothl1_deploy.graph.hosted._PARSED", 64)
+    monkeypatch.setattr("smoothl1_deploy.graph._hosted._PARSED", 64)
     for opset, how in ((18, {"route": "inlined"}), (11, {"convert_opset": True})):
         with pytest.raises(ArtefactError, match=r"takes 64 at most .*load_external_data=False"):
             attach(linear(opset), "boxes", "gt", **how)

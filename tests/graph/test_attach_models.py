@@ -17,8 +17,8 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from smoothl1_deploy import LossSpec, attach
-from smoothl1_deploy.floats import ulp_distance
-from smoothl1_deploy.reference.module import eager_outputs
+from smoothl1_deploy._floats import ulp_distance
+from smoothl1_deploy.reference._module import eager_outputs
 
 rng = np.random.default_rng(0)
 

@@ -21,13 +21,13 @@ from onnxscript import optimizer
 
 import smoothl1_deploy
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.backends.base import load
+from smoothl1_deploy._floats import NUMPY_DTYPE, ulp_distance
+from smoothl1_deploy._model import ELEMENT_TYPE
+from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
+from smoothl1_deploy.backends._base import load
 from smoothl1_deploy.errors import SpecError
-from smoothl1_deploy.floats import NUMPY_DTYPE, ulp_distance
-from smoothl1_deploy.graph.elements import ELEMENT_TYPE
-from smoothl1_deploy.graph.export import ROUTES
-from smoothl1_deploy.reference.oracle import oracle
-from smoothl1_deploy.spec import DTYPES, NORMALIZERS, REDUCTIONS
+from smoothl1_deploy.graph._export import ROUTES
+from smoothl1_deploy.reference._oracle import oracle
 
 PLAIN_ROUTES = ("function", "inlined")
 RUNTIMES = ("ort-cpu", "onnx-reference")

@@ -25,9 +25,9 @@ from inside import (
 from torch import nn
 from torch.nn.functional import l1_loss, relu, smooth_l1_loss
 
-from smoothl1_deploy.floats import ulp_distance
-from smoothl1_deploy.graph.elements import ELEMENT_TYPE
-from smoothl1_deploy.graph.torchscript import OPSETS
+from smoothl1_deploy._floats import ulp_distance
+from smoothl1_deploy._model import ELEMENT_TYPE
+from smoothl1_deploy.graph._torchscript import OPSETS
 
 Exporter = Callable[..., onnx.ModelProto]
 both = pytest.mark.parametrize("exporter", [by_table, by_torchscript])

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from smoothl1_deploy import LossSpec, export, load
+from smoothl1_deploy._floats import NUMPY_DTYPE, ieee_class, ulp_distance
 from smoothl1_deploy.errors import InvalidInputError, SpecError, UnsupportedError
-from smoothl1_deploy.floats import NUMPY_DTYPE, ieee_class, ulp_distance
-from smoothl1_deploy.parity.cases import Case, References, check
-from smoothl1_deploy.reference.oracle import oracle, oracle_gradient
+from smoothl1_deploy.parity._cases import Case, References, check
+from smoothl1_deploy.reference._oracle import oracle, oracle_gradient
 
 ROUTES = ("function", "inlined")
 BACKENDS = ("ort-cpu", "onnx-reference")

@@ -20,10 +20,16 @@ from onnxscript import DOUBLE, FLOAT, script
 from onnxscript import opset18 as op
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.graph import functions
-from smoothl1_deploy.graph.assemble import function_closure, model_of
-from smoothl1_deploy.graph.elements import ELEMENT_TYPE, loss_scalars, slope_scalars
-from smoothl1_deploy.graph.functions import SmoothL1Loss, SmoothL1LossTerms, WideMean
+from smoothl1_deploy._model import ELEMENT_TYPE
+from smoothl1_deploy.graph import _functions as functions
+from smoothl1_deploy.graph._assemble import function_closure, model_of
+from smoothl1_deploy.graph._functions import (
+    SmoothL1Loss,
+    SmoothL1LossTerms,
+    WideMean,
+    loss_scalars,
+    slope_scalars,
+)
 
 RUNTIMES = ("ort", "reference")
 

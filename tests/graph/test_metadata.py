@@ -11,9 +11,9 @@ import pytest
 
 import smoothl1_deploy
 from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy._model import metadata_of
 from smoothl1_deploy.errors import ArtefactError
-from smoothl1_deploy.graph.metadata import content_hash, is_changed, read_route, read_spec, stamp
-from smoothl1_deploy.model import metadata_of
+from smoothl1_deploy.graph._metadata import content_hash, is_changed, read_route, read_spec, stamp
 
 KEYS = [f"smoothl1_deploy.{key}" for key in ("spec", "route", "version", "sha256")]
 

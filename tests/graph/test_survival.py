@@ -11,7 +11,7 @@ from onnx import TensorProto
 from survival import TOOLS, Outcome, Row, Tool, judge, missing, survive, table
 
 from smoothl1_deploy import LossSpec, attach, export
-from smoothl1_deploy.graph.metadata import is_changed
+from smoothl1_deploy.graph._metadata import is_changed
 
 #: One for each thing that once went wrong.
 FILES = (

@@ -13,11 +13,11 @@ from agreement import assert_right, pair
 from inside import by_table, run, session_of
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.backends.base import load
+from smoothl1_deploy._model import ELEMENT_TYPE
+from smoothl1_deploy.backends._base import load
 from smoothl1_deploy.errors import SpecError
-from smoothl1_deploy.graph.elements import ELEMENT_TYPE
-from smoothl1_deploy.graph.metadata import read_spec
-from smoothl1_deploy.graph.torch_route import _table, kept_registry
+from smoothl1_deploy.graph._metadata import read_spec
+from smoothl1_deploy.graph._torch_route import _table, kept_registry
 
 #: Every reduction, dtype, and beta that the exporter's optimiser or its types get wrong.
 SPECS = [

@@ -22,8 +22,8 @@ from inside import (
 from torch import nn
 
 from smoothl1_deploy import translation_table
+from smoothl1_deploy._floats import ulp_distance
 from smoothl1_deploy.errors import SpecError
-from smoothl1_deploy.floats import ulp_distance
 
 
 def test_strict_programs_fixed_shapes_and_newer_opsets() -> None:

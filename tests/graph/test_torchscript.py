@@ -16,9 +16,9 @@ from torch.nn.functional import huber_loss, smooth_l1_loss
 from torch.onnx import register_custom_op_symbolic, unregister_custom_op_symbolic
 
 from smoothl1_deploy import register_torchscript_symbolic
+from smoothl1_deploy._floats import ulp_distance
 from smoothl1_deploy.errors import MissingDependencyError, SpecError
-from smoothl1_deploy.floats import ulp_distance
-from smoothl1_deploy.graph.torchscript import _SYMBOLIC, _registered
+from smoothl1_deploy.graph._torchscript import _SYMBOLIC, _registered
 
 
 def registered() -> list[Callable[..., Any] | None]:
@@ -140,7 +140,7 @@ def test_a_pytorch_that_keeps_its_registry_elsewhere(monkeypatch: pytest.MonkeyP
 def test_importing_the_package_registers_nothing() -> None:
     code = (
         "import smoothl1_deploy as s; s.register_torchscript_symbolic;"
-        "from smoothl1_deploy.graph.torchscript import _registered;"
+        "from smoothl1_deploy.graph._torchscript import _registered;"
         "print(_registered('aten::smooth_l1_loss', 17))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

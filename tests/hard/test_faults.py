@@ -21,10 +21,10 @@ import pytest
 from security_page import table
 
 from smoothl1_deploy import LossSpec, build_engine, export
+from smoothl1_deploy._files import write_atomic
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.errors import OutputError
-from smoothl1_deploy.files import write_atomic
-from smoothl1_deploy.tensorrt.cache import EngineCache
+from smoothl1_deploy.tensorrt._cache import EngineCache
 
 ROOT = Path(__file__).parent.parent.parent
 FAULTS: dict[str, Callable[[Path], None]] = {}

@@ -27,22 +27,22 @@ import smoothl1_deploy.errors as errors
 from fuzzing.answers import OUTPUT, FakeServer, answer, inferred
 from fuzzing.damage import carrying, foreign, nested, recursive
 from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
-from smoothl1_deploy.artefact import read_model, sidecar_path
-from smoothl1_deploy.cli.options import parse_shape
+from smoothl1_deploy._artefact import read_model, sidecar_path
+from smoothl1_deploy._files import write_atomic
+from smoothl1_deploy._model import ATTACHED, Loss, subgraphs
+from smoothl1_deploy._npy import read_archive, read_array
+from smoothl1_deploy.cli._options import parse_shape
 from smoothl1_deploy.errors import ModelWarning
-from smoothl1_deploy.files import write_atomic
-from smoothl1_deploy.graph.metadata import SPEC
-from smoothl1_deploy.model import ATTACHED, Loss, subgraphs
-from smoothl1_deploy.npy import read_archive, read_array
-from smoothl1_deploy.scoring.score import Progress, score_files
-from smoothl1_deploy.scoring.scorer import make_job
-from smoothl1_deploy.scoring.shards import locate
-from smoothl1_deploy.scoring.sources import Location, open_source
+from smoothl1_deploy.graph._metadata import SPEC
+from smoothl1_deploy.scoring._score import Progress, score_files
+from smoothl1_deploy.scoring._scorer import make_job
+from smoothl1_deploy.scoring._shards import locate
+from smoothl1_deploy.scoring._sources import Location, open_source
 from smoothl1_deploy.serving import Client
-from smoothl1_deploy.serving.graph import serve
-from smoothl1_deploy.serving.repository import certify_model
-from smoothl1_deploy.serving.supervise import make_canary
-from smoothl1_deploy.tensorrt.engine import Sidecar, read_engine, read_verified
+from smoothl1_deploy.serving._graph import serve
+from smoothl1_deploy.serving._repository import certify_model
+from smoothl1_deploy.serving._supervise import make_canary
+from smoothl1_deploy.tensorrt._engine import Sidecar, read_engine, read_verified
 
 CASES: dict[str, Callable[[Path], object]] = {}
 
@@ -408,7 +408,7 @@ def _scores_as_data(folder: Path) -> object:
 
 def _served(folder: Path, name: str) -> object:
     pytest.importorskip("tritonclient")
-    from smoothl1_deploy.serving.repository import write_loss
+    from smoothl1_deploy.serving._repository import write_loss
 
     return write_loss(folder / "repository", LossSpec(), name=name)
 
@@ -416,7 +416,7 @@ def _served(folder: Path, name: str) -> object:
 def _shown(folder: Path, name: str, words: str) -> object:
     """What a server would be shown of a repository with one model."""
     _served(folder, "mean")
-    from smoothl1_deploy.serving.private import models_of
+    from smoothl1_deploy.serving._private import models_of
 
     (folder / "repository/mean").rename(folder / "repository" / name)
     with (folder / "repository" / name / "config.pbtxt").open("a") as config:

@@ -26,11 +26,11 @@ from host_device import HostDevice
 from onnx import helper
 
 from smoothl1_deploy import LossSpec, export, load, ops
-from smoothl1_deploy.backends.ort_gpu import OrtCudaBackend
+from smoothl1_deploy._floats import NUMPY_DTYPE, ulp_distance
+from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
+from smoothl1_deploy.backends._ort_gpu import OrtCudaBackend
 from smoothl1_deploy.errors import BackendUnavailableError, SpecError, UnsupportedError
-from smoothl1_deploy.floats import NUMPY_DTYPE, ulp_distance
-from smoothl1_deploy.reference.oracle import oracle
-from smoothl1_deploy.spec import DTYPES, NORMALIZERS, REDUCTIONS
+from smoothl1_deploy.reference._oracle import oracle
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "smoothl1_deploy" / "ops" / "c"

@@ -24,10 +24,10 @@ from handmade import model_of, run_session
 from onnx import helper
 
 from smoothl1_deploy import LossSpec, attach, export, load
+from smoothl1_deploy._floats import NUMPY_DTYPE, ulp_distance
+from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
 from smoothl1_deploy.errors import BackendUnavailableError, SpecError, UnsupportedError
-from smoothl1_deploy.floats import NUMPY_DTYPE, ulp_distance
 from smoothl1_deploy.ops import library, register
-from smoothl1_deploy.spec import DTYPES, NORMALIZERS, REDUCTIONS
 
 FOLDER = Path(__file__).parents[2] / "smoothl1_deploy" / "ops" / "c"
 

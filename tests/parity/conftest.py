@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from planted import planted
 
+from smoothl1_deploy._floats import Array
+from smoothl1_deploy._spec import LossSpec
 from smoothl1_deploy.errors import InvalidInputError
-from smoothl1_deploy.floats import Array
-from smoothl1_deploy.parity.contract import Contract, probe_contract
-from smoothl1_deploy.parity.drift import Drift, measure_drift
-from smoothl1_deploy.parity.matrix import Matrix, run_matrix
-from smoothl1_deploy.parity.report import Build, Report
-from smoothl1_deploy.spec import LossSpec
+from smoothl1_deploy.parity._contract import Contract, probe_contract
+from smoothl1_deploy.parity._drift import Drift, measure_drift
+from smoothl1_deploy.parity._matrix import Matrix, run_matrix
+from smoothl1_deploy.parity._report import Build, Report
 
 #: Ends an HTML element, an attribute, a table cell, a code span; holds what XML can't.
 HOSTILE = "<script>alert('x')</script> \"& ]]> | `` @someone \x00\x1b[31m {{ 7*7 }} {% raw %}"

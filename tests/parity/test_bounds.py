@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from smoothl1_deploy import LossSpec, export, load
-from smoothl1_deploy.backends.base import Runner
-from smoothl1_deploy.floats import NUMPY_DTYPE, Array, round_to, ulp_distance, wide_dtype
-from smoothl1_deploy.parity.bounds import (
+from smoothl1_deploy._floats import NUMPY_DTYPE, Array, round_to, ulp_distance, wide_dtype
+from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
+from smoothl1_deploy.backends._runner import Runner
+from smoothl1_deploy.parity._bounds import (
     UNIT_ROUNDOFF,
     accumulation_error,
     bound,
@@ -22,9 +23,8 @@ from smoothl1_deploy.parity.bounds import (
     in_range,
     proved_bound,
 )
-from smoothl1_deploy.parity.cases import Case, References, check
-from smoothl1_deploy.reference.oracle import oracle, oracle_gradient
-from smoothl1_deploy.spec import DTYPES, NORMALIZERS, REDUCTIONS
+from smoothl1_deploy.parity._cases import Case, References, check
+from smoothl1_deploy.reference._oracle import oracle, oracle_gradient
 
 #: Families in which no element's loss underflows; what the bound assumes.
 FAMILIES = ("normal", "quadratic", "linear", "boundary", "constant")

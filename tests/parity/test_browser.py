@@ -23,10 +23,10 @@ from typing import Any
 
 import pytest
 
-from smoothl1_deploy.parity.drift import Drift
-from smoothl1_deploy.parity.report import Report
-from smoothl1_deploy.parity.views import html
-from smoothl1_deploy.parity.views.html import anchors
+from smoothl1_deploy.parity._drift import Drift
+from smoothl1_deploy.parity._report import Report
+from smoothl1_deploy.parity.views import _html as html
+from smoothl1_deploy.parity.views._html import anchors
 
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",

@@ -15,14 +15,14 @@ import pytest
 
 from smoothl1_deploy import LossSpec, __version__, export, ops, verify
 from smoothl1_deploy.errors import ArtefactError, BackendUnavailableError, OutputError
-from smoothl1_deploy.parity.certificate import (
+from smoothl1_deploy.parity._certificate import (
     CertificateStatus,
     certificate_path,
     certify,
     read_certificate,
 )
-from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.parity.verify import Verification
+from smoothl1_deploy.parity._families import FAMILIES
+from smoothl1_deploy.parity._verify import Verification
 
 SPEC = LossSpec(0.5)
 
@@ -175,7 +175,7 @@ def test_a_folder_that_can_t_be_written_leaves_nothing(
     def refuse(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("smoothl1_deploy.artefact.os.replace", refuse)
+    monkeypatch.setattr("smoothl1_deploy._files.os.replace", refuse)
     with pytest.raises(OutputError, match=r"can't write .*certificate\.json"):
         certify(green, artefact)
     assert list(artefact.parent.iterdir()) == [artefact]

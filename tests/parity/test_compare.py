@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from smoothl1_deploy import LossSpec, export, load
-from smoothl1_deploy.floats import Array
-from smoothl1_deploy.parity.cases import Case, References, check
-from smoothl1_deploy.parity.compare import Verdict, compare
-from smoothl1_deploy.reference.module import eager_outputs
-from smoothl1_deploy.reference.oracle import oracle
+from smoothl1_deploy._floats import Array
+from smoothl1_deploy.parity._cases import Case, References, check
+from smoothl1_deploy.parity._compare import Verdict, compare
+from smoothl1_deploy.reference._module import eager_outputs
+from smoothl1_deploy.reference._oracle import oracle
 
 NONE = LossSpec(reduction="none")
 MEAN = LossSpec(reduction="mean")

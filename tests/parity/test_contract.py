@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from smoothl1_deploy._floats import Array
 from smoothl1_deploy.errors import SpecError
-from smoothl1_deploy.floats import Array
-from smoothl1_deploy.parity import contract as module
-from smoothl1_deploy.parity.contract import KINDS, PLAIN, PYTORCH, Answer, Contract, probe_contract
+from smoothl1_deploy.parity import _contract as module
+from smoothl1_deploy.parity._contract import KINDS, PLAIN, PYTORCH, Answer, Contract, probe_contract
 
 
 def answer(contract: Contract, edge: str, column: str) -> Answer:

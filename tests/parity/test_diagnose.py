@@ -15,12 +15,12 @@ import onnx.parser
 import pytest
 
 from smoothl1_deploy import LossSpec, export, load, verify
-from smoothl1_deploy.graph.elements import ELEMENT_TYPE
-from smoothl1_deploy.parity.diagnose import diagnose
-from smoothl1_deploy.parity.faults import Fault
-from smoothl1_deploy.parity.verify import Verification
-from smoothl1_deploy.parity.views import tables
-from smoothl1_deploy.spec import DTYPES, REDUCTIONS
+from smoothl1_deploy._model import ELEMENT_TYPE
+from smoothl1_deploy._spec import DTYPES, REDUCTIONS
+from smoothl1_deploy.parity._diagnose import diagnose
+from smoothl1_deploy.parity._faults import Fault
+from smoothl1_deploy.parity._verify import Verification
+from smoothl1_deploy.parity.views import _tables as tables
 
 #: An element of the loss, PyTorch's formula.
 ELEMENTS = """

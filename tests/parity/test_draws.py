@@ -16,16 +16,19 @@ import pytest
 from planted import planted
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.backends.ort_cpu import OrtCpuBackend
+from smoothl1_deploy._floats import Array
+from smoothl1_deploy._spec import DTYPES
+from smoothl1_deploy.backends._ort_cpu import OrtCpuBackend
 from smoothl1_deploy.cli import main
-from smoothl1_deploy.floats import Array
-from smoothl1_deploy.parity.cases import Case, References, check
-from smoothl1_deploy.parity.draws import Draw
-from smoothl1_deploy.parity.families import ADVERSARIAL, FAMILIES, WEIGHTS
-from smoothl1_deploy.parity.matrix import DRAWS, Matrix, run_matrix
-from smoothl1_deploy.parity.report import Report, is_extended, repeat_command
-from smoothl1_deploy.parity.views import html, junit, markdown, tables
-from smoothl1_deploy.spec import DTYPES
+from smoothl1_deploy.parity._cases import Case, References, check
+from smoothl1_deploy.parity._draws import Draw
+from smoothl1_deploy.parity._families import ADVERSARIAL, FAMILIES, WEIGHTS
+from smoothl1_deploy.parity._matrix import DRAWS, Matrix, run_matrix
+from smoothl1_deploy.parity._report import Report, is_extended, repeat_command
+from smoothl1_deploy.parity.views import _html as html
+from smoothl1_deploy.parity.views import _junit as junit
+from smoothl1_deploy.parity.views import _markdown as markdown
+from smoothl1_deploy.parity.views import _tables as tables
 
 ALL = [Draw.of(number) for number in range(DRAWS)]  # of the whole matrix, with seed 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smoothl1_deploy.parity.drift import DATA, WAYS, Curve, Drift, measure_drift
+from smoothl1_deploy.parity._drift import DATA, WAYS, Curve, Drift, measure_drift
 
 
 def curve(drift: Drift, way: str, data: str) -> Curve:

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.floats import NUMPY_DTYPE
-from smoothl1_deploy.parity.cases import LAYOUTS, Case, is_for
-from smoothl1_deploy.parity.families import (
+from smoothl1_deploy._floats import NUMPY_DTYPE
+from smoothl1_deploy._spec import DTYPES
+from smoothl1_deploy.parity._cases import LAYOUTS, Case, is_for
+from smoothl1_deploy.parity._families import (
     ADVERSARIAL,
     BRANCHES,
     FAMILIES,
     WEIGHTS,
     branch_shares,
 )
-from smoothl1_deploy.spec import DTYPES
 
 
 def test_arrays_have_the_shapes_of_the_layout_and_depend_on_the_case_alone() -> None:

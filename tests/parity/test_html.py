@@ -10,16 +10,16 @@ from html.parser import HTMLParser
 
 import pytest
 
-from smoothl1_deploy.backends.base import BACKENDS, REFERENCES
-from smoothl1_deploy.graph.export import ROUTES
-from smoothl1_deploy.parity.cases import LAYOUTS
-from smoothl1_deploy.parity.contract import Contract
-from smoothl1_deploy.parity.drift import Curve, Drift
-from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.parity.report import Cell, Report, repeat_command
-from smoothl1_deploy.parity.views import html
-from smoothl1_deploy.parity.views.html import STEPS, anchors, maps, step
-from smoothl1_deploy.parity.views.tables import clean, overviews
+from smoothl1_deploy.backends._base import BACKENDS, REFERENCES
+from smoothl1_deploy.graph._export import ROUTES
+from smoothl1_deploy.parity._cases import LAYOUTS
+from smoothl1_deploy.parity._contract import Contract
+from smoothl1_deploy.parity._drift import Curve, Drift
+from smoothl1_deploy.parity._families import FAMILIES
+from smoothl1_deploy.parity._report import Cell, Report, repeat_command
+from smoothl1_deploy.parity.views import _html as html
+from smoothl1_deploy.parity.views._html import STEPS, anchors, maps, step
+from smoothl1_deploy.parity.views._tables import clean, overviews
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

@@ -15,11 +15,12 @@ from planted import planted
 
 import smoothl1_deploy
 from smoothl1_deploy import LossSpec
+from smoothl1_deploy._floats import Array
+from smoothl1_deploy._spec import DTYPES
 from smoothl1_deploy.errors import InvalidInputError
-from smoothl1_deploy.floats import Array
-from smoothl1_deploy.parity.cases import LAYOUTS, Case, is_for
-from smoothl1_deploy.parity.families import FAMILIES
-from smoothl1_deploy.parity.matrix import (
+from smoothl1_deploy.parity._cases import LAYOUTS, Case, is_for
+from smoothl1_deploy.parity._families import FAMILIES
+from smoothl1_deploy.parity._matrix import (
     EXTENSIONS,
     Matrix,
     Unit,
@@ -27,9 +28,8 @@ from smoothl1_deploy.parity.matrix import (
     needs_wider,
     run_matrix,
 )
-from smoothl1_deploy.parity.report import is_extended, repeat_command
-from smoothl1_deploy.parity.views import tables
-from smoothl1_deploy.spec import DTYPES
+from smoothl1_deploy.parity._report import is_extended, repeat_command
+from smoothl1_deploy.parity.views import _tables as tables
 
 
 def test_a_small_matrix_is_complete_and_green() -> None:
@@ -125,7 +125,7 @@ def test_sums_in_float32_turn_the_matrix_red(tmp_path: Path) -> None:
         text = text.replace(good, bad)
     source.write_text(text)
     program = (
-        "from smoothl1_deploy.parity.matrix import Matrix, run_matrix\n"
+        "from smoothl1_deploy.parity._matrix import Matrix, run_matrix\n"
         "m = Matrix(('ort-cpu-bare',), betas=(0.5,), dtypes=('float32',), routes=('function',),"
         " extensions=False)\n"
         "r = run_matrix(m); print(len(r.red)); raise SystemExit(0 if r else 1)"

@@ -14,8 +14,8 @@ from types import FrameType
 
 import pytest
 
-from smoothl1_deploy.parity.matrix import Matrix, run_matrix
-from smoothl1_deploy.parity.pool import each
+from smoothl1_deploy.parity._matrix import Matrix, run_matrix
+from smoothl1_deploy.parity._pool import each
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -66,7 +66,7 @@ import os, sys, threading, time
 from contextlib import closing
 from multiprocessing.util import Finalize
 from pathlib import Path
-from smoothl1_deploy.parity.pool import each
+from smoothl1_deploy.parity._pool import each
 
 lock = threading.Lock()
 
@@ -131,7 +131,7 @@ def test_a_process_that_is_ended_while_it_prepares_shows_nothing(tmp_path: Path)
 
 _LARGE = """
 import sys, time
-from smoothl1_deploy.parity.pool import each
+from smoothl1_deploy.parity._pool import each
 
 def work(n):
     return bytes(3_000_000)

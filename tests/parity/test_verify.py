@@ -21,18 +21,18 @@ from planted import plant
 from rich.console import Console
 
 from smoothl1_deploy import LossSpec, export, verify
-from smoothl1_deploy.artefact import select_ports, signature
-from smoothl1_deploy.backends.base import load
+from smoothl1_deploy._artefact import select_ports, signature
+from smoothl1_deploy._floats import Array
+from smoothl1_deploy.backends._base import load
 from smoothl1_deploy.errors import ArtefactError, ModelWarning
-from smoothl1_deploy.floats import Array
 from smoothl1_deploy.ops import is_built as library_is_built
-from smoothl1_deploy.parity import cases
-from smoothl1_deploy.parity import drift as drift_module
-from smoothl1_deploy.parity.bounds import bound
-from smoothl1_deploy.parity.drift import DATA, SIZES, artefact_drift
-from smoothl1_deploy.parity.faults import Fault
-from smoothl1_deploy.parity.plain_export import plain_export as export_plainly
-from smoothl1_deploy.parity.views import tables
+from smoothl1_deploy.parity import _cases as cases
+from smoothl1_deploy.parity import _drift as drift_module
+from smoothl1_deploy.parity._bounds import bound
+from smoothl1_deploy.parity._drift import DATA, SIZES, artefact_drift
+from smoothl1_deploy.parity._faults import Fault
+from smoothl1_deploy.parity._plain_export import plain_export as export_plainly
+from smoothl1_deploy.parity.views import _tables as tables
 
 Axes = tuple[int | str, ...]
 

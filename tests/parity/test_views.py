@@ -17,11 +17,14 @@ import pytest
 import smoothl1_deploy
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.errors import MissingDependencyError
-from smoothl1_deploy.parity.contract import Contract
-from smoothl1_deploy.parity.drift import Drift
-from smoothl1_deploy.parity.report import Report, is_extended, repeat_command
-from smoothl1_deploy.parity.views import html, junit, markdown, tables
-from smoothl1_deploy.parity.views.tables import beta_text, clean, distance_text, finding, variant
+from smoothl1_deploy.parity._contract import Contract
+from smoothl1_deploy.parity._drift import Drift
+from smoothl1_deploy.parity._report import Report, is_extended, repeat_command
+from smoothl1_deploy.parity.views import _html as html
+from smoothl1_deploy.parity.views import _junit as junit
+from smoothl1_deploy.parity.views import _markdown as markdown
+from smoothl1_deploy.parity.views import _tables as tables
+from smoothl1_deploy.parity.views._tables import beta_text, clean, distance_text, finding, variant
 
 # --- what the views share
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.floats import NUMPY_DTYPE, ieee_class
-from smoothl1_deploy.reference import oracle as oracle_module
-from smoothl1_deploy.reference.module import eager
-from smoothl1_deploy.reference.oracle import oracle, oracle_gradient, sums_of_products
-from smoothl1_deploy.spec import DTYPES, REDUCTIONS
+from smoothl1_deploy._floats import NUMPY_DTYPE, ieee_class
+from smoothl1_deploy._spec import DTYPES, REDUCTIONS
+from smoothl1_deploy.reference import _oracle as oracle_module
+from smoothl1_deploy.reference._module import eager
+from smoothl1_deploy.reference._oracle import oracle, oracle_gradient, sums_of_products
 
 every_format = pytest.mark.parametrize("dtype", DTYPES)
 BETAS = (0.0, 1e-45, 1e-9, 2e-8, 1e-3, 0.1, 0.5, 1 - 1e-6, 1.0, 1 + 1e-6, 7.7, 1e3, 3e38, math.inf)

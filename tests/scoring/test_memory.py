@@ -26,9 +26,9 @@ import json, sys, threading, time
 from pathlib import Path
 import psutil
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.scoring.score import score_files
-from smoothl1_deploy.scoring.scorer import make_job
-from smoothl1_deploy.scoring.shards import locate
+from smoothl1_deploy.scoring._score import score_files
+from smoothl1_deploy.scoring._scorer import make_job
+from smoothl1_deploy.scoring._shards import locate
 
 def run(folder, **options):
     found = {p.stem: p for p in Path(folder).iterdir()}

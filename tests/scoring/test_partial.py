@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
-from smoothl1_deploy.floats import NUMPY_DTYPE
-from smoothl1_deploy.scoring import partial as module
-from smoothl1_deploy.scoring.partial import ExactSum, Partial, exact_sum
+from smoothl1_deploy._floats import NUMPY_DTYPE
+from smoothl1_deploy.scoring import _partial as module
+from smoothl1_deploy.scoring._partial import ExactSum, Partial, exact_sum
 
 FLOATS = stn.arrays(np.float64, st.integers(0, 200), elements=st.floats(allow_nan=False))
 

@@ -14,11 +14,12 @@ import pytest
 
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.errors import InvalidInputError, SmoothL1DeployError
-from smoothl1_deploy.scoring import ray_engine, shards
-from smoothl1_deploy.scoring.engine import PieceResult, PieceScorer, score_locally
-from smoothl1_deploy.scoring.ray_engine import RayEngine
-from smoothl1_deploy.scoring.score import Progress, Score, score_files
-from smoothl1_deploy.scoring.scorer import make_job
+from smoothl1_deploy.scoring import _ray_engine as ray_engine
+from smoothl1_deploy.scoring import _shards as shards
+from smoothl1_deploy.scoring._engine import PieceResult, PieceScorer, score_locally
+from smoothl1_deploy.scoring._ray_engine import RayEngine
+from smoothl1_deploy.scoring._score import Progress, Score, score_files
+from smoothl1_deploy.scoring._scorer import make_job
 
 PIECES = 40
 

@@ -20,11 +20,11 @@ import pytest
 from conftest_cli import _ROOT, Done
 from rich.console import Console
 
+from smoothl1_deploy._files import is_unfinished
 from smoothl1_deploy.errors import InvalidInputError, OutputError
-from smoothl1_deploy.files import is_unfinished
-from smoothl1_deploy.scoring import shards
-from smoothl1_deploy.scoring.engine import PieceResult
-from smoothl1_deploy.scoring.journal import Journal
+from smoothl1_deploy.scoring import _shards as shards
+from smoothl1_deploy.scoring._engine import PieceResult
+from smoothl1_deploy.scoring._journal import Journal
 
 FILES = ("--input", "p.npy", "--target", "t.npy")
 OPTIONS = (*FILES, "--journal", "j", "--per-sample", "-o", "s.npy", "--json")
@@ -98,7 +98,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(
     add, shown = Journal.add, io.StringIO()
     monkeypatch.setattr(Journal, "add", lambda *given: (time.sleep(0.02), add(*given)))
     terminal = Console(file=shown, force_terminal=True, width=100)
-    monkeypatch.setattr("smoothl1_deploy.cli.score.open_console", lambda **_: terminal)
+    monkeypatch.setattr("smoothl1_deploy.cli._score.open_console", lambda **_: terminal)
     assert cli("score", *FILES, "--json").code == 0
     text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.getvalue())  # without colours
     assert re.search(r"\d+%.* [\d.]+ [kM]? ?elements/s.* 0:00:0\d.* p\.npy", text), text

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec, export, load, loss_over
 from smoothl1_deploy.errors import InvalidInputError, SpecError
-from smoothl1_deploy.scoring import shards
+from smoothl1_deploy.scoring import _shards as shards
 
 Pair = tuple[np.ndarray, np.ndarray]
 FILES = ("--input", "p.npy", "--target", "t.npy")

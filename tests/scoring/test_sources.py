@@ -18,8 +18,8 @@ from conftest_cli import Done, spawn
 
 from smoothl1_deploy import LossSpec, loss_over
 from smoothl1_deploy.errors import InvalidInputError
-from smoothl1_deploy.scoring import sources
-from smoothl1_deploy.scoring.sources import Location, open_source
+from smoothl1_deploy.scoring import _sources as sources
+from smoothl1_deploy.scoring._sources import Location, open_source
 
 ROWS = np.arange(24, dtype=np.float32).reshape(8, 3)
 

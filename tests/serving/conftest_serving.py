@@ -12,8 +12,8 @@ import pytest
 from embedded import embedded_triton
 
 from smoothl1_deploy import LossSpec
-from smoothl1_deploy.serving.embedded import Triton
-from smoothl1_deploy.serving.server import Server
+from smoothl1_deploy.serving._embedded import Triton
+from smoothl1_deploy.serving._server import Server
 
 #: name on the server -> what it computes.
 SPECS = {
@@ -35,7 +35,7 @@ def triton() -> Triton:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory, triton: Triton) -> Path:
-    from smoothl1_deploy.serving.repository import write_loss
+    from smoothl1_deploy.serving._repository import write_loss
 
     folder = tmp_path_factory.mktemp("repository")
     for name, spec in SPECS.items():
@@ -62,7 +62,7 @@ def tensorrt_engine(model: Path, path: Path, **fields: Any) -> Path:
     """
     pytest.importorskip("tensorrt_rtx")
     from smoothl1_deploy import build_engine
-    from smoothl1_deploy.tensorrt.engine import read_verified, write_engine
+    from smoothl1_deploy.tensorrt._engine import read_verified, write_engine
 
     build_engine(model, path, flavour="tensorrt_rtx", profile={"input": (1, 8, 64)})
     engine = read_verified(path)

@@ -23,14 +23,14 @@ from conftest_serving import SPECS
 
 from fuzzing.answers import METADATA, OUTPUT, FakeServer, answer, inferred
 from smoothl1_deploy import LossSpec
+from smoothl1_deploy._floats import NUMPY_DTYPE, ulp_distance
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.errors import ArtefactError, InvalidInputError, ServerError, SpecError
-from smoothl1_deploy.floats import NUMPY_DTYPE, ulp_distance
-from smoothl1_deploy.parity.cases import with_beta
-from smoothl1_deploy.reference.oracle import oracle, oracle_gradient
+from smoothl1_deploy.parity._cases import with_beta
+from smoothl1_deploy.reference._oracle import oracle, oracle_gradient
 from smoothl1_deploy.serving import Client
-from smoothl1_deploy.serving.server import Server
-from smoothl1_deploy.serving.transport import open_transport
+from smoothl1_deploy.serving._server import Server
+from smoothl1_deploy.serving._transport import open_transport
 
 BETA = 0.25
 ONE = np.ones((1, 16), "f4")

@@ -17,11 +17,11 @@ from smoothl1_deploy.errors import (
     ServerError,
     SpecError,
 )
-from smoothl1_deploy.serving import embedded as module
-from smoothl1_deploy.serving.embedded import Triton, find_triton, install, install_path
-from smoothl1_deploy.serving.private import models_of
-from smoothl1_deploy.serving.repository import write_loss
-from smoothl1_deploy.serving.server import Server
+from smoothl1_deploy.serving import _embedded as module
+from smoothl1_deploy.serving._embedded import Triton, find_triton, install, install_path
+from smoothl1_deploy.serving._private import models_of
+from smoothl1_deploy.serving._repository import write_loss
+from smoothl1_deploy.serving._server import Server
 
 
 @pytest.fixture

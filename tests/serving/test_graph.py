@@ -13,13 +13,13 @@ from conftest_serving import parsed
 from onnx import TensorProto, helper
 
 from smoothl1_deploy import LossSpec, attach, export, load, verify
-from smoothl1_deploy.artefact import signature
+from smoothl1_deploy._artefact import signature
+from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy.errors import ArtefactError, UnsupportedError
-from smoothl1_deploy.floats import NUMPY_DTYPE
-from smoothl1_deploy.graph.metadata import is_served, read_spec, stamp
-from smoothl1_deploy.serving import graph as graph_module
-from smoothl1_deploy.serving.graph import read_losses, serve
-from smoothl1_deploy.serving.lint import unguarded
+from smoothl1_deploy.graph._metadata import is_served, read_spec, stamp
+from smoothl1_deploy.serving import _graph as graph_module
+from smoothl1_deploy.serving._graph import read_losses, serve
+from smoothl1_deploy.serving._lint import unguarded
 
 
 def served(spec: LossSpec, shape: tuple[int | str, ...] = ("N", 16)) -> onnx.ModelProto:

@@ -18,9 +18,9 @@ from conftest_serving import parsed, tensorrt_engine
 from fuzzing.damage import carrying
 from smoothl1_deploy import LossSpec, attach, export
 from smoothl1_deploy.errors import ArtefactError
-from smoothl1_deploy.serving import lint as lint_module
-from smoothl1_deploy.serving.lint import RULES, LintReport
-from smoothl1_deploy.serving.repository import write_loss
+from smoothl1_deploy.serving import _lint as lint_module
+from smoothl1_deploy.serving._lint import RULES, LintReport
+from smoothl1_deploy.serving._repository import write_loss
 
 pytest.importorskip("tritonclient", reason="the extra serve")
 
@@ -145,7 +145,7 @@ def damaged_metadata(root: Path) -> None:
 def certificate(verdict: str) -> Plant:
     def write(root: Path) -> None:
         from smoothl1_deploy import verify
-        from smoothl1_deploy.parity.certificate import certificate_path, certify
+        from smoothl1_deploy.parity._certificate import certificate_path, certify
 
         path = root / "mean" / "1" / "model.onnx"
         result = verify(path, drift=False, spec=LossSpec(2.0) if verdict == "red" else None)
@@ -345,7 +345,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewrite(root: Path, **fields: object) -> None:
-    from smoothl1_deploy.tensorrt.engine import Sidecar
+    from smoothl1_deploy.tensorrt._engine import Sidecar
 
     path = root / "loss_trt" / "1" / "model.plan.json"
     path.write_bytes(replace(Sidecar.read(path), **fields).dumps())  # type: ignore[arg-type]
@@ -371,7 +371,7 @@ def test_a_plan_of_the_servers_tensorrt_and_of_another(plan: Path) -> None:
 
 
 def test_a_version_compatible_plan_runs_later(planned: Path) -> None:
-    from smoothl1_deploy.tensorrt.options import BuildOptions
+    from smoothl1_deploy.tensorrt._options import BuildOptions
 
     rewrite(planned, options=BuildOptions(version_compatible=True))
     assert rules(planned, "10.14") == []

@@ -14,10 +14,10 @@ import pytest
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.errors import BackendUnavailableError, MissingDependencyError
 from smoothl1_deploy.ops import library
-from smoothl1_deploy.serving import lint_server
-from smoothl1_deploy.serving.embedded import Triton
-from smoothl1_deploy.serving.lint import LintReport, lint
-from smoothl1_deploy.serving.repository import write_loss
+from smoothl1_deploy.serving import _lint_server as lint_server
+from smoothl1_deploy.serving._embedded import Triton
+from smoothl1_deploy.serving._lint import LintReport, lint
+from smoothl1_deploy.serving._repository import write_loss
 
 pytest.importorskip("tritonclient", reason="the extra serve")
 

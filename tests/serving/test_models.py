@@ -12,11 +12,11 @@ import pytest
 from onnx import numpy_helper
 
 from smoothl1_deploy import LossSpec, load
-from smoothl1_deploy.graph.metadata import read_spec
-from smoothl1_deploy.parity.certificate import read_certificate
-from smoothl1_deploy.reference.oracle import oracle
-from smoothl1_deploy.serving.lint import lint
-from smoothl1_deploy.serving.repository import certify_model
+from smoothl1_deploy.graph._metadata import read_spec
+from smoothl1_deploy.parity._certificate import read_certificate
+from smoothl1_deploy.reference._oracle import oracle
+from smoothl1_deploy.serving._lint import lint
+from smoothl1_deploy.serving._repository import certify_model
 
 pytest.importorskip("tritonclient", reason="the extra serve")
 

@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from smoothl1_deploy.serving import Client
-from smoothl1_deploy.serving.onnxruntime_backend import CANARY_ID
-from smoothl1_deploy.serving.server import Server
-from smoothl1_deploy.serving.supervise import Events
+from smoothl1_deploy.serving._onnxruntime_backend import CANARY_ID
+from smoothl1_deploy.serving._server import Server
+from smoothl1_deploy.serving._supervise import Events
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana-dashboard.json"
 

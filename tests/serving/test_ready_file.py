@@ -11,7 +11,7 @@ import pytest
 
 from fuzzing.answers import FakeServer, answer
 from smoothl1_deploy.errors import OutputError
-from smoothl1_deploy.serving.supervise import ReadyFile
+from smoothl1_deploy.serving._supervise import ReadyFile
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from smoothl1_deploy.errors import (
     SpecError,
     UnsupportedError,
 )
-from smoothl1_deploy.graph.metadata import is_changed, is_served, read_spec
-from smoothl1_deploy.serving import repository
-from smoothl1_deploy.serving.repository import (
+from smoothl1_deploy.graph._metadata import is_changed, is_served, read_spec
+from smoothl1_deploy.serving import _repository as repository
+from smoothl1_deploy.serving._repository import (
     inference_service,
     write_inference_service,
     write_loss,
@@ -31,7 +31,7 @@ from smoothl1_deploy.serving.repository import (
 
 pytest.importorskip("tritonclient", reason="the extra serve")
 
-from smoothl1_deploy.serving.config import dump_config, read_config
+from smoothl1_deploy.serving._config import dump_config, read_config
 
 
 def config_of(folder: Path) -> Any:

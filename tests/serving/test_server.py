@@ -28,16 +28,17 @@ import smoothl1_deploy
 from smoothl1_deploy import LossSpec, verify
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.errors import BackendUnavailableError, ServerError
-from smoothl1_deploy.graph import metadata
+from smoothl1_deploy.graph import _metadata as metadata
 from smoothl1_deploy.ops import library
-from smoothl1_deploy.parity.certificate import certify
-from smoothl1_deploy.reference.oracle import oracle
-from smoothl1_deploy.serving import Client, private
-from smoothl1_deploy.serving import server as module
-from smoothl1_deploy.serving.embedded import Triton, install_path
-from smoothl1_deploy.serving.repository import served_loss, write_loss
-from smoothl1_deploy.serving.server import Server
-from smoothl1_deploy.serving.supervise import Supervisor, service
+from smoothl1_deploy.parity._certificate import certify
+from smoothl1_deploy.reference._oracle import oracle
+from smoothl1_deploy.serving import Client
+from smoothl1_deploy.serving import _private as private
+from smoothl1_deploy.serving import _server as module
+from smoothl1_deploy.serving._embedded import Triton, install_path
+from smoothl1_deploy.serving._repository import served_loss, write_loss
+from smoothl1_deploy.serving._server import Server
+from smoothl1_deploy.serving._supervise import Supervisor, service
 
 ROOT = Path(smoothl1_deploy.__file__).parent.parent
 MEAN, NONE = LossSpec(), LossSpec(reduction="none")

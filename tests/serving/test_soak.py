@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from smoothl1_deploy.serving.embedded import Triton
+from smoothl1_deploy.serving._embedded import Triton
 
 PATH = Path(__file__).parents[2] / "bench" / "soak.py"
 

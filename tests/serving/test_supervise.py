@@ -16,10 +16,10 @@ import pytest
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.errors import ArtefactError, ServerError
 from smoothl1_deploy.serving import Client
-from smoothl1_deploy.serving.embedded import Triton
-from smoothl1_deploy.serving.repository import write_loss
-from smoothl1_deploy.serving.server import Server
-from smoothl1_deploy.serving.supervise import Supervisor
+from smoothl1_deploy.serving._embedded import Triton
+from smoothl1_deploy.serving._repository import write_loss
+from smoothl1_deploy.serving._server import Server
+from smoothl1_deploy.serving._supervise import Supervisor
 
 _TENSORS = (
     'input { name: "x" data_type: TYPE_FP32 dims: 1 } '

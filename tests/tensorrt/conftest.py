@@ -11,8 +11,8 @@ import onnx
 import pytest
 
 from smoothl1_deploy import LossSpec, build_engine, export
-from smoothl1_deploy.tensorrt.engine import Engine
-from smoothl1_deploy.tensorrt.flavour import Flavour, get_flavour
+from smoothl1_deploy.tensorrt._engine import Engine
+from smoothl1_deploy.tensorrt._flavour import Flavour, get_flavour
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from smoothl1_deploy import LossSpec, build_engine, export
-from smoothl1_deploy.artefact import sha256
+from smoothl1_deploy._artefact import sha256
 from smoothl1_deploy.errors import (
     BuildError,
     ModelWarning,
@@ -20,11 +20,11 @@ from smoothl1_deploy.errors import (
     SpecError,
     UnsupportedError,
 )
-from smoothl1_deploy.graph.metadata import CHANGED
-from smoothl1_deploy.tensorrt import build
-from smoothl1_deploy.tensorrt.engine import read_engine
-from smoothl1_deploy.tensorrt.flavour import current_gpu
-from smoothl1_deploy.tensorrt.options import BuildOptions
+from smoothl1_deploy.graph._metadata import CHANGED
+from smoothl1_deploy.tensorrt import _build as build
+from smoothl1_deploy.tensorrt._engine import read_engine
+from smoothl1_deploy.tensorrt._flavour import current_gpu
+from smoothl1_deploy.tensorrt._options import BuildOptions
 
 DTYPES = ("float32", "float16", "bfloat16")
 

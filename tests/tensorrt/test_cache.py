@@ -15,13 +15,13 @@ import onnx
 import pytest
 
 from smoothl1_deploy import LossSpec, build_engine, export
-from smoothl1_deploy.artefact import sidecar_path
+from smoothl1_deploy._artefact import sidecar_path
 from smoothl1_deploy.errors import OutputError, SpecError
-from smoothl1_deploy.tensorrt import build as module
-from smoothl1_deploy.tensorrt.cache import EngineCache, default_cache_dir
-from smoothl1_deploy.tensorrt.engine import read_engine, write_engine
-from smoothl1_deploy.tensorrt.flavour import Gpu
-from smoothl1_deploy.tensorrt.options import BuildOptions
+from smoothl1_deploy.tensorrt import _build as module
+from smoothl1_deploy.tensorrt._cache import EngineCache, default_cache_dir
+from smoothl1_deploy.tensorrt._engine import read_engine, write_engine
+from smoothl1_deploy.tensorrt._flavour import Gpu
+from smoothl1_deploy.tensorrt._options import BuildOptions
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,18 +9,19 @@ import sys
 import pytest
 
 from smoothl1_deploy import build_engine
-from smoothl1_deploy.artefact import sha256, sidecar_path, write_atomic
+from smoothl1_deploy._artefact import sha256, sidecar_path
+from smoothl1_deploy._files import write_atomic
 from smoothl1_deploy.errors import ArtefactError, MissingDependencyError, OutputError
-from smoothl1_deploy.tensorrt import engine as module
-from smoothl1_deploy.tensorrt import flavour as flavour_module
-from smoothl1_deploy.tensorrt.engine import (
+from smoothl1_deploy.tensorrt import _engine as module
+from smoothl1_deploy.tensorrt import _flavour as flavour_module
+from smoothl1_deploy.tensorrt._engine import (
     Sidecar,
     UnverifiedEngine,
     diagnose,
     read_engine,
     write_engine,
 )
-from smoothl1_deploy.tensorrt.options import BuildOptions
+from smoothl1_deploy.tensorrt._options import BuildOptions
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from onnx import helper
 
 from fuzzing.damage import carries_engine, carrying
 from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
-from smoothl1_deploy.artefact import read_model, sha256, sidecar_path
+from smoothl1_deploy._artefact import read_model, sha256, sidecar_path
+from smoothl1_deploy._model import engines_in
 from smoothl1_deploy.errors import CarriedEngineError, SpecError, UnsupportedError
-from smoothl1_deploy.graph.metadata import is_changed, read_spec
-from smoothl1_deploy.model import engines_in
-from smoothl1_deploy.serving.graph import serve
-from smoothl1_deploy.tensorrt.engine import Sidecar, read_engine, write_context
-from smoothl1_deploy.tensorrt.options import BuildOptions
+from smoothl1_deploy.graph._metadata import is_changed, read_spec
+from smoothl1_deploy.serving._graph import serve
+from smoothl1_deploy.tensorrt._engine import Sidecar, read_engine, write_context
+from smoothl1_deploy.tensorrt._options import BuildOptions
 
 RTX = "NvTensorRTRTXExecutionProvider"
 

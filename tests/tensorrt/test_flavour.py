@@ -14,8 +14,8 @@ from smoothl1_deploy.errors import (
     SpecError,
     UnsupportedError,
 )
-from smoothl1_deploy.tensorrt import flavour as module
-from smoothl1_deploy.tensorrt.flavour import Gpu, current_gpu, get_flavour, tidy
+from smoothl1_deploy.tensorrt import _flavour as module
+from smoothl1_deploy.tensorrt._flavour import Gpu, current_gpu, get_flavour, tidy
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ pytest.importorskip("tensorrt_rtx")
 import tensorrt_rtx as trt
 
 from smoothl1_deploy.errors import InvalidInputError, UnsupportedError
-from smoothl1_deploy.tensorrt import layers
-from smoothl1_deploy.tensorrt.flavour import get_flavour
-from smoothl1_deploy.tensorrt.network import plan
-from smoothl1_deploy.tensorrt.parse import NetworkPort, ParsedNetwork, parse
+from smoothl1_deploy.tensorrt import _layers as layers
+from smoothl1_deploy.tensorrt._flavour import get_flavour
+from smoothl1_deploy.tensorrt._network import plan
+from smoothl1_deploy.tensorrt._parse import NetworkPort, ParsedNetwork, parse
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(3, 4)).astype(np.float32) * 2

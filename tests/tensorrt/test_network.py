@@ -17,13 +17,13 @@ from onnx import numpy_helper
 pytest.importorskip("tensorrt_rtx")
 
 from smoothl1_deploy import LossSpec, export, load
-from smoothl1_deploy.backends.base import get_backend
-from smoothl1_deploy.backends.trt_network import TrtNetworkBackend
+from smoothl1_deploy._floats import NUMPY_DTYPE
+from smoothl1_deploy.backends._base import get_backend
+from smoothl1_deploy.backends._trt_network import TrtNetworkBackend
 from smoothl1_deploy.errors import InvalidInputError, MissingDependencyError, UnsupportedError
-from smoothl1_deploy.floats import NUMPY_DTYPE
-from smoothl1_deploy.tensorrt import flavour as flavour_module
-from smoothl1_deploy.tensorrt.network import plan
-from smoothl1_deploy.tensorrt.parse import parse
+from smoothl1_deploy.tensorrt import _flavour as flavour_module
+from smoothl1_deploy.tensorrt._network import plan
+from smoothl1_deploy.tensorrt._parse import parse
 
 DTYPES = ("float32", "float16", "bfloat16")
 REDUCTIONS = ("none", "mean", "sum")

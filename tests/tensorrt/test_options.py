@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from smoothl1_deploy.errors import SpecError, UnsupportedError
-from smoothl1_deploy.tensorrt.options import BuildOptions, configure
+from smoothl1_deploy.tensorrt._options import BuildOptions, configure
 
 
 def test_compute_capabilities_have_one_spelling_and_one_order():

@@ -14,9 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from smoothl1_deploy import LossSpec, export, load
 from smoothl1_deploy.errors import ArtefactError, BuildError, UnsupportedError
-from smoothl1_deploy.graph.metadata import read_spec
-from smoothl1_deploy.tensorrt.parse import parse
-from smoothl1_deploy.tensorrt.prepare import prepare
+from smoothl1_deploy.graph._metadata import read_spec
+from smoothl1_deploy.tensorrt._parse import parse
+from smoothl1_deploy.tensorrt._prepare import prepare
 
 FLOAT, DOUBLE = TensorProto.FLOAT, TensorProto.DOUBLE
 # One export by the torch route stands for all: it takes a second.
@@ -332,7 +332,7 @@ def test_a_shape_that_tensorrt_alone_contradicts_is_refused(rtx):
 def test_a_parser_that_narrows_is_caught(fake, monkeypatch):
     # What would happen if `prepare` let a float64 input through: the fake narrows it, as
     # TensorRT does, and the comparison of the ports sees it.
-    monkeypatch.setattr("smoothl1_deploy.tensorrt.parse.prepare", lambda m: (m, ()))
+    monkeypatch.setattr("smoothl1_deploy.tensorrt._parse.prepare", lambda m: (m, ()))
     made = export(LossSpec(dtype="float64", reduction="none"), "inlined", ("N",))
     with pytest.raises(UnsupportedError, match="'input' as DOUBLE, TensorRT made it FLOAT"):
         parse(made, fake("10.16.1"))

@@ -7,7 +7,7 @@ import pytest
 
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.errors import SpecError
-from smoothl1_deploy.tensorrt.profile import (
+from smoothl1_deploy.tensorrt._profile import (
     InputShape,
     Profile,
     input_shapes,

@@ -16,8 +16,8 @@ from agreement import assert_right, pair
 from host_device import HostDevice, on_host_device
 
 from smoothl1_deploy import LossSpec, build_engine, export
-from smoothl1_deploy.backends import gpu
-from smoothl1_deploy.backends.trt import TrtBackend
+from smoothl1_deploy.backends import _gpu as gpu
+from smoothl1_deploy.backends._trt import TrtBackend
 from smoothl1_deploy.errors import (
     ArtefactError,
     BackendUnavailableError,
@@ -26,11 +26,11 @@ from smoothl1_deploy.errors import (
     SpecError,
     UnsupportedError,
 )
-from smoothl1_deploy.parity.cases import LAYOUTS
-from smoothl1_deploy.tensorrt.engine import read_verified, write_engine
-from smoothl1_deploy.tensorrt.flavour import current_gpu
-from smoothl1_deploy.tensorrt.profile import input_shapes, wide_profile
-from smoothl1_deploy.tensorrt.run import Program, _aligned, engine_layers
+from smoothl1_deploy.parity._cases import LAYOUTS
+from smoothl1_deploy.tensorrt._engine import read_verified, write_engine
+from smoothl1_deploy.tensorrt._flavour import current_gpu
+from smoothl1_deploy.tensorrt._profile import input_shapes, wide_profile
+from smoothl1_deploy.tensorrt._run import Program, _aligned, engine_layers
 
 VERSIONS = ("10.0.1", "10.4.0", "10.9.0", "10.16.1", "11.4.0", "rtx-1.7.1")
 SPEC = LossSpec(0.5, "none")
@@ -308,7 +308,7 @@ def written(running, mean_model, tmp_path, monkeypatch):
     engine = build_engine(mean_model, flavour=flavour)
     path = tmp_path / "loss.engine"
     write_engine(path, engine.data, engine.sidecar)
-    from smoothl1_deploy.tensorrt import flavour as module
+    from smoothl1_deploy.tensorrt import _flavour as module
 
     monkeypatch.setitem(module._usable, "tensorrt", flavour)
     return TrtBackend(flavour, cache_dir=tmp_path, device=HostDevice()), path

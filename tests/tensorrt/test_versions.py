@@ -12,10 +12,10 @@ import pytest
 
 from smoothl1_deploy import LossSpec, build_engine, export
 from smoothl1_deploy.errors import BuildError, SpecError
-from smoothl1_deploy.tensorrt import build
-from smoothl1_deploy.tensorrt.engine import diagnose
-from smoothl1_deploy.tensorrt.flavour import Gpu
-from smoothl1_deploy.tensorrt.options import BuildOptions
+from smoothl1_deploy.tensorrt import _build as build
+from smoothl1_deploy.tensorrt._engine import diagnose
+from smoothl1_deploy.tensorrt._flavour import Gpu
+from smoothl1_deploy.tensorrt._options import BuildOptions
 
 VERSIONS = ("10.0.1", "10.4.0", "10.9.0", "10.16.1", "11.4.0", "rtx-1.7.1")
 

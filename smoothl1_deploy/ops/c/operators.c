@@ -1,6 +1,6 @@
 /* The operators of the domain `smoothl1_deploy` as ONNX Runtime calls them.
  *
- * An operator's name says what it computes (graph/functions.py makes the same names):
+ * An operator's name says what it computes (graph/_functions.py makes the same names):
  *     [Weighted][Smooth]L1Loss[Row][Sum|Mean|Average][At][Gradient[Upstream]][Float16|BFloat16|Float64]
  * Without Smooth beta is 0; Average divides by the sum of the weights; At takes beta as an input, not as
  * an attribute; Gradient has a second output, the gradient of each element; Upstream multiplies it by

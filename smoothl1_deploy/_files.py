@@ -1,0 +1,247 @@
+"""The one place that writes files: whole or not at all; the standard library alone.
+
+* A link is followed, and stays a link. A file that is replaced keeps its permissions.
+* What is no file (a pipe, a terminal, `/dev/stdout`) is written to, and never replaced.
+* An unfinished file stands beside its target under a name that nobody can guess and that is no
+  longer than 114 bytes. It is made anew: nothing that somebody planted there is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import OutputError, reason_of
+
+#: The open files of this process that were written to as files, 1 for stdout.
+descriptors_written: set[int] = set()
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write beside the target, then rename: the file is there whole, or as it was before.
+
+    Raises:
+        OutputError: when the folder is missing or can't be written, and for a folder or a disk.
+    """
+    with replacing(path) as file:
+        file.write(data)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` when the block ends without an error.
+
+    Raises:
+        OutputError: as `write_atomic`.
+    """
+    path = Path(path)
+    try:
+        target = resolve(path)
+        if target is None:
+            with _stream(path) as file:
+                yield file
+            return
+        part = unfinished(target)
+        handle = create(part, target)
+        try:
+            with open(handle, "wb") as file:
+                yield file
+            put(part, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+            raise
+    except (OutputError, BrokenPipeError):  # whoever read it has stopped
+        raise
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+        raise OutputError(
+            f"can't write {path}: {reason_of(exc)}; choose a file in a folder that exists "
+            "and that you may write to"
+        ) from exc
+
+
+def make_folder(folder: Path, option: str = "-o") -> Path:
+    """The folder, made with those above it where they are missing.
+
+    Args:
+        folder: to write into.
+        option: of the command line, by which the user chooses another.
+
+    Raises:
+        OutputError: when it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+        raise OutputError(
+            f"can't make the folder {folder}: {reason_of(exc)}; choose another with {option}"
+        ) from exc
+    return folder
+
+
+def resolve(path: Path) -> Path | None:
+    """The file that `path` leads to, whether it is there or not; None where it is no file.
+
+    Raises:
+        OSError: where there is no way to it. Of links that others left in a folder like /tmp, this
+            is the kernel's decision (fs.protected_symlinks), so it is asked first.
+        OutputError: for a folder and for a disk.
+    """
+    there = _status(path)
+    if there is None:
+        return Path(os.path.realpath(path))
+    mode = there.st_mode
+    if stat.S_ISDIR(mode) or stat.S_ISBLK(mode):
+        raise OutputError(f"can't write {path}: it is a folder or a disk; choose a file")
+    if not stat.S_ISREG(mode) or _descriptor(path) is not None:
+        return None
+    os.close(os.open(path, os.O_WRONLY))  # a rename would replace what may not be written
+    return Path(os.path.realpath(path))
+
+
+def _descriptor(path: Path) -> int | None:
+    """The open file of this process that `path` stands for, as /dev/stdout does; None without."""
+    own = os.path.realpath("/proc/self/fd")
+    for _ in range(40):  # links in a row: as many as Linux follows
+        folder = os.path.realpath(path.parent)
+        if folder == own and path.name.isdigit():
+            return int(path.name)
+        try:
+            path = Path(folder, os.readlink(path))
+        except OSError:
+            return None
+    return None
+
+
+@contextlib.contextmanager
+def _stream(path: Path) -> Iterator[BinaryIO]:
+    number = _descriptor(path)
+    # Opened by its path, a file that the shell put behind stdout would be written from its start.
+    if number is None:
+        handle = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    else:
+        handle = os.dup(number)
+        descriptors_written.add(number)
+    with open(handle, "wb") as file:
+        yield file
+
+
+def token() -> str:
+    """What makes the name of an unfinished file one that nobody can guess."""
+    return secrets.token_hex(8)
+
+
+def unfinished(target: Path, mark: str | None = None) -> Path:
+    """Where the file stands that becomes `target`; its name is shorter than any limit."""
+    return target.with_name(f".{target.name[:24]}.{mark or token()}")
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a name is one of `unfinished`."""
+    return bool(re.fullmatch(r"\..*\.[0-9a-f]{16}", name, re.DOTALL))
+
+
+def create(part: Path, target: Path) -> int:
+    """A descriptor of a new file, with the permissions and the owner of what is at `target`.
+
+    Not tempfile's: its files are for the owner alone, and to learn the umask one has to change it,
+    which two threads must not do at once. open() applies it by itself.
+    """
+    there = _status(target)
+    mode = 0o666 if there is None else there.st_mode & 0o777
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    handle = os.open(part, flags, mode)
+    _adopt(handle, there)
+    return handle
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _adopt(handle: int, there: os.stat_result | None) -> None:
+    if there is None:
+        return
+    with contextlib.suppress(OSError):  # the owner may be another, whom only root can name
+        os.fchown(handle, there.st_uid, there.st_gid)
+    os.fchmod(handle, there.st_mode & 0o777)
+
+
+def put(part: Path, path: Path) -> None:
+    """Move a finished file to where `path` leads, or copy it into what is no file."""
+    with open(part, "rb") as file:
+        target = resolve(path)
+        if target is None:
+            with _stream(path) as stream:
+                shutil.copyfileobj(file, stream)
+            os.unlink(part)
+            return
+        _adopt(file.fileno(), _status(target))
+        os.fsync(file.fileno())
+    os.replace(part, target)
+
+
+def check_apart(
+    written: Iterable[tuple[str, Path | None]], read: Iterable[tuple[str, Path | None]]
+) -> None:
+    """Refuse to write a file that is also read, or is to be written twice, under whatever name.
+
+    Args:
+        written: pairs of an option and its file; None where the option wasn't given.
+        read: likewise.
+
+    Raises:
+        OutputError: naming both options.
+    """
+    there = [(option, path) for option, path in read if path is not None]
+    for option, path in written:
+        if path is None:
+            continue
+        for other, old in there:
+            if _is_same(path, old):
+                raise OutputError(
+                    f"{option} {path} and {other} {old} are one file, which is left as it is; name "
+                    f"another one with {option}"
+                )
+        there.append((option, path))
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except (OSError, ValueError):  # not there yet
+        return os.path.realpath(a) == os.path.realpath(b)
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file that is open for reading, in binary.
+
+    Raises:
+        OSError: also for what is no file: a pipe would wait for its writer without end.
+    """
+
+    def opened(path: str, flags: int) -> int:
+        handle = os.open(path, flags | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(0, "it is a folder, a pipe or a device")
+        return handle
+
+    return open(path, "rb", opener=opened)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """What a file holds; raises as `open_file` does."""
+    with open_file(path) as file:
+        return file.read()

@@ -1,0 +1,160 @@
+"""The protocol of a backend: `load` a model, get a `Runner`, `run` it.
+
+A backend module is imported only when its backend is asked for, because what it lives on may
+not be installed. To add one: subclass `Runner` and `Backend` in a module of its own and enter
+it in `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from .._artefact import ModelSource, read_model, select_ports
+from .._spec import LossSpec
+from ..errors import (
+    BackendUnavailableError,
+    MissingDependencyError,
+    SpecError,
+    UnsupportedError,
+)
+from ..graph._metadata import warn_if_changed
+from ._runner import Runner
+
+_MOST_THREADS = 4096  # of one call, on any machine there is
+
+#: name -> (module of this package that holds it, its class).
+BACKENDS: Mapping[str, tuple[str, str]] = {
+    "torch": ("_torch_eager", "TorchBackend"),
+    "onnx-reference": ("_onnx_reference", "ReferenceBackend"),
+    "ort-cpu": ("_ort_cpu", "OrtCpuBackend"),
+    "ort-cpu-bare": ("_ort_cpu", "OrtBareBackend"),
+    "trt-network": ("_trt_network", "TrtNetworkBackend"),
+    "torch-cuda": ("_torch_cuda", "TorchCudaBackend"),
+    "torch-triton": ("_torch_triton", "TorchTritonBackend"),
+    "ort-cuda": ("_ort_gpu", "OrtCudaBackend"),
+    "ort-tensorrt": ("_ort_tensorrt", "OrtTensorrtBackend"),
+    "ort-tensorrt-rtx": ("_ort_tensorrt", "OrtTensorrtRtxBackend"),
+    "trt": ("_trt", "TrtBackend"),
+    "triton-http": ("_triton", "TritonHttpBackend"),
+    "triton-grpc": ("_triton", "TritonGrpcBackend"),
+}
+
+#: Of files that `load` takes for TensorRT engines.
+ENGINE_SUFFIXES = (".engine", ".plan")
+
+#: Backends that are PyTorch itself: what the others are compared with.
+REFERENCES = ("torch", "torch-cuda")
+
+
+class Backend(ABC):
+    """Something that runs artefacts.
+
+    Attributes:
+        name: its key in `BACKENDS`.
+        any_rank: whether it runs an artefact exported without a shape.
+        accumulator: the dtype it adds up in where an artefact asks for float64; None where it
+            does not run the artefact's own operators.
+        threads: for one call; 0 leaves the number to the backend. Set before `load`.
+        slow: what it runs on, where a million elements take it many seconds; None elsewhere.
+    """
+
+    name: str
+    any_rank: bool = True
+    accumulator: str | None = "float64"
+    threads: int = 0
+    slow: str | None = None
+
+    def refuses(self, spec: LossSpec) -> str | None:
+        """Why this backend can't carry out `spec` faithfully; None where it can."""
+        return None
+
+    @abstractmethod
+    def load(self, model: onnx.ModelProto) -> Runner:
+        """Prepare `model` to be run."""
+
+    def load_body(self, model: onnx.ModelProto) -> Runner | None:
+        """What runs the nodes of `model` by the bodies that it carries.
+
+        None where the runner of `load` does.
+        """
+        return None
+
+    def load_engine(self, path: Path) -> Runner:
+        """Prepare a TensorRT engine to be run, where the backend runs engines."""
+        raise UnsupportedError(
+            f"{path} is a TensorRT engine, and the backend {self.name} runs ONNX models; "
+            "use backend='trt', or give the model it was built from"
+        )
+
+
+def get_backend(name: str, threads: int = 0) -> Backend:
+    """The backend called `name`, to use `threads` threads a call (0: as many as it thinks fit).
+
+    Raises:
+        SpecError: for an unknown name, or a number of threads that no machine has.
+        MissingDependencyError: when what it lives on is not installed.
+    """
+    if name not in BACKENDS:
+        raise SpecError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    if not 0 <= threads <= _MOST_THREADS:
+        raise SpecError(
+            f"threads must be 1 to {_MOST_THREADS}, or 0 for the default, got {threads}"
+        )
+    module, cls = BACKENDS[name]
+    backend: Backend = getattr(importlib.import_module(f".{module}", __package__), cls)()
+    backend.threads = threads
+    return backend
+
+
+def load(
+    model: ModelSource,
+    backend: str = "ort-cpu",
+    *,
+    threads: int = 0,
+    input_name: str | None = None,
+    target_name: str | None = None,
+    output_name: str | None = None,
+) -> Runner:
+    """Load an artefact into a backend.
+
+    One that something else has changed since it was exported runs as it is, with a
+    `ModelWarning`.
+
+    Args:
+        model: an `onnx.ModelProto`, its bytes, or the path of a file; the backend `trt` takes an
+            `.engine` file too.
+        backend: one of `BACKENDS`.
+        threads: for one call; 0 leaves the number to the backend (`ort-cpu`: every core this
+            process may run on, 8 at most).
+        input_name: of the graph input to feed `input` to, in a model of other origin; by
+            default the one called so, or the first of two.
+        target_name: likewise.
+        output_name: of the loss, where the model has several outputs and none is called `loss`.
+
+    Raises:
+        ArtefactError: when `model` is no loss artefact.
+        SpecError: for an unknown backend.
+        MissingDependencyError: when the backend's packages are not installed.
+        UnsupportedError: when the backend can't run the model.
+    """
+    chosen = get_backend(backend, threads)
+    if isinstance(model, (str, os.PathLike)) and Path(model).suffix in ENGINE_SUFFIXES:
+        return chosen.load_engine(Path(model))
+    read = read_model(model)
+    warn_if_changed(read)
+    return chosen.load(select_ports(read, input_name, target_name, output_name))
+
+
+def missing(name: str) -> str | None:
+    """Why the backend `name` can't be used on this machine; None where it can."""
+    try:
+        get_backend(name)
+    except (MissingDependencyError, BackendUnavailableError) as exc:
+        return str(exc)
+    return None

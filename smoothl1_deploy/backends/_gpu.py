@@ -1,0 +1,183 @@
+"""`GpuRunner`: what the backends of a CUDA device share.
+
+numpy arrays in give numpy arrays out, copied both ways. CUDA tensors in (torch's, or anything with
+`__dlpack__` on the device) give torch CUDA tensors out: inputs are read where they lie, outputs are
+written where they stay, and nothing waits for the GPU. Work is ordered by torch's current stream.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+
+from .._device import Captured, Device, find_device, is_on_device
+from .._floats import Array
+from ..errors import InvalidInputError, UnsupportedError
+from ._arrays import as_beta, check_promotion
+from ._base import Backend
+from ._runner import Runner, check_interpreter
+
+#: Combinations of shapes and dtypes that were found right, or prepared for.
+REMEMBERED = 256
+
+#: From tensors by role and the shape they broadcast to, to a tensor for each output.
+Compute = Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]
+
+
+class GpuRunner(Runner):
+    """A loaded artefact on a CUDA device.
+
+    Attributes:
+        device: where it runs.
+    """
+
+    def __init__(self, model: onnx.ModelProto, device: Device) -> None:
+        super().__init__(model)
+        self.device = device
+        self._checked: dict[Any, tuple[int, ...]] = {}
+        self._good_pair: tuple[Any, Any] | None = None  # shape and dtype of the last it took as is
+
+    def run(
+        self,
+        input: Any,
+        target: Any,
+        *,
+        weight: Any = None,
+        beta: float | None = None,
+        grad_output: Any = None,
+    ) -> dict[str, Any]:
+        """As `Runner.run`; tensors of this device give torch tensors of this device.
+
+        Tensors that are not contiguous, or of a dtype that is promoted, are copied on the device.
+        The result is ready in the order of torch's current stream.
+
+        Raises:
+            InvalidInputError: also where some arrays are on the device and others are not.
+        """
+        check_interpreter()
+        # A loop over batches of one shape checks the shape once: a small loss takes the GPU a few
+        # microseconds, and PyTorch a few more to launch.
+        good, as_it_is = self._good_pair, self.device.as_it_is
+        if (
+            good is not None
+            and weight is beta is grad_output is None
+            and as_it_is(input) == good == as_it_is(target)
+        ):
+            return self._compute({"input": input, "target": target}, good[0])
+        given = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
+        if not any(is_on_device(value) for value in given.values()):
+            return super().run(**given, beta=beta)
+        feeds, shape = self._adopted(given, beta)
+        if self._takes_a_pair and as_it_is(input) == as_it_is(target):
+            self._good_pair = as_it_is(input)
+        return self._of_the_spec(self._compute(feeds, shape), shape)
+
+    def capture(
+        self,
+        input: Any,
+        target: Any,
+        *,
+        weight: Any = None,
+        beta: float | None = None,
+        grad_output: Any = None,
+    ) -> Captured[dict[str, Any]]:
+        """Record the loss of these very tensors in a CUDA graph.
+
+        Write new numbers into the tensors and call `replay()`: the tensors in `result` then hold
+        their loss. What is left of the call is one launch.
+
+        Args:
+            input: a contiguous tensor of the device, of the artefact's dtype.
+            target: likewise.
+            weight: likewise, where the artefact takes one.
+            beta: a number, recorded as it is.
+            grad_output: a tensor like the others, where the artefact takes one.
+
+        Raises:
+            InvalidInputError: for anything else than such tensors: a graph would keep reading the
+                copy made of them.
+            UnsupportedError: where the backend can't record.
+        """
+        given = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
+        feeds, shape = self._adopted(given, beta)
+        for name, value in given.items():
+            if value is None:
+                continue
+            same = getattr(value, "data_ptr", lambda: None)() == feeds[name].data_ptr()
+            if not same or not is_on_device(value):
+                raise InvalidInputError(
+                    f"{name} would be copied, and the graph go on reading the copy; give a "
+                    f"contiguous torch tensor of {self.signature.input.dtype} on the GPU"
+                )
+        compute = self._recordable()
+        return self.device.capture(lambda: self._of_the_spec(compute(feeds, shape), shape))
+
+    def _adopted(
+        self, given: dict[str, Any], beta: float | None
+    ) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """Checked tensors by role, in the artefact's dtype, and the shape they broadcast to."""
+        tensors = {}
+        for name, value in given.items():
+            if value is None:
+                continue
+            if not is_on_device(value):
+                raise InvalidInputError(
+                    f"{name} is not on the GPU, and another of the arrays is; give all of them as "
+                    "CUDA tensors, or all as numpy arrays"
+                )
+            tensors[name] = self.device.adopt(value, name)
+        # A small call must not take longer to check than to run: what was right once is so again.
+        key = beta is None, *((name, x.shape, x.dtype) for name, x in tensors.items())
+        shape = self._checked.get(key)
+        if shape is None:
+            shape = self._check(given, beta, tensors)
+            if len(self._checked) >= REMEMBERED:
+                self._checked.clear()
+            self._checked[key] = shape
+        dtype = self.signature.input.dtype
+        feeds = {name: self.device.convert(x, dtype) for name, x in tensors.items()}
+        if beta is not None:
+            feeds["beta"] = self._beta_port(self.device.filled(float(as_beta(beta)), "float32"))
+        return feeds, shape
+
+    def _check(
+        self, given: dict[str, Any], beta: float | None, tensors: dict[str, Any]
+    ) -> tuple[int, ...]:
+        """What `Runner.run` checks, of tensors; the shape they broadcast to."""
+        self._check_given({**given, "beta": beta})
+        shape = self._broadcast({k: x for k, x in tensors.items() if k != "grad_output"})
+        if "grad_output" in tensors:
+            self._check_upstream(tuple(tensors["grad_output"].shape), shape)
+        names = {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items()}
+        check_promotion(names, self.signature.input.dtype)
+        return shape
+
+    def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
+        tensors = {role: self.device.upload(array) for role, array in feeds.items()}
+        outputs = self._compute(tensors, shape)
+        return {name: self.device.download(tensor) for name, tensor in outputs.items()}
+
+    @abstractmethod
+    def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """Launch the work on checked, contiguous tensors of the device; see `Runner._execute`."""
+
+    def _recordable(self) -> Compute:
+        """A computation that a CUDA graph may record and keep for itself."""
+        raise UnsupportedError(
+            f"{type(self).__name__} can't be recorded in a CUDA graph; use the backend trt"
+        )
+
+
+class GpuBackend(Backend):
+    """A backend that lives on a CUDA device.
+
+    Raises:
+        MissingDependencyError: when torch is not installed.
+        BackendUnavailableError: when torch has no CUDA, or finds no GPU.
+    """
+
+    def __init__(self, device: Device | None = None) -> None:
+        self._device = device if device is not None else find_device(f"the {self.name} backend")

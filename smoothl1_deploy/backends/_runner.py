@@ -1,0 +1,212 @@
+"""`Runner`: a loaded artefact, which checks what it is given before a backend computes."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import onnx
+
+from .._artefact import Port, Signature, signature
+from .._dlpack import as_array
+from .._floats import NUMPY_DTYPE, Array
+from .._spec import LossSpec
+from ..errors import ArtefactError, InvalidInputError, UnsupportedError
+from ..graph._metadata import is_changed, is_served, read_spec
+from ._arrays import as_beta, check_shapes, promote
+
+
+def check_interpreter() -> None:
+    """Refuse to run in a `__del__` that comes when numpy can't import its parts any more.
+
+    Raises:
+        UnsupportedError: it says when to run instead.
+    """
+    if sys.meta_path is None:
+        raise UnsupportedError(
+            "the interpreter has shut down and imports nothing any more; run the artefact before, "
+            "in a function given to atexit.register for instance"
+        )
+
+
+class Runner(ABC):
+    """A loaded artefact.
+
+    Attributes:
+        signature: names, dtypes and shapes of the inputs and outputs.
+        spec: what is computed, or None for a model of other origin.
+        exported: whether the graph is the one that this package exported for that spec: nothing
+            else has changed it, and what is known of such graphs holds.
+        served: whether the graph has a server's shapes; `run` takes and gives the spec's.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.signature: Signature = signature(model)
+        self.spec: LossSpec | None = read_spec(model)
+        self.exported = self.spec is not None and not is_changed(model)
+        self.served = self.spec is not None and is_served(model)
+        self._dtype = NUMPY_DTYPE[self.signature.input.dtype]
+        self._takes_a_pair = list(self.signature.inputs) == ["input", "target"] and not self.served
+        self._good_shape: tuple[int, ...] | None = None
+
+    def run(
+        self,
+        input: Any,
+        target: Any,
+        *,
+        weight: Any = None,
+        beta: float | None = None,
+        grad_output: Any = None,
+    ) -> dict[str, Array]:
+        """The loss of `input` and `target`.
+
+        Args:
+            input: a numpy array (ml_dtypes for bfloat16) or anything with `__dlpack__`, of the
+                artefact's dtype, or of one that promotes to it.
+            target: likewise; it broadcasts with `input` where the artefact's shapes allow it.
+            weight: likewise, where the artefact takes one.
+            beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
+                float32. A negative or NaN beta gives NaN.
+            grad_output: an array in the shape of the loss, where the artefact takes one
+                (`upstream`).
+
+        Returns:
+            `{"loss": array}` in the artefact's dtype: the broadcast shape for `none`, rank 0
+            for `mean` and `sum`, [N] per sample; and `"grad_input"`, in the shape of `input`,
+            where the artefact has it.
+
+        Raises:
+            InvalidInputError: on arrays that don't fit; the message says what would.
+            UnsupportedError: in a `__del__` that runs when the interpreter has shut down.
+        """
+        check_interpreter()
+        # A loop over batches of one shape, as nearly every caller's is, checks the shape once.
+        if (
+            type(input) is type(target) is np.ndarray
+            and input.dtype is target.dtype is self._dtype
+            and input.shape == target.shape == self._good_shape
+            and input.flags.c_contiguous
+            and target.flags.c_contiguous
+            and weight is beta is grad_output is None
+        ):
+            return self._execute_pair(input, target)
+        given = {"input": input, "target": target, "weight": weight}
+        self._check_given({**given, "beta": beta, "grad_output": grad_output})
+        arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
+        shape = self._broadcast(arrays)
+        if grad_output is not None:
+            arrays["grad_output"] = as_array(grad_output, "grad_output")
+            self._check_upstream(arrays["grad_output"].shape, shape)
+        feeds = promote(arrays, self.signature.input.dtype)
+        if beta is not None:
+            feeds["beta"] = self._beta_port(as_beta(beta))
+        if self._takes_a_pair and feeds["input"].shape == feeds["target"].shape:
+            self._good_shape = shape
+        return self._of_the_spec(self._execute(feeds, shape), shape)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            UnsupportedError: always; it says what to do instead.
+        """
+        raise UnsupportedError(
+            "a loaded artefact holds sessions and memory of its process, so it can't be pickled or "
+            "copied; send the model (its path or its bytes), and load() it in each process"
+        )
+
+    def _beta_port(self, beta: Any) -> Any:
+        """beta, of rank 0, in the shape of the graph's input."""
+        return beta.reshape((1,) if self.served else ())
+
+    def _of_the_spec(self, outputs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        """The outputs of a served graph in the shapes of its spec.
+
+        A loss of any other shape stays as it is, for a comparison to see it.
+        """
+        if not self.served:
+            return outputs
+        wanted, name = self._loss_shape(shape), self.signature.loss.name
+        if tuple(outputs[name].shape) == self._served_shape(wanted):
+            outputs[name] = outputs[name].reshape(wanted)
+        return outputs
+
+    def _check_exported(self, backend: str, instead: str) -> None:
+        """Refuse a model whose graph need not be what its spec says.
+
+        Raises:
+            ArtefactError: for a model of other origin, and for one that was changed since.
+        """
+        if self.exported:
+            return
+        why = "this model carries none"
+        if self.spec is not None:
+            why = "this model was changed since it was exported: its graph may compute another loss"
+        raise ArtefactError(
+            f"the {backend} backend computes what an artefact's spec says, and {why}; use a "
+            f"backend that runs the graph, such as {instead}"
+        )
+
+    def _broadcast(self, arrays: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape that the arrays broadcast to; refuses what the artefact can't take."""
+        shape = check_shapes(arrays, self.signature.inputs)
+        if self.spec is not None and self.spec.per_sample and not shape:
+            raise InvalidInputError(
+                "the artefact gives one loss per sample, and input and target have no axis of "
+                "samples; give them one, as in input[None]"
+            )
+        return shape
+
+    def _check_upstream(self, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        """Whether `grad_output` has the shape of the loss of arrays that broadcast to `shape`."""
+        expected = tuple(self._output_shape(self.signature.loss, {}, shape))
+        if given != expected:
+            raise InvalidInputError(
+                f"grad_output has the shape {given}, and the loss {expected}; give one number for "
+                "each of the loss"
+            )
+
+    def _check_given(self, given: Mapping[str, Any]) -> None:
+        for name, value in given.items():
+            if (value is not None) == (name in self.signature.inputs):
+                continue
+            takes = ", ".join(self.signature.inputs)
+            if value is None:
+                raise InvalidInputError(f"{name} is missing; the artefact takes {takes}")
+            raise InvalidInputError(f"the artefact takes {takes}, and no {name}; leave it out")
+
+    @abstractmethod
+    def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
+        """Compute on checked, contiguous arrays of the artefact's dtype.
+
+        `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0, or
+        [1] of a served graph; grad_output: the shape of the loss); `shape` is the one that the
+        others broadcast to.
+        """
+
+    def _execute_pair(self, input: Array, target: Array) -> dict[str, Array]:
+        """`_execute` for two arrays of one shape and nothing else; a place to be quick."""
+        return self._execute({"input": input, "target": target}, input.shape)
+
+    def _output_shape(self, port: Port, feeds: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
+        """The shape an output will have, told from the spec or, without one, from its port."""
+        if port.name == "grad_input":
+            return feeds["input"].shape
+        if self.spec is None:
+            return shape if port.shape is None or port.shape else ()
+        loss = self._loss_shape(shape)
+        return self._served_shape(loss) if self.served else loss
+
+    def _loss_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        assert self.spec is not None
+        if self.spec.per_sample:
+            return shape[:1]
+        return shape if self.spec.reduction == "none" else ()
+
+    def _served_shape(self, loss: tuple[int, ...]) -> tuple[int, ...]:
+        """A server knows no rank 0, and a batch of scores is [N, 1] to it."""
+        assert self.spec is not None
+        return loss if self.spec.reduction == "none" else (*loss, 1)

@@ -1,0 +1,147 @@
+"""`trt`: a TensorRT engine on the GPU, built from the model or read from a file.
+
+No GPU has run an engine of this module yet; see `smoothl1_deploy.tensorrt._run`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from .._device import Device
+from .._model import ELEMENT_TYPE
+from .._spec import LossSpec
+from ..errors import ArtefactError, BackendUnavailableError
+from ..tensorrt._build import build_engine
+from ..tensorrt._cache import EngineCache, default_cache_dir
+from ..tensorrt._engine import Engine, read_engine
+from ..tensorrt._flavour import ELSEWHERE, Flavour, get_flavour
+from ..tensorrt._options import BuildOptions
+from ..tensorrt._prepare import refuses
+from ..tensorrt._profile import ProfileRequest, input_shapes, wide_profile
+from ..tensorrt._run import Program
+from ._gpu import Compute, GpuBackend, GpuRunner
+
+
+class TrtRunner(GpuRunner):
+    """One engine; `run` may be called from many threads at once.
+
+    Attributes:
+        program: the engine and its contexts; `program.sidecar` says where it comes from.
+    """
+
+    def __init__(self, model: onnx.ModelProto, program: Program) -> None:
+        super().__init__(model, program.device)
+        self.spec = program.sidecar.spec
+        self.program = program
+
+    def _named(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        return {self.signature.inputs[role].name: tensor for role, tensor in feeds.items()}
+
+    def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+        return self.program.run(self._named(feeds))
+
+    def _recordable(self) -> Compute:
+        context = self.program.new_context()
+        context.check_recordable()
+        return lambda feeds, shape: context.execute(self._named(feeds))
+
+
+class TrtBackend(GpuBackend):
+    """TensorRT on the GPU, which needs a fixed rank; `threads` changes nothing here.
+
+    Args:
+        flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.
+        profile: of the engines it builds; by default every dynamic axis from 0 to what makes 2^26
+            elements, tuned for 64.
+        options: of those builds.
+        cache_dir: for engines and compiled kernels; None for the user's cache folder.
+        contexts: how many calls may be prepared at a time.
+
+    Raises:
+        MissingDependencyError: when torch or the flavour is not installed.
+        BackendUnavailableError: when there is no GPU, or the flavour can't be used on it.
+    """
+
+    name = "trt"
+    any_rank = False
+    accumulator = "float32"
+
+    def __init__(
+        self,
+        flavour: str | Flavour = "auto",
+        *,
+        profile: ProfileRequest = None,
+        options: BuildOptions | None = None,
+        cache_dir: str | Path | None = None,
+        contexts: int = 4,
+        device: Device | None = None,
+    ) -> None:
+        self._flavour = get_flavour(flavour)
+        super().__init__(device)
+        card = self._device
+        if not self._flavour.knows(card.capability):
+            raise BackendUnavailableError(
+                f"{self._flavour} runs no engine on {card.name}, which has compute capability "
+                f"{card.capability}; it knows {', '.join(self._flavour.capabilities)}. {ELSEWHERE}"
+            )
+        self._profile = profile
+        self._options = options
+        self._root = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        self._contexts = contexts
+
+    def refuses(self, spec: LossSpec) -> str | None:
+        """float64, which TensorRT doesn't have."""
+        return refuses(spec)
+
+    def load(self, model: onnx.ModelProto) -> TrtRunner:
+        """Build the engine of `model`, or take it from the cache, and deserialise it.
+
+        Raises:
+            UnsupportedError, BuildError, SpecError: as `build_engine` does.
+            BackendUnavailableError: when the engine doesn't run on this GPU.
+        """
+        profile = wide_profile(input_shapes(model)) if self._profile is None else self._profile
+        engine = build_engine(
+            model,
+            flavour=self._flavour,
+            profile=profile,
+            options=self._options,
+            cache_dir=EngineCache(self._root),
+        )
+        return TrtRunner(model, self._program(engine, self._flavour))
+
+    def load_engine(self, path: Path) -> TrtRunner:
+        """Deserialise an engine file whose sidecar fits it.
+
+        Raises:
+            ArtefactError: as `read_engine` does.
+            BackendUnavailableError: when the engine doesn't run on this GPU.
+        """
+        engine = read_engine(path)
+        model = _skeleton(engine)
+        return TrtRunner(model, self._program(engine, get_flavour(engine.sidecar.flavour)))
+
+    def _program(self, engine: Engine, flavour: Flavour) -> Program:
+        kernels = self._root / "kernels" / f"{engine.sha256}.cache"
+        return Program(engine, flavour, self._device, contexts=self._contexts, kernels=kernels)
+
+
+def _skeleton(engine: Engine) -> onnx.ModelProto:
+    """A model with the engine's inputs and outputs and nothing in between.
+
+    Raises:
+        ArtefactError: for an engine that is no loss's.
+    """
+    sidecar = engine.sidecar
+    for port in (*sidecar.inputs, *sidecar.outputs):
+        if port.dtype not in ELEMENT_TYPE:
+            raise ArtefactError(
+                f"the engine's {port.name!r} has the dtype {port.dtype}; a loss artefact takes and "
+                f"gives {', '.join(ELEMENT_TYPE)}"
+            )
+    inputs, outputs = ([p.to_value() for p in ports] for ports in (sidecar.inputs, sidecar.outputs))
+    return helper.make_model(helper.make_graph([], sidecar.graph_name, inputs, outputs))

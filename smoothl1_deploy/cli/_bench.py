@@ -1,0 +1,156 @@
+"""`smoothl1-deploy bench`: how fast, beside what people would run instead."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .._files import make_folder
+from ..errors import MissingDependencyError, SpecError
+from ._console import open_console, print_lines, print_note
+
+if TYPE_CHECKING:
+    from ..bench._rows import Row
+
+EXAMPLE = "smoothl1-deploy bench --size 1024 --size 1048576 -o out/bench"
+
+_SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 20, 1 << 24)
+_ROWS = ("1x16", "64x16", "4096x256", "65536x256")
+_COLUMNS = 16
+_WIDTH = 160  # of a table of all contestants
+
+
+def bench(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for bench.jsonl and bench.png.")
+    ] = Path("out/bench"),
+    size: Annotated[
+        list[int] | None, typer.Option(help="Elements, a multiple of 16. Repeat for more.")
+    ] = None,
+    per_sample: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows x columns of a loss per sample, such as 64x16. Repeat for more."),
+    ] = None,
+    reduction: Annotated[list[str] | None, typer.Option(help="Repeat for more.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Repeat for more.")] = None,
+    beta: Annotated[float, typer.Option(help="Of every loss.")] = 1.0,
+    constant: Annotated[
+        bool, typer.Option("--constant", help="Constant data, on which sums drift most.")
+    ] = False,
+    threads: Annotated[
+        int, typer.Option(min=0, help="For each contestant; 0: every core, 8 at most.")
+    ] = 0,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Peak memory too, each in a process of its own.")
+    ] = False,
+    once: Annotated[bool, typer.Option(help="Also what is paid once: export, session, ...")] = True,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two small sizes and few turns: does it run?")
+    ] = False,
+    gpu: Annotated[
+        bool,
+        typer.Option("--gpu", help="The CUDA GPU instead: the speed part of scripts/gpu_report."),
+    ] = False,
+) -> None:
+    """Time this tool's artefacts beside the plain export, PyTorch and OpenVINO, in one process.
+
+    Medians of interleaved turns, as ratios; rows with their provenance are appended to bench.jsonl.
+    """
+    if gpu:
+        given = {"--size": size, "--per-sample": per_sample, "--reduction": reduction}
+        _bench_gpu(output, {**given, "--dtype": dtype, "--quick": quick})
+        return
+    # Threads that others leave spinning would be on the next one's cores: read when they load.
+    os.environ |= {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
+    from .._environment import environment
+    from .._files import write_atomic
+    from .._spec import LossSpec
+    from ..bench import _cpu as cpu
+    from ..bench._rows import COMPILED, append_rows, once_table, plot_png, row_tables
+
+    sizes = size or ((1 << 10, 1 << 14) if quick else _SIZES)
+    shapes = per_sample if per_sample is not None else (() if quick or size else _ROWS)
+    reductions = reduction or (["mean"] if quick else ["mean", "none"])
+    jobs = [
+        (LossSpec(beta, name, kind), _matrix_shape(elements))
+        for kind in dtype or ["float32"]
+        for name in reductions
+        for elements in sizes
+    ] + [
+        (LossSpec(beta, "mean", kind, per_sample=True), _shape(text))
+        for kind in dtype or ["float32"]
+        for text in shapes
+    ]
+    make_folder(output)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    origin = {"date": date, "environment": environment()}
+    load = os.getloadavg()[0]
+    rows: list[Row] = []
+    said: set[str] = set()
+    for spec, shape in jobs:
+        measured, missing = cpu.measure(
+            spec,
+            shape,
+            threads=threads,
+            constant=constant,
+            memory=memory,
+            rounds=3 if quick else 15,
+            turn=0.002 if quick else 0.02,
+            # Their compiler takes the longest by far.
+            without=(COMPILED, cpu.AHEAD) if quick else (),
+        )
+        for name, reason in missing.items():
+            if name not in said:
+                print_note(f"{name} is left out: {reason}")
+                said.add(name)
+        _print(row_tables(measured))
+        append_rows(output / "bench.jsonl", [{**row.to_dict(), **origin} for row in measured])
+        rows += measured
+    if once and not quick:
+        _print([once_table(cpu.once())])
+    try:
+        write_atomic(output / "bench.png", plot_png(rows))
+    except MissingDependencyError as exc:
+        print_note(f"no plot: {exc}")
+    if load > 1:
+        print_note(f"the load was {load:.1f} at the start: others took part in what was measured")
+    print_lines([f"wrote {output / 'bench.jsonl'}"])
+
+
+def _print(parts: Sequence[str]) -> None:
+    """Markdown as a terminal shows it; one that is too narrow breaks lines and loses no number."""
+    from rich.markdown import Markdown
+
+    console = open_console()
+    console.width = max(console.width, _WIDTH)
+    console.print(Markdown("\n".join(parts)))
+
+
+def _bench_gpu(output: Path, given: dict[str, object]) -> None:
+    """PyTorch eager and compiled, and every GPU backend there is, by CUDA events."""
+    for option, value in given.items():
+        if value:
+            raise SpecError(f"--gpu measures sizes and dtypes of its own; leave {option} out")
+    from ..bench._gpu_report import markdown, report_into
+
+    report, paths = report_into(output, parity=False)
+    _print([markdown(report)])
+    print_lines([f"wrote {', '.join(map(str, paths))}"])
+
+
+def _matrix_shape(size: int) -> tuple[int, int]:
+    if size <= 0 or size % _COLUMNS:
+        raise SpecError(f"--size is the number of elements, a multiple of {_COLUMNS}, got {size}")
+    return size // _COLUMNS, _COLUMNS
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise SpecError(f"--per-sample is rows x columns, such as 64x16, got {text!r}")
+    return int(rows), int(columns)

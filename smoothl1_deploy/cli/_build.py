@@ -1,0 +1,184 @@
+"""`smoothl1-deploy build`: an ONNX file to a TensorRT engine, or one that carries it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import SpecError
+from ._console import human_size, open_console, print_fields, print_json, print_note
+from ._options import AsJson
+
+if TYPE_CHECKING:
+    from ..tensorrt._engine import Engine
+
+EXAMPLE = "smoothl1-deploy build loss.onnx -o loss.engine --profile input=1x16,64x16,4096x16"
+
+_GPU = "GPU and flavour"
+_CACHE = "Cache"
+
+
+@contextlib.contextmanager
+def _spinner(name: str) -> Iterator[Callable[[float, str | None], None] | None]:
+    """Elapsed time beside a spinner, on a terminal; TensorRT reports next to no progress."""
+    console = open_console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status(f"building {name}") as status:
+
+        def show(elapsed: float, phase: str | None) -> None:
+            status.update(f"building {name}, {elapsed:.1f} s" + (f": {phase}" if phase else ""))
+
+        yield show
+
+
+def build(
+    model: Annotated[Path, typer.Argument(help="An ONNX file, exported with --shape.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="The file to write; by default the model's name with .engine or _ctx.onnx.",
+        ),
+    ] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="engine, or epcontext: an ONNX file that carries the engine, for ONNX Runtime's "
+            "providers for TensorRT."
+        ),
+    ] = "engine",
+    embed_mode: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Of epcontext: 1 puts the engine inside, 0 into a file beside. Default: 1.",
+        ),
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MIN,OPT,MAX",
+            help="Shapes of an input with dynamic axes, as in input=1x16,64x16,4096x16; one shape "
+            "stands for all three. Repeat for more inputs; target follows input. "
+            "Default: 1, 64, 4096 for every dynamic axis.",
+        ),
+    ] = None,
+    flavour: Annotated[
+        str,
+        typer.Option(
+            help="tensorrt, tensorrt_rtx, or auto for the first that can be used.",
+            rich_help_panel=_GPU,
+        ),
+    ] = "auto",
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X.Y",
+            help="GPU to build for, as in 8.6, or current; repeat for more (tensorrt_rtx only).",
+            rich_help_panel=_GPU,
+        ),
+    ] = None,
+    hardware_compatibility: Annotated[
+        str | None,
+        typer.Option(
+            help="none, ampere_plus or same_compute_capability (tensorrt only).",
+            rich_help_panel=_GPU,
+        ),
+    ] = None,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="Let later runtimes of the same major version run the engine.",
+            rich_help_panel=_GPU,
+        ),
+    ] = False,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Allow float32 products with 10 bits of mantissa.")
+    ] = False,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of an engine cache. Default: one in your cache folder.",
+            rich_help_panel=_CACHE,
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Build without a cache.", rich_help_panel=_CACHE),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build a TensorRT engine from an ONNX file.
+
+    The sidecar, NAME.engine.json, ties the engine to its model; the two belong together. An equal
+    request is served from the cache; where it differs, what changed is named.
+    """
+    if no_cache and cache_dir is not None:
+        raise SpecError("--no-cache and --cache-dir exclude each other; give one of them")
+    if embed_mode is not None and format == "engine":
+        raise SpecError("--embed-mode goes with --format epcontext; leave it out, or give both")
+
+    from ..tensorrt._build import build_engine
+    from ..tensorrt._cache import EngineCache
+    from ..tensorrt._options import BuildOptions
+
+    options = BuildOptions(
+        compute_capabilities=tuple(compute_capability or ()),
+        hardware_compatibility=hardware_compatibility,
+        version_compatible=version_compatible,
+        tf32=tf32,
+    )
+    # A folder has no name to change; that it is one is said when it is read.
+    ending = ".engine" if format == "engine" else "_ctx.onnx"
+    path = output or model.parent / f"{model.stem or 'model'}{ending}"
+    with _spinner(model.name) as on_progress:
+        engine = build_engine(
+            str(model),
+            path,
+            flavour,
+            profile,
+            options=options,
+            cache_dir=None if no_cache else EngineCache(cache_dir),
+            format=format,
+            embed_mode=1 if embed_mode is None else embed_mode,
+            on_progress=on_progress,
+        )
+    if as_json:
+        print_json(engine.to_dict())
+    else:
+        _show(engine)
+
+
+def _show(engine: Engine) -> None:
+    from .._artefact import sidecar_path
+
+    sidecar = engine.sidecar
+    assert engine.path is not None  # built just now, and written
+    capabilities = ", ".join(sidecar.options.compute_capabilities) or "those of the flavour"
+    print_fields(
+        {
+            "wrote": f"{engine.path}, {human_size(engine.path.stat().st_size)}",
+            "sidecar": sidecar_path(engine.path),
+            "sha256": sidecar.context_sha256 or engine.sha256,
+            "flavour": f"{sidecar.flavour} {sidecar.version}",
+            "compute capabilities": capabilities,
+            "profile": sidecar.profile,
+            "flags": ", ".join(sidecar.flags) or "none",
+            "built": "earlier, taken from the cache"
+            if engine.cached
+            else f"in {sidecar.build_seconds:.2f} s",
+        }
+    )
+    for change in engine.changed:
+        print_note(f"changed since the last build: {change}")
+    for note in sidecar.notes:
+        print_note(note)

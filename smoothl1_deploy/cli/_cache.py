@@ -1,0 +1,86 @@
+"""`smoothl1-deploy cache`: look into the engine cache, and make room in it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import InvalidInputError
+from ._console import human_size, print_json, print_lines, print_table
+from ._options import AsJson
+
+if TYPE_CHECKING:
+    from ..tensorrt._cache import CacheEntry, EngineCache
+
+EXAMPLE = "smoothl1-deploy cache prune --max-mb 100"
+
+cache = typer.Typer()
+
+_Folder = Annotated[
+    Path | None, typer.Option("--cache-dir", help="Default: the one in your cache folder.")
+]
+
+
+def _rows(entries: tuple[CacheEntry, ...]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for entry in entries:
+        used = datetime.datetime.fromtimestamp(entry.last_used).isoformat(" ", "seconds")
+        sidecar = entry.sidecar
+        name = "damaged" if sidecar is None else sidecar.graph_name
+        flavour = "" if sidecar is None else f"{sidecar.flavour} {sidecar.version}"
+        rows.append((entry.key[:12], name, flavour, f"{entry.bytes:,}", used))
+    return rows
+
+
+def _open(folder: Path | None) -> EngineCache:
+    """The cache in `folder`, which is not made here: a typing error must not look like a cache."""
+    from ..tensorrt._cache import EngineCache, is_cache
+
+    remedy = "give the --cache-dir of a build"
+    if folder is not None and not os.path.isdir(folder):
+        raise InvalidInputError(f"{folder} is no folder; {remedy}")
+    if folder is not None and not is_cache(folder):
+        raise InvalidInputError(f"{folder} is no engine cache, and nothing was changed; {remedy}")
+    return EngineCache(folder)
+
+
+_COLUMNS = ("key", "graph", "flavour", "bytes", "last used")
+
+
+@cache.command("list", epilog="Example:  smoothl1-deploy cache list --json")
+def list_engines(cache_dir: _Folder = None, as_json: AsJson = False) -> None:
+    """Show the engines in the cache, the most recently used first."""
+    found = _open(cache_dir)
+    entries = found.list()
+    if as_json:
+        print_json({"root": str(found.root), "entries": [entry.to_dict() for entry in entries]})
+        return
+    if entries:
+        print_table(_COLUMNS, _rows(entries))
+    size = sum(entry.bytes for entry in entries)
+    print_lines([f"{found.root}: {len(entries)} engines, {human_size(size)}"])
+
+
+@cache.command("prune", epilog=f"Example:  {EXAMPLE}")
+def prune(
+    max_mb: Annotated[
+        int, typer.Option(metavar="MIB", help="What the engines that stay may take; 0 removes all.")
+    ],
+    cache_dir: _Folder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove the least recently used engines until the rest fits."""
+    found = _open(cache_dir)
+    # A negative size stays negative: `prune` refuses it by name.
+    removed = found.prune(max_mb * 2**20)
+    if as_json:
+        print_json({"root": str(found.root), "removed": [entry.to_dict() for entry in removed]})
+        return
+    if removed:
+        print_table(_COLUMNS, _rows(removed))
+    size = sum(entry.bytes for entry in removed)
+    print_lines([f"{found.root}: removed {len(removed)} engines, {human_size(size)}"])

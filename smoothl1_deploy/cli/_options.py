@@ -1,0 +1,121 @@
+"""The options that commands share, each said once; a loss's are made of `LossSpec`'s fields."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from .._spec import DTYPES, NORMALIZERS, REDUCTIONS
+from ..errors import SpecError
+
+_EXTENSIONS = "Beyond PyTorch's arguments"
+
+#: Of each field of a `LossSpec`: the type of its option, and what `--help` says.
+SPEC_OPTIONS: dict[str, tuple[Any, str]] = {
+    "beta": (float, "Where the quadratic part ends, >= 0; 0 is the L1 loss. 1 by default."),
+    "reduction": (str, f"One of {', '.join(REDUCTIONS)}; mean by default."),
+    "dtype": (str, f"Of input, target and loss: {', '.join(DTYPES)}."),
+    "per_sample": (bool, "Reduce every axis but the first: one score per row."),
+    "gradient": (bool, "A second output grad_input, the gradient with respect to input."),
+    "upstream": (bool, "Multiply the gradient by an input grad_output, of the loss's shape."),
+    "runtime_beta": (bool, "beta is an input of the graph: one file for every beta."),
+    "weight": (
+        str,
+        "An input weight multiplies the losses of the elements; a mean divides by: "
+        f"{' or '.join(NORMALIZERS)} (the number of elements or the sum of weights).",
+    ),
+}
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _backend_names() -> list[str]:
+    from ..backends._base import BACKENDS
+
+    return list(BACKENDS)
+
+
+BackendName = Annotated[
+    str,
+    typer.Option(
+        help="What runs it; smoothl1-deploy doctor lists them.", autocompletion=_backend_names
+    ),
+]
+
+
+def takes_spec(
+    *without: str, panel: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a loss in the place of its parameter `given`.
+
+    The command gets those that the user gave, by the names of `LossSpec`'s fields.
+
+    Args:
+        without: fields that it has no option for, or one of its own.
+        panel: of `--help`; None puts the extensions of PyTorch's arguments into one of their own.
+    """
+    names = [name for name in SPEC_OPTIONS if name not in without]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapper(**arguments: Any) -> None:
+            said = {name: arguments.pop(name) for name in names}
+            # A beta of 0 is given, and equals False.
+            given = {k: v for k, v in said.items() if v is not None and v is not False}
+            command(given=given, **arguments)
+
+        own = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in own.parameters.values():
+            parameters += map(option, names) if parameter.name == "given" else [parameter]
+        wrapper.__signature__ = own.replace(  # type: ignore[attr-defined]
+            parameters=sorted(parameters, key=lambda p: p.default is not p.empty)
+        )
+        return wrapper
+
+    def option(name: str) -> inspect.Parameter:
+        kind, text = SPEC_OPTIONS[name]
+        is_plain = name in ("beta", "reduction", "dtype")
+        flag = f"--{name.replace('_', '-')}"  # alone: typer would add its negation
+        said = typer.Option(
+            flag, help=text, rich_help_panel=panel or (None if is_plain else _EXTENSIONS)
+        )
+        return inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if kind is bool else None,
+            annotation=Annotated[kind if kind is bool else kind | None, said],
+        )
+
+    return decorate
+
+
+def options_of(given: dict[str, Any]) -> list[str]:
+    """What the user wrote for what is `given`: `["--per-sample"]`."""
+    return [f"--{name.replace('_', '-')}" for name in given]
+
+
+def parse_shape(text: str | None, what: str = "--shape") -> tuple[int | str, ...] | None:
+    """`"N,16"` to `("N", 16)`; `"scalar"` or `""` to `()`; None stays None (any rank).
+
+    Raises:
+        SpecError: for `"Nx16"`, which would otherwise be one axis of that name.
+
+    >>> parse_shape("N, 16")
+    ('N', 16)
+    """
+    if text is None:
+        return None
+    if text.strip() in ("", "scalar"):
+        return ()
+    axes = [axis.strip() for axis in text.split(",")]
+    for axis in axes:
+        if re.fullmatch(r"\w+(x\d+)+", axis):
+            commas = axis.replace("x", ",")
+            raise SpecError(f"{what} {text!r}: separate the axes by commas, as in {commas}")
+    return tuple(int(axis) if re.fullmatch(r"-?\d+", axis) else axis for axis in axes)

@@ -1,0 +1,257 @@
+"""`smoothl1-deploy parity`: the whole matrix, or a part of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .._files import make_folder
+from ..errors import SpecError
+from ._console import INTERRUPTED, open_console, print_lines, print_note
+
+if TYPE_CHECKING:
+    from ..parity._report import Report
+
+EXAMPLE = "smoothl1-deploy parity --quick -o out/parity"
+
+_PART = "Which part of the matrix"
+_SHOWN = 10  # red cells that are printed one by one
+
+_Names = Annotated[list[str] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)]
+
+
+def parity(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for report.json and the engines.")
+    ] = Path("out/parity"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer betas and sizes: half a minute.")
+    ] = False,
+    beta: Annotated[
+        list[float] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)
+    ] = None,
+    reduction: _Names = None,
+    dtype: _Names = None,
+    route: _Names = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat for more; all that can be used here.", rich_help_panel=_PART),
+    ] = None,
+    extensions: Annotated[
+        bool,
+        typer.Option(
+            help="Also per_sample, gradient, runtime_beta, weight.", rich_help_panel=_PART
+        ),
+    ] = True,
+    extensions_only: Annotated[
+        bool, typer.Option("--extensions-only", help="Only those.", rich_help_panel=_PART)
+    ] = False,
+    engines: Annotated[
+        bool, typer.Option(help="Build a TensorRT engine of every artefact, with its sidecar.")
+    ] = True,
+    html: Annotated[
+        bool,
+        typer.Option(help="Also write report.html; of the whole matrix with drift and contract."),
+    ] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs and the draws.")] = 0,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=1_000_000_000,
+            help="Random combinations beside the grid; 240, 36 with --quick, none of a part of it.",
+        ),
+    ] = None,
+    draw: Annotated[
+        list[int] | None, typer.Option(min=0, help="Only this random draw. Repeat for more.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, max=4096, help="Processes; 0: one a core, at most 8.")
+    ] = 0,
+) -> None:
+    """Check every beta, reduction, dtype, route and backend against PyTorch and the exact loss.
+
+    Exits with 1 where a cell is red, and prints the command that repeats it. After Ctrl-C the
+    report is of what was done by then.
+    """
+    from dataclasses import replace
+
+    from ..parity._matrix import DRAWS, QUICK_DRAWS, Matrix, MatrixInterrupted, run_matrix
+
+    make_folder(output)
+    part = _checked_part(beta=beta, reduction=reduction, dtype=dtype, route=route)
+    backends, absent = _backends(backend, quick)
+    is_part = bool(part or extensions_only or not extensions)
+    if draws is None:
+        draws = 0 if is_part else QUICK_DRAWS if quick else DRAWS
+    matrix = replace(
+        Matrix.quickly(backends) if quick else Matrix(backends),
+        extensions=extensions or extensions_only,
+        plain=not extensions_only,
+        engines=_engine_folder(output) if engines and not (quick or draw) else None,
+        seed=seed,
+        draws=draws,
+        draw=tuple(draw or ()),
+        absent=absent,
+        **part,
+    )
+    report, interrupted = None, False
+    try:
+        with _bar() as progress:
+            report = run_matrix(
+                matrix, workers=workers or min(os.cpu_count() or 1, 8), progress=progress
+            )
+        _show(report)
+        # Of a part of the matrix the whole picture would say little.
+        if html and not (quick or is_part or backend or draw):
+            report = _measured(report, backends)
+    except MatrixInterrupted as exc:
+        report, interrupted = exc.report, True
+        _show(report)
+    except KeyboardInterrupt:
+        if report is None:
+            raise
+        interrupted = True
+    _write(report, output, html)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if not report:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A live progress bar on stderr; nothing where stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    console = open_console(stderr=True)
+    columns = (TextColumn("parity"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, Remaining(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("parity", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _checked_part(**options: list[Any] | None) -> dict[str, Any]:
+    """The fields of the matrix that are given; a bad name is an error here, not in a cell."""
+    from .._spec import LossSpec
+    from ..graph._export import ROUTES
+
+    for name, values in options.items():
+        for value in values or ():
+            if name != "route":
+                LossSpec(**{name: value})
+            elif value not in ROUTES:
+                raise SpecError(f"unknown route {value!r}; choose one of {', '.join(ROUTES)}")
+    return {f"{name}s": tuple(dict.fromkeys(values)) for name, values in options.items() if values}
+
+
+def _backends(asked: list[str] | None, quick: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those asked for, or every one but PyTorch; and why others are left out, said aloud."""
+    from ..backends._base import BACKENDS, REFERENCES, get_backend, missing
+    from ..parity._matrix import OVER_THE_WIRE
+
+    if asked is not None:
+        for name in asked:
+            get_backend(name)  # raises where it can't be used
+        return tuple(dict.fromkeys(asked)), ()
+    reasons = {name: missing(name) for name in BACKENDS if name not in REFERENCES}
+    absent = [f"{name} not available: {reason}" for name, reason in reasons.items() if reason]
+    for line in absent:
+        print_note(line)
+    usable = [name for name, reason in reasons.items() if not reason]
+    wire = [name for name in usable if name in OVER_THE_WIRE]
+    if quick and wire:  # a server takes longer to start than all the rest
+        usable = [name for name in usable if name not in wire]
+        absent.append(f"quick: no {' and no '.join(wire)}; --backend asks for it")
+    return tuple(usable), tuple(absent)
+
+
+def _engine_folder(output: Path) -> Path | None:
+    """The folder of the engines, made; None, said aloud, where no engine can be built here."""
+    from ..errors import BackendUnavailableError, MissingDependencyError
+    from ..tensorrt._flavour import get_flavour
+
+    try:
+        get_flavour("auto")
+    except (MissingDependencyError, BackendUnavailableError) as exc:
+        print_note(f"no engines are built: {exc}")
+        return None
+    make_folder(output / "engines")
+    return output / "engines"
+
+
+def _measured(report: Report, backends: tuple[str, ...]) -> Report:
+    """The report with what takes some seconds more: the drift by size, and the contract's edges."""
+    from dataclasses import replace
+
+    from ..parity._contract import probe_contract
+    from ..parity._drift import measure_drift
+    from ..parity._matrix import OVER_THE_WIRE
+
+    with _bar() as progress:
+        drift = measure_drift(progress=progress)
+    with _bar() as progress:
+        local = [name for name in backends if name not in OVER_THE_WIRE]
+        contract = probe_contract(local, progress=progress)
+    return replace(report, drift=drift, contract=contract)
+
+
+def _show(report: Report) -> None:
+    from ..parity._report import repeat_command
+    from ..parity.views import _tables as tables
+
+    console = open_console()
+    shown = (tables.backends(report), tables.draws(report), tables.branches(report))
+    for table in (*tables.matrix(report), *shown):
+        if table.rows:
+            console.print(table.rich())
+            console.print()
+    lines = [f"sampled: {note}" for note in report.notes if " not available: " not in note]
+    for cell in report.red[:_SHOWN]:
+        failure = cell.failures[0]
+        case = failure.case
+        lines += [
+            "",
+            f"red: {cell.spec.name} (beta {cell.beta!r}), {cell.route} on {cell.backend}, "
+            f"{len(cell.failures)} of {cell.cases} cases",
+            f"  {case.family}, {case.layout}, seed {case.seed}: {failure.verdict.detail}",
+            f"  repeat it: {repeat_command(cell, report.seed)}",
+        ]
+    if len(report.red) > _SHOWN:
+        lines.append(f"and {len(report.red) - _SHOWN} more red cells, in report.json")
+    for build in report.red_builds[:_SHOWN]:
+        lines.append(f"red: engine of {build.spec.name}, {build.route}: {build.error}")
+    print_lines(lines)
+
+
+def _write(report: Report, folder: Path, html: bool) -> None:
+    """The views of the report: JSON, JUnit XML, Markdown, and HTML where it can be made."""
+    from .._files import write_atomic
+    from ..errors import MissingDependencyError
+    from ..parity.views import _junit as junit
+    from ..parity.views import _markdown as markdown
+    from ..parity.views._html import render
+
+    paths = [
+        write_atomic(folder / "report.json", report.to_json().encode()),
+        write_atomic(folder / "junit.xml", junit.render(report).encode()),
+        write_atomic(folder / "report.md", markdown.render(report).encode()),
+    ]
+    if html:
+        try:
+            paths.append(write_atomic(folder / "report.html", render(report).encode()))
+        except MissingDependencyError as exc:
+            print_note(f"no report.html: {exc}")
+    summary = report.summary
+    built = f", {summary['builds']} engines built ({summary['red_builds']} red)"
+    counts = (
+        f"{summary['cells']} cells, {summary['draws']} draws, {summary['cases']} cases in "
+        f"{summary['seconds']:.0f} s: {summary['red']} red{built if report.builds else ''}"
+    )
+    print_lines(["", counts, f"wrote {', '.join(map(str, paths))}"])

@@ -1,0 +1,224 @@
+"""`smoothl1-deploy repository`: models for a Triton server, and the lint of a repository."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .._spec import LossSpec
+from ..errors import SpecError, require
+from ._console import print_fields, print_json, print_lines, print_table
+from ._options import AsJson, options_of, parse_shape, takes_spec
+
+if TYPE_CHECKING:
+    from ..serving._repository import ServedModel
+
+EXAMPLE = "smoothl1-deploy repository models --per-sample --name smooth_l1_per_sample"
+
+_LOSS = "A loss of its own"
+_KSERVE = "On a cluster"
+_SHAPE = "N,16"
+
+
+@takes_spec("upstream", panel=_LOSS)
+def repository(
+    given: dict[str, Any],
+    *,
+    folder: Annotated[
+        Path | None, typer.Argument(help="The repository to write into; made where missing.")
+    ] = None,
+    lint: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Check a repository, anyone's, and write nothing."),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="An ONNX file to serve, such as one of attach.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model; the spec's or the file's by default.")
+    ] = None,
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Rows of different requests that may be computed together; by default 64 where "
+            "rows are independent, else 0.",
+        ),
+    ] = None,
+    engine: Annotated[
+        Path | None,
+        typer.Option(help="A TensorRT engine of the served graph, for a second model NAME_trt."),
+    ] = None,
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify",
+            help="Verify the loss of the model, and write the certificate beside it; needs torch.",
+        ),
+    ] = False,
+    ops: Annotated[
+        bool,
+        typer.Option(
+            "--ops",
+            help="Have the server load this installation's operators, which compute the loss in "
+            "one pass on the CPU.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model of that name.")
+    ] = False,
+    tensorrt_version: Annotated[
+        str | None, typer.Option(help="With --lint: of the server's TensorRT, as in 10.13.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help=f"Of input and target, a name for the rows first; {_SHAPE} by default.",
+            rich_help_panel=_LOSS,
+        ),
+    ] = None,
+    route: Annotated[
+        str | None,
+        typer.Option(
+            help="As of export; inlined by default, function with --ops.", rich_help_panel=_LOSS
+        ),
+    ] = None,
+    kserve: Annotated[
+        Path | None,
+        typer.Option(help="Also write a KServe InferenceService here.", rich_help_panel=_KSERVE),
+    ] = None,
+    storage_uri: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the cluster finds the repository; pvc://models/FOLDER by default.",
+            rich_help_panel=_KSERVE,
+        ),
+    ] = None,
+    service_name: Annotated[
+        str | None,
+        typer.Option(help="Of the service; the folder's by default.", rich_help_panel=_KSERVE),
+    ] = None,
+    runtime_version: Annotated[
+        str | None,
+        typer.Option(help="Tag of the Triton container.", rich_help_panel=_KSERVE),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model into a Triton model repository, or check one with --lint.
+
+    The graph is made fit for a server: the loss in the shape [1], or [N,1] for a score a row, and
+    a target of another number of rows is an error. --lint exits with 1 where it finds a fault.
+    """
+    loss = options_of({**given, **{k: v for k, v in (("shape", shape), ("route", route)) if v}})
+    if lint is not None:
+        if loss or any((folder, model, name, engine, kserve, ops)):
+            raise SpecError("--lint writes nothing; give the folder to check alone")
+        _lint(lint, tensorrt_version, as_json)
+        return
+    if folder is None:
+        raise SpecError("give the folder to write into, or --lint FOLDER to check one")
+    if model is not None and loss:
+        raise SpecError(
+            f"--model brings its own loss, and {', '.join(loss)} would be ignored; leave "
+            "them out, or attach another loss first"
+        )
+    if tensorrt_version is not None:
+        raise SpecError("--tensorrt-version is what --lint holds plans against; leave it out")
+    if kserve is None and (storage_uri or service_name or runtime_version):
+        raise SpecError("--storage-uri, --service-name and --runtime-version need --kserve FILE")
+
+    from ..serving._repository import (
+        RUNTIME_VERSION,
+        certify_model,
+        inference_service,
+        only_loss,
+        write_inference_service,
+        write_loss,
+        write_model,
+    )
+
+    service = None
+    if kserve is not None:  # before anything is written
+        place = os.path.basename(os.path.realpath(folder))
+        service = inference_service(
+            service_name or place.lower().replace("_", "-"),
+            storage_uri or f"pvc://models/{place}",
+            runtime_version=runtime_version or RUNTIME_VERSION,
+            gpus=1 if engine else 0,
+        )
+    if certify:
+        require("torch", "torch", "--certify, which compares with PyTorch,")
+        if model is not None:
+            only_loss(str(model))
+    common: dict[str, Any] = {
+        "name": name,
+        "max_batch_size": max_batch_size,
+        "engine": engine,
+        "ops": ops,
+        "overwrite": overwrite,
+    }
+    if model is not None:
+        written = write_model(folder, model, **common)
+    else:
+        axes = parse_shape(_SHAPE if shape is None else shape) or ()
+        written = write_loss(folder, LossSpec(**given), axes, route=route, **common)
+    if kserve is not None and service is not None:
+        write_inference_service(kserve, service)
+    green = not certify or bool(certify_model(written[0].file)[0])
+    _show(written, kserve, as_json)
+    if not green:
+        raise typer.Exit(1)
+
+
+def _show(written: tuple[ServedModel, ...], kserve: Path | None, as_json: bool) -> None:
+    from ..parity._certificate import read_certificate
+
+    certificates = {model.name: read_certificate(model.file) for model in written}
+    if as_json:
+        models = [
+            {**model.to_dict(), "certificate": certificates[model.name].to_dict()}
+            for model in written
+        ]
+        print_json({"models": models, "kserve": None if kserve is None else str(kserve)})
+        return
+    for model in written:
+        batching = f"up to {model.max_batch_size} rows of any requests together"
+        if not model.max_batch_size:
+            batching = f"none: {model.unbatched}" if model.unbatched else "none"
+        print_fields(
+            {
+                "wrote": str(model.folder),
+                "platform": model.platform,
+                "batching": batching,
+                "certificate": certificates[model.name].message,
+            }
+        )
+    if kserve is not None:
+        print_fields({"wrote": str(kserve)})
+
+
+def _lint(folder: Path, tensorrt_version: str | None, as_json: bool) -> None:
+    from ..serving._lint import lint
+
+    report = lint(folder, tensorrt_version=tensorrt_version)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_table(
+            ("model file", "certificate"),
+            [(file, status.message) for file, status in report.certificates.items()],
+        )
+        for finding in report.findings:
+            print_lines(
+                [f"{finding.model}: {finding.rule}: {finding.problem}", f"    {finding.remedy}"]
+            )
+        count, models = len(report.findings), len(report.models)
+        print_lines([f"{count or 'no'} finding{'s' * (count != 1)} in {models} models"])
+        if report.note:
+            print_lines([f"what Triton itself refuses was not asked: {report.note}"])
+    if not report:
+        raise typer.Exit(1)

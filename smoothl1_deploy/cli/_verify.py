@@ -1,0 +1,105 @@
+"""`smoothl1-deploy verify`: one artefact against PyTorch and the exact loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._console import open_console, print_json, print_lines
+from ._options import AsJson, BackendName, takes_spec
+
+if TYPE_CHECKING:
+    import onnx
+
+    from .._spec import LossSpec
+
+EXAMPLE = "smoothl1-deploy verify loss.onnx --backend ort-cpu"
+
+_OTHERS = "A model of other origin"
+
+
+@takes_spec(panel=_OTHERS)
+def verify(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    given: dict[str, Any],
+    *,
+    backend: BackendName = "ort-cpu",
+    input_name: Annotated[
+        str | None, typer.Option(help="Which input is the prediction.", rich_help_panel=_OTHERS)
+    ] = None,
+    target_name: Annotated[
+        str | None, typer.Option(help="Which input is the target.", rich_help_panel=_OTHERS)
+    ] = None,
+    output_name: Annotated[
+        str | None, typer.Option(help="Which output is the loss.", rich_help_panel=_OTHERS)
+    ] = None,
+    drift: Annotated[
+        bool, typer.Option(help="Measure the error of what adds up at 2^10 to 2^22 elements.")
+    ] = True,
+    large: Annotated[
+        bool,
+        typer.Option(
+            "--large",
+            help="At 2^24 as well; takes up to 1.6 GB of memory, 2.7 GB for float64 with weights; "
+            "with a gradient 2.6 and 4.7 GB.",
+        ),
+    ] = False,
+    certificate: Annotated[
+        bool, typer.Option("--certificate", help="Write what was found beside the model.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Hold one artefact against PyTorch and the exact loss, on every input family.
+
+    Exits with 1 where a case is red, and names the likeliest fault. What the artefact computes is
+    read from its metadata, though something else may have changed it since; a model of other origin
+    needs --beta and --reduction, and an option for whatever else it computes.
+    """
+    from .._artefact import read_model, select_ports
+    from ..parity._certificate import certify
+    from ..parity._verify import verify as hold_against_references
+    from ..parity.views import _tables as tables
+
+    proto = read_model(model)
+    names = {"input_name": input_name, "target_name": target_name, "output_name": output_name}
+    spec = _completed(given, select_ports(proto, **names)) if given else None
+    result = hold_against_references(
+        proto, backend, spec=spec, seed=seed, drift=drift, large=large, **names
+    )
+    written = certify(result, model) if certificate else None
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        console = open_console()
+        console.print(tables.verification(result).rich())
+        if result.drift:
+            console.print(tables.artefact_drift(result.drift).rich())
+        if result.diagnoses:
+            console.print(tables.diagnoses(result).rich())
+        print_lines([f"seen in the graph: {remark}" for remark in result.remarks])
+        red, cases = len(result.failures), len(result.results) + len(result.drift)
+        print_lines([f"{cases - red} of {cases} cases equal to PyTorch, or nearer to the truth"])
+        if written is not None:
+            print_lines([f"wrote {written}"])
+    if not result:
+        raise typer.Exit(1)
+
+
+def _completed(given: dict[str, Any], proto: onnx.ModelProto) -> LossSpec:
+    """What the options say, and of the rest what the model's metadata say, or its dtype."""
+    from dataclasses import replace
+
+    from .._artefact import signature
+    from .._spec import LossSpec
+    from ..graph._metadata import read_spec
+
+    known = read_spec(proto)
+    if known is None:
+        found = signature(proto)
+        # What is there to be right is held against what is right.
+        gradient = any(port.name == "grad_input" for port in found.outputs)
+        known = LossSpec(dtype=found.input.dtype, gradient=gradient)
+    return replace(known, **given)

@@ -1,0 +1,553 @@
+"""The nodes of a loss, on tensors of any name: what `export` and `attach` share.
+
+`Assembly` has a node for each step. `nodes_of` puts them into a function, whose name says what it
+computes: where the operators of `ops` are registered, ONNX Runtime has a kernel of that name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from .._model import ELEMENT_TYPE
+from .._spec import LossSpec
+from . import _functions as f
+from ._functions import loss_scalars, slope_scalars
+
+IR_VERSION = 10  # ONNX 1.16: the oldest runtime we test reads it
+
+
+class Assembly:
+    """Nodes that compute `spec`.
+
+    Case 1: computed in float32, beta a number: the element losses are one node `SmoothL1Loss` with
+        an attribute.
+    Case 2: beta an input, float64, or nodes that are to be inlined: the terms, with the scalars as
+        tensors. Inlined, an attribute becomes a Constant whose number is no tensor, which others
+        read in another dtype or leave in its own (onnxslim 0.1.98, the float16 converters).
+
+    Args:
+        spec: what to compute.
+        tensors: name of a tensor of the graph for each of `spec.inputs` (in the spec's dtype;
+            beta in float32, grad_output in the shape of loss) and `spec.outputs`. Where it names
+            beta, the number in the spec is not looked at.
+        summed_axes: of the element losses, along which input was broadcast and its gradient has
+            to be summed back; None to find them at run time, which TensorRT can't.
+        prefix: of the names of the tensors in between.
+        inlined: whether the functions are going to be inlined.
+
+    Attributes:
+        nodes: in topological order.
+        used: the functions they call.
+    """
+
+    def __init__(
+        self,
+        spec: LossSpec,
+        tensors: Mapping[str, str],
+        *,
+        summed_axes: tuple[int, ...] | None = None,
+        prefix: str = "",
+        inlined: bool = False,
+    ) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.used: list[str] = []
+        self._spec = spec
+        self._tensors = tensors
+        self._prefix = prefix
+        self._inlined = inlined
+        self._element = ELEMENT_TYPE[spec.compute_dtype]
+        self._sum = ("Compensated" if spec.dtype == "float64" else "Wide") + (
+            "Row" if spec.per_sample else ""
+        )
+        names = [name for name in spec.inputs if name in ("input", "target", "weight")]
+        self._data = {name: self._widened(tensors[name], name) for name in names}
+        self._doubles: dict[str, str] = {}
+        self._weight_total = ""  # what a mean by weights divides by
+        self._counted = ""  # what any other mean divides by, once it is asked for
+        is_narrow = self._element == TensorProto.FLOAT and not spec.gradient
+        self._is_added = is_narrow and spec.reduction != "none" and _has_attribute(spec)
+        self._scalars = self._scalar_tensors()
+        losses = self._losses()
+        if spec.reduction == "none":
+            self._rounded(losses, self._element, "loss")
+        else:
+            self._reduced(losses)
+        if spec.gradient:
+            self._gradient(losses, summed_axes)
+
+    def _add(
+        self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any
+    ) -> str:
+        output = self._tensors.get(output) or self._prefix + output
+        node = helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes)
+        self.nodes.append(node)
+        if domain:
+            self.used.append(op)
+        return output
+
+    def _call(self, function: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        return self._add(function, inputs, output, domain=f.DOMAIN, **attributes)
+
+    def _widened(self, tensor: str, name: str) -> str:
+        """The tensor in the compute dtype."""
+        if self._spec.compute_dtype == self._spec.dtype:
+            return tensor
+        return self._add("Cast", [tensor], f"{name}_wide", to=self._element)
+
+    def _constant(self, name: str, value: float, element: int = TensorProto.DOUBLE) -> str:
+        tensor = helper.make_tensor(name, element, [], [value])
+        return self._add("Constant", [], name, value=tensor)
+
+    def _scalar_tensors(self) -> list[str] | None:
+        """beta, half and divisor for the terms; None where an attribute says it all (case 1)."""
+        spec = self._spec
+        if _is_l1(spec):
+            return []
+        if self._is_added:
+            known = self._tensors.get("beta")
+            beta = known or self._constant("beta", spec.effective_beta, self._element)
+            return [beta, self._constant("half", 0.5, self._element)]
+        if self._element == TensorProto.DOUBLE and "beta" in self._tensors:
+            beta = self._cast(self._tensors["beta"])
+            self._divisor = self._call("BetaDivisorFloat64", [beta], "divisor")
+            return [beta, self._constant("half", 0.5), self._divisor]
+        if "beta" in self._tensors:
+            beta = self._tensors["beta"]
+            self._divisor = self._call("BetaDivisor", [beta], "divisor")
+            return [beta, self._constant("half", 0.5, self._element), self._divisor]
+        if self._element == TensorProto.DOUBLE or self._inlined:
+            return [
+                self._constant(name, value, self._element)
+                for name, value in loss_scalars(spec.effective_beta)
+            ]
+        return None
+
+    def _losses(self) -> str:
+        """The element losses, weighted: in the compute dtype, or in float64 to be summed."""
+        spec = self._spec
+        pair = [self._data["input"], self._data["target"]]
+        if _is_l1(spec):
+            losses = self._call("L1Loss", pair, "losses")
+        elif self._is_added:
+            losses = self._call("SmoothL1Addends", [*pair, *(self._scalars or ())], "losses")
+        elif self._scalars is None:
+            losses = self._call("SmoothL1Loss", pair, "losses", beta=spec.effective_beta)
+        else:
+            losses = self._call("SmoothL1LossTerms", [*pair, *self._scalars], "losses")
+        self._unweighted = losses
+        if not spec.weight:
+            return losses
+        weight = self._data["weight"]
+        if spec.reduction != "none":  # a product may leave the range of float32, and its mean not
+            losses, weight = self._double(losses), self._double(weight)
+        # A function, since quantisers leave those alone and would quantise a Mul of float32.
+        return self._call("Weighted", [losses, weight], "weighted")
+
+    def _rounded(self, result: str, element: int, output: str) -> None:
+        """`result`, which the last node gives as an `element`, as the output: rounded once."""
+        wanted = ELEMENT_TYPE[self._spec.dtype]
+        if element != wanted:
+            self._add("Cast", [result], output, to=wanted)
+            return
+        node = self.nodes[-1]
+        node.name = node.output[0] = self._tensors[output]
+
+    def _reduced(self, losses: str) -> None:
+        spec = self._spec
+        weights = None
+        if spec.weight == "weights":
+            shape = self._add("Shape", [losses], "losses_shape")
+            weights = self._add("Expand", [self._data["weight"], shape], "weights")
+        function = self._sum + ("Sum" if spec.weight else spec.reduction.title())
+        total = self._call(function, [losses], "total")
+        if spec.weight:
+            total = self._call("WithoutNegativeZero", [total], "total_signed")
+        elif self._is_added:
+            total = self._add("Abs", [total], "total_signed")
+        if spec.weight == "count" and spec.reduction == "mean":
+            total = self._add("Div", [total, self._count(losses)], "weighted_mean")
+        if weights is not None:
+            self._weight_total = self._call(function, [weights], "weight_total")
+            mean = self._add("Div", [total, self._weight_total], "weighted_mean")
+            if spec.dtype == "float64":
+                mean = self._without_overflow(mean, total, weights)
+            total = mean
+        if spec.reduction == "sum":
+            total = self._unless_no_beta(total)
+        self._rounded(total, TensorProto.DOUBLE, "loss")
+
+    def _without_overflow(self, mean: str, total: str, weights: str) -> str:
+        """`mean`, or where a sum of it overflows float64 the sum of each weight's share."""
+        shrunk = self._add("Mul", [weights, self._constant("tiny", 2.0**-60)], "weights_shrunk")
+        whole = self._call(f"{self._sum}Sum", [shrunk], "weight_total_shrunk")
+        if self._spec.per_sample:
+            whole = self._call("RowsLike", [whole, shrunk], "weight_column_shrunk")
+        share = self._add("Div", [shrunk, whole], "share")
+        shares = self._add("Mul", [share, self._unweighted], "loss_shares")
+        safe = self._call(f"{self._sum}Sum", [shares], "mean_of_shares")
+        # What is not finite has no difference to itself.
+        sums = self._add("Add", [total, self._weight_total], "both_sums")
+        lost = self._add("IsNaN", [self._add("Sub", [sums, sums], "none_if_finite")], "lost")
+        zero = self._add("Sub", [safe, safe], "none_if_safe")
+        use = self._add("And", [lost, self._add("Equal", [zero, zero], "is_safe")], "use_shares")
+        return self._add("Where", [use, safe, mean], "mean")
+
+    def _gradient(self, losses: str, summed_axes: tuple[int, ...] | None) -> None:
+        """In float64 and rounded once: rounded before, terms of either sign that are summed back
+        show by cancellation what they lost, and subnormal ones round up to what they aren't.
+
+        Case 1: what flows into every loss is one number; or, summed and of a dtype narrower than
+            float64, a weight or upstream gradient too. Added up before the division by beta and
+            the one number: differences, and products of few bits, cancel exactly, which their
+            quotients would not.
+        Case 2: weights or an upstream gradient for each loss in float64, or without a sum, and
+            weights whose sum is a divisor, which may be 0. In autograd's order, a slope of at most
+            1 last: nothing over- or underflows that it keeps.
+        """
+        spec = self._spec
+        beta, shrink, divisor, scale = self._slope_scalars()
+        terms = [self._double(self._data["input"]), self._double(self._data["target"])]
+        if scale:
+            terms = [self._add("Mul", [x, scale], f"{x}_half") for x in terms]
+        slope = self._call("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms")
+        is_summed = summed_axes != ()
+        upstream = ["upstream"] * spec.upstream
+        by_loss = [*upstream] if spec.per_sample or spec.reduction == "none" else []
+        by_loss += ["weight"] * bool(spec.weight)
+        for_all = [part for part in upstream if part not in by_loss]
+        for_all += ["mean"] * (spec.reduction == "mean")
+        if by_loss and (spec.dtype == "float64" or self._weight_total or not is_summed):
+            slope = self._add("Div", [slope, divisor], "slope")
+            flowing = self._flowing_in(losses, [*for_all, *by_loss])
+            slope = self._add("Mul", [flowing, slope], "slope_weighted")
+            if is_summed:
+                slope = self._unless_no_beta(self._summed(slope, summed_axes))
+        else:
+            if by_loss:
+                own = self._flowing_in(losses, by_loss)
+                slope = self._add("Mul", [own, slope], "slope_weighted")
+            if is_summed:
+                slope = self._summed(slope, summed_axes)
+            slope = self._add("Div", [slope, divisor], "slope")
+            if for_all:
+                is_product = "upstream" in for_all
+                count = self._count(losses)
+                scalar = self._flowing_in(losses, for_all) if is_product else count
+                scalar = self._of_something(scalar, losses) if is_summed else scalar
+                operator = "Mul" if is_product else "Div"
+                slope = self._add(operator, [slope, scalar], "slope_scaled")
+        if is_summed:
+            slope = self._zero_of_a_sum(slope, summed_axes)
+        self._rounded(slope, TensorProto.DOUBLE, "grad_input")
+
+    def _flowing_in(self, losses: str, parts: list[str]) -> str:
+        """What autograd multiplies each slope with: of the upstream gradient, which a mean divides,
+        and the weight, those that are asked for.
+        """
+        factor = self._upstream(losses) if "upstream" in parts else ""
+        if "mean" in parts:
+            count = self._count(losses)
+            if self._weight_total and self._spec.per_sample:  # each row has a divisor of its own
+                count = self._call("RowsLike", [count, losses], "weight_column")
+            one = factor or self._constant("one", 1.0)
+            factor = self._add("Div", [one, count], "upstream_mean")
+        if "weight" in parts:
+            weight = self._double(self._data["weight"])
+            factor = self._add("Mul", [weight, factor], "upstream_weighted") if factor else weight
+        return factor
+
+    def _slope_scalars(self) -> tuple[str, str, str, str]:
+        """beta, shrink and the divisor of the slopes' terms, float64, and what to multiply input
+        and target with, "" for nothing: where beta is inf, differences of float64 may overflow,
+        which are no infinite ones; halves' can't.
+        """
+        spec = self._spec
+        is_double = spec.dtype == "float64"
+        if "beta" not in self._tensors:
+            scalars = slope_scalars(spec.effective_beta)
+            beta, shrink, divisor = (self._constant(name, value) for name, value in scalars)
+            is_halved = is_double and math.isinf(spec.effective_beta)
+            return beta, shrink, divisor, self._constant("half_of_both", 0.5) if is_halved else ""
+        one = self._constant("slope_one", 1.0)
+        beta = self._cast(self._tensors["beta"])
+        infinite = self._constant("slope_infinite", math.inf)
+        is_infinite = self._add("Equal", [beta, infinite], "slope_is_flat")
+
+        def if_infinite(value: float, name: str, otherwise: str) -> str:
+            number = self._constant(f"{name}_if_flat", value)
+            return self._add("Where", [is_infinite, number, otherwise], name)
+
+        shrink = if_infinite(0.0, "slope_shrink", one)
+        divisor = if_infinite(1.0, "slope_divisor", self._double(self._divisor))
+        return beta, shrink, divisor, if_infinite(0.5, "scale", one) if is_double else ""
+
+    def _summed(self, slope: str, axes: tuple[int, ...] | None) -> str:
+        """`slope` in the shape of input, added up along the axes that input was broadcast to.
+
+        Compensated for every dtype: of a large beta, differences cancel that are as large.
+        """
+        if axes is None:
+            along = self._call("BroadcastAxes", [slope, self._data["input"]], "summed_axes")
+        else:
+            tensor = numpy_helper.from_array(np.array(axes, np.int64))
+            along = self._add("Constant", [], "summed_axes", value=tensor)
+        total = self._call("CompensatedAxesSum", [slope, along], "slope_sum")
+        shape = self._add("Shape", [self._data["input"]], "input_shape")
+        return self._add("Reshape", [total, shape], "slope_summed", allowzero=1)
+
+    def _zero_of_a_sum(self, slope: str, axes: tuple[int, ...] | None) -> str:
+        """`slope`, which was added up along `axes`, with 0 for -0."""
+        signed = self._call("WithoutNegativeZero", [slope], "slope_signed")
+        if axes is not None:
+            return signed
+        # Where nothing was added up, -0 is autograd's too.
+        size = self._add("Size", [self._prefix + "summed_axes"], "summed_axis_count")
+        is_sum = self._add("Cast", [size], "is_sum", to=TensorProto.BOOL)
+        # In this order: ONNX Runtime's Where makes 0 of a -0 of its first branch.
+        return self._add("Where", [is_sum, signed, slope], "slope_or_signed")
+
+    def _unless_no_beta(self, summed: str) -> str:
+        """`summed`, or NaN where beta is an input and no beta: a sum of nothing doesn't know it."""
+        if not self._spec.runtime_beta:
+            return summed
+        nan = self._constant(f"{summed}_none", math.nan)
+        is_no_beta = self._add("IsNaN", [self._divisor], f"{summed}_has_no_beta")
+        return self._add("Where", [is_no_beta, nan, summed], f"{summed}_or_nan")
+
+    def _of_something(self, scalar: str, losses: str) -> str:
+        """`scalar`, or 1 where there are no element losses: their gradients add up to 0."""
+        size = self._add("Size", [losses], "loss_count")
+        none = self._constant("no_losses", 0, TensorProto.INT64)
+        is_nothing = self._add("Equal", [size, none], "is_nothing")
+        one = self._constant("one_of_nothing", 1.0)
+        # The scalar may be -0, which ONNX Runtime's Where loses in its first branch.
+        return self._add("Where", [is_nothing, one, scalar], "scalar_of_something")
+
+    def _upstream(self, losses: str) -> str:
+        """`grad_output` in float64, in a shape that broadcasts with the element losses."""
+        upstream = self._tensors["grad_output"]
+        if self._spec.dtype != "float64":
+            upstream = self._cast(upstream)
+        if not self._spec.per_sample:
+            return upstream
+        return self._call("RowsLike", [upstream, losses], "upstream_column")
+
+    def _double(self, tensor: str) -> str:
+        """A tensor of the compute dtype in float64."""
+        return tensor if self._element == TensorProto.DOUBLE else self._cast(tensor)
+
+    def _cast(self, tensor: str) -> str:
+        """The tensor in float64, cast once however often it is asked for."""
+        if tensor not in self._doubles:
+            name = f"{tensor}_double"
+            self._doubles[tensor] = self._add("Cast", [tensor], name, to=TensorProto.DOUBLE)
+        return self._doubles[tensor]
+
+    def _count(self, losses: str) -> str:
+        """What the loss of an element was divided by: rank 0, or one for each row."""
+        if self._weight_total:
+            return self._weight_total
+        if not self._counted and self._spec.per_sample:
+            self._counted = self._call("RowCount", [losses], "row_count")
+        if not self._counted:
+            self._counted = self._cast(self._add("Size", [losses], "count"))
+        return self._counted
+
+
+#: dtype -> the end of a function's name.
+_SUFFIX = {"float32": "", "float16": "Float16", "bfloat16": "BFloat16", "float64": "Float64"}
+
+
+def function_name(spec: LossSpec) -> str:
+    """The name of the function that is the whole loss, which no loss computed otherwise has.
+
+        [Weighted][Smooth]L1Loss[Row][Sum|Mean|Average][At][Gradient[Upstream]]
+        [Float16|BFloat16|Float64][Wide]
+
+    Without Smooth beta is 0, and known. Average divides by the sum of the weights. At takes beta as
+    an input, not as an attribute. Gradient gives grad_input too, of an input that is not broadcast;
+    Upstream takes grad_output. Wide computes narrower dtypes in float64, without a kernel in `ops`.
+
+    >>> function_name(LossSpec(0.5, "mean", weight="weights", per_sample=True, dtype="float16"))
+    'WeightedSmoothL1LossRowAverageFloat16'
+    """
+    reduction = "Average" if spec.weight == "weights" else spec.reduction.title()
+    return "".join(
+        (
+            "Weighted" * bool(spec.weight),
+            "L1Loss" if _is_l1(spec) else "SmoothL1Loss",
+            "Row" * spec.per_sample,
+            reduction * (spec.reduction != "none"),
+            "At" * _takes_beta(spec),
+            "Gradient" * spec.gradient,
+            "Upstream" * spec.upstream,
+            _SUFFIX[spec.dtype],
+            "Wide" * spec.has_subnormal_beta,
+        )
+    )
+
+
+def _is_l1(spec: LossSpec) -> bool:
+    """Whether the nodes compute |d| in float32 and know of no beta."""
+    return spec.effective_beta == 0 and not _takes_beta(spec)
+
+
+def _has_attribute(spec: LossSpec) -> bool:
+    return not (_takes_beta(spec) or _is_l1(spec))
+
+
+def _takes_beta(spec: LossSpec) -> bool:
+    """Whether beta is an input: an attribute holds a float32, and what is an input isn't known.
+
+    A gradient's is, lest there be twice as many operators: each makes a session open later.
+    """
+    is_attribute = spec.has_subnormal_beta or not (spec.gradient or spec.dtype == "float64")
+    return spec.runtime_beta or not is_attribute
+
+
+def nodes_of(
+    spec: LossSpec,
+    tensors: Mapping[str, str],
+    *,
+    summed_axes: tuple[int, ...] | None,
+    prefix: str = "",
+    inlined: bool = False,
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], list[onnx.FunctionProto]]:
+    """The nodes of a loss, the initialisers that they read, and the functions they call.
+
+    One node, but for a gradient that is summed back to an input, or may have to be, and for what is
+    going to be inlined. Takes what `Assembly` takes.
+    """
+    if inlined or (spec.gradient and summed_axes != ()):
+        assembly = Assembly(spec, tensors, summed_axes=summed_axes, prefix=prefix, inlined=inlined)
+        return assembly.nodes, [], function_closure(assembly.used)
+    name = function_name(spec)
+    whole = _as_function(spec)
+    inputs = [tensors.get(role) or f"{prefix}{role}" for role in whole.inputs]
+    constants: list[onnx.TensorProto] = []
+    attributes: dict[str, Any] = {}
+    if _has_attribute(spec):
+        attributes = {"beta": spec.effective_beta}
+    elif not (_is_l1(spec) or spec.runtime_beta):
+        element = TensorProto.DOUBLE if spec.dtype == "float64" else TensorProto.FLOAT
+        beta = spec.effective_beta
+        constants = [helper.make_tensor(f"{prefix}beta", element, [], [beta])]
+    outputs = [tensors[role] for role in spec.outputs]
+    node = helper.make_node(name, inputs, outputs, name=outputs[0], domain=f.DOMAIN, **attributes)
+    return [node], constants, _functions_of(whole)
+
+
+def _as_function(spec: LossSpec) -> LossSpec:
+    """`spec` as its function has it: one body for the beta that is known and the one that isn't."""
+    return replace(spec, beta=1.0, runtime_beta=True) if _takes_beta(spec) else spec
+
+
+def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:
+    name = function_name(spec)
+    if name in f.FUNCTIONS:
+        return function_closure([name])
+    attributes = ["beta"] * _has_attribute(spec)
+    tensors = {role: f"{name}_{role}" for role in (*spec.inputs, "beta", *spec.outputs)}
+    assembly = Assembly(spec, tensors, summed_axes=(), prefix=f"{name}_")
+    nodes = assembly.nodes
+    if attributes:
+        # A tensor of it here: TensorRT (for RTX 1.7.1) loses what one function hands on to another
+        # by reference, and computes with 0.
+        beta = helper.make_node("Constant", [], [tensors["beta"]], name=tensors["beta"])
+        beta.attribute.add(name="value_float", ref_attr_name="beta", type=onnx.AttributeProto.FLOAT)
+        nodes = [beta, *nodes]
+    whole = helper.make_function(
+        f.DOMAIN,
+        name,
+        [tensors[role] for role in spec.inputs],
+        [tensors[role] for role in spec.outputs],
+        nodes,
+        opset_imports=[
+            helper.make_opsetid("", f.OPSET),
+            helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION),
+        ],
+        attributes=attributes,
+        doc_string="The whole loss: one pass where `smoothl1_deploy.ops` is registered.",
+    )
+    return [*function_closure(assembly.used), whole]
+
+
+@lru_cache
+def _function_proto(name: str) -> onnx.FunctionProto:
+    """The function as models carry it: what other people's tools read wrongly is not in it.
+
+    * No value has a type or a shape of its own: the callers' decide.
+    * No name is in two functions: onnxscript's optimiser puts bodies in place of calls and keeps
+      what one of them said of a name (onnxscript 0.7).
+    * A constant is a tensor: onnxslim reads `value_float` as float64.
+
+    onnxscript reads the source of a function anew for each proto, which is why they are kept;
+    protobuf copies are cheap.
+    """
+    proto: onnx.FunctionProto = f.FUNCTIONS[name].to_function_proto()
+    proto.doc_string = inspect.cleandoc(proto.doc_string)
+    del proto.value_info[:]
+    for node in proto.node:
+        for names in (node.input, node.output):
+            names[:] = [value and f"{name}_{value}" for value in names]
+        node.name = node.output[0]
+        if node.op_type == "Constant":
+            _hold_a_tensor(node)
+    for names in (proto.input, proto.output):
+        names[:] = [f"{name}_{value}" for value in names]
+    return proto
+
+
+def _hold_a_tensor(constant: onnx.NodeProto) -> None:
+    """Write what a Constant holds as its attribute `value`, but for a reference to another's."""
+    (attribute,) = constant.attribute
+    if attribute.ref_attr_name or attribute.HasField("t"):
+        return
+    value = np.asarray(helper.get_attribute_value(attribute))
+    narrow = value.astype(np.float32) if value.dtype == np.float64 else value
+    constant.ClearField("attribute")
+    constant.attribute.append(helper.make_attribute("value", numpy_helper.from_array(narrow)))
+
+
+def function_closure(names: list[str]) -> list[onnx.FunctionProto]:
+    """The functions called `names` and every function they call, callees first.
+
+    Copies, the caller's own: torch.onnx.export names the tensors of constants it is given.
+    """
+    found: dict[str, onnx.FunctionProto] = {}
+
+    def visit(name: str) -> None:
+        if name in found:
+            return
+        proto = onnx.FunctionProto()
+        proto.CopyFrom(_function_proto(name))
+        for node in proto.node:
+            if node.domain == f.DOMAIN:
+                visit(node.op_type)
+        found[name] = proto
+
+    for name in names:
+        visit(name)
+    return list(found.values())
+
+
+def model_of(graph: onnx.GraphProto, functions: list[onnx.FunctionProto]) -> onnx.ModelProto:
+    """The model of a graph that calls `functions`."""
+    return helper.make_model(
+        graph,
+        functions=functions,
+        opset_imports=[
+            helper.make_opsetid("", f.OPSET),
+            helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION),
+        ],
+        ir_version=IR_VERSION,
+    )

@@ -1,0 +1,435 @@
+"""`attach`: graft the loss onto a model that has the prediction already."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+from onnx import TensorProto, helper, numpy_helper
+
+from .._dlpack import as_array
+from .._model import (
+    DTYPE_OF_ELEMENT,
+    ELEMENT_TYPE,
+    Loss,
+    Tensor,
+    axes_of,
+    check_engines,
+    check_trust,
+    correct,
+    element_name,
+    every_node,
+    inputs_of,
+    main_tensors,
+    note_attached,
+    subgraphs,
+    value_names,
+)
+from .._shapes import Dim, Shape, broadcast, check_shape, summed_axes
+from .._spec import LossSpec
+from ..errors import ArtefactError, ModelWarning, SpecError
+from ._hosted import OldOpsetError, add_functions, check_opset, check_parsed, converted, prune
+from ._metadata import forget_spec
+
+_SHOWN = 20  # candidate tensors in an error
+_WIDENS = {("float16", "float32"), ("bfloat16", "float32")} | {
+    (narrow, "float64") for narrow in ("float16", "bfloat16", "float32")
+}
+
+
+def attach(
+    model: onnx.ModelProto,
+    prediction: str,
+    target: str | np.ndarray[Any, Any],
+    spec: LossSpec | None = None,
+    *,
+    weight: str | np.ndarray[Any, Any] | None = None,
+    target_shape: Sequence[Dim] | None = None,
+    loss_name: str = "loss",
+    only_loss: bool = False,
+    route: str = "function",
+    convert_opset: bool = False,
+) -> onnx.ModelProto:
+    """A copy of `model` that also computes the loss of one of its tensors.
+
+    Nodes are added after the model's own, which stay as they are but for one name: an output that
+    is read here and that a DequantizeLinear gives comes out of a Sum behind it. Initialisers of a
+    model of IR 3 or older are no longer listed as inputs, and so stay constants. With outputs,
+    inputs and constants for operands, the outputs that were there keep their bits under ONNX
+    Runtime's optimiser too. Attach again for a second loss.
+
+    Args:
+        model: any ONNX model of opset 13 or newer. Weights beside its file may stay there
+            (`onnx.load(path, load_external_data=False)`), which spares their memory; the result
+            names the same files.
+        prediction: a tensor of its main graph: output, input or internal; float of any width.
+        target: another tensor of it; or the name of an input to add, in the prediction's shape;
+            or an array, to be a constant. Integers and narrower floats become the spec's dtype.
+            An axis whose size or name the model's inputs don't tell is one of the target's own.
+        spec: None means the mean with beta 1 in the prediction's dtype. An input `beta` is added
+            for `runtime_beta`, an input `grad_output` for `upstream`.
+        weight: for a spec with a weight; like `target`.
+        target_shape: of an input to add as the target, where it isn't the prediction's or nobody
+            knows that: integers, and names for dynamic axes.
+        loss_name: of the output (`grad_input` for the gradient); numbered where it is taken.
+        only_loss: drop the other outputs, and the nodes and inputs that only they need.
+        route: `"function"` adds a node of the domain `smoothl1_deploy`; `"inlined"` plain ones.
+        convert_opset: convert a model whose opset the loss can't be computed in to the lowest
+            that it can, 13 or, for some gradients, 14; the model's functions are then put in the
+            places where they are called.
+
+    Raises:
+        InvalidInputError: on a constant that is no array, or has no data.
+        SpecError: on a name that no tensor has (close matches first), a target that is the
+            prediction, shapes that can't be broadcast, a shape of a target that is there already,
+            and a dtype that would lose precision.
+        ArtefactError: on a model whose opset is too old, that has a function of our name and
+            another content, or with more than 2 GB in memory where a step can't take them.
+
+    Warns:
+        ModelWarning: where the model declares a shape that its nodes contradict; the nodes are
+            believed, and the result declares what they make.
+    """
+    if str(route) not in ("function", "inlined"):
+        raise SpecError(f"unknown route {route!r} to attach by; choose function or inlined")
+    if not isinstance(model, onnx.ModelProto):
+        raise ArtefactError(
+            f"expected an onnx.ModelProto, got {type(model).__name__}; read it with onnx.load(path)"
+        )
+    if spec is not None and not isinstance(spec, LossSpec):
+        raise SpecError(f"spec must be a LossSpec, got {type(spec).__name__}")
+    check_trust(model)
+    check_engines(model, "a loss can only be attached to the graph that it was built from")
+    _check_name("loss", loss_name)
+    if isinstance(target, str) and target == str(prediction):  # an array compares its elements
+        raise SpecError(
+            f"the target {target!r} is the prediction itself, and such a loss is 0 whatever the "
+            "model computes; name another tensor, or a new input"
+        )
+    target_shape = check_shape(target_shape, "target_shape")
+    inlined = str(route) == "inlined"
+    while True:
+        grafted = onnx.ModelProto()
+        grafted.CopyFrom(model)
+        forget_spec(grafted)
+        try:
+            graft = _Graft(grafted, prediction, spec)
+            roles = graft.roles(target, target_shape, weight)
+            functions = graft.add(roles, loss_name, only_loss, inlined)
+            break
+        except OldOpsetError as old:  # which opset it has to be, only the finished loss tells
+            if not convert_opset:
+                raise
+            model = converted(model, old.needed)
+    if graft.contradiction is not None:
+        warnings.warn(graft.contradiction, ModelWarning, stacklevel=2)
+    if inlined:
+        check_parsed(grafted, "the route 'inlined'")
+        names = [(function.domain, function.name) for function in functions]
+        grafted = onnx.inliner.inline_selected_functions(grafted, names)
+    return grafted
+
+
+def _check_name(what: str, name: Any) -> None:
+    try:
+        size = len(name.encode()) if isinstance(name, str) else 0
+    except UnicodeEncodeError:  # a lone surrogate: a file name that is no text, for instance
+        size = 0
+    if not size:
+        raise SpecError(f"the {what} can't be called {name!r}; give a name of Unicode characters")
+
+
+class _Graft:
+    """The state of one attachment: the model, its tensors, and the names that are free."""
+
+    def __init__(self, model: onnx.ModelProto, prediction: str, spec: LossSpec | None) -> None:
+        self.model = model
+        self._tensors = main_tensors(model)
+        self.contradiction = correct(model, self._tensors)
+        self._values = set(value_names(model.graph))
+        self._taken = self._values | {node.name for node in every_node(model.graph.node)}
+        self._named = {dim for value in inputs_of(model) for dim in axes_of(value) or ()}
+        found = self._known("prediction", prediction)
+        dtype = DTYPE_OF_ELEMENT.get(found.element or 0)
+        if found.element is not None and dtype is None:
+            kind = element_name(found.element)
+            raise SpecError(f"the prediction {prediction!r} is {kind}; a loss needs a float tensor")
+        if spec is None and dtype is None:
+            raise SpecError(
+                f"the element type of {prediction!r} can't be inferred; say it with spec="
+                "LossSpec(dtype=...) (--dtype)"
+            )
+        self.spec = spec if spec is not None else LossSpec(dtype=str(dtype))
+        self._prediction = found
+        self._new_shape = found.shape  # of inputs to add
+        self._prefix = ""
+        self._nodes: list[onnx.NodeProto] = []
+        self.prediction = self._in_dtype("prediction", self._handed_on(found))
+
+    def roles(
+        self,
+        target: str | np.ndarray[Any, Any],
+        target_shape: Shape | None,
+        weight: str | np.ndarray[Any, Any] | None,
+    ) -> dict[str, Tensor]:
+        """The tensors that the loss is computed of, by what they are to it."""
+        roles = {"input": self.prediction, "target": self._operand("target", target, target_shape)}
+        if self.spec.weight:
+            if weight is None:
+                raise SpecError(
+                    "the spec has a weight; say which tensor or array it is with weight="
+                )
+            roles["weight"] = self._operand("weight", weight)
+        elif weight is not None:
+            raise SpecError("weight= for a spec without one; write LossSpec(weight='count')")
+        return roles
+
+    def _known(self, what: str, name: str) -> Tensor:
+        if not isinstance(name, str):
+            raise SpecError(f"the {what} must be the name of a tensor, got {name!r}")
+        if name in self._tensors:
+            return self._tensors[name]
+        if name in self._values:
+            raise self._no_tensor(what, name)
+        names = list(self._tensors)
+        close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+        listed = [*close, *(other for other in reversed(names) if other not in close)]
+        more = f", and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+        raise SpecError(
+            f"the model has no tensor {name!r} to be the {what}; it has "
+            f"{', '.join(map(repr, listed[:_SHOWN])) or 'none at all'}{more}"
+        )
+
+    def _no_tensor(self, what: str, name: str) -> SpecError:
+        """What to say of a name that the model knows, but as no tensor of its main graph."""
+        graph = self.model.graph
+        kinds = {
+            value.name: kind.removesuffix("_type").replace("_", " ")
+            for value in (*graph.input, *graph.value_info, *graph.output)
+            if (kind := value.type.WhichOneof("value")) not in (None, "tensor_type")
+        }
+        kind = f"of the type {kinds[name]}" if name in kinds else "a sequence or the like"
+        near: list[str] = []
+        for node in graph.node:
+            if name in node.output:
+                near = [other for other in node.input if other in self._tensors]
+                break
+            if name not in kinds and _inside(node, name):
+                kind = f"inside a graph of {node.op_type}, where only that can read it"
+                near = [other for other in node.output if other in self._tensors]
+        instance = f", {' or '.join(map(repr, near))} for instance" if near else ""
+        return SpecError(
+            f"the {what} {name!r} is no tensor of the main graph but {kind}; name one that is"
+            f"{instance}"
+        )
+
+    def _handed_on(self, tensor: Tensor) -> Tensor:
+        """`tensor`, its bits kept: what a loss reads has a reader more than it had.
+
+        ONNX Runtime (1.31) gives each reader of a DequantizeLinear, and the graph's output, one
+        of its own, and fuses int8 operators with the two nodes behind them where there is one
+        alone: with a second one the output moves by a quantisation step (bench/NOTES.md). So the
+        one reader of such an output becomes a Sum of nothing else, and the loss reads that.
+        """
+        graph, name = self.model.graph, tensor.name
+        if all(name != value.name for value in graph.output) or any(
+            name in node.input or _inside(node, name) for node in graph.node
+        ):
+            return tensor
+        for node in graph.node:
+            if name in node.output and self._dequantizes(node, name):
+                inner = self._free(f"{name}_dequantized")
+                node.output[list(node.output).index(name)] = inner
+                sum_name = self._free(f"{name}_handed_on")
+                self._nodes.append(helper.make_node("Sum", [inner], [name], name=sum_name))
+        return tensor
+
+    def _dequantizes(self, node: onnx.NodeProto, output: str) -> bool:
+        """Whether a DequantizeLinear gives that output, in a function of the model for instance."""
+        for f in self.model.functions:
+            if (f.domain, f.name, f.overload) == (node.domain, node.op_type, node.overload):
+                inner = dict(zip(node.output, f.output, strict=False)).get(output, "")
+                return any(inner in n.output and self._dequantizes(n, inner) for n in f.node)
+        return node.op_type == "DequantizeLinear"
+
+    def _operand(
+        self, what: str, given: str | np.ndarray[Any, Any], shape: Shape | None = None
+    ) -> Tensor:
+        """The tensor that a target or weight is: an existing one, a new input, or a constant.
+
+        `shape` is what the caller says of a new input.
+        """
+        if shape is not None and (not isinstance(given, str) or given in self._tensors):
+            raise SpecError(
+                f"{what}_shape={shape} for a {what} that has its own; leave {what}_shape out "
+                f"(--{what}-shape), or name a new input"
+            )
+        if isinstance(given, str):
+            if given in self._tensors:
+                return self._in_dtype(what, self._handed_on(self._tensors[given]))
+            _check_name(what, given)
+            if given in self._values:
+                raise self._no_tensor(what, given)
+            element = ELEMENT_TYPE[self.spec.dtype]
+            if shape is None:
+                shape = self._shape_of_new(given)
+            elif self._new_shape is None:
+                self._new_shape, self._named = shape, self._named | {*shape}
+            self.model.graph.input.append(helper.make_tensor_value_info(given, element, shape))
+            self._taken.add(given)
+            # One input may play both parts.
+            self._tensors[given] = Tensor(given, element, shape, shape)
+            return self._tensors[given]
+        array = as_array(given, f"the {what}")
+        try:
+            tensor = numpy_helper.from_array(array, self._free(what))
+        except (TypeError, ValueError, NotImplementedError, KeyError) as exc:
+            raise SpecError(f"the {what}, an array of {array.dtype}, can't be a constant") from exc
+        self.model.graph.initializer.append(tensor)
+        return self._in_dtype(what, Tensor(tensor.name, tensor.data_type, *[array.shape] * 2))
+
+    def _shape_of_new(self, name: str) -> Shape | None:
+        """That of the prediction, in which an axis that no input names is one of its own.
+
+        Where nobody knows the prediction's, that which the caller gave of another new input.
+        """
+        return self._new_shape and tuple(
+            dim if isinstance(dim, int) or dim in self._named else f"{name}_axis_{i}"
+            for i, dim in enumerate(self._new_shape)
+        )
+
+    def _in_dtype(self, what: str, tensor: Tensor) -> Tensor:
+        """`tensor`, or a cast of it to the spec's dtype where that loses nothing."""
+        wanted = self.spec.dtype
+        if tensor.element in (None, ELEMENT_TYPE[wanted]):
+            return tensor
+        dtype = DTYPE_OF_ELEMENT.get(tensor.element or 0)
+        kind = element_name(tensor.element)
+        if dtype is not None and (dtype, wanted) not in _WIDENS:
+            raise SpecError(
+                f"the {what} {tensor.name!r} is {dtype}, and {wanted} would lose some of it; "
+                f"use LossSpec(dtype={dtype!r}) (--dtype {dtype})"
+            )
+        if dtype is None and (
+            what == "prediction" or kind in ("STRING", "COMPLEX64", "COMPLEX128")
+        ):
+            raise SpecError(f"the {what} {tensor.name!r} is {kind}; a loss needs float tensors")
+        name = self._free(f"{tensor.name}_{wanted}")
+        element = ELEMENT_TYPE[wanted]
+        self._nodes.append(helper.make_node("Cast", [tensor.name], [name], name=name, to=element))
+        return replace(tensor, name=name, element=element)
+
+    def _free(self, name: str) -> str:
+        """`name`, or `name_1`, `name_2`, ... where it is taken."""
+        free, number = name, 0
+        while free in self._taken:
+            number += 1
+            free = f"{name}_{number}"
+        self._taken.add(free)
+        return free
+
+    def add(
+        self, roles: dict[str, Tensor], loss_name: str, only_loss: bool, inlined: bool
+    ) -> list[onnx.FunctionProto]:
+        """Append nodes, functions, inputs and outputs; gives the functions."""
+        from . import _functions as f
+        from ._assemble import nodes_of
+
+        spec, graph = self.spec, self.model.graph
+        losses = _broadcast(roles)
+        if spec.per_sample and losses == ():
+            raise SpecError("per_sample needs an axis of samples; the prediction has rank 0")
+        names = {role: tensor.name for role, tensor in roles.items()}
+        if spec.runtime_beta:
+            names["beta"] = self._free("beta")
+            beta = helper.make_tensor_value_info(names["beta"], TensorProto.FLOAT, ())
+            graph.input.append(beta)
+        reduced = self._reduced_shape(losses)
+        if spec.upstream:
+            names["grad_output"] = self._free("grad_output")
+            element = ELEMENT_TYPE[spec.dtype]
+            value = helper.make_tensor_value_info(names["grad_output"], element, reduced)
+            graph.input.append(value)
+        outputs = {"loss": self._free(loss_name)}
+        if spec.gradient:
+            outputs["grad_input"] = self._free("grad_input")
+        summed = summed_axes(*(tensor.certain for tensor in roles.values()))
+        prefix = self._free_prefix(outputs["loss"])
+        tensors = {**names, **outputs}
+        nodes, constants, functions = nodes_of(
+            spec, tensors, summed_axes=summed, prefix=prefix, inlined=inlined
+        )
+        graph.initializer.extend(constants)
+        check_opset(self.model, functions, nodes)
+        add_functions(self.model, functions)
+        if not any(entry.domain == f.DOMAIN for entry in self.model.opset_import):
+            self.model.opset_import.append(helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION))
+        self.model.ir_version = max(self.model.ir_version, 8)  # the first with functions
+        graph.node.extend([*self._nodes, *nodes])
+        self._add_outputs(outputs, reduced, only_loss)
+        note_attached(self.model, Loss(spec, names, outputs))
+        return functions
+
+    def _free_prefix(self, name: str) -> str:
+        prefix, number = f"{name}/", 0
+        while any(other.startswith(prefix) for other in self._taken):
+            number += 1
+            prefix = f"{name}_{number}/"
+        return prefix
+
+    def _reduced_shape(self, losses: Shape | None) -> Shape | None:
+        """The shape of the loss, where that of the element losses is `losses`."""
+        if self.spec.per_sample:
+            return None if losses is None else losses[:1]
+        return losses if self.spec.reduction == "none" else ()
+
+    def _add_outputs(self, outputs: dict[str, str], shape: Shape | None, only: bool) -> None:
+        spec, graph = self.spec, self.model.graph
+        if only:
+            del graph.output[:]
+        element = ELEMENT_TYPE[spec.dtype]
+        graph.output.append(helper.make_tensor_value_info(outputs["loss"], element, shape))
+        if spec.gradient:
+            like = self._prediction.shape
+            graph.output.append(helper.make_tensor_value_info(outputs["grad_input"], element, like))
+        if only:
+            prune(graph)
+
+
+def _inside(node: onnx.NodeProto, name: str) -> bool:
+    """Whether a graph that `node` holds has that name in it, of its own or read from outside."""
+    return any(name in value_names(subgraph) for subgraph in subgraphs(node))
+
+
+def _broadcast(roles: dict[str, Tensor]) -> Shape | None:
+    """The shape of the element losses; None where a rank is unknown.
+
+    Of shapes that are only declared, those that don't fit together are not refused: what is
+    certain decides.
+    """
+    certain = {role: replace(tensor, shape=tensor.certain) for role, tensor in roles.items()}
+    try:
+        return _full(roles)
+    except SpecError:
+        return _full(certain)
+
+
+def _full(roles: dict[str, Tensor]) -> Shape | None:
+    full: Shape | None = roles["input"].shape
+    for role, tensor in roles.items():
+        if full is None or tensor.shape is None:
+            return None
+        try:
+            full = broadcast(full, tensor.shape)
+        except SpecError as exc:
+            raise SpecError(
+                f"the prediction has the shape {roles['input'].shape}, the {role} {tensor.name!r} "
+                f"{tensor.shape}: {exc}"
+            ) from exc
+    return full

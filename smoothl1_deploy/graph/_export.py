@@ -1,0 +1,179 @@
+"""`export`: a spec, by one of three routes, to an ONNX model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+from onnx import TensorProto, helper
+
+from .._model import ELEMENT_TYPE, axes_of
+from .._shapes import Dim, Shape, broadcast, check_shape, check_size, describe, summed_axes
+from .._spec import LossSpec
+from ..errors import SpecError, require
+from ._assemble import IR_VERSION
+from ._metadata import stamp
+
+ROUTES = ("function", "inlined", "torch")
+
+
+def export(
+    spec: LossSpec,
+    route: str = "function",
+    shape: Sequence[Dim] | None = None,
+    *,
+    target_shape: Sequence[Dim] | None = None,
+    weight_shape: Sequence[Dim] | None = None,
+) -> onnx.ModelProto:
+    """The ONNX model of a spec: inputs `input` and `target`, output `loss`.
+
+    With the extensions of the spec, `weight`, `beta` (float32, rank 0) and `grad_output` (the
+    shape of `loss`) are inputs too, and `grad_input` is a second output.
+
+    The same arguments give the same bytes. float16 and bfloat16 are computed in float32 and
+    rounded once; reductions accumulate in float64.
+
+    Args:
+        spec: what to compute.
+        route: `"function"`: one node of the domain `smoothl1_deploy`, its body among the model's
+            functions, and a kernel of `ops` for it; several nodes with a gradient. `"inlined"`:
+            the same as plain ONNX operators. `"torch"`: `torch.onnx.export` of the reference
+            module, with the same body put in by a translation table; needs torch and a shape.
+        shape: of `input`: integers, and names for dynamic axes. None means any rank, which
+            ONNX Runtime takes and TensorRT doesn't.
+        target_shape: of `target` where it differs; it must broadcast with `shape`.
+        weight_shape: of `weight` where it differs, likewise.
+
+    Raises:
+        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`); by the
+            `torch` route also when a dynamic axis would have to broadcast with anything but 1.
+        MissingDependencyError: for the `torch` route without torch.
+    """
+    if not isinstance(spec, LossSpec):
+        raise SpecError(
+            f"spec must be a LossSpec, got {type(spec).__name__}; write LossSpec(beta=...)"
+        )
+    if str(route) not in ROUTES:  # an array compares its elements instead
+        raise SpecError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
+    shapes = _checked_shapes(spec, shape, target_shape, weight_shape)
+
+    if route == "torch":
+        require("torch", "torch", "the torch route")
+        from ._torch_route import torch_model
+
+        model = torch_model(spec, shapes["input"], shapes["target"])
+    else:
+        model = _function_model(spec, shapes, inlined=route == "inlined")
+        if route == "inlined":
+            model = inline(model)
+
+    model.ir_version = IR_VERSION
+    different = [name for name in ("target", "weight") if name in spec.inputs]
+    different = [name for name in different if shapes[name] != shapes["input"]]
+    described = [describe(shapes["input"]), *(f"{n}_{describe(shapes[n])}" for n in different)]
+    stamp(model, spec, route, "-".join(described))  # which no identifier holds
+    onnx.checker.check_model(_with_any_rank_hidden(model), full_check=True)
+    return model
+
+
+def _checked_shapes(
+    spec: LossSpec,
+    shape: Sequence[Dim] | None,
+    target_shape: Sequence[Dim] | None,
+    weight_shape: Sequence[Dim] | None,
+) -> dict[str, Shape | None]:
+    given = check_shape(shape)
+    others = {"target_shape": target_shape, "weight_shape": weight_shape}
+    checked = {name: check_shape(other, name) for name, other in others.items()}
+    for name, other in checked.items():
+        if other is not None and given is None:
+            raise SpecError(f"{name} without shape: an export of any rank takes any {name[:6]}")
+    if weight_shape is not None and not spec.weight:
+        raise SpecError("weight_shape for a spec without weight; write LossSpec(weight='count')")
+    target, weight = (given if other is None else other for other in checked.values())
+    return _shapes(spec, given, target, weight if spec.weight else None)
+
+
+def _shapes(
+    spec: LossSpec, shape: Shape | None, target: Shape | None, weight: Shape | None
+) -> dict[str, Shape | None]:
+    """The shape of every input and output; refuses what can't be broadcast."""
+    losses = None if shape is None or target is None else broadcast(shape, target)
+    if losses is not None and weight is not None:
+        losses = broadcast(losses, weight)
+    if losses is not None:
+        check_size(losses, "the broadcast shape")
+    loss: Shape | None = losses
+    if spec.per_sample:
+        if losses == ():
+            raise SpecError("per_sample needs an axis of samples; the shapes have rank 0")
+        loss = ("samples",) if losses is None else losses[:1]
+    elif spec.reduction != "none":
+        loss = ()
+    shapes = {"input": shape, "target": target, "weight": weight, "beta": ()}
+    return {**shapes, "loss": loss, "grad_output": loss, "grad_input": shape}
+
+
+def _function_model(
+    spec: LossSpec, shapes: dict[str, Shape | None], *, inlined: bool
+) -> onnx.ModelProto:
+    """The assembly as a graph of its own, every tensor called what the spec calls it."""
+    from ._assemble import model_of, nodes_of  # onnxscript takes most of a second
+
+    names = {name: name for name in (*spec.inputs, *spec.outputs)}
+    given = [shapes[name] for name in ("input", "target", "weight") if name in spec.inputs]
+    nodes, constants, functions = nodes_of(
+        spec, names, summed_axes=summed_axes(*given), inlined=inlined
+    )
+
+    def value(name: str) -> onnx.ValueInfoProto:
+        element = TensorProto.FLOAT if name == "beta" else ELEMENT_TYPE[spec.dtype]
+        return helper.make_tensor_value_info(name, element, shapes[name])
+
+    graph = helper.make_graph(
+        nodes,
+        spec.name,
+        [*map(value, spec.inputs)],
+        [*map(value, spec.outputs)],
+        initializer=constants,
+    )
+    return model_of(graph, functions)
+
+
+def _with_any_rank_hidden(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The checker demands a shape where the ONNX IR allows none: show it one of rank 1."""
+    values = [*model.graph.input, *model.graph.output]
+    if None not in map(axes_of, values):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for value in [*copy.graph.input, *copy.graph.output]:
+        if axes_of(value) is None:
+            value.type.tensor_type.shape.dim.add().dim_param = "any"
+    return copy
+
+
+def inline(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` without its local functions, scalars folded."""
+    import onnx.inliner
+
+    return fold_scalars(onnx.inliner.inline_local_functions(model))
+
+
+def fold_scalars(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Evaluate the nodes whose inputs are all constants, and drop what nothing reads.
+
+    Only this and no rewriting: the rule sets of optimisers drop a division by a beta that is
+    nearly 1 and a subtraction of one that is nearly 0 (onnxscript 0.7), which changes the loss.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+    from onnxscript.optimizer import fold_constants
+
+    converted = ir.from_proto(model)
+    fold_constants(converted)
+    RemoveUnusedNodesPass()(converted)
+    RemoveUnusedOpsetsPass()(converted)
+    folded = ir.to_proto(converted)
+    del folded.graph.value_info[:]  # every consumer infers these afresh
+    return folded

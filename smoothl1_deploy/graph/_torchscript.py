@@ -1,0 +1,277 @@
+"""`register_torchscript_symbolic`: the losses inside `torch.onnx.export(dynamo=False)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from onnx import TensorProto, numpy_helper
+from torch.onnx import symbolic_helper, symbolic_opset9
+from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
+
+from .._model import DTYPE_OF_ELEMENT, ELEMENT_TYPE
+from ..errors import SpecError, require
+from ._torch_losses import record_absolute, record_huber, record_smooth_l1, reduction_name
+
+#: The opsets of the TorchScript exporter that the losses are registered for: ReduceSum takes its
+#: axes as an input from 13 on, and the exporter ends at 20.
+OPSETS = range(13, 21)
+
+
+class Registration:
+    """What `register_torchscript_symbolic` did, to be undone; a context manager."""
+
+    def __init__(self, before: dict[tuple[str, int], Callable[..., Any] | None]) -> None:
+        self._before = before
+
+    def undo(self) -> None:
+        """Register again what was there before; a second call does nothing."""
+        before, self._before = self._before, {}
+        for (name, opset), function in before.items():
+            if function is not None:
+                register_custom_op_symbolic(name, function, opset)
+            elif _registered(name, opset) is not None:
+                unregister_custom_op_symbolic(name, opset)
+                _forget_empty(name)
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+
+def register_torchscript_symbolic() -> Registration:
+    """Teach `torch.onnx.export(dynamo=False)` the losses of `torch.nn`, for opsets 13 to 20.
+
+    Without it the export of `aten::smooth_l1_loss`, `aten::huber_loss` and `aten::l1_loss` ends
+    in `UnsupportedOperatorError`. With it `nn.SmoothL1Loss`, `nn.HuberLoss`, `nn.L1Loss` and
+    their functions become this package's graph; `translation_table` says what that gives. A
+    bfloat16 tensor is broadcast as float32: ONNX Runtime's CPU provider can't expand it otherwise.
+
+    Registers for the whole process, so:
+
+        with register_torchscript_symbolic():
+            torch.onnx.export(module, args, "model.onnx", dynamo=False)
+
+    Registering again where it is registered changes nothing, and undoing that changes nothing.
+
+    Returns:
+        A `Registration`: `undo()`, or the end of `with`, restores what was there before, symbolic
+        functions of your own for the same operators too.
+
+    Raises:
+        MissingDependencyError: with a PyTorch that keeps its registry elsewhere, as 2.8 does.
+
+    Raises (by the export):
+        SpecError: on a negative beta, a delta <= 0, and integral inputs, as PyTorch refuses them.
+    """
+    before: dict[tuple[str, int], Callable[..., Any] | None] = {}
+    for name, function in _SYMBOLIC.items():
+        for opset in OPSETS:
+            present = _registered(name, opset)
+            if present is not function:
+                before[name, opset] = present
+                register_custom_op_symbolic(name, function, opset)
+    return Registration(before)
+
+
+def _registry() -> Any:
+    """PyTorch's own registry of symbolic functions; before torch 2.9 it lay elsewhere."""
+    module = "torch.onnx._internal.torchscript_exporter.registration"
+    purpose = f"register_torchscript_symbolic, with torch {torch.__version__},"
+    return require(module, "torch", purpose).registry
+
+
+def _registered(name: str, opset: int) -> Callable[..., Any] | None:
+    """The custom function registered for exactly this opset; PyTorch has no public way to ask."""
+    group = _registry().get_function_group(name)
+    if group is None or not group._functions.overridden(opset):
+        return None
+    found: Callable[..., Any] = group._functions[opset]
+    return found
+
+
+def _forget_empty(name: str) -> None:
+    """Drop the empty entry that unregistering leaves (torch 2.13).
+
+    An export would end in `min() arg is an empty sequence` there, not in UnsupportedOperatorError.
+    """
+    group = _registry().get_function_group(name)
+    if group is not None and not group._functions:
+        del _registry()._registry[name]
+
+
+@symbolic_helper.parse_args("v", "v", "i", "f")
+def _smooth_l1_loss(g: Any, self: Any, target: Any, reduction: int, beta: float) -> Any:
+    return _recorded(g, record_smooth_l1, self, target, reduction_name(reduction), beta)
+
+
+@symbolic_helper.parse_args("v", "v", "i", "f")
+def _huber_loss(g: Any, self: Any, target: Any, reduction: int, delta: float) -> Any:
+    return _recorded(g, record_huber, self, target, reduction_name(reduction), delta)
+
+
+@symbolic_helper.parse_args("v", "v", "i")
+def _l1_loss(g: Any, self: Any, target: Any, reduction: int) -> Any:
+    name = reduction_name(reduction)
+    if not any(_element(value) in DTYPE_OF_ELEMENT for value in (self, target)):
+        return record_absolute(_Recorder(g), self, target, name)
+    return _recorded(g, record_smooth_l1, self, target, name, 0.0)
+
+
+def _broadcast_tensors(g: Any, self: Any) -> Any:
+    narrow = symbolic_helper._unpack_list(self)
+    wide = g.op("prim::ListConstruct", *(_widened(g, value) for value in narrow))
+    expanded = symbolic_helper._unpack_list(symbolic_opset9.broadcast_tensors(g, wide))
+    pairs = zip(expanded, narrow, strict=True)
+    return g.op("prim::ListConstruct", *(_narrowed(g, *pair) for pair in pairs))
+
+
+def _expand(g: Any, self: Any, *size: Any) -> Any:
+    return _narrowed(g, symbolic_opset9.expand(g, _widened(g, self), *size), self)
+
+
+def _expand_as(g: Any, self: Any, other: Any) -> Any:
+    return _narrowed(g, symbolic_opset9.expand_as(g, _widened(g, self), other), self)
+
+
+def _widened(g: Any, value: Any) -> Any:
+    """`value` as float32 where it is bfloat16, which ONNX Runtime can neither expand nor add up."""
+    return _Recorder(g)("Cast", [value], to=TensorProto.FLOAT) if _is_bfloat16(value) else value
+
+
+def _narrowed(g: Any, made: Any, value: Any) -> Any:
+    """What was made of `value` widened, in the dtype of `value`."""
+    return _Recorder(g)("Cast", [made], to=TensorProto.BFLOAT16) if _is_bfloat16(value) else made
+
+
+def _is_bfloat16(value: Any) -> bool:
+    types = torch.onnx.JitScalarType  # type: ignore[attr-defined]
+    return bool(types.from_value(value, types.UNDEFINED) == types.BFLOAT16)
+
+
+_SYMBOLIC: dict[str, Callable[..., Any]] = {
+    "aten::broadcast_tensors": _broadcast_tensors,
+    "aten::expand": _expand,
+    "aten::expand_as": _expand_as,
+    "aten::smooth_l1_loss": _smooth_l1_loss,
+    "aten::huber_loss": _huber_loss,
+    "aten::l1_loss": _l1_loss,
+}
+
+
+def _recorded(
+    g: Any, loss: Callable[..., Any], input: Any, target: Any, reduction: str, knee: float
+) -> Any:
+    record = _Recorder(g)
+    dtype = _promoted_dtype(input, target)
+    elements = [_element(value) for value in (input, target)]
+    operands = _before_broadcast(record, input, target)
+    ranks = [symbolic_helper._get_tensor_rank(value) for value in operands]
+    if ranks == [0, 0]:  # which the exporter would take for Python numbers
+        one = record("Constant", [], value_ints=[1])
+        operands = [record("Reshape", [value, one]) for value in operands]
+    wanted = ELEMENT_TYPE[dtype]
+    operands = [
+        value if element == wanted else record("Cast", [value], to=wanted)
+        for value, element in zip(operands, elements, strict=True)
+    ]
+    result = loss(record, *operands, dtype, reduction, knee)
+    if ranks == [0, 0] and reduction == "none":
+        result = record("Squeeze", [result, record("Constant", [], value_ints=[0])])
+    return result
+
+
+def _kind(value: Any) -> Any:
+    return torch.onnx.JitScalarType.from_value(value)  # type: ignore[attr-defined]
+
+
+def _element(value: Any) -> int:
+    """The ONNX element type of a value of the TorchScript graph."""
+    return int(_kind(value).onnx_type())
+
+
+def _promoted_dtype(*operands: Any) -> str:
+    """The name of their common dtype, as PyTorch promotes tensors of one rank."""
+    dtypes = [_kind(value).dtype() for value in operands]
+    dtype = str(torch.promote_types(*dtypes)).removeprefix("torch.")
+    if dtype not in ELEMENT_TYPE:
+        raise SpecError(
+            f"the loss is of {dtype} tensors, which PyTorch refuses; convert one of them, as in "
+            "input.float()"
+        )
+    return dtype
+
+
+def _before_broadcast(record: _Recorder, *pair: Any) -> Sequence[Any]:
+    """The pair that `torch.broadcast_tensors` was called with; the pair itself elsewhere.
+
+    The exporter broadcasts by adding the two up to learn their shape; Sub broadcasts by itself.
+    Recognised by that sum: it is expanded to in both, and is 0 + a + b of just these two. What was
+    cast after that, by autocast too, is cast so before it.
+    """
+    expands = []
+    casts: list[list[int]] = []
+    for value in pair:
+        node = value.node()
+        elements: list[int] = []
+        while node.kind() == "onnx::Cast":
+            elements.insert(0, node.i("to"))
+            node = next(iter(node.inputs())).node()
+        expands.append(node)
+        casts.append(elements)
+    if any(node.kind() != "onnx::Expand" for node in expands):
+        return pair
+    sources = [next(iter(node.inputs())) for node in expands]
+    shapes = [list(node.inputs())[1].node() for node in expands]
+    if any(node.kind() != "onnx::Shape" for node in shapes):
+        return pair
+    sums = [next(iter(node.inputs())) for node in shapes]
+    if sums[0].debugName() != sums[1].debugName():
+        return pair
+    terms = []
+    last = sums[0].node()
+    for _ in sources:
+        if last.kind() != "onnx::Add":
+            return pair
+        rest, term = last.inputs()
+        terms.append(term.debugName())
+        last = rest.node()
+    if terms[::-1] != [source.debugName() for source in sources]:
+        return pair
+    for i, elements in enumerate(casts):
+        for element in elements:
+            sources[i] = record("Cast", [sources[i]], to=element)
+    return sources
+
+
+class _Recorder:
+    """Operators into a graph of TorchScript: attributes carry their kind in their name."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+
+    def __call__(self, op: str, inputs: Sequence[Any], /, **attributes: Any) -> Any:
+        suffixed: dict[str, Any] = {}
+        for name, value in attributes.items():
+            if op == "Constant":
+                suffixed["value_t"] = _tensor(value)
+            else:
+                suffixed[f"{name}_i"] = value
+        return self._graph.op(op, *inputs, **suffixed)
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    """The value of a Constant: a TensorProto, a float (float32) or integers (int64)."""
+    if isinstance(value, TensorProto):
+        return torch.from_numpy(numpy_helper.to_array(value).copy())
+    kind = torch.float32 if isinstance(value, float) else torch.int64
+    return torch.tensor(value, dtype=kind)

@@ -1,0 +1,215 @@
+"""How far from the oracle the graphs of this package can be at most: a bound that is proved.
+
+Notation: `u` is the unit roundoff of a format (2^-24 for float32), `gamma(n, u) = n u / (1 - n u)`;
+a product of n factors `1 + delta`, |delta| <= u, is within `1 +- gamma(n, u)` (Higham, Accuracy and
+Stability of Numerical Algorithms, 2nd edition, 2002, Lemma 3.1).
+
+Each element, in the compute dtype: gamma(4, u). `d` is rounded once, and because the elasticity
+`d l'(d) / l(d)` is 2 below beta and at most 2 above it, `l` moves by at most (1 + u)^2. Below
+beta the rest is one division and one product (halving is exact, and 0 is added exactly). Above it
+`core / beta` is exactly 1, and the rest is one subtraction and one addition of positive numbers, or
+one subtraction of half of beta from what is larger than beta.
+Where rounding `d` carries it over the knee nothing is lost: the loss is continuous there.
+
+The sum of n elements >= 0:
+
+1. float16, bfloat16, float32: in float64, in whatever order: gamma(n - 1, 2^-53), relative,
+   because no term is negative (Higham, section 4.2).
+2. float64, `CompensatedSum`: `u + 8 n^2 u^2` and smaller terms, u = 2^-53. The split makes
+   multiples of `2 u sigma`, whose sum is exact, and n rests of at most `u sigma` each, whose sum
+   is off by at most gamma(n - 1, u) n u sigma; sigma is at most 8 times the naive sum; adding the
+   two is one rounding (Rump, Ogita, Oishi, "Accurate floating-point summation part I", 2008).
+
+A weight is one product more an element, in the accumulator's dtype where there is a sum; a mean
+that divides by the sum of the weights carries the error of that sum as well. `mean` divides once
+more, in float64. A result that is not yet in the output dtype is rounded to it, by way of float32
+for the half formats.
+
+From a relative error r to ULP: between x and x (1 + r), each rounded to nearest, lie at most
+`r / (u (1 - r) (1 - 2 u)) + 1` steps of the output format. The oracle's own error is counted too.
+
+What the bound assumes: IEEE arithmetic, weights >= 0, no overflow, and no underflow within the loss
+of an element (a difference whose square, over beta, is subnormal, loses bits that no sum can give
+back; so does half of a subnormal beta).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from .._floats import Array, ulp_distance
+from .._spec import LossSpec
+
+#: 2^-p for p bits of significand.
+UNIT_ROUNDOFF: Mapping[str, float] = {
+    "float64": 2.0**-53,
+    "float32": 2.0**-24,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+}
+_WIDE = UNIT_ROUNDOFF["float64"]
+_ELEMENT = 4  # roundings that reach an element of the loss, as derived above
+_SPLIT_LIMIT = 1 << 26  # elements that one split of CompensatedSum serves
+_ORACLE_CHUNK = 1 << 20  # elements the oracle adds up at a time
+_ORACLE_DEPTH = 256  # additions that an element passes through within a chunk, at most
+
+
+def gamma(count: int, unit: float) -> float:
+    """`count u / (1 - count u)`; infinite where it means nothing."""
+    product = count * unit
+    return product / (1 - product) if product < 1 else float("inf")
+
+
+def accumulation_error(dtype: str, count: int) -> float:
+    """The relative error of adding up `count` elements >= 0 in `dtype`, in any order, at most.
+
+    What a graph that is not ours may do: 2^24 float32 elements added up in float32 can be off by
+    everything. Source: Higham, section 4.2.
+    """
+    return gamma(max(count - 1, 0), UNIT_ROUNDOFF[dtype])
+
+
+def _sum_error(spec: LossSpec, count: int, accumulator: str) -> float:
+    if spec.dtype != "float64":
+        return accumulation_error(accumulator, count)
+    if count > _SPLIT_LIMIT:
+        return accumulation_error("float64", count) + _WIDE
+    naive = accumulation_error("float64", count)
+    return _WIDE + (1 + _WIDE) * naive * count * _WIDE * 8 * (1 + naive)
+
+
+def _oracle_error(spec: LossSpec, count: int) -> float:
+    """It computes elements in float64, or long double for float64, and sums in long double."""
+    long_double = float(np.finfo(np.longdouble).eps) / 2
+    element = gamma(_ELEMENT + 1, long_double if spec.dtype == "float64" else _WIDE)
+    if spec.reduction == "none":
+        return element
+    # Twice: the sum of the weights may be the divisor.
+    return element + 2 * gamma(_ORACLE_DEPTH + count // _ORACLE_CHUNK, long_double)
+
+
+def bound(spec: LossSpec, count: int, accumulator: str = "float64") -> float:
+    """The largest distance to the oracle, in ULP of the loss, that our graphs can have.
+
+    Args:
+        spec: dtype and reduction; the bound does not depend on beta.
+        count: elements that go into one number of the output; `none` disregards it.
+        accumulator: dtype of the sums, where the runtime has no float64 ("float32", TensorRT).
+
+    Returns:
+        A real number, or infinity where `count` roundings can take everything: a distance is a
+        whole number at most that. With float64 accumulators about 5 for float32 at any
+        count up to 2^24, 1 for the half formats, 7 for float64.
+
+    Raises:
+        ValueError: for a negative count.
+    """
+    if count < 0:
+        raise ValueError(f"count must be >= 0, got {count}")
+    unit = UNIT_ROUNDOFF[spec.dtype]
+    relative = gamma(_ELEMENT, UNIT_ROUNDOFF[spec.compute_dtype])
+    if spec.weight:
+        product = spec.compute_dtype if spec.reduction == "none" else accumulator
+        relative += UNIT_ROUNDOFF[product]
+    rounded = spec.dtype == spec.compute_dtype  # the last operation is in the output dtype already
+    if spec.reduction != "none":
+        relative += _sum_error(spec, count, accumulator) * (2 if spec.weight == "weights" else 1)
+        if spec.reduction == "mean":
+            relative += UNIT_ROUNDOFF[accumulator]
+        if spec.compute_dtype != spec.dtype:
+            relative += UNIT_ROUNDOFF["float32"]  # a cast may go by way of float32
+        rounded = spec.dtype == "float64"
+    relative *= 1 + 2 * relative  # the products of the terms above
+    if relative >= 0.5:
+        return math.inf
+    relative += _oracle_error(spec, count)
+    # The oracle rounds once, by half an ULP; the graph's last cast by another half.
+    return relative / (unit * (1 - relative) * (1 - 2 * unit)) + (0.5 if rounded else 1.0)
+
+
+def proved_bound(spec: LossSpec, shape: tuple[int, ...], accumulator: str) -> int | None:
+    """`bound` in whole ULP for element losses of this shape; None where it bounds nothing."""
+    count = math.prod(shape[1:] if spec.per_sample else shape)
+    limit = bound(spec, count, accumulator)
+    return None if math.isinf(limit) else math.floor(limit)
+
+
+def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) -> Array | None:
+    """The largest distance to the oracle, in ULP of each element, of a gradient summed back.
+
+    Proved of a float64 gradient without weights and upstream gradient, whose terms are differences,
+    rounded once each because no format is wider, and may cancel. Our graphs add them up, clipped,
+    and divide by beta and the count of a mean: with n terms the error is at most
+    `(u sum |d| + 8 n^2 u^2 sum |clip(d)|) / (beta count) + 3 u |exact|`, the first sum being of the
+    differences below beta (others are clipped to beta exactly), the second term as in 2. above; the
+    oracle's own rounding is one more. 0 for an element whose terms don't cancel: the first sum is
+    at most `u |exact|` then. None where nothing is proved, or nothing is summed back.
+    """
+    whole = np.broadcast_shapes(input.shape, target.shape)
+    beta, terms = spec.effective_beta, math.prod(whole) // max(input.size, 1)
+    is_plain = spec.dtype == "float64" and not spec.weight and not spec.upstream
+    if not is_plain or not 1 < terms <= _SPLIT_LIMIT or beta == 0 or math.isinf(beta):
+        return None
+    with np.errstate(all="ignore"):
+        slopes = abs(input - target) / beta
+        below = np.where(slopes < 1 + 8 * _WIDE, slopes, 0)
+        errors = _WIDE * below + 8 * (terms * _WIDE) ** 2 * np.minimum(slopes, 1)
+        extra = len(whole) - input.ndim
+        axes = tuple(i for i in range(len(whole)) if i < extra or input.shape[i - extra] == 1)
+        reach = errors.sum(axis=axes).reshape(input.shape)
+        if spec.reduction == "mean":
+            reach /= math.prod(whole[1:] if spec.per_sample else whole)
+        cancels = reach > 2 * _WIDE * abs(exact)
+        # The roundings of this computation itself, and of what is subnormal.
+        reach = 1.001 * reach + 4 * _WIDE * abs(exact) + 4 * np.finfo("float64").smallest_subnormal
+        ends = (ulp_distance(exact, end) for end in (exact - reach, exact + reach))
+        return np.where(cancels, np.maximum(*ends), np.uint64(0))
+
+
+def in_range(spec: LossSpec, input: Array, target: Array, weight: Array | None = None) -> bool:
+    """Whether what `bound` assumes is so: no element over- or underflows, no weight is negative.
+
+    Asked of the exact differences, in the compute dtype.
+    """
+    given = [input, target, *([] if weight is None else [weight])]
+    flat = [array.reshape(-1) for array in np.broadcast_arrays(*given)]
+    chunks = range(0, flat[0].size, _ORACLE_CHUNK)
+    return all(
+        _chunk_in_range(spec, *(array[i : i + _ORACLE_CHUNK] for array in flat)) for i in chunks
+    )
+
+
+def _chunk_in_range(
+    spec: LossSpec, input: Array, target: Array, weight: Array | None = None
+) -> bool:
+    limits = np.finfo(spec.compute_dtype)
+    smallest = 4 * float(limits.smallest_normal)  # room for roundings
+    beta = spec.effective_beta
+    with np.errstate(all="ignore"):
+        distance = abs(input.astype(np.float64) - target.astype(np.float64))
+        slope = np.minimum(distance, beta) / beta if beta else np.sign(distance)
+        loss = distance - beta / 2
+        loss = np.where(distance < beta, np.minimum(distance, beta) * 0.5 * slope, loss)
+        if weight is not None and not _weights_in_range(spec, loss, weight.astype(np.float64)):
+            return False
+    tested = distance[distance != 0]
+    if not (tested <= float(limits.max) / 4).all():  # NaN and infinity too
+        return False
+    if math.isinf(beta):  # every loss is exactly 0
+        return True
+    tiny = (loss < smallest) | (slope < smallest)
+    # An L1 loss is a difference, which is exact where it is subnormal.
+    return beta == 0 or not (tiny & (distance > 0)).any()
+
+
+def _weights_in_range(spec: LossSpec, loss: Array, weight: Array) -> bool:
+    """No weight is negative, and no product leaves the range of the dtype it is computed in."""
+    narrow = spec.reduction == "none" and spec.dtype != "float64"
+    limits = np.finfo(spec.compute_dtype if narrow else "float64")
+    product = loss * weight
+    fits = (product == 0) | (product >= 4 * limits.smallest_normal)
+    zero = (loss == 0) | (weight == 0)
+    return bool(((weight >= 0) & fits & (zero | (product > 0)) & (product <= limits.max / 4)).all())

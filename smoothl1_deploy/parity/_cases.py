@@ -1,0 +1,376 @@
+"""A case: spec × shape × input family × seed, and the check of one runner on it."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from .. import _shapes as graph_shapes
+from .._floats import NUMPY_DTYPE, Array
+from .._records import Record, plain
+from .._spec import LossSpec
+from ..backends._runner import Runner
+from ..errors import SmoothL1DeployError
+from ..reference._oracle import oracle, oracle_gradient
+from ._bounds import gradient_bound, in_range, proved_bound
+from ._compare import Verdict, compare
+from ._families import branch_shares, generate, weigh
+from ._shapes import Shape, Shapes
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Named shapes, and the axes to export an artefact of fixed rank for them.
+
+    Weights, where a spec has them, are of the target's shape (None), or of one of their own.
+    """
+
+    input: Shape
+    target: Shape
+    input_axes: graph_shapes.Shape
+    target_axes: graph_shapes.Shape
+    weight: Shape | None = None
+    weight_axes: graph_shapes.Shape | None = None
+
+
+def _same(shape: Shape, axes: graph_shapes.Shape) -> Layout:
+    return Layout(shape, shape, axes, axes)
+
+
+def _weighted(weight: Shape, axes: graph_shapes.Shape) -> Layout:
+    return Layout((64, 16), (64, 16), ("N", 16), ("N", 16), weight, axes)
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "matrix": _same((64, 16), ("N", 16)),
+    "no-rows": _same((0, 16), ("N", 16)),
+    "2^20": _same((1 << 16, 16), ("N", 16)),
+    "2^24": _same((1 << 20, 16), ("N", 16)),
+    "scalar": _same((), ()),
+    "empty": _same((0,), ("N",)),
+    "odd": _same((1021,), ("N",)),
+    "4-d": _same((2, 3, 8, 5), ("N", 3, "H", "W")),
+    "broadcast-row": Layout((64, 16), (16,), ("N", 16), (16,)),
+    "broadcast-both": Layout((7, 1, 5), (3, 1), ("N", 1, 5), (3, 1)),
+    "broadcast-10^6": Layout((1, 4), (1_000_000, 4), (1, 4), ("N", 4)),
+    "weight-column": _weighted((64, 1), ("N", 1)),
+    "weight-row": _weighted((16,), (16,)),
+    "weight-one": _weighted((1,), (1,)),
+    "weight-scalar": _weighted((), ()),
+    "weight-wider": _weighted((3, 64, 16), (3, "N", 16)),
+}
+
+
+def is_for(spec: LossSpec, layout: str) -> bool:
+    """Whether a spec can meet a layout: rank 0 has no samples, and weights are for who weighs."""
+    shapes = LAYOUTS[layout]
+    weighs = shapes.weight is None or spec.weight is not None
+    return weighs and (shapes.input != () or not spec.per_sample)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One input pair, reproducible from these fields alone.
+
+    Attributes:
+        weight_shape: of the weights, where a spec has them; None for the target's.
+        weighting: one of `families.WEIGHTS`: what weights and an upstream gradient are like.
+    """
+
+    family: str
+    layout: str
+    input_shape: Shape
+    target_shape: Shape
+    weight_shape: Shape | None = None
+    seed: int = 0
+    weighting: str = "usual"
+
+    @classmethod
+    def of(cls, family: str, layout: str, seed: int = 0) -> Case:
+        """The case of a family in a named layout."""
+        shapes = LAYOUTS[layout]
+        return cls(family, layout, shapes.input, shapes.target, shapes.weight, seed)
+
+    @classmethod
+    def at(cls, family: str, layout: str, shapes: Shapes, seed: int = 0) -> Case:
+        """The case of a family in the shapes of input, target and, where there is one, weight."""
+        input, target, *weight = shapes
+        return cls(family, layout, input, target, weight[0] if weight else None, seed)
+
+    def arrays(self, spec: LossSpec) -> tuple[Array, Array]:
+        """Input and target; a function of beta and dtype, and not of the reduction."""
+        rng = self._generator(spec, "")
+        return generate(self.family, spec, self.input_shape, self.target_shape, rng)
+
+    def shape(self, spec: LossSpec) -> Shape:
+        """What input, target and, where the spec has them, weights broadcast to."""
+        pair = (self.input_shape, self.target_shape)
+        weight = self.weight_shape if spec.weight and self.weight_shape is not None else ()
+        return np.broadcast_shapes(*pair, weight)
+
+    def weights(self, spec: LossSpec) -> Array:
+        """The weights, some of them 0."""
+        shape = self.target_shape if self.weight_shape is None else self.weight_shape
+        return weigh(self.weighting, spec, shape, self._generator(spec, " weight"))
+
+    def upstream(self, spec: LossSpec) -> Array:
+        """A gradient to flow in, of the loss's shape and of either sign."""
+        shape = self.shape(spec)
+        if spec.reduction != "none":
+            shape = shape[:1] if spec.per_sample else ()
+        rng = self._generator(spec, " upstream")
+        if self.weighting != "usual":
+            return weigh(self.weighting, spec, shape, rng)
+        values = rng.uniform(0.1, 2.0, shape) * rng.choice([-1.0, 1.0], shape)
+        return np.asarray(values).astype(NUMPY_DTYPE[spec.dtype])
+
+    def _generator(self, spec: LossSpec, what: str) -> np.random.Generator:
+        shapes = f"{self.input_shape} {self.target_shape}"
+        text = f"{self.family} {shapes} {spec.beta!r} {spec.dtype}{what}"
+        return np.random.default_rng([self.seed, zlib.crc32(text.encode())])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; what is as usual of weights is left out."""
+        values = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+        usual = {"weight_shape": None, "weighting": "usual"}
+        return {key: value for key, value in values.items() if usual.get(key, ...) != value}
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """A case, its arrays and both references' answers: computed once for every route and backend.
+
+    Attributes:
+        spec: what the references computed; beta is a number here, also for `runtime_beta`.
+        case: what the arrays are made of.
+        torch: PyTorch's array for each output of the spec.
+        oracle: the exact one.
+        shares: how much of each branch the case reaches.
+        in_range: whether the case meets what the proved bound assumes.
+        beta: what an artefact that takes beta is fed.
+    """
+
+    spec: LossSpec
+    case: Case
+    input: Array
+    target: Array
+    weight: Array | None
+    grad_output: Array | None
+    torch: Mapping[str, Array]
+    oracle: Mapping[str, Array]
+    shares: Mapping[str, float]
+    in_range: bool
+    beta: float
+
+    @classmethod
+    def of(cls, spec: LossSpec, case: Case, beta: float | None = None) -> References:
+        """Generate the case's arrays and ask both references.
+
+        A `beta` that is none, negative or NaN, is what an artefact that takes beta is fed; all
+        that it gives is then NaN, of whatever arrays.
+        """
+        from ..reference._module import eager_outputs
+
+        input, target = case.arrays(spec)
+        weight = case.weights(spec) if spec.weight else None
+        upstream = case.upstream(spec) if spec.upstream else None
+        exact = {"loss": oracle(spec, input, target, weight)}
+        if spec.gradient:
+            exact["grad_input"] = oracle_gradient(spec, input, target, weight, upstream)
+        asked, fed = spec, None
+        if beta is not None:
+            exact = {name: np.full_like(array, np.nan) for name, array in exact.items()}
+            asked, fed = replace(spec, beta=1.0, runtime_beta=True), np.asarray(beta, np.float32)
+        return cls(
+            spec,
+            case,
+            input,
+            target,
+            weight,
+            upstream,
+            eager_outputs(asked, input, target, weight, fed, upstream),
+            exact,
+            branch_shares(spec, input, target),
+            in_range(spec, input, target, weight),
+            spec.effective_beta if beta is None else beta,
+        )
+
+
+def with_beta(spec: LossSpec, beta: float) -> LossSpec:
+    """What an artefact of `spec` computes when it is fed `beta`, which it takes as a float32."""
+    if not spec.runtime_beta:
+        return replace(spec, beta=beta)
+    return replace(spec, beta=LossSpec(beta).effective_beta, runtime_beta=False)
+
+
+#: Elements from which on the largest distance of PyTorch says something of PyTorch.
+_ENOUGH = 1024
+
+
+@lru_cache(maxsize=512)
+def _torch_alike(family: str, beta: float, dtype: str) -> Mapping[str, int]:
+    """PyTorch's own largest distance over elements of a family, by the output."""
+    spec = LossSpec(beta, "none", dtype, gradient=True)
+    refs = References.of(spec, Case(family, "alike", (_ENOUGH,), (_ENOUGH,)))
+    return {
+        name: compare(spec, theirs, theirs, refs.oracle[name], refs.input, refs.target, name).ulp
+        for name, theirs in refs.torch.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The verdict on one output; `got` is what came, None where an error came instead."""
+
+    verdict: Verdict
+    got: Array | None
+
+
+_SHOWN = 4  # of the elements behind a reduced result
+
+
+@dataclass(frozen=True, slots=True)
+class Sample(Record):
+    """The worst element of a result, with what went in and both references, to check by hand.
+
+    Numbers are text, the shortest that reads back as the same number of the dtype: NaN and the
+    infinities have no other place in JSON.
+
+    Attributes:
+        output: which result, `loss` or `grad_input`.
+        index: of the element in the result; empty for rank 0.
+        behind: how many element losses it is computed from.
+        inputs: `input`, `target` and, where there is one, `weight`: those elements after
+            broadcasting, the first four at most.
+        got, torch, oracle: the three answers; `got` is empty where there was none.
+    """
+
+    output: str
+    index: tuple[int, ...]
+    behind: int
+    inputs: Mapping[str, tuple[str, ...]]
+    got: str
+    torch: str
+    oracle: str
+
+    @classmethod
+    def of(cls, refs: References, output: str, answer: Answer) -> Sample | None:
+        """The worst element of an answer; None where the result is empty, or of another shape."""
+        got, exact = answer.got, refs.oracle[output]
+        worst = 0 if got is None else answer.verdict.worst
+        if worst is None or worst >= exact.size or (got is not None and got.shape != exact.shape):
+            return None
+        at = tuple(map(int, np.unravel_index(worst, exact.shape)))
+        given = {"input": refs.input, "target": refs.target, "weight": refs.weight}
+        arrays = {name: array for name, array in given.items() if array is not None}
+        whole = dict(zip(arrays, np.broadcast_arrays(*arrays.values()), strict=True))
+        if output == "grad_input":  # every place that this element of input was broadcast to
+            places = np.arange(refs.input.size).reshape(refs.input.shape)
+            here = np.broadcast_to(places, whole["input"].shape) == worst
+            parts = {name: values[here] for name, values in whole.items()}
+        else:  # the axes of a loss are the leading ones of its inputs, the others are reduced
+            parts = {name: np.asarray(values[at]) for name, values in whole.items()}
+        return cls(
+            output,
+            at,
+            parts["input"].size,
+            {name: tuple(map(str, values.flat[:_SHOWN])) for name, values in parts.items()},
+            "" if got is None else str(got[at]),
+            str(refs.torch[output][at]),
+            str(exact[at]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """The verdict on one case, how much of each branch it reached, and its worst element."""
+
+    case: Case
+    verdict: Verdict
+    shares: Mapping[str, float]
+    sample: Sample | None = None
+
+    @classmethod
+    def of(cls, refs: References, answers: Mapping[str, Answer]) -> CaseResult:
+        """The result by the worst of the answers, each of an output of the case."""
+        name = max(answers, key=lambda name: answers[name].verdict.badness)
+        verdict = replace(
+            answers[name].verdict, better=sum(each.verdict.better for each in answers.values())
+        )
+        return cls(refs.case, verdict, refs.shares, Sample.of(refs, name, answers[name]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            **self.case.to_dict(),
+            **self.verdict.to_dict(),
+            "shares": dict(self.shares),
+            "sample": plain(self.sample),
+        }
+
+
+def unanswered(refs: References, error: SmoothL1DeployError) -> dict[str, Answer]:
+    """An error in the place of a loss: it is wrong in every element."""
+    verdict = Verdict.failed(refs.oracle["loss"].size, f"{type(error).__name__}: {error}")
+    return {"loss": Answer(verdict, None)}
+
+
+def judge(
+    runner: Runner, refs: References, accumulator: str | None = None, *, numbers_alone: bool = False
+) -> dict[str, Answer]:
+    """Run one case and judge every output; an answer that doesn't come is a wrong answer.
+
+    Args:
+        runner: of the artefact.
+        refs: the case, and what is right for it.
+        accumulator: the dtype in which one of our own artefacts is added up, for the bound that
+            is proved for it; None for anything else.
+        numbers_alone: a loss of another shape with as many elements is no fault here.
+    """
+    spec, case = refs.spec, refs.case
+    shape = case.shape(spec)
+    takes_beta = "beta" in runner.signature.inputs
+    proved = None
+    # Of a subnormal beta that it doesn't know beforehand, an artefact takes half in float32.
+    is_provable = refs.in_range and not (takes_beta and spec.has_subnormal_beta)
+    if accumulator is not None and is_provable:
+        proved = proved_bound(spec, shape, accumulator)
+    given: dict[str, Any] = {"weight": refs.weight, "grad_output": refs.grad_output}
+    if takes_beta:
+        given["beta"] = refs.beta
+    try:
+        outputs = runner.run(refs.input, refs.target, **given)
+    except SmoothL1DeployError as exc:
+        return unanswered(refs, exc)
+    few = 0 < math.prod(shape) < _ENOUGH
+    alike = _torch_alike(case.family, spec.effective_beta, spec.dtype) if few else {}
+    # Weights may be of more axes than the pair: a verdict counts what everything broadcasts to.
+    pair = np.broadcast_to(refs.input, shape), refs.target
+    answers = {}
+    for name, exact in refs.oracle.items():
+        got = outputs[runner.signature.loss.name if name == "loss" else name]
+        if numbers_alone and name == "loss" and got.size == exact.size:
+            got = got.reshape(exact.shape)
+        bound = proved if name == "loss" else None
+        slack = None
+        if name == "grad_input" and accumulator == "float64" and is_provable:
+            slack = gradient_bound(spec, refs.input, refs.target, exact)
+        torch, like = refs.torch[name], alike.get(name, 0)
+        verdict = compare(spec, got, torch, exact, *pair, name, bound, like, slack)
+        answers[name] = Answer(verdict, got)
+    return answers
+
+
+def check(
+    runner: Runner, refs: References, accumulator: str | None = None, others: Sequence[Runner] = ()
+) -> CaseResult:
+    """`judge`, by the worst output: of the runner and of `others`, which run the same artefact."""
+    runners = (runner, *others)
+    results = (CaseResult.of(refs, judge(one, refs, accumulator)) for one in runners)
+    return max(results, key=lambda result: result.verdict.badness)

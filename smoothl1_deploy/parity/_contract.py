@@ -1,0 +1,256 @@
+"""The contract at its edges: what PyTorch does, and what each backend and the plain graph do.
+
+Every answer is computed when the table is asked for: nothing here is written from memory.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .._floats import Array, dtype_name
+from .._records import Record
+from .._shapes import Shape
+from .._spec import DTYPES, LossSpec
+from ..backends._base import get_backend
+from ..errors import SmoothL1DeployError, UnsupportedError
+from ..graph._export import export
+from ..reference._oracle import oracle
+from ._compare import compare
+from ._plain_export import PlainExport, plain_export
+
+PYTORCH = "PyTorch eager"
+PLAIN = "torch.onnx.export"
+
+#: What an answer is beside PyTorch's.
+KINDS: Mapping[str, str] = {
+    "reference": "PyTorch's own",
+    "equal": "the same: the number within the tolerance, or both refuse",
+    "better": "right where PyTorch itself overflows, underflows or makes NaN",
+    "refuses": "an error where PyTorch answers",
+    "differs": "another number, dtype or shape, or an answer where PyTorch refuses",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Record):
+    """What one column said: a number, or the error's class and text; `kind` is one of `KINDS`."""
+
+    column: str
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Edge(Record):
+    """One row: a situation, and the answer of each column, PyTorch's first."""
+
+    name: str
+    question: str
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contract(Record):
+    """The table of contract differences."""
+
+    columns: tuple[str, ...]
+    edges: tuple[Edge, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """How a row is computed: `arguments` are the module's, `axes` the artefact's."""
+
+    name: str
+    question: str
+    input: Any
+    target: Any
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    target_dtype: str | None = None
+    axes: tuple[Shape, Shape] = (("N",), ("N",))
+
+    def arrays(self) -> tuple[Array, Array]:
+        def array(values: Any, dtype: str) -> Array:
+            kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+            return np.asarray(values, np.dtype(kind))
+
+        return array(self.input, self.dtype), array(self.target, self.target_dtype or self.dtype)
+
+    def spec(self) -> LossSpec:
+        dtype = self.dtype if self.dtype in DTYPES else "float32"
+        return LossSpec.from_legacy(**self.arguments, dtype=dtype)
+
+
+_NONE: Mapping[str, Any] = {"reduction": "none"}
+_NAN, _INF = float("nan"), float("inf")
+
+_PROBES = (
+    _Probe("mean of nothing", "The mean over an empty tensor.", [], []),
+    _Probe("sum of nothing", "The sum over an empty tensor.", [], [], {"reduction": "sum"}),
+    _Probe(
+        "negative beta", "beta = -1: PyTorch raises when it is called.", [0.5], [0], {"beta": -1.0}
+    ),
+    _Probe("0-d tensors", "Rank 0 in, rank 0 out.", 3.0, 1.0, axes=((), ())),
+    _Probe(
+        "broadcasting, none", "(2, 1) against (2,) gives (2, 2).", [[1], [2]], [0, 3], _NONE,
+        axes=(("N", 1), (2,)),
+    ),
+    _Probe(
+        "broadcasting, mean", "The divisor is the number of elements after broadcasting, 4.",
+        [[1], [2]], [0, 3], axes=(("N", 1), (2,)),
+    ),
+    _Probe(
+        "size_average=False", "Deprecated; it overrides reduction and means sum.",
+        [0.5, 3], [0, 0], {"size_average": False},
+    ),
+    _Probe(
+        "reduce=False", "Deprecated; it overrides reduction and means none.",
+        [0.5, 3], [0, 0], {"reduce": False},
+    ),
+    _Probe("NaN", "One NaN among the inputs; the other elements are untouched.",
+           [0.5, _NAN, 3], [0, 0, 0], _NONE),
+    _Probe("infinity", "One infinity among the inputs.", [0.5, _INF, -_INF], [0, 0, 0], _NONE),
+    _Probe("inf − inf", "The same infinity on both sides has no difference.",
+           [0.5, _INF], [0, _INF], _NONE),
+    _Probe("beta = inf", "The loss of every finite difference is 0.",
+           [0.5, 1e30], [0, 0], {"beta": _INF, **_NONE}),
+    _Probe("float16, beta = 0", "L1 in half precision stays in half precision.",
+           [0.5, 3], [0, 0], {"beta": 0.0, **_NONE}, "float16"),
+    _Probe("bfloat16, beta = 0", "L1 in bfloat16, as a mean.",
+           [0.5, 3], [0, 0], {"beta": 0.0}, "bfloat16"),
+    _Probe("float16, beta = 1000", "d = 500: the loss is 125, d² does not fit float16.",
+           [500, 1], [0, 0], {"beta": 1000.0, **_NONE}, "float16"),
+    _Probe("float64, beta = 0.1", "beta must not be rounded to float32 on its way.",
+           [0.05, 1], [0, 0], {"beta": 0.1, **_NONE}, "float64"),
+    _Probe("beta = 1e-8", "Small, and not 0: near it the loss is not |d|.",
+           [1.2e-8, 2e-8], [0, 0], {"beta": 1e-8, **_NONE}),
+    _Probe("integers", "PyTorch has no Smooth L1 of two integer tensors.",
+           [1, 5, 2], [0, 0, 0], dtype="int64"),
+    _Probe("float32 beside float64", "PyTorch promotes to float64; an artefact has one dtype.",
+           [0.5, 3], [0, 0], target_dtype="float64"),
+)  # fmt: skip
+
+
+def _text(values: Array) -> str:
+    """`[0.5, nan]`, with the dtype and shape in front where the result is large."""
+    if values.size > 6:
+        return f"{dtype_name(values.dtype)}{list(values.shape)}"
+
+    def nested(part: Array) -> str:
+        if part.ndim == 0:
+            return str(part[()])
+        return f"[{', '.join(nested(np.asarray(row)) for row in part)}]"
+
+    return nested(values)
+
+
+def _attempt(compute: Callable[..., Array], *arguments: Any) -> Array | Exception:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return compute(*arguments)
+    except Exception as exc:  # torch and ONNX Runtime raise of their own: what, is the finding
+        return exc
+
+
+def _describe(got: Array | Exception) -> str:
+    if isinstance(got, Exception):
+        first = str(got).strip().partition("\n")[0]
+        return f"{type(got).__name__}: {first}"
+    return _text(got)
+
+
+def _answer(column: str, probe: _Probe, got: Array | Exception, torch: Array | Exception) -> Answer:
+    """Classify an answer by PyTorch's."""
+    text = _describe(got)
+    if isinstance(got, Exception):
+        return Answer(column, "equal" if isinstance(torch, Exception) else "refuses", text)
+    if isinstance(torch, Exception):
+        return Answer(column, "differs", text)
+    if got.dtype != torch.dtype or got.shape != torch.shape:
+        return Answer(column, "differs", f"{text} as {dtype_name(got.dtype)}{list(got.shape)}")
+    spec, (input, target) = probe.spec(), probe.arrays()
+    if dtype_name(torch.dtype) != spec.dtype:  # promoted: the oracle knows one dtype
+        same = np.array_equal(got, torch, equal_nan=True)
+        return Answer(column, "equal" if same else "differs", text)
+    verdict = compare(spec, got, torch, oracle(spec, input, target), input, target)
+    if not verdict.ok:
+        far = f" ({verdict.ulp:,} ULP off)" if not verdict.wrong_class else ""
+        return Answer(column, "differs", text + far)
+    return Answer(column, "better" if verdict.better else "equal", text)
+
+
+def _torch(probe: _Probe) -> Array:
+    from ..reference._module import SmoothL1Loss, from_torch, to_torch
+
+    # The parent class: ours refuses a bad beta when it is made, and PyTorch is asked here.
+    module = SmoothL1Loss.__mro__[1](**probe.arguments)
+    return from_torch(module(*map(to_torch, probe.arrays())))
+
+
+def _ours(probe: _Probe, backend: str) -> Array:
+    spec = probe.spec()
+    chosen = get_backend(backend, threads=1)
+    reason = chosen.refuses(spec)
+    if reason:
+        raise UnsupportedError(reason)
+    shape, target_shape = probe.axes
+    model = export(spec, shape=shape, target_shape=target_shape)
+    return chosen.load(model).run(*probe.arrays())["loss"]
+
+
+def probe_contract(
+    backends: Sequence[str] = ("ort-cpu",),
+    *,
+    plain: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Contract:
+    """Compute the table: PyTorch, this tool's artefacts on each backend, the plain graph.
+
+    Args:
+        backends: names of `BACKENDS` that can be used here.
+        plain: whether to ask the plain exporter's graph on ONNX Runtime too (about a second a
+            row: each needs an export).
+        progress: called with the rows done and their number, at the start and after each.
+
+    Raises:
+        MissingDependencyError: without torch, or what a backend lives on.
+        SpecError: for an unknown backend.
+    """
+    started = time.perf_counter()
+    for backend in backends:
+        get_backend(backend)
+    plain_models: dict[str, PlainExport] = {}
+
+    def run_plain(probe: _Probe) -> Array:
+        key = repr((probe.arguments, probe.dtype, probe.axes))
+        if key not in plain_models:
+            model = plain_export(dict(probe.arguments), probe.dtype, *probe.axes)
+            plain_models[key] = PlainExport(model, threads=1)
+        return plain_models[key].run(*probe.arrays())
+
+    edges = []
+    progress(0, len(_PROBES))
+    for done, probe in enumerate(_PROBES, 1):
+        torch = _attempt(_torch, probe)
+        answers = [Answer(PYTORCH, "reference", _describe(torch))]
+        for backend in backends:
+            got = _attempt(_ours, probe, backend)
+            if isinstance(got, Exception) and not isinstance(got, SmoothL1DeployError):
+                raise got  # a crash of our own is no answer
+            answers.append(_answer(backend, probe, got, torch))
+        if plain:
+            answers.append(_answer(PLAIN, probe, _attempt(run_plain, probe), torch))
+        edges.append(Edge(probe.name, probe.question, tuple(answers)))
+        progress(done, len(_PROBES))
+    columns = (PYTORCH, *backends, *([PLAIN] if plain else []))
+    return Contract(columns, tuple(edges), time.perf_counter() - started)

@@ -1,0 +1,206 @@
+"""Random draws: a spec, its shapes and its data, each a function of one number.
+
+The grid of `matrix` meets every value of every field, and few of their combinations. A draw
+combines them at random, with the shapes, weights and numbers that were found by looking for what
+breaks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from random import Random
+
+import onnx
+
+from .._shapes import Dim, describe
+from .._shapes import Shape as Axes
+from .._spec import DTYPES, NORMALIZERS, REDUCTIONS, LossSpec
+from ..graph._export import ROUTES, export
+from ._cases import Case, References, with_beta
+from ._families import ADVERSARIAL, FAMILIES, WEIGHTS
+from ._report import is_extended
+
+_BY_TORCH = 0.15  # of the plain ones: that export takes ten times as long as the others
+_CASES = 3  # of a draw: to export takes longer than to run
+_BETAS = (0.0, 1e-3, 0.5, 1.0, 2.0, 1e4, 3e38, math.inf)
+_NO_BETAS = (-1.0, -1e-45, -math.inf, math.nan)  # what only a run-time beta can be
+_RANKS = (0, 1, 1, 2, 2, 2, 3, 4)
+_SIZES = (1, 2, 3, 5, 7, 16, 17, 33, 64)
+_FEW_SIZES = 5  # of these, for the axes of a rank above 2
+_LARGE = 12, 17  # powers of 2 that the elements of a large case are between
+_UNUSUAL = 0.25  # of the cases with a dynamic axis are empty or large, and empty:
+_EMPTY, _EMPTY_WITHOUT_BETA = 0.06, 0.2
+_FAMILIES = (*FAMILIES, *ADVERSARIAL, *ADVERSARIAL)
+
+#: An array's axes, as indices into those of the whole; None for one of size 1.
+_Axes = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one number stands for.
+
+    Attributes:
+        number: any integer >= 0; it decides all the rest.
+        spec: what the artefact computes.
+        beta: the spec's, or with `runtime_beta` what is fed, which may be negative or NaN.
+        route: of the export.
+        axes: of input, target and, where there is one, weight.
+        declared: the axes of the export where a backend finds out at run time which of them were
+            broadcast: other names for each array, or None for any rank. Mostly `axes` again.
+        cases: what is fed.
+    """
+
+    number: int
+    spec: LossSpec
+    beta: float
+    route: str
+    axes: tuple[Axes, ...]
+    declared: tuple[Axes, ...] | None
+    cases: tuple[Case, ...]
+
+    @classmethod
+    def of(cls, number: int) -> Draw:
+        """The draw of a number."""
+        random = Random(number)
+        spec = _spec(random)
+        beta = spec.beta
+        if spec.runtime_beta:
+            fed = LossSpec(_beta(random))
+            # Half of a subnormal one is what an artefact that can't know it rounds.
+            beta = 1.0 if fed.has_subnormal_beta else fed.effective_beta
+            if random.random() < 0.15:
+                beta = random.choice(_NO_BETAS)
+        by_torch = not is_extended(spec) and random.random() < _BY_TORCH
+        route = "torch" if by_torch else random.choice(ROUTES[:2])
+        rank = max(random.choice(_RANKS), int(spec.per_sample))
+        arrays = _arrays(random, spec, rank)
+        sizes = _SIZES[: _FEW_SIZES if rank > 2 else None]
+        if spec.gradient:
+            sizes = sizes[1:]  # a sum of one term that is -0: 0 in a runtime, none in autograd
+        whole: list[Dim] = [
+            f"axis_{i}" if random.random() < 0.75 else random.choice(sizes) for i in range(rank)
+        ]
+        whole.append("copies")  # the axis that weights alone may have, at index -1
+        axes = tuple(tuple(1 if i is None else whole[i] for i in array) for array in arrays)
+        declared = axes if by_torch else _declared(random, axes)
+        draw = cls(number, spec, beta, route, axes, declared, ())
+        cases = tuple(draw._case(random, arrays, whole, sizes) for _ in range(_CASES))
+        return replace(draw, cases=cases)
+
+    def _case(
+        self, random: Random, arrays: tuple[_Axes, ...], whole: list[Dim], sizes: tuple[int, ...]
+    ) -> Case:
+        """One input pair in the shapes of `arrays`, whose dynamic axes get sizes of their own."""
+        spec = self.spec
+        given = [dim if isinstance(dim, int) else random.choice(sizes) for dim in whole]
+        given[-1] = random.choice((1, 2, 3))
+        dynamic = [i for i, dim in enumerate(whole[:-1]) if isinstance(dim, str)]
+        kind = random.random()
+        if dynamic and kind < _UNUSUAL:
+            axis = random.choice(dynamic)
+            given[axis] = 1
+            many = int(2 ** random.uniform(*_LARGE))
+            empty = _EMPTY if self.beta >= 0 else _EMPTY_WITHOUT_BETA
+            given[axis] = 0 if kind < empty else max(1, many // math.prod(given))
+        shapes = tuple(tuple(1 if i is None else given[i] for i in array) for array in arrays)
+        layout = " ".join(map(describe, shapes))
+        case = Case.at(random.choice(_FAMILIES), layout, shapes, self.number)
+        weighs = spec.weight is not None or spec.upstream
+        if weighs and random.random() < 0.5:
+            case = replace(case, weighting=random.choice([*WEIGHTS]))
+        # Where sums of weights overflow as well, PyTorch's NaN has two causes.
+        overflows = spec.weight and case.family in ("overflow", "inf", "nan", "inf-minus-inf")
+        # Autograd adds these weights up before the product that underflows to -0.
+        is_wider = spec.gradient and -1 in (arrays[-1] or ())
+        if overflows or (is_wider and case.weighting in ("tiny", "mixed")):
+            case = replace(case, weighting="usual")
+        return case
+
+    def model(self, any_rank: bool) -> onnx.ModelProto:
+        """The artefact, for a backend that takes any rank or for one that doesn't."""
+        axes = self.declared if any_rank else self.axes
+        if axes is None:
+            return export(self.spec, self.route)
+        names = ("shape", "target_shape", "weight_shape")
+        return export(self.spec, self.route, **dict(zip(names, axes, strict=False)))
+
+    def references(self, case: Case) -> References:
+        """What is right for one of the cases."""
+        if self.beta >= 0:
+            return References.of(with_beta(self.spec, self.beta), case)
+        return References.of(with_beta(self.spec, 1.0), case, self.beta)
+
+
+def _beta(random: Random) -> float:
+    """A usual one, any between 1e-6 and 1e6, one that is odd among float32's subnormal ones, or one
+    that is nearly 1.
+
+    A subnormal one of float64 has a half that no format holds.
+    """
+    kind = random.random()
+    if kind < 0.5:
+        return random.choice(_BETAS)
+    if kind < 0.75:
+        return 10 ** random.uniform(-6, 6)
+    if kind < 0.9:
+        odd = 2 * random.randrange(1 << random.randrange(12)) + 1
+        return math.ldexp(odd, -149)
+    return 1 + math.ldexp(random.choice((-1, 1)), -random.randrange(10, 24))
+
+
+def _spec(random: Random) -> LossSpec:
+    reduction, dtype = random.choice(REDUCTIONS), random.choice(DTYPES)
+    beta = _beta(random)
+    if random.random() < 0.25:
+        return LossSpec(beta, reduction, dtype)
+    normalizers = (None, *(NORMALIZERS if reduction == "mean" else NORMALIZERS[:1]))
+    gradient, runtime_beta = random.random() < 0.6, random.random() < 0.25
+    return LossSpec(
+        1.0 if runtime_beta else beta,
+        reduction,
+        dtype,
+        per_sample=reduction != "none" and random.random() < 0.35,
+        gradient=gradient,
+        runtime_beta=runtime_beta,
+        weight=random.choice(normalizers),
+        upstream=gradient and random.random() < 0.5,
+    )
+
+
+def _arrays(random: Random, spec: LossSpec, rank: int) -> tuple[_Axes, ...]:
+    """The axes of input, target and weight: of the whole, or of part of it to be broadcast."""
+    whole = tuple(range(rank))
+
+    def part() -> _Axes:
+        if random.random() < 0.6:
+            return whole
+        axes: _Axes = tuple(i if random.random() < 0.5 else None for i in whole)
+        while axes and axes[0] is None and random.random() < 0.5:
+            axes = axes[1:]
+        return axes
+
+    input, target = part(), part()
+    if spec.per_sample and not input + target:
+        input = whole
+    if spec.weight is None:
+        return input, target
+    column: _Axes = (*whole[:-1], None) if rank else ()
+    return (
+        input,
+        target,
+        random.choice((whole, part(), column, whole[-1:], (None,), (), (-1, *whole))),
+    )
+
+
+def _declared(random: Random, axes: tuple[Axes, ...]) -> tuple[Axes, ...] | None:
+    """`axes`, None for any rank, or names of each array's own for what is dynamic or broadcast."""
+    if random.random() < 0.3:
+        return None
+    if random.random() < 0.8:
+        return axes
+    return tuple(
+        tuple(dim if isinstance(dim, int) and dim > 1 else f"{role}_{i}" for i, dim in enumerate(x))
+        for role, x in zip("abw", axes, strict=False)
+    )

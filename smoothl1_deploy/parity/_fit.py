@@ -1,0 +1,221 @@
+"""Which formula and reduction explain all the answers of a model.
+
+A hypothesis holds when every answer is within the rounding that any sane order of evaluation
+can make: (8 + n) u relative for n elements, u the unit roundoff of the format it is computed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .._floats import Array, round_to, wide_dtype
+from .._spec import LossSpec
+from ._bounds import UNIT_ROUNDOFF
+from ._faults import FITS, FORMS, Fault, Part, reductions, smooth_l1
+from ._probes import Answer
+
+_FLAT = 0.01  # relative: more than this is never a matter of rounding, but for bfloat16
+#: From the roundest numbers to all digits that a float64 has: people choose round numbers.
+_DIGITS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17)
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A formula with a reduction."""
+
+    form: Part
+    reduction: Part
+
+    @property
+    def faults(self) -> list[Part]:
+        """What of it is not what the spec asks for."""
+        return [part for part in (self.form, self.reduction) if part.fault is not None]
+
+
+def right(spec: LossSpec) -> Hypothesis:
+    """Nothing wrong."""
+    return Hypothesis(FORMS[0], reductions(spec)[0])
+
+
+def predict(hypothesis: Hypothesis, answer: Answer) -> Array:
+    """What a model of this kind answers to a probe, wide."""
+    if not hypothesis.faults:  # the oracle knows every spec there is
+        return answer.expected.astype(wide_dtype(answer.spec.dtype))
+    input, target, *_ = (array.shape for array in answer.probe.arrays)
+    with np.errstate(all="ignore"):
+        losses = hypothesis.form.compute(*answer.pair, answer.spec.effective_beta)
+        return np.asarray(hypothesis.reduction.compute(losses, input, target))
+
+
+def explains(hypothesis: Hypothesis, answer: Answer, unit: float | None = None) -> bool:
+    """Whether the answer is what the hypothesis predicts, to rounding with this unit roundoff."""
+    if answer.got is None:
+        return False
+    dtype = answer.spec.dtype
+    predicted = predict(hypothesis, answer)
+    if predicted.shape not in (answer.got.shape, answer.shape):
+        return False
+    got = answer.got.astype(predicted.dtype).reshape(predicted.shape)
+    rounded = round_to(predicted, dtype).astype(predicted.dtype)
+    unit = UNIT_ROUNDOFF[dtype] if unit is None else unit
+    tolerance = min((8 + answer.count) * unit, max(8 * unit, _FLAT))
+    with np.errstate(invalid="ignore"):
+        scale = np.abs(predicted) + _subtracted(hypothesis.form, answer)
+        close = np.abs(got - predicted) <= tolerance * scale
+    same = (got == rounded) | (np.isnan(got) & np.isnan(rounded))
+    return bool(np.all(close | same))
+
+
+def _subtracted(form: Part, answer: Answer) -> float:
+    """The size of the numbers that a formula subtracts where they may be nearly equal."""
+    if form.cancels is None:
+        return 0.0
+    return form.cancels(float(np.abs(np.subtract(*answer.pair)).max()))
+
+
+def _explains_all(hypothesis: Hypothesis, answers: Sequence[Answer]) -> bool:
+    if not all(explains(hypothesis, answer) for answer in answers):
+        return False
+    # Where all that is predicted may cancel, to be near it says nothing.
+    return any(
+        _subtracted(hypothesis.form, answer) <= 4 * np.abs(predict(hypothesis, answer)).min()
+        for answer in answers
+    )
+
+
+def find(spec: LossSpec, answers: Sequence[Answer]) -> list[Hypothesis]:
+    """Every hypothesis of the simplest kind that explains all answers, the likeliest first.
+
+    Kinds, from the simplest: nothing wrong; one named fault; one with a number of its own (beta,
+    a coefficient, a count); a wrong formula with a wrong reduction.
+    """
+    for forms, summed in _kinds(spec, answers) if answers else ():
+        found: list[Hypothesis] = []
+        for hypothesis in (Hypothesis(form, reduction) for reduction in summed for form in forms):
+            if _explains_all(hypothesis, answers):
+                found.append(hypothesis)
+                if any(part.estimate is not None for part in hypothesis.faults):
+                    break  # the roundest number that fits; the others differ by rounding
+        if found:
+            return found
+    return []
+
+
+def _kinds(
+    spec: LossSpec, answers: Sequence[Answer]
+) -> Iterator[tuple[Iterable[Part], Iterable[Part]]]:
+    """Formulas and reductions, each of the one with each of the other."""
+    own, *others = reductions(spec)
+    form, *wrong = FORMS
+    yield [form], [own]
+    yield wrong, [own]
+    yield [form], others
+    yield _narrowed(spec), [own]
+    yield _fitted(spec, own, answers), [own]
+    yield [form], _scales(own, answers)
+    yield wrong, others
+    for other in others:
+        yield _fitted(spec, other, answers), [other]
+
+
+def weighted(
+    spec: LossSpec, places: Sequence[Answer], answers: Sequence[Answer]
+) -> Hypothesis | None:
+    """The right losses times a factor for each place of a row, which the answers of places tell."""
+    found = [float(a.got.sum() / a.expected.sum()) for a in places if a.got is not None]
+    if len(found) < len(places) or not np.isfinite(found).all():
+        return None
+    for digits in (3, 6, 17):  # a mask is of ones and zeros
+        factors = np.array([_rounded(factor, digits) for factor in found])
+
+        def losses(a: Array, b: Array, beta: float, factors: Array = factors) -> Array:
+            return (smooth_l1(a, b, beta).reshape(-1, len(factors)) * factors).reshape(a.shape)
+
+        listed = ", ".join(f"{factor:.6g}" for factor in factors[:8])
+        more = ", ..." if len(factors) > 8 else ""
+        why = (
+            f"the elements of a row count {listed}{more} times each; give these factors as "
+            "weights, which LossSpec(weight='count') takes"
+        )
+        hypothesis = Hypothesis(Part(Fault.WEIGHTED, why, losses), reductions(spec)[0])
+        if len(set(factors)) > 1 and _explains_all(hypothesis, answers):
+            return hypothesis
+    return None
+
+
+def narrower(dtype: str) -> list[str]:
+    """Formats with a larger unit roundoff, the nearest first."""
+    by_unit = sorted(UNIT_ROUNDOFF, key=UNIT_ROUNDOFF.__getitem__)
+    return [other for other in by_unit if UNIT_ROUNDOFF[other] > UNIT_ROUNDOFF[dtype]]
+
+
+def _narrowed(spec: LossSpec) -> Iterator[Part]:
+    """beta, or the inputs, in a narrower format."""
+    if spec.dtype == "float64" and (beta := float(np.float32(spec.beta))) != spec.beta:
+        why = f"beta is rounded to float32 ({beta!r} for {spec.beta!r})"
+        yield Part(Fault.WRONG_BETA, why, lambda a, b, _: smooth_l1(a, b, beta), beta)
+    for dtype in narrower(spec.dtype):
+
+        def losses(a: Array, b: Array, beta: float, dtype: str = dtype) -> Array:
+            a, b = (round_to(x, dtype).astype(x.dtype) for x in (a, b))
+            return smooth_l1(a, b, beta)
+
+        why = f"input and target are rounded to {dtype} before the loss is computed"
+        yield Part(Fault.NARROW_INPUT, why, losses)
+
+
+# --- numbers that are read off the answers
+
+
+def _rounded(value: float, digits: int) -> float:
+    return float(f"{value:.{digits - 1}e}")
+
+
+def _responses(reduction: Part, answers: Sequence[Answer]) -> Iterator[tuple[float, float]]:
+    """(|d|, loss of one element), both > 0, of every probe that is the same everywhere."""
+    for answer in answers:
+        if answer.probe.kind != "constant" or answer.got is None or not answer.got.size:
+            continue
+        input, target = answer.pair
+        shapes = (array.shape for array in answer.probe.arrays[:2])
+        weight = float(np.asarray(reduction.compute(np.ones(input.shape), *shapes)).flat[0])
+        d, loss = abs(float(input.flat[0] - target.flat[0])), float(answer.got.flat[0]) / weight
+        if d > 0 < loss < math.inf:
+            yield d, loss
+
+
+def _fitted(spec: LossSpec, reduction: Part, answers: Sequence[Answer]) -> Iterator[Part]:
+    """Every formula with a number, at the numbers that single answers suggest, roundest first."""
+    told = list(_responses(reduction, answers))
+    solved = [[fit.solve(d, loss, spec.effective_beta) for d, loss in told] for fit in FITS]
+    for digits in _DIGITS:
+        for fit, numbers in zip(FITS, solved, strict=True):
+            useful = (_rounded(number, digits) for number in numbers if 0 < number < math.inf)
+            yield from (fit.form(number, spec) for number in dict.fromkeys(useful))
+
+
+def _scales(own: Part, answers: Sequence[Answer]) -> Iterator[Part]:
+    """The right loss clipped above all that was answered, or times a factor of the first answer."""
+    told = [(a.got, a.expected) for a in answers if a.got is not None and a.got.size]
+    if not told:
+        return
+    top = max(float(got.max()) for got, _ in told)
+    yield Part(
+        Fault.CLIPPED,
+        f"the result is never above {top:.9g}; leave the clip out",
+        lambda x, a, b: np.minimum(own.compute(x, a, b), top),
+        top,
+    )
+    got, expected = told[0]
+    ratio = float(got.flat[0]) / float(expected.flat[0])
+    for factor in dict.fromkeys(_rounded(ratio, digits) for digits in _DIGITS):
+        yield Part(
+            Fault.SCALED,
+            f"every answer is {factor:.9g} times the right one",
+            lambda x, a, b, f=factor: np.asarray(own.compute(x, a, b) * f),
+            factor,
+        )

@@ -1,0 +1,614 @@
+"""The matrix: every beta × reduction × dtype × route × backend, over layouts and families.
+
+What it holds, and what of that is sampled, stands first; how it is run after it. The unit of work
+is a beta with a dtype: its inputs and both references' answers are computed once and serve every
+reduction, route and backend. Units run in worker processes (`pool`). Beside this grid of every
+value of every field there are random combinations of them, of `draws`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+
+import onnx
+
+from .._environment import environment
+from .._shapes import Shape as Axes
+from .._spec import DTYPES, REDUCTIONS, LossSpec
+from ..backends._base import REFERENCES, Backend, get_backend, missing
+from ..backends._runner import Runner
+from ..errors import SmoothL1DeployError, UnsupportedError, require
+from ..graph._export import ROUTES, export
+from ._cases import LAYOUTS, Case, CaseResult, References, check, is_for, unanswered, with_beta
+from ._draws import Draw
+from ._families import FAMILIES
+from ._pool import each
+from ._report import Build, Cell, Report, cell_of, draws_of, is_extended
+
+BETAS = (0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4, math.inf)
+_QUICK_BETAS = (0.0, 0.5, 1.0, math.inf)
+
+#: Random combinations in the whole matrix, and in the quick one.
+DRAWS = 240
+QUICK_DRAWS = 36
+_DRAWS_A_SEED = 1 << 20  # so that two seeds have none in common
+_DRAWS_A_UNIT = 12
+_MOST_SLOWLY = 1 << 14  # elements of a draw that a slow backend is fed
+
+#: The extensions alone and together; with beta and dtype of the unit.
+EXTENSIONS = (
+    LossSpec(per_sample=True),
+    LossSpec(reduction="sum", per_sample=True),
+    LossSpec(reduction="none", gradient=True),
+    LossSpec(gradient=True),
+    LossSpec(gradient=True, upstream=True),
+    LossSpec(reduction="none", gradient=True, upstream=True),
+    LossSpec(runtime_beta=True),
+    LossSpec(weight="count"),
+    LossSpec(weight="weights"),
+    LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
+    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
+)
+
+#: Whose gradient is summed back over a million rows.
+_TALL = LossSpec(gradient=True)
+#: Layouts by how an artefact meets them. Every family is fed to the first group.
+_FAMILY_LAYOUTS = ("matrix", "odd")
+_SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
+#: What an extension could get wrong beyond what the plain losses show.
+_EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both", "weight-column")
+#: The inlined route is made of the function route: with extensions, these betas show it.
+_INLINED_BETAS = (0.0, 1.0, math.inf)
+#: The torch route takes about a second an export: one fixed rank, this one, serves it.
+_TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
+#: Whose files are one node, which `ort-cpu` runs by an operator: the others' run alike with none.
+_PROVEN_ROUTE = "function"
+_BARE = "ort-cpu-bare"
+#: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
+_NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
+#: A process for each artefact, half a second of time: a sample of the matrix goes this way.
+OVER_THE_WIRE = ("triton-http", "triton-grpc")
+_WIRE_LAYOUTS = ("matrix", "no-rows")
+#: Backends that compute what an artefact says it computes, and not its graph: one route is all.
+_OF_THE_SPEC = (*REFERENCES, "torch-triton")
+#: The others take minutes or gigabytes at 2^24 elements.
+HUGE_BACKENDS = (
+    *("ort-cpu", _BARE, "torch-cuda", "torch-triton"),
+    *("ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx", "trt"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Which part of the matrix to run.
+
+    Attributes:
+        backends: names; those that can't be used here must be left out by the caller.
+        plain: what `torch.nn.SmoothL1Loss` itself computes.
+        extensions: also the variants of `EXTENSIONS` (one of them with `quick`).
+        draws: how many random combinations of all that, after the grid. Their betas and shapes
+            are their own.
+        draw: numbers of draws, which are all that is run then; for the repetition of one.
+        quick: fewer betas, no large layouts, the torch route for float32 only.
+        engines: a folder to leave a TensorRT engine of every artefact in; None builds none.
+        absent: what is left out because it can't run here: `"<backend> not available: <reason>"`.
+    """
+
+    backends: tuple[str, ...]
+    betas: tuple[float, ...] = BETAS
+    reductions: tuple[str, ...] = REDUCTIONS
+    dtypes: tuple[str, ...] = DTYPES
+    routes: tuple[str, ...] = ROUTES
+    plain: bool = True
+    extensions: bool = True
+    seed: int = 0
+    draws: int = 0
+    draw: tuple[int, ...] = ()
+    quick: bool = False
+    engines: Path | None = None
+    absent: tuple[str, ...] = ()
+
+    @classmethod
+    def quickly(cls, backends: tuple[str, ...], seed: int = 0) -> Matrix:
+        """The part that takes about half a minute on two cores."""
+        return cls(backends, betas=_QUICK_BETAS, seed=seed, draws=QUICK_DRAWS, quick=True)
+
+    @property
+    def samples_inlined(self) -> bool:
+        """Whether the extensions are inlined at some of the betas only."""
+        has_both = {"function", "inlined"} <= {*self.routes}
+        return has_both and {*_INLINED_BETAS} <= {*self.betas}
+
+    def units(self) -> list[Unit | DrawUnit]:
+        """The work: the grid, the longest first, and the draws."""
+        first = self.seed * _DRAWS_A_SEED
+        numbers = self.draw or tuple(range(first, first + self.draws))
+        drawn = [
+            DrawUnit(self, numbers[i : i + _DRAWS_A_UNIT])
+            for i in range(0, len(numbers), _DRAWS_A_UNIT)
+        ]
+        return [*([] if self.draw else self._grid()), *drawn]
+
+    def _grid(self) -> list[Unit]:
+        units = [Unit(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
+        asked = {1.0, "mean", "float32"} <= {*self.betas, *self.reductions, *self.dtypes}
+        # The one cell of 2^24 elements takes memory more than time: it comes alone.
+        if asked and self.plain and not self.quick:
+            units.insert(0, Unit(self, 1.0, "float32", huge=True))
+        return units
+
+    def notes(self) -> tuple[str, ...]:
+        """What is sampled, for the report."""
+        if self.draw:
+            return (f"draws {', '.join(map(str, self.draw))} alone", *self.absent)
+        torch_layouts = [n for n in _TORCH_LAYOUTS if not (self.quick and n == "2^20")]
+        notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(torch_layouts)}"]
+        if self.draws:
+            notes[0] += "; other shapes by the random draws"
+            notes.append(
+                f"{self.draws} random combinations of spec, shapes and data, none over the wire"
+            )
+        narrow = [name for name in _NO_FLOAT64 if name in self.backends]
+        without = ", ".join(narrow)
+        if narrow and self.extensions:
+            notes.append(f"{without}: no gradient of a broadcast input, summed back in float32")
+        if narrow and self.draws:
+            notes.append(
+                f"{without}, in the draws: no subnormal beta or weights and no slopes by a beta "
+                "above 1e30, for which the graph takes float64"
+            )
+        if self.extensions:
+            notes += [
+                "float64: no gradient of a broadcast input with weights or upstream",
+                "no gradient of a broadcast input of the largest numbers",
+                f"{' and '.join(['float64', *narrow])}: no weighted gradient, and none with an "
+                "upstream one, of subnormal differences, which no wider format is there for",
+            ]
+            if self.samples_inlined:
+                notes.append("extensions by the inlined route: beta 0, 1 and inf only")
+        return (*notes, *self._notes_on_backends(), *self._notes_on_sizes(), *self.absent)
+
+    def _notes_on_backends(self) -> Iterator[str]:
+        if {*OVER_THE_WIRE} & {*self.backends}:
+            yield (
+                "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
+                f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
+            )
+        if _BARE in self.backends:
+            nodes = "ort-cpu has no operator for the nodes of the others"
+            yield f"{_BARE}: the {_PROVEN_ROUTE} route; {nodes}"
+        of_the_spec = [name for name in _OF_THE_SPEC if name in self.backends]
+        if of_the_spec:
+            yield (
+                f"{', '.join(of_the_spec)}: no graph is run, the spec is computed; the function "
+                "route (or the first of what is asked for)"
+            )
+        if "torch-triton" in self.backends and not missing("torch-triton"):
+            slow = get_backend("torch-triton").slow
+            if slow:
+                yield f"torch-triton on {slow}: of 2^20 elements only mean at beta 1, constant"
+
+    def _notes_on_sizes(self) -> Iterator[str]:
+        if self.quick:
+            yield "quick: torch route for float32 only, no layout of 2^20 or 2^24 elements"
+            yield "quick: of the extensions only all together"
+            return
+        yield "layout 2^20: every route on ort-cpu, the function route on the others"
+        yield "layout 2^24: beta 1, mean, float32, families normal and constant"
+        if self.extensions:
+            yield (
+                "layout broadcast-10^6, a gradient summed back over a million rows: beta 1, "
+                "mean, the function route on ort-cpu and those with a GPU"
+            )
+            if self.engines is not None:
+                yield f"engines of the extensions: beta {self.betas[0]:g} only"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One beta with one dtype; or, `huge`, the single cell of 2^24 elements."""
+
+    matrix: Matrix
+    beta: float
+    dtype: str
+    huge: bool = False
+
+    @property
+    def label(self) -> str:
+        """For a note on what was left out."""
+        return f"{self.dtype} beta {self.beta:g}{' at 2^24' if self.huge else ''}"
+
+    def specs(self) -> list[LossSpec]:
+        """What the artefacts compute; with `runtime_beta`, the unit's beta is fed to them."""
+        if self.huge:
+            return [LossSpec(self.beta, "mean", self.dtype)]
+        reductions = self.matrix.reductions if self.matrix.plain else ()
+        specs = [LossSpec(self.beta, reduction, self.dtype) for reduction in reductions]
+        chosen = EXTENSIONS[-1:] if self.matrix.quick else EXTENSIONS
+        return specs + [
+            replace(e, dtype=self.dtype, beta=e.beta if e.runtime_beta else self.beta)
+            for e in chosen
+            if self.matrix.extensions and e.reduction in self.matrix.reductions
+        ]
+
+    def cases(self, spec: LossSpec) -> list[Case]:
+        """Families and layouts, each with the matrix's seed."""
+        of = partial(Case.of, seed=self.matrix.seed)
+        if self.huge:
+            return [of("normal", "2^24"), of("constant", "2^24")]
+        if is_extended(spec):
+            cases = [of(family, "matrix") for family in FAMILIES]
+            cases += [of("normal", name) for name in _EXTENSION_LAYOUTS if is_for(spec, name)]
+            if spec == replace(_TALL, dtype=self.dtype) and not self.matrix.quick:
+                cases += [of(family, "broadcast-10^6") for family in ("normal", "constant")]
+            return cases
+        cases = [of(family, layout) for layout in _FAMILY_LAYOUTS for family in FAMILIES]
+        cases += [of("normal", layout) for layout in _SHAPE_LAYOUTS]
+        if not self.matrix.quick:
+            cases.append(of("normal", "2^20"))
+            if spec.reduction != "none":  # what a sum of equal numbers drifts to
+                cases.append(of("constant", "2^20"))
+        return cases
+
+    def batches(self, spec: LossSpec) -> list[list[Case]]:
+        """The cases whose arrays are held at the same time: of 2^24 elements, one."""
+        cases = self.cases(spec)
+        return [[case] for case in cases] if self.huge else [cases]
+
+    def routes(self, spec: LossSpec) -> list[str]:
+        """Of the matrix, less those that are left out; see `Matrix.notes`."""
+        left_out = set()
+        if is_extended(spec) or (self.matrix.quick and self.dtype != "float32"):
+            left_out.add("torch")
+        if is_extended(spec) and self.matrix.samples_inlined and self.beta not in _INLINED_BETAS:
+            left_out.add("inlined")
+        return [route for route in self.matrix.routes if route not in left_out]
+
+    def samples(self, spec: LossSpec, route: str, backend: str) -> bool:
+        """Whether a combination is run at all; see `Matrix.notes`."""
+        matrix = self.matrix
+
+        def is_one(value: object, usual: object, asked: tuple[object, ...]) -> bool:
+            """Whether `value` is the usual one, or the first of what is asked for without it."""
+            return value == (usual if usual in asked else asked[0])
+
+        if backend == _BARE:
+            return route == _PROVEN_ROUTE
+        if backend in _OF_THE_SPEC:
+            return is_one(route, _PROVEN_ROUTE, matrix.routes)
+        if backend not in OVER_THE_WIRE:
+            return True
+        if is_extended(spec) and self.dtype != "float32" and len(matrix.dtypes) > 1:
+            return False
+        return is_one(self.beta, 1.0, matrix.betas) and is_one(route, "inlined", matrix.routes)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawUnit:
+    """Some draws, by their numbers."""
+
+    matrix: Matrix
+    numbers: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """For a note on what was left out."""
+        return f"draws {self.numbers[0]} to {self.numbers[-1]}"
+
+    def draws(self) -> list[Draw]:
+        """Those of the dtypes, reductions and routes that are asked for."""
+        asked = self.matrix
+        return [
+            draw
+            for draw in map(Draw.of, self.numbers)
+            if draw.spec.dtype in asked.dtypes
+            and draw.spec.reduction in asked.reductions
+            and draw.route in asked.routes
+        ]
+
+    @staticmethod
+    def samples(draw: Draw, backend: str) -> bool:
+        """Whether a backend meets a draw at all; see `Matrix.notes`."""
+        if backend == _BARE:
+            return draw.route == _PROVEN_ROUTE
+        return backend not in OVER_THE_WIRE
+
+
+def artefact_axes(
+    spec: LossSpec, route: str, layout: str, any_rank: bool
+) -> dict[str, Axes | None]:
+    """What `export` is told of the axes for a layout.
+
+    Fixed rank for the layouts of two axes, any rank for the others where the backend runs it.
+    """
+    if route != "torch" and any_rank and layout not in _TORCH_LAYOUTS:
+        return {"shape": None}
+    shapes = LAYOUTS[layout]
+    axes: dict[str, Axes | None] = {"shape": shapes.input_axes, "target_shape": shapes.target_axes}
+    if spec.weight:
+        own = shapes.weight_axes
+        axes["weight_shape"] = shapes.target_axes if own is None else own
+    return axes
+
+
+def is_run(case: Case, route: str, backend: str) -> bool:
+    """Whether the layout is among those a route and backend are sampled at; see `Matrix.notes`."""
+    if backend in OVER_THE_WIRE:
+        return case.layout in _WIRE_LAYOUTS
+    if case.layout == "broadcast-10^6":
+        return route == "function" and backend in HUGE_BACKENDS
+    if case.layout == "2^20" and backend != "ort-cpu":
+        return route == "function"
+    return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
+
+
+def is_spared(spec: LossSpec, case: Case, backend: Backend) -> bool:
+    """Whether a backend is too slow for a case, or has no format that is wide enough for it."""
+    wide = backend.accumulator != "float32"
+    return is_too_slow(spec, case, backend) or needs_wider(spec, case, wide)
+
+
+def is_too_slow(spec: LossSpec, case: Case, backend: Backend) -> bool:
+    """Whether a slow backend is spared a case; see `Matrix.notes`."""
+    if backend.slow is None:
+        return False
+    if case.layout in LAYOUTS:
+        constant = (spec.reduction, spec.beta, case.family) == ("mean", 1.0, "constant")
+        return "^" in case.layout and not constant
+    return math.prod(case.shape(spec)) > _MOST_SLOWLY
+
+
+def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
+    """Whether an answer can only be right in a format wider than the one at hand.
+
+    Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel, which in
+    float64 leaves the roundings of products with weights or an upstream gradient, and of numbers
+    near the largest those of the differences; weighted (or multiplied by an upstream gradient) and
+    divided, a subnormal slope is rounded three times. How far PyTorch itself, which computes in the
+    output's format, is off in these cases is a matter of luck, and no measure. (What float64
+    differences alone leave is no such case: `bounds.gradient_bound` allows for it.)
+    Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
+    no room for it: a subnormal beta, slopes by a beta near the largest, products with subnormal
+    weights.
+
+    Args:
+        spec: beta is a number, also for an artefact that takes it at run time.
+        case: of it.
+        wide: whether the backend has float64.
+    """
+    scaled = spec.weight is not None or spec.upstream
+    rounds_thrice = spec.gradient and scaled and case.family == "subnormals"
+    sums_back = spec.gradient and case.input_shape != case.shape(spec)
+    if sums_back and case.family == "overflow":
+        return True
+    if spec.dtype == "float64":
+        return rounds_thrice or (sums_back and scaled)
+    if wide:
+        return False
+    if spec.has_subnormal_beta or (spec.gradient and 1e30 < spec.effective_beta < math.inf):
+        return True
+    is_subnormal = spec.weight is not None and case.weighting in ("tiny", "mixed")
+    return sums_back or rounds_thrice or is_subnormal
+
+
+# How it is run
+
+
+#: A combination, as (spec, beta, route, backend).
+_Key = tuple[LossSpec, float, str, str]
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What units found: the results, or the refusal, of each combination; draws; and builds."""
+
+    results: dict[_Key, list[CaseResult]] = field(default_factory=lambda: defaultdict(list))
+    refused: dict[_Key, str] = field(default_factory=dict)
+    builds: list[Build] = field(default_factory=list)
+    drawn: list[Cell] = field(default_factory=list)
+
+    def add(self, other: _Outcome) -> None:
+        for key, results in other.results.items():
+            self.results[key] += results
+        self.refused |= other.refused
+        self.builds += other.builds
+        self.drawn += other.drawn
+
+
+def _run_unit(unit: Unit | DrawUnit) -> _Outcome:
+    return _run_draws(unit) if isinstance(unit, DrawUnit) else _run_grid(unit)
+
+
+def _run_draws(unit: DrawUnit) -> _Outcome:
+    """Every backend on each draw: a cell a draw and backend."""
+    backends = [get_backend(name, threads=1) for name in unit.matrix.backends]
+    outcome = _Outcome()
+    for draw in unit.draws():
+        references = [draw.references(case) for case in draw.cases]
+        make = cache(draw.model)
+        for backend in backends:
+            if not unit.samples(draw, backend.name):
+                continue
+            key = (draw.spec, draw.beta, draw.route, backend.name)
+            reason = backend.refuses(draw.spec)
+            if reason is not None:
+                outcome.drawn.append(Cell(*key, refused=reason, draw=draw.number))
+                continue
+            load = cache(lambda: backend.load(make(backend.any_rank)))  # noqa: B023
+            results = [
+                _checked(load, backend, refs)
+                for refs in references
+                if not is_spared(refs.spec, refs.case, backend)
+            ]
+            if results:
+                outcome.drawn.append(replace(cell_of(*key, results), draw=draw.number))
+    return outcome
+
+
+def _run_grid(unit: Unit) -> _Outcome:
+    """Every route and backend on every spec of the unit; exports and runners are made once."""
+    matrix = unit.matrix
+    names = [n for n in matrix.backends if not unit.huge or n in HUGE_BACKENDS]
+    backends = {name: get_backend(name, threads=1) for name in names}
+    if unit.huge:
+        backends = {name: found for name, found in backends.items() if found.slow is None}
+    make = cache(export)
+
+    @cache
+    def load(name: str, spec: LossSpec, route: str, **axes: Axes | None) -> Runner:
+        return backends[name].load(make(spec, route, **axes))
+
+    outcome = _Outcome()
+    for spec in unit.specs():
+        for batch in unit.batches(spec):
+            references = [References.of(with_beta(spec, unit.beta), case) for case in batch]
+            for route, (name, backend) in product(unit.routes(spec), backends.items()):
+                if not unit.samples(spec, route, name):
+                    continue
+                key = (spec, unit.beta, route, name)
+                reason = backend.refuses(spec)
+                if reason:
+                    outcome.refused[key] = reason
+                    continue
+                for refs in references:
+                    case = refs.case
+                    if is_run(case, route, name) and not is_spared(spec, case, backend):
+                        axes = artefact_axes(spec, route, case.layout, backend.any_rank)
+                        loaded = partial(load, name, spec, route, **axes)
+                        outcome.results[key].append(_checked(loaded, backend, refs))
+                if unit.huge:  # a session keeps the memory of the largest call that it had
+                    load.cache_clear()
+                    gc.collect()
+        # An engine of each extension, not of each with every beta.
+        of_it = not is_extended(spec) or unit.beta == matrix.betas[0]
+        if matrix.engines is not None and of_it and not unit.huge:
+            for route in unit.routes(spec):
+                model = make(spec, route, **artefact_axes(spec, route, "matrix", any_rank=False))
+                outcome.builds.append(_build(spec, route, model, matrix.engines))
+        load.cache_clear()
+    return outcome
+
+
+def _checked(load: Callable[[], Runner], backend: Backend, refs: References) -> CaseResult:
+    try:
+        runner = load()
+    except SmoothL1DeployError as exc:
+        # A backend that can't load one artefact is a red case, not the end of the run.
+        return CaseResult.of(refs, unanswered(refs, exc))
+    return check(runner, refs, backend.accumulator)
+
+
+def _build(spec: LossSpec, route: str, model: onnx.ModelProto, folder: Path) -> Build:
+    """A TensorRT engine in `folder`; a refusal is a result, a failure a red one."""
+    from ..tensorrt._build import build_engine
+
+    started = time.perf_counter()
+    path = folder / f"{model.graph.name}.engine"
+    try:
+        engine = build_engine(model, path)
+    except UnsupportedError as exc:
+        return Build(spec, route, "auto", refused=str(exc))
+    except SmoothL1DeployError as exc:
+        return Build(spec, route, "auto", error=f"{type(exc).__name__}: {exc}")
+    assert engine.sidecar is not None  # built just now
+    seconds = time.perf_counter() - started
+    return Build(spec, route, engine.sidecar.flavour, seconds, path.stat().st_size)
+
+
+class MatrixInterrupted(KeyboardInterrupt):
+    """Ctrl-C while the matrix ran; `report` holds what was done, and its notes what was not."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+
+def run_matrix(
+    matrix: Matrix,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    seconds: float = math.inf,
+) -> Report:
+    """Run the matrix.
+
+    Args:
+        matrix: which part of it.
+        workers: processes; 1 runs everything in this one.
+        progress: called with the units done and their number, at the start and after each.
+        seconds: after which no unit is begun and, with several workers, those at work are ended;
+            the report's notes name what is left out.
+
+    Returns:
+        The report, its cells in the order of the matrix, whatever order they finished in.
+
+    Raises:
+        MatrixInterrupted: for KeyboardInterrupt, with the report of what was done.
+    """
+    require("torch", "torch", "the matrix, which compares with PyTorch,")
+    started = time.perf_counter()
+    units = matrix.units()
+    progress(0, len(units))
+    undone = dict.fromkeys(units)
+    total = _Outcome()
+    found = each(_run_unit, units, workers, time.monotonic() + seconds)
+    interrupted = False
+    try:
+        # Closing: an interrupt comes here as well as there, and the processes must end.
+        with contextlib.closing(found):
+            for done, (unit, outcome) in enumerate(found, 1):
+                del undone[unit]
+                total.add(outcome)
+                progress(done, len(units))
+    except KeyboardInterrupt:
+        interrupted = True
+    taken = time.perf_counter() - started
+    why = f"interrupted after {taken:.0f} s" if interrupted else f"after {seconds:.0f} s"
+    report = _report(matrix, total, taken, _left_out(undone, why))
+    if interrupted:
+        raise MatrixInterrupted(report)
+    return report
+
+
+def _report(matrix: Matrix, found: _Outcome, taken: float, left_out: list[str]) -> Report:
+    """The cells and builds in the order of the matrix."""
+
+    def place(cell: Cell | Build) -> tuple[object, ...]:
+        spec, backend = cell.spec, getattr(cell, "backend", None)
+        return (
+            is_extended(spec),
+            DTYPES.index(spec.dtype),
+            getattr(cell, "beta", spec.beta),
+            REDUCTIONS.index(spec.reduction),
+            spec.name,
+            ROUTES.index(cell.route),
+            matrix.backends.index(backend) if backend else 0,
+        )
+
+    def place_of_draw(cell: Cell) -> tuple[object, ...]:
+        return matrix.backends.index(cell.backend), ROUTES.index(cell.route), cell.draw
+
+    cells = [cell_of(*key, results) for key, results in found.results.items()]
+    cells += [Cell(*key, refused=reason) for key, reason in found.refused.items()]
+    return Report(
+        tuple(sorted(cells, key=place)),
+        tuple(sorted(found.builds, key=place)),
+        environment(),
+        matrix.seed,
+        taken,
+        (*matrix.notes(), *left_out),
+        draws=draws_of(sorted(found.drawn, key=place_of_draw)),
+    )
+
+
+def _left_out(units: Iterable[Unit | DrawUnit], why: str) -> list[str]:
+    names = [unit.label for unit in units]
+    return [f"left out {why}: {', '.join(names)}"] if names else []

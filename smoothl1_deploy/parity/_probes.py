@@ -1,0 +1,262 @@
+"""Small inputs whose answers tell one fault from another, and a model that is asked them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import ml_dtypes
+import numpy as np
+
+from .._floats import NUMPY_DTYPE, Array, round_to, wide_dtype
+from .._spec import LossSpec
+from ..backends._runner import Runner
+from ..errors import SmoothL1DeployError
+from ..reference._oracle import oracle
+from ._bounds import UNIT_ROUNDOFF
+from ._shapes import ShapePlan, Shapes, elements
+
+#: Differences around every knee, and around none: the response of a model is read off these.
+_TIMES_BETA = (0.125, 0.5, 0.75, 1.0, 1.25, 2.0, 8.0)
+_ABSOLUTE = (2.0**-6, 0.125, 0.75, 1.0, 3.0, 8.0, 64.0, 1024.0)
+#: Pairs whose parts or difference an integer can't hold; targets that stand for "no value".
+_FRACTIONS = (
+    *((2.75, 0.5), (-1.5, 1.25), (0.75, 0.5), (3.5, -0.75)),
+    *((-0.5, -1.0), (-99.5, -100.0), (254.5, 255.0)),
+)
+#: Kind, text, and what one element of the input, or of the target, is: None leaves it ordinary.
+_NOT_FINITE = (
+    ("nan", "one NaN in the input", math.nan, None),
+    ("nan", "one NaN in the target", None, math.nan),
+    ("inf", "one +inf in the input", math.inf, None),
+    ("inf", "one -inf in the input", -math.inf, None),
+    ("inf", "one +inf in the target", None, math.inf),
+    ("inf-inf", "+inf in input and target at the same place", math.inf, math.inf),
+)
+_MOST_PLACES = 256  # of a row that are asked one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What is fed at once: `kind` says what it is for, `text` what it is.
+
+    Attributes:
+        arrays: input, target and, where the model takes some, weights of 1, which leave every
+            formula as it is.
+    """
+
+    kind: str
+    text: str
+    arrays: tuple[Array, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said, beside the oracle.
+
+    Attributes:
+        spec: what the model ought to compute.
+        got: in the shape of `expected` where the counts agree; None where an error came.
+        shape: as it came.
+        gradient: the output `grad_input`, where there is one.
+        error: in words; empty where there was none.
+    """
+
+    spec: LossSpec
+    probe: Probe
+    expected: Array
+    got: Array | None
+    shape: tuple[int, ...] = ()
+    gradient: Array | None = None
+    error: str = ""
+
+    @property
+    def count(self) -> int:
+        """Elements after broadcasting."""
+        return elements(tuple(array.shape for array in self.probe.arrays))
+
+    @property
+    def pair(self) -> tuple[Array, Array]:
+        """Input and target, broadcast, in a wide format."""
+        wide = wide_dtype(self.spec.dtype)
+        input, target, *_ = np.broadcast_arrays(*self.probe.arrays)
+        return input.astype(wide), target.astype(wide)
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether it is infinite where the truth is not: a matter of range, not of a formula."""
+        if self.got is None:
+            return False
+        return bool(np.isinf(self.got).any() and np.isfinite(self.expected).all())
+
+
+class Subject:
+    """A model that is asked probes.
+
+    Attributes:
+        spec: what it ought to compute.
+        any_rank: whether it takes arrays of any rank.
+        has_gradient: whether it gives one beside the loss.
+    """
+
+    def __init__(self, runner: Runner, spec: LossSpec) -> None:
+        self.spec = spec
+        self.any_rank = runner.signature.input.shape is None
+        self.has_gradient = any(port.name == "grad_input" for port in runner.signature.outputs)
+        self._runner = runner
+        self._plan = ShapePlan.of(runner.signature)
+        self._dtype = NUMPY_DTYPE[spec.dtype]
+        info = ml_dtypes.finfo(self._dtype)  # type: ignore[no-untyped-call]
+        self._tiny, self._largest = float(info.tiny), float(info.max)
+
+    def ask(self, probes: Iterable[Probe]) -> list[Answer]:
+        """Run each probe, with all that the model takes beside: beta, an upstream gradient of 1."""
+        return [self._ask(probe) for probe in probes]
+
+    def _ask(self, probe: Probe) -> Answer:
+        spec, signature = self.spec, self._runner.signature
+        input, target, *weights = probe.arrays
+        weight = weights[0] if weights else None
+        expected = oracle(spec, input, target, weight)
+        beta = spec.effective_beta if "beta" in signature.inputs else None
+        upstream = np.ones_like(expected) if "grad_output" in signature.inputs else None
+        try:
+            outputs = self._runner.run(
+                input, target, weight=weight, beta=beta, grad_output=upstream
+            )
+        except SmoothL1DeployError as exc:
+            return Answer(spec, probe, expected, None, error=f"{type(exc).__name__}: {exc}")
+        got = outputs[signature.loss.name]
+        shape = got.shape
+        if got.size == expected.size:
+            got = got.reshape(expected.shape)
+        return Answer(spec, probe, expected, got, shape, outputs.get("grad_input"))
+
+    @cached_property
+    def ordinary(self) -> list[Answer]:
+        """To ordinary numbers: what they give depends on the formula and the reduction alone."""
+        first, second, row = (self._plan.small(size) for size in (3, 5, 1))
+        if not elements(first):
+            return []
+        sizes = self._differences()
+        others = {second: sizes[::3]}
+        # One row, where |d| counts most: the fewer elements, the less can be rounding. Per sample
+        # one row can't be told from all.
+        if not self.spec.per_sample:
+            others[row] = [d for d in sizes if d >= self.spec.effective_beta][:2]
+        if self.any_rank:
+            others[((3, 1), (1, 4), (1, 4))[: len(first)]] = sizes[::3]
+        others.pop(first, None)
+        signed = [sign * d for d in sizes for sign in (1, -1)]
+        probes: list[Probe] = []
+        for shapes, differences in {first: signed, **others}.items():
+            count = elements(shapes)
+            probes += [
+                self._full("constant", f"d = {d:g} in all {count} elements", shapes, d)
+                for d in differences
+                if self._is_usable(d, count)
+            ]
+            probes += self._mixed(shapes)
+        for a, b in _FRACTIONS:
+            if self._is_usable(a - b, elements(first)):
+                text = f"input {a:g}, target {b:g} in all {elements(first)} elements"
+                probes.append(self._full("fraction", text, first, a, b))
+        return self.ask(probes)
+
+    def places(self) -> list[Answer]:
+        """One place of a row different from the target, each in turn: what it counts shows alone.
+
+        Where every axis is fixed the row is the whole. None of one place, nor of very many.
+        """
+        shapes, d = self._plan.small(), 3.0
+        whole = np.broadcast_shapes(*shapes)
+        places = math.prod(whole if self._plan.growing is None else whole[1:])
+        if shapes[0] != whole or not 1 < places <= _MOST_PLACES or not self._is_usable(d, 1):
+            return []
+        probes = []
+        for place in range(places):
+            probe = self._full("place", f"d = {d:g} in place {place} of a row", shapes, 0.0)
+            probe.arrays[0].reshape(-1, places)[:, place] = d
+            probes.append(probe)
+        return self.ask(probes)
+
+    def narrow(self, bits: int) -> list[Answer]:
+        """A difference of 4.25 that is 4 where the inputs keep only `bits` of significand."""
+        shapes, base = self._plan.small(), 2.0**bits
+        if not elements(shapes) or base >= self._largest:
+            return []
+        text = f"input {base:g} + 0.25, target {base:g} - 4"
+        return self.ask([self._full("narrow", text, shapes, base + 0.25, base - 4)])
+
+    def special(self) -> list[Answer]:
+        """NaN, infinities, zeros, and nothing at all."""
+        shapes = self._plan.small()
+        probes: list[Probe] = []
+        if elements(shapes):
+            for kind, text, *values in _NOT_FINITE:
+                probe = self._full(kind, text, shapes, 0.5)
+                for array, value in zip(probe.arrays, values, strict=False):
+                    if value is not None:
+                        array.reshape(-1)[0] = value
+                probes.append(probe)
+            probes.append(self._full("zero", "input equal to target", shapes, 0.5, 0.5))
+            probes.append(self._full("zero", "input -0, target +0", shapes, -0.0, 0.0))
+        if self._plan.free:
+            probes.append(self._full("empty", "no elements", self._plan.empty(), 0.0))
+        return self.ask(probes)
+
+    def _full(self, kind: str, text: str, shapes: Shapes, a: float, b: float = 0.0) -> Probe:
+        """Input and target each of one number."""
+        with np.errstate(over="ignore"):
+            parts = zip(shapes, (a, b, 1.0), strict=False)
+            arrays = tuple(np.full(shape, value).astype(self._dtype) for shape, value in parts)
+        return Probe(kind, text, arrays)
+
+    def _mixed(self, shapes: Shapes) -> Iterator[Probe]:
+        """All elements different, in the dtype's full precision; signs mostly unlike, so that what
+        is lost of input and target is not much more of their difference.
+        """
+        rng = np.random.default_rng(20)
+        knee = min(max(self.spec.effective_beta, 2.0**-6), 32.0)  # where the branches mix
+        for scale, targets in ((0.4, None), (1.0, None), (4.0, None), (1.0, (-0.6, 0.0, 0.15))):
+            size = knee * scale
+            left = rng.uniform(0.3, 1.0, shapes[0]) * size
+            right = rng.uniform(-1.0, -0.3, shapes[1]) * size
+            if targets is not None:  # of either sign and 0, as a mask is made of
+                right = rng.permutation(np.resize(targets, right.size)).reshape(right.shape) * size
+            sign = rng.choice([-1.0, 1.0])
+            text = f"random differences around {size:g}, shapes {shapes[0]} and {shapes[1]}"
+            probe = self._full("mixed", text, shapes, 0.0)
+            for array, values in zip(probe.arrays, (left, right), strict=False):
+                array[...] = (values * sign).astype(self._dtype)
+            input, target, *_ = probe.arrays
+            wide = np.abs(input.astype(np.float64) - target.astype(np.float64))
+            if all(self._is_usable(float(d), wide.size) for d in (wide.min(), wide.max())):
+                yield probe
+
+    def _is_usable(self, d: float, count: int) -> bool:
+        """Whether any sane order of evaluation stays in the range of the dtype.
+
+        A square that over- or underflows is a matter of rounding and range, not of the formula.
+        """
+        beta = self.spec.effective_beta
+        if not self._tiny < abs(d) < self._largest / 4:
+            return False
+        if abs(d) <= beta:
+            within = self._tiny < d * d < self._largest / (2 * count)
+            return within and 0.5 * d * d / beta > self._tiny
+        return abs(d) * count < self._largest / 4
+
+    def _differences(self) -> list[float]:
+        beta = self.spec.effective_beta
+        values = list(_ABSOLUTE)
+        if 0 < beta < math.inf:
+            values += [factor * beta for factor in _TIMES_BETA]
+        with np.errstate(over="ignore"):
+            rounded = round_to(np.asarray(values, wide_dtype(self.spec.dtype)), self.spec.dtype)
+        differences = {float(value) for value in rounded.astype(np.float64)}
+        # Where the dtype can't hold beta, a model's own rounding decides which side of it is which.
+        blurred = 0.0 if beta in differences else 4 * UNIT_ROUNDOFF[self.spec.dtype] * beta
+        return sorted(d for d in differences if not abs(d - beta) < blurred)

@@ -1,0 +1,191 @@
+"""`verify`: one artefact, anyone's, on one backend, against PyTorch and the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from .._artefact import ModelSource, Signature, check_spec, read_model, select_ports, sha256
+from .._environment import environment
+from .._records import plain
+from .._spec import LossSpec
+from ..backends._base import get_backend
+from ..errors import ArtefactError, UnsupportedError, require
+from ..graph._metadata import is_changed, warn_if_changed
+from ._cases import LAYOUTS, Case, CaseResult, References, check, is_for
+from ._diagnose import choice_at_beta, diagnose
+from ._drift import DriftPoint, artefact_drift
+from ._families import FAMILIES
+from ._faults import Diagnosis
+from ._matrix import needs_wider
+from ._shapes import ShapePlan, elements
+
+_MOST = 1 << 27  # elements of fixed shapes: some GB of references in float64
+_LARGE = 1 << 20  # elements of the largest case of a loss that isn't reduced
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify` found. True where every case is green.
+
+    Attributes:
+        name: of the graph.
+        sha256: of the model as it was read.
+        spec: what it was held against.
+        backend: what ran it.
+        results: one a case.
+        environment: versions and hardware.
+        seed: of the inputs.
+        drift: the error of what adds up, by size; empty where nothing does, and for fixed shapes.
+        diagnoses: what is wrong, the likeliest first; empty where every case is green.
+        remarks: faults that the graph has and no answer shows.
+        changed: whether something else has changed the model since it was exported.
+    """
+
+    name: str
+    sha256: str
+    spec: LossSpec
+    backend: str
+    results: tuple[CaseResult, ...]
+    environment: Mapping[str, Any]
+    seed: int = 0
+    drift: tuple[DriftPoint, ...] = ()
+    diagnoses: tuple[Diagnosis, ...] = ()
+    remarks: tuple[Diagnosis, ...] = ()
+    changed: bool = False
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[CaseResult, ...]:
+        """The red cases, those of the drift among them."""
+        results = (*self.results, *(point.result for point in self.drift))
+        return tuple(result for result in results if not result.verdict.ok)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Strict JSON."""
+        found = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+        found["cases"] = found.pop("results")
+        return {"ok": bool(self), **found}
+
+
+def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
+    """Every family once, then nothing at all; a million elements where the drift has none."""
+    if signature.input.shape is None or signature.target.shape is None:
+        for name in LAYOUTS:
+            if name == "matrix":
+                yield from (Case.of(family, name, seed) for family in FAMILIES)
+            elif "^" not in name and is_for(spec, name):
+                yield Case.of("normal", name, seed)
+        if spec.reduction == "none":
+            yield Case.of("normal", "2^20", seed)
+        return
+    plan = ShapePlan.of(signature)
+    usual = plan.usual()
+    if elements(usual) > _MOST:
+        raise ArtefactError(
+            f"the model's fixed shapes have {elements(usual):,} elements, and verify compares "
+            f"{_MOST:,} at most; export it with a name for an axis, which makes it dynamic"
+        )
+    layout = ",".join(map(str, usual[0])) or "scalar"
+    yield from (Case.at(family, layout, usual, seed) for family in FAMILIES)
+    if plan.growing is not None:
+        yield Case.at("normal", f"{plan.growing}=0", plan.empty(), seed)
+        if spec.reduction == "none":
+            large = plan.of_size(_LARGE)
+            yield Case.at("normal", ",".join(map(str, large[0])), large, seed)
+
+
+def verify(
+    model: ModelSource,
+    backend: str = "ort-cpu",
+    *,
+    spec: LossSpec | None = None,
+    seed: int = 0,
+    input_name: str | None = None,
+    target_name: str | None = None,
+    output_name: str | None = None,
+    drift: bool = True,
+    large: bool = False,
+) -> Verification:
+    """Hold one artefact against PyTorch and the oracle, and say what is wrong where it is red.
+
+    One that something else has changed since it was exported is held against the spec in its
+    metadata as well, with a `ModelWarning`. Cases that only a wider format can get right
+    (`matrix.needs_wider`) are spared, as the matrix spares them.
+
+    Args:
+        model: an `onnx.ModelProto`, its bytes, or a path; of this tool's making or anyone's.
+        backend: what runs it. `ort-cpu` runs a file of the route `function` twice, by our
+            operators and by its own body, and the worse of two answers counts.
+        spec: what it ought to compute; by default what its metadata say.
+        seed: of the inputs.
+        input_name: of the graph input, where it is not clear which of several it is.
+        target_name: likewise.
+        output_name: of the loss, where there are several outputs and none is called `loss`.
+        drift: measure the error of what adds up, losses and gradients, at 2^10 to 2^22 elements.
+        large: at 2^24 as well: up to 1.6 GB of memory, 2.7 GB for float64 with weights; with a
+            gradient 2.6 and 4.7 GB.
+
+    Returns:
+        A `Verification`: true where every case is green; `to_dict()` for JSON.
+
+    Raises:
+        ArtefactError: when the model carries no spec and none is given; when it can't be told
+            which of its inputs and outputs to compare.
+        UnsupportedError: when the backend can't carry out the spec faithfully.
+        MissingDependencyError: when torch or the backend is not installed.
+    """
+    original = read_model(model)
+    warn_if_changed(original)
+    require("torch", "torch", "verify, which compares with PyTorch,")
+    chosen = get_backend(backend)
+    ports = select_ports(original, input_name, target_name, output_name)
+    runner = chosen.load(ports)
+    expected = spec if spec is not None else runner.spec
+    if expected is None:
+        raise ArtefactError(
+            "the model does not say what it computes (it was not exported by smoothl1-deploy); "
+            "say it with spec=LossSpec(...), on the command line --beta and --reduction"
+        )
+    check_spec(runner.signature, expected)
+    reason = chosen.refuses(expected)
+    if reason:
+        raise UnsupportedError(reason)
+    # A bound is proved of our own graphs alone.
+    accumulator = chosen.accumulator if runner.exported else None
+    # A kernel of ours says nothing about the body that the file carries for everyone else.
+    body = chosen.load_body(ports)
+    others = [] if body is None else [body]
+    results = tuple(
+        check(runner, References.of(expected, case), accumulator, others)
+        for case in _cases(runner.signature, expected, seed)
+        if not needs_wider(expected, case, chosen.accumulator != "float32")
+    )
+    points: tuple[DriftPoint, ...] = ()
+    if drift:
+        points = artefact_drift(
+            runner, expected, seed=seed, large=large, accumulator=accumulator, others=others
+        )
+    found = Verification(
+        original.graph.name,
+        sha256(original.SerializeToString(deterministic=True)),
+        expected,
+        backend,
+        results,
+        environment(),
+        seed,
+        points,
+        changed=is_changed(original),
+    )
+    if not found:
+        failures = found.failures
+        named = diagnose(body or runner, expected, failures=failures, drift=points)
+        found = replace(found, diagnoses=named)
+    # Of our own graphs it is known that they choose by no condition.
+    unseen = None if runner.exported else choice_at_beta(ports, runner.signature, expected)
+    if unseen is None or any(unseen.fault is item.fault for item in found.diagnoses):
+        return found
+    return replace(found, remarks=(unseen,))

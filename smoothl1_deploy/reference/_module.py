@@ -1,0 +1,156 @@
+"""The torch reference module, and PyTorch eager as a function of numpy arrays: the contract."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from .._floats import NUMPY_DTYPE, Array
+from .._spec import LossSpec
+
+
+class SmoothL1Loss(torch.nn.SmoothL1Loss):
+    """`torch.nn.SmoothL1Loss` itself, every argument included, that knows its `LossSpec`.
+
+    Unlike its parent it refuses a nonsensical beta when it is made, not when it is called.
+
+    >>> SmoothL1Loss(beta=0.5, size_average=False).spec().reduction
+    'sum'
+    """
+
+    def __init__(
+        self,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        beta: float = 1.0,
+    ) -> None:
+        super().__init__(size_average, reduce, reduction, beta)
+        self.spec()
+
+    def spec(self, dtype: Any = "float32") -> LossSpec:
+        """This module as a `LossSpec` for tensors of `dtype`."""
+        return LossSpec.from_module(self, dtype)
+
+    @classmethod
+    def from_spec(cls, spec: LossSpec) -> SmoothL1Loss:
+        """The module that a spec describes."""
+        return cls(reduction=spec.reduction, beta=spec.beta)
+
+
+def to_torch(array: Array) -> torch.Tensor:
+    """A tensor over the same memory; bfloat16, which torch can't read from numpy, by its bits."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        if array.dtype == NUMPY_DTYPE["bfloat16"]:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+
+def from_torch(tensor: torch.Tensor) -> Array:
+    """The inverse of `to_torch`, for tensors on any device."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(NUMPY_DTYPE["bfloat16"])
+    return tensor.numpy()
+
+
+def eager(spec: LossSpec, input: Array, target: Array) -> Array:
+    """The loss that PyTorch eager computes on the CPU, in the spec's dtype."""
+    return eager_outputs(spec.without_gradient(), input, target)["loss"]
+
+
+def eager_outputs(
+    spec: LossSpec,
+    input: Array,
+    target: Array,
+    weight: Array | None = None,
+    beta: Array | None = None,
+    grad_output: Array | None = None,
+) -> dict[str, Array]:
+    """What PyTorch eager and its autograd compute on the CPU for every output of a spec.
+
+    Per sample, that is a loop over the rows (vectorised above 1024 of them).
+    """
+    given = (input, target, weight, beta, grad_output)
+    tensors = [None if array is None else to_torch(array) for array in given]
+    assert tensors[0] is not None and tensors[1] is not None
+    outputs = eager_tensors(spec, tensors[0], tensors[1], *tensors[2:])
+    return {name: from_torch(tensor) for name, tensor in outputs.items()}
+
+
+def eager_tensors(
+    spec: LossSpec,
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    grad_output: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """`eager_outputs` from tensors to tensors, on whatever device they are on."""
+    if beta is not None and not beta >= 0:
+        return _no_beta(spec, input, target, weight)
+    number = spec.beta if beta is None else float(beta)
+    x = input
+    if spec.gradient:
+        x = x.detach().clone().requires_grad_()  # a leaf that nobody else holds
+    tensors = [x, target, *([] if weight is None else [weight])]
+    with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradient):
+        warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
+        loss = _eager_loss(spec, number, *tensors)
+        outputs = {"loss": loss.detach()}
+        if spec.gradient:
+            upstream = torch.ones_like(loss) if grad_output is None else grad_output
+            (outputs["grad_input"],) = torch.autograd.grad(loss, x, upstream)
+    return outputs
+
+
+@lru_cache
+def _module(reduction: str, beta: float) -> SmoothL1Loss:
+    """It holds no state, and a loop over rows would make one for each."""
+    return SmoothL1Loss(reduction=reduction, beta=beta)
+
+
+def _eager_loss(spec: LossSpec, beta: float, *tensors: torch.Tensor) -> torch.Tensor:
+    """The loss of input, target and, where the spec has one, weight."""
+    x, t, *weights = tensors
+    if not weights and not spec.per_sample:
+        return _module(spec.reduction, beta).forward(x, t)
+    if spec.per_sample:
+        rows: Sequence[torch.Tensor] = torch.functional.broadcast_tensors(*tensors)  # type: ignore[no-untyped-call]
+        if 0 < len(rows[0]) <= 1024:
+            alone = replace(spec, per_sample=False)
+            return torch.stack([_eager_loss(alone, beta, *row) for row in zip(*rows, strict=True)])
+        x, t, *weights = rows
+    losses = _module("none", beta).forward(x, t)
+    for weight in weights:
+        losses = losses * weight
+    if spec.reduction == "none":
+        return losses
+    first = 1 if spec.per_sample else 0
+    total = _summed(losses, first)
+    if spec.reduction == "sum":
+        return total
+    if spec.weight == "weights":
+        return total / _summed(weights[0].expand_as(losses), first)
+    return total / math.prod(losses.shape[first:])
+
+
+def _summed(values: torch.Tensor, first: int) -> torch.Tensor:
+    """Over the axes from `first` on; of one number too it is a sum, which makes 0 of -0."""
+    return values.unsqueeze(-1).flatten(first).sum(first)
+
+
+def _no_beta(
+    spec: LossSpec, input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """PyTorch raises on a negative beta; an artefact, which can't, answers NaN everywhere."""
+    outputs = eager_tensors(replace(spec, runtime_beta=False), input, target, weight)
+    return {name: torch.full_like(tensor, torch.nan) for name, tensor in outputs.items()}

@@ -1,0 +1,368 @@
+"""The oracle: the exact loss, rounded once to the output dtype.
+
+Independent of torch and of the graph code. Elements are computed in a format with at least 11
+more bits than the dtype (float64, or long double for float64), with an exponent range in which
+nothing that is finite in the dtype over- or underflows; sums are pairwise in long double. Where
+terms of either sign (of gradients, of negative weights) cancel to less than an eighth of their
+magnitudes, the sum is computed again, exactly.
+
+So a result is the correctly rounded one, but where the exact value lies so close to the middle
+of two neighbours that the wide format can't tell which is nearer: within 2^-26 ULP of it, in
+float64 within 2^-9 (its sums 2^-5). tests/reference/test_oracle.py holds it to that with rational
+arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from .._floats import NUMPY_DTYPE, Array, round_to, wide_dtype
+from .._spec import LossSpec
+
+_CHUNK = 1 << 20  # elements a step: keeps the wide temporaries of a 2^24 case at tens of MB
+
+
+def _element_losses(d: Array, beta: float) -> Array:
+    """The definition, element by element; `d` is wide and is overwritten by its magnitude."""
+    d = np.abs(d)
+    wide_beta = d.dtype.type(beta)
+    # Dividing before multiplying keeps beta = inf right; where beta is 0, nothing is below it.
+    quotient = np.divide(d, wide_beta, out=np.zeros_like(d), where=d < wide_beta)
+    losses: Array = np.where(d < wide_beta, 0.5 * d * quotient, d - 0.5 * wide_beta)
+    return losses
+
+
+def _element_slopes(d: Array, beta: float) -> Array:
+    """d(loss)/dd; for beta = 0 the sign of d, which is 0 for 0 and for NaN, as PyTorch has it."""
+    if beta == 0:
+        sign: Array = np.where(np.isnan(d), 0.0, np.sign(d)).astype(d.dtype)
+        return sign
+    inside = np.abs(d) < beta
+    ratio = np.divide(d, d.dtype.type(beta), out=np.zeros_like(d), where=inside)
+    slopes: Array = np.where(inside, ratio, np.sign(d))
+    return slopes
+
+
+def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = None) -> Array:
+    """The exact loss of `input` and `target`.
+
+    Args:
+        spec: beta is first rounded to the compute dtype, as PyTorch does. For an artefact with
+            `runtime_beta`, the spec with that beta as a number.
+        input: any shape, dtype of the spec.
+        target: a shape that broadcasts with `input`'s, same dtype.
+        weight: likewise, where the spec has one.
+
+    Returns:
+        An array of the spec's dtype: the broadcast shape for `none`, [N] per sample, rank 0
+        otherwise. The mean of nothing is NaN, the sum of nothing 0.
+    """
+    _check_dtypes(spec, input, target, weight)
+    wide = wide_dtype(spec.dtype)
+    given = [input, target] if weight is None else [input, target, weight]
+    arrays = np.broadcast_arrays(*given)
+    shape = arrays[0].shape
+    rows = shape[0] if spec.per_sample else 1
+    columns = arrays[0].size // rows if rows else 0
+    flat = [array.reshape(rows, columns) if rows else array for array in arrays]
+    losses = np.empty((rows, columns), NUMPY_DTYPE[spec.dtype])
+    totals = np.zeros((4, rows), np.longdouble)  # losses, their magnitudes; weights, likewise
+    with np.errstate(all="ignore"):
+        for start in range(0, columns, _CHUNK) if rows else ():
+            part = slice(start, start + _CHUNK)
+            a, b, *w = (array[:, part].astype(wide) for array in flat)
+            exact = _element_losses(a - b, spec.effective_beta)
+            if w:
+                exact *= w[0]
+            if spec.reduction == "none":
+                losses[:, part] = round_to(exact, spec.dtype)
+                continue
+            for i, terms in enumerate((exact, *w)):
+                totals[2 * i] += terms.sum(axis=1, dtype=np.longdouble)
+                if w:
+                    totals[2 * i + 1] += abs(terms).sum(axis=1, dtype=np.longdouble)
+        if spec.reduction == "none":
+            return losses.reshape(shape)
+        total, magnitude, weights, weight_magnitude = totals
+        result = total
+        if spec.reduction == "mean":
+            result = total / (weights if spec.weight == "weights" else np.longdouble(columns))
+        rounded = round_to(result, spec.dtype)
+        if weight is not None:
+            doubtful = _cancels(total, magnitude)
+            if spec.weight == "weights":
+                doubtful |= _cancels(weights, weight_magnitude)
+            for row in np.flatnonzero(doubtful & np.isfinite(totals).all(axis=0)):
+                rounded[row] = _exact_row(spec, *(array[row].astype(np.float64) for array in flat))
+        return rounded if spec.per_sample else np.asarray(rounded[0])
+
+
+def _cancels(total: Array, magnitude: Array) -> Array:
+    """Where what is left of the terms is so small that their roundings may show in it."""
+    return np.asarray(magnitude > 8 * abs(total))
+
+
+def _exact_row(spec: LossSpec, input: Array, target: Array, weight: Array) -> Array:
+    """The weighted sum or mean of one row, of at least one element, all of it finite."""
+    beta = spec.effective_beta
+    sign, inside = _signs(input, target, beta)
+    a, b, outside = input * inside, target * inside, sign * ~inside
+    if math.isinf(beta):
+        products: list[Sequence[Array | float]] = []
+    elif beta == 0:
+        products = [(sign, input, weight), (-sign, target, weight)]
+    else:  # 2 beta times the loss: (a - b)^2, or 2 beta |a - b| - beta^2
+        products = [(a, a, weight), (-2.0, a, b, weight), (b, b, weight)]
+        products += [(2.0, beta, outside, x, weight) for x in (input, -target)]
+        products += [(-beta, beta, ~inside, weight)]
+    keys = np.zeros(input.size, np.int64)
+    (total,) = sums_of_products(products, keys, 1)
+    if beta and not math.isinf(beta):
+        total /= 2 * Fraction(beta)
+    if spec.reduction == "mean":
+        divisor = Fraction(input.size)
+        if spec.weight == "weights":
+            (divisor,) = sums_of_products([(weight,)], keys, 1)
+        if divisor == 0:
+            return np.asarray(np.nan if total == 0 else math.inf if total > 0 else -math.inf)
+        total /= divisor
+    return round_fraction(total, spec.dtype)
+
+
+def _signs(input: Array, target: Array, beta: float) -> tuple[Array, Array]:
+    """The sign of each difference, and whether it is below beta: of the exact differences."""
+    d = input - target
+    back = d - input  # Knuth's TwoSum: d + rest is input - target
+    rest = (input - (d - back)) + (-target - back)
+    sign = np.nan_to_num(np.sign(d))  # where beta is 0, the slope of NaN is 0
+    inside = (abs(d) < beta) | ((abs(d) == beta) & (sign * rest < 0))
+    if math.isinf(beta):  # a difference may have overflowed
+        inside = np.isfinite(input) & np.isfinite(target)
+    return sign, inside
+
+
+def oracle_gradient(
+    spec: LossSpec,
+    input: Array,
+    target: Array,
+    weight: Array | None = None,
+    grad_output: Array | None = None,
+) -> Array:
+    """The exact gradient of the summed loss with respect to `input`, in `input`'s shape.
+
+    The arguments are those of `oracle`; and `grad_output`, in the loss's shape, by which the loss
+    is multiplied before it is summed.
+    """
+    _check_dtypes(spec, input, target, weight, grad_output)
+    wide = wide_dtype(spec.dtype)
+    with np.errstate(all="ignore"):
+        d = input.astype(wide) - target.astype(wide)
+        slopes = _element_slopes(d, spec.effective_beta)
+        if weight is not None:
+            slopes = slopes * weight.astype(wide)
+        divisors = _divisors(spec, slopes.shape, weight)
+        if divisors is not None:
+            wide_divisors = np.array([_to_long_double(value) for value in divisors])
+            column = (-1,) + (1,) * (slopes.ndim - 1) if spec.per_sample else ()
+            slopes = slopes / wide_divisors.reshape(column)
+        if grad_output is not None:
+            grad_output = grad_output.reshape(
+                grad_output.shape + (1,) * (slopes.ndim - 1 if spec.per_sample else 0)
+            )
+            slopes = slopes * grad_output.astype(wide)
+        extra = slopes.ndim - input.ndim
+        axes = tuple(range(extra)) + tuple(
+            i + extra for i, n in enumerate(input.shape) if n == 1 and slopes.shape[i + extra] != 1
+        )
+        if not axes:
+            return round_to(slopes.reshape(input.shape), spec.dtype)
+        # numpy adds up pairwise along the last axis alone.
+        moved = np.moveaxis(slopes, axes, range(-len(axes), 0))
+        kept = moved.shape[: slopes.ndim - len(axes)]
+        terms = np.ascontiguousarray(moved).reshape(*kept, math.prod(moved.shape[len(kept) :]))
+        # A sum starts at 0: of nothing but -0 it is 0, as PyTorch has it.
+        total = terms.sum(axis=-1, dtype=np.longdouble) + 0.0
+        magnitude = abs(terms).sum(axis=-1, dtype=np.longdouble)
+        rounded = round_to(total, spec.dtype)
+        factors = [x for x in (weight, grad_output) if x is not None]
+        samples = np.arange(len(slopes)).reshape(-1, *[1] * (slopes.ndim - 1))
+        for at in map(tuple, np.argwhere(_cancels(total, magnitude) & np.isfinite(magnitude))):
+            a, b, *others = (
+                _along(array, slopes.shape, axes, at).astype(np.float64)
+                for array in (input, target, *factors)
+            )
+            keys = np.zeros(a.size, np.int64)
+            if divisors is not None and len(divisors) > 1:
+                keys = _along(samples, slopes.shape, axes, at)
+            rounded[at] = _exact_slope(spec, a, b, others, keys, divisors)
+        return rounded.reshape(input.shape)
+
+
+def _along(array: Array, shape: tuple[int, ...], axes: tuple[int, ...], at: Sequence[int]) -> Array:
+    """The elements that one element of the sum over `axes` is made of."""
+    moved = np.moveaxis(np.broadcast_to(array, shape), axes, range(-len(axes), 0))
+    return np.asarray(moved[tuple(at)]).reshape(-1)
+
+
+def _divisors(
+    spec: LossSpec, shape: tuple[int, ...], weight: Array | None
+) -> list[Fraction | float] | None:
+    """What the losses of a mean are divided by: one, or one for each row; exact where finite."""
+    if spec.reduction != "mean":
+        return None
+    rows = shape[0] if spec.per_sample else 1
+    count = math.prod(shape) // rows if rows else 0
+    if spec.weight != "weights":
+        return [Fraction(count)]
+    assert weight is not None
+    parts = np.broadcast_to(weight, shape).astype(np.float64).reshape(rows, count)
+    keys = np.broadcast_to(np.arange(rows)[:, None], parts.shape)
+    exact = sums_of_products([(np.where(np.isfinite(parts), parts, 0),)], keys, rows)
+    plain = parts.sum(axis=1).tolist()  # NaN and infinite where an element is
+    return [e if math.isfinite(p) else p for e, p in zip(exact, plain, strict=True)]
+
+
+def _to_long_double(value: Fraction | float) -> np.longdouble:
+    if not isinstance(value, Fraction):
+        return np.longdouble(value)
+    unit = 2**200 if abs(value) > 2**1000 else 1  # a sum may be no float64, and is a long double
+    high = float(value / unit)
+    return (np.longdouble(high) + np.longdouble(float(value / unit - Fraction(high)))) * unit
+
+
+#: In units of which quotients are added up whose common denominator has a million factors: far
+#: below the smallest product of four float64.
+_UNIT = 1 << 5000
+
+
+def _exact_slope(
+    spec: LossSpec,
+    input: Array,
+    target: Array,
+    factors: Sequence[Array],
+    keys: Array,
+    divisors: Sequence[Fraction | float] | None,
+) -> Array:
+    """One element of the gradient: the sum of at least one term, all of them finite."""
+    beta = spec.effective_beta
+    sign, inside = _signs(input, target, beta)
+    slope_one = 1.0 if beta == 0 or math.isinf(beta) else beta
+    a, b = (np.where(inside, array, 0.0) for array in (input, -target))
+    products: list[Sequence[Array | float]] = [(sign * ~inside, slope_one, *factors)]
+    if not math.isinf(beta):
+        products += [(a, *factors), (b, *factors)]
+    sums = sums_of_products(products, keys, len(divisors or "1"))
+    total = Fraction(0)
+    if divisors is None or len(divisors) == 1:
+        total = sums[0] / Fraction((divisors or [1])[0])
+    else:
+        pairs = [(s, Fraction(d)) for s, d in zip(sums, divisors, strict=True) if s]
+        units = sum(
+            _UNIT * s.numerator * d.denominator // (s.denominator * d.numerator) for s, d in pairs
+        )
+        if abs(units) > len(pairs):  # else nothing but what the divisions rounded off
+            total = Fraction(units, _UNIT)
+    return round_fraction(total / Fraction(slope_one), spec.dtype)
+
+
+def _check_dtypes(spec: LossSpec, *arrays: Array | None) -> None:
+    expected = NUMPY_DTYPE[spec.dtype]
+    dtypes = [array.dtype for array in arrays if array is not None]
+    if any(dtype != expected for dtype in dtypes):
+        given = " and ".join(map(str, dtypes))
+        raise TypeError(f"the oracle of {spec} takes {expected}, got {given}")
+
+
+# Exact sums of products of floats, for sums whose terms cancel: there no format is wide enough. A
+# float is an integer times a power of two. A product of floats is split without error into floats
+# (Veltkamp's and Dekker's TwoProduct, of significands alone, so that nothing over- or underflows);
+# the integers are added up for each power of two, and the totals in Python's own integers.
+
+_SPLIT = 2.0**27 + 1
+_HALF = 2.0**27  # a significand is split in two, whose sums float64 holds up to 2^26 terms
+
+
+def sums_of_products(
+    products: Sequence[Sequence[Array | float]], keys: Array, sums: int
+) -> list[Fraction]:
+    """For each key 0 <= k < `sums`: the exact sum of the products of the elements with that key.
+
+    Args:
+        products: each a sequence of factors, finite float64 of the shape of `keys` or rank 0.
+        keys: integers, of any shape; at most 2^26 elements.
+        sums: how many.
+    """
+    found = [Fraction(0)] * sums
+    for factors in products:
+        for significand, exponent in _pieces(factors, keys.shape):
+            _add(found, significand.reshape(-1), exponent.reshape(-1), keys.reshape(-1))
+    return found
+
+
+def _pieces(
+    factors: Sequence[Array | float], shape: tuple[int, ...]
+) -> Iterator[tuple[Array, Array]]:
+    """The product as floats to be added: significands below 1, and their powers of two."""
+    pieces, power = [np.ones(shape)], np.zeros(shape, np.int64)
+    for factor in factors:
+        significand, exponent = np.frexp(np.asarray(factor, np.float64))
+        power = power + exponent
+        parts = [part for piece in pieces for part in _two_product(piece, significand)]
+        pieces = [part for part in parts if part.any()]
+    for piece in pieces:
+        significand, exponent = np.frexp(piece)
+        yield significand, power + exponent
+
+
+def _two_product(a: Array, b: Array) -> tuple[Array, Array]:
+    product = a * b
+    (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
+    rest = a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
+    return product, rest
+
+
+def _split(a: Array) -> tuple[Array, Array]:
+    scaled = _SPLIT * a
+    high = scaled - (scaled - a)
+    return high, a - high
+
+
+def _add(found: list[Fraction], significand: Array, exponent: Array, keys: Array) -> None:
+    kept = significand != 0
+    if not kept.any():
+        return
+    significand, exponent, keys = significand[kept], exponent[kept], keys[kept]
+    lowest = int(exponent.min())
+    width = int(exponent.max()) - lowest + 1
+    at = keys * width + (exponent - lowest)
+    places: Array = np.arange(len(found) * width)
+    if places.size > 1 << 22:
+        places, at = np.unique(at, return_inverse=True)
+    integer = significand * 2.0**53
+    high = np.floor(integer / _HALF)
+    parts = (high, integer - high * _HALF)
+    totals = np.stack([np.bincount(at, part, len(places)) for part in parts])
+    nonzero = totals.any(axis=0)
+    for place, upper, lower in zip(
+        places[nonzero].tolist(), *totals[:, nonzero].tolist(), strict=True
+    ):
+        key, power = divmod(place, width)
+        total = (int(upper) << 27) + int(lower)
+        found[key] += Fraction(total) * Fraction(2) ** (power + lowest - 53)
+
+
+def round_fraction(value: Fraction, dtype: str) -> Array:
+    """`value` rounded once to `dtype`, to nearest, ties to even; an array of rank 0."""
+    try:
+        nearest = float(value)
+    except OverflowError:
+        nearest = float("inf") if value > 0 else float("-inf")
+    inexact = np.isfinite(nearest) and Fraction(nearest) != value
+    if dtype != "float64" and inexact and np.float64(nearest).view(np.uint64) % 2 == 0:
+        # To odd, so that the rounding to the narrower format is the only one (`floats.round_to`).
+        nearest = float(np.nextafter(nearest, np.inf if value > nearest else -np.inf))
+    return round_to(np.asarray(nearest), dtype)

@@ -1,0 +1,245 @@
+"""`loss_over` batches, and `score_files`: one exact result of data larger than memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .._artefact import ModelSource
+from .._dlpack import as_array
+from .._files import check_apart
+from .._records import Record
+from .._spec import LossSpec
+from ..errors import InvalidInputError, OutputError, SpecError
+from ._engine import PieceResult, score_locally
+from ._journal import Journal, default_journal
+from ._output import ScoreFile
+from ._partial import Partial
+from ._scorer import Job, Scorer, make_job
+from ._shards import Piece, Plan, make_plan
+
+Engine = Callable[[Job, Plan, Sequence[Piece]], Generator[PieceResult, None, None]]
+_ROLES = ("input", "target", "weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Score(Record):
+    """The loss of all data.
+
+    Attributes:
+        loss: the exact mean or sum of the losses, rounded once to float64.
+        sum: likewise, the sum.
+        count: of elements.
+        spec: what was computed.
+        shards: how many files, or batches.
+        seconds: of this run.
+        resumed: elements that an interrupted run had done.
+        output: where the scores of the rows are.
+    """
+
+    loss: float
+    sum: float
+    count: int
+    spec: LossSpec
+    shards: int
+    seconds: float
+    resumed: int = 0
+    output: Path | None = None
+    derived: ClassVar[tuple[str, ...]] = ("rate",)
+
+    @property
+    def rate(self) -> float:
+        """Elements scored a second, in this run."""
+        return (self.count - self.resumed) / self.seconds if self.seconds else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is, in elements; the last piece was of the shard called `shard`.
+
+    `forgotten` says why the run, once it is interrupted, begins again: None where it goes on.
+    """
+
+    done: int
+    total: int
+    shard: str = ""
+    forgotten: str | None = None
+
+    @property
+    def percent(self) -> int:
+        """Of the elements that are done."""
+        return self.done * 100 // max(self.total, 1)
+
+
+def loss_over(
+    batches: Iterable[Any],
+    spec: LossSpec | None = None,
+    artefact: ModelSource | None = None,
+    *,
+    backend: str = "ort-cpu",
+    beta: float | None = None,
+    threads: int = 0,
+) -> Score:
+    """The loss of all batches together, of which one at a time is in memory.
+
+    With a `spec` the losses of the elements are added without rounding: the result is the same for
+    every size and order of the batches, and for a mean it is the sum over the number of all
+    elements, not the mean of means. With an `artefact` what it gives for each batch is combined in
+    the same way.
+
+    Args:
+        batches: pairs `(input, target)`, triples with a `weight`, or mappings of these names;
+            each array as `run` takes it.
+        spec: what is computed; its reduction is `mean` or `sum`.
+        artefact: instead of a spec, or beside it as `scoring.scorer.make_job` says.
+        backend: what runs it.
+        beta: for an artefact that takes it at run time.
+        threads: for one call; 0 means every core.
+
+    Raises:
+        SpecError: on a reduction that combines nothing.
+        InvalidInputError: on arrays that don't fit; the message says which batch.
+    """
+    start = time.monotonic()
+    job = make_job(spec, artefact, backend=backend, beta=beta, threads=threads)
+    scorer = Scorer(job)
+    partial, number = Partial(), 0
+    for number, batch in enumerate(batches, 1):
+        try:
+            partial += scorer.score(_arrays(batch))[0]
+        except InvalidInputError as exc:
+            raise InvalidInputError(f"batch {number}: {exc}") from exc
+    return _result(job, partial, number, start)
+
+
+def _result(job: Job, partial: Partial, shards: int, start: float, **more: Any) -> Score:
+    loss = partial.mean if job.spec.reduction == "mean" else partial.sum
+    seconds = time.monotonic() - start
+    return Score(loss, partial.sum, partial.count, job.spec, shards, seconds, **more)
+
+
+def _arrays(batch: Any) -> dict[str, Any]:
+    if isinstance(batch, Mapping):
+        unknown = sorted(str(key) for key in {*batch} - {*_ROLES})
+        if unknown:
+            raise InvalidInputError(
+                f"it has {', '.join(unknown)}; a mapping has input, target and, for a spec with "
+                "one, weight"
+            )
+        given = dict(batch)
+    elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+        given = dict(zip(_ROLES, batch, strict=False))
+    else:
+        raise InvalidInputError(
+            f"a {type(batch).__name__} is no batch; give (input, target) or a mapping"
+        )
+    absent = [role for role in _ROLES[:2] if role not in given]
+    if absent:
+        raise InvalidInputError(f"{' and '.join(absent)} is missing")
+    return {role: as_array(value, role) for role, value in given.items()}
+
+
+def score_files(
+    job: Job,
+    located: Mapping[str, Mapping[str, Any]],
+    *,
+    output: Path | None = None,
+    journal: Path | None = None,
+    restart: bool = False,
+    batch: int | None = None,
+    engine: Engine = score_locally,
+    on_progress: Callable[[Progress], object] = lambda progress: None,
+) -> Score:
+    """The loss of all shards, in bounded memory, to be resumed where it was interrupted.
+
+    Args:
+        job: as `make_job` gives it.
+        located: as `shards.locate` gives it.
+        output: for one score a row, .npy or .parquet; for a job that gives scores.
+        journal: its file. Default: one in the user's cache folder, for this request; where that
+            can't be, one that goes with the run.
+        restart: throw away what an interrupted run has done.
+        batch: rows at a time. Default: about 2^18 elements, or what the artefact is fixed to.
+        engine: `engine.score_locally`, or `ray_engine.RayEngine`.
+        on_progress: called at the start and after each piece.
+
+    Raises:
+        InvalidInputError: on files that don't fit together, or that changed; it names the shard.
+        OutputError: when scores or journal can't be written, or would take the place of another of
+            the files that are named.
+    """
+    if output is not None and not job.spec.per_sample:
+        raise SpecError(f"{output} is for one score a row; give --per-sample, or leave it out")
+    if batch is not None and batch < 1:
+        raise SpecError(f"a batch of {batch} rows; give at least one")
+    if job.rows is not None and batch not in (None, job.rows):
+        raise SpecError(f"the artefact takes {job.rows} rows at a time, not {batch}")
+    read = [(f"--{r}", place.path) for files in located.values() for r, place in files.items()]
+    check_apart([("-o", output), ("--journal", journal)], read)
+    start = time.monotonic()
+    flat = job.elementwise and job.any_rank
+    plan = make_plan(located, flat=flat, rows=job.rows or batch)
+    forgotten = None
+    with contextlib.ExitStack() as stack:
+        if journal is None:
+            journal, forgotten = _journal(job, plan, output, batch, stack)
+        log = stack.enter_context(Journal(journal, job, plan, output, restart))
+        scores = None if output is None else ScoreFile(output, plan, job.spec.dtype, log)
+        if scores is not None and log.done and not scores.kept:
+            log.forget()
+        resumed = sum(partial.count for partial in log.done.values())
+        todo = [piece for piece in plan.pieces if piece.index not in log.done]
+        total = sum(map(plan.elements, plan.pieces))
+        done = total - sum(map(plan.elements, todo))
+        on_progress(Progress(done, total, forgotten=forgotten))
+        try:
+            # Closing: an interrupt comes here, and the engine must let go of files and workers.
+            with contextlib.closing(engine(job, plan, todo)) as results:
+                for result in results:  # each is on the disk before the next is taken
+                    if scores is not None and result.scores is not None:
+                        scores.write(result.piece, result.scores)
+                    log.add(result)
+                    piece = plan.pieces[result.piece]
+                    done += plan.elements(piece)
+                    shard = plan.shards[piece.shard].name
+                    on_progress(Progress(done, total, shard, forgotten))
+        except BaseException:
+            if scores is not None:
+                scores.close(keep=bool(log.done) and forgotten is None)
+            raise
+        partial = sum(log.done.values(), Partial())
+        if scores is not None:
+            scores.finish()
+        log.finish()
+    return _result(job, partial, len(plan.shards), start, resumed=resumed, output=output)
+
+
+def _journal(
+    job: Job, plan: Plan, output: Path | None, batch: int | None, stack: contextlib.ExitStack
+) -> tuple[Path, str | None]:
+    """Where the journal goes by itself; and, where it goes with the run, why.
+
+    The same request has the same journal, whatever stands in its files by now.
+    """
+    folder = len(plan.shards) > 1
+    data = {
+        role: [str((place.path.parent if folder else place.path).absolute()), place.name]
+        for shard in plan.shards[:1]
+        for role, place in shard.files.items()
+    }
+    where = None if output is None else str(output.absolute())
+    request = {"job": job.to_dict(), "data": data, "output": where, "batch": batch}
+    try:
+        return default_journal(request), None
+    except OutputError as exc:
+        try:
+            own = stack.enter_context(tempfile.TemporaryDirectory())
+        except OSError:
+            raise exc from None
+        return Path(own, "journal"), str(exc)

@@ -1,0 +1,207 @@
+"""`Job`: what is computed, fit to be sent to another machine. `Scorer`: one session that does it.
+
+Case 1, a spec: the element losses in its dtype, summed exactly. The result doesn't depend on how
+the data are cut into batches.
+Case 2, a spec with `per_sample`, or an artefact that has it: the scores, in the artefact's dtype;
+the loss is combined exactly from the scores.
+Case 3, any other artefact: what it gives for each batch, combined exactly; a batch is then rounded
+by the artefact, and the size of the batches shows in the last digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import onnx
+
+from .._artefact import ModelSource, read_model, select_ports, sha256, signature
+from .._floats import Array
+from .._spec import LossSpec
+from ..backends._base import get_backend
+from ..errors import InvalidInputError, SpecError
+from ..graph._metadata import read_spec, warn_if_changed
+from ._partial import ExactSum, Partial, exact_sum
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is computed.
+
+    Attributes:
+        model: the artefact that runs, serialised.
+        spec: what is reported; its reduction says how the batches are combined.
+        elementwise: whether the artefact gives a loss for each element (case 1).
+        backend: what runs it.
+        beta: for an artefact that takes it at run time.
+        threads: for one call; 0 means every core.
+        rows: the fixed length of the artefact's first axis, None where it is dynamic.
+        any_rank: whether the artefact takes arrays of any shape.
+    """
+
+    model: bytes
+    spec: LossSpec
+    elementwise: bool
+    backend: str = "ort-cpu"
+    beta: float | None = None
+    threads: int = 0
+    rows: int | None = None
+    any_rank: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the result depends on, JSON-ready."""
+        return {
+            "spec": self.spec.to_dict(),
+            "backend": self.backend,
+            "beta": None if self.beta is None else repr(float(self.beta)),
+            "model": sha256(self.model),
+        }
+
+
+def make_job(
+    spec: LossSpec | None = None,
+    artefact: ModelSource | None = None,
+    *,
+    backend: str = "ort-cpu",
+    beta: float | None = None,
+    threads: int = 0,
+) -> Job:
+    """The job of a spec, of an artefact, or of an artefact of other origin that a spec describes.
+
+    Args:
+        spec: alone: what is computed. Beside an artefact with `reduction="none"`: how its losses
+            are combined. Beside a model of other origin: what it computes.
+        artefact: an `onnx.ModelProto`, its bytes, or a path.
+        backend: one of `backends.base.BACKENDS`.
+        beta: for an artefact with `runtime_beta`.
+        threads: for one call; 0 means every core.
+
+    Raises:
+        SpecError: where neither is given, or nothing can be combined.
+        ArtefactError: when `artefact` is no loss artefact.
+    """
+    if artefact is None:
+        if spec is None:
+            raise SpecError("give spec=LossSpec(...) or artefact='loss.onnx'")
+        return _job_of_spec(spec, backend, threads)
+    read = read_model(artefact)
+    warn_if_changed(read)
+    model = select_ports(read)
+    own = read_spec(model)
+    known = own or spec
+    if known is None:
+        raise SpecError(
+            "the model doesn't say what it computes; give spec=LossSpec(beta, reduction), on the "
+            "command line --beta and --reduction"
+        )
+    if own is not None and own.reduction == "none":
+        known = replace(own, reduction=spec.reduction if spec else "mean")
+    if spec is not None and replace(known, dtype=spec.dtype) != spec:
+        raise SpecError(
+            f"the artefact computes {known.to_dict()}, not {spec.to_dict()}; leave the spec out, "
+            "or the artefact"
+        )
+    _check_combined(known)
+    ports = signature(model)
+    known = replace(known, dtype=ports.input.dtype)
+    loss = ports.loss.shape
+    elementwise = own.reduction == "none" if own else bool(loss) and not known.per_sample
+    shape = ports.input.shape
+    rows = shape[0] if shape and isinstance(shape[0], int) else None
+    data = model.SerializeToString(deterministic=True)
+    return Job(data, known, elementwise, backend, beta, threads, rows, shape is None)
+
+
+def _job_of_spec(spec: LossSpec, backend: str, threads: int) -> Job:
+    from ..graph._export import export
+
+    _check_combined(spec)
+    if spec.runtime_beta:
+        raise SpecError("runtime_beta leaves beta open; give beta as a number: LossSpec(beta=0.5)")
+    spec = spec.without_gradient()
+    runs = spec
+    if not spec.per_sample:
+        runs = replace(spec, reduction="none", weight="count" if spec.weight else None)
+    data = export(runs).SerializeToString(deterministic=True)
+    return Job(data, spec, not spec.per_sample, backend, None, threads)
+
+
+def _check_combined(spec: LossSpec) -> None:
+    if spec.reduction == "none":
+        raise SpecError(
+            "reduction='none' combines nothing; use 'mean' or 'sum', per_sample for one score a "
+            "row, or smoothl1-deploy run for the loss of every element"
+        )
+
+
+class Scorer:
+    """One loaded artefact.
+
+    Raises:
+        MissingDependencyError: when the backend's packages are not installed.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        model = onnx.load_model_from_string(job.model)  # which `make_job` has read without trust
+        self._runner = get_backend(job.backend, job.threads).load(model)
+
+    def score(self, arrays: Mapping[str, Array]) -> tuple[Partial, Array | None]:
+        """What one batch adds, and the score of each of its rows where there are scores.
+
+        Args:
+            arrays: `input`, `target` and, where the artefact takes it, `weight`.
+
+        Raises:
+            InvalidInputError: on arrays that don't fit the artefact.
+        """
+        scored = self.job.spec.per_sample
+        if not scored and not all(array.size for array in arrays.values()):
+            return Partial(), None  # the mean of nothing is NaN, and no part of a mean
+        outputs = self._runner.run(**arrays, beta=self.job.beta)
+        losses = outputs[self._runner.signature.loss.name]
+        shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
+        count = math.prod(shape)
+        self._check_result(losses, shape)
+        partial = self._partial(losses, arrays.get("weight"), count)
+        return partial, losses if scored else None
+
+    def _check_result(self, losses: Array, shape: tuple[int, ...]) -> None:
+        expected = shape if self.job.elementwise else shape[:1] if self.job.spec.per_sample else ()
+        if losses.shape != expected:
+            raise InvalidInputError(
+                f"the artefact gave a loss of shape {losses.shape} for a batch of {shape}, where "
+                f"{expected} was expected; its metadata or the given reduction is wrong"
+            )
+
+    def _partial(self, losses: Array, weight: Array | None, count: int) -> Partial:
+        spec = self.job.spec
+        number = ExactSum(Fraction(count))
+        divisor = number
+        if spec.weight == "weights" and weight is not None:
+            divisor = exact_sum(weight).times(count // max(weight.size, 1))
+        if self.job.elementwise or spec.reduction == "sum":
+            return Partial(exact_sum(losses), divisor, count)
+        if spec.weight != "weights" or weight is None:
+            total = exact_sum(losses).times(count // max(losses.size, 1))
+            return Partial(total, divisor, count)
+        if not spec.per_sample:
+            return Partial(_product(exact_sum(losses), divisor), divisor, count)
+        rows = np.broadcast_to(weight, (losses.size, *weight.shape[1:]))
+        total = ExactSum()
+        for loss, row in zip(losses, rows, strict=True):  # slow, exact, and rarely asked for
+            weights = exact_sum(row).times(count // max(losses.size * row.size, 1))
+            total += _product(exact_sum(loss[None]), weights)
+        return Partial(total, divisor, count)
+
+
+def _product(mean: ExactSum, weights: ExactSum) -> ExactSum:
+    """A weighted mean times its weights: the total it came from; NaN and infinities spread."""
+    if not (mean.special or weights.special):
+        return ExactSum(mean.finite * weights.finite)
+    signs = (x.special or (-1.0 if x.finite < 0 else 1.0) for x in (mean, weights))
+    return ExactSum(special=math.prod(signs))

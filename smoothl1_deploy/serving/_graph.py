@@ -1,0 +1,317 @@
+"""A loss graph as a server takes it: no rank 0, `[N, 1]` for a score a row, no silent broadcast.
+
+A Triton model has no tensor of rank 0, and checks the rows of an input against those of another
+only where it batches. So a served graph has
+
+* the loss in the shape [1] for `mean` and `sum`, and [N, 1] per sample; `beta` in [1];
+* a guard, `Reshape(target, Shape(input))`: a target of another number of rows is an error, where
+  it would be broadcast. Empty batches pass.
+
+Inside, nothing changes: the same nodes compute the same number. `loss_part` cuts a loss out again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx.utils
+from onnx import TensorProto, helper
+
+from .._model import (
+    MODEL_ERRORS,
+    Loss,
+    check_engines,
+    correct,
+    every_node,
+    inputs_of,
+    main_tensors,
+    metadata_of,
+    opset_of,
+    read_attached,
+    restate,
+)
+from .._shapes import Shape, describe
+from ..errors import ArtefactError, ModelWarning, UnsupportedError
+from ..graph._metadata import SERVED, is_changed, is_served, read_route, read_spec, stamp
+from ._config import ModelPorts, onnx_ports
+
+_PROTOBUF_LIMIT = 2**31 - 2**20  # with room for what is added
+_ALLOWZERO = 14  # the first opset whose Reshape takes a size of 0 as it is
+_AXES_AS_INPUT = 13  # the first opset whose Squeeze and Unsqueeze take their axes as an input
+
+
+@dataclass(frozen=True, slots=True)
+class ServedGraph:
+    """A graph for a server.
+
+    Attributes:
+        model: the graph, with its metadata.
+        losses: what it computes; empty for a model that says nothing of itself.
+        unbatched: why the rows of two requests must not go into one batch; None where they may.
+    """
+
+    model: onnx.ModelProto
+    losses: tuple[Loss, ...]
+    unbatched: str | None
+
+
+def serve(model: onnx.ModelProto) -> ServedGraph:
+    """The served graph of a loss artefact, of a model with losses attached, or of any model.
+
+    A graph that is served already comes back as it is.
+
+    Raises:
+        ArtefactError: when the rank of an input or output can't be told, metadata are damaged, or
+            the graph is no valid one.
+        UnsupportedError: on an opset older than 13, on a model of 2 GiB or more, and on a loss with
+            an upstream gradient.
+
+    Warns:
+        ModelWarning: where the model declares a shape that its nodes contradict; the served graph
+            declares what they make.
+    """
+    if model.ByteSize() >= _PROTOBUF_LIMIT:
+        raise UnsupportedError(
+            "the model has 2 GiB or more, and a served one is written as a single file; keep the "
+            "weights outside and write its folder by hand, then check it with repository --lint"
+        )
+    check_engines(model, "serve the model that it was built from, and the engine with --engine")
+    losses = read_losses(model)
+    if any(loss.spec.upstream for loss in losses):
+        raise UnsupportedError(
+            "a server has no gradient to pass back, and grad_output, in the shape of the loss, no "
+            "rows of a request; serve the loss without upstream"
+        )
+    spec, route, done = read_spec(model), read_route(model), is_served(model)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    editor = _Editor(copy)
+    if editor.contradiction is not None:
+        warnings.warn(editor.contradiction, ModelWarning, stacklevel=2)
+    ports = onnx_ports(copy)
+    unbatched = why_unbatched(losses, ports) or _rows_alone(ports)
+    if done:
+        return ServedGraph(copy, losses, unbatched)
+    for loss in losses:
+        for role in ("target", "weight"):
+            if role in loss.inputs:
+                editor.guard(loss.inputs[role], loss.inputs["input"])
+    for value in inputs_of(copy):
+        if not editor.dims(value.name):
+            editor.widen_input(value)
+    scores = {loss.outputs["loss"] for loss in losses if loss.spec.per_sample}
+    for value in copy.graph.output:
+        dims = editor.dims(value.name)
+        if not dims or (len(dims) == 1 and (unbatched is None or value.name in scores)):
+            editor.widen_output(value, dims)
+    if spec is not None:
+        shape = editor.dims("input")
+        name, changed = f"served_{describe(shape)}", is_changed(model)
+        stamp(copy, spec, route or "unknown", name, served=True, changed=changed)
+    else:
+        helper.set_model_props(copy, {**metadata_of(copy), SERVED: "1"})
+    try:
+        onnx.checker.check_model(copy, full_check=True)
+    except (*MODEL_ERRORS, ValueError) as exc:
+        raise ArtefactError(f"the model is no valid ONNX graph: {exc}") from exc
+    return ServedGraph(copy, losses, unbatched)
+
+
+def read_losses(model: onnx.ModelProto) -> tuple[Loss, ...]:
+    """The losses that `model` says it computes: its spec's, or those that were attached.
+
+    Raises:
+        ArtefactError: when the metadata are damaged.
+    """
+    spec = read_spec(model)
+    return read_attached(model) if spec is None else (Loss.of(spec),)
+
+
+def why_unbatched(losses: Iterable[Loss], ports: ModelPorts) -> str | None:
+    """Why the rows of two requests must not go into one batch; None where they may."""
+    for loss in losses:
+        spec = loss.spec
+        if spec.reduction != "none" and not spec.per_sample:
+            return (
+                f"{loss.outputs['loss']} is a {spec.reduction} over all rows of a batch: requests "
+                "of different callers would be mixed into one number"
+            )
+        if spec.runtime_beta:
+            return "beta is one number for a whole batch, and two requests may differ in it"
+    for kind, given in (("input", ports.inputs), ("output", ports.outputs)):
+        for port in given:
+            if port.without_rows:
+                return f"the {kind} {port.name} has no axis of rows"
+    return None
+
+
+def _rows_alone(ports: ModelPorts) -> str | None:
+    for port in ports.inputs:
+        if len(port.dims or ()) == 1:  # its dims in the config would be empty
+            return f"the input {port.name} has no axis beside its rows"
+    return None
+
+
+class _Editor:
+    """A graph, what is known of its tensors' shapes, and the few edits a server asks for."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self._guarded: list[tuple[str, str]] = []
+        self._opset = opset_of(model)
+        if self._opset < _AXES_AS_INPUT:
+            raise UnsupportedError(
+                f"the model is of opset {self._opset}, and a served graph needs "
+                f"{_AXES_AS_INPUT}; convert it with onnx.version_converter"
+            )
+        self._tensors = main_tensors(model)
+        self.contradiction = correct(model, self._tensors)
+
+    def dims(self, name: str) -> Shape:
+        """The shape of a tensor: sizes, and names of dynamic axes.
+
+        Raises:
+            ArtefactError: for a port of unknown rank.
+        """
+        dims = self._known(name)
+        if dims is None:
+            raise ArtefactError(
+                f"the rank of {name!r} is unknown, and a server needs it; export with a shape, "
+                "as in --shape N,16"
+            )
+        return dims
+
+    def _known(self, name: str) -> Shape | None:
+        return self._tensors[name].shape if name in self._tensors else None
+
+    def guard(self, tensor: str, like: str) -> None:
+        """Make an error of a `tensor` whose rows aren't those of `like`, its declared equal.
+
+        One that is declared to broadcast is left as it is. Names of axes don't count: inference
+        invents them.
+        """
+        dims, own = (self._known(name) for name in (like, tensor))
+        if tensor == like or dims is None or own is None or _sizes(dims) != _sizes(own):
+            return
+        if (tensor, like) in self._guarded:  # another loss compares the same two
+            return
+        self._guarded.append((tensor, like))
+        nodes = self.model.graph.node
+        made = {name: i for i, node in enumerate(nodes) for name in node.output}
+        start = max(made.get(tensor, -1), made.get(like, -1)) + 1
+        users = list(nodes[start:])
+        before = sum(other == tensor for other, _ in self._guarded) - 1
+        prefix = f"{tensor}/{before}" if before else tensor
+        guarded, shape = f"{prefix}/guarded", f"{prefix}/shape"
+        added = [helper.make_node("Shape", [like], [shape], name=shape)]
+        if sum(isinstance(dim, str) for dim in dims) > 1:
+            # The number of elements alone doesn't tell [4, 6] from [6, 4].
+            added += self._equal_or_zero(tensor, shape, prefix)
+            shape = added[-1].output[0]
+        zero: dict[str, Any] = {"allowzero": 1} if self._opset >= _ALLOWZERO else {}
+        added.append(helper.make_node("Reshape", [tensor, shape], [guarded], name=guarded, **zero))
+        _rename_uses(users, tensor, guarded)
+        del nodes[start:]
+        nodes.extend([*added, *users])
+
+    @staticmethod
+    def _equal_or_zero(tensor: str, shape: str, prefix: str) -> list[onnx.NodeProto]:
+        """`shape` where it is `tensor`'s too, and zeros, which fit no element, where it isn't."""
+        own, equal, number, every, wanted = (
+            f"{prefix}/{what}" for what in ("own", "equal", "number", "every", "wanted")
+        )
+        return [
+            helper.make_node("Shape", [tensor], [own], name=own),
+            helper.make_node("Equal", [own, shape], [equal], name=equal),
+            helper.make_node("Cast", [equal], [number], name=number, to=TensorProto.INT64),
+            helper.make_node("ReduceMin", [number], [every], name=every, keepdims=1),
+            helper.make_node("Mul", [shape, every], [wanted], name=wanted),
+        ]
+
+    def widen_input(self, value: onnx.ValueInfoProto) -> None:
+        """Have an input of rank 0 take a tensor of the shape [1]."""
+        scalar, axes = f"{value.name}/scalar", self._axes(value.name, 0)
+        nodes = list(self.model.graph.node)
+        _rename_uses(nodes, value.name, scalar)
+        squeeze = helper.make_node("Squeeze", [value.name, axes], [scalar], name=scalar)
+        del self.model.graph.node[:]
+        self.model.graph.node.extend([squeeze, *nodes])
+        restate(value, [1])
+
+    def widen_output(self, value: onnx.ValueInfoProto, dims: Shape) -> None:
+        """Give an output of rank 0 in the shape [1], and one of [N] in [N, 1]."""
+        narrow, axes = f"{value.name}/narrow", self._axes(value.name, len(dims))
+        nodes = self.model.graph.node
+        _rename(nodes, value.name, narrow)
+        # A node may be called after its output; two nodes of one name are refused.
+        for node in nodes:
+            if node.name == value.name:  # others may be no UTF-8, which can't be written
+                node.name = narrow
+        nodes.append(helper.make_node("Unsqueeze", [narrow, axes], [value.name], name=value.name))
+        restate(value, [*dims, 1])
+
+    def _axes(self, name: str, axis: int) -> str:
+        tensor = helper.make_tensor(f"{name}/axes", TensorProto.INT64, [1], [axis])
+        self.model.graph.initializer.append(tensor)
+        return str(tensor.name)
+
+
+def _sizes(dims: Shape) -> list[int]:
+    return [-1 if isinstance(dim, str) else dim for dim in dims]
+
+
+def _rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    """Let every node that reads the tensor `old` read `new`, in subgraphs too."""
+    for node in every_node(nodes):
+        for i, name in enumerate(node.input):
+            if name == old:
+                node.input[i] = new
+
+
+def _rename(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    """Call a tensor of a graph otherwise, where it is made and where it is read."""
+    _rename_uses(nodes, old, new)
+    for node in nodes:
+        for i, name in enumerate(node.output):
+            if name == old:  # others may be no UTF-8, which can't be written
+                node.output[i] = new
+
+
+def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
+    """The part of a served graph from prediction and target to the loss, as an artefact.
+
+    `load` and `verify` understand it. An artefact of its own comes back as it is.
+
+    Raises:
+        ArtefactError: when the metadata name tensors that the model doesn't have.
+    """
+    if read_spec(model) is not None:
+        return model
+    typed = onnx.ModelProto()
+    typed.CopyFrom(model)
+    del typed.graph.value_info[:]
+    typed.graph.value_info.extend(  # any tensor may become an input
+        helper.make_tensor_value_info(tensor.name, tensor.element, tensor.shape)
+        for tensor in main_tensors(model).values()
+        if tensor.element
+    )
+    names = [loss.inputs[role] for role in loss.spec.inputs]
+    try:
+        part = onnx.utils.Extractor(typed).extract_model(names, list(loss.outputs.values()))
+        del part.graph.value_info[:]
+        for role, tensor in {**loss.inputs, **loss.outputs}.items():
+            _rename(part.graph.node, tensor, role)
+            for value in (*part.graph.input, *part.graph.output):
+                if value.name == tensor:
+                    value.name = role
+        onnx.checker.check_model(part, full_check=True)
+    except (*MODEL_ERRORS, ValueError) as exc:
+        raise ArtefactError(
+            f"the loss that the metadata tell of can't be cut out of the model: {exc}"
+        ) from exc
+    stamp(part, loss.spec, "attached", "served", served=True)
+    return part

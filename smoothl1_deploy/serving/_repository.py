@@ -1,0 +1,382 @@
+"""Models in a Triton model repository: written, certified, and named to a cluster.
+
+A model is a folder, which appears whole or not at all:
+
+<repository>/<name>/config.pbtxt
+<repository>/<name>/1/model.onnx
+<repository>/<name>_trt/config.pbtxt
+<repository>/<name>_trt/1/model.plan, model.plan.json (its sidecar)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .._artefact import ModelSource, read_model, sha256, sidecar_path
+from .._files import write_atomic
+from .._model import Loss, every_node
+from .._records import Record
+from .._shapes import Dim
+from .._spec import LossSpec
+from ..errors import ArtefactError, OutputError, SpecError, UnsupportedError, require
+from ..graph._export import export
+from ..graph._functions import DOMAIN
+from ..graph._metadata import warn_if_changed
+from ..ops import library
+from ..parity._certificate import certify
+from ..parity._verify import Verification, verify
+from ..tensorrt._engine import Engine, read_verified
+from ._config import (
+    CONFIG_FILE,
+    ONNX_FILE,
+    ONNX_PLATFORM,
+    PLAN_FILE,
+    PLAN_PLATFORM,
+    dump_config,
+    engine_ports,
+    make_config,
+    onnx_ports,
+)
+from ._graph import ServedGraph, loss_part, read_losses, serve
+
+#: Rows that Triton may put into one batch where nothing else is said.
+MAX_BATCH_SIZE = 64
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+#: Tag of the Triton container. The runtime that KServe ships names 23.05; before 25.07 Triton has
+#: CVE-2025-23319.
+RUNTIME_VERSION = "25.07-py3"
+
+_SERVICE_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+_STORAGE_URI = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel(Record):
+    """A model that was written.
+
+    Attributes:
+        name: of the model, which is that of its folder.
+        folder: `<repository>/<name>`.
+        file: the model file in it.
+        platform: Triton's.
+        max_batch_size: 0 where requests are not batched together.
+        unbatched: why they must not be; None where they may.
+    """
+
+    name: str
+    folder: Path
+    file: Path
+    platform: str
+    max_batch_size: int
+    unbatched: str | None
+
+
+def write_loss(
+    repository: str | os.PathLike[str],
+    spec: LossSpec,
+    shape: Sequence[Dim] = ("N", 16),
+    *,
+    route: str | None = None,
+    name: str | None = None,
+    max_batch_size: int | None = None,
+    engine: str | os.PathLike[str] | None = None,
+    ops: bool = False,
+    overwrite: bool = False,
+) -> tuple[ServedModel, ...]:
+    """Write a loss of its own as a served model.
+
+    Args:
+        repository: the folder; made where it is missing.
+        spec: what to compute.
+        shape: of input and target: a name for the rows first, as in `("N", 16)`.
+        route: as of `export`; by default `"inlined"`, plain ONNX, which any server reads, and
+            `"function"` with `ops`.
+        name: of the model; the spec's by default.
+        max_batch_size: rows that Triton may batch; by default 64 where the rows are independent
+            (`none` and per sample) and 0 where they are not.
+        engine: a TensorRT engine of this served graph, for a second model `<name>_trt`.
+        ops: have the server run the loss by this installation's library of operators, which it
+            must find at the same path.
+        overwrite: replace a model of that name.
+
+    Raises:
+        SpecError: on a shape or a max_batch_size that makes no sense, and on a graph in which the
+            operators have nothing to run.
+        BackendUnavailableError: for `ops` where they were not built.
+        ArtefactError: when the engine is not what its sidecar says, or is of another graph.
+        UnsupportedError: for an engine that Triton can't load.
+        OutputError: when the model is there already, or the folder can't be written.
+        MissingDependencyError: without tritonclient.
+    """
+    return write_model(
+        repository,
+        served_loss(spec, shape, route or ("function" if ops else "inlined")).model,
+        name=name or spec.name,
+        max_batch_size=max_batch_size,
+        engine=engine,
+        ops=ops,
+        overwrite=overwrite,
+    )
+
+
+def served_loss(spec: LossSpec, shape: Sequence[Dim], route: str = "inlined") -> ServedGraph:
+    """The served graph of a spec.
+
+    Raises:
+        SpecError: on a shape whose first axis has no name.
+    """
+    if not shape or not isinstance(shape[0], str):
+        raise SpecError(
+            f"a served loss takes any number of rows, got the shape {tuple(shape)!r}; give a name "
+            "for the first axis, as in ('N', 16), on the command line N,16"
+        )
+    return serve(export(spec, route, shape))
+
+
+def write_model(
+    repository: str | os.PathLike[str],
+    model: ModelSource,
+    *,
+    name: str | None = None,
+    max_batch_size: int | None = None,
+    engine: str | os.PathLike[str] | None = None,
+    ops: bool = False,
+    overwrite: bool = False,
+) -> tuple[ServedModel, ...]:
+    """Write a model, such as one with a loss attached, as a served model.
+
+    Args and errors are those of `write_loss`; the name is that of the file by default. One that
+    something else has changed since it was exported is written with a `ModelWarning`, and
+    stays known as changed.
+    """
+    given = model if isinstance(model, (str, os.PathLike)) else None
+    read = read_model(model)
+    warn_if_changed(read)
+    served = serve(read)
+    if ops and all(node.domain != DOMAIN for node in every_node(served.model.graph.node)):
+        raise SpecError(
+            f"the operators compute nodes of the domain {DOMAIN}, and the model has none; export "
+            "or attach its loss by the route 'function', or leave ops (--ops) out"
+        )
+    name = _checked_name(name or (Path(given).stem if given else served.model.graph.name))
+    batch = _batch_size(served, max_batch_size)
+    data = served.model.SerializeToString(deterministic=True)
+    plan = None if engine is None else _readable_plan(Path(engine), sha256(data))
+
+    ports, operators = onnx_ports(served.model), str(library()) if ops else ""
+    root = Path(repository)
+    models: list[ServedModel] = []
+    staged: dict[str, dict[str, bytes]] = {}
+
+    def stage(config: Any, files: dict[str, bytes]) -> None:
+        """Take a model's config and the files of its version, the model file first."""
+        version = {f"1/{file}": content for file, content in files.items()}
+        staged[config.name] = {CONFIG_FILE: dump_config(config), **version}
+        folder, reason = root / config.name, served.unbatched
+        file = folder / next(iter(version))
+        models.append(ServedModel(config.name, folder, file, config.platform, batch, reason))
+
+    stage(make_config(name, ONNX_PLATFORM, ports, batch, operators), {ONNX_FILE: data})
+    if plan is not None:
+        sidecar = sidecar_path(Path(PLAN_FILE)).name
+        ports = engine_ports(plan.sidecar)
+        stage(
+            make_config(f"{name}_trt", PLAN_PLATFORM, ports, batch),
+            {PLAN_FILE: plan.data, sidecar: plan.sidecar.dumps()},
+        )
+    _write_folders(root, staged, overwrite)
+    return tuple(models)
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise SpecError(
+            f"{name!r} can't be a model's name, which is a folder's and part of a URL; use "
+            "letters, digits, '_', '-' and '.'"
+        )
+    return name
+
+
+def _batch_size(served: ServedGraph, asked: int | None) -> int:
+    if served.unbatched is None:
+        return MAX_BATCH_SIZE if asked is None else asked
+    if asked:
+        raise SpecError(
+            f"max_batch_size={asked}, but requests must not be batched together: "
+            f"{served.unbatched}. Leave it out, or use per_sample=True (--per-sample)"
+        )
+    return 0
+
+
+def _readable_plan(path: Path, digest: str) -> Engine:
+    engine = read_verified(path)
+    sidecar = engine.sidecar
+    if sidecar.flavour != "tensorrt":
+        raise UnsupportedError(
+            f"{path} is an engine of {sidecar.flavour} {sidecar.version}, and Triton's backend "
+            "loads those of tensorrt alone; build it with --flavour tensorrt on a machine with a "
+            "GPU, with the version in the container that serves it"
+        )
+    if sidecar.onnx_sha256 != digest:
+        raise ArtefactError(
+            f"{path} was built from another graph than the served one; write the repository "
+            "without --engine, build from its 1/model.onnx, and write it again with --engine and "
+            "--overwrite"
+        )
+    return engine
+
+
+def _write_folders(root: Path, folders: dict[str, dict[str, bytes]], overwrite: bool) -> None:
+    """Write beside, then rename: a model's folder is there whole, or as it was before."""
+    for name in folders:
+        if os.path.exists(root / name) and not overwrite:
+            raise OutputError(
+                f"{root / name} exists; choose another name with --name, or replace it with "
+                "--overwrite"
+            )
+    token = secrets.token_hex(8)
+    staging = root / f".{token}"
+    made = [folder for folder in (root, *root.parents) if not os.path.exists(folder)]
+    try:
+        for name, files in folders.items():
+            for file, data in files.items():
+                path = staging / name / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        for name in folders:
+            _swap(staging / name, root / name)
+    except OSError as exc:
+        raise OutputError(
+            f"can't write into {root}: {exc.strerror or exc}; choose a folder that you may write to"
+        ) from exc
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:  # those of a write that failed are empty
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _swap(new: Path, place: Path) -> None:
+    """Put a folder in the place of another, which comes back if that fails."""
+    old = new.with_name(f"{new.name}.old")
+    if place.exists():
+        os.replace(place, old)
+    try:
+        os.replace(new, place)
+    except OSError:
+        if old.exists():
+            os.replace(old, place)
+        raise
+
+
+# Certificates
+
+
+def only_loss(model: ModelSource) -> Loss:
+    """The one loss of a model.
+
+    Raises:
+        ArtefactError: when it has none, or several, which one certificate can't vouch for.
+    """
+    losses = read_losses(read_model(model))
+    if len(losses) != 1:
+        raise ArtefactError(
+            f"the model says of {len(losses)} losses that it computes them, and a certificate is "
+            "of one; attach one loss, or leave the certificate out"
+        )
+    return losses[0]
+
+
+def certify_model(path: str | os.PathLike[str], *, drift: bool = True) -> tuple[Verification, Path]:
+    """Verify a served model and write its certificate beside it, green or red.
+
+    Of a model with a loss attached, the loss is verified, from prediction and target to its
+    output: what the rest of the model computes, nothing here can judge.
+
+    Raises:
+        ArtefactError: when the file is no model with one loss.
+        MissingDependencyError: without torch or ONNX Runtime.
+    """
+    model = read_model(path)
+    loss = only_loss(model)
+    part = loss_part(model, loss)
+    found = verify(part, drift=drift)
+    if part is not model:
+        name = f"{model.graph.name}: the loss {loss.outputs['loss']}"
+        digest = sha256(model.SerializeToString(deterministic=True))
+        found = replace(found, name=name, sha256=digest)
+    return found, certify(found, path)
+
+
+# On a cluster
+
+
+def inference_service(
+    name: str, storage_uri: str, *, runtime_version: str = RUNTIME_VERSION, gpus: int = 0
+) -> dict[str, Any]:
+    """The KServe `InferenceService` that serves a whole repository with Triton, scaled by load.
+
+    Source of the fields: the v1beta1 types and the webhook's checks of kserve/kserve,
+    `pkg/apis/serving/v1beta1`. The file passes a schema of these fields; it was never applied to a
+    cluster by this package's authors.
+
+    Args:
+        name: lower-case letters, digits and `-`, a letter first; 63 characters at most.
+        storage_uri: where the cluster finds the repository, as in `pvc://models/smooth_l1`.
+        runtime_version: tag of the Triton container.
+        gpus: for each replica; TensorRT plans need one.
+
+    Raises:
+        SpecError: on values that KServe would refuse.
+    """
+    if not _SERVICE_NAME.fullmatch(name) or len(name) > 63:
+        raise SpecError(
+            f"{name!r} can't be the name of an InferenceService; use lower-case letters, digits "
+            "and '-', a letter first, 63 characters at most"
+        )
+    if not _STORAGE_URI.fullmatch(storage_uri):
+        raise SpecError(
+            f"the storage URI {storage_uri!r} has no scheme; write where the cluster finds the "
+            "repository, as in pvc://CLAIM/FOLDER or s3://BUCKET/FOLDER"
+        )
+    limits = {"cpu": "2", "memory": "4Gi", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
+    model = {
+        "modelFormat": {"name": "triton"},
+        "runtime": "kserve-tritonserver",
+        "runtimeVersion": runtime_version,
+        "protocolVersion": "v2",
+        "storageUri": storage_uri,
+        # The autoscaler measures use against what is requested.
+        "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": limits},
+    }
+    scaling = {"minReplicas": 1, "maxReplicas": 4, "scaleMetric": "cpu", "scaleTarget": 80}
+    prefix = "serving.kserve.io"
+    annotations = {f"{prefix}/deploymentMode": "Standard", f"{prefix}/autoscalerClass": "hpa"}
+    return {
+        "apiVersion": f"{prefix}/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {"name": name, "annotations": annotations},
+        "spec": {"predictor": {**scaling, "model": model}},
+    }
+
+
+def write_inference_service(path: str | os.PathLike[str], service: dict[str, Any]) -> Path:
+    """Write an `InferenceService` as YAML.
+
+    Raises:
+        OutputError: when the file can't be written.
+        MissingDependencyError: without pyyaml.
+    """
+    yaml = require("yaml", "serve", "the InferenceService file")
+    text: str = yaml.safe_dump(service, sort_keys=False)
+    return write_atomic(path, text.encode())

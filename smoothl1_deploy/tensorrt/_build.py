@@ -1,0 +1,320 @@
+"""`build_engine`: an ONNX model to a TensorRT engine and its sidecar.
+
+`tensorrt_rtx` builds on a machine without a GPU, and the same model and options give the same
+bytes there. `tensorrt` measures kernels on the GPU while it builds; that path is written against
+the attribute names of 10.0 to 11.4 and has not been run by this package's authors.
+
+TensorRT builds inside one call. It reports steps to a progress monitor, nearly all of them in
+the first few milliseconds, and an exception in a monitor is swallowed (tried with tensorrt_rtx
+1.7.1). So the build runs in a thread of its own; the caller waits, is told the elapsed time, and
+an interrupt reaches the waiting thread, which asks the monitor to stop the build.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import onnx
+
+from .. import __version__
+from .._artefact import ModelSource, read_model, sha256
+from ..errors import BuildError, OutputError, SpecError, UnsupportedError
+from ..graph._metadata import CHANGED, is_changed, read_spec, warn_if_changed
+from ._cache import EngineCache
+from ._engine import BuildKey, Engine, Sidecar, context_engine, write_context, write_engine
+from ._flavour import Flavour, current_gpu, get_flavour
+from ._options import BuildOptions, configure
+from ._parse import ParsedNetwork, network_name, parse, serialized
+from ._prepare import prepare
+from ._profile import Profile, ProfileRequest, input_shapes, resolve_profile
+
+#: What an engine is written as.
+FORMATS = ("engine", "epcontext")
+
+_THREAD = "smoothl1-deploy build"
+_TICK = 0.05  # seconds between two looks at the clock: a spinner moves, nobody waits
+T = TypeVar("T")
+
+OnProgress = Callable[[float, str | None], None]
+
+
+def build_engine(
+    model: ModelSource,
+    path: str | Path | None = None,
+    flavour: str | Flavour = "auto",
+    profile: ProfileRequest = None,
+    *,
+    options: BuildOptions | None = None,
+    cache_dir: str | Path | EngineCache | None = None,
+    format: str = "engine",
+    embed_mode: int = 1,
+    on_progress: OnProgress | None = None,
+) -> Engine:
+    """Build an engine, or take it from a cache.
+
+    Args:
+        model: an `onnx.ModelProto`, its bytes, or the path of a file; float64 is refused, all
+            but casts to it inside the model, as our own reductions accumulate: they become casts
+            to float32, and the sidecar's notes name them. One that something else has changed
+            since it was exported is built as it is: a `ModelWarning`, and a note too.
+        path: where to write the engine; its sidecar goes to `<path>.json`. None writes nothing
+            outside the cache.
+        flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.
+        profile: the range of every dynamic axis; see `profile`. Default: 1, 64, 4096.
+        options: see `BuildOptions`.
+        cache_dir: folder of an engine cache (`default_cache_dir()` for the user's), or an
+            `EngineCache`; None builds without.
+        format: `"engine"`, or `"epcontext"` for an ONNX file that carries the engine, as ONNX
+            Runtime's providers for TensorRT read and write it.
+        embed_mode: 1 puts the engine inside that file; 0 leaves it beside, in
+            `context_engine(path)`.
+        on_progress: called in this thread about 20 times a second while a build runs, with the
+            seconds since it began and TensorRT's name for what it does, None before it says so.
+
+    Returns:
+        The engine, written to `path` if one was given. `cached` says whether a cache had it, else
+        `changed` what differs from the nearest engine of the same graph name that it has.
+
+    Raises:
+        ArtefactError: when `model` can't be read.
+        SpecError: for a profile or option that makes no sense.
+        UnsupportedError: for what TensorRT or the flavour can't do faithfully.
+        BuildError: when TensorRT refuses.
+        OutputError: when `path` or the cache can't be written; `path` is checked first.
+        MissingDependencyError, BackendUnavailableError: when TensorRT can't be used here.
+    """
+    if format not in FORMATS:
+        raise SpecError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
+    if embed_mode not in (0, 1):
+        raise SpecError(
+            f"embed_mode must be 1 (engine inside) or 0 (engine beside), got {embed_mode!r}"
+        )
+    target = _checked_path(path, model)
+    if format == "epcontext":
+        if target is None or target.suffix != ".onnx":
+            raise SpecError(f"the format epcontext is an ONNX file: name it *.onnx, not {path}")
+        if embed_mode == 0:
+            _checked_path(context_engine(target), model)
+    loaded = read_model(model)
+    warn_if_changed(loaded)
+    options = options or BuildOptions()
+    if not isinstance(options, BuildOptions):
+        raise SpecError(f"options must be BuildOptions, got {type(options).__name__}")
+    chosen = get_flavour(flavour)
+    prepare(loaded)  # refuse what can't be built before a cache is asked or a thread started
+    wanted = resolve_profile(profile, input_shapes(loaded))
+    # An engine of tensorrt_rtx depends on the compute capabilities it is told, and on no GPU.
+    local = chosen.name == "tensorrt" or "current" in options.compute_capabilities
+    key = BuildKey(
+        sha256(serialized(loaded)),
+        network_name(loaded),
+        chosen.name,
+        chosen.version,
+        options,
+        wanted,
+        current_gpu() if local else None,
+    )
+
+    def build() -> tuple[bytes, Sidecar]:
+        watch = BuildWatch()
+        return run_watched(lambda: _build(loaded, chosen, key, watch), watch, on_progress)
+
+    if cache_dir is None:
+        data, sidecar = build()
+        engine = Engine(target, sidecar, data)
+    else:
+        cache = cache_dir if isinstance(cache_dir, EngineCache) else EngineCache(cache_dir)
+        engine = cache.get_or_build(key, build)
+    if target is None:
+        return engine
+    if format == "epcontext":
+        file = os.path.basename(model) if isinstance(model, (str, os.PathLike)) else ""
+        return write_context(target, engine, loaded, file, embed_mode)
+    write_engine(target, engine.data, engine.sidecar)
+    return Engine(target, engine.sidecar, engine.data, engine.cached, engine.changed)
+
+
+def _checked_path(path: str | Path | None, model: ModelSource) -> Path | None:
+    if path is None:
+        return None
+    target = Path(path)
+    # Not Path.is_dir, which raises for a name that no file can have.
+    if os.path.isdir(target) or not os.path.isdir(target.parent):
+        problem = "is a folder" if os.path.isdir(target) else "lies in a folder that doesn't exist"
+        raise OutputError(f"can't write the engine: {target} {problem}; give a file name")
+    if isinstance(model, (str, os.PathLike)) and _same_file(target, model):
+        raise OutputError(
+            f"can't write the engine: {target} is the model it is built from; give another name"
+        )
+    return target
+
+
+def _same_file(a: Path, b: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except (OSError, ValueError):  # one of them is not there
+        return False
+
+
+def _build(
+    model: onnx.ModelProto, flavour: Flavour, key: BuildKey, watch: BuildWatch
+) -> tuple[bytes, Sidecar]:
+    """Parse, configure, build; the work of the building thread."""
+    start = time.monotonic()
+    options = key.options
+    parsed = parse(model, flavour)
+    config = parsed.builder.create_builder_config()
+    with flavour.capture() as log:
+        flags = configure(config, options, flavour)
+        _add_profile(config, parsed, key.profile)
+        config.progress_monitor = watch.monitor(flavour.trt)
+        memory = parsed.builder.build_serialized_network(parsed.network, config)
+    if memory is None:
+        raise BuildError(
+            f"{flavour} can't build {key.graph_name!r}: {log.reason()}{_hint(options)}"
+        )
+    data = bytes(memory)
+    notes = list(parsed.notes)
+    if is_changed(model):
+        notes.append(CHANGED)
+    if "STRICT_NANS" not in flags:
+        notes.append(f"{flavour} has no STRICT_NANS: it may reorder operations on NaN")
+    sidecar = Sidecar(
+        engine_sha256=sha256(data),
+        engine_bytes=len(data),
+        onnx_sha256=key.onnx_sha256,
+        spec=read_spec(model),
+        graph_name=key.graph_name,
+        flavour=flavour.name,
+        version=flavour.version,
+        options=options,
+        flags=flags,
+        profile=key.profile,
+        inputs=parsed.inputs,
+        outputs=parsed.outputs,
+        notes=tuple(notes),
+        gpu=current_gpu(),
+        gpu_dependent=key.gpu is not None,
+        build_seconds=round(time.monotonic() - start, 3),
+        built_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        tool_version=__version__,
+    )
+    return data, sidecar
+
+
+def _add_profile(config: Any, parsed: ParsedNetwork, profile: Profile) -> None:
+    """One optimization profile for all dynamic inputs; TensorRT reports a bad one in three ways."""
+    for index in range(parsed.network.num_inputs):
+        tensor = parsed.network.get_input(index)
+        if tensor.is_shape_tensor:
+            raise UnsupportedError(
+                f"the input {tensor.name!r} sets the shape of another tensor, which needs a range "
+                "of values; make it a constant of the model"
+            )
+    if not profile.ranges:
+        return
+    problem = ""
+    with parsed.flavour.capture() as log:
+        made = parsed.builder.create_optimization_profile()
+        try:
+            for name, (low, usual, high) in profile.ranges.items():
+                made.set_shape(name, low, usual, high)
+            accepted = config.add_optimization_profile(made) >= 0
+        except (ValueError, TypeError, RuntimeError) as exc:
+            accepted, problem = False, str(exc)
+    if not accepted:
+        raise SpecError(
+            f"{parsed.flavour} refused the profile {profile}: {problem or log.reason()}"
+        )
+
+
+def _hint(options: BuildOptions) -> str:
+    """What in the options is known to make a build fail where it could work otherwise."""
+    if options.version_compatible:
+        return "; version_compatible needs the lean runtime library, which not every package holds"
+    if "current" in options.compute_capabilities:
+        return "; compute capability 'current' needs a GPU: name one, as in '8.6'"
+    return ""
+
+
+# Waiting for a build
+
+
+class BuildWatch:
+    """What the waiting and the building thread tell each other.
+
+    Attributes:
+        phase: TensorRT's name for what it does.
+        stopped: whether the build is to end at its next step.
+    """
+
+    def __init__(self) -> None:
+        self.phase: str | None = None
+        self.stopped = False
+
+    def monitor(self, trt: Any) -> Any:
+        """An `IProgressMonitor` of the module `trt` that stops the build on request."""
+        watch = self
+
+        class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IProgressMonitor.__init__(self)
+
+            def phase_start(
+                self, phase_name: str, parent_phase: str | None, num_steps: int
+            ) -> None:
+                watch.phase = phase_name
+
+            def step_complete(self, phase_name: str, step: int) -> bool:
+                return not watch.stopped
+
+            def phase_finish(self, phase_name: str) -> None:
+                pass
+
+        return Monitor()
+
+
+def is_building() -> bool:
+    """Whether a build that nobody waits for any more, or still does, runs in this process."""
+    return any(thread.name == _THREAD and thread.is_alive() for thread in threading.enumerate())
+
+
+def run_watched(
+    work: Callable[[], T],
+    watch: BuildWatch,
+    on_progress: OnProgress | None = None,
+) -> T:
+    """Run `work` in a thread and wait for it; what it returns or raises is returned or raised.
+
+    An exception in the waiting thread (KeyboardInterrupt, or one of `on_progress`) stops the build
+    and is raised when the build has ended; a second interrupt doesn't wait.
+    """
+    outcome: Future[T] = Future()
+    done = threading.Event()  # an interrupted wait for a future may keep its lock
+
+    def body() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as exc:  # raised again in the waiting thread
+            outcome.set_exception(exc)
+        finally:
+            done.set()
+
+    start = time.monotonic()
+    threading.Thread(target=body, name=_THREAD, daemon=True).start()
+    try:
+        while not done.wait(_TICK):
+            if on_progress is not None:
+                on_progress(time.monotonic() - start, watch.phase)
+    except BaseException:
+        watch.stopped = True
+        done.wait()
+        raise
+    return outcome.result()

@@ -1,0 +1,166 @@
+"""`BuildOptions`: what can be chosen about a build, and how a flavour is told.
+
+An option that a flavour or version doesn't know is refused by name, never dropped: an engine
+must be what was asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .._records import Record
+from ..errors import BuildError, SpecError, UnsupportedError
+from ._flavour import Flavour
+
+_LEVELS = ("none", "ampere_plus", "same_compute_capability")
+_CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)", re.IGNORECASE)
+
+
+def _capability(value: object) -> str:
+    """`"8.6"` from `"8.6"`, `"86"`, `86`, `8.6`, `"SM86"` or `"sm_86"`; `"current"` is kept."""
+    text = str(value).strip()
+    if text.lower() == "current":
+        return "current"
+    match = _CAPABILITY.fullmatch(text)
+    if match is None or isinstance(value, bool):
+        raise SpecError(
+            f"can't read the compute capability {value!r}; "
+            "write it as '8.6' or 'SM86' (or 'current' for the GPU of this machine)"
+        )
+    return f"{match[1]}.{match[2]}"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions(Record):
+    """What an engine is built for, and how.
+
+    Args:
+        compute_capabilities: GPUs to build for, such as `"8.6"` or `"SM86"`; `"current"` is this
+            machine's. Empty leaves it to the flavour: `tensorrt_rtx` targets 8.0 and later,
+            `tensorrt` builds for this machine's GPU and knows no list.
+        hardware_compatibility: `"none"`, `"ampere_plus"` or `"same_compute_capability"`;
+            `tensorrt` only.
+        version_compatible: let later runtimes of the same major version run the engine.
+        tf32: let float32 products run on tensor cores with 10 bits of mantissa. Off, because
+            the loss is to equal PyTorch's; TensorRT's own default is on.
+
+    Raises:
+        SpecError: on values that mean nothing.
+    """
+
+    compute_capabilities: tuple[str, ...] = ()
+    hardware_compatibility: str | None = None
+    version_compatible: bool = False
+    tf32: bool = False
+
+    def __post_init__(self) -> None:
+        given: Any = self.compute_capabilities
+        listed = [given] if isinstance(given, (str, int, float)) else given
+        # Bytes are a sequence of numbers, and an array of rank 0 says that it can be iterated over.
+        if isinstance(listed, bytes) or not isinstance(listed, (Sequence, Set)):
+            raise SpecError(f"compute_capabilities must be a list such as ['8.6'], got {given!r}")
+        wanted = {_capability(value) for value in listed}
+        if "current" in wanted and len(wanted) > 1:
+            raise SpecError("compute capability 'current' stands alone; list others without it")
+        # Sorted, each once: the order is part of the engine's bytes.
+        order = wanted if "current" in wanted else sorted(wanted, key=float)
+        object.__setattr__(self, "compute_capabilities", tuple(order))
+        level: Any = self.hardware_compatibility
+        if level is not None:
+            if not isinstance(level, str) or level.lower() not in _LEVELS:
+                raise SpecError(
+                    f"unknown hardware_compatibility {level!r}; choose one of {', '.join(_LEVELS)}"
+                )
+            object.__setattr__(self, "hardware_compatibility", level.lower())
+        for name in ("version_compatible", "tf32"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"{name} must be true or false, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BuildOptions:
+        """The inverse of `to_dict`; an option of another version that was not used is passed over.
+
+        Raises:
+            SpecError: on an unknown field that was used, or a bad value.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(name for name in set(values) - known if values[name])
+        if unknown:
+            raise SpecError(
+                f"unknown build option(s) {', '.join(unknown)}, of another version of "
+                "smoothl1-deploy"
+            )
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def configure(config: Any, options: BuildOptions, flavour: Flavour) -> tuple[str, ...]:
+    """Write `options` into a builder config, and STRICT_NANS, which keeps NaN, where it exists.
+
+    Returns:
+        The names of the builder flags that are then set, sorted.
+
+    Raises:
+        UnsupportedError: for what the flavour doesn't know; names flavour, version and option.
+        BuildError: when TensorRT refuses what it should know.
+    """
+    with flavour.capture() as log:
+        for option in ("tf32", "version_compatible"):
+            flag = flavour.need("BuilderFlag", option.upper(), f"the option {option}")
+            if getattr(options, option):
+                config.set_flag(flag)
+            else:
+                config.clear_flag(flag)
+        strict_nans = flavour.member("BuilderFlag", "STRICT_NANS")
+        if strict_nans is not None:
+            config.set_flag(strict_nans)
+        _set_capabilities(config, flavour, options.compute_capabilities)
+        _set_hardware_level(config, flavour, options.hardware_compatibility)
+        if log.errors:
+            raise BuildError(f"{flavour} refused the build options: {log.reason()}")
+    flags = flavour.trt.BuilderFlag.__members__
+    return tuple(sorted(name for name, flag in flags.items() if config.get_flag(flag)))
+
+
+def _set_capabilities(config: Any, flavour: Flavour, wanted: tuple[str, ...]) -> None:
+    if not wanted:
+        return
+    if flavour.member("IBuilderConfig", "set_compute_capability") is None:
+        raise UnsupportedError(
+            f"compute_capabilities is not supported by {flavour}, which builds for the GPU of this "
+            "machine; use hardware_compatibility there, or flavour='tensorrt_rtx'"
+        )
+    members = []
+    for capability in wanted:
+        name = "CURRENT" if capability == "current" else "SM" + capability.replace(".", "")
+        member = flavour.member("ComputeCapability", name)
+        if member is None:
+            listed = ", ".join(flavour.capabilities)
+            hint = (
+                "; Hopper (9.0) runs engines of flavour='tensorrt'" if capability == "9.0" else ""
+            )
+            raise UnsupportedError(
+                f"{flavour} can't build for compute capability {capability}; "
+                f"it knows {listed}{hint}"
+            )
+        members.append(member)
+    config.num_compute_capabilities = len(members)
+    for index, member in enumerate(members):
+        if not config.set_compute_capability(member, index):
+            raise BuildError(f"{flavour} refused to build for compute capability {wanted[index]}")
+
+
+def _set_hardware_level(config: Any, flavour: Flavour, level: str | None) -> None:
+    if level is None:
+        return
+    if flavour.name == "tensorrt_rtx":
+        # It takes one, warns that it is unsupported and goes on (tried with 1.7.1).
+        raise UnsupportedError(
+            f"hardware_compatibility is not supported by {flavour}; "
+            "name the GPUs with compute_capabilities, as in ['8.6', '12.0']"
+        )
+    config.hardware_compatibility_level = flavour.need(
+        "HardwareCompatibilityLevel", level.upper(), f"hardware_compatibility={level!r}"
+    )
