@@ -41,7 +41,7 @@ def test_a_device_behind_a_link_is_written_to_and_not_replaced() -> None:
 
 _STDOUT = """
 import sys
-from smoothl1_deploy.files import write_atomic
+from smoothl1_deploy._files import write_atomic
 write_atomic(sys.argv[1], b"one ")
 write_atomic(sys.argv[1], b"two")
 """

@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     silence()
     with safe_streams():
-        return _run(argv)
+        return _ended(argv)
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _ended(argv: Sequence[str] | None) -> int:
     try:
         with warnings_as_notes(), interrupts_told():
             status = _invoke(argv)

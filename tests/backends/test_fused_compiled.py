@@ -19,7 +19,7 @@ _COMPILE = """
 import json, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from smoothl1_deploy.backends import fused
+from smoothl1_deploy.backends import _fused as fused
 
 assert not fused.INTERPRETED
 
@@ -89,7 +89,7 @@ def run(self, *arguments, grid, warmup, **options):
     assert [n for n in options if n in self.arg_names] == self.arg_names[len(arguments):]
 
 JITFunction.run = run
-from smoothl1_deploy.backends import fused
+from smoothl1_deploy.backends import _fused as fused
 
 assert not fused.INTERPRETED
 dtype = getattr(torch, sys.argv[1])

@@ -144,7 +144,7 @@ def test_what_there_is_no_time_for_is_not_begun(monkeypatch: pytest.MonkeyPatch)
 def test_where_torch_alone_is_there_is_pytorch_to_time(module: str) -> None:
     code = (
         f"import sys; sys.modules[{module!r}] = None\n"
-        "from smoothl1_deploy.bench import gpu, gpu_report\n"
+        "from smoothl1_deploy.bench import _gpu as gpu, _gpu_report as gpu_report\n"
         "found, reasons = gpu.usable_backends()\n"
         "assert found == () and len(set(reasons.values())) == 1, reasons\n"
         "assert 'no model can be exported here' in reasons['trt']\n"

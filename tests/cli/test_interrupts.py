@@ -28,10 +28,10 @@ _SCRIPT = """
 import os, sys, time
 from pathlib import Path
 from smoothl1_deploy.backends._runner import Runner
-from smoothl1_deploy.bench import cpu
+from smoothl1_deploy.bench import _cpu as cpu
 from smoothl1_deploy.cli import main
-from smoothl1_deploy.parity import matrix
-from smoothl1_deploy.tensorrt import build as builder
+from smoothl1_deploy.parity import _matrix as matrix
+from smoothl1_deploy.tensorrt import _build as builder
 from smoothl1_deploy.tensorrt._build import BuildWatch, run_watched
 
 run, each = Runner.run, matrix.each
@@ -168,7 +168,7 @@ def test_an_interrupt_that_comes_within_a_destructor_comes_again(
 
 
 _DISTURBED = """
-from smoothl1_deploy.parity import pool
+from smoothl1_deploy.parity import _pool as pool
 undisturbed, entered = pool._undisturbed, []
 def disturbed():
     entered.append(1)

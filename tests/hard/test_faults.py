@@ -428,7 +428,7 @@ def _clock(folder: Path) -> None:
 
 _WRITER = """
 import sys
-from smoothl1_deploy.files import write_atomic
+from smoothl1_deploy._files import write_atomic
 
 for _ in range(60):
     write_atomic(sys.argv[1], sys.argv[2].encode() * 100_000)

@@ -114,7 +114,7 @@ def test_sums_in_float32_turn_the_matrix_red(tmp_path: Path) -> None:
     """By the layouts of 2^20 and more; on a copy of the package, in a process of its own."""
     package = tmp_path / "smoothl1_deploy"
     shutil.copytree(Path(smoothl1_deploy.__file__).parent, package)
-    source = package / "graph" / "functions.py"
+    source = package / "graph" / "_functions.py"
     text = source.read_text()
     total = "op.ReduceSum(flat, op.Constant(value_ints=[0]), keepdims=0)"
     for good, bad in (

@@ -102,7 +102,7 @@ def test_a_process_that_is_ended_tidies_up_what_it_started(tmp_path: Path) -> No
 _EARLY = """
 import multiprocessing, os, signal
 from contextlib import closing
-from smoothl1_deploy.parity import pool
+from smoothl1_deploy.parity import _pool as pool
 
 real = pool.silence
 

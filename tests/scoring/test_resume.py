@@ -34,7 +34,7 @@ PIECES = 25
 _KILLED = """
 import os, signal, sys
 from smoothl1_deploy.cli import main
-from smoothl1_deploy.scoring import journal, output, shards
+from smoothl1_deploy.scoring import _journal as journal, _output as output, _shards as shards
 shards.BATCH_ELEMENTS, shards.PIECE_ELEMENTS = 4, 12
 moment, sign, *arguments = sys.argv[1:]
 cls, name = {
