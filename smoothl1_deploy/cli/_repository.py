@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._files import write_atomic
 from .._spec import LossSpec
 from ..errors import SpecError, require
 from ._console import print_fields, print_json, print_lines, print_table
@@ -98,14 +99,6 @@ def repository(
             rich_help_panel=_KSERVE,
         ),
     ] = None,
-    service_name: Annotated[
-        str | None,
-        typer.Option(help="Of the service; the folder's by default.", rich_help_panel=_KSERVE),
-    ] = None,
-    runtime_version: Annotated[
-        str | None,
-        typer.Option(help="Tag of the Triton container.", rich_help_panel=_KSERVE),
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a model into a Triton model repository, or check one with --lint.
@@ -128,27 +121,23 @@ def repository(
         )
     if tensorrt_version is not None:
         raise SpecError("--tensorrt-version is what --lint holds plans against; leave it out")
-    if kserve is None and (storage_uri or service_name or runtime_version):
-        raise SpecError("--storage-uri, --service-name and --runtime-version need --kserve FILE")
+    if kserve is None and storage_uri:
+        raise SpecError("--storage-uri is what --kserve FILE says; give that too, or leave it out")
 
     from ..serving._repository import (
-        RUNTIME_VERSION,
         certify_model,
         inference_service,
         only_loss,
-        write_inference_service,
         write_loss,
         write_model,
     )
 
-    service = None
+    service = ""
     if kserve is not None:  # before anything is written
-        place = os.path.basename(os.path.realpath(folder))
+        called = folder.resolve().name
+        name_of_service = re.sub("[^a-z0-9]+", "-", called.lower()).strip("-")
         service = inference_service(
-            service_name or place.lower().replace("_", "-"),
-            storage_uri or f"pvc://models/{place}",
-            runtime_version=runtime_version or RUNTIME_VERSION,
-            gpus=1 if engine else 0,
+            name_of_service, storage_uri or f"pvc://models/{called}", gpus=1 if engine else 0
         )
     if certify:
         require("torch", "torch", "--certify, which compares with PyTorch,")
@@ -166,8 +155,8 @@ def repository(
     else:
         axes = parse_shape(_SHAPE if shape is None else shape) or ()
         written = write_loss(folder, LossSpec(**given), axes, route=route, **common)
-    if kserve is not None and service is not None:
-        write_inference_service(kserve, service)
+    if kserve is not None:
+        write_atomic(kserve, service.encode())
     green = not certify or bool(certify_model(written[0].file)[0])
     _show(written, kserve, as_json)
     if not green:

@@ -11,6 +11,7 @@ A model is a folder, which appears whole or not at all:
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -21,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from .._artefact import ModelSource, read_model, sha256, sidecar_path
-from .._files import write_atomic
 from .._model import Loss, every_node
 from .._records import Record
 from .._shapes import Dim
 from .._spec import LossSpec
-from ..errors import ArtefactError, OutputError, SpecError, UnsupportedError, require
+from ..errors import ArtefactError, OutputError, SpecError, UnsupportedError
 from ..graph._export import export
 from ..graph._functions import DOMAIN
 from ..graph._metadata import warn_if_changed
@@ -51,10 +51,6 @@ from ._graph import ServedGraph, loss_part, read_losses, serve
 MAX_BATCH_SIZE = 64
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-#: Tag of the Triton container. The runtime that KServe ships names 23.05; before 25.07 Triton has
-#: CVE-2025-23319.
-RUNTIME_VERSION = "25.07-py3"
 
 _SERVICE_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _STORAGE_URI = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
@@ -320,20 +316,44 @@ def certify_model(path: str | os.PathLike[str], *, drift: bool = True) -> tuple[
 
 # On a cluster
 
+#: The autoscaler measures use against what is requested. Source of the fields: the v1beta1 types
+#: and the webhook's checks of kserve/kserve, `pkg/apis/serving/v1beta1`.
+_INFERENCE_SERVICE = """\
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata:
+  name: {name}
+  annotations:
+    serving.kserve.io/deploymentMode: Standard
+    serving.kserve.io/autoscalerClass: hpa
+spec:
+  predictor:
+    minReplicas: 1
+    maxReplicas: 4
+    scaleMetric: cpu
+    scaleTarget: 80
+    model:
+      modelFormat: {{name: triton}}
+      runtime: kserve-tritonserver
+      # The runtime's own, 23.05, has CVE-2025-23319.
+      runtimeVersion: 25.07-py3
+      protocolVersion: v2
+      storageUri: {storage_uri}
+      resources:
+        requests: {{cpu: "1", memory: 2Gi}}
+        limits: {{cpu: "2", memory: 4Gi{gpus}}}
+"""
 
-def inference_service(
-    name: str, storage_uri: str, *, runtime_version: str = RUNTIME_VERSION, gpus: int = 0
-) -> dict[str, Any]:
-    """The KServe `InferenceService` that serves a whole repository with Triton, scaled by load.
 
-    Source of the fields: the v1beta1 types and the webhook's checks of kserve/kserve,
-    `pkg/apis/serving/v1beta1`. The file passes a schema of these fields; it was never applied to a
-    cluster by this package's authors.
+def inference_service(name: str, storage_uri: str, gpus: int = 0) -> str:
+    """The KServe `InferenceService`, as YAML, that serves a whole repository, scaled by load.
+
+    The text passes a schema of the API's fields; it was never applied to a cluster by this
+    package's authors.
 
     Args:
         name: lower-case letters, digits and `-`, a letter first; 63 characters at most.
         storage_uri: where the cluster finds the repository, as in `pvc://models/smooth_l1`.
-        runtime_version: tag of the Triton container.
         gpus: for each replica; TensorRT plans need one.
 
     Raises:
@@ -341,42 +361,16 @@ def inference_service(
     """
     if not _SERVICE_NAME.fullmatch(name) or len(name) > 63:
         raise SpecError(
-            f"{name!r} can't be the name of an InferenceService; use lower-case letters, digits "
-            "and '-', a letter first, 63 characters at most"
+            f"{name!r} can't be the name of an InferenceService, which is the folder's; use "
+            "lower-case letters, digits and '-', a letter first, 63 characters at most"
         )
     if not _STORAGE_URI.fullmatch(storage_uri):
         raise SpecError(
             f"the storage URI {storage_uri!r} has no scheme; write where the cluster finds the "
             "repository, as in pvc://CLAIM/FOLDER or s3://BUCKET/FOLDER"
         )
-    limits = {"cpu": "2", "memory": "4Gi", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
-    model = {
-        "modelFormat": {"name": "triton"},
-        "runtime": "kserve-tritonserver",
-        "runtimeVersion": runtime_version,
-        "protocolVersion": "v2",
-        "storageUri": storage_uri,
-        # The autoscaler measures use against what is requested.
-        "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": limits},
-    }
-    scaling = {"minReplicas": 1, "maxReplicas": 4, "scaleMetric": "cpu", "scaleTarget": 80}
-    prefix = "serving.kserve.io"
-    annotations = {f"{prefix}/deploymentMode": "Standard", f"{prefix}/autoscalerClass": "hpa"}
-    return {
-        "apiVersion": f"{prefix}/v1beta1",
-        "kind": "InferenceService",
-        "metadata": {"name": name, "annotations": annotations},
-        "spec": {"predictor": {**scaling, "model": model}},
-    }
-
-
-def write_inference_service(path: str | os.PathLike[str], service: dict[str, Any]) -> Path:
-    """Write an `InferenceService` as YAML.
-
-    Raises:
-        OutputError: when the file can't be written.
-        MissingDependencyError: without pyyaml.
-    """
-    yaml = require("yaml", "serve", "the InferenceService file")
-    text: str = yaml.safe_dump(service, sort_keys=False)
-    return write_atomic(path, text.encode())
+    return _INFERENCE_SERVICE.format(
+        name=json.dumps(name),  # a string of JSON is one of YAML
+        storage_uri=json.dumps(storage_uri),
+        gpus=f', nvidia.com/gpu: "{gpus}"' if gpus else "",
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest_cli import Done, model, spawn
 
 from smoothl1_deploy.errors import BackendUnavailableError
@@ -14,7 +15,6 @@ from smoothl1_deploy.ops import library
 from smoothl1_deploy.parity._certificate import read_certificate
 
 pytest.importorskip("tritonclient", reason="the extra serve")
-pytest.importorskip("yaml", reason="the extra serve")
 
 
 def test_write_and_lint(
@@ -63,8 +63,6 @@ def test_a_model_of_ones_own_and_a_cluster(cli: Callable[..., Done]) -> None:
     (written,) = found["models"]
     assert (written["name"], written["max_batch_size"]) == ("loss", 0)
     assert written["certificate"]["state"] == "absent"
-    import yaml
-
     service = yaml.safe_load(Path("isvc.yaml").read_text())
     assert service["metadata"]["name"] == "my-models"
     assert service["spec"]["predictor"]["model"]["storageUri"] == "pvc://models/my_models"
@@ -119,7 +117,7 @@ def test_certified_as_it_is_written(cli: Callable[..., Done]) -> None:
             ("a", "--model", "loss.onnx", "--beta", "0", "--per-sample"),
             "--model brings its own loss, and --beta, --per-sample would be ignored",
         ),
-        (("a", "--storage-uri", "pvc://a/b"), "--service-name and --runtime-version need --kserve"),
+        (("a", "--storage-uri", "pvc://a/b"), "--storage-uri is what --kserve FILE says"),
         (("a", "--tensorrt-version", "10"), "--tensorrt-version is what --lint holds plans"),
         (("a", "--kserve", "x", "--storage-uri", "b"), "the storage URI 'b' has no scheme"),
         (("a", "--model", "nope.onnx"), "nope.onnx does not exist"),
