@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,10 @@ EXAMPLE = "smoothl1-deploy serve models --ready-file ready.json"
 _PORTS = "Where it listens (0: a free port)"
 
 
+def _port(use: str) -> Any:
+    return typer.Option(min=0, max=65535, rich_help_panel=_PORTS, help=f"For {use}.")
+
+
 def serve(
     repository: Annotated[
         Path | None, typer.Argument(help="A Triton model repository, a folder a model.")
@@ -34,15 +38,9 @@ def serve(
             "--install", help="Set up the embedded Triton (55 MB, pinned by its hash), and end."
         ),
     ] = False,
-    http_port: Annotated[
-        int, typer.Option(min=0, max=65535, rich_help_panel=_PORTS, help="For HTTP.")
-    ] = 0,
-    grpc_port: Annotated[
-        int, typer.Option(min=0, max=65535, rich_help_panel=_PORTS, help="For gRPC.")
-    ] = 0,
-    metrics_port: Annotated[
-        int, typer.Option(min=0, max=65535, rich_help_panel=_PORTS, help="For Prometheus.")
-    ] = 0,
+    http_port: Annotated[int, _port("HTTP")] = 0,
+    grpc_port: Annotated[int, _port("gRPC")] = 0,
+    metrics_port: Annotated[int, _port("Prometheus")] = 0,
     host: Annotated[
         str,
         typer.Option(
@@ -76,7 +74,7 @@ def serve(
         typer.Option(
             envvar="SMOOTHL1_DEPLOY_ADMIN_KEY",
             show_envvar=True,
-            help="Open the admin APIs to whoever has it (header admin-key); closed by default.",
+            help="Open the admin APIs to who has it (header admin-key); closed by default.",
         ),
     ] = None,
     loading: Annotated[
@@ -103,10 +101,12 @@ def serve(
             "say which model repository to serve: smoothl1-deploy serve REPOSITORY"
         )
 
+    from platformdirs import user_log_path
+
     from ..serving._server import Server
     from ..serving._supervise import service
 
-    logs = _log_folder(logs)
+    logs = make_folder(logs or user_log_path("smoothl1-deploy") / "serve", "--logs")
     ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
     with _signals_as_interrupt(), contextlib.suppress(KeyboardInterrupt):
         server = Server(
@@ -131,7 +131,7 @@ def serve(
 
 @contextlib.contextmanager
 def _signals_as_interrupt() -> Iterator[None]:
-    """The first signal to end is a KeyboardInterrupt; the next must not cut the tidying short."""
+    """Make a KeyboardInterrupt of the first signal to end, and nothing of those that follow."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -145,13 +145,6 @@ def _signals_as_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _log_folder(logs: Path | None) -> Path:
-    from platformdirs import user_log_path
-
-    folder = user_log_path("smoothl1-deploy") / "serve" if logs is None else logs
-    return make_folder(folder, "--logs")
 
 
 def _show(fields: dict[str, str], supervisor: Supervisor) -> None:

@@ -23,15 +23,20 @@ class Client:
     Args:
         url: `http://HOST:PORT` or `grpc://HOST:PORT`; `https://` and `grpcs://` with TLS.
         model: the name of the model.
-        version: of the model; empty for the one that the server takes.
+        version: the version of the model; empty for the one that the server takes.
         timeout: seconds for one whole answer, with the tries to connect. The first call asks for
-            the metadata too: two answers.
-        retries: further tries where no connection can be made. A request that was sent is never
-            repeated: the server may have counted it.
+            the metadata too, and so for two answers.
+        retries: how many further tries there are where no connection can be made. A request that
+            was sent is never repeated, because the server may have counted it.
 
     Raises:
         SpecError: on a URL or number that makes no sense.
         MissingDependencyError: without tritonclient.
+
+    Example:
+        with Client("http://127.0.0.1:8000", "mean") as client:
+            input, target = np.full((4, 16), 3.0, "f4"), np.zeros((4, 16), "f4")
+            assert client.loss(input, target) == 2.5  # rank 0, as PyTorch gives it
     """
 
     def __init__(
@@ -61,7 +66,7 @@ class Client:
     def metadata(self) -> dict[str, Any]:
         """What the server says of the model: `inputs` and `outputs`, each with name and shape.
 
-        Asked once and kept.
+        The server is asked once.
 
         Raises:
             ArtefactError: when the server has no such model.
@@ -102,15 +107,17 @@ class Client:
             input: a numpy array or anything with `__dlpack__`, of the model's dtype or of one
                 that promotes to it.
             target: likewise, in the same shape.
-            weight: likewise, where the model takes one.
-            beta: a number, where the model takes one.
+            weight: likewise, where the model takes a weight.
+            beta: a number, where the model takes a beta.
 
         Returns:
             Name -> array of the model's dtype. A loss that the server gives as [1] has rank 0
-            here; one score a row, [N, 1] there, has the shape [N], unless the input is [N, 1] too.
+            here; scores of rows, which it gives as [N, 1], have the shape [N], unless the input is
+            [N, 1] too.
 
         Raises:
-            InvalidInputError: for arrays that don't fit; the server's own words where it refused.
+            InvalidInputError: for arrays that don't fit; where the server refused them, the message
+                has its words.
             ArtefactError: when the server has no such model, or it takes something else.
             ServerError: when there is no answer, or the model failed.
         """
@@ -133,7 +140,7 @@ class Client:
         """Send arrays as they are, by the names of the model's inputs; every output comes back.
 
         Raises:
-            as `run`.
+            InvalidInputError, ArtefactError, ServerError: as `run`.
         """
         arrays = {name: as_array(array, name) for name, array in arrays.items()}
         declared = self._declared()
@@ -144,7 +151,7 @@ class Client:
         self._transport.close()
 
     def _inputs(self) -> dict[str, str]:
-        """Name -> data type of the model's inputs, those of a loss."""
+        """Name -> data type of the inputs of a model that takes what a loss takes."""
         inputs = {port["name"]: port["datatype"] for port in self.metadata()["inputs"]}
         if not {"input", "target"} <= set(inputs) <= set(ROLES):
             raise ArtefactError(

@@ -7,6 +7,7 @@ inputs, outputs, dynamic_batching, instance_group, model_operations.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
@@ -37,28 +38,11 @@ _KINDS = (
 #: The backends whose files are known; any other may be anyone's.
 BACKENDS = frozenset(backend for backend, _, _ in _KINDS)
 
-#: A request waits this long for others to join its batch. See docs/serving-repository.md.
+#: How long a request waits for others to join its batch.
 _QUEUE_DELAY_US = 200
 
 #: The element types that Triton has. Source: `DataType` of its model_config.proto.
-_TYPES = frozenset(
-    [
-        "BOOL",
-        "STRING",
-        "FP16",
-        "BF16",
-        "FP32",
-        "FP64",
-        "INT8",
-        "INT16",
-        "INT32",
-        "INT64",
-        "UINT8",
-        "UINT16",
-        "UINT32",
-        "UINT64",
-    ]
-)
+_TYPES = re.compile(r"BOOL|STRING|FP(16|32|64)|BF16|U?INT(8|16|32|64)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +60,19 @@ class TensorPort:
 
     @property
     def without_rows(self) -> bool:
-        """Whether it has no axis of any length at its head, along which rows could be batched."""
+        """Whether its first axis, if it has one, is of one size: rows can't be batched along it."""
         return self.dims is not None and (not self.dims or self.dims[0] != -1)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPorts:
-    """The inputs and outputs of a model file; `defaults` are inputs that it has values for."""
+    """The inputs and outputs of a model file.
+
+    Attributes:
+        inputs: those that a caller must give.
+        outputs: all of them.
+        defaults: further inputs, for which the file has values.
+    """
 
     inputs: tuple[TensorPort, ...]
     outputs: tuple[TensorPort, ...]
@@ -90,10 +80,10 @@ class ModelPorts:
 
 
 def _data_type(dtype: str) -> str:
-    """Triton's name of an element type, by numpy's or ONNX' name of it."""
+    """Triton's name of an element type, from numpy's or ONNX' name of it."""
     long = {"FLOAT": "FLOAT32", "DOUBLE": "FLOAT64"}.get(dtype, dtype.upper())
     name = long.replace("FLOAT", "FP").replace("BFP", "BF")
-    return f"TYPE_{name if name in _TYPES else 'INVALID'}"
+    return f"TYPE_{name if _TYPES.fullmatch(name) else 'INVALID'}"
 
 
 def _onnx_port(value: onnx.ValueInfoProto) -> TensorPort:
@@ -134,12 +124,12 @@ def make_config(
     """The `ModelConfig` message of a model.
 
     Args:
-        name: of the model, which is that of its folder.
-        platform: such as `"onnxruntime_onnx"`.
-        ports: of the model file, its axis of rows included.
+        name: the model's, and its folder's.
+        platform: Triton's, such as `"onnxruntime_onnx"`.
+        ports: the model file's, with the axis of rows.
         max_batch_size: 0 for no batching; otherwise the first axis of every port is left to
             Triton, and rows of different requests are batched together.
-        library: of operators, as the server finds it; none by default.
+        library: the path of a library of operators, as the server finds it; none by default.
 
     Raises:
         SpecError: on a max_batch_size that Triton can't hold, and on ports that it can't
@@ -185,7 +175,7 @@ def _dims(port: TensorPort, max_batch_size: int) -> tuple[int, ...]:
 
 
 def dump_config(config: Any) -> bytes:
-    """The text of a `ModelConfig` message: the same message, the same bytes."""
+    """The text of a `ModelConfig` message; the same message gives the same bytes."""
     text: str = _text_format().MessageToString(config)
     return text.encode()
 
@@ -194,7 +184,7 @@ def read_config(text: str | bytes) -> Any:
     """The `ModelConfig` message of a `config.pbtxt`.
 
     Raises:
-        ArtefactError: when it is none; the message holds the parser's line and column.
+        ArtefactError: when the text is no config; the message holds the parser's line and column.
         MissingDependencyError: without tritonclient.
     """
     messages, text_format = _messages(), _text_format()
@@ -205,11 +195,11 @@ def read_config(text: str | bytes) -> Any:
 
 
 def kind_of(config: Any, files: Container[str]) -> tuple[str, str, str] | None:
-    """Backend, platform and file name of a config, as Triton completes it; None where it can't.
+    """The backend, platform and file name that Triton completes a config to; None where it can't.
 
     Args:
         config: its message.
-        files: names of what lies in a version folder; they count where the config leaves it open.
+        files: the names in a version's folder, which count where the config leaves the kind open.
     """
     given = config.default_model_filename
     if config.backend:

@@ -1,6 +1,6 @@
 """Which Triton there is: the `tritonserver` on PATH, else the embedded one, set up on request.
 
-The embedded one is the real server (2.51.0) from inside the package nvidia-pytriton, which is
+The embedded Triton is the real server (2.51.0) from inside the package nvidia-pytriton, which is
 frozen: the version and its hash are fixed here. It goes into a folder of its own, since a normal
 install would pin numpy below 2.
 """
@@ -37,8 +37,8 @@ class Triton:
 
     Attributes:
         binary: the executable.
-        home: the folder with backends, stubs and libraries of the embedded one; None for one on
-            PATH, which knows its own.
+        home: the folder with the backends, stubs and libraries of the embedded server; None for a
+            server on PATH, which knows its own.
     """
 
     binary: Path
@@ -46,22 +46,23 @@ class Triton:
 
     @property
     def embedded(self) -> bool:
-        """Whether it is the one that `install` set up."""
+        """Whether the server is the one that `install` set up."""
         return self.home is not None
 
     @property
     def stub(self) -> Path:
-        """The process that runs a model of the embedded one, for this version of Python."""
+        """The program that runs a model of the embedded server with this version of Python."""
         assert self.home is not None
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         stubs = self.home / "pytriton/tritonserver/python_backend_stubs"
         return stubs / version / "triton_python_backend_stub"
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """The environment to start it in: its libraries, libpython, and this Python first.
+        """The environment to start the server in: its libraries, libpython, and this Python first.
 
         Args:
-            folder: a plain path, for links to what the loader is told: it splits at `;` and `:`.
+            folder: a folder with a plain path, for links to the libraries, since the loader splits
+                its list of folders at `;` and `:`.
         """
         environment = {TELEMETRY: "1", **os.environ}
         if self.home is None:
@@ -73,7 +74,7 @@ class Triton:
             (folder / name).symlink_to(target)
         folders = [*(str(folder / name) for name in libraries), environment.get("LD_LIBRARY_PATH")]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
-        # The stub takes the packages of the first python3 on PATH.
+        # The stub takes its packages from the first python3 on PATH.
         programs = [os.path.dirname(sys.executable), environment.get("PATH")]
         environment["PATH"] = os.pathsep.join(filter(None, programs))
         return environment
@@ -89,7 +90,7 @@ def find_triton() -> Triton:
 
     Raises:
         MissingDependencyError: where there is neither.
-        BackendUnavailableError: where the embedded one can't run on this machine.
+        BackendUnavailableError: where the embedded Triton can't run on this machine.
     """
     on_path = shutil.which("tritonserver")
     if on_path is not None:
@@ -132,9 +133,9 @@ def _checked(home: Path) -> Triton:
 
 
 def install() -> Triton:
-    """Set up the embedded Triton, unless it is there.
+    """Set up the embedded Triton, unless it is there already.
 
-    The folder appears whole or not at all, and two installations at a time wait for one another.
+    Its folder appears whole or not at all, and of two installations one waits for the other.
 
     Raises:
         BackendUnavailableError: on a machine that its binary is not made for, and when the

@@ -1,11 +1,11 @@
 """A loss graph as a server takes it: no rank 0, `[N, 1]` for a score a row, no silent broadcast.
 
-A Triton model has no tensor of rank 0, and checks the rows of an input against those of another
-only where it batches. So a served graph has
+A Triton model has no tensor of rank 0, and Triton compares the rows of two inputs only where it
+batches. So a served graph has
 
 * the loss in the shape [1] for `mean` and `sum`, and [N, 1] per sample; `beta` in [1];
-* a guard, `Reshape(target, Shape(input))`: a target of another number of rows is an error, where
-  it would be broadcast. Empty batches pass.
+* a guard, `Reshape(target, Shape(input))`: it makes an error of a target with another number of
+  rows, which would be broadcast otherwise. Empty batches pass.
 
 Inside, nothing changes: the same nodes compute the same number. `loss_part` cuts a loss out again.
 """
@@ -50,7 +50,7 @@ class ServedGraph:
 
     Attributes:
         model: the graph, with its metadata.
-        losses: what it computes; empty for a model that says nothing of itself.
+        losses: the losses that it computes; empty for a model that says nothing of itself.
         unbatched: why the rows of two requests must not go into one batch; None where they may.
     """
 
@@ -122,7 +122,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
 
 
 def read_losses(model: onnx.ModelProto) -> tuple[Loss, ...]:
-    """The losses that `model` says it computes: its spec's, or those that were attached.
+    """The losses that `model` says it computes: that of its spec, or those attached to it.
 
     Raises:
         ArtefactError: when the metadata are damaged.
@@ -151,13 +151,13 @@ def why_unbatched(losses: Iterable[Loss], ports: ModelPorts) -> str | None:
 
 def _rows_alone(ports: ModelPorts) -> str | None:
     for port in ports.inputs:
-        if len(port.dims or ()) == 1:  # its dims in the config would be empty
+        if len(port.dims or ()) == 1:  # in the config its dims would be empty
             return f"the input {port.name} has no axis beside its rows"
     return None
 
 
 class _Editor:
-    """A graph, what is known of its tensors' shapes, and the few edits a server asks for."""
+    """A graph, what is known of its tensors' shapes, and the few edits that a server asks for."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
@@ -175,7 +175,7 @@ class _Editor:
         """The shape of a tensor: sizes, and names of dynamic axes.
 
         Raises:
-            ArtefactError: for a port of unknown rank.
+            ArtefactError: for a tensor of unknown rank.
         """
         dims = self._known(name)
         if dims is None:
@@ -191,13 +191,13 @@ class _Editor:
     def guard(self, tensor: str, like: str) -> None:
         """Make an error of a `tensor` whose rows aren't those of `like`, its declared equal.
 
-        One that is declared to broadcast is left as it is. Names of axes don't count: inference
-        invents them.
+        A tensor that is declared to broadcast is left as it is. Names of axes don't count, since
+        shape inference invents them.
         """
         dims, own = (self._known(name) for name in (like, tensor))
         if tensor == like or dims is None or own is None or _sizes(dims) != _sizes(own):
             return
-        if (tensor, like) in self._guarded:  # another loss compares the same two
+        if (tensor, like) in self._guarded:  # another loss compares the same two tensors
             return
         self._guarded.append((tensor, like))
         nodes = self.model.graph.node
@@ -207,29 +207,29 @@ class _Editor:
         before = sum(other == tensor for other, _ in self._guarded) - 1
         prefix = f"{tensor}/{before}" if before else tensor
         guarded, shape = f"{prefix}/guarded", f"{prefix}/shape"
-        added = [helper.make_node("Shape", [like], [shape], name=shape)]
+        added = [_node("Shape", [like], shape)]
         if sum(isinstance(dim, str) for dim in dims) > 1:
-            # The number of elements alone doesn't tell [4, 6] from [6, 4].
+            # A Reshape looks at the number of elements alone, and takes [4, 6] for [6, 4].
             added += self._equal_or_zero(tensor, shape, prefix)
             shape = added[-1].output[0]
         zero: dict[str, Any] = {"allowzero": 1} if self._opset >= _ALLOWZERO else {}
-        added.append(helper.make_node("Reshape", [tensor, shape], [guarded], name=guarded, **zero))
+        added.append(_node("Reshape", [tensor, shape], guarded, **zero))
         _rename_uses(users, tensor, guarded)
         del nodes[start:]
         nodes.extend([*added, *users])
 
     @staticmethod
     def _equal_or_zero(tensor: str, shape: str, prefix: str) -> list[onnx.NodeProto]:
-        """`shape` where it is `tensor`'s too, and zeros, which fit no element, where it isn't."""
+        """Nodes for `shape` where `tensor` has it too, else for zeros, which no element fits."""
         own, equal, number, every, wanted = (
             f"{prefix}/{what}" for what in ("own", "equal", "number", "every", "wanted")
         )
         return [
-            helper.make_node("Shape", [tensor], [own], name=own),
-            helper.make_node("Equal", [own, shape], [equal], name=equal),
-            helper.make_node("Cast", [equal], [number], name=number, to=TensorProto.INT64),
-            helper.make_node("ReduceMin", [number], [every], name=every, keepdims=1),
-            helper.make_node("Mul", [shape, every], [wanted], name=wanted),
+            _node("Shape", [tensor], own),
+            _node("Equal", [own, shape], equal),
+            _node("Cast", [equal], number, to=TensorProto.INT64),
+            _node("ReduceMin", [number], every, keepdims=1),
+            _node("Mul", [shape, every], wanted),
         ]
 
     def widen_input(self, value: onnx.ValueInfoProto) -> None:
@@ -237,9 +237,8 @@ class _Editor:
         scalar, axes = f"{value.name}/scalar", self._axes(value.name, 0)
         nodes = list(self.model.graph.node)
         _rename_uses(nodes, value.name, scalar)
-        squeeze = helper.make_node("Squeeze", [value.name, axes], [scalar], name=scalar)
         del self.model.graph.node[:]
-        self.model.graph.node.extend([squeeze, *nodes])
+        self.model.graph.node.extend([_node("Squeeze", [value.name, axes], scalar), *nodes])
         restate(value, [1])
 
     def widen_output(self, value: onnx.ValueInfoProto, dims: Shape) -> None:
@@ -249,15 +248,20 @@ class _Editor:
         _rename(nodes, value.name, narrow)
         # A node may be called after its output; two nodes of one name are refused.
         for node in nodes:
-            if node.name == value.name:  # others may be no UTF-8, which can't be written
+            if node.name == value.name:  # another name may be no UTF-8, which can't be written
                 node.name = narrow
-        nodes.append(helper.make_node("Unsqueeze", [narrow, axes], [value.name], name=value.name))
+        nodes.append(_node("Unsqueeze", [narrow, axes], value.name))
         restate(value, [*dims, 1])
 
     def _axes(self, name: str, axis: int) -> str:
         tensor = helper.make_tensor(f"{name}/axes", TensorProto.INT64, [1], [axis])
         self.model.graph.initializer.append(tensor)
         return str(tensor.name)
+
+
+def _node(operator: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
+    """A node that is called after its one output."""
+    return helper.make_node(operator, inputs, [output], name=output, **attributes)
 
 
 def _sizes(dims: Shape) -> list[int]:
@@ -273,18 +277,18 @@ def _rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
 
 
 def _rename(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
-    """Call a tensor of a graph otherwise, where it is made and where it is read."""
+    """Give a tensor of a graph another name, where it is made and where it is read."""
     _rename_uses(nodes, old, new)
     for node in nodes:
         for i, name in enumerate(node.output):
-            if name == old:  # others may be no UTF-8, which can't be written
+            if name == old:  # another name may be no UTF-8, which can't be written
                 node.output[i] = new
 
 
 def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
     """The part of a served graph from prediction and target to the loss, as an artefact.
 
-    `load` and `verify` understand it. An artefact of its own comes back as it is.
+    `load` and `verify` understand it. A model that is a loss by itself comes back as it is.
 
     Raises:
         ArtefactError: when the metadata name tensors that the model doesn't have.

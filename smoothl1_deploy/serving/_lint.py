@@ -1,7 +1,7 @@
-"""The lint of a Triton model repository: this tool's or anyone's.
+"""The lint of a Triton model repository, of this tool or of anyone.
 
-A Triton says what it refuses; the rules here are for what it takes and answers wrongly. They stand
-in docs/serving-repository.md.
+A Triton says what it refuses (`_lint_server`); the rules here are for what it takes and answers
+wrongly. docs/serving-repository.md lists them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ._config import (
 from ._graph import read_losses, why_unbatched
 from ._lint_server import refusals
 
-#: Rule -> what to do; docs/serving-repository.md says what each is about.
+#: Rule -> what to do; docs/serving-repository.md says what each rule is about.
 RULES: Mapping[str, str] = {
     "refused": "mend what it names",
     "no-config": "write one, or let smoothl1-deploy repository write it",
@@ -67,7 +67,7 @@ RULES: Mapping[str, str] = {
     "damaged-certificate": "write a new one with smoothl1-deploy verify --certificate",
 }
 
-#: A rule and what is wrong, with the values.
+#: A rule, and what is wrong, with the values.
 Fault = tuple[str, str]
 
 
@@ -76,8 +76,8 @@ class Finding(Record):
     """One thing that is wrong with a model repository, and what to do about it.
 
     Attributes:
-        model: name of the folder.
-        rule: one of `RULES`.
+        model: the name of the model's folder.
+        rule: a name in `RULES`.
         problem: what is wrong, with the values.
     """
 
@@ -94,14 +94,14 @@ class Finding(Record):
 
 @dataclass(frozen=True, slots=True)
 class LintReport(Record):
-    """What the lint found. True where it found nothing.
+    """What the lint found; it is true where it found nothing.
 
     Attributes:
-        repository: the folder.
+        repository: the folder that was checked.
         models: the names of its models.
-        findings: in the order of the models.
-        certificates: model file, as seen from the repository -> what its certificate says.
-        note: why no Triton was asked what it refuses; empty where one was.
+        findings: what is wrong, in the order of the models.
+        certificates: the path of each model file in the repository -> what its certificate says.
+        note: why no Triton was asked what it refuses; empty where one was asked.
     """
 
     repository: Path
@@ -127,9 +127,9 @@ def lint(
 
     Args:
         repository: a folder of model folders.
-        tensorrt_version: of the server that is to load its plans, as far as it is known; without
-            it the plans are held against each other.
-        server: have a Triton of this machine load the configs, where there is one.
+        tensorrt_version: the version of TensorRT in the server that is to load the plans, as far as
+            it is known; without it the plans are held against each other.
+        server: whether to have a Triton of this machine load the configs, where there is one.
 
     Raises:
         ArtefactError: when there is no such folder, or it holds no model.
@@ -163,12 +163,16 @@ class Visit:
     """One model folder, looked through.
 
     Attributes:
-        config: its message; None where it can't be read.
-        kind: backend, platform and file name that Triton completes it to; None for none it knows.
-        versions: the folders that Triton takes for versions: numbers from 1 on.
-        files: the names of what lies in them.
+        config: the message of its config; None where the config can't be read.
+        kind: the backend, platform and file name that Triton completes the config to; None where
+            Triton knows none.
+        sidecar: what its plan was built with; None without a plan that has a sidecar.
+        certificates: the path of each model file in the repository -> what its certificate says.
+        versions: the folders that Triton takes for versions, whose names are numbers from 1 on.
+        files: the names of what lies in these folders.
         sound: version -> its ONNX file, where that can be read and asks for no operator library
             but this installation's.
+        findings: what is wrong with the model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -202,7 +206,7 @@ class Visit:
         yield from _check_config(config)
         self.kind = kind_of(config, self.files)
         known = config.default_model_filename or (self.kind and self.kind[2])
-        # A plan for each GPU there is may take the place of the one for any.
+        # A model may have a plan for each kind of GPU in the place of one file.
         files = sorted(config.cc_model_filenames.values()) or [known]
         for version in self.versions if config.platform != "ensemble" else ():
             for file in filter(None, files):
@@ -231,7 +235,7 @@ class Visit:
         except ArtefactError as exc:
             yield "bad-model", str(exc)
             return
-        # No CPU server has the provider of an engine, or is to load what nobody has read.
+        # The lint's server lacks the provider of an engine, and must not load an unread library.
         libraries = self.config.model_operations.op_library_filename
         if all(map(is_library, libraries)) and not engines_in(model):
             self.sound[version] = path
@@ -244,7 +248,7 @@ class Visit:
             yield "changed-model", CHANGED
         ports = onnx_ports(model)
         yield from _check_against_file(self.config, ports, losses)
-        # Where Triton batches, it holds the rows of the inputs against each other itself.
+        # Where Triton batches, it compares the rows of the inputs itself.
         several = any(port.dims is not None and port.dims.count(-1) > 1 for port in ports.inputs)
         asked = several or not self.config.max_batch_size
         for target, input in unguarded(model, losses) if asked else ():
@@ -255,7 +259,7 @@ class Visit:
             )
 
     def _check_plan(self, plan: Path) -> Iterator[Fault]:
-        """A plan says nothing by itself, its sidecar does: of one without it nothing is said."""
+        """What speaks against a plan by its sidecar; nothing is told of a plan without one."""
         if not sidecar_path(plan).exists():
             return
         try:
@@ -269,7 +273,7 @@ class Visit:
                 f"{plan.name} was built by {sidecar.flavour} {sidecar.version}, and Triton's "
                 "backend loads plans of tensorrt alone",
             )
-        # The model that it is named after.
+        # The graph of the model that this one is named after.
         origin = self.folder.parent / self.name.removesuffix("_trt") / plan.parent.name / ONNX_FILE
         named = self.name.endswith("_trt") and origin.is_file()
         if named and sha256(origin.read_bytes()) != sidecar.onnx_sha256:
@@ -286,12 +290,12 @@ class Visit:
 
 
 def _check_versions(sidecars: Mapping[str, Sidecar], version: str | None) -> Iterator[Finding]:
-    """Plans that the server's TensorRT can't load: each loads those of its own version.
+    """Plans that the server's TensorRT can't load: a TensorRT loads the plans of its own version.
 
     Args:
-        sidecars: model -> sidecar of its plan.
-        version: of the server's TensorRT, as far as it is known (`"10.13"`); None: the plans are
-            held against each other.
+        sidecars: model -> the sidecar of its plan.
+        version: the version of the server's TensorRT, as far as it is known (`"10.13"`); None holds
+            the plans against each other.
     """
     own = {name: car for name, car in sidecars.items() if car.flavour == "tensorrt"}
     versions = sorted({car.version for car in own.values()})
@@ -307,6 +311,7 @@ def _check_versions(sidecars: Mapping[str, Sidecar], version: str | None) -> Ite
 
 
 def _runs(sidecar: Sidecar, version: str) -> bool:
+    """Whether TensorRT of a version loads the plan of a sidecar."""
     built, server = ([*map(_number, text.split("."))] for text in (sidecar.version, version))
     shared = min(len(built), len(server))
     if built[:shared] == server[:shared]:
@@ -323,7 +328,7 @@ def _number(text: str) -> int:
 
 
 def _check_config(config: Any) -> Iterator[Fault]:
-    """What is wrong with a config by itself."""
+    """What is wrong with a config whatever the model file is."""
     most = max(config.max_batch_size, 1)
     for sample in config.model_warmup:
         if sample.batch_size > most:
@@ -365,7 +370,7 @@ def _check_against_file(
 
 
 def _fed(config: Any) -> Iterator[str]:
-    """The inputs that a server gives a model: its callers', and those that it makes itself."""
+    """The inputs that a server gives a model: those of its callers, and those it makes itself."""
     yield from (port.name for port in config.input)
     yield from (port.name for port in config.sequence_batching.control_input)
     yield from (state.input_name for state in config.sequence_batching.state)
@@ -398,7 +403,7 @@ def _check_port(kind: str, entry: Any, port: TensorPort, batched: bool) -> Itera
             f"the config has the {kind} {entry.name!r} as {given}, the model as {port.data_type}",
         )
     ragged = kind == "input" and (entry.allow_ragged_batch or entry.is_shape_tensor)
-    # A graph without rows is a finding of its own, and Triton refuses what has no dims.
+    # A graph without rows is a finding of its own, and Triton refuses a port without dims.
     if port.dims is None or not entry.dims or ragged or (batched and port.without_rows):
         return
     dims = [*[-1] * batched, *(entry.reshape.shape if entry.HasField("reshape") else entry.dims)]
@@ -414,18 +419,18 @@ def _check_port(kind: str, entry: Any, port: TensorPort, batched: bool) -> Itera
 
 # Is the target of a loss held against the shape of its input?
 
-#: Operators through which a tensor's rows pass as they are.
+#: Operators that leave a tensor's rows as they are.
 _TRANSPARENT = ("Cast", "Identity")
 _GUARDED = (*_TRANSPARENT, "Reshape")
-#: What is made of a difference where it is a distance.
+#: The operators that make a distance of a difference.
 _DISTANCE = ("Abs", "Clip", "Mul", "Pow", "ReduceL1", "ReduceL2", "ReduceSumSquare", "Sign")
 
 
 def unguarded(model: onnx.ModelProto, losses: tuple[Loss, ...]) -> list[tuple[str, str]]:
-    """Pairs (target, input): a target of one row would be broadcast to the rows of the input.
+    """Pairs (target, input) where a target of one row would be broadcast to the input's rows.
 
     Args:
-        model: any.
+        model: any model.
         losses: what its metadata say that it computes; empty for a model of other origin.
     """
     graph = _Graph(inlined(model))
@@ -447,7 +452,7 @@ class _Graph:
         }
 
     def origin(self, tensor: str, through: tuple[str, ...] = _TRANSPARENT) -> str:
-        """The tensor of these rows that comes first."""
+        """The first tensor with the rows of this one."""
         node = self.made_by.get(tensor)
         if node is None or node.op_type not in through:
             return tensor
@@ -464,15 +469,15 @@ class _Graph:
         return found
 
     def alike(self, a: str, b: str) -> bool:
-        """Whether both are declared in one shape that has an axis of rows.
+        """Whether both tensors are declared in one shape that has an axis of rows.
 
-        Names of axes don't count: inference invents them.
+        Names of axes don't count, since shape inference invents them.
         """
         shape = self._shapes.get(a) or [0]
         return shape[0] == -1 and shape == self._shapes.get(b)
 
     def is_guarded(self, tensor: str, like: str) -> bool:
-        """Whether it is reshaped to a shape that is made of the other's."""
+        """Whether a tensor is reshaped to a shape that is made of another's."""
         return any(
             node.op_type == "Reshape"
             and self.origin(node.input[0], _GUARDED) == tensor
@@ -482,6 +487,7 @@ class _Graph:
 
 
 def _known(graph: _Graph, losses: tuple[Loss, ...]) -> Iterator[tuple[str, str]]:
+    """The unguarded pairs of the losses that a model says it computes."""
     for loss in losses:
         input = loss.inputs["input"]
         sources = graph.ancestors(input)
@@ -496,6 +502,7 @@ def _known(graph: _Graph, losses: tuple[Loss, ...]) -> Iterator[tuple[str, str]]
 
 
 def _recognised(graph: _Graph) -> Iterator[tuple[str, str]]:
+    """The unguarded pairs of inputs whose difference a graph makes into a distance."""
     for node in graph.nodes:
         if node.op_type != "Sub":
             continue

@@ -2,8 +2,8 @@
 
 Nothing of the repository runs. The server gets a mirror of it in a private folder, under names of
 ours, since its Python backend hands paths to a shell. In the place of what is code (a backend, a
-plan, an operator library, an agent, an environment) stands `stand_in`; an ONNX file is written as
-it was read without trust. The library of `ops` is named as it lies in this installation.
+plan, an operator library, an agent, an environment) stands `_stand_in`, and an ONNX file is written
+anew after it was read without trust. Of operator libraries only this installation's is named.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ if TYPE_CHECKING:
 
 _POLL_FAILED = re.compile(r"Poll failed for model directory '(.+?)': (.*?)\"?$", re.MULTILINE)
 
-#: Fields that have code run or files written, name the model's file, or are newer than Triton 2.51.
+#: The fields of a config that have code run or files written, that name the model's file, or that
+#: are newer than Triton 2.51.
 _LEFT_OUT = (
     *("runtime", "parameters", "optimization", "model_repository_agents", "model_operations"),
     *("default_model_filename", "cc_model_filenames", "model_transaction_policy", "model_metrics"),
 )
 
-#: The bytes that a server may take beside what the models weigh: a warm-up can ask for any.
+#: The bytes that a server may take beside what the models weigh: a warm-up can ask for any number.
 _MEMORY = 4 << 30
-_SECONDS = 60.0  # for one model
+_SECONDS = 60.0  # how long the server may take to load one model
 
 
 def refusals(visits: Iterable[Visit]) -> tuple[dict[str, str], str]:
-    """The models that Triton refuses, each with its words, and why it wasn't asked where it wasn't.
+    """The models that Triton refuses, each with its words, and why it was not asked if it was not.
 
     Args:
         visits: the models whose configs can be read.
@@ -63,13 +64,13 @@ def refusals(visits: Iterable[Visit]) -> tuple[dict[str, str], str]:
 
 
 class _Mirror:
-    """A repository of ours that is to a server's config check what the stranger's is."""
+    """A repository of ours in whose configs a server finds the faults that the stranger's have."""
 
     def __init__(self, folder: Path, triton: Triton) -> None:
         self._root, self._log = folder / "models", folder / "triton.log"
         self._triton = triton
         self._token = f"x{secrets.token_hex(6)}-"
-        self._names = {"": ""}  # of the stranger's -> ours
+        self._names = {"": ""}  # the stranger's name -> ours
 
     def ask(self, visits: Iterable[Visit]) -> tuple[dict[str, str], str]:
         """What `refusals` gives.
@@ -81,7 +82,7 @@ class _Mirror:
         (own / "1").mkdir(parents=True)
         shutil.copy(stand_in.__file__, own / "1" / "model.py")
         (own / CONFIG_FILE).write_text('backend: "python"')
-        # A model of our own goes first, ensembles come after their steps.
+        # A model of our own goes first, and ensembles come after their steps.
         ordered = sorted(visits, key=lambda visit: bool(visit.config.platform == "ensemble"))
         names = [own.name, *map(self._add, ordered)]
         refused: dict[str, str] = {}
@@ -98,13 +99,13 @@ class _Mirror:
                     except ArtefactError as exc:
                         refused[name] = str(exc).partition(f"{name!r}: ")[2].rstrip(";")
                     except ServerError:
-                        if asked:  # it may be the one before: a new server tells
+                        if asked:  # the model before may be the cause: a new server tells
                             break
                         refused[name] = "nothing, and crashes or hangs while it loads this"
                     names.remove(name)
             finally:
                 server.stop(at_once=True)
-        # What fails before it is loaded stands in the log alone.
+        # Of a model that fails before it is loaded, the log alone says why.
         logged = _POLL_FAILED.findall(self._log.read_text(errors="replace"))
         refused |= {name: words for name, words in logged if name in refused}
         if own.name in refused:
@@ -112,29 +113,29 @@ class _Mirror:
         return {self._shown(n): f"Triton says: {self._shown(w)}" for n, w in refused.items()}, ""
 
     def _ours(self, given: str) -> str:
-        """A name that is safe in a path, always the same for the same one."""
+        """A name that is safe in a path, always the same for the same given name."""
         return self._names.setdefault(given, f"{self._token}{len(self._names):06}")
 
     def _shown(self, text: str) -> str:
-        """A text of the server's, with the names as the repository has them."""
+        """A text of the server, with the names as the repository has them."""
         text = text.replace(f"{self._root}/", "")
         for given, ours in self._names.items():
             text = text.replace(ours, given) if ours else text
         return text
 
     def _add(self, visit: Visit) -> str:
-        """The model's name in the mirror."""
+        """Add a model to the mirror; gives its name there."""
         folder = self._root / self._ours(visit.name)
         folder.mkdir()
         config = self._config(visit, folder)
         (folder / CONFIG_FILE).write_bytes(dump_config(config))
         for version in visit.versions:
-            place = folder / version.name
-            place.mkdir()
+            mirrored = folder / version.name
+            mirrored.mkdir()
             if config.backend == "python":
-                shutil.copy(stand_in.__file__, place / "model.py")
+                shutil.copy(stand_in.__file__, mirrored / "model.py")
             if version in visit.sound:
-                onnx.save(read_model(visit.sound[version]), place / ONNX_FILE)
+                onnx.save(read_model(visit.sound[version]), mirrored / ONNX_FILE)
         return folder.name
 
     def _config(self, visit: Visit, folder: Path) -> Any:
@@ -154,22 +155,23 @@ class _Mirror:
         self._link_files(visit, config, folder)
         if config.platform == "ensemble":
             return config
-        # An instance group is kept only if it is wrong on any machine: this one may have no GPU.
+        # An instance group is kept only if it is wrong even on a machine with GPUs: if it names some
+        # and is of KIND_CPU or KIND_MODEL, 2 and 3.
         groups = [group for group in config.instance_group if group.gpus and group.kind > 1]
         config.ClearField("instance_group")
-        config.instance_group.extend(groups[:1])  # 2 and 3 are KIND_CPU and KIND_MODEL
+        config.instance_group.extend(groups[:1])
         custom = config.backend not in BACKENDS and (config.backend or "." in visit.name)
         if (visit.kind or custom) and (self._triton.embedded or not visit.sound):
             config.backend = "python"
-            # A TensorRT model may have inputs that others may not, told by its platform.
+            # By its platform Triton knows a TensorRT model, which may have inputs of more kinds.
             config.platform = config.platform or (visit.kind[1] if visit.kind else "")
-        return config  # without a backend that anyone knows Triton refuses it
+        return config  # a config without a backend that anyone knows is one that Triton refuses
 
     def _link_files(self, visit: Visit, config: Any, folder: Path) -> None:
-        """Files beside a config are named by links of ours, which are there where the files are."""
+        """Name the files beside a config by links of ours, which are there where the files are."""
         warm = (i for sample in config.model_warmup for i in sample.inputs.values())
         starts = (i for state in config.sequence_batching.state for i in state.initial_state)
-        for place, field, messages in (
+        for beside, field, messages in (
             ("", "label_filename", config.output),
             ("warmup", "input_data_file", warm),
             ("initial_state", "data_file", starts),
@@ -178,14 +180,15 @@ class _Mirror:
                 given = getattr(message, field)
                 if given:
                     setattr(message, field, self._ours(given))
-                    link, source = folder / place / self._ours(given), visit.folder / place / given
+                    link = folder / beside / self._ours(given)
+                    source = visit.folder / beside / given
                     if os.path.isfile(source) and not os.path.lexists(link):
                         link.parent.mkdir(exist_ok=True)
                         link.symlink_to(os.path.abspath(source))
 
 
 def _load(server: Server, name: str) -> None:
-    """`Server.load`, but it ends within the time, and at once where the server crashes over it."""
+    """Load a model, within the time that it may take; at once where the server crashes over it."""
     with ThreadPoolExecutor(1) as pool:
         loading, end = pool.submit(server.load, name), time.monotonic() + _SECONDS
         try:
@@ -193,7 +196,7 @@ def _load(server: Server, name: str) -> None:
                 if wait([loading], 0.1).done:
                     break
         finally:
-            if not loading.done():  # its children keep the connection of a dead one open
+            if not loading.done():  # the children of a dead server keep its connection open
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(server.pid, signal.SIGKILL)
     loading.result()

@@ -1,13 +1,13 @@
 """A backend `onnxruntime` for the embedded Triton, which brings only the `python` backend.
 
-The server copies this file, as `onnxruntime/model.py`, into the backend directory: a
-*python-based backend*, which makes `platform: "onnxruntime_onnx"` with `1/model.onnx` load
-unchanged. It runs inside Triton's stub process, where this package need not be importable: it
-imports numpy and onnxruntime. The library of `smoothl1_deploy.ops` is copied beside it, the only
-one that it registers.
+`serve` copies this file, as `onnxruntime/model.py`, into the server's folder of backends: so it is
+a *python-based backend*, with which `platform: "onnxruntime_onnx"` and `1/model.onnx` load
+unchanged. It runs inside Triton's stub process, where this package need not be importable, and
+imports numpy and onnxruntime alone. The library of `smoothl1_deploy.ops` is copied beside it, and
+is the only library that it registers.
 
 Tensors go both ways by DLPack and ONNX Runtime's own values, because `as_numpy()` of this stub,
-built against numpy 1, gives wrong values with numpy 2 and no error.
+which was built against numpy 1, gives wrong values with numpy 2 and no error.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from typing import Any
 
 import numpy as np
 
-#: What the library of operators is called beside this file.
+#: The name of the library of operators beside this file.
 OPERATORS = "operators.so"
 #: The environment variable that has the losses counted; see `LossMetrics`.
 COUNT_LOSSES = "SMOOTHL1_DEPLOY_COUNT_LOSSES"
 #: The request id of a canary, whose losses are not counted.
 CANARY_ID = "smoothl1-deploy-canary"
-#: Upper bounds of the buckets of losses; one without bound comes after them.
+#: Upper bounds of the buckets of losses; a bucket without a bound comes after them.
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
-_LOSSES = ("loss", "score")  # the outputs that are losses, by their names
-_PERIOD = 1.0  # seconds between two messages of the counters; each costs one to the server
+_LOSSES = ("loss", "score")  # the names of the outputs that are losses
+_PERIOD = 1.0  # seconds between two rounds of the counters, each of which sends the server messages
 
-#: Triton's data types that are served -> ONNX Runtime's.
+#: The data types that are served: Triton's name -> ONNX Runtime's.
 _TYPES = {
     "TYPE_FP16": "tensor(float16)",
     "TYPE_BF16": "tensor(bfloat16)",
@@ -47,10 +47,10 @@ _TYPES = {
 
 
 class TritonPythonModel:
-    """One instance of a model; the names of class and methods are those Triton calls."""
+    """One instance of a model; Triton calls the class and the methods by these names."""
 
     def initialize(self, args: dict[str, Any]) -> None:
-        """Open the session, after the config was held against the graph as the C++ backend does."""
+        """Open the session, and hold the config against the graph as the C++ backend does."""
         self._pb = importlib.import_module("triton_python_backend_utils")
         self._ort = importlib.import_module("onnxruntime")
         config = json.loads(args["model_config"])
@@ -74,7 +74,7 @@ class TritonPythonModel:
             raise self._pb.TritonModelException(
                 f"the graph needs the inputs {absent}, which config.pbtxt doesn't have"
             )
-        # numpy has no bfloat16 to stack: such requests are computed one by one.
+        # numpy can't stack bfloat16, so requests with it are computed one by one.
         dtypes = {*given.values(), *self._outputs.values()}
         self._stacks = self._batches and "TYPE_BF16" not in dtypes
         self._metrics: LossMetrics | None = None
@@ -82,7 +82,7 @@ class TritonPythonModel:
             self._metrics = LossMetrics(self._pb, args["model_name"], str(args["model_version"]))
 
     def _operators(self, path: str) -> str:
-        """The server's copy of the library that a config names: it is run, and no other."""
+        """The server's copy of the library that a config names; no other library is run."""
         own = os.path.join(os.path.dirname(__file__), OPERATORS)
         with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in the name
             if filecmp.cmp(path, own, shallow=False):
@@ -94,7 +94,7 @@ class TritonPythonModel:
         )
 
     def _checked(self, ports: Any, values: Any, kind: str) -> dict[str, str]:
-        """Name -> Triton dtype of the config's ports, each held against the graph's."""
+        """Name -> Triton's data type of the config's ports, after a comparison with the graph's."""
         known = {value.name: value for value in values}
         for port in ports:
             name, dtype = port["name"], port["data_type"]
@@ -124,7 +124,7 @@ class TritonPythonModel:
         feeds = [{t.name(): load(t.to_dlpack()) for t in one.inputs()} for one in requests]
         answers = None
         if self._stacks and len(feeds) > 1:
-            with contextlib.suppress(Exception):  # one of them is wrong: each is tried alone
+            with contextlib.suppress(Exception):  # a request is wrong: each is tried alone
                 answers = self._stacked(feeds)
         answers = answers or [self._answer(feed) for feed in feeds]
         if self._metrics is not None:
@@ -139,7 +139,7 @@ class TritonPythonModel:
         return dict(zip(names, self._session.run_with_ort_values(names, feeds), strict=True))
 
     def _answer(self, feeds: dict[str, Any]) -> Any:
-        """The outputs, or why there are none."""
+        """The outputs, or the exception that says why there are none."""
         try:
             return self._run(feeds)
         except Exception as exc:  # pybind raises a class of its own for each status code
@@ -175,14 +175,14 @@ class TritonPythonModel:
 class LossMetrics:
     """The distribution of the losses that a model gave, as a histogram on the server's `/metrics`.
 
-    This Triton has counters and no histograms for backends, so the buckets are counters with
+    This Triton has counters and no histograms for backends. So the buckets are counters with
     Prometheus' label `le`, which is what a histogram is on the wire. The server is told at most
     once a second.
 
     Args:
         pb: Triton's `triton_python_backend_utils`.
-        model: the labels `model` and `version`.
-        version: likewise.
+        model: the name of the model, for the label `model`.
+        version: its version, for the label `version`.
     """
 
     def __init__(self, pb: Any, model: str, version: str) -> None:
@@ -217,7 +217,7 @@ class LossMetrics:
             self._pending += np.array([*below, number, total, number, len(values) - number])
 
     def tell(self) -> None:
-        """Pass on what was counted, if the last time is long enough ago."""
+        """Tell the server what was counted, if it was told long enough ago."""
         now = time.monotonic()
         if now - self._told < _PERIOD:
             return
@@ -230,7 +230,7 @@ class LossMetrics:
 
 def _numbers(value: Any) -> Any:
     """The numbers of an OrtValue, as float64."""
-    if value.data_type() == "tensor(bfloat16)":  # its bits are the upper half of a float32's
+    if value.data_type() == "tensor(bfloat16)":  # bits that are the upper half of a float32's
         data = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
         bits = np.frombuffer(data, np.uint16)
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)

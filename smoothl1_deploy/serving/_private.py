@@ -1,9 +1,9 @@
 """What a Triton sees: a private folder, and in it a mirror of a repository, under plain names.
 
-Triton's Python backend hands paths to a shell, unquoted: a folder called `$(command)` would run it,
-and one with a space is never found. So no path of the user's reaches it. And since the mirror is
-made of links, a model is loaded anew, or a version withheld, by files alone: over the network
-nobody needs to be let in for that.
+Triton's Python backend hands paths to a shell, unquoted: a folder called `$(command)` would run the
+command, and a folder with a space is never found. So no path of the user's reaches it. And since
+the mirror is made of links, a model is loaded anew, or a version withheld, by files alone: nobody
+needs to be let in over the network for that.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from ..errors import ArtefactError, OutputError, reason_of
 from ._config import CONFIG_FILE, read_config
 
-#: The beginning of a private folder's name. It is none that older versions of this package used:
-#: their folders have no lock, and would look as if nobody had them.
+#: The beginning of a private folder's name. Older versions of this package used another, since
+#: their folders have no lock, and would look as if nobody used them.
 _PREFIX = "smoothl1-deploy-triton-"
 
 #: A file of ours in a model's folder; Triton loads a model anew when its time changes.
@@ -33,7 +33,7 @@ Stamp = tuple[tuple[str, int, int, int], ...]
 
 
 def is_plain(text: str) -> bool:
-    """Whether a shell takes a text for one word of itself."""
+    """Whether a shell takes a text for one word that stands for itself."""
     return shlex.quote(text) == text
 
 
@@ -41,10 +41,10 @@ def _plain_folder(longest: int) -> Path:
     """The folder for temporary files, or else another one whose path is plain.
 
     Raises:
-        OutputError: where there is none of `longest` characters at most.
+        OutputError: where no such path has `longest` characters at most.
     """
     for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
-        # Lists of paths are split at a colon.
+        # A colon would split a list of paths.
         plain = is_plain(folder) and ":" not in folder and len(folder) <= longest
         if plain and os.access(folder, os.W_OK | os.X_OK):
             return Path(folder)
@@ -55,18 +55,19 @@ def _plain_folder(longest: int) -> Path:
 
 
 class PrivateFolder:
-    """A folder that no other user can enter: made by `make`, or as a context manager.
+    """A folder that no other user can enter, made by `make` or as a context manager.
 
     Args:
-        with_socket: whether there will be a socket in it, whose path can't be long.
+        with_socket: whether it will hold a socket, whose path can't be long.
 
     Attributes:
-        path: where it is, or will be.
+        path: the path of the folder, before it is made too.
         shared_memory: what the names of its server's shared memory begin with.
     """
 
     def __init__(self, with_socket: bool = False) -> None:
-        # Named before it is made: Ctrl-C within mkdtemp would leave a folder that nobody knows.
+        # It has its name before it is made: Ctrl-C within mkdtemp would leave a folder that nobody
+        # knows.
         name = f"{_PREFIX}{secrets.token_hex(6)}"
         self.path = _plain_folder(60 if with_socket else 4000) / name
         self.shared_memory = _shared_memory(self.path)
@@ -80,12 +81,12 @@ class PrivateFolder:
         self.remove()
 
     def make(self) -> None:
-        """Make it, and remove those whose owner was killed."""
+        """Make the folder, and remove the private folders whose owners were killed."""
         for path in self.path.parent.glob(f"{_PREFIX}*"):
             _remove_if_left(path)
         while True:
             self.path.mkdir(mode=0o700)
-            # Until it is locked, another server may take it for one that was left.
+            # Until the folder is locked, another server may take it for one that was left.
             with contextlib.suppress(FileNotFoundError):
                 self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -94,7 +95,7 @@ class PrivateFolder:
                 os.close(self._lock)
 
     def remove(self) -> None:
-        """Remove it, and the shared memory of its server; may be called twice."""
+        """Remove the folder and the shared memory of its server; it may be called twice."""
         _remove(self.path)
         lock, self._lock = self._lock, None
         if lock is not None:
@@ -106,11 +107,11 @@ def _shared_memory(folder: Path) -> str:
 
 
 def _remove_if_left(path: Path) -> None:
-    """Remove a private folder of this user's that nobody has locked: a lock ends with its owner."""
+    """Remove a private folder of this user that nobody has locked: a lock ends with its owner."""
     try:
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
-        return  # gone, another user's, or none
+        return  # the folder is gone or another user's, or it is no folder
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(lock).st_uid == os.geteuid():
@@ -133,11 +134,11 @@ def _remove(path: Path) -> None:
 def models_of(
     repository: Path, chosen: Iterable[str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """The models of a repository that a server may be shown, and why it may not see others.
+    """The models of a repository that a server may be shown, and why it may not see the others.
 
     Args:
-        repository: its folder.
-        chosen: names; all by default.
+        repository: the folder of the models.
+        chosen: the names of the models to show; all by default.
 
     Raises:
         ArtefactError: when there is no model, or a chosen one can't be shown.
@@ -174,13 +175,13 @@ def models_of(
 
 
 def _why_not(folder: Path) -> str:
-    """Why a server must not see a model; empty where it may."""
+    """Why a server must not see the model of a folder; empty where it may."""
     try:
         config = read_config((folder / CONFIG_FILE).read_bytes())
     except (ArtefactError, OSError) as exc:
         reason = reason_of(exc) if isinstance(exc, OSError) else exc
         return f"can't read {folder / CONFIG_FILE}: {reason}"
-    # What the Python backend puts into its command line, beside paths.
+    # These are what the Python backend puts into its command line, beside paths.
     words = [folder.name, config.default_model_filename, *config.cc_model_filenames.values()]
     for word in (*words, *(group.name for group in config.instance_group)):
         if not is_plain(word or "empty"):
@@ -192,9 +193,9 @@ class Mirror:
     """The mirror of one repository.
 
     Args:
-        repository: the real one; it is only read.
-        folder: where; it is made.
-        models: the names of those to show.
+        repository: the folder of the real models, which is only read.
+        folder: the folder of the mirror, which is made.
+        models: the names of the models to show.
     """
 
     def __init__(self, repository: Path, folder: Path, models: Iterable[str]) -> None:
@@ -209,29 +210,29 @@ class Mirror:
         self.update()
 
     def update(self) -> None:
-        """Show what came to the models, and withheld versions whose files have changed."""
+        """Show what has come to the models, and the withheld versions whose files have changed."""
         for (name, version), stamp in list(self._withheld.items()):
             if self.stamp(name, version) != stamp:
                 del self._withheld[name, version]
         for name in self._models:
-            place = self.folder / name
-            with contextlib.suppress(OSError):  # the user changes it at this moment
+            mirrored = self.folder / name
+            with contextlib.suppress(OSError):  # the user may change the model at this moment
                 wanted = {
                     entry.name: entry
                     for entry in (self._repository / name).glob("[!.]*")
                     if (name, entry.name) not in self._withheld
                 }
-                there = {*os.listdir(place)} - {_ANEW}
+                there = {*os.listdir(mirrored)} - {_ANEW}
                 for old in there - wanted.keys():
-                    (place / old).unlink()
+                    (mirrored / old).unlink()
                 for new in wanted.keys() - there:
-                    (place / new).symlink_to(wanted[new])
+                    (mirrored / new).symlink_to(wanted[new])
 
     def withhold(self, name: str, version: str) -> bool:
         """Take a version out of sight until its files change.
 
         Returns:
-            False where the model has no other one: it stays.
+            False where the model has no other version: then this one stays.
         """
         others = [path for path in (self.folder / name).glob("[1-9]*") if path.name != version]
         if others:
@@ -259,7 +260,7 @@ class Mirror:
         folder = self._repository / name / version
         found = []
         for path in sorted(folder.rglob("*")):
-            with contextlib.suppress(OSError):  # removed meanwhile
+            with contextlib.suppress(OSError):  # the file may be removed meanwhile
                 status = path.stat()
                 found.append((str(path), status.st_ino, status.st_mtime_ns, status.st_size))
         return tuple(found)

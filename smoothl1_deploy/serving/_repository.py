@@ -47,7 +47,7 @@ from ._config import (
 )
 from ._graph import ServedGraph, loss_part, read_losses, serve
 
-#: Rows that Triton may put into one batch where nothing else is said.
+#: How many rows Triton may put into one batch where nothing else is said.
 MAX_BATCH_SIZE = 64
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -58,15 +58,15 @@ _STORAGE_URI = re.compile(r"[a-z][a-z0-9+.-]*://\S+")
 
 @dataclass(frozen=True, slots=True)
 class ServedModel(Record):
-    """A model that was written.
+    """A model that was written into a repository.
 
     Attributes:
-        name: of the model, which is that of its folder.
+        name: the name of the model and of its folder.
         folder: `<repository>/<name>`.
-        file: the model file in it.
-        platform: Triton's.
-        max_batch_size: 0 where requests are not batched together.
-        unbatched: why they must not be; None where they may.
+        file: the model file in the folder.
+        platform: Triton's word for the kind of the model file.
+        max_batch_size: how many rows of requests are batched together; 0 where none are.
+        unbatched: why rows must not be batched; None where they may.
     """
 
     name: str
@@ -92,23 +92,33 @@ def write_loss(
     """Write a loss of its own as a served model.
 
     Args:
-        repository: the folder; made where it is missing.
-        spec: what to compute.
-        shape: of input and target: a name for the rows first, as in `("N", 16)`.
-        route: as of `export`; by default `"inlined"`, plain ONNX, which any server reads, and
-            `"function"` with `ops`.
-        name: of the model; the spec's by default.
-        max_batch_size: rows that Triton may batch; by default 64 where the rows are independent
+        repository: the folder of the models, which is made where it is missing.
+        spec: the loss to compute.
+        shape: the shape of input and target, a name for the rows first, as in `("N", 16)`.
+        route: a route of `export`; by default `"inlined"`, plain ONNX, which any server reads, and
+            with `ops` `"function"`.
+        name: the name of the model; the spec's by default.
+        max_batch_size: how many rows Triton may batch; by default 64 where the rows are independent
             (`none` and per sample) and 0 where they are not.
         engine: a TensorRT engine of this served graph, for a second model `<name>_trt`.
-        ops: have the server run the loss by this installation's library of operators, which it
-            must find at the same path.
-        overwrite: replace a model of that name.
+        ops: whether the server is to run the loss by this installation's library of operators,
+            which it must find at the same path.
+        overwrite: whether to replace a model of that name.
+
+    Example:
+        >>> import tempfile
+        >>> from smoothl1_deploy import LossSpec
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (written,) = write_loss(folder, LossSpec(per_sample=True), ("N", 16), name="score")
+        ...     sorted(str(path.relative_to(folder)) for path in written.folder.rglob("*.*"))
+        ['score/1/model.onnx', 'score/config.pbtxt']
+        >>> written.max_batch_size, written.unbatched
+        (64, None)
 
     Raises:
         SpecError: on a shape or a max_batch_size that makes no sense, and on a graph in which the
             operators have nothing to run.
-        BackendUnavailableError: for `ops` where they were not built.
+        BackendUnavailableError: for `ops` where the operators were not built.
         ArtefactError: when the engine is not what its sidecar says, or is of another graph.
         UnsupportedError: for an engine that Triton can't load.
         OutputError: when the model is there already, or the folder can't be written.
@@ -151,9 +161,17 @@ def write_model(
 ) -> tuple[ServedModel, ...]:
     """Write a model, such as one with a loss attached, as a served model.
 
-    Args and errors are those of `write_loss`; the name is that of the file by default. One that
-    something else has changed since it was exported is written with a `ModelWarning`, and
-    stays known as changed.
+    Args and errors are those of `write_loss`; by default the model has the name of the file. A
+    model that something else has changed since it was exported is written with a `ModelWarning`,
+    and stays known as changed.
+
+    Example:
+        >>> import tempfile
+        >>> from smoothl1_deploy import LossSpec, export
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (written,) = write_model(folder, export(LossSpec(), shape=("N", 16)), name="mean")
+        >>> written.max_batch_size, written.unbatched.split(":")[0]
+        (0, 'loss is a mean over all rows of a batch')
     """
     given = model if isinstance(model, (str, os.PathLike)) else None
     read = read_model(model)
@@ -175,7 +193,7 @@ def write_model(
     staged: dict[str, dict[str, bytes]] = {}
 
     def stage(config: Any, files: dict[str, bytes]) -> None:
-        """Take a model's config and the files of its version, the model file first."""
+        """Note a model by its config and the files of its version, the model file first."""
         version = {f"1/{file}": content for file, content in files.items()}
         staged[config.name] = {CONFIG_FILE: dump_config(config), **version}
         folder, reason = root / config.name, served.unbatched
@@ -257,21 +275,21 @@ def _write_folders(root: Path, folders: dict[str, dict[str, bytes]], overwrite: 
         ) from exc
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        for folder in made:  # those of a write that failed are empty
+        for folder in made:  # only those of a write that failed are empty
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
-def _swap(new: Path, place: Path) -> None:
-    """Put a folder in the place of another, which comes back if that fails."""
+def _swap(new: Path, target: Path) -> None:
+    """Rename a folder to a path, and bring back the folder that was there if that fails."""
     old = new.with_name(f"{new.name}.old")
-    if place.exists():
-        os.replace(place, old)
+    if target.exists():
+        os.replace(target, old)
     try:
-        os.replace(new, place)
+        os.replace(new, target)
     except OSError:
         if old.exists():
-            os.replace(old, place)
+            os.replace(old, target)
         raise
 
 
@@ -282,7 +300,7 @@ def only_loss(model: ModelSource) -> Loss:
     """The one loss of a model.
 
     Raises:
-        ArtefactError: when it has none, or several, which one certificate can't vouch for.
+        ArtefactError: when it has no loss, or several, for which no one certificate can vouch.
     """
     losses = read_losses(read_model(model))
     if len(losses) != 1:
@@ -297,11 +315,27 @@ def certify_model(path: str | os.PathLike[str], *, drift: bool = True) -> tuple[
     """Verify a served model and write its certificate beside it, green or red.
 
     Of a model with a loss attached, the loss is verified, from prediction and target to its
-    output: what the rest of the model computes, nothing here can judge.
+    output: nothing here can judge what the rest of the model computes.
+
+    Args:
+        path: the model file.
+        drift: whether to look for an error that grows with the size too, as `verify` does.
+
+    Returns:
+        What was found, and the path of the certificate.
 
     Raises:
         ArtefactError: when the file is no model with one loss.
         MissingDependencyError: without torch or ONNX Runtime.
+
+    Example:
+        >>> import tempfile
+        >>> from smoothl1_deploy import LossSpec
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     (written,) = write_loss(folder, LossSpec(), name="mean")
+        ...     found, certificate = certify_model(written.file, drift=False)
+        >>> bool(found), certificate.name
+        (True, 'model.onnx.certificate.json')
     """
     model = read_model(path)
     loss = only_loss(model)

@@ -1,4 +1,4 @@
-"""One running Triton: started on the mirror of a repository, and ended with nothing left."""
+"""One running Triton: started on the mirror of a repository, and ended with nothing left of it."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ _RESTRICTED = "model-repository,shared-memory,statistics,trace,logging"
 #: A header that no request can have: neither protocol takes a line feed in one.
 _CLOSED = "(none opens it without serve --admin-key)\n=\n"
 
-_SILENT_SECONDS = 120.0  # how long it may load its models without a word
-_EXIT_SECONDS = 3  # how long it waits for requests in flight when it ends
-_LOAD_SECONDS = 120.0
+_SILENT_SECONDS = 120.0  # how long the server may load its models without a word in its log
+_EXIT_SECONDS = 3  # how long the server waits for requests in flight when it ends
+LOAD_SECONDS = 120.0  # how long the server may take to load one model
 
-#: The stack of every thread of the server, which reads JSON by recursion and lists the chunks
-#: of a body on it: with the usual 8 MiB a request of 7.8 MB ends the server (bench/NOTES.md).
+#: The stack of every thread of the server. On it the server reads JSON by recursion and lists the
+#: chunks of a body: with the usual 8 MiB a request of 7.8 MB ends the server (bench/NOTES.md).
 STACK_BYTES = 256 << 20
 
 #: A program that becomes Triton, with that stack. Where a parent is named, Triton ends with it;
-#: source: prctl(2), PR_SET_PDEATHSIG. The signal of a parent that has ended already never comes.
+#: source: prctl(2), PR_SET_PDEATHSIG. The signal of a parent that has ended already never comes,
+#: so the program looks whether its parent is still the one that is named.
 _BECOME = (
     "import ctypes, os, resource, sys\n"
     "parent, soft, hard, *command = sys.argv[1:]\n"
@@ -57,7 +58,6 @@ _BECOME = (
     "if parent != '0': ctypes.CDLL(None).prctl(1, 15)\n"
     "if parent in ('0', str(os.getppid())): os.execv(command[0], command)\n"
 )
-
 
 _LOADED = re.compile(r"\bsuccessfully loaded '(?P<model>[^']+)'")
 #: Source: model_repository_manager.cc and model_lifecycle.cc of Triton 2.51.
@@ -87,11 +87,12 @@ class Addresses:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What the server said of a model: that it was loaded, or why not.
+    """What the server said of a model: that it was loaded, or why it was not.
 
     Attributes:
-        version: the one that was refused; empty where it is none alone.
-        reason: the server's; empty for one that was loaded.
+        model: the name of the model.
+        version: the version that was refused; empty where the whole model was.
+        reason: the server's reason; empty for a model that was loaded.
     """
 
     model: str
@@ -100,10 +101,10 @@ class Said:
 
 
 class TritonLog:
-    """What one server says of its models in its log: no API tells why one was refused.
+    """What one server says of its models in its log: no API tells why a model was refused.
 
     Args:
-        path: it need not be there yet; what stands in it already is another server's.
+        path: the file, which need not be there yet; what it holds already is an earlier server's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -142,7 +143,7 @@ def _said(line: str) -> Said | None:
 
 
 def _one_line(text: str) -> str:
-    """A text of the server's without the call stack of the Python backend."""
+    """A text of the server, without the call stack that its Python backend adds."""
     text = re.split(r"(?:\\n|\n){2}At:", text)[0].replace("\\n", " ").removesuffix('"')
     return " ".join(text.split())
 
@@ -154,27 +155,28 @@ class Server:
 
     Args:
         repository: the folder of the models.
-        triton: None takes the one `find_triton` finds.
-        models: the names of those to serve; all that can be by default.
-        ports: of `http`, `grpc` and `metrics`; 0 or absent is a free one.
+        triton: what to start; None takes what `find_triton` finds.
+        models: the names of the models to serve; by default all that can be.
+        ports: the ports of `http`, `grpc` and `metrics`; 0 or none is a free one.
         host: the name or address to listen on.
         log: the file that the server's own log is appended to; None throws it away at the end.
-        admin_key: what opens the restricted APIs (header `admin-key`); without one nothing does.
+        admin_key: what opens the restricted APIs (header `admin-key`); without a key nothing does.
             Triton takes it on its command line alone, where every user of the machine can read it.
-        loading: whether whoever has the key may load and unload models, files of theirs among them,
+        loading: whether who has the key may load and unload models, files of their own among them,
             which is to run code. New versions are then loaded on request only.
-        private: for this process alone: gRPC listens on a socket that no other user can reach, and
-            a model is there when `load` has loaded it. The repository's path must be plain.
+        private: whether the server is for this process alone: gRPC then listens on a socket that no
+            other user can reach, and a model is served once `load` has loaded it. The repository's
+            path must be plain.
         loss_metrics: have the embedded server count losses; see `onnxruntime_backend.LossMetrics`.
             In a soak with it the server once ended with a segmentation fault while a model was
             loaded under load.
 
     Attributes:
-        models: the names of those it serves.
-        left_out: name -> why it doesn't serve that one.
-        host: the address it listens on.
-        mirror: what it sees of the repository, once it was started.
-        log: what it says, likewise.
+        models: the names of the models that it serves.
+        left_out: the name of each other model -> why it isn't served.
+        host: the address that the server listens on.
+        mirror: what the server sees of the repository, once it was started.
+        log: what the server says, once it was started.
 
     Raises:
         ArtefactError: for no folder, and as `models_of`.
@@ -224,7 +226,7 @@ class Server:
 
     @property
     def addresses(self) -> Addresses:
-        """Where it listens, once it was started."""
+        """Where the server listens, once it was started."""
         assert self._addresses is not None, "the server was not started"
         return self._addresses
 
@@ -240,7 +242,7 @@ class Server:
         return None if self._process is None else self._process.poll()
 
     def warnings(self) -> Iterator[str]:
-        """What somebody who starts it should know."""
+        """What somebody who starts the server should know."""
         if not ipaddress.ip_address(self.host).is_loopback:
             yield f"it listens on {self.host}: whoever can reach this machine can ask its models"
         if self.admin_key is not None:
@@ -252,11 +254,11 @@ class Server:
             )
 
     def start(self) -> None:
-        """Start it, and return when it answers; where it doesn't, Ctrl-C included, nothing is left.
+        """Start the server, and return when it answers; a failure or Ctrl-C leaves nothing of it.
 
         Raises:
             ServerError: when it ends at once or doesn't answer; the message has its last words.
-            SpecError: when a port that was asked for is taken, or the address is none of ours.
+            SpecError: when a port that was asked for is taken, or this machine lacks the address.
         """
         try:
             self._start()
@@ -269,8 +271,8 @@ class Server:
             ports = self._free_ports()
             self._folder = PrivateFolder(with_socket=self._private)
             self._folder.make()
-            place = f"[{self.host}]" if ":" in self.host else self.host
-            http, grpc, metrics = (f"{place}:{ports[name]}" for name in ("http", "grpc", "metrics"))
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            http, grpc, metrics = (f"{host}:{ports[name]}" for name in ("http", "grpc", "metrics"))
             if self._private:
                 grpc = f"unix:{self._folder.path}/grpc:{ports['grpc']}"
             self._addresses = Addresses(http, grpc, metrics)
@@ -312,7 +314,7 @@ class Server:
         folder = private.path
         self.mirror = Mirror(self.repository, folder / "models", self.models)
         self.log = TritonLog(self._log_file or folder / "triton.log")
-        # The signal comes when the thread that started the child ends: only the main one will do.
+        # The signal comes when the thread that started the child ends: it must be the main one.
         main = threading.current_thread() is threading.main_thread() and sys.platform == "linux"
         limits = resource.getrlimit(resource.RLIMIT_STACK) if self._private else _stack()
         become = [_BECOME, str(os.getpid() if main else 0), *map(str, limits)]
@@ -329,7 +331,8 @@ class Server:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environment,
-                    start_new_session=True,  # Ctrl-C is ours to handle, and its children are found
+                    # Ctrl-C reaches this process alone, and `stop` ends the children by the group.
+                    start_new_session=True,
                 )
         except OSError as exc:
             raise OutputError(
@@ -350,10 +353,10 @@ class Server:
             "--allow-gpu-metrics=false" if self.triton.embedded else "--allow-gpu-metrics=true",
         ]
         for name, address in asdict(self.addresses).items():
-            place, _, port = address.rpartition(":")
-            if name != "grpc" and place.startswith("["):
-                place = f"ipv6:{place[1:-1]}"
-            options += [f"--{name}-address={place}", f"--{name}-port={port}"]
+            host, _, port = address.rpartition(":")
+            if name != "grpc" and host.startswith("["):
+                host = f"ipv6:{host[1:-1]}"
+            options += [f"--{name}-address={host}", f"--{name}-port={port}"]
         key = f"{ADMIN_HEADER}={self.admin_key}" if self.admin_key else _CLOSED
         options.append(f"--http-restricted-api={_RESTRICTED}:{key}")
         if not self._private:
@@ -368,9 +371,9 @@ class Server:
         return options
 
     def _backends(self, home: Path, folder: Path) -> Path:
-        """A backend directory with the stub of this Python, and with a backend for ONNX."""
+        """A folder of backends: Triton's for Python with the stub of this Python, ours for ONNX."""
         folder = folder / "backends"
-        # Copies: Triton refuses a library that a link leads out of the folder.
+        # These are copies, because Triton refuses a library that a link leads out of the folder.
         shutil.copytree(home / "pytriton/tritonserver/backends/python", folder / "python")
         shutil.copy(self.triton.stub, folder / "python")
         (folder / "onnxruntime").mkdir()
@@ -392,11 +395,11 @@ class Server:
         return False
 
     def _is_live(self) -> bool:
-        # Closed at once: the server waits for open connections when it ends.
+        # The connection is closed at once: a server that ends waits for those that are open.
         with contextlib.closing(HttpTransport(self.addresses.http, False, 1.0, 0)) as transport:
             if not transport.is_live():
                 return False
-        try:  # what it listens on last
+        try:  # the port of the metrics is the last one that Triton listens on
             port = int(self.addresses.metrics.rpartition(":")[2])
             socket.create_connection((self.host, port), 1.0).close()
         except OSError:
@@ -404,25 +407,25 @@ class Server:
         return True
 
     def leave_out(self, model: str, reason: str) -> None:
-        """Serve a model no more."""
+        """Serve a model no more, for a reason."""
         self.mirror.drop(model)
         self.models.remove(model)
         self.left_out[model] = reason
 
     def withhold(self, model: str, version: str) -> bool:
-        """Serve the other versions of a model instead of one, until its files change.
+        """Serve the other versions of a model in the place of one, until its files change.
 
         Returns:
-            False where there is no other one.
+            False where the model has no other version.
         """
         withheld = self.mirror.withhold(model, version)
         if withheld and self._loading:
-            with contextlib.suppress(ArtefactError):  # the log says it too
+            with contextlib.suppress(ArtefactError):  # the log tells it too
                 self.load(model)
         return withheld
 
     def reload(self, model: str) -> None:
-        """Have a model loaded anew though its files didn't change; its log tells how it went."""
+        """Have a model loaded anew, though its files didn't change; the log tells how it went."""
         if not self._loading:
             self.mirror.touch(model)
             return
@@ -431,7 +434,7 @@ class Server:
             self.load(model)
 
     def load(self, model: str) -> None:
-        """Load a model, or load it anew; for a server that loads on request.
+        """Load a model, or load it anew, on a server that loads on request.
 
         Raises:
             ArtefactError: when the server refuses it, with the server's reason.
@@ -440,7 +443,7 @@ class Server:
         self._manage("load", model)
 
     def unload(self, model: str) -> None:
-        """Take a model out of service; nothing is said of one that was not in it.
+        """Take a model out of service, if it is in service.
 
         Raises:
             ServerError: when the server doesn't answer.
@@ -452,9 +455,9 @@ class Server:
         options = [("grpc.enable_http_proxy", 0)]
         headers = {f"triton-grpc-protocol-{ADMIN_HEADER}": self.admin_key or ""}
         with triton.InferenceServerClient(self.addresses.grpc, channel_args=options) as client:
+            manage = getattr(client, f"{verb}_model")
             try:
-                method = client.load_model if verb == "load" else client.unload_model
-                method(model, headers=headers, client_timeout=_LOAD_SECONDS)
+                manage(model, headers=headers, client_timeout=LOAD_SECONDS)
             except triton.InferenceServerException as exc:
                 if exc.status() in ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"):
                     raise ServerError(f"the Triton server does not answer ({exc})") from exc
@@ -464,10 +467,10 @@ class Server:
                 ) from exc
 
     def stop(self, at_once: bool = False) -> None:
-        """End the server and its children, and remove what they left; may be called twice.
+        """End the server and its children, and remove what they left; it may be called twice.
 
         Args:
-            at_once: don't wait for requests in flight.
+            at_once: whether not to wait for requests in flight.
         """
         process, self._process = self._process, None
         try:
@@ -475,9 +478,9 @@ class Server:
                 process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_EXIT_SECONDS + 5)
-        finally:  # Ctrl-C may come while it waits
+        finally:  # Ctrl-C may come during the wait
             if process is not None:
-                with contextlib.suppress(ProcessLookupError):  # the children too
+                with contextlib.suppress(ProcessLookupError):  # the group has the children too
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             if self._folder is not None:
@@ -485,25 +488,25 @@ class Server:
 
 
 def _resolved(host: str) -> tuple[socket.AddressFamily, str]:
-    """The address of a name, since Triton takes any that it can't read for 255.255.255.255."""
+    """The address of a name, since Triton takes a name that it can't read for 255.255.255.255."""
     try:
         if not host:
             raise OSError("it is empty")
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        family, *_, place = min(found, key=lambda one: one[0] != socket.AF_INET)
-        if len(place) == 4 and place[3]:
+        family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+        if len(address) == 4 and address[3]:
             raise OSError("it holds for one interface alone, which Triton can't be told")
     except (OSError, UnicodeError) as exc:
         raise SpecError(
             f"can't listen on {host!r} ({exc}); --host takes a name or an address of this machine"
         ) from exc
-    return family, str(place[0])
+    return family, str(address[0])
 
 
 def _stack() -> tuple[int, int]:
     """The limits on the server's stack, the soft one raised as far as this machine lets it be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    # Both count the stacks of the server's sixty threads, which hardly use them.
+    # Both limits count the stacks of the server's sixty threads, which hardly use them.
     for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
         if resource.getrlimit(kind)[0] != resource.RLIM_INFINITY:
             return soft, hard

@@ -1,7 +1,7 @@
-"""What `lint_server` has Triton run in the place of a stranger's code, to check the config alone.
+"""The model that the lint has Triton run in the place of a stranger's code, to check the config.
 
-It runs inside Triton's stub process, where this package need not be importable. An ONNX file beside
-it is loaded by ONNX Runtime, and never asked anything.
+This file runs inside Triton's stub process, where this package need not be importable. An ONNX
+file beside it is loaded by ONNX Runtime, and never asked anything.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 
 class TritonPythonModel:
-    """One instance of a model; the names of class and methods are those Triton calls."""
+    """One instance of a model; Triton calls the class and the methods by these names."""
 
     def initialize(self, args: dict[str, Any]) -> None:
-        """Load the ONNX file, where there is one."""
+        """Load the ONNX file, if there is one."""
         path = os.path.join(args["model_repository"], str(args["model_version"]), "model.onnx")
         if os.path.exists(path):
             ort = importlib.import_module("onnxruntime")
             options = ort.SessionOptions()
             options.log_severity_level = 4
-            # The config is that of the mirror, which names no library but ours.
+            # This is the mirror's config, which names no library but ours.
             config = json.loads(args["model_config"])
             for library in config.get("model_operations", {}).get("op_library_filename", []):
                 options.register_custom_ops_library(library)
@@ -30,6 +30,6 @@ class TritonPythonModel:
             ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer a warm-up, which is all that comes here: a server crashes over one that fails."""
+        """Answer a warm-up, the only request that comes: a server crashes over one that fails."""
         pb = importlib.import_module("triton_python_backend_utils")
         return [pb.InferenceResponse([]) for _ in requests]

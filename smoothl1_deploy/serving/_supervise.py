@@ -1,8 +1,8 @@
-"""A server in service: its models up and tried, looked after, told about, and ended.
+"""A server in service: its models are loaded, tried and looked after, until it ends.
 
-A model whose process died stays "ready" to Triton, so each is asked a *canary*: a small request
-with a known answer. That of a loss is the oracle's; that of another ONNX model, the ONNX reference
-evaluator's.
+Triton calls a model "ready" whose process died, so each model is asked a *canary*: a small request
+with a known answer. The oracle knows the answer of a loss, the ONNX reference evaluator that of
+another model.
 """
 
 from __future__ import annotations
@@ -41,17 +41,16 @@ from ..reference._oracle import oracle, oracle_gradient
 from ._config import ONNX_FILE, PLAN_FILE, PLAN_PLATFORM
 from ._onnxruntime_backend import CANARY_ID
 from ._private import Stamp
-from ._server import Said, Server
+from ._server import LOAD_SECONDS, Said, Server
 from ._transport import HttpTransport, Transport, open_transport
 
 _CANARY_SECONDS = 10.0
-_LOAD_SECONDS = 120.0
 
 _BETA = 0.5
 _ROWS = 2
-_ULP = 8  # how far a loss may be off; its accuracy is the parity matrix's to judge
-#: How far the output of another model may be off, as a part of the largest number in it: it may sum
-#: any number of values, in any order.
+_ULP = 8  # how far a loss may be off; the parity matrix is the judge of its accuracy
+#: How far the output of another model may be off, relative to the largest number in it: the model
+#: may sum any number of values, in any order.
 _RELATIVE = {"float16": 2e-2, "bfloat16": 1e-1, "float32": 1e-3, "float64": 1e-6}
 
 
@@ -60,7 +59,11 @@ class Canary:
     """A request to one version of a model, and the right answer.
 
     Attributes:
-        exact: whether the answer is the oracle's, to be met within a few ULP.
+        model: the name of the model.
+        version: the version of the model.
+        inputs: what is sent, by the names of the model's inputs.
+        expected: the right answer, by the names of its outputs.
+        exact: whether the oracle gave the answer, which the server's must meet within a few ULP.
     """
 
     model: str
@@ -85,7 +88,7 @@ class Canary:
                 )
 
     def _same(self, got: Array, expected: Array) -> bool:
-        # A server's shape may have an axis of size 1 more than the oracle's.
+        # A served graph's output may have an axis of size 1 that the oracle's has not.
         if got.dtype != expected.dtype or got.size != expected.size:
             return False
         a, b = got.reshape(-1), expected.reshape(-1)
@@ -103,15 +106,15 @@ def _shown(array: Array | None) -> str:
 
 
 def make_canary(file: Path, model: str, version: str) -> Canary | None:
-    """The canary of a model file; None where what is right can't be told.
+    """The canary of a model file; None where nobody can tell the right answer.
 
     Args:
         file: the ONNX file that the server serves.
-        model: its name on the server.
-        version: the version of it.
+        model: the model's name on the server.
+        version: the version of the model that the file is.
 
     Raises:
-        ArtefactError: when the file can't be read, or says of itself what isn't so.
+        ArtefactError: when the file can't be read, or its metadata say what isn't so.
     """
     graph = read_model(file)
     inputs = _inputs(graph)
@@ -126,7 +129,7 @@ def make_canary(file: Path, model: str, version: str) -> Canary | None:
     roles = {role: inputs[port.name] for role, port in ports.inputs.items()}
     try:
         return Canary(model, version, inputs, _exact(spec, roles), True)
-    except (TypeError, ValueError) as exc:  # of the oracle, by dtypes and by shapes
+    except (TypeError, ValueError) as exc:  # the oracle refuses the dtypes, or the shapes
         raise ArtefactError(
             f"the model's metadata say that it computes {spec.to_dict()}, and its inputs don't fit "
             f"that ({exc}); delete its entry {SPEC}, or export the loss again"
@@ -147,16 +150,16 @@ def _evaluated(graph: onnx.ModelProto, inputs: Mapping[str, Array]) -> Any:
 
     try:
         values = ReferenceEvaluator(graph).run(None, dict(inputs))
-    except Exception:  # an operator that it doesn't have, in as many classes as operators
+    except Exception:  # each operator that the evaluator lacks raises a class of its own
         return None
     names = [value.name for value in graph.graph.output]
     return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
 
 
 def _inputs(model: onnx.ModelProto) -> dict[str, Array] | None:
-    """Arrays for the inputs: numbers on either side of beta = 1, the same each time.
+    """Arrays for the inputs, the same each time, with numbers on either side of beta = 1.
 
-    None where an input is of a type that numpy has no numbers of.
+    None where numpy has no numbers of an input's type.
     """
     rng = np.random.default_rng(0)
     arrays: dict[str, Array] = {}
@@ -180,12 +183,13 @@ class Model:
     """A model in service.
 
     Attributes:
-        version: the one that answers.
-        platform: Triton's.
-        canary: None where the right answer can't be told; such a model is only loaded.
-        certificate: what is beside the file that is served.
-        stamp: the files that canary and certificate were made from.
-        processes: those of the embedded server that run it, as psutil has them.
+        name: the name of the model.
+        version: the version that answers.
+        platform: Triton's word for its kind.
+        canary: None where nobody can tell the right answer; such a model is only loaded.
+        certificate: what stands beside the file that is served.
+        stamp: the files that the canary and the certificate were made from.
+        processes: the embedded server's processes that run the model, as psutil has them.
     """
 
     name: str
@@ -211,7 +215,7 @@ class Supervisor:
     """The models of one server.
 
     Args:
-        server: it runs.
+        server: one that runs.
         record: called with the name of each event and its fields; see docs/serving.md.
         changed: called when another version of a model answers, or its files have changed.
     """
@@ -233,13 +237,14 @@ class Supervisor:
         self.models: dict[str, Model] = {}
 
     def bring_up(self, strict: bool = False) -> None:
-        """Ask each model its canary; one that the server refused is left out.
+        """Ask each model its canary; a model that the server refused is left out.
 
         Args:
-            strict: whether one that is refused is an error.
+            strict: whether a model that the server refused is an error.
 
         Raises:
-            ArtefactError: with the server's reasons, when it refused all; with `strict`, one.
+            ArtefactError: with the server's reasons, when it refused all models; with `strict`,
+                when it refused one.
             ServerError: for a wrong answer.
         """
         said = self._listen()
@@ -258,22 +263,22 @@ class Supervisor:
             raise ArtefactError("; ".join(self._server.left_out.values()))
 
     def _listen(self) -> dict[str, Said]:
-        """What the server said last of each model; a version that it refused is withheld."""
+        """What the server said last of each model; versions that it refused are withheld."""
         latest = {}
         for said in self._server.log.news():
             if self._server.mirror.withholds(said.model, said.version):
-                continue  # it was about to try it once more
+                continue  # Triton was about to try the version once more
             latest[said.model] = said
             known = self._refused.pop(said.model, None)
             if not said.reason:
                 continue
             self._refused[said.model] = said
             if said.version and self._server.withhold(said.model, said.version):
-                del latest[said.model]  # what it says of the other versions is still to come
+                del latest[said.model]  # what Triton says of the other versions is still to come
                 event, fields = "version_refused", {"version": said.version}
             else:
                 event, fields = "refused", {}
-            if said != known:  # Triton says it every second
+            if said != known:  # Triton repeats itself every second
                 self._record(event, model=said.model, **fields, reason=said.reason)
         return latest
 
@@ -281,10 +286,10 @@ class Supervisor:
         """Wait until the server has said that it loaded a model.
 
         Raises:
-            ArtefactError: with its reason, when it says that it can't.
-            ServerError: when it says nothing.
+            ArtefactError: with the server's reason, when it can't load the model.
+            ServerError: when it says nothing of the model.
         """
-        deadline = time.monotonic() + _LOAD_SECONDS
+        deadline = time.monotonic() + LOAD_SECONDS
         while name not in latest:
             if self._server.exit_code is not None or time.monotonic() > deadline:
                 raise ServerError(f"the Triton server says nothing of the model {name!r}")
@@ -311,10 +316,10 @@ class Supervisor:
         return Model(name, version, platform, canary, certificate, stamp, processes)
 
     def _processes(self, name: str, version: str) -> frozenset[Any]:
-        """The processes of the embedded server that run a version, told by the path each is given.
+        """The embedded server's processes that run a version: each was given the version's path.
 
-        A request to a model whose process died waits a second for it, and so do those behind it,
-        the canary among them: looking at the process is faster.
+        A request to a model whose process died waits a second, and so do the requests behind it,
+        the canary among them. To look at the process is faster.
         """
         start = f"{self._server.mirror.folder / name / version}/"
         if not self._server.triton.embedded:
@@ -322,19 +327,19 @@ class Supervisor:
         found = set()
         with contextlib.suppress(self._psutil.NoSuchProcess):  # the server itself has ended
             for process in self._psutil.Process(self._server.pid).children():
-                with contextlib.suppress(self._psutil.Error):  # this one has
+                with contextlib.suppress(self._psutil.Error):  # this process has ended
                     if any(word.startswith(start) for word in process.cmdline()):
                         found.add(process)
         return frozenset(found)
 
     def _lives(self, process: Any) -> bool:
-        """Whether it runs; a zombie, which Triton leaves of a killed one, does not."""
+        """Whether a process runs; a zombie, which Triton leaves of a killed one, does not."""
         with contextlib.suppress(self._psutil.NoSuchProcess):
             return bool(process.is_running() and process.status() not in ("zombie", "dead"))
         return False
 
     def _check(self, model: Model) -> None:
-        # One of a former load may have lived on for a moment when these were noted.
+        # Among the noted processes may be one of a former load, which has ended since.
         alive = all(map(self._lives, model.processes))
         if not alive and not self._processes(model.name, model.version):
             raise ServerError(f"the process of {model.name!r} has died")
@@ -342,7 +347,7 @@ class Supervisor:
             model.canary.check(self._transport)
 
     def check(self) -> bool:
-        """One round: every model is asked, and one that fails is loaded anew.
+        """One round: every model is asked its canary, and a model that fails is loaded anew.
 
         Returns:
             Whether every model is well at the end of the round.
@@ -367,9 +372,9 @@ class Supervisor:
         return well
 
     def _check_current(self, model: Model) -> None:
-        """Check a model as it was, or as the server has it by now."""
+        """Check a model as it was noted, or as the server has it by now."""
         if self._differs(model):
-            # The server may not have taken the new files yet, or never will.
+            # It is no fault of the model if the server hasn't taken its new files yet.
             with contextlib.suppress(SmoothL1DeployError):
                 return self._renew(model)
         try:
@@ -377,15 +382,16 @@ class Supervisor:
         except SmoothL1DeployError:
             if not self._differs(model):
                 raise
-            self._renew(model)  # it has taken them just now
+            self._renew(model)  # the server has taken the new files just now
 
     def _differs(self, model: Model) -> bool:
+        """Whether the server answers with another version, or the version's files have changed."""
         version = max(self._transport.metadata(model.name, "")["versions"], key=int)
         stamp = self._server.mirror.stamp(model.name, version)
         return (version, stamp) != (model.version, model.stamp)
 
     def _renew(self, before: Model) -> None:
-        """Take a model as it is now, if it is well."""
+        """Note a model as it is now, if it is well."""
         model = self._model(before.name)
         self._check(model)
         self.models[model.name] = model
@@ -415,10 +421,10 @@ class Supervisor:
 
 
 class ReadyFile:
-    """JSON that is there while every model of one server answers, and no longer.
+    """A file of JSON that is there while every model of one server answers, and no longer.
 
     Args:
-        path: where; None for no file: then every method does nothing.
+        path: the path of the file; None for no file: then every method does nothing.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -426,11 +432,11 @@ class ReadyFile:
         self._written = b""
 
     def claim(self) -> None:
-        """Make sure that the place is free; what a server that was killed left there goes.
+        """Make sure that the path is free; the file that a killed server left there is removed.
 
         Raises:
-            OutputError: when it belongs to a server that runs, is something else than a ready
-                file, or can't be written.
+            OutputError: when the file there belongs to a server that runs or is no ready file, and
+                when none can be written.
         """
         path = self._path
         if path is None:
@@ -443,24 +449,25 @@ class ReadyFile:
                     f"{facts['http']}); end that one, or name another file"
                 )
             _remove(path)
-        # Found out now, not when the models are up; beside it, because a file there means ready.
+        # That it can't be written is found out now, before the models are loaded. The trial is
+        # another file, because one at this path would mean that the server is ready.
         write_atomic(path.with_name(f"{path.name}.claim-{os.getpid()}"), b"").unlink()
 
     def write(self, facts: Mapping[str, Any]) -> None:
         """Say that the server is ready; the file appears whole.
 
         Raises:
-            OutputError: when it can't be written.
+            OutputError: when the file can't be written.
         """
         if self._path is not None:
             self._written = (json.dumps(facts, indent=1) + "\n").encode()
             write_atomic(self._path, self._written)
 
     def withdraw(self) -> None:
-        """Remove what `write` wrote, if nobody put something else in its place.
+        """Remove the file that `write` wrote, if nobody has put another one there.
 
         Raises:
-            OutputError: when it can't be removed.
+            OutputError: when the file can't be removed.
         """
         if self._path is None or not self._written:
             return
@@ -471,7 +478,7 @@ class ReadyFile:
 
 
 def _ready_facts(path: Path) -> dict[str, Any]:
-    """What a ready file says, of this server or another."""
+    """What the ready file of any server says."""
     try:
         facts = json.loads(path.read_bytes())
         if isinstance(facts, dict) and {"pid", "http", "models"} <= facts.keys():
@@ -495,7 +502,7 @@ def _remove(path: Path) -> None:
 
 
 def _runs(facts: Mapping[str, Any]) -> bool:
-    """Whether the process lives and its server answers: a number alone may have been used again."""
+    """Whether a server runs: its process lives and it answers, for ids of processes come again."""
     psutil = require("psutil", "serve", "serving")
     try:
         lives = psutil.pid_exists(int(facts["pid"]))
@@ -509,19 +516,19 @@ def _runs(facts: Mapping[str, Any]) -> bool:
 
 
 class Events:
-    """A structured log: one JSON object a line, for each thing that happened to a server.
+    """A structured log: one JSON object a line for each thing that happened to a server.
 
-    Each has `time` (UTC), `level`, `event`, `pid` and the event's own fields; durations are
+    Each object has `time` (UTC), `level`, `event`, `pid` and the event's own fields; durations are
     seconds.
 
     Args:
-        path: the lines are appended to it, until `close`.
+        path: the file that the lines are appended to, until `close`.
 
     Raises:
         OutputError: when the file can't be written.
     """
 
-    #: The events that say that something is wrong; each has `model` and `reason`.
+    #: The events that tell of something wrong; each has the fields `model` and `reason`.
     WARNINGS = ("canary_failed", "refused", "reload_failed", "version_refused")
 
     def __init__(self, path: Path) -> None:
@@ -560,13 +567,13 @@ def service(
     """Start a server, yield when every model answers its canary, and end it.
 
     Args:
-        server: not started.
-        logs: the folder for `events.jsonl`; it exists.
-        strict: whether a model that the server refuses is an error; else it is left out.
-        ready_file: written, whole, when every model answered right, and when something in it has
-            changed; removed at the end. What a server that was killed left there is removed before
-            the start.
-        note: called with each remark for people, what the server refuses among them.
+        server: one that was not started yet.
+        logs: the folder for `events.jsonl`, which exists.
+        strict: whether a model that the server refuses is an error; else the model is left out.
+        ready_file: the file that is written, whole, when every model answered right, and again when
+            something in it has changed, and removed at the end. The one that a killed server left
+            there is removed before the start.
+        note: called with each remark for people, such as what the server refuses.
 
     Raises:
         ArtefactError: for a repository or model that can't be served.

@@ -43,15 +43,15 @@ from ..errors import (
 _FIRST_WAIT = 0.1  # seconds before the second try; doubled for each further one
 _BESIDE = 2**20  # bytes, the most of a request or an answer beside its numbers
 _JSON_SIZE = "Inference-Header-Content-Length"
-_PIECE = 2**16  # bytes that are read at once
+_READ = 2**16  # bytes that are read at once
 #: The most bytes of a request: protobuf counts them in an int32, and so does Triton's HTTP
 #: (triton-inference-server/server#5649).
 _MOST = 2**31 - 1
 
-#: What is asked of an output: its data type, and its shape with -1 for any length.
+#: What a model's metadata say of an output: its data type, and its shape with -1 for any length.
 Declared = tuple[str, list[int]]
 
-#: What the server refuses with; anything else is a ServerError.
+#: The class of an error by the status that the server gave; it is ServerError for any other.
 _KINDS: dict[int | str, type[SmoothL1DeployError]] = {
     **dict.fromkeys((400, 413, "INVALID_ARGUMENT"), InvalidInputError),
     **dict.fromkeys((404, "NOT_FOUND"), ArtefactError),
@@ -69,10 +69,10 @@ class Transport(ABC):
         address: `host:port`, for HTTP with a base path after it if there is one.
         tls: whether to encrypt, and to check the server's certificate.
         timeout: seconds for one whole answer, with the tries to connect.
-        retries: further tries to connect.
+        retries: how many further tries to connect there are.
 
     Attributes:
-        retried: tries that were repeated because no connection could be made.
+        retried: how many tries there were because no connection could be made.
     """
 
     def __init__(self, address: str, tls: bool, timeout: float, retries: int) -> None:
@@ -102,16 +102,16 @@ class Transport(ABC):
         """Every output of a model.
 
         Args:
-            model: its name.
-            version: of it; empty for the one that the server takes.
-            arrays: its inputs, C-contiguous.
-            request_id: goes to the server's logs and traces.
-            declared: name -> what the output must be; None takes any.
+            model: the name of the model.
+            version: the version of the model; empty for the one that the server takes.
+            arrays: the model's inputs, C-contiguous.
+            request_id: what the server's logs and traces call the request.
+            declared: name -> what the output must be; None takes any outputs.
 
         Raises:
-            InvalidInputError: for arrays that can't be sent, and what the server refuses.
+            InvalidInputError: for arrays that can't be sent, and for what the server refuses.
             ArtefactError: when the server has no such model.
-            ServerError: when there is no answer, or one that can't be this request's.
+            ServerError: when there is no answer, or one that no answer to this request can be.
         """
         for name, array in arrays.items():
             if self._utils.np_to_triton_dtype(array.dtype) is None:
@@ -151,8 +151,8 @@ class Transport(ABC):
         """What `ask` gives, called again while there is no connection; all of it within the time.
 
         Args:
-            ask: takes when the answer is due, by `time.monotonic`, and what follows.
-            args: that.
+            ask: takes the time when the answer is due, by `time.monotonic`, and then `args`.
+            args: the other arguments of `ask`.
         """
         due = time.monotonic() + self.timeout
         for attempt in itertools.count():
@@ -275,7 +275,7 @@ class _Timed:
     due = math.inf
 
     def within(self, wait: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a method that waits.
+        """Call a method that waits for the other side.
 
         Raises:
             TimeoutError: when the answer is due, and the method has not returned.
@@ -305,7 +305,7 @@ class _TlsSocket(_Timed, ssl.SSLSocket):
 
 
 class HttpTransport(Transport):
-    """HTTP, without proxies and compression; connections are kept and used again."""
+    """HTTP without proxies and compression; connections are kept and used again."""
 
     def __init__(self, address: str, tls: bool, timeout: float, retries: int) -> None:
         super().__init__(address, tls, timeout, retries)
@@ -366,8 +366,8 @@ class HttpTransport(Transport):
             length = output["parameters"]["binary_data_size"]
             if not 0 <= length <= len(data) - start:
                 raise ValueError(f"{length} bytes of {output['name']}, which are not there")
-            piece = memoryview(data)[start : start + length]
-            yield output["name"], output["datatype"], output["shape"], piece
+            numbers = memoryview(data)[start : start + length]
+            yield output["name"], output["datatype"], output["shape"], numbers
             start += length
         if start != len(data):
             raise ValueError(f"{len(data) - start} bytes that belong to no output")
@@ -384,11 +384,11 @@ class HttpTransport(Transport):
         """The body of a good answer of `most` bytes, and the size of the JSON in it.
 
         Args:
-            due: when, by `time.monotonic`.
+            due: the time when the answer is due, by `time.monotonic`.
             method: GET or POST.
-            path: below `/v2`.
-            most: bytes.
-            sent: body and headers.
+            path: what follows `/v2/`.
+            most: the most bytes that the body may have.
+            sent: the body and the headers of the request.
         """
         connection = self._connection(due)
         keep = False
@@ -418,18 +418,16 @@ class HttpTransport(Transport):
         return data, response.getheader(_JSON_SIZE)
 
     def _connection(self, due: float) -> Any:
-        """One that is open, the answer to come within the time; else a new one."""
-        while self._idle:
-            try:
+        """A connection that is open, or else a new one, which waits until `due` at the longest."""
+        with contextlib.suppress(IndexError):  # no idle one is left
+            while True:
                 connection = self._idle.pop()
-            except IndexError:  # another thread took it
-                break
-            with selectors.DefaultSelector() as selector:
-                selector.register(connection.sock, selectors.EVENT_READ)
-                if not selector.select(0):
-                    connection.sock.due = due
-                    return connection
-            connection.close()  # the server has closed it: there is no answer to wait for
+                with selectors.DefaultSelector() as selector:
+                    selector.register(connection.sock, selectors.EVENT_READ)
+                    if not selector.select(0):
+                        connection.sock.due = due
+                        return connection
+                connection.close()  # the server has closed it: there is no answer to wait for
         connection = http.client.HTTPConnection(self._host, self._port)
         try:
             connection.sock = self._connect(due)
@@ -439,25 +437,23 @@ class HttpTransport(Transport):
 
     def _connect(self, due: float) -> Any:
         """A socket to the first address of the host that takes a connection."""
-        places = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-        while True:
-            family, kind, protocol, _, place = places.pop(0)
-            with contextlib.ExitStack() as stack:
-                sock: Any = stack.enter_context(_Socket(family, kind, protocol))
-                sock.due = due
-                try:
-                    sock.within(sock.connect, place)
-                except OSError:
-                    if places:
-                        continue
-                    raise
+        failed: OSError = OSError("the host has no address")
+        found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in found:
+            sock: Any = _Socket(family, kind, protocol)
+            sock.due = due
+            try:
+                sock.within(sock.connect, address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if self._context is not None:
                     wrap = self._context.wrap_socket
                     sock = sock.within(wrap, sock, server_hostname=self._host)
                     sock.due = due
-                stack.pop_all()
                 return sock
+            except OSError as exc:
+                sock.close()
+                failed = exc
+        raise failed
 
     def close(self) -> None:
         """Give the connections back."""
@@ -466,10 +462,10 @@ class HttpTransport(Transport):
 
 
 def _read(response: http.client.HTTPResponse, most: float) -> bytearray:
-    """The body, as far as the first bytes that are too many: what is claimed takes no memory."""
-    data, piece = bytearray(), memoryview(bytearray(_PIECE))
-    while len(data) <= most and (size := response.readinto(piece)):
-        data += piece[:size]
+    """The body, as far as the first bytes that are too many: a claimed length takes no memory."""
+    data, read = bytearray(), memoryview(bytearray(_READ))
+    while len(data) <= most and (size := response.readinto(read)):
+        data += read[:size]
     if response.length and len(data) <= most:
         raise http.client.IncompleteRead(b"", response.length)
     return data
@@ -484,7 +480,7 @@ def _error_text(data: bytearray) -> str:
 
 
 class GrpcTransport(Transport):
-    """gRPC, by tritonclient's own client, without proxies and compression."""
+    """gRPC by tritonclient's own client, without proxies and compression."""
 
     def __init__(self, address: str, tls: bool, timeout: float, retries: int) -> None:
         super().__init__(address, tls, timeout, retries)
