@@ -155,7 +155,7 @@ class _Mirror:
         self._link_files(visit, config, folder)
         if config.platform == "ensemble":
             return config
-        # An instance group is kept only if it is wrong even on a machine with GPUs: if it names some
+        # An instance group is kept only if it is wrong on a machine with GPUs too: if it names some
         # and is of KIND_CPU or KIND_MODEL, 2 and 3.
         groups = [group for group in config.instance_group if group.gpus and group.kind > 1]
         config.ClearField("instance_group")
