@@ -103,18 +103,16 @@ class TritonPythonModel:
                     f"config.pbtxt has the {kind} {name!r}, but the graph has {sorted(known)}"
                 )
             value = known[name]
-            if _TYPES.get(dtype) != value.type:
-                raise self._pb.TritonModelException(
-                    f"{kind} {name!r} is {dtype} in config.pbtxt and {value.type} in the graph"
-                )
             dims = [-1] * self._batches + [int(dim) for dim in port["dims"]]
             shape = [dim if isinstance(dim, int) else -1 for dim in value.shape]
-            pairs = zip(dims, shape, strict=False)
-            if len(dims) != len(shape) or any(a != b and -1 not in (a, b) for a, b in pairs):
-                batch = " (with the batch's axis)" if self._batches else ""
+            fits = _TYPES.get(dtype) == value.type and len(dims) == len(shape)
+            if not fits or any(
+                a != b and -1 not in (a, b) for a, b in zip(dims, shape, strict=True)
+            ):
+                batch = ", with the batch's axis," if self._batches else ""
                 raise self._pb.TritonModelException(
-                    f"{kind} {name!r} has the shape {dims}{batch} in config.pbtxt and {shape} in "
-                    "the graph"
+                    f"{kind} {name!r} is {dtype} {dims}{batch} in config.pbtxt and {value.type} "
+                    f"{shape} in the graph"
                 )
         return {port["name"]: port["data_type"] for port in ports}
 

@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from .._artefact import ModelSource, read_model, sha256, sidecar_path
 from .._model import Loss, every_node
@@ -105,6 +104,15 @@ def write_loss(
             which it must find at the same path.
         overwrite: whether to replace a model of that name.
 
+    Raises:
+        SpecError: on a shape or a max_batch_size that makes no sense, and on a graph in which the
+            operators have nothing to run.
+        BackendUnavailableError: for `ops` where the operators were not built.
+        ArtefactError: when the engine is not what its sidecar says, or is of another graph.
+        UnsupportedError: for an engine that Triton can't load.
+        OutputError: when the model is there already, or the folder can't be written.
+        MissingDependencyError: without tritonclient.
+
     Example:
         >>> import tempfile
         >>> from smoothl1_deploy import LossSpec
@@ -114,15 +122,6 @@ def write_loss(
         ['score/1/model.onnx', 'score/config.pbtxt']
         >>> written.max_batch_size, written.unbatched
         (64, None)
-
-    Raises:
-        SpecError: on a shape or a max_batch_size that makes no sense, and on a graph in which the
-            operators have nothing to run.
-        BackendUnavailableError: for `ops` where the operators were not built.
-        ArtefactError: when the engine is not what its sidecar says, or is of another graph.
-        UnsupportedError: for an engine that Triton can't load.
-        OutputError: when the model is there already, or the folder can't be written.
-        MissingDependencyError: without tritonclient.
     """
     return write_model(
         repository,
@@ -187,28 +186,24 @@ def write_model(
     data = served.model.SerializeToString(deterministic=True)
     plan = None if engine is None else _readable_plan(Path(engine), sha256(data))
 
-    ports, operators = onnx_ports(served.model), str(library()) if ops else ""
-    root = Path(repository)
-    models: list[ServedModel] = []
-    staged: dict[str, dict[str, bytes]] = {}
-
-    def stage(config: Any, files: dict[str, bytes]) -> None:
-        """Note a model by its config and the files of its version, the model file first."""
-        version = {f"1/{file}": content for file, content in files.items()}
-        staged[config.name] = {CONFIG_FILE: dump_config(config), **version}
-        folder, reason = root / config.name, served.unbatched
-        file = folder / next(iter(version))
-        models.append(ServedModel(config.name, folder, file, config.platform, batch, reason))
-
-    stage(make_config(name, ONNX_PLATFORM, ports, batch, operators), {ONNX_FILE: data})
+    operators = str(library()) if ops else ""
+    config = make_config(name, ONNX_PLATFORM, onnx_ports(served.model), batch, operators)
+    made = [(config, {ONNX_FILE: data})]
     if plan is not None:
+        config = make_config(f"{name}_trt", PLAN_PLATFORM, engine_ports(plan.sidecar), batch)
         sidecar = sidecar_path(Path(PLAN_FILE)).name
-        ports = engine_ports(plan.sidecar)
-        stage(
-            make_config(f"{name}_trt", PLAN_PLATFORM, ports, batch),
-            {PLAN_FILE: plan.data, sidecar: plan.sidecar.dumps()},
+        made.append((config, {PLAN_FILE: plan.data, sidecar: plan.sidecar.dumps()}))
+    root, folders, models = Path(repository), {}, []
+    for config, files in made:
+        version = {f"1/{file}": content for file, content in files.items()}
+        folders[config.name] = {CONFIG_FILE: dump_config(config), **version}
+        folder, file = root / config.name, next(iter(version))  # the model file is the first
+        models.append(
+            ServedModel(
+                config.name, folder, folder / file, config.platform, batch, served.unbatched
+            )
         )
-    _write_folders(root, staged, overwrite)
+    _write_folders(root, folders, overwrite)
     return tuple(models)
 
 

@@ -217,18 +217,11 @@ class Supervisor:
     Args:
         server: one that runs.
         record: called with the name of each event and its fields; see docs/serving.md.
-        changed: called when another version of a model answers, or its files have changed.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        record: Callable[..., None],
-        changed: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, server: Server, record: Callable[..., None]) -> None:
         self._server = server
         self._record = record
-        self._changed = changed
         self._transport: Transport = open_transport(
             server.addresses.to_dict()["grpc"], _CANARY_SECONDS, 0
         )
@@ -398,7 +391,6 @@ class Supervisor:
         if (model.version, model.stamp) != (before.version, before.stamp):
             event = "changed" if model.version == before.version else "version"
             self._record(event, model=model.name, version=model.version, before=before.version)
-            self._changed()
 
     def _reload(self, model: Model) -> bool:
         started = time.perf_counter()
@@ -420,61 +412,36 @@ class Supervisor:
 # The ready file
 
 
-class ReadyFile:
-    """A file of JSON that is there while every model of one server answers, and no longer.
+def claim_ready_file(path: Path) -> None:
+    """Make sure that the path is free; the file that a killed server left there is removed.
 
-    Args:
-        path: the path of the file; None for no file: then every method does nothing.
+    Raises:
+        OutputError: when the file there belongs to a server that runs or is no ready file, and when
+            none can be written.
     """
+    if path.is_symlink() or path.exists():
+        facts = _ready_facts(path)
+        if _runs(facts):
+            raise OutputError(
+                f"{path} is the ready file of a server that runs (process {facts['pid']}, "
+                f"{facts['http']}); end that one, or name another file"
+            )
+        _remove(path)
+    # That it can't be written is found out now, before the models are loaded. The trial is another
+    # file, because one at this path would mean that the server is ready.
+    write_atomic(path.with_name(f"{path.name}.claim-{os.getpid()}"), b"").unlink()
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._written = b""
 
-    def claim(self) -> None:
-        """Make sure that the path is free; the file that a killed server left there is removed.
+def withdraw_ready_file(path: Path, written: bytes) -> None:
+    """Remove the file that was written, if nobody has put another one there.
 
-        Raises:
-            OutputError: when the file there belongs to a server that runs or is no ready file, and
-                when none can be written.
-        """
-        path = self._path
-        if path is None:
+    Raises:
+        OutputError: when the file can't be removed.
+    """
+    with contextlib.suppress(OSError):
+        if path.read_bytes() != written:
             return
-        if path.is_symlink() or path.exists():
-            facts = _ready_facts(path)
-            if _runs(facts):
-                raise OutputError(
-                    f"{path} is the ready file of a server that runs (process {facts['pid']}, "
-                    f"{facts['http']}); end that one, or name another file"
-                )
-            _remove(path)
-        # That it can't be written is found out now, before the models are loaded. The trial is
-        # another file, because one at this path would mean that the server is ready.
-        write_atomic(path.with_name(f"{path.name}.claim-{os.getpid()}"), b"").unlink()
-
-    def write(self, facts: Mapping[str, Any]) -> None:
-        """Say that the server is ready; the file appears whole.
-
-        Raises:
-            OutputError: when the file can't be written.
-        """
-        if self._path is not None:
-            self._written = (json.dumps(facts, indent=1) + "\n").encode()
-            write_atomic(self._path, self._written)
-
-    def withdraw(self) -> None:
-        """Remove the file that `write` wrote, if nobody has put another one there.
-
-        Raises:
-            OutputError: when the file can't be removed.
-        """
-        if self._path is None or not self._written:
-            return
-        with contextlib.suppress(OSError):
-            if self._path.read_bytes() != self._written:
-                return
-        _remove(self._path)
+    _remove(path)
 
 
 def _ready_facts(path: Path) -> dict[str, Any]:
@@ -580,16 +547,18 @@ def service(
         ServerError: when the server ends, or a model's answer is wrong.
         OutputError: when a file can't be written.
     """
-    file = ReadyFile(ready_file)
-    file.claim()
+    if ready_file is not None:
+        claim_ready_file(ready_file)
     for name, reason in server.left_out.items():
         note(f"{name} is left out: {reason}")
-    started = time.perf_counter()
+    started, written = time.perf_counter(), b""
 
     def record(event: str, **fields: Any) -> None:
         events.record(event, **fields)
         if event in events.WARNINGS:
             note(f"{fields['model']}: {event.replace('_', ' ')}: {fields['reason']}")
+        elif event in ("changed", "version"):
+            write()
 
     def facts() -> dict[str, Any]:
         return {
@@ -602,17 +571,21 @@ def service(
         }
 
     def write() -> None:
-        file.write(facts())
+        nonlocal written
+        if ready_file is not None:
+            written = (json.dumps(facts(), indent=1) + "\n").encode()
+            write_atomic(ready_file, written)
 
     with contextlib.closing(Events(logs / "events.jsonl")) as events:
         try:
-            with server, contextlib.closing(Supervisor(server, record, write)) as supervisor:
+            with server, contextlib.closing(Supervisor(server, record)) as supervisor:
                 supervisor.bring_up(strict)
                 record("ready", seconds=time.perf_counter() - started, **facts())
                 try:
                     write()
                     yield supervisor
                 finally:
-                    file.withdraw()
+                    if ready_file is not None and written:
+                        withdraw_ready_file(ready_file, written)
         finally:
             record("stopped")

@@ -72,7 +72,7 @@ class Transport(ABC):
         retries: how many further tries to connect there are.
 
     Attributes:
-        retried: how many tries there were because no connection could be made.
+        retried: how many further tries to connect there have been.
     """
 
     def __init__(self, address: str, tls: bool, timeout: float, retries: int) -> None:

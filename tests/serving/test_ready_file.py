@@ -11,7 +11,7 @@ import pytest
 
 from fuzzing.answers import FakeServer, answer
 from smoothl1_deploy.errors import OutputError
-from smoothl1_deploy.serving._supervise import ReadyFile
+from smoothl1_deploy.serving._supervise import claim_ready_file, withdraw_ready_file
 
 
 @pytest.fixture
@@ -28,17 +28,6 @@ def left(path: Path, pid: object, http: str) -> Path:
     return path
 
 
-def test_it_is_there_and_then_gone(tmp_path: Path) -> None:
-    path = tmp_path / "ready.json"
-    file = ReadyFile(path)
-    file.claim()
-    assert list(tmp_path.iterdir()) == []  # a file there would mean ready
-    file.write({"http": "http://127.0.0.1:1"})
-    assert json.loads(path.read_text()) == {"http": "http://127.0.0.1:1"}
-    file.withdraw()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_that_of_a_running_server_is_left_to_it_and_no_proxy_is_asked(
     tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,7 +35,7 @@ def test_that_of_a_running_server_is_left_to_it_and_no_proxy_is_asked(
     path = left(tmp_path / "ready.json", os.getpid(), address)
     before = path.read_bytes()
     with pytest.raises(OutputError, match=rf"a server that runs \(process {os.getpid()}, http"):
-        ReadyFile(path).claim()
+        claim_ready_file(path)
     assert path.read_bytes() == before
 
 
@@ -60,7 +49,7 @@ def test_what_a_server_that_was_killed_left_goes(tmp_path: Path, address: str) -
         (os.getpid(), "http://127.0.0.1:1"),  # a number that was used again
         (os.getpid(), "no address"),
     ):
-        ReadyFile(left(place, pid, http)).claim()
+        claim_ready_file(left(place, pid, http))
         assert not place.exists(), (pid, http)
 
 
@@ -68,7 +57,7 @@ def test_what_answers_no_http_is_no_server(tmp_path: Path) -> None:
     with FakeServer() as fake:
         for fake.metadata in (b"", b"hello\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"a" * 70_000):
             path = left(tmp_path / "ready.json", os.getpid(), fake.url)
-            ReadyFile(path).claim()
+            claim_ready_file(path)
             assert not path.exists()
         fake.shutdown()
 
@@ -78,23 +67,23 @@ def test_a_file_that_is_something_else_is_kept(tmp_path: Path) -> None:
     for content in (b"", b"weights", b"[]", b'{"pid": 1}', b"\xff"):
         path.write_bytes(content)
         with pytest.raises(OutputError, match="no ready file of a server; name another file"):
-            ReadyFile(path).claim()
+            claim_ready_file(path)
         assert path.read_bytes() == content
 
 
-def test_a_folder_and_a_place_that_is_not_there(tmp_path: Path) -> None:
+def test_a_path_that_can_hold_no_file_is_refused_before_the_start(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="Is a directory; name another file"):
-        ReadyFile(tmp_path).claim()
+        claim_ready_file(tmp_path)
     with pytest.raises(OutputError, match="choose a file in a folder that exists"):
-        ReadyFile(tmp_path / "none" / "ready.json").claim()
+        claim_ready_file(tmp_path / "none" / "ready.json")
 
 
-def test_what_another_server_put_there_is_not_taken_away(tmp_path: Path) -> None:
+def test_it_is_removed_unless_another_server_has_put_its_own_there(tmp_path: Path) -> None:
     path = tmp_path / "ready.json"
-    path.write_text("{}")
-    ReadyFile(path).withdraw()  # unwritten
-    file = ReadyFile(path)
-    file.write({"pid": 1})
-    path.write_text("{}")
-    file.withdraw()
-    assert path.read_text() == "{}"
+    claim_ready_file(path)
+    assert list(tmp_path.iterdir()) == []  # a file there would mean ready
+    path.write_bytes(b"{}")
+    withdraw_ready_file(path, b'{"pid": 1}')
+    assert path.read_bytes() == b"{}"
+    withdraw_ready_file(path, b"{}")
+    assert list(tmp_path.iterdir()) == []

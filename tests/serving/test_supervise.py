@@ -54,14 +54,10 @@ class Watched:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.seen: list[tuple[str, dict[str, Any]]] = []
-        self.changes = 0
-        self.supervisor = Supervisor(server, self._record, self._changed)
+        self.supervisor = Supervisor(server, self._record)
 
     def _record(self, event: str, **fields: Any) -> None:
         self.seen.append((event, fields))
-
-    def _changed(self) -> None:
-        self.changes += 1
 
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60
@@ -114,30 +110,16 @@ def test_what_triton_refuses_is_left_out_in_its_words_and_the_others_are_served(
         with Client(found.server.addresses.to_dict()["grpc"], "whole") as client:
             assert client.infer(x)["y"] == 3
         reasons = {fields["model"]: fields["reason"] for fields in found.events("refused")}
-    assert (
-        {*reasons}
-        == {*found.server.left_out}
-        == {
-            *("no_file", "plan", "another", "part", "dtype"),
-        }
-    )
+    refused = {"no_file", "plan", "another", "part", "dtype"}
+    assert {*reasons} == {*found.server.left_out} == refused
     assert "NO_SUCHFILE" in reasons["no_file"] and "At:" not in reasons["no_file"]
     assert "unable to find backend library for backend 'tensorrt'" in reasons["plan"]
     assert reasons["another"].startswith("unexpected directory name 'another' for model 'called'")
-    assert "TYPE_FP64 in config.pbtxt and tensor(float) in the graph" in reasons["dtype"]
+    said = "TYPE_FP64 [-1, 16] in config.pbtxt and tensor(float) [-1, 16] in the graph"
+    assert said in reasons["dtype"]
     assert reasons["part"].endswith("not available or ambiguous: absent")
     for name, reason in found.server.left_out.items():
         assert reason.endswith(f"load the model {name!r}: {reasons[name]}")
-
-
-def test_one_that_was_asked_for_by_name_is_an_error(tmp_path: Path, triton: Triton) -> None:
-    write_loss(tmp_path, LossSpec(), name="mean")
-    add(tmp_path, "plan", 'platform: "tensorrt_plan"')
-    with (
-        watched(tmp_path, triton) as found,
-        pytest.raises(ArtefactError, match="can't load the model 'plan': .*library for backend"),
-    ):
-        found.supervisor.bring_up(strict=True)
 
 
 def test_new_broken_and_changed_versions_without_a_failure_in_between(
@@ -156,22 +138,21 @@ def test_new_broken_and_changed_versions_without_a_failure_in_between(
 
         new_version(root, "1", 0.25)  # in its place
         found.until(lambda: bool(found.events("changed")))
-        assert found.loss() == 0.875 and found.changes == 1
+        assert found.loss() == 0.875
 
         new_version(root, "2", 0.5)  # mended
         found.until(lambda: bool(found.events("version")))
         assert found.loss() == 0.75
         assert found.events("version") == [{"model": "mean", "version": "2", "before": "1"}]
-        assert found.supervisor.models["mean"].version == "2" and found.changes == 2
+        assert found.supervisor.models["mean"].version == "2"
 
         config = (root / "mean/config.pbtxt").read_text()
         (root / "mean/config.pbtxt").write_text("junk {")
-        found.until(lambda: bool(found.events("refused")))
-        for _ in range(20):
-            assert found.supervisor.check()
-            time.sleep(0.1)
-        (refused,) = found.events("refused")  # Triton has said it more than once by now
-        assert "failed to read text proto" in refused["reason"] and found.loss() == 0.75
+        words = "failed to read text proto"
+        found.until(lambda: found.server.log.path.read_text().count(words) > 1)
+        assert found.supervisor.check()
+        (refused,) = found.events("refused")  # once, however often Triton says it
+        assert words in refused["reason"] and found.loss() == 0.75
         (root / "mean/config.pbtxt").write_text(config)
         assert found.events("canary_failed", "reload_failed") == []
 
