@@ -17,7 +17,7 @@ from smoothl1_deploy.parity._certificate import read_certificate
 pytest.importorskip("tritonclient", reason="the extra serve")
 
 
-def test_write_and_lint(
+def test_what_is_written_passes_the_lint_and_another_config_does_not(
     cli: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "no-triton"))  # nor is one on PATH
@@ -126,14 +126,16 @@ def test_certified_as_it_is_written(cli: Callable[..., Done]) -> None:
         (("--lint", "nowhere"), "nowhere is no folder"),
     ],
 )
-def test_bad_requests(cli: Callable[..., Done], arguments: tuple[str, ...], message: str) -> None:
+def test_bad_requests_write_nothing(
+    cli: Callable[..., Done], arguments: tuple[str, ...], message: str
+) -> None:
     done = cli("repository", *arguments)
     assert (done.code, done.out) == (2, "")
     assert message in done.err
     assert list(Path().iterdir()) == []
 
 
-def test_without_tritonclient(cli: Callable[..., Done]) -> None:
+def test_without_tritonclient_it_says_how_to_get_it(cli: Callable[..., Done]) -> None:
     done = spawn("repository", "models", without="tritonclient")
     assert done.code == 3
     assert "pip install 'smoothl1-deploy[serve]'" in done.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -9,6 +10,7 @@ import select
 import socket
 import ssl
 import subprocess
+import textwrap
 import threading
 import time
 import zlib
@@ -40,15 +42,9 @@ both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 
 @pytest.fixture
 def ask(server: Server, protocol: str) -> Iterator[Callable[[str], Client]]:
-    opened: list[Client] = []
-
-    def client(model: str) -> Client:
-        opened.append(Client(server.addresses.to_dict()[protocol], model))
-        return opened[-1]
-
-    yield client
-    for one in opened:
-        one.close()
+    with contextlib.ExitStack() as opened:
+        url = server.addresses.to_dict()[protocol]
+        yield lambda model: opened.enter_context(Client(url, model))
 
 
 def arrays(spec: LossSpec, rows: int) -> list[np.ndarray]:
@@ -57,25 +53,34 @@ def arrays(spec: LossSpec, rows: int) -> list[np.ndarray]:
     return list(numbers.astype(NUMPY_DTYPE[spec.dtype]))
 
 
-def is_right(loss: np.ndarray, exact: np.ndarray) -> bool:
+def is_right(answer: np.ndarray, exact: np.ndarray, ulp: int = 3) -> bool:
     nan = np.isnan(exact)
-    same = (loss.dtype, loss.shape) == (exact.dtype, exact.shape)
+    same = (answer.dtype, answer.shape) == (exact.dtype, exact.shape)
     return same and bool(
-        (np.isnan(loss) == nan).all() and (ulp_distance(loss, exact)[~nan] <= 3).all()
+        (np.isnan(answer) == nan).all() and (ulp_distance(answer, exact)[~nan] <= ulp).all()
     )
 
 
 @both
-def test_every_kind_of_loss(ask: Callable[[str], Client]) -> None:
+def test_every_kind_of_loss_and_the_gradient_beside_it(ask: Callable[[str], Client]) -> None:
     for (name, spec), rows in itertools.product(SPECS.items(), (0, 1, 5, 64)):
         if rows == 0 and name in ("none", "scores"):  # Triton's batches have one row at least
             continue
         x, y, w = arrays(spec, rows)
-        beta = BETA if spec.runtime_beta else None
-        loss = ask(name).loss(x, y, beta=beta, weight=w if spec.weight else None)
+        weight, beta = (w if spec.weight else None), (BETA if spec.runtime_beta else None)
+        outputs = ask(name).run(x, y, beta=beta, weight=weight)
         exact = with_beta(spec, BETA) if spec.runtime_beta else spec
-        assert is_right(loss, oracle(exact, x, y, w if spec.weight else None)), (name, rows)
-        assert np.isnan(loss).all() == (rows == 0 and "sum" not in name), (name, rows)
+        assert is_right(outputs["loss"], oracle(exact, x, y, weight)), (name, rows)
+        assert np.isnan(outputs["loss"]).all() == (rows == 0 and "sum" not in name), (name, rows)
+        assert ("grad_input" in outputs) == spec.gradient
+        if spec.gradient:
+            assert is_right(outputs["grad_input"], oracle_gradient(spec, x, y, weight), 4), rows
+
+
+def test_the_example_of_the_client(server: Server) -> None:
+    url = server.addresses.to_dict()["http"]
+    example = textwrap.dedent((Client.__doc__ or "").partition("Example:\n")[2])
+    exec(example.replace("http://127.0.0.1:8000", url), {"Client": Client, "np": np})
 
 
 @both
@@ -85,15 +90,6 @@ def test_no_number_is_lost_on_the_way(ask: Callable[[str], Client]) -> None:
     loss = ask("none").loss(x, y)
     assert np.isnan(loss[0, 0]) and loss[0, 1] == loss[0, 2] == np.inf
     assert is_right(loss, oracle(SPECS["none"], x, y))
-
-
-@both
-def test_the_gradient_comes_too(ask: Callable[[str], Client]) -> None:
-    spec = SPECS["weighted"]
-    x, y, w = arrays(spec, 4)
-    outputs = ask("weighted").run(x, y, weight=w)
-    assert sorted(outputs) == ["grad_input", "loss"]
-    assert (ulp_distance(outputs["grad_input"], oracle_gradient(spec, x, y, w)) <= 4).all()
 
 
 @both
@@ -124,7 +120,7 @@ def test_what_does_not_fit_is_refused_before_it_is_sent(ask: Callable[[str], Cli
 
 
 @both
-def test_one_client_in_many_threads(ask: Callable[[str], Client]) -> None:
+def test_one_client_gives_many_threads_their_own_answers(ask: Callable[[str], Client]) -> None:
     client, spec = ask("scores"), SPECS["scores"]
 
     def one(rows: int) -> bool:
@@ -135,18 +131,7 @@ def test_one_client_in_many_threads(ask: Callable[[str], Client]) -> None:
         assert all(pool.map(one, [1 + i % 20 for i in range(120)]))
 
 
-@both
-def test_run_with_a_url(
-    server: Server, protocol: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    x, y, _ = arrays(SPECS["mean"], 7)
-    np.savez(tmp_path / "pair.npz", input=x, target=y)
-    data = ["--data", str(tmp_path / "pair.npz")]
-    assert main(["run", "mean", "--url", server.addresses.to_dict()[protocol], *data]) == 0
-    assert np.float32(capfd.readouterr().out) == oracle(SPECS["mean"], x, y)
-
-
-def test_what_is_no_address_and_no_number_of_retries() -> None:
+def test_what_is_no_address_and_no_number_of_retries_is_refused() -> None:
     for url in (
         *("127.0.0.1:8000", "ftp://127.0.0.1", "http://", "", "http://[::1", "http://:8000"),
         *("http://127.0.0.1:99999", "grpc://127.0.0.1:x"),

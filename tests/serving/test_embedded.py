@@ -60,7 +60,9 @@ def test_the_one_on_path_wins(triton: Triton, nothing: Path) -> None:
     assert "--backend-directory" not in options  # it knows its own
 
 
-def test_another_machine(nothing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_it_is_not_made_for_is_told(
+    nothing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for system, machine in (("Linux", "riscv64"), ("Darwin", "x86_64")):
         monkeypatch.setattr(module.platform, "system", lambda system=system: system)
         monkeypatch.setattr(module.platform, "machine", lambda machine=machine: machine)
@@ -68,7 +70,7 @@ def test_another_machine(nothing: Path, monkeypatch: pytest.MonkeyPatch) -> None
             install()
 
 
-def test_a_version_of_python_without_a_stub(
+def test_a_python_without_a_stub_is_told_which_have_one(
     triton: Triton, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Version(tuple[int, ...]):
@@ -79,7 +81,7 @@ def test_a_version_of_python_without_a_stub(
         find_triton()
 
 
-def test_a_library_that_is_missing(nothing: Path) -> None:
+def test_a_missing_library_is_named_with_its_remedy(nothing: Path) -> None:
     words = "error while loading shared libraries: libx.so.1: no such file"
     home = install_path()
     triton = Triton(home / "pytriton/tritonserver/bin/tritonserver", home)
@@ -97,7 +99,7 @@ def test_a_library_that_is_missing(nothing: Path) -> None:
             find_triton()
 
 
-def test_a_download_that_is_not_what_was_pinned(
+def test_a_download_with_another_hash_is_not_installed(
     nothing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A package of that name and version with another hash, from a folder: nothing is installed.
@@ -149,18 +151,16 @@ def test_what_a_server_may_not_be_shown_is_left_out_aloud(tmp_path: Path) -> Non
         models_of(tmp_path, ["huber"])
 
 
-def test_a_folder_that_is_no_repository(tmp_path: Path, triton: Triton) -> None:
+def test_a_folder_that_is_no_repository_is_refused(tmp_path: Path, triton: Triton) -> None:
     with pytest.raises(ArtefactError, match="no folder with a config.pbtxt"):
         models_of(tmp_path)
     with pytest.raises(ArtefactError, match="absent is no folder; give a Triton model repository"):
         Server(tmp_path / "absent", triton)
 
 
-def test_a_port_that_is_taken(tmp_path: Path, triton: Triton) -> None:
+def test_a_taken_port_is_named_with_its_option(tmp_path: Path, triton: Triton) -> None:
     write_loss(tmp_path, LossSpec(), name="mean")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(
-            SpecError, match=f"127.0.0.1:{port} .*choose another --grpc-port, 0 for"
-        ):
+        with pytest.raises(SpecError, match=f"127.0.0.1:{port} .*another --grpc-port, 0 for"):
             Server(tmp_path, triton, ports={"grpc": port}).start()

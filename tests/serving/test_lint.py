@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest_serving import parsed, tensorrt_engine
+from conftest_serving import SPECS, parsed, tensorrt_engine
 
 from fuzzing.damage import carrying
 from smoothl1_deploy import LossSpec, attach, export
@@ -24,15 +24,7 @@ from smoothl1_deploy.serving._repository import write_loss
 
 pytest.importorskip("tritonclient", reason="the extra serve")
 
-VARIANTS = {
-    "none": LossSpec(reduction="none"),
-    "mean": LossSpec(),
-    "sum": LossSpec(reduction="sum", dtype="float16"),
-    "score": LossSpec(per_sample=True, gradient=True),
-    "beta": LossSpec(runtime_beta=True, weight="weights"),
-    "beta-none": LossSpec(runtime_beta=True, reduction="none"),
-}
-
+VARIANTS = {**SPECS, "beta-none": LossSpec(runtime_beta=True, reduction="none")}
 
 Plant = Callable[[Path], object]
 
@@ -123,20 +115,22 @@ def attached(root: Path) -> None:
     )(root)
 
 
-def changed(root: Path) -> None:
-    path = root / "mean" / "1" / "model.onnx"
-    model = onnx.load(path)
-    model.doc_string = "another"
-    onnx.save(model, path)
-
-
 def pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
 
 
-def damaged_metadata(root: Path) -> None:
-    path = root / "mean" / "1" / "model.onnx"
+def carry(path: Path) -> None:
+    onnx.save(carrying("function"), path)
+
+
+def rewritten(path: Path) -> None:
+    model = onnx.load(path)
+    model.doc_string = "another"
+    onnx.save(model, path)
+
+
+def with_damaged_metadata(path: Path) -> None:
     model = onnx.load(path)
     onnx.helper.set_model_props(model, {"smoothl1_deploy.spec": "{"})
     onnx.save(model, path)
@@ -166,37 +160,26 @@ def in_mean(change: Callable[[Path], object], file: str = "1/model.onnx") -> Pla
 
 
 BETA = 'input {\n  name: "beta"\n  data_type: TYPE_FP32\n  dims: 1\n}\n'
-BATCHES, DYNAMIC = "max_batch_size: 8\ninput {", "dynamic_batching { }\ninput {"
-LIBRARY = "model_operations { op_library_filename: '/no/ops.so' }\ninput {"
-WARMUP = "model_warmup { name: 'first' batch_size: 65 }\ndynamic"
+BATCHES = ("input {", "max_batch_size: 8\ninput {")
+DYNAMIC = ("input {", "dynamic_batching { }\ninput {")
+LIBRARY = ("input {", "model_operations { op_library_filename: '/no/ops.so' }\ninput {")
+WARMUP = ("dynamic", "model_warmup { name: 'first' batch_size: 65 }\ndynamic")
+LABEL, ROWS = ('name: "target"', 'name: "label"'), [("dims: -1\n", "")] * 2
 #: What is planted, the rule that finds it, and a part of what it says.
 FAULTS: list[tuple[Plant, str, str]] = [
     (in_mean(Path.unlink, "config.pbtxt"), "no-config", "there is no config.pbtxt"),
     (
         edit("mean", ("platform", "plattform")),
         "bad-config",
-        'config.pbtxt: not a model config: 2:1 : Message type "inference.ModelConfig" has no '
-        'field named "plattform"',
+        "config.pbtxt: not a model config: 2:1",
     ),
     (in_mean(pipe, "config.pbtxt"), "bad-config", "it is a folder, a pipe or a device"),
     (in_mean(lambda path: path.rename(f"{path}.old")), "no-model-file", "1 has no model.onnx"),
     (in_mean(lambda path: path.write_bytes(b"onnx")), "bad-model", "model.onnx"),
-    (
-        in_mean(lambda path: onnx.save(carrying("function"), path)),
-        "engine-inside",
-        "the model carries an engine (4 bytes) for any provider in the node 'F/engine'",
-    ),
-    (
-        edit("mean", ('name: "target"', 'name: "label"')),
-        "unknown-tensor",
-        "the config has the input 'label', the model has 'input', 'target'",
-    ),
+    (in_mean(carry), "engine-inside", "carries an engine (4 bytes) for any provider in the node"),
+    (edit("mean", LABEL), "unknown-tensor", "the input 'label', the model has 'input', 'target'"),
     (edit("beta", (BETA, "")), "missing-input", "takes the input 'beta', and the config doesn't"),
-    (
-        edit("sum", ("TYPE_FP16", "TYPE_FP32")),
-        "wrong-dtype",
-        "the config has the input 'input' as TYPE_FP32, the model as TYPE_FP16",
-    ),
+    (edit("sum", ("FP16", "FP32")), "wrong-dtype", "'input' as TYPE_FP32, the model as TYPE_FP16"),
     (edit("mean", ("  dims: -1\n", "")), "wrong-dims", "dims [16], in the model [-1, 16]"),
     # An export as it is, without what a server needs.
     (plain_mean, "wrong-dims", "the output 'loss' has the dims [1], in the model []"),
@@ -204,31 +187,27 @@ FAULTS: list[tuple[Plant, str, str]] = [
     (edit("none", ("16", "8")), "wrong-dims", "[-1, 8] with the rows of a batch, in the model [-1"),
     (edit("mean", ("16", "-1")), "wrong-dims", "the dims [-1, -1], in the model [-1, 16]"),
     (
-        edit("mean", ("input {", BATCHES), *[("dims: -1\n", "")] * 2),
+        edit("mean", BATCHES, *ROWS),
         "batched-reduction",
-        "max_batch_size is 8, but loss is a mean over all rows of a batch: requests of different",
+        "is 8, but loss is a mean over all rows of",
     ),
     (
-        edit("sum", ("input {", DYNAMIC)),
+        edit("sum", DYNAMIC),
         "batched-reduction",
-        "max_batch_size is 0 and dynamic_batching is on, but loss is a sum over all rows",
+        "is 0 and dynamic_batching is on, but loss is a sum",
     ),
     (
-        lambda root: foreign(root, batch=8),
+        lambda root: foreign(root, 8),
         "batched-reduction",
-        "max_batch_size is 8, but the output l1 has no axis of rows",
+        "is 8, but the output l1 has no axis of ro",
     ),
-    (edit("beta-none", ("input {", BATCHES)), "not-batchable", "and two requests may differ in it"),
-    (
-        edit("none", ("dynamic", WARMUP)),
-        "warmup-batch",
-        "the warm-up 'first' sends 65 requests in one batch, and the model takes 64",
-    ),
-    (edit("mean", ("input {", LIBRARY)), "operator-library", "library '/no/ops.so'; there is none"),
+    (edit("beta-none", BATCHES), "not-batchable", "and two requests may differ in it"),
+    (edit("none", WARMUP), "warmup-batch", "'first' sends 65 requests in one batch, and the model"),
+    (edit("mean", LIBRARY), "operator-library", "library '/no/ops.so'; there is none"),
     (foreign, "missing-guard", "a 'y_true' of one row would be broadcast to the rows of 'y_pred'"),
     (attached, "missing-guard", "a 'gt' of one row would be broadcast to the rows of 'loss'"),
-    (changed, "changed-model", "the model was changed by something else after"),
-    (damaged_metadata, "damaged-metadata", "damaged metadata entry smoothl1_deploy.spec"),
+    (in_mean(rewritten), "changed-model", "the model was changed by something else after"),
+    (in_mean(with_damaged_metadata), "damaged-metadata", "metadata entry smoothl1_deploy.spec"),
     (certificate("stale"), "stale-certificate", "the artefact changed since it was certified on"),
     (certificate("edited"), "damaged-certificate", "was edited: its content does not match its"),
     (certificate("red"), "red-certificate", "cases were red on"),
@@ -239,7 +218,7 @@ FAULTS: list[tuple[Plant, str, str]] = [
 def test_a_green_certificate_is_shown_and_settles_that_a_graph_was_changed(
     repository: Path,
 ) -> None:
-    changed(repository)
+    in_mean(rewritten)(repository)
     certificate("green")(repository)
     report = lint(repository)
     assert report and report.certificates["mean/1/model.onnx"].state == "matches"
@@ -285,7 +264,7 @@ def test_of_a_graph_that_is_no_loss_no_guard_is_asked(repository: Path) -> None:
     assert not asked(model)
 
 
-def test_models_of_other_backends(repository: Path) -> None:
+def test_models_of_other_backends_are_left_alone(repository: Path) -> None:
     port = "data_type: TYPE_FP32 dims: [ 1 ] reshape { shape: [ ] }"
     files = {
         name: write(repository, name, config)
@@ -307,7 +286,7 @@ def test_models_of_other_backends(repository: Path) -> None:
     assert lint(repository).findings == ()
 
 
-def test_attached_to_what_it_is_compared_with(repository: Path) -> None:
+def test_a_target_that_the_prediction_was_made_of_needs_no_guard(repository: Path) -> None:
     """The rows of a target that the prediction was made of are its own: an autoencoder."""
     path = write(
         repository,
@@ -323,7 +302,7 @@ def test_attached_to_what_it_is_compared_with(repository: Path) -> None:
     assert [f.rule for f in lint(repository).findings] == ["wrong-dims"]
 
 
-def test_what_is_no_repository(repository: Path) -> None:
+def test_what_is_no_repository_is_refused(repository: Path) -> None:
     (repository.parent / "empty").mkdir()
     for place, message in (
         ("nowhere", "nowhere is no folder; give that of a Triton model repository"),
@@ -378,7 +357,7 @@ def test_a_version_compatible_plan_runs_later(planned: Path) -> None:
     assert rules(planned, "10.9") == rules(planned, "11.0") == ["other-tensorrt"]
 
 
-def test_what_speaks_against_a_plan(planned: Path) -> None:
+def test_each_fault_of_a_plan_is_found(planned: Path) -> None:
     sidecar = planned / "loss_trt" / "1" / "model.plan.json"
     sound = sidecar.read_bytes()
     for fields, rule, problem in (
@@ -399,7 +378,7 @@ def test_what_speaks_against_a_plan(planned: Path) -> None:
     assert {*rules(planned)} == {"wrong-dims", "wrong-dtype"}  # it is held against its config
 
 
-def test_plans_of_two_versions(planned: Path) -> None:
+def test_plans_of_two_versions_are_held_against_each_other(planned: Path) -> None:
     shutil.copytree(planned / "loss", planned / "b")
     shutil.copytree(planned / "loss_trt", planned / "b_trt")
     for name in ("b", "b_trt"):

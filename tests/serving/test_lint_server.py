@@ -31,11 +31,8 @@ NAMES = 'label_filename: "names"'
 HEAD = 'backend: "python" max_batch_size: 8 '
 PYTHON = HEAD + X + Y
 ONNX = 'platform: "onnxruntime_onnx" '
-RESHAPE, BATCHING, SEQUENCE = (
-    "reshape { shape: %s }",
-    "dynamic_batching { %s }",
-    "sequence_batching { %s }",
-)
+RESHAPE, BATCHING = "reshape { shape: %s }", "dynamic_batching { %s }"
+SEQUENCE = "sequence_batching { %s }"
 CONTROL = "control_input { name: 'a' control { } }"
 ENSEMBLE = f'platform: "ensemble" max_batch_size: 8 {X}{Y}'
 
@@ -50,36 +47,24 @@ def steps(*steps: str, head: str = ENSEMBLE) -> str:
     return f"{head}ensemble_scheduling {{ {' '.join(steps)} }}"
 
 
-def step(x: str = "x", y: str = "y", model: str = "good", version: int = -1, key: str = "x") -> str:
+def step(x: str = "x", y: str = "y", model: str = "good", version: int = -1) -> str:
     return (
         f'step {{ model_name: "{model}" model_version: {version} '
-        f'input_map {{ key: "{key}" value: "{x}" }} output_map {{ key: "y" value: "{y}" }} }}'
+        f'input_map {{ key: "x" value: "{x}" }} output_map {{ key: "y" value: "{y}" }} }}'
     )
 
 
 OTHER, LARGER = ENSEMBLE.replace("4", "5"), ENSEMBLE.replace("8", "16")
-UNMAPPED = 'step { model_name: "good" model_version: -1 output_map { key: "y" value: "y" } }'
-#: A model -> its config and a part of the words with which Triton refuses it.
+#: A model -> its config and a part of the words with which Triton refuses it: of each kind of thing
+#: that the mirror copies, renames or leaves out, what Triton can only say if that is done right.
 REFUSED = {
     # Ensembles.
-    "no_steps": (steps(), "must specify 'step'"),
     "no_scheduling": (ENSEMBLE, "ensemble scheduling must be set"),
     "no_such_step": (steps(step(model="nobody")), "not available or ambiguous: nobody"),
     "no_such_version": (steps(step(version=7)), "'good' whose required version 7 is not loaded"),
-    "nothing_mapped": (steps(UNMAPPED), "must specify 'input_map' in step 0"),
     "input_not_mapped": (steps(step(model="pair")), "input x2 in model pair is not mapped"),
-    "no_such_input": (steps(step(key="z")), "mapping to non-existing input z in model good"),
-    "nobody_makes": (steps(step(y="t"), step("u")), "'u', is not connected"),
-    "nobody_reads": (steps(step(), head=f"{ENSEMBLE}input {port('z')}"), "input 'z' for ensemble"),
-    "two_make": (steps(step(), step()), "can appear in an output map only once"),
-    "other_dtype": (steps(step(y="t"), step("t", model="half")), "inconsistent data type"),
     "other_dims": (steps(step(), head=OTHER), "inconsistent shape"),
-    "larger_batch": (
-        steps(step(), head=LARGER),
-        "which only allows maximum batch size to be 8",
-    ),
-    "cycle": (steps(step("b", "a"), step("a", "b"), step()), "tensor 'b' is unused"),
-    "itself": (steps(step(model="itself")), "circular dependency"),
+    "larger_batch": (steps(step(), head=LARGER), "only allows maximum batch size to be 8"),
     "ring": (steps(step(model="second_of_ring")), "circular dependency between ensembles"),
     "second_of_ring": (steps(step(model="ring")), "second_of_ring"),
     "refused_step": (steps(step(model="zero")), "not available or ambiguous: zero"),
@@ -88,21 +73,12 @@ REFUSED = {
     # Warm-ups.
     "warmup_input": (warmup("z"), "missing required input(s) ['x']"),
     "warmup_dtype": (warmup(dtype="FP16"), "data-type is 'FP16', but model"),
-    "warmup_file": (
-        warmup(data='input_data_file: "rows"'),
-        "read warmup_file/warmup/rows: No",
-    ),
+    "warmup_file": (warmup(data='input_data_file: "rows"'), "read warmup_file/warmup/rows: No"),
     # Tensors.
     "zero": (f"{HEAD}{X}output {port('y', dims='0')}", "must be integer >= 1, or -1"),
-    "minus_two": (f"{HEAD}{X}output {port('y', dims='-2')}", "must be integer >= 1, or -1"),
     "no_dims": (f"{HEAD}{X}output {port('y', dims='')}", "must specify 'dims'"),
-    "no_dtype": (f"{HEAD}{X}output {{ name: 'y' dims: [ 4 ] }}", "must specify 'data_type'"),
     "no_name": (f"{HEAD}{X}output {port('')}", "model output must specify 'name'"),
     "volume": (f"{HEAD}{Y}input {port('x', more=RESHAPE % '3')}", "different size for dims"),
-    "rank_zero": (
-        f"{HEAD.replace('8', '0')}{Y}input {port('x', dims='1', more=RESHAPE % '[ ]')}",
-        "cannot have empty reshape for non-batching model",
-    ),
     "label": (f"{HEAD}{X}output {port('y', more=NAMES)}", "read label/names: No"),
     # The rest of a config.
     "another": (f'name: "one" {PYTHON}', "'another' for model 'one', directory name must equal"),
@@ -111,11 +87,7 @@ REFUSED = {
     "not_its_platform": (f'backend: "onnxruntime" platform: "a" {X}{Y}', "and 'backend' pair"),
     "versionless": (f"{PYTHON}version_policy {{ specific {{ }} }}", "at least one version must be"),
     "negative": (f"{HEAD.replace('8', '-1')}{X}{Y}", "'max_batch_size' must be non-negative"),
-    "preferred": (
-        f"{PYTHON}{BATCHING % 'preferred_batch_size: 9'}",
-        "must be <= max batch size",
-    ),
-    "priority": (f"{PYTHON}{BATCHING % 'priority_levels: 2'}", "level must be in range [1, 2]"),
+    "preferred": (f"{PYTHON}{BATCHING % 'preferred_batch_size: 9'}", "must be <= max batch size"),
     "cpu_gpus": (
         f"{PYTHON}instance_group {{ kind: KIND_CPU gpus: [ 0 ] }}",
         "has kind KIND_CPU but specifies one or more GPUs",

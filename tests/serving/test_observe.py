@@ -12,10 +12,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from smoothl1_deploy.serving import Client
 from smoothl1_deploy.serving._onnxruntime_backend import CANARY_ID
 from smoothl1_deploy.serving._server import Server
 from smoothl1_deploy.serving._supervise import Events
+from smoothl1_deploy.serving._transport import open_transport
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana-dashboard.json"
 
@@ -27,27 +27,31 @@ def scrape(server: Server) -> dict[str, float]:
     return {name: float(value) for name, _, value in pairs}
 
 
-def tell(client: Client, *arrays: np.ndarray) -> None:
-    """Have the model pass on what it counted; the request itself is not counted."""
-    time.sleep(1.1)
-    named = dict(zip(("input", "target"), arrays, strict=True))
-    client._transport.infer(client.model, "", named, CANARY_ID)
-
-
 def test_the_distribution_of_the_losses_without_those_of_canaries(server: Server) -> None:
-    # Row losses 0, 0.5 and 8.5 at beta 1, and one row of NaN.
-    for model, dtype, size in (("none", np.float32, 16), ("scores", ml_dtypes.bfloat16, 1)):
-        x = np.repeat(np.array([[0.0], [1.0], [9.0], [np.nan]]), 16, axis=1).astype(dtype)
-        y = np.zeros_like(x)
-        with Client(server.addresses.to_dict()["grpc"], model) as client:
-            tell(client, x, y)
-            before = scrape(server)
-            client.loss(x, y)
-            tell(client, x, y)
-            after = scrape(server)
-        grown = {name: after[name] - before[name] for name in after if name in before}
+    # The rows have the losses 0, 0.5 and 8.5 at beta 1, and one NaN.
+    rows = np.repeat(np.array([[0.0], [1.0], [9.0], [np.nan]]), 16, axis=1)
+    models = {"none": (np.float32, 16), "scores": (ml_dtypes.bfloat16, 1)}
+    feeds = {
+        name: {"input": rows.astype(dtype), "target": np.zeros_like(rows, dtype)}
+        for name, (dtype, _) in models.items()
+    }
+    with contextlib.closing(open_transport(server.addresses.to_dict()["grpc"], 10, 0)) as transport:
+
+        def told() -> dict[str, float]:
+            """The metrics, after each model has passed on what it counted."""
+            time.sleep(1.1)
+            for name, arrays in feeds.items():
+                transport.infer(name, "", arrays, CANARY_ID)
+            return scrape(server)
+
+        before = told()
+        for name, arrays in feeds.items():
+            transport.infer(name, "", arrays)
+        after = told()
+    grown = {name: after[name] - before[name] for name in after if name in before}
+    below = {"0.001": 1, "0.3": 1, "1.0": 2, "3.0": 2, "10.0": 3, "100.0": 3, "+Inf": 3}
+    for model, (_, size) in models.items():
         labels = f'model="{model}",version="1"'
-        below = {"0.001": 1, "0.3": 1, "1.0": 2, "3.0": 2, "10.0": 3, "100.0": 3, "+Inf": 3}
         for bound, count in below.items():
             assert grown[f'smooth_l1_loss_bucket{{le="{bound}",{labels}}}'] == count * size, bound
         for name, total in (("count", 3), ("sum", 9.0), ("not_finite", 1)):

@@ -68,19 +68,10 @@ def test_a_batch_of_any_size_where_rows_are_independent(tmp_path: Path) -> None:
 
 
 def test_bad_requests_leave_nothing(tmp_path: Path) -> None:
-    rows = LossSpec(per_sample=True)
+    rows, of_request = LossSpec(per_sample=True), LossSpec(runtime_beta=True, reduction="none")
     for spec, options, message in (
-        (
-            LossSpec(),
-            {"max_batch_size": 8},
-            r"max_batch_size=8, but requests must not be batched together: loss is a mean over "
-            r"all rows of a batch.*Leave it out, or use per_sample=True",
-        ),
-        (
-            LossSpec(runtime_beta=True, reduction="none"),
-            {"max_batch_size": 8},
-            "beta is one number for a whole batch, and two requests may differ in it",
-        ),
+        (LossSpec(), {"max_batch_size": 8}, "loss is a mean over.*Leave it out, or use per_sample"),
+        (of_request, {"max_batch_size": 8}, "beta is one number for a whole batch, and two reques"),
         (rows, {"max_batch_size": -1}, "must be 0 to 2147483647, got -1; 0 is no batching"),
         (rows, {"max_batch_size": 1 << 31}, "must be 0 to 2147483647, got 2147483648"),
         (rows, {"shape": (4, 16)}, r"got the shape \(4, 16\); give a name for"),
@@ -151,11 +142,8 @@ def test_an_engine_that_triton_cant_load_or_of_another_graph(tmp_path: Path) -> 
     spec = LossSpec(reduction="none")
     (plain,) = write_loss(tmp_path / "a", spec, name="loss")
     engine = tensorrt_engine(plain.file, tmp_path / "rtx.engine", flavour="tensorrt_rtx")
-    with pytest.raises(
-        UnsupportedError,
-        match=r"is an engine of tensorrt_rtx 10\..*, and Triton's backend loads those of tensorrt "
-        r"alone; build it with --flavour tensorrt on a machine with a GPU",
-    ):
+    refused = r"is an engine of tensorrt_rtx 10\..*; build it with --flavour tensorrt on a machine"
+    with pytest.raises(UnsupportedError, match=refused):
         write_loss(tmp_path / "models", spec, engine=engine)
     engine = tensorrt_engine(plain.file, tmp_path / "other.engine", onnx_sha256="0" * 64)
     with pytest.raises(ArtefactError, match="was built from another graph than the served one"):
