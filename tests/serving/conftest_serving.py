@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 from embedded import embedded_triton
 
@@ -69,8 +68,3 @@ def tensorrt_engine(model: Path, path: Path, **fields: Any) -> Path:
     said = {"flavour": "tensorrt", "version": "10.13.0.35", **fields}
     write_engine(path, engine.data, replace(engine.sidecar, **said))
     return path
-
-
-def parsed(graph: str) -> onnx.ModelProto:
-    """A model of opset 18, by its graph in ONNX' text format."""
-    return onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18]> g {graph}')

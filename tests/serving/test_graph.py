@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from conftest_serving import parsed
+from handmade import model_of, run
 from onnx import TensorProto, helper
 
 from smoothl1_deploy import LossSpec, attach, export, load, verify
@@ -27,10 +26,7 @@ def served(spec: LossSpec, shape: tuple[int | str, ...] = ("N", 16)) -> onnx.Mod
 
 
 def ask(model: onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    session = ort.InferenceSession(model.SerializeToString(), options)
-    return session.run(None, feeds)  # type: ignore[no-any-return]
+    return [*run(model, feeds, "ORT_ENABLE_ALL").values()]
 
 
 def rows(count: int, seed: int = 0) -> np.ndarray:
@@ -134,7 +130,7 @@ def test_beta_of_a_request_is_one_number() -> None:
 
 def autoencoder() -> onnx.ModelProto:
     """`digits` [N, 16] and `mask` [N, 16] to their product and its rows' first column [N]."""
-    return parsed("""
+    return model_of("""g
         (float[N, 16] digits, float[N, 16] mask) => (float[N, 16] masked, float[N] first)
         <int64 zero = {0}> {
             masked = Mul(digits, mask)
@@ -221,7 +217,7 @@ def test_two_losses_and_a_reader_of_an_output_keep_their_numbers() -> None:
 
 
 def test_a_subgraph_reads_what_was_renamed() -> None:
-    model = parsed("""
+    model = model_of("""g
         (float[N, 2] x, bool flag) => (float total, float y) {
             total = ReduceSum<keepdims = 0>(x)
             y = If(flag) <

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest_serving import SPECS, parsed, tensorrt_engine
+from conftest_serving import SPECS, tensorrt_engine
+from handmade import model_of
 
 from fuzzing.damage import carrying
 from smoothl1_deploy import LossSpec, attach, export
@@ -88,7 +89,7 @@ def foreign(root: Path, batch: int = 0) -> None:
         'output { name: "l1" data_type: TYPE_FP32 dims: [ 1 ] }',
     )
     onnx.save(
-        parsed("""
+        model_of("""g
             (float[batch, 16] y_pred, float[batch, 16] y_true) => (float[1] l1)
             <int64[1] one = {1}> {
                 d = Sub(y_pred, y_true)
@@ -278,7 +279,7 @@ def test_models_of_other_backends_are_left_alone(repository: Path) -> None:
             "named": 'backend: "python" default_model_filename: "main.py"',
         }.items()
     }
-    onnx.save(parsed("(float[N] x) => (float[N] y) { y = Relu(x) }"), files["rows"])
+    onnx.save(model_of("g (float[N] x) => (float[N] y) { y = Relu(x) }"), files["rows"])
     files["script"].with_name("model.py").write_text("")
     files["named"].with_name("main.py").write_text("")
     (repository / ".git").mkdir()
@@ -295,7 +296,7 @@ def test_a_target_that_the_prediction_was_made_of_needs_no_guard(repository: Pat
         'input { name: "x" data_type: TYPE_FP32 dims: [ -1, 16 ] }'
         'output { name: "loss" data_type: TYPE_FP32 dims: [ -1 ] }',
     )
-    model = parsed("(float[N, 16] x) => (float[N, 16] y) { y = Relu(x) }")
+    model = model_of("g (float[N, 16] x) => (float[N, 16] y) { y = Relu(x) }")
     onnx.save(attach(model, "y", "x", LossSpec(per_sample=True), only_loss=True), path)
     assert lint(repository).findings == ()
     onnx.save(attach(model, "y", np.zeros((1, 16), np.float32), only_loss=True), path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from handmade import model_of
 
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy.errors import BackendUnavailableError, MissingDependencyError
@@ -141,9 +142,8 @@ def graph(more: str = "", operator: str = "Abs") -> onnx.ModelProto:
         "value": (", float[1, 4] START", "<float[1, 4] START = {0, 0, 0, 0}>"),
     }[more]
     end = "END = Abs(START)" if more else ""
-    return onnx.parser.parse_model(f"""
-        <ir_version: 10, opset_import: ["": 18, "smoothl1_deploy": 2]>
-        g (float[N, 4] x{inputs}) => (float[N, 4] y) {value} {{ y = {operator}(x) {end} }}""")
+    text = f"g (float[N, 4] x{inputs}) => (float[N, 4] y) {value} {{ y = {operator}(x) {end} }}"
+    return model_of(text, imports=', "smoothl1_deploy": 2')
 
 
 @pytest.fixture(scope="module")

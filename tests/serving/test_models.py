@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
+from handmade import run
 from onnx import numpy_helper
 
 from smoothl1_deploy.graph._metadata import read_spec
@@ -67,15 +67,11 @@ def test_the_catalogue_is_clean() -> None:
 
 def test_the_score_of_a_digit_is_the_loss_of_its_reconstruction() -> None:
     digits = np.random.default_rng(0).uniform(size=(3, 64)).astype(np.float32)
-
-    def run(path: Path) -> np.ndarray:
-        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return session.run(None, {"digits": digits})[0]  # type: ignore[no-any-return]
-
-    difference = run(SOURCE).astype(np.float64) - digits
+    (made,) = run(SOURCE, {"digits": digits}).values()
+    difference = made.astype(np.float64) - digits
     core = np.clip(difference, -0.1, 0.1)
     loss = np.abs(difference - core) + 0.5 * core * core / 0.1
-    score = run(MODELS / AUTOENCODER / "1" / "model.onnx")
+    score, *_ = run(MODELS / AUTOENCODER / "1" / "model.onnx", {"digits": digits}).values()
     assert score.shape == (3, 1)
     np.testing.assert_allclose(score[:, 0], loss.mean(axis=1), rtol=1e-5)
 
