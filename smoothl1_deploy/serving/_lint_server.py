@@ -82,9 +82,7 @@ class _Mirror:
         (own / "1").mkdir(parents=True)
         shutil.copy(stand_in.__file__, own / "1" / "model.py")
         (own / CONFIG_FILE).write_text('backend: "python"')
-        # A model of our own goes first, and ensembles come after their steps.
-        ordered = sorted(visits, key=lambda visit: bool(visit.config.platform == "ensemble"))
-        names = [own.name, *map(self._add, ordered)]
+        names = [own.name, *map(self._add, visits)]  # a model of our own goes first
         refused: dict[str, str] = {}
         while names and own.name not in refused:
             server = Server(self._root, self._triton, log=self._log, private=True)

@@ -260,7 +260,8 @@ def test_a_model_that_is_wrong_or_refused_is_named_in_one_line(
     assert not ready.exists()
 
     (models / "none/1/model.onnx").write_bytes(b"junk")
-    assert main(["serve", str(models), "--logs", str(models.parent), "--model", "none"]) == 2
+    asked = ["--model", "none", "--model", "mean"]  # what was asked for by name is not left out
+    assert main(["serve", str(models), "--logs", str(models.parent), *asked]) == 2
     note, line = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert note.startswith("note: none: refused: ")
     assert line.startswith("error: the Triton server can't load the model 'none'")
