@@ -39,7 +39,7 @@ def repository(
         Path | None, typer.Option(help="An ONNX file to serve, such as one of attach.")
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Of the model; the spec's or the file's by default.")
+        str | None, typer.Option(help="The model's name; the spec's or the file's by default.")
     ] = None,
     max_batch_size: Annotated[
         int | None,
@@ -72,20 +72,21 @@ def repository(
         bool, typer.Option("--overwrite", help="Replace a model of that name.")
     ] = False,
     tensorrt_version: Annotated[
-        str | None, typer.Option(help="With --lint: of the server's TensorRT, as in 10.13.")
+        str | None, typer.Option(help="With --lint: the server's TensorRT, as in 10.13.")
     ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
             metavar="AXES",
-            help=f"Of input and target, a name for the rows first; {_SHAPE} by default.",
+            help=f"The axes of input and target, a name for the rows first; {_SHAPE} by default.",
             rich_help_panel=_LOSS,
         ),
     ] = None,
     route: Annotated[
         str | None,
         typer.Option(
-            help="As of export; inlined by default, function with --ops.", rich_help_panel=_LOSS
+            help="A route of export; inlined by default, function with --ops.",
+            rich_help_panel=_LOSS,
         ),
     ] = None,
     kserve: Annotated[

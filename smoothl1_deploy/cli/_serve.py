@@ -25,7 +25,7 @@ _PORTS = "Where it listens (0: a free port)"
 
 
 def _port(use: str) -> Any:
-    return typer.Option(min=0, max=65535, rich_help_panel=_PORTS, help=f"For {use}.")
+    return typer.Option(min=0, max=65535, rich_help_panel=_PORTS, help=f"The port for {use}.")
 
 
 def serve(
