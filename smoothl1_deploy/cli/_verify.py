@@ -79,7 +79,6 @@ def verify(
             console.print(tables.artefact_drift(result.drift).rich())
         if result.diagnoses:
             console.print(tables.diagnoses(result).rich())
-        print_lines([f"seen in the graph: {remark}" for remark in result.remarks])
         red, cases = len(result.failures), len(result.results) + len(result.drift)
         print_lines([f"{cases - red} of {cases} cases equal to PyTorch, or nearer to the truth"])
         if written is not None:

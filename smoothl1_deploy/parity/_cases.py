@@ -225,7 +225,7 @@ def _torch_alike(family: str, beta: float, dtype: str) -> Mapping[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Judged:
     """The verdict on one output; `got` is what came, None where an error came instead."""
 
     verdict: Verdict
@@ -260,7 +260,7 @@ class Sample(Record):
     oracle: str
 
     @classmethod
-    def of(cls, refs: References, output: str, answer: Answer) -> Sample | None:
+    def of(cls, refs: References, output: str, answer: Judged) -> Sample | None:
         """The worst element of an answer; None where the result is empty, or of another shape."""
         got, exact = answer.got, refs.oracle[output]
         worst = 0 if got is None else answer.verdict.worst
@@ -297,7 +297,7 @@ class CaseResult:
     sample: Sample | None = None
 
     @classmethod
-    def of(cls, refs: References, answers: Mapping[str, Answer]) -> CaseResult:
+    def of(cls, refs: References, answers: Mapping[str, Judged]) -> CaseResult:
         """The result by the worst of the answers, each of an output of the case."""
         name = max(answers, key=lambda name: answers[name].verdict.badness)
         verdict = replace(
@@ -315,15 +315,15 @@ class CaseResult:
         }
 
 
-def unanswered(refs: References, error: SmoothL1DeployError) -> dict[str, Answer]:
+def unanswered(refs: References, error: SmoothL1DeployError) -> dict[str, Judged]:
     """An error in the place of a loss: it is wrong in every element."""
     verdict = Verdict.failed(refs.oracle["loss"].size, f"{type(error).__name__}: {error}")
-    return {"loss": Answer(verdict, None)}
+    return {"loss": Judged(verdict, None)}
 
 
 def judge(
     runner: Runner, refs: References, accumulator: str | None = None, *, numbers_alone: bool = False
-) -> dict[str, Answer]:
+) -> dict[str, Judged]:
     """Run one case and judge every output; an answer that doesn't come is a wrong answer.
 
     Args:
@@ -363,7 +363,7 @@ def judge(
             slack = gradient_bound(spec, refs.input, refs.target, exact)
         torch, like = refs.torch[name], alike.get(name, 0)
         verdict = compare(spec, got, torch, exact, *pair, name, bound, like, slack)
-        answers[name] = Answer(verdict, got)
+        answers[name] = Judged(verdict, got)
     return answers
 
 

@@ -26,7 +26,7 @@ from ..backends._base import get_backend
 from ..backends._runner import Runner
 from ..graph._export import export
 from ._bounds import bound
-from ._cases import Answer, Case, CaseResult, References, judge
+from ._cases import Case, CaseResult, Judged, References, judge
 from ._plain_export import plain_export
 from ._shapes import ShapePlan, elements
 
@@ -46,9 +46,8 @@ class DriftPoint:
         result: the case and its verdict, ULP measured and allowed.
         output: `loss` or `grad_input`.
         value: the model's answer, the worst element of a gradient; None where none came.
+        torch: PyTorch's answer.
         oracle: the exact one.
-        relative: the distance to the oracle over the oracle; None where one is not finite.
-        torch_relative: PyTorch's.
         bound: what the graphs of this package guarantee, in ULP (`parity.bounds`); one of them is
             held to it, anyone else's is only shown beside it. Infinite where float32 sums may be
             off by everything; None for a gradient, of which nothing is proved.
@@ -58,9 +57,8 @@ class DriftPoint:
     result: CaseResult
     output: str
     value: float | None
+    torch: float
     oracle: float
-    relative: float | None
-    torch_relative: float | None
     bound: float | None
 
     @property
@@ -72,6 +70,22 @@ class DriftPoint:
     def ok(self) -> bool:
         """The verdict."""
         return self.result.verdict.ok
+
+    @property
+    def relative(self) -> float | None:
+        """The distance to the oracle over the oracle; None where one is not finite."""
+        return self._relative(self.value)
+
+    @property
+    def torch_relative(self) -> float | None:
+        """PyTorch's."""
+        return self._relative(self.torch)
+
+    def _relative(self, value: float | None) -> float | None:
+        truth = self.oracle
+        if value is None or not (math.isfinite(value) and math.isfinite(truth)) or truth == 0:
+            return None
+        return abs(value - truth) / abs(truth)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -144,30 +158,22 @@ def _outputs(spec: LossSpec, case: Case) -> list[str]:
 
 
 def _point(
-    refs: References, name: str, judged: Sequence[dict[str, Answer]], limit: float
+    refs: References, name: str, judged: Sequence[dict[str, Judged]], limit: float
 ) -> DriftPoint:
     """Of one output, by the runner whose answer is worst."""
     answers = [found.get(name, found["loss"]) for found in judged]
     worst = max(answers, key=lambda answer: answer.verdict.badness)
     at = worst.verdict.worst or 0
     value = None if worst.got is None or at >= worst.got.size else float(worst.got.flat[at])
-    truth, theirs = (float(array.flat[at]) for array in (refs.oracle[name], refs.torch[name]))
     return DriftPoint(
         math.prod(refs.case.shape(refs.spec)),
         CaseResult(refs.case, worst.verdict, refs.shares),
         name,
         value,
-        truth,
-        _relative(value, truth),
-        _relative(theirs, truth),
+        float(refs.torch[name].flat[at]),
+        float(refs.oracle[name].flat[at]),
         limit if name == "loss" else None,
     )
-
-
-def _relative(value: float | None, truth: float) -> float | None:
-    if value is None or not (math.isfinite(value) and math.isfinite(truth)) or truth == 0:
-        return None
-    return abs(value - truth) / abs(truth)
 
 
 WAYS = ("smoothl1-deploy", "torch.onnx.export", "PyTorch eager")

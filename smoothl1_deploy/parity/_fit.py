@@ -16,7 +16,7 @@ from .._floats import Array, round_to, wide_dtype
 from .._spec import LossSpec
 from ._bounds import UNIT_ROUNDOFF
 from ._faults import FITS, FORMS, Fault, Part, reductions, smooth_l1
-from ._probes import Answer
+from ._probes import Reply
 
 _FLAT = 0.01  # relative: more than this is never a matter of rounding, but for bfloat16
 #: From the roundest numbers to all digits that a float64 has: people choose round numbers.
@@ -35,68 +35,58 @@ class Hypothesis:
         """What of it is not what the spec asks for."""
         return [part for part in (self.form, self.reduction) if part.fault is not None]
 
+    def predict(self, reply: Reply) -> Array:
+        """What a model of this kind answers to a probe, wide."""
+        if not self.faults:  # the oracle knows every spec there is
+            return reply.expected.astype(wide_dtype(reply.spec.dtype))
+        input, target, *_ = (array.shape for array in reply.arrays)
+        with np.errstate(all="ignore"):
+            losses = self.form.compute(*reply.pair, reply.spec.effective_beta)
+            return np.asarray(self.reduction.compute(losses, input, target))
+
+    def explains(self, reply: Reply, unit: float | None = None) -> bool:
+        """Whether the answer is what is predicted, to rounding with this unit roundoff."""
+        predicted = self.predict(reply)
+        if predicted.shape not in (reply.got.shape, reply.shape):
+            return False
+        got = reply.got.astype(predicted.dtype).reshape(predicted.shape)
+        rounded = round_to(predicted, reply.spec.dtype).astype(predicted.dtype)
+        unit = UNIT_ROUNDOFF[reply.spec.dtype] if unit is None else unit
+        tolerance = min((8 + reply.count) * unit, max(8 * unit, _FLAT))
+        with np.errstate(invalid="ignore"):
+            scale = np.abs(predicted) + self._subtracted(reply)
+            close = np.abs(got - predicted) <= tolerance * scale
+        same = (got == rounded) | (np.isnan(got) & np.isnan(rounded))
+        return bool(np.all(close | same))
+
+    def explains_all(self, replies: Sequence[Reply]) -> bool:
+        """Whether it explains each; one at least by more than being near what may cancel."""
+        return all(map(self.explains, replies)) and any(
+            self._subtracted(reply) <= 4 * np.abs(self.predict(reply)).min() for reply in replies
+        )
+
+    def _subtracted(self, reply: Reply) -> float:
+        """The size of the numbers that the formula subtracts where they may be nearly equal."""
+        if self.form.cancels is None:
+            return 0.0
+        return self.form.cancels(float(np.abs(np.subtract(*reply.pair)).max()))
+
 
 def right(spec: LossSpec) -> Hypothesis:
     """Nothing wrong."""
     return Hypothesis(FORMS[0], reductions(spec)[0])
 
 
-def predict(hypothesis: Hypothesis, answer: Answer) -> Array:
-    """What a model of this kind answers to a probe, wide."""
-    if not hypothesis.faults:  # the oracle knows every spec there is
-        return answer.expected.astype(wide_dtype(answer.spec.dtype))
-    input, target, *_ = (array.shape for array in answer.probe.arrays)
-    with np.errstate(all="ignore"):
-        losses = hypothesis.form.compute(*answer.pair, answer.spec.effective_beta)
-        return np.asarray(hypothesis.reduction.compute(losses, input, target))
-
-
-def explains(hypothesis: Hypothesis, answer: Answer, unit: float | None = None) -> bool:
-    """Whether the answer is what the hypothesis predicts, to rounding with this unit roundoff."""
-    if answer.got is None:
-        return False
-    dtype = answer.spec.dtype
-    predicted = predict(hypothesis, answer)
-    if predicted.shape not in (answer.got.shape, answer.shape):
-        return False
-    got = answer.got.astype(predicted.dtype).reshape(predicted.shape)
-    rounded = round_to(predicted, dtype).astype(predicted.dtype)
-    unit = UNIT_ROUNDOFF[dtype] if unit is None else unit
-    tolerance = min((8 + answer.count) * unit, max(8 * unit, _FLAT))
-    with np.errstate(invalid="ignore"):
-        scale = np.abs(predicted) + _subtracted(hypothesis.form, answer)
-        close = np.abs(got - predicted) <= tolerance * scale
-    same = (got == rounded) | (np.isnan(got) & np.isnan(rounded))
-    return bool(np.all(close | same))
-
-
-def _subtracted(form: Part, answer: Answer) -> float:
-    """The size of the numbers that a formula subtracts where they may be nearly equal."""
-    if form.cancels is None:
-        return 0.0
-    return form.cancels(float(np.abs(np.subtract(*answer.pair)).max()))
-
-
-def _explains_all(hypothesis: Hypothesis, answers: Sequence[Answer]) -> bool:
-    if not all(explains(hypothesis, answer) for answer in answers):
-        return False
-    # Where all that is predicted may cancel, to be near it says nothing.
-    return any(
-        _subtracted(hypothesis.form, answer) <= 4 * np.abs(predict(hypothesis, answer)).min()
-        for answer in answers
-    )
-
-
-def find(spec: LossSpec, answers: Sequence[Answer]) -> list[Hypothesis]:
-    """Every hypothesis of the simplest kind that explains all answers, the likeliest first.
+def find(spec: LossSpec, replies: Sequence[Reply]) -> list[Hypothesis]:
+    """Every hypothesis of the simplest kind that explains all replies, the likeliest first.
 
     Kinds, from the simplest: nothing wrong; one named fault; one with a number of its own (beta,
     a coefficient, a count); a wrong formula with a wrong reduction.
     """
-    for forms, summed in _kinds(spec, answers) if answers else ():
+    for forms, summed in _kinds(spec, replies) if replies else ():
         found: list[Hypothesis] = []
         for hypothesis in (Hypothesis(form, reduction) for reduction in summed for form in forms):
-            if _explains_all(hypothesis, answers):
+            if hypothesis.explains_all(replies):
                 found.append(hypothesis)
                 if any(part.estimate is not None for part in hypothesis.faults):
                     break  # the roundest number that fits; the others differ by rounding
@@ -106,28 +96,28 @@ def find(spec: LossSpec, answers: Sequence[Answer]) -> list[Hypothesis]:
 
 
 def _kinds(
-    spec: LossSpec, answers: Sequence[Answer]
+    spec: LossSpec, replies: Sequence[Reply]
 ) -> Iterator[tuple[Iterable[Part], Iterable[Part]]]:
-    """Formulas and reductions, each of the one with each of the other."""
+    """Formulas and reductions, each of the one to be tried with each of the other."""
     own, *others = reductions(spec)
     form, *wrong = FORMS
     yield [form], [own]
     yield wrong, [own]
     yield [form], others
     yield _narrowed(spec), [own]
-    yield _fitted(spec, own, answers), [own]
-    yield [form], _scales(own, answers)
+    yield _fitted(spec, own, replies), [own]
+    yield [form], _scales(own, replies)
     yield wrong, others
     for other in others:
-        yield _fitted(spec, other, answers), [other]
+        yield _fitted(spec, other, replies), [other]
 
 
 def weighted(
-    spec: LossSpec, places: Sequence[Answer], answers: Sequence[Answer]
+    spec: LossSpec, elementwise: Sequence[Reply], replies: Sequence[Reply]
 ) -> Hypothesis | None:
-    """The right losses times a factor for each place of a row, which the answers of places tell."""
-    found = [float(a.got.sum() / a.expected.sum()) for a in places if a.got is not None]
-    if len(found) < len(places) or not np.isfinite(found).all():
+    """The right losses, each element of a row times a factor that its own reply tells."""
+    found = [float(reply.got.sum() / reply.expected.sum()) for reply in elementwise]
+    if any(reply.error for reply in elementwise) or not np.isfinite(found).all():
         return None
     for digits in (3, 6, 17):  # a mask is of ones and zeros
         factors = np.array([_rounded(factor, digits) for factor in found])
@@ -142,7 +132,7 @@ def weighted(
             "weights, which LossSpec(weight='count') takes"
         )
         hypothesis = Hypothesis(Part(Fault.WEIGHTED, why, losses), reductions(spec)[0])
-        if len(set(factors)) > 1 and _explains_all(hypothesis, answers):
+        if len(set(factors)) > 1 and hypothesis.explains_all(replies):
             return hypothesis
     return None
 
@@ -175,22 +165,17 @@ def _rounded(value: float, digits: int) -> float:
     return float(f"{value:.{digits - 1}e}")
 
 
-def _responses(reduction: Part, answers: Sequence[Answer]) -> Iterator[tuple[float, float]]:
-    """(|d|, loss of one element), both > 0, of every probe that is the same everywhere."""
-    for answer in answers:
-        if answer.probe.kind != "constant" or answer.got is None or not answer.got.size:
-            continue
-        input, target = answer.pair
-        shapes = (array.shape for array in answer.probe.arrays[:2])
-        weight = float(np.asarray(reduction.compute(np.ones(input.shape), *shapes)).flat[0])
-        d, loss = abs(float(input.flat[0] - target.flat[0])), float(answer.got.flat[0]) / weight
-        if d > 0 < loss < math.inf:
-            yield d, loss
-
-
-def _fitted(spec: LossSpec, reduction: Part, answers: Sequence[Answer]) -> Iterator[Part]:
-    """Every formula with a number, at the numbers that single answers suggest, roundest first."""
-    told = list(_responses(reduction, answers))
+def _fitted(spec: LossSpec, reduction: Part, replies: Sequence[Reply]) -> Iterator[Part]:
+    """Every formula with a number, at the numbers that single replies suggest, roundest first."""
+    told = []  # (|d|, loss of one element), both > 0
+    for reply in replies:
+        if reply.kind == "constant" and reply.got.size:
+            input, target = reply.pair
+            shapes = (array.shape for array in reply.arrays[:2])
+            weight = float(np.asarray(reduction.compute(np.ones(input.shape), *shapes)).flat[0])
+            d, loss = abs(float(input.flat[0] - target.flat[0])), float(reply.got.flat[0]) / weight
+            if d > 0 < loss < math.inf:
+                told.append((d, loss))
     solved = [[fit.solve(d, loss, spec.effective_beta) for d, loss in told] for fit in FITS]
     for digits in _DIGITS:
         for fit, numbers in zip(FITS, solved, strict=True):
@@ -198,9 +183,9 @@ def _fitted(spec: LossSpec, reduction: Part, answers: Sequence[Answer]) -> Itera
             yield from (fit.form(number, spec) for number in dict.fromkeys(useful))
 
 
-def _scales(own: Part, answers: Sequence[Answer]) -> Iterator[Part]:
+def _scales(own: Part, replies: Sequence[Reply]) -> Iterator[Part]:
     """The right loss clipped above all that was answered, or times a factor of the first answer."""
-    told = [(a.got, a.expected) for a in answers if a.got is not None and a.got.size]
+    told = [(reply.got, reply.expected) for reply in replies if reply.got.size]
     if not told:
         return
     top = max(float(got.max()) for got, _ in told)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,41 +33,34 @@ _NOT_FINITE = (
     ("inf", "one +inf in the input", math.inf, None),
     ("inf", "one -inf in the input", -math.inf, None),
     ("inf", "one +inf in the target", None, math.inf),
-    ("inf-inf", "+inf in input and target at the same place", math.inf, math.inf),
+    ("inf-inf", "+inf in the same element of input and target", math.inf, math.inf),
 )
-_MOST_PLACES = 256  # of a row that are asked one by one
+_LONGEST_ROW = 256  # of which the elements are asked one by one
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """What is fed at once: `kind` says what it is for, `text` what it is.
-
-    Attributes:
-        arrays: input, target and, where the model takes some, weights of 1, which leave every
-            formula as it is.
-    """
-
-    kind: str
-    text: str
-    arrays: tuple[Array, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model said, beside the oracle.
+class Reply:
+    """What a model said to one probe, beside the oracle.
 
     Attributes:
         spec: what the model ought to compute.
-        got: in the shape of `expected` where the counts agree; None where an error came.
-        shape: as it came.
+        kind: what the probe is for, as `constant`, `mixed` or `nan`; `text` says what was fed.
+        arrays: input, target and, where the model takes some, weights of 1, which leave every
+            formula as it is.
+        expected: the oracle's answer.
+        got: the model's, in the shape of `expected` where the counts agree; of no elements where
+            an error came instead.
+        shape: the shape in which it came.
         gradient: the output `grad_input`, where there is one.
         error: in words; empty where there was none.
     """
 
     spec: LossSpec
-    probe: Probe
+    kind: str
+    text: str
+    arrays: tuple[Array, ...]
     expected: Array
-    got: Array | None
+    got: Array
     shape: tuple[int, ...] = ()
     gradient: Array | None = None
     error: str = ""
@@ -75,20 +68,18 @@ class Answer:
     @property
     def count(self) -> int:
         """Elements after broadcasting."""
-        return elements(tuple(array.shape for array in self.probe.arrays))
+        return elements(tuple(array.shape for array in self.arrays))
 
     @property
     def pair(self) -> tuple[Array, Array]:
         """Input and target, broadcast, in a wide format."""
         wide = wide_dtype(self.spec.dtype)
-        input, target, *_ = np.broadcast_arrays(*self.probe.arrays)
+        input, target, *_ = np.broadcast_arrays(*self.arrays)
         return input.astype(wide), target.astype(wide)
 
     @property
     def overflowed(self) -> bool:
         """Whether it is infinite where the truth is not: a matter of range, not of a formula."""
-        if self.got is None:
-            return False
         return bool(np.isinf(self.got).any() and np.isfinite(self.expected).all())
 
 
@@ -111,13 +102,10 @@ class Subject:
         info = ml_dtypes.finfo(self._dtype)  # type: ignore[no-untyped-call]
         self._tiny, self._largest = float(info.tiny), float(info.max)
 
-    def ask(self, probes: Iterable[Probe]) -> list[Answer]:
-        """Run each probe, with all that the model takes beside: beta, an upstream gradient of 1."""
-        return [self._ask(probe) for probe in probes]
-
-    def _ask(self, probe: Probe) -> Answer:
+    def ask(self, kind: str, text: str, arrays: tuple[Array, ...]) -> Reply:
+        """Run one probe, with all that the model takes beside: beta, an upstream gradient of 1."""
         spec, signature = self.spec, self._runner.signature
-        input, target, *weights = probe.arrays
+        input, target, *weights = arrays
         weight = weights[0] if weights else None
         expected = oracle(spec, input, target, weight)
         beta = spec.effective_beta if "beta" in signature.inputs else None
@@ -127,16 +115,18 @@ class Subject:
                 input, target, weight=weight, beta=beta, grad_output=upstream
             )
         except SmoothL1DeployError as exc:
-            return Answer(spec, probe, expected, None, error=f"{type(exc).__name__}: {exc}")
+            error = f"{type(exc).__name__}: {exc}"
+            return Reply(spec, kind, text, arrays, expected, expected.reshape(-1)[:0], error=error)
         got = outputs[signature.loss.name]
         shape = got.shape
         if got.size == expected.size:
             got = got.reshape(expected.shape)
-        return Answer(spec, probe, expected, got, shape, outputs.get("grad_input"))
+        gradient = outputs.get("grad_input")
+        return Reply(spec, kind, text, arrays, expected, got, shape, gradient)
 
     @cached_property
-    def ordinary(self) -> list[Answer]:
-        """To ordinary numbers: what they give depends on the formula and the reduction alone."""
+    def ordinary(self) -> list[Reply]:
+        """To ordinary numbers: these depend on the formula and the reduction alone."""
         first, second, row = (self._plan.small(size) for size in (3, 5, 1))
         if not elements(first):
             return []
@@ -150,71 +140,71 @@ class Subject:
             others[((3, 1), (1, 4), (1, 4))[: len(first)]] = sizes[::3]
         others.pop(first, None)
         signed = [sign * d for d in sizes for sign in (1, -1)]
-        probes: list[Probe] = []
+        replies: list[Reply] = []
         for shapes, differences in {first: signed, **others}.items():
             count = elements(shapes)
-            probes += [
-                self._full("constant", f"d = {d:g} in all {count} elements", shapes, d)
+            replies += [
+                self.ask("constant", f"d = {d:g} in all {count} elements", self._full(shapes, d))
                 for d in differences
                 if self._is_usable(d, count)
             ]
-            probes += self._mixed(shapes)
-        for a, b in _FRACTIONS:
-            if self._is_usable(a - b, elements(first)):
-                text = f"input {a:g}, target {b:g} in all {elements(first)} elements"
-                probes.append(self._full("fraction", text, first, a, b))
-        return self.ask(probes)
+            replies += self._mixed(shapes)
+        count = elements(first)
+        replies += [
+            self.ask(
+                "fraction",
+                f"input {a:g}, target {b:g} in all {count} elements",
+                self._full(first, a, b),
+            )
+            for a, b in _FRACTIONS
+            if self._is_usable(a - b, count)
+        ]
+        return replies
 
-    def places(self) -> list[Answer]:
-        """One place of a row different from the target, each in turn: what it counts shows alone.
+    def elementwise(self) -> list[Reply]:
+        """One element of a row different from the target, each in turn: its weight shows alone.
 
-        Where every axis is fixed the row is the whole. None of one place, nor of very many.
+        Where every axis is fixed the row is the whole. None of one element, nor of very many.
         """
         shapes, d = self._plan.small(), 3.0
         whole = np.broadcast_shapes(*shapes)
-        places = math.prod(whole if self._plan.growing is None else whole[1:])
-        if shapes[0] != whole or not 1 < places <= _MOST_PLACES or not self._is_usable(d, 1):
+        row = math.prod(whole if self._plan.growing is None else whole[1:])
+        if shapes[0] != whole or not 1 < row <= _LONGEST_ROW or not self._is_usable(d, 1):
             return []
-        probes = []
-        for place in range(places):
-            probe = self._full("place", f"d = {d:g} in place {place} of a row", shapes, 0.0)
-            probe.arrays[0].reshape(-1, places)[:, place] = d
-            probes.append(probe)
-        return self.ask(probes)
+        replies = []
+        for i in range(row):
+            arrays = self._full(shapes, 0.0)
+            arrays[0].reshape(-1, row)[:, i] = d
+            replies.append(self.ask("element", f"d = {d:g} in element {i} of a row", arrays))
+        return replies
 
-    def narrow(self, bits: int) -> list[Answer]:
-        """A difference of 4.25 that is 4 where the inputs keep only `bits` of significand."""
-        shapes, base = self._plan.small(), 2.0**bits
-        if not elements(shapes) or base >= self._largest:
-            return []
-        text = f"input {base:g} + 0.25, target {base:g} - 4"
-        return self.ask([self._full("narrow", text, shapes, base + 0.25, base - 4)])
-
-    def special(self) -> list[Answer]:
-        """NaN, infinities, zeros, and nothing at all."""
+    def special(self) -> list[Reply]:
+        """To NaN, infinities, zeros, and nothing at all."""
         shapes = self._plan.small()
-        probes: list[Probe] = []
+        replies: list[Reply] = []
         if elements(shapes):
             for kind, text, *values in _NOT_FINITE:
-                probe = self._full(kind, text, shapes, 0.5)
-                for array, value in zip(probe.arrays, values, strict=False):
+                arrays = self._full(shapes, 0.5)
+                for array, value in zip(arrays, values, strict=False):
                     if value is not None:
                         array.reshape(-1)[0] = value
-                probes.append(probe)
-            probes.append(self._full("zero", "input equal to target", shapes, 0.5, 0.5))
-            probes.append(self._full("zero", "input -0, target +0", shapes, -0.0, 0.0))
+                replies.append(self.ask(kind, text, arrays))
+            for text, a, b in (
+                ("input equal to target", 0.5, 0.5),
+                ("input -0, target +0", -0.0, 0.0),
+            ):
+                replies.append(self.ask("zero", text, self._full(shapes, a, b)))
         if self._plan.free:
-            probes.append(self._full("empty", "no elements", self._plan.empty(), 0.0))
-        return self.ask(probes)
+            replies.append(self.ask("empty", "no elements", self._full(self._plan.empty(), 0.0)))
+        return replies
 
-    def _full(self, kind: str, text: str, shapes: Shapes, a: float, b: float = 0.0) -> Probe:
-        """Input and target each of one number."""
+    def _full(self, shapes: Shapes, a: float, b: float = 0.0) -> tuple[Array, ...]:
+        """Input, target and weights, each of one number."""
         with np.errstate(over="ignore"):
             parts = zip(shapes, (a, b, 1.0), strict=False)
-            arrays = tuple(np.full(shape, value).astype(self._dtype) for shape, value in parts)
-        return Probe(kind, text, arrays)
+            return tuple(np.full(shape, value).astype(self._dtype) for shape, value in parts)
 
-    def _mixed(self, shapes: Shapes) -> Iterator[Probe]:
+    def _mixed(self, shapes: Shapes) -> Iterator[Reply]:
         """All elements different, in the dtype's full precision; signs mostly unlike, so that what
         is lost of input and target is not much more of their difference.
         """
@@ -228,13 +218,13 @@ class Subject:
                 right = rng.permutation(np.resize(targets, right.size)).reshape(right.shape) * size
             sign = rng.choice([-1.0, 1.0])
             text = f"random differences around {size:g}, shapes {shapes[0]} and {shapes[1]}"
-            probe = self._full("mixed", text, shapes, 0.0)
-            for array, values in zip(probe.arrays, (left, right), strict=False):
+            arrays = self._full(shapes, 0.0)
+            for array, values in zip(arrays, (left, right), strict=False):
                 array[...] = (values * sign).astype(self._dtype)
-            input, target, *_ = probe.arrays
+            input, target, *_ = arrays
             wide = np.abs(input.astype(np.float64) - target.astype(np.float64))
             if all(self._is_usable(float(d), wide.size) for d in (wide.min(), wide.max())):
-                yield probe
+                yield self.ask("mixed", text, arrays)
 
     def _is_usable(self, d: float, count: int) -> bool:
         """Whether any sane order of evaluation stays in the range of the dtype.

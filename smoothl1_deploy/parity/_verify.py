@@ -14,7 +14,7 @@ from ..backends._base import get_backend
 from ..errors import ArtefactError, UnsupportedError, require
 from ..graph._metadata import is_changed, warn_if_changed
 from ._cases import LAYOUTS, Case, CaseResult, References, check, is_for
-from ._diagnose import choice_at_beta, diagnose
+from ._diagnose import diagnose
 from ._drift import DriftPoint, artefact_drift
 from ._families import FAMILIES
 from ._faults import Diagnosis
@@ -39,7 +39,6 @@ class Verification:
         seed: of the inputs.
         drift: the error of what adds up, by size; empty where nothing does, and for fixed shapes.
         diagnoses: what is wrong, the likeliest first; empty where every case is green.
-        remarks: faults that the graph has and no answer shows.
         changed: whether something else has changed the model since it was exported.
     """
 
@@ -52,7 +51,6 @@ class Verification:
     seed: int = 0
     drift: tuple[DriftPoint, ...] = ()
     diagnoses: tuple[Diagnosis, ...] = ()
-    remarks: tuple[Diagnosis, ...] = ()
     changed: bool = False
 
     def __bool__(self) -> bool:
@@ -180,12 +178,7 @@ def verify(
         points,
         changed=is_changed(original),
     )
-    if not found:
-        failures = found.failures
-        named = diagnose(body or runner, expected, failures=failures, drift=points)
-        found = replace(found, diagnoses=named)
-    # Of our own graphs it is known that they choose by no condition.
-    unseen = None if runner.exported else choice_at_beta(ports, runner.signature, expected)
-    if unseen is None or any(unseen.fault is item.fault for item in found.diagnoses):
+    if found:
         return found
-    return replace(found, remarks=(unseen,))
+    named = diagnose(body or runner, expected, failures=found.failures, drift=points)
+    return replace(found, diagnoses=named)

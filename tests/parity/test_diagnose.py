@@ -279,17 +279,6 @@ FLOAT32_SUMS = """
 """
 
 
-def test_an_accumulation_in_rows_is_named_of_which_no_drift_is_measured() -> None:
-    in_rows = """
-        number = Shape<start=1, end=2>(each)
-        last = Constant<value_ints=[1]>() total = ReduceSum<keepdims=0>(wide, last)
-    """
-    model = planted(FLOAT32_SUMS + in_rows, shape="N,4096", out="[N]")
-    (diagnosis,) = verify(model, spec=LossSpec(0.5, per_sample=True)).diagnoses
-    assert diagnosis.fault is Fault.FLOAT32_ACCUMULATION
-    assert "right on a few elements, and" in diagnosis.explanation
-
-
 @pytest.mark.parametrize(
     ("theirs", "ours", "hint"),
     [
@@ -323,36 +312,27 @@ def test_beta_rounded_to_float32_in_a_float64_graph() -> None:
 
 #: What is computed in too narrow a format -> the dtype of the model, the lines, the fault.
 NARROW = {
-    "float64 computed in float32": ("float64", Fault.NARROW_ARITHMETIC, """
+    "float64 computed in float32": ("float64", """
         p = Cast<to=1>(pred) g = Cast<to=1>(gt) e = Sub(p, g) d = Cast<to=11>(e)
         wide = Cast<to=1>(each)
-        count = Cast<to=1>(number)"""),
-    "float64 added up in float32": ("float64", Fault.FLOAT32_ACCUMULATION, """
-        wide = Cast<to=1>(each)
-        count = Cast<to=1>(number)"""),
-    "float64 inputs through float32": ("float64", Fault.NARROW_INPUT, """
+        count = Cast<to=1>(number)""", Fault.NARROW_ARITHMETIC),
+    "float64 inputs through float32": ("float64", """
         p = Cast<to=1>(pred) g = Cast<to=1>(gt) q = Cast<to=11>(p) h = Cast<to=11>(g) d = Sub(q, h)
-    """),
-    "float32 added up in float16": ("float32", Fault.HALF_ACCUMULATION, """
+        """, Fault.NARROW_INPUT),
+    "float32 added up in float16": ("float32", """
         wide = Cast<to=10>(each)
-        count = Cast<to=10>(number)"""),
-    "float32 added up in bfloat16": ("float32", Fault.HALF_ACCUMULATION, """
+        count = Cast<to=10>(number)""", Fault.NARROW_ARITHMETIC),
+    "float32 added up in bfloat16, divided in float64": ("float32", """
         wide = Cast<to=16>(each)
-        back = Cast<to=11>(total) average = Div(back, count)"""),
-    "float32 computed in float16": ("float32", Fault.NARROW_ARITHMETIC, """
-        p = Cast<to=10>(pred) g = Cast<to=10>(gt) e = Sub(p, g) d = Cast<to=1>(e)
-        r = Cast<to=10>(each) wide = Cast<to=11>(r)
-        o = Cast<to=10>(average) out = Cast<to=1>(o)"""),
+        back = Cast<to=11>(total) average = Div(back, count)""", Fault.NARROW_ARITHMETIC),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NARROW)
-def test_too_narrow_a_format_is_named(name: str) -> None:
-    dtype, fault, lines = NARROW[name]
-    # ONNX Runtime's optimiser takes casts to a narrower format and back for nothing.
-    assert found(planted(lines, dtype=dtype), LossSpec(0.5, dtype=dtype), "onnx-reference") == [
-        fault
-    ]
+def test_too_narrow_a_format_is_named() -> None:
+    for name, (dtype, lines, fault) in NARROW.items():
+        # ONNX Runtime's optimiser takes casts to a narrower format and back for nothing.
+        faults = found(planted(lines, dtype=dtype), LossSpec(0.5, dtype=dtype), "onnx-reference")
+        assert faults == [fault], name
 
 
 @pytest.mark.parametrize(
@@ -521,52 +501,9 @@ g (float[N,4] pred, float[N,4] gt) => (float[N,4] loss, float[N,4] grad_input) {
     assert found(model, spec) == [Fault.SWAPPED_INPUTS, Fault.NEGATIVE_ZERO]
 
 
-def test_swapped_inputs_are_right_for_the_loss_alone() -> None:
-    assert verify(planted("d = Sub(gt, pred)"), spec=LossSpec(0.5), drift=False)
-
-
-def test_less_or_equal_changes_no_answer_and_is_read_off_the_graph() -> None:
-    for number, beta in enumerate((2.0**-80, 1e-3, 0.1, 0.5, 1.0, 3.0, 1e4)):
-        reduction = ("none", "mean")[number % 2]
-        model = planted("inside = LessOrEqual(size, beta)", beta=beta, reduction=reduction)
-        result = verify(model, spec=LossSpec(beta, reduction), drift=False)
-        # The square of 2^-80 is 0: there the quadratic part is wrong at |d| = beta.
-        assert bool(result) == (beta > 2.0**-80)
-        (remark,) = result.remarks
-        assert remark.fault is Fault.LESS_OR_EQUAL and f"beta = {beta:g}" in remark.explanation
-        assert result.to_dict()["remarks"][0]["fault"] == "<= for <"
-
-
-def test_however_the_comparison_is_written() -> None:
-    for lines, is_or_equal in (
-        ("", False),
-        ("inside = Greater(beta, size)", False),
-        ("outside = Greater(size, beta) inside = Not(outside)", True),
-        ("inside = Greater(size, beta)\neach = Where(inside, linear, quadratic)", True),
-        ("inside = GreaterOrEqual(size, beta)\neach = Where(inside, linear, quadratic)", False),
-    ):
-        result = verify(planted(lines, beta=1.0), spec=LossSpec(), drift=False)
-        assert result, lines
-        remarks = [remark.fault for remark in result.remarks]
-        assert remarks == [Fault.LESS_OR_EQUAL] * is_or_equal, lines
-
-
-def test_a_comparison_is_read_inside_a_function_too() -> None:
-    model = onnx.parser.parse_model("""
-<ir_version: 10, opset_import: ["" : 18, "theirs" : 1]>
-g (float[N,4] pred, float[N,4] gt) => (float[N,4] out) { out = theirs.loss(pred, gt) }
-<domain: "theirs", opset_import: ["" : 18]>
-loss (x, y) => (out) {
-    beta = Constant<value_float=1.0>() half = Constant<value_float=0.5>()
-    d = Sub(x, y) size = Abs(d) inside = LessOrEqual(size, beta) square = Mul(d, d)
-    quadratic = Mul(half, square) linear = Sub(size, half) out = Where(inside, quadratic, linear)
-}""")
-    result = verify(model, spec=LossSpec(reduction="none"), drift=False)
-    assert result and [remark.fault for remark in result.remarks] == [Fault.LESS_OR_EQUAL]
-
-
-def test_no_comparison_no_remark() -> None:
-    assert verify(export(LossSpec(), shape=("N", 4)), drift=False).remarks == ()
+@pytest.mark.parametrize("lines", ["inside = LessOrEqual(size, beta)", "d = Sub(gt, pred)"])
+def test_what_changes_no_answer_is_not_named(lines: str) -> None:
+    assert verify(planted(lines), spec=LossSpec(0.5), drift=False)
 
 
 def shown(result: Verification) -> str:
