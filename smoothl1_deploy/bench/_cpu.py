@@ -103,7 +103,7 @@ def _runner(model: Any, threads: int) -> Call:
 
 
 def _plain_export(spec: LossSpec, columns: int) -> Any:
-    from ..parity._plain_export import plain_export
+    from ..parity._contract import plain_export
 
     if spec.per_sample:
         raise UnsupportedError("torch.nn.SmoothL1Loss has no loss per sample")

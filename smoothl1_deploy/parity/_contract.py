@@ -9,21 +9,21 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+import onnx
 
-from .._floats import Array, dtype_name
+from .._floats import NUMPY_DTYPE, Array, dtype_name
 from .._records import Record
 from .._shapes import Shape
 from .._spec import DTYPES, LossSpec
 from ..backends._base import get_backend
-from ..errors import SmoothL1DeployError, UnsupportedError
+from ..errors import SmoothL1DeployError, UnsupportedError, require
 from ..graph._export import export
 from ..reference._oracle import oracle
 from ._compare import compare
-from ._plain_export import PlainExport, plain_export
 
 PYTORCH = "PyTorch eager"
 PLAIN = "torch.onnx.export"
@@ -79,11 +79,9 @@ class _Probe:
     axes: tuple[Shape, Shape] = (("N",), ("N",))
 
     def arrays(self) -> tuple[Array, Array]:
-        def array(values: Any, dtype: str) -> Array:
-            kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-            return np.asarray(values, np.dtype(kind))
-
-        return array(self.input, self.dtype), array(self.target, self.target_dtype or self.dtype)
+        pairs = ((self.input, self.dtype), (self.target, self.target_dtype or self.dtype))
+        input, target = (np.asarray(x, NUMPY_DTYPE.get(name, name)) for x, name in pairs)
+        return input, target
 
     def spec(self) -> LossSpec:
         dtype = self.dtype if self.dtype in DTYPES else "float32"
@@ -153,12 +151,15 @@ def _text(values: Array) -> str:
     return nested(values)
 
 
-def _attempt(compute: Callable[..., Array], *arguments: Any) -> Array | Exception:
+def _attempt(
+    compute: Callable[[_Probe], Array], probe: _Probe, answers: type[Exception] = Exception
+) -> Array | Exception:
+    """The answer, which may be an error of the class `answers`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return compute(*arguments)
-    except Exception as exc:  # torch and ONNX Runtime raise of their own: what, is the finding
+            return compute(probe)
+    except answers as exc:
         return exc
 
 
@@ -197,7 +198,7 @@ def _torch(probe: _Probe) -> Array:
     return from_torch(module(*map(to_torch, probe.arrays())))
 
 
-def _ours(probe: _Probe, backend: str) -> Array:
+def _ours(backend: str, probe: _Probe) -> Array:
     spec = probe.spec()
     chosen = get_backend(backend, threads=1)
     reason = chosen.refuses(spec)
@@ -206,6 +207,62 @@ def _ours(probe: _Probe, backend: str) -> Array:
     shape, target_shape = probe.axes
     model = export(spec, shape=shape, target_shape=target_shape)
     return chosen.load(model).run(*probe.arrays())["loss"]
+
+
+def plain_export(
+    arguments: dict[str, Any], dtype: str, shape: Shape, target_shape: Shape | None = None
+) -> onnx.ModelProto:
+    """The exporter's own model of `torch.nn.SmoothL1Loss(**arguments)`, its defaults untouched.
+
+    Args:
+        arguments: of the module, the deprecated ones included.
+        dtype: the name of a torch dtype, of both inputs.
+        shape: integers, and names for dynamic axes.
+        target_shape: of the target where it differs.
+
+    Raises:
+        MissingDependencyError: without torch.
+    """
+    torch = require("torch", "torch", "the plain exporter's graph")
+    from ..graph._torch_route import quiet
+
+    shapes = (shape, shape if target_shape is None else target_shape)
+    names = sorted({dim for axes in shapes for dim in axes if isinstance(dim, str)})
+    sizes = {name: 3 + 2 * i for i, name in enumerate(names)}  # it specialises on 0, 1 and equals
+    dims = {name: torch.export.Dim(name) for name in names}
+    examples = tuple(
+        torch.zeros([sizes[d] if isinstance(d, str) else d for d in axes]).to(getattr(torch, dtype))
+        for axes in shapes
+    )
+    dynamic = tuple(
+        {i: dims[d] for i, d in enumerate(axes) if isinstance(d, str)} for axes in shapes
+    )
+    with quiet():
+        program = torch.onnx.export(
+            torch.nn.SmoothL1Loss(**arguments).eval(),
+            examples,
+            dynamic_shapes=dynamic,
+            dynamo=True,
+            verbose=False,
+        )
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def _plain(sessions: dict[str, Any], probe: _Probe) -> Array:
+    """The plain graph on ONNX Runtime's CPU provider, fed as anyone would feed it: unchecked."""
+    key = repr((probe.arguments, probe.dtype, probe.axes))
+    if key not in sessions:
+        ort = require("onnxruntime", "cpu", "the plain exporter's graph")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 4  # what it says against the model is the finding
+        model = plain_export(dict(probe.arguments), probe.dtype, *probe.axes)
+        sessions[key] = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    names = [port.name for port in sessions[key].get_inputs()]
+    return np.asarray(sessions[key].run(None, dict(zip(names, probe.arrays(), strict=True)))[0])
 
 
 def probe_contract(
@@ -229,28 +286,20 @@ def probe_contract(
     started = time.perf_counter()
     for backend in backends:
         get_backend(backend)
-    plain_models: dict[str, PlainExport] = {}
-
-    def run_plain(probe: _Probe) -> Array:
-        key = repr((probe.arguments, probe.dtype, probe.axes))
-        if key not in plain_models:
-            model = plain_export(dict(probe.arguments), probe.dtype, *probe.axes)
-            plain_models[key] = PlainExport(model, threads=1)
-        return plain_models[key].run(*probe.arrays())
-
+    columns: dict[str, tuple[Callable[[_Probe], Array], type[Exception]]] = {
+        # A crash of our own is no answer.
+        name: (partial(_ours, name), SmoothL1DeployError)
+        for name in backends
+    }
+    if plain:
+        columns[PLAIN] = (partial(_plain, {}), Exception)
     edges = []
     progress(0, len(_PROBES))
     for done, probe in enumerate(_PROBES, 1):
         torch = _attempt(_torch, probe)
         answers = [Answer(PYTORCH, "reference", _describe(torch))]
-        for backend in backends:
-            got = _attempt(_ours, probe, backend)
-            if isinstance(got, Exception) and not isinstance(got, SmoothL1DeployError):
-                raise got  # a crash of our own is no answer
-            answers.append(_answer(backend, probe, got, torch))
-        if plain:
-            answers.append(_answer(PLAIN, probe, _attempt(run_plain, probe), torch))
+        for column, (compute, errors) in columns.items():
+            answers.append(_answer(column, probe, _attempt(compute, probe, errors), torch))
         edges.append(Edge(probe.name, probe.question, tuple(answers)))
         progress(done, len(_PROBES))
-    columns = (PYTORCH, *backends, *([PLAIN] if plain else []))
-    return Contract(columns, tuple(edges), time.perf_counter() - started)
+    return Contract((PYTORCH, *columns), tuple(edges), time.perf_counter() - started)

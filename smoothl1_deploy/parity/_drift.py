@@ -27,7 +27,7 @@ from ..backends._runner import Runner
 from ..graph._export import export
 from ._bounds import bound
 from ._cases import Case, CaseResult, Judged, References, judge
-from ._plain_export import plain_export
+from ._contract import plain_export
 from ._shapes import ShapePlan, elements
 
 DATA = ("constant", "normal")

@@ -29,9 +29,9 @@ from smoothl1_deploy.ops import is_built as library_is_built
 from smoothl1_deploy.parity import _cases as cases
 from smoothl1_deploy.parity import _drift as drift_module
 from smoothl1_deploy.parity._bounds import bound
+from smoothl1_deploy.parity._contract import plain_export as export_plainly
 from smoothl1_deploy.parity._drift import DATA, SIZES, artefact_drift
 from smoothl1_deploy.parity._faults import Fault
-from smoothl1_deploy.parity._plain_export import plain_export as export_plainly
 from smoothl1_deploy.parity.views import _tables as tables
 
 Axes = tuple[int | str, ...]
