@@ -1,9 +1,9 @@
 """The matrix: every beta × reduction × dtype × route × backend, over layouts and families.
 
-What it holds, and what of that is sampled, stands first; how it is run after it. The unit of work
-is a beta with a dtype: its inputs and both references' answers are computed once and serve every
-reduction, route and backend. Units run in worker processes (`pool`). Beside this grid of every
-value of every field there are random combinations of them, of `draws`.
+What it holds, and what of that is sampled, stands first; how it is run after it. A task for one
+process is a beta with a dtype: its inputs and both references' answers are computed once and
+serve every reduction, route and backend. Tasks run in worker processes (`_pool`). Beside this
+grid of every value of every field there are random combinations of them (`_draws`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import gc
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import product
@@ -41,10 +41,10 @@ _QUICK_BETAS = (0.0, 0.5, 1.0, math.inf)
 DRAWS = 240
 QUICK_DRAWS = 36
 _DRAWS_A_SEED = 1 << 20  # so that two seeds have none in common
-_DRAWS_A_UNIT = 12
+_DRAWS_A_TASK = 12
 _MOST_SLOWLY = 1 << 14  # elements of a draw that a slow backend is fed
 
-#: The extensions alone and together; with beta and dtype of the unit.
+#: The extensions alone and together; with beta and dtype of the task.
 EXTENSIONS = (
     LossSpec(per_sample=True),
     LossSpec(reduction="sum", per_sample=True),
@@ -128,54 +128,58 @@ class Matrix:
         has_both = {"function", "inlined"} <= {*self.routes}
         return has_both and {*_INLINED_BETAS} <= {*self.betas}
 
-    def units(self) -> list[Unit | DrawUnit]:
+    def tasks(self) -> list[Task | DrawTask]:
         """The work: the grid, the longest first, and the draws."""
         first = self.seed * _DRAWS_A_SEED
         numbers = self.draw or tuple(range(first, first + self.draws))
         drawn = [
-            DrawUnit(self, numbers[i : i + _DRAWS_A_UNIT])
-            for i in range(0, len(numbers), _DRAWS_A_UNIT)
+            DrawTask(self, numbers[i : i + _DRAWS_A_TASK])
+            for i in range(0, len(numbers), _DRAWS_A_TASK)
         ]
         return [*([] if self.draw else self._grid()), *drawn]
 
-    def _grid(self) -> list[Unit]:
-        units = [Unit(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
+    def _grid(self) -> list[Task]:
+        tasks = [Task(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
         asked = {1.0, "mean", "float32"} <= {*self.betas, *self.reductions, *self.dtypes}
         # The one cell of 2^24 elements takes memory more than time: it comes alone.
         if asked and self.plain and not self.quick:
-            units.insert(0, Unit(self, 1.0, "float32", huge=True))
-        return units
+            tasks.insert(0, Task(self, 1.0, "float32", huge=True))
+        return tasks
 
-    def notes(self) -> tuple[str, ...]:
+    def notes(self) -> Iterator[str]:
         """What is sampled, for the report."""
         if self.draw:
-            return (f"draws {', '.join(map(str, self.draw))} alone", *self.absent)
-        torch_layouts = [n for n in _TORCH_LAYOUTS if not (self.quick and n == "2^20")]
-        notes = [f"torch route: exported for (N, 16) only, layouts {', '.join(torch_layouts)}"]
+            yield f"draws {', '.join(map(str, self.draw))} alone"
+        else:
+            yield from self._notes_on_the_grid()
+            yield from self._notes_on_backends()
+            yield from self._notes_on_sizes()
+        yield from self.absent
+
+    def _notes_on_the_grid(self) -> Iterator[str]:
+        layouts = ", ".join(n for n in _TORCH_LAYOUTS if not (self.quick and n == "2^20"))
+        also = "; other shapes by the random draws" if self.draws else ""
+        yield f"torch route: exported for (N, 16) only, layouts {layouts}{also}"
         if self.draws:
-            notes[0] += "; other shapes by the random draws"
-            notes.append(
-                f"{self.draws} random combinations of spec, shapes and data, none over the wire"
-            )
+            yield f"{self.draws} random combinations of spec, shapes and data, none over the wire"
         narrow = [name for name in _NO_FLOAT64 if name in self.backends]
         without = ", ".join(narrow)
         if narrow and self.extensions:
-            notes.append(f"{without}: no gradient of a broadcast input, summed back in float32")
+            yield f"{without}: no gradient of a broadcast input, summed back in float32"
         if narrow and self.draws:
-            notes.append(
+            yield (
                 f"{without}, in the draws: no subnormal beta or weights and no slopes by a beta "
                 "above 1e30, for which the graph takes float64"
             )
         if self.extensions:
-            notes += [
-                "float64: no gradient of a broadcast input with weights or upstream",
-                "no gradient of a broadcast input of the largest numbers",
+            yield "float64: no gradient of a broadcast input with weights or upstream"
+            yield "no gradient of a broadcast input of the largest numbers"
+            yield (
                 f"{' and '.join(['float64', *narrow])}: no weighted gradient, and none with an "
-                "upstream one, of subnormal differences, which no wider format is there for",
-            ]
+                "upstream one, of subnormal differences, which no wider format is there for"
+            )
             if self.samples_inlined:
-                notes.append("extensions by the inlined route: beta 0, 1 and inf only")
-        return (*notes, *self._notes_on_backends(), *self._notes_on_sizes(), *self.absent)
+                yield "extensions by the inlined route: beta 0, 1 and inf only"
 
     def _notes_on_backends(self) -> Iterator[str]:
         if {*OVER_THE_WIRE} & {*self.backends}:
@@ -214,7 +218,7 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class Task:
     """One beta with one dtype; or, `huge`, the single cell of 2^24 elements."""
 
     matrix: Matrix
@@ -228,7 +232,7 @@ class Unit:
         return f"{self.dtype} beta {self.beta:g}{' at 2^24' if self.huge else ''}"
 
     def specs(self) -> list[LossSpec]:
-        """What the artefacts compute; with `runtime_beta`, the unit's beta is fed to them."""
+        """What the artefacts compute; with `runtime_beta`, the task's beta is fed to them."""
         if self.huge:
             return [LossSpec(self.beta, "mean", self.dtype)]
         reductions = self.matrix.reductions if self.matrix.plain else ()
@@ -259,11 +263,6 @@ class Unit:
                 cases.append(of("constant", "2^20"))
         return cases
 
-    def batches(self, spec: LossSpec) -> list[list[Case]]:
-        """The cases whose arrays are held at the same time: of 2^24 elements, one."""
-        cases = self.cases(spec)
-        return [[case] for case in cases] if self.huge else [cases]
-
     def routes(self, spec: LossSpec) -> list[str]:
         """Of the matrix, less those that are left out; see `Matrix.notes`."""
         left_out = set()
@@ -293,7 +292,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class DrawUnit:
+class DrawTask:
     """Some draws, by their numbers."""
 
     matrix: Matrix
@@ -409,7 +408,7 @@ _Key = tuple[LossSpec, float, str, str]
 
 @dataclass(slots=True)
 class _Outcome:
-    """What units found: the results, or the refusal, of each combination; draws; and builds."""
+    """What tasks found: the results, or the refusal, of each combination; draws; and builds."""
 
     results: dict[_Key, list[CaseResult]] = field(default_factory=lambda: defaultdict(list))
     refused: dict[_Key, str] = field(default_factory=dict)
@@ -424,19 +423,19 @@ class _Outcome:
         self.drawn += other.drawn
 
 
-def _run_unit(unit: Unit | DrawUnit) -> _Outcome:
-    return _run_draws(unit) if isinstance(unit, DrawUnit) else _run_grid(unit)
+def _run_task(task: Task | DrawTask) -> _Outcome:
+    return _run_draws(task) if isinstance(task, DrawTask) else _run_grid(task)
 
 
-def _run_draws(unit: DrawUnit) -> _Outcome:
+def _run_draws(task: DrawTask) -> _Outcome:
     """Every backend on each draw: a cell a draw and backend."""
-    backends = [get_backend(name, threads=1) for name in unit.matrix.backends]
+    backends = [get_backend(name, threads=1) for name in task.matrix.backends]
     outcome = _Outcome()
-    for draw in unit.draws():
+    for draw in task.draws():
         references = [draw.references(case) for case in draw.cases]
         make = cache(draw.model)
         for backend in backends:
-            if not unit.samples(draw, backend.name):
+            if not task.samples(draw, backend.name):
                 continue
             key = (draw.spec, draw.beta, draw.route, backend.name)
             reason = backend.refuses(draw.spec)
@@ -454,44 +453,47 @@ def _run_draws(unit: DrawUnit) -> _Outcome:
     return outcome
 
 
-def _run_grid(unit: Unit) -> _Outcome:
-    """Every route and backend on every spec of the unit; exports and runners are made once."""
-    matrix = unit.matrix
-    names = [n for n in matrix.backends if not unit.huge or n in HUGE_BACKENDS]
-    backends = {name: get_backend(name, threads=1) for name in names}
-    if unit.huge:
-        backends = {name: found for name, found in backends.items() if found.slow is None}
+def _run_grid(task: Task) -> _Outcome:
+    """Every route and backend on every spec of the task; exports and runners are made once.
+
+    The arrays of one case are held at a time.
+    """
+    matrix = task.matrix
+    names = [n for n in matrix.backends if not task.huge or n in HUGE_BACKENDS]
+    backends = [get_backend(name, threads=1) for name in names]
     make = cache(export)
 
     @cache
-    def load(name: str, spec: LossSpec, route: str, **axes: Axes | None) -> Runner:
-        return backends[name].load(make(spec, route, **axes))
+    def load(backend: Backend, spec: LossSpec, route: str, **axes: Axes | None) -> Runner:
+        return backend.load(make(spec, route, **axes))
 
     outcome = _Outcome()
-    for spec in unit.specs():
-        for batch in unit.batches(spec):
-            references = [References.of(with_beta(spec, unit.beta), case) for case in batch]
-            for route, (name, backend) in product(unit.routes(spec), backends.items()):
-                if not unit.samples(spec, route, name):
-                    continue
-                key = (spec, unit.beta, route, name)
-                reason = backend.refuses(spec)
-                if reason:
-                    outcome.refused[key] = reason
-                    continue
-                for refs in references:
-                    case = refs.case
-                    if is_run(case, route, name) and not is_spared(spec, case, backend):
-                        axes = artefact_axes(spec, route, case.layout, backend.any_rank)
-                        loaded = partial(load, name, spec, route, **axes)
-                        outcome.results[key].append(_checked(loaded, backend, refs))
-                if unit.huge:  # a session keeps the memory of the largest call that it had
+    for spec in task.specs():
+        met: list[tuple[_Key, Backend]] = []
+        for route, backend in product(task.routes(spec), backends):
+            if not task.samples(spec, route, backend.name) or (task.huge and backend.slow):
+                continue
+            key = (spec, task.beta, route, backend.name)
+            reason = backend.refuses(spec)
+            if reason:
+                outcome.refused[key] = reason
+            else:
+                met.append((key, backend))
+        for case in task.cases(spec):
+            refs = References.of(with_beta(spec, task.beta), case)
+            for key, backend in met:
+                route = key[2]
+                if is_run(case, route, backend.name) and not is_spared(spec, case, backend):
+                    axes = artefact_axes(spec, route, case.layout, backend.any_rank)
+                    loaded = partial(load, backend, spec, route, **axes)
+                    outcome.results[key].append(_checked(loaded, backend, refs))
+                if task.huge:  # a session keeps the memory of the largest call that it had
                     load.cache_clear()
                     gc.collect()
         # An engine of each extension, not of each with every beta.
-        of_it = not is_extended(spec) or unit.beta == matrix.betas[0]
-        if matrix.engines is not None and of_it and not unit.huge:
-            for route in unit.routes(spec):
+        of_it = not is_extended(spec) or task.beta == matrix.betas[0]
+        if matrix.engines is not None and of_it and not task.huge:
+            for route in task.routes(spec):
                 model = make(spec, route, **artefact_axes(spec, route, "matrix", any_rank=False))
                 outcome.builds.append(_build(spec, route, model, matrix.engines))
         load.cache_clear()
@@ -543,8 +545,8 @@ def run_matrix(
     Args:
         matrix: which part of it.
         workers: processes; 1 runs everything in this one.
-        progress: called with the units done and their number, at the start and after each.
-        seconds: after which no unit is begun and, with several workers, those at work are ended;
+        progress: called with the tasks done and their number, at the start and after each.
+        seconds: after which no task is begun and, with several workers, those at work are ended;
             the report's notes name what is left out.
 
     Returns:
@@ -555,33 +557,35 @@ def run_matrix(
     """
     require("torch", "torch", "the matrix, which compares with PyTorch,")
     started = time.perf_counter()
-    units = matrix.units()
-    progress(0, len(units))
-    undone = dict.fromkeys(units)
+    tasks = matrix.tasks()
+    progress(0, len(tasks))
+    undone = dict.fromkeys(tasks)
     total = _Outcome()
-    found = each(_run_unit, units, workers, time.monotonic() + seconds)
+    found = each(_run_task, tasks, workers, time.monotonic() + seconds)
     interrupted = False
     try:
         # Closing: an interrupt comes here as well as there, and the processes must end.
         with contextlib.closing(found):
-            for done, (unit, outcome) in enumerate(found, 1):
-                del undone[unit]
+            for done, (task, outcome) in enumerate(found, 1):
+                del undone[task]
                 total.add(outcome)
-                progress(done, len(units))
+                progress(done, len(tasks))
     except KeyboardInterrupt:
         interrupted = True
     taken = time.perf_counter() - started
     why = f"interrupted after {taken:.0f} s" if interrupted else f"after {seconds:.0f} s"
-    report = _report(matrix, total, taken, _left_out(undone, why))
+    names = ", ".join(task.label for task in undone)
+    left_out = [f"left out {why}: {names}"] if names else []
+    report = _report(matrix, total, taken, [*matrix.notes(), *left_out])
     if interrupted:
         raise MatrixInterrupted(report)
     return report
 
 
-def _report(matrix: Matrix, found: _Outcome, taken: float, left_out: list[str]) -> Report:
+def _report(matrix: Matrix, found: _Outcome, taken: float, notes: list[str]) -> Report:
     """The cells and builds in the order of the matrix."""
 
-    def place(cell: Cell | Build) -> tuple[object, ...]:
+    def order(cell: Cell | Build) -> tuple[object, ...]:
         spec, backend = cell.spec, getattr(cell, "backend", None)
         return (
             is_extended(spec),
@@ -593,22 +597,17 @@ def _report(matrix: Matrix, found: _Outcome, taken: float, left_out: list[str]) 
             matrix.backends.index(backend) if backend else 0,
         )
 
-    def place_of_draw(cell: Cell) -> tuple[object, ...]:
+    def order_of_draw(cell: Cell) -> tuple[object, ...]:
         return matrix.backends.index(cell.backend), ROUTES.index(cell.route), cell.draw
 
     cells = [cell_of(*key, results) for key, results in found.results.items()]
     cells += [Cell(*key, refused=reason) for key, reason in found.refused.items()]
     return Report(
-        tuple(sorted(cells, key=place)),
-        tuple(sorted(found.builds, key=place)),
+        tuple(sorted(cells, key=order)),
+        tuple(sorted(found.builds, key=order)),
         environment(),
         matrix.seed,
         taken,
-        (*matrix.notes(), *left_out),
-        draws=draws_of(sorted(found.drawn, key=place_of_draw)),
+        tuple(notes),
+        draws=draws_of(sorted(found.drawn, key=order_of_draw)),
     )
-
-
-def _left_out(units: Iterable[Unit | DrawUnit], why: str) -> list[str]:
-    names = [unit.label for unit in units]
-    return [f"left out {why}: {', '.join(names)}"] if names else []

@@ -1,4 +1,4 @@
-"""The same work on many units, in this process or in several, until they or the time are done."""
+"""The same work on many tasks, in this process or in several, until they or the time are done."""
 
 from __future__ import annotations
 
@@ -24,61 +24,61 @@ from .._environment import silence
 
 _GRACE = 3  # seconds for a process to end in: what it is at may be a long call
 
-Unit = TypeVar("Unit")
+Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 def each(
-    work: Callable[[Unit], Result], units: Sequence[Unit], workers: int, until: float = math.inf
-) -> Generator[tuple[Unit, Result], None, None]:
-    """Each unit with what `work` made of it, in the order of finishing.
+    work: Callable[[Task], Result], tasks: Sequence[Task], workers: int, until: float = math.inf
+) -> Generator[tuple[Task, Result], None, None]:
+    """Each task with what `work` made of it, in the order of finishing.
 
     Args:
         work: a function that a process can be sent.
-        units: hashable, each once.
+        tasks: hashable, each once.
         workers: processes; 1 works in this one.
-        until: by `time.monotonic`; no unit is begun after it, and processes still at work are
+        until: by `time.monotonic`; no task is begun after it, and processes still at work are
             ended. What is not yielded was left out.
 
     After an interrupt, or where the caller takes no more, the processes are ended, and nothing of
     them is left. They also end when this process does, however that comes.
     """
     if workers <= 1:
-        for unit in units:
+        for task in tasks:
             if time.monotonic() >= until:
                 return
-            yield unit, work(unit)
+            yield task, work(task)
         return
     others = set(active_children())
     # spawn: torch's and ONNX Runtime's threads don't survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare)
     futures: list[Future[str]] = []
-    finished: SimpleQueue[tuple[Unit, BaseException | None, str]] = SimpleQueue()
+    finished: SimpleQueue[tuple[Task, BaseException | None, str]] = SimpleQueue()
 
-    def tell(unit: Unit, future: Future[str]) -> None:
+    def tell(task: Task, future: Future[str]) -> None:
         if not future.cancelled():
             error = future.exception()
-            finished.put((unit, error, "" if error else future.result()))
+            finished.put((task, error, "" if error else future.result()))
 
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     try:
-        with _undisturbed():  # each unit that is handed in may start a process
-            for unit in units:
-                futures.append(pool.submit(_filed, work, unit, folder.name))
-                futures[-1].add_done_callback(partial(tell, unit))
+        with _undisturbed():  # each task that is handed in may start a process
+            for task in tasks:
+                futures.append(pool.submit(_filed, work, task, folder.name))
+                futures[-1].add_done_callback(partial(tell, task))
         # Not by as_completed, nor by asking the futures here: an interrupt that comes while this
         # thread holds a future's lock leaves it held, and the executor waits for it for ever.
-        for _ in units:
+        for _ in tasks:
             try:
                 left = None if math.isinf(until) else max(0.0, until - time.monotonic())
-                unit, error, path = finished.get(timeout=left)
+                task, error, path = finished.get(timeout=left)
             except Empty:
                 return
             if error is not None:
                 raise error
             result: Result = pickle.loads(Path(path).read_bytes())
             os.unlink(path)
-            yield unit, result
+            yield task, result
     finally:
         with _undisturbed():
             unfinished = not all(future.done() for future in futures)
@@ -108,7 +108,7 @@ def _undisturbed() -> Iterator[None]:
                 signal.raise_signal(signal.SIGINT)
 
 
-def _filed(work: Callable[[Unit], Result], unit: Unit, folder: str) -> str:
+def _filed(work: Callable[[Task], Result], task: Task, folder: str) -> str:
     """Where the result lies.
 
     A process that is ended while it sends a large one leaves half of it in the pipe, and Python
@@ -118,7 +118,7 @@ def _filed(work: Callable[[Unit], Result], unit: Unit, folder: str) -> str:
         # Not from the start: while a process still imports torch there is nothing to tidy up, and
         # what is raised there the executor shows with a traceback.
         signal.signal(signal.SIGTERM, _leave)
-        result = work(unit)
+        result = work(task)
     except SystemExit:  # of `_leave`; handed on, the executor would take it for a result
         atexit._run_exitfuncs()  # a server that was started ends, temporary folders go
         os._exit(0)

@@ -45,8 +45,8 @@ def test_a_number_decides_the_spec_the_shapes_and_the_data() -> None:
 
 
 def test_seeds_have_no_draw_in_common() -> None:
-    units = [unit for seed in (0, 1, 2) for unit in Matrix((), seed=seed, draws=DRAWS).units()]
-    numbers = [number for unit in units for number in getattr(unit, "numbers", ())]
+    tasks = [task for seed in (0, 1, 2) for task in Matrix((), seed=seed, draws=DRAWS).tasks()]
+    numbers = [number for task in tasks for number in getattr(task, "numbers", ())]
     assert len(numbers) == len({*numbers}) == 3 * DRAWS
 
 

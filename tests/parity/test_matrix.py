@@ -23,7 +23,7 @@ from smoothl1_deploy.parity._families import FAMILIES
 from smoothl1_deploy.parity._matrix import (
     EXTENSIONS,
     Matrix,
-    Unit,
+    Task,
     is_run,
     needs_wider,
     run_matrix,
@@ -144,10 +144,10 @@ def test_sums_in_float32_turn_the_matrix_red(tmp_path: Path) -> None:
 def test_a_gradient_is_summed_back_over_a_million_rows_in_every_dtype() -> None:
     cases = {
         (spec.dtype, case.family)
-        for unit in Matrix(("ort-cpu",)).units()
-        if isinstance(unit, Unit) and not unit.huge
-        for spec in unit.specs()
-        for case in unit.cases(spec)
+        for task in Matrix(("ort-cpu",)).tasks()
+        if isinstance(task, Task) and not task.huge
+        for spec in task.specs()
+        for case in task.cases(spec)
         if spec.gradient
         and (case.input_shape, case.target_shape) == ((1, 4), (1_000_000, 4))
         and is_run(case, "function", "ort-cpu")
@@ -179,27 +179,17 @@ def test_what_is_spared_has_no_wider_format_to_be_right_in() -> None:
     assert needs_wider(LossSpec(dtype="float64", gradient=True, upstream=True), back, wide=True)
 
 
-def test_arrays_of_2_to_24_elements_are_held_one_pair_at_a_time() -> None:
-    """What the memory of the whole matrix peaks at."""
-    huge, *others = Matrix(("ort-cpu",))._grid()
-    assert huge.huge and not any(unit.huge for unit in others)
-    (spec,) = huge.specs()
-    assert [len(batch) for batch in huge.batches(spec)] == [1, 1]
-    plain = others[0].specs()[0]
-    assert others[0].batches(plain) == [others[0].cases(plain)]
-
-
 def test_a_sample_of_the_matrix_goes_over_the_wire() -> None:
     """A process an artefact: beta 1 and one route, or the first of what is asked for."""
 
     def sampled(*, extended: bool = False, **part: tuple[object, ...]) -> set[object]:
         matrix = Matrix(("triton-http",), **part)  # type: ignore[arg-type]
         return {
-            (unit.dtype, unit.beta, route)
-            for unit in matrix._grid()
-            for spec in unit.specs()
-            for route in unit.routes(spec)
-            if unit.samples(spec, route, "triton-http") and (is_extended(spec) or not extended)
+            (task.dtype, task.beta, route)
+            for task in matrix._grid()
+            for spec in task.specs()
+            for route in task.routes(spec)
+            if task.samples(spec, route, "triton-http") and (is_extended(spec) or not extended)
         }
 
     assert sampled() == {(dtype, 1.0, "inlined") for dtype in DTYPES}

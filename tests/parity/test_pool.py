@@ -1,4 +1,4 @@
-"""Units of work in processes: all of them, or those that the time allows."""
+"""Tasks in processes: all of them, or those that the time allows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from smoothl1_deploy.parity._pool import each
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_unit_comes_back(workers: int) -> None:
+def test_every_task_comes_back(workers: int) -> None:
     assert dict(each(abs, [-1, 2, -3], workers)) == {-1: 1, 2: 2, -3: 3}
 
 

@@ -3,7 +3,7 @@
 A suite is one backend × route × dtype, a test case one cell; engines are suites of their own, and
 so are random draws, of which a test case is one that is red, or all of them. A cell that isn't run,
 or an engine that is refused, is skipped with its reason. Times are those of the whole run only: a
-unit of the matrix serves many cells at once.
+task of the matrix serves many cells at once.
 Source of the structure: the JUnit schema of Apache Ant, as Jenkins and GitLab read it.
 """
 
