@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .._files import read_file, write_atomic
-from .._records import Record
+from .._records import Record, markdown_table
 from .._spec import LossSpec
 from ..errors import OutputError, reason_of, require
 from ._timing import Timing
@@ -74,9 +74,7 @@ class Row(Record):
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown, under its title, with an empty line at the end."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(line)} |" for line in (header, rule, *cells)]
+    lines = markdown_table(header, rows, "l" + "r" * (len(header) - 1))
     return "\n".join([f"### {title}", "", *lines, ""])
 
 

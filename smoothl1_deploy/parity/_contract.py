@@ -268,15 +268,12 @@ def _plain(sessions: dict[str, Any], probe: _Probe) -> Array:
 def probe_contract(
     backends: Sequence[str] = ("ort-cpu",),
     *,
-    plain: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Contract:
     """Compute the table: PyTorch, this tool's artefacts on each backend, the plain graph.
 
     Args:
         backends: names of `BACKENDS` that can be used here.
-        plain: whether to ask the plain exporter's graph on ONNX Runtime too (about a second a
-            row: each needs an export).
         progress: called with the rows done and their number, at the start and after each.
 
     Raises:
@@ -291,8 +288,7 @@ def probe_contract(
         name: (partial(_ours, name), SmoothL1DeployError)
         for name in backends
     }
-    if plain:
-        columns[PLAIN] = (partial(_plain, {}), Exception)
+    columns[PLAIN] = (partial(_plain, {}), Exception)
     edges = []
     progress(0, len(_PROBES))
     for done, probe in enumerate(_PROBES, 1):

@@ -15,7 +15,7 @@ from planted import planted
 from smoothl1_deploy._floats import Array
 from smoothl1_deploy._spec import LossSpec
 from smoothl1_deploy.errors import InvalidInputError
-from smoothl1_deploy.parity._contract import Contract, probe_contract
+from smoothl1_deploy.parity._contract import PLAIN, PYTORCH, Answer, Contract, Edge
 from smoothl1_deploy.parity._drift import Drift, measure_drift
 from smoothl1_deploy.parity._matrix import Matrix, run_matrix
 from smoothl1_deploy.parity._report import Build, Report
@@ -36,7 +36,17 @@ def drift() -> Drift:
 
 @pytest.fixture(scope="session")
 def contract() -> Contract:
-    return probe_contract(("ort-cpu",))
+    """A row of each kind of answer."""
+    ours = (("equal", "0.5"), ("better", "[125.0, 0.5]"), ("refuses", "SpecError: no beta of -1"))
+    edges = tuple(
+        Edge(f"edge {kind}", f"Is it {kind}?", (
+            Answer(PYTORCH, "reference", "[inf, 0.5]"),
+            Answer("ort-cpu", kind, text),
+            Answer(PLAIN, "differs", f"an answer of more than 110 characters: {HOSTILE * 2}"),
+        ))
+        for kind, text in ours
+    )  # fmt: skip
+    return Contract((PYTORCH, "ort-cpu", PLAIN), edges, 0.5)
 
 
 @pytest.fixture(scope="session")

@@ -27,13 +27,6 @@ def test_ours_does_not_drift_and_the_plain_graph_does(drift: Drift) -> None:
     assert plain.relative_error[-1] > 10 * plain.relative_error[0]
 
 
-def test_the_seed_decides_the_normal_data() -> None:
-    one, two, three = (measure_drift([2**12], seed=s).curves for s in (1, 1, 2))
-    assert [c.relative_error for c in one] == [c.relative_error for c in two]
-    normal = [[c.relative_error for c in cs if c.data == "normal"] for cs in (one, three)]
-    assert normal[0] != normal[1]
-
-
 def test_progress_is_told() -> None:
     seen: list[tuple[int, int]] = []
     measure_drift([16, 32], progress=lambda done, total: seen.append((done, total)))

@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, fields
 from statistics import median
 from typing import TYPE_CHECKING
 
+from ..._records import markdown_table
 from ..._spec import LossSpec
 from .._contract import Contract
 from .._drift import DATA, Drift, DriftPoint
@@ -259,13 +260,8 @@ class Table:
 
     def markdown(self) -> list[str]:
         """The lines of GitHub-flavoured Markdown, a blank one at either end."""
-        rule = tuple("---:" if letter == "r" else "---" for letter in self.align)
-        rows = [tuple(map(_markdown_entry, row)) for row in (self.columns, *self.rows)]
-        # A pipe ends a table cell, inside a code span too.
-        escaped = [
-            [entry.replace("|", "\\|") for entry in row] for row in (rows[0], rule, *rows[1:])
-        ]
-        return ["", *(f"| {' | '.join(row)} |" for row in escaped), ""]
+        header, *rows = ([*map(_markdown_entry, row)] for row in (self.columns, *self.rows))
+        return ["", *markdown_table(header, rows, self.align), ""]
 
 
 def _rich_entry(entry: Entry | str) -> Text:
