@@ -97,11 +97,9 @@ def found(
 #: What is wrong -> the one fault to be named, the lines, keywords of `planted`, and what the
 #: explanation says: the number that was inferred, and the remedy.
 FAULTS: dict[str, tuple[Fault, str, dict[str, Any], str]] = {
-    "no 0.5 below": (Fault.MISSING_HALF, "halved = Mul(one, square)", {}, ""),
-    "no 0.5 below, none": (
+    "no 0.5 below": (
         Fault.MISSING_HALF, "halved = Mul(one, square)", {"reduction": "none", "beta": 1.0}, ""),
-    "no 0.5 above": (Fault.MISSING_LINEAR_HALF, "linear = Sub(size, beta)", {}, ""),
-    "no 0.5 above, sum": (
+    "no 0.5 above": (
         Fault.MISSING_LINEAR_HALF, "linear = Sub(size, beta)", {"reduction": "sum", "beta": 1.0},
         ""),
     "no 0.5 at all": (
@@ -118,9 +116,6 @@ FAULTS: dict[str, tuple[Fault, str, dict[str, Any], str]] = {
     "branches swapped": (Fault.BRANCHES_SWAPPED, "inside = Greater(size, beta)", {}, ""),
     "no abs in the comparison": (Fault.MISSING_ABS, "inside = Less(d, beta)", {}, ""),
     "no abs in the linear part": (Fault.MISSING_ABS, "linear = Sub(d, offset)", {}, ""),
-    "inputs truncated": (
-        Fault.TRUNCATION,
-        "p = Cast<to=7>(pred) g = Cast<to=7>(gt) e = Sub(p, g) d = Cast<to=1>(e)", {}, ""),
     "difference truncated": (
         Fault.TRUNCATION, "e = Sub(pred, gt) i = Cast<to=7>(e) d = Cast<to=1>(i)", {}, ""),
     "target cast to integers": (
@@ -219,10 +214,6 @@ FAULTS: dict[str, tuple[Fault, str, dict[str, Any], str]] = {
         Fault.CLIPPED,
         "two = Add(one, one) raw = Where(inside, quadratic, linear) each = Min(raw, two)", {},
         "never above 2, as where |d| is clipped to 2.25; leave the clip out"),
-    "difference clipped": (
-        Fault.CLIPPED,
-        "e = Sub(pred, gt) two = Add(one, one) low = Neg(two) d = Clip(e, low, two)",
-        {"reduction": "sum"}, "never above 1.75, as where |d| is clipped to 2; leave the clip out"),
     "sum clipped": (
         Fault.CLIPPED, "s = Cast<to=1>(total) two = Add(one, one) out = Min(s, two)",
         {"reduction": "sum"}, "the result is never above 2; leave the clip out"),
@@ -257,14 +248,11 @@ def test_a_planted_fault_is_named(name: str) -> None:
     assert not said or "would explain" not in diagnosis.explanation  # no other is in question
 
 
-def test_log_cosh_by_its_name_overflows_as_well() -> None:
+def test_a_right_formula_that_overflows_on_the_way_and_what_else_is_wrong_with_it() -> None:
+    """log(exp(d)) is infinite beyond d = 88; the mean of nothing is looked at all the same."""
     assert found(planted("c = Cosh(d) each = Log(c)"), LossSpec(0.5)) == [
         Fault.LOG_COSH, Fault.RANGE,
     ]  # fmt: skip
-
-
-def test_a_right_formula_that_overflows_on_the_way_and_what_else_is_wrong_with_it() -> None:
-    """log(exp(d)) is infinite beyond d = 88; the mean of nothing is looked at all the same."""
     model = planted("""
         e = Exp(size) f = Log(e) lost = Sub(f, offset) each = Where(inside, quadratic, lost)
         i = Constant<value_int=1>() atleast = Max(number, i) count = Cast<to=11>(atleast)
@@ -279,26 +267,24 @@ FLOAT32_SUMS = """
 """
 
 
-@pytest.mark.parametrize(
-    ("theirs", "ours", "hint"),
-    [
-        (0.7, 0.5, "beta = 0.7 fits"),
-        (0.5, 1.0, "beta = 0.5 fits"),
-        (2.0, 0.5, "that is 1/beta"),
-        (1.0, 0.0, "beta = 1 fits"),
-        (1e-3, 1.0, "beta = 0.001 fits"),
-        (1e4, 1.0, "beta = 10000 fits"),
-        (1 / 9, 3.0, "taken for a sigma"),
-        (0.12345, 0.1, "beta = 0.12345 fits"),
-    ],
-)
-def test_a_wrong_beta_is_estimated(theirs: float, ours: float, hint: str) -> None:
-    for reduction in ("none", "mean", "sum"):
-        spec = LossSpec(ours, reduction)
-        result = verify(planted(beta=theirs, reduction=reduction), spec=spec, drift=False)
-        (diagnosis,) = result.diagnoses
-        assert diagnosis.fault is Fault.WRONG_BETA, reduction
-        assert diagnosis.estimate == pytest.approx(theirs, rel=1e-6), reduction
+def test_a_wrong_beta_is_estimated() -> None:
+    for number, (theirs, ours, hint) in enumerate(
+        (
+            (0.7, 0.5, "beta = 0.7 fits"),
+            (0.5, 1.0, "beta = 0.5 fits"),
+            (2.0, 0.5, "that is 1/beta"),
+            (1.0, 0.0, "beta = 1 fits"),
+            (1e-3, 1.0, "beta = 0.001 fits"),
+            (1e4, 1.0, "beta = 10000 fits"),
+            (1 / 9, 3.0, "taken for a sigma"),
+            (0.12345, 0.1, "beta = 0.12345 fits"),
+        )
+    ):
+        spec = LossSpec(ours, REDUCTIONS[number % 3])
+        model = planted(beta=theirs, reduction=spec.reduction)
+        (diagnosis,) = verify(model, spec=spec, drift=False).diagnoses
+        assert diagnosis.fault is Fault.WRONG_BETA, spec
+        assert diagnosis.estimate == pytest.approx(theirs, rel=1e-6), spec
         assert hint in diagnosis.explanation
         assert f"the spec says {ours:.9g}" in diagnosis.explanation
 
@@ -361,31 +347,18 @@ def test_float64_accumulation() -> None:
 def test_two_faults_are_both_named() -> None:
     model = planted("halved = Mul(one, square)\naverage = Identity(total)")
     assert found(model, LossSpec(0.5)) == [Fault.MISSING_HALF, Fault.SUM_FOR_MEAN]
-
-
-def test_a_wrong_beta_with_a_wrong_reduction() -> None:
-    model = planted("average = Identity(total)", beta=0.25)
-    result = verify(model, spec=LossSpec(0.5), drift=False)
-    assert [d.fault for d in result.diagnoses] == [Fault.WRONG_BETA, Fault.SUM_FOR_MEAN]
+    result = verify(
+        planted("average = Identity(total)", beta=0.25), spec=LossSpec(0.5), drift=False
+    )
+    assert [item.fault for item in result.diagnoses] == [Fault.WRONG_BETA, Fault.SUM_FOR_MEAN]
     assert result.diagnoses[0].estimate == 0.25
 
 
-@pytest.mark.parametrize(
-    "each",
-    [
-        "Mul(pred, gt)",
-        "Exp(size)",
-        "Max(pred, gt)",
-        "Tanh(size)",
-    ],
-)
-def test_an_unrelated_model_is_unknown(each: str) -> None:
-    model = planted(f"each = {each}")
-    result = verify(model, spec=LossSpec(0.5), drift=False)
-    (diagnosis,) = result.diagnoses
-    assert diagnosis.fault is Fault.UNKNOWN
-    assert "no known fault explains all" in diagnosis.explanation
-    assert diagnosis.evidence
+def test_an_unrelated_model_is_unknown() -> None:
+    for each in ("Mul(pred, gt)", "Tanh(size)"):
+        (diagnosis,) = verify(planted(f"each = {each}"), spec=LossSpec(0.5), drift=False).diagnoses
+        assert diagnosis.fault is Fault.UNKNOWN and diagnosis.evidence, each
+        assert "no known fault explains all" in diagnosis.explanation
 
 
 def test_nothing_is_named_on_a_right_model() -> None:
@@ -411,26 +384,19 @@ def test_nothing_is_named_on_a_right_extension() -> None:
         assert diagnose(load(export(spec, "inlined", ("N", 3))), spec) == (), spec
 
 
-@pytest.mark.parametrize(
-    ("theirs", "ours", "faults"),
-    [
-        ({"per_sample": True, "reduction": "sum"}, {"per_sample": True}, [Fault.SUM_FOR_MEAN]),
-        ({}, {"per_sample": True}, [Fault.REDUCED]),
-        ({"per_sample": True, "beta": 0.25}, {"per_sample": True}, [Fault.WRONG_BETA]),
-        ({"weight": "count", "beta": 0.25}, {"weight": "count"}, [Fault.WRONG_BETA]),
-        (
-            {"weight": "count", "reduction": "sum"},
-            {"weight": "count"},
-            [Fault.SUM_FOR_MEAN],
-        ),
-    ],
-)
-def test_faults_of_the_extensions(
-    theirs: dict[str, object], ours: dict[str, object], faults: list[Fault]
-) -> None:
-    model = export(LossSpec(**{"beta": 0.5, **theirs}), shape=("N", 3))  # type: ignore[arg-type]
-    spec = LossSpec(**{"beta": 0.5, **ours})  # type: ignore[arg-type]
-    assert [diagnosis.fault for diagnosis in diagnose(load(model), spec)] == faults
+def test_faults_of_the_extensions() -> None:
+    rows, weighs = {"per_sample": True}, {"weight": "count"}
+    cases: tuple[tuple[dict[str, Any], dict[str, Any], Fault], ...] = (
+        ({**rows, "reduction": "sum"}, rows, Fault.SUM_FOR_MEAN),
+        ({}, rows, Fault.REDUCED),
+        ({**rows, "beta": 0.25}, rows, Fault.WRONG_BETA),
+        ({**weighs, "beta": 0.25}, weighs, Fault.WRONG_BETA),
+        ({**weighs, "reduction": "sum"}, weighs, Fault.SUM_FOR_MEAN),
+    )
+    for theirs, ours, fault in cases:
+        model = export(LossSpec(**{"beta": 0.5, **theirs}), shape=("N", 3))
+        found = diagnose(load(model), LossSpec(**{"beta": 0.5, **ours}))
+        assert [diagnosis.fault for diagnosis in found] == [fault], theirs
 
 
 def test_what_the_weights_alone_get_wrong_is_unknown() -> None:
@@ -480,13 +446,6 @@ def test_the_gradient_shows_swapped_inputs() -> None:
     assert swapped.fault is Fault.SWAPPED_INPUTS
     (scaled,) = diagnose(load(gradient_model(divided=False)), spec)
     assert scaled.fault is Fault.GRADIENT_SCALE and "not divided" in scaled.explanation
-
-
-def test_verify_names_swapped_inputs_in_the_gradient() -> None:
-    spec = LossSpec(0.5, gradient=True)
-    assert verify(gradient_model(), spec=spec, drift=False)
-    result = verify(gradient_model(negated=True), spec=spec, drift=False)
-    assert [diagnosis.fault for diagnosis in result.diagnoses] == [Fault.SWAPPED_INPUTS]
 
 
 def test_a_fault_of_the_gradient_comes_before_one_of_a_zero() -> None:
