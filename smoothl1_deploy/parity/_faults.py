@@ -39,7 +39,6 @@ class Fault(StrEnum):
     BRANCHES_SWAPPED = "branches swapped"
     MISSING_ABS = "missing absolute value"
     TRUNCATION = "truncation to integers"
-    WRONG_COEFFICIENT = "wrong coefficient"
     SCALED = "scaled by a constant factor"
     ZERO_DIVISION = "0/0 for beta = 0"
     # The reduction.
@@ -214,9 +213,7 @@ def _masked(keep: Callable[[Array], Array], of_none: float | None) -> Losses:
 _INTEGERS: tuple[tuple[str, Callable[..., Array]], ...] = (
     ("input and target are", lambda f, a, b, beta: smooth_l1(f(a), f(b), beta)),
     ("the target alone is", lambda f, a, b, beta: smooth_l1(a, f(b), beta)),
-    ("the input alone is", lambda f, a, b, beta: smooth_l1(f(a), b, beta)),
     ("the difference is", lambda f, a, b, beta: smooth_l1(f(a - b), 0 * b, beta)),
-    ("the loss of each element is", lambda f, a, b, beta: f(smooth_l1(a, b, beta))),
 )
 _MASKS: tuple[tuple[str, Callable[[Array], Array]], ...] = (
     ("0", lambda b: b != 0),
@@ -366,10 +363,6 @@ FITS: tuple[Fit, ...] = (
         lambda d, loss, _: (d * d - loss * loss) / (2 * loss),
         lambda d, delta: d + delta),
     Fit(Fault.SMOOTH_ABS,
-        lambda e, _: f"|d| is sqrt(d^2 + {e:.9g}) in both parts; {_BY_ABS}",
-        lambda a, b, beta, e: smooth_l1(_smoothed(a, b, e), 0 * b, beta),
-        lambda d, loss, beta: 2 * beta * loss - d * d if d < beta else _excess(d, loss, beta)),
-    Fit(Fault.SMOOTH_ABS,
         lambda e, _: f"|d| is sqrt(d^2 + {e:.9g}) in the linear part; {_BY_ABS}",
         lambda a, b, beta, e: np.where(_smoothed(a, b, e) < beta,
                                        _quadratic(a - b, beta), _smoothed(a, b, e) - 0.5 * beta),
@@ -378,14 +371,6 @@ FITS: tuple[Fit, ...] = (
         lambda e, _: f"the loss is Charbonnier's, sqrt(d^2 + {e:.9g}) everywhere; {_INSTEAD}",
         lambda a, b, _, e: _smoothed(a, b, e),
         lambda d, loss, _: _excess(d, loss, 0.0)),
-    Fit(Fault.WRONG_COEFFICIENT,
-        lambda p, _: f"below beta the loss is {p:.6g}*d^2/beta, where it should be 0.5*d^2/beta",
-        lambda a, b, beta, p: _coefficients(p, 0.5)(a, b, beta),
-        lambda d, loss, beta: loss * beta / (d * d) if d < beta else 0.0),
-    Fit(Fault.WRONG_COEFFICIENT,
-        lambda q, _: f"from beta on the loss is |d| - {q:.6g}*beta; it should be |d| - 0.5*beta",
-        lambda a, b, beta, q: _coefficients(0.5, q)(a, b, beta),
-        lambda d, loss, beta: (d - loss) / beta if d >= beta > 0 else 0.0),
     Fit(Fault.CLIPPED, _clip_text,
         lambda a, b, beta, top: np.minimum(smooth_l1(a, b, beta), top),
         lambda d, loss, _: loss),

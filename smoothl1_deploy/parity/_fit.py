@@ -106,7 +106,7 @@ def _kinds(
     yield [form], others
     yield _narrowed(spec), [own]
     yield _fitted(spec, own, replies), [own]
-    yield [form], _scales(own, replies)
+    yield [form], _scaled(own, replies)
     yield wrong, others
     for other in others:
         yield _fitted(spec, other, replies), [other]
@@ -183,20 +183,11 @@ def _fitted(spec: LossSpec, reduction: Part, replies: Sequence[Reply]) -> Iterat
             yield from (fit.form(number, spec) for number in dict.fromkeys(useful))
 
 
-def _scales(own: Part, replies: Sequence[Reply]) -> Iterator[Part]:
-    """The right loss clipped above all that was answered, or times a factor of the first answer."""
-    told = [(reply.got, reply.expected) for reply in replies if reply.got.size]
-    if not told:
+def _scaled(own: Part, replies: Sequence[Reply]) -> Iterator[Part]:
+    """The right loss times a factor, which the first answer tells, roundest first."""
+    if not replies[0].got.size:
         return
-    top = max(float(got.max()) for got, _ in told)
-    yield Part(
-        Fault.CLIPPED,
-        f"the result is never above {top:.9g}; leave the clip out",
-        lambda x, a, b: np.minimum(own.compute(x, a, b), top),
-        top,
-    )
-    got, expected = told[0]
-    ratio = float(got.flat[0]) / float(expected.flat[0])
+    ratio = float(replies[0].got.flat[0]) / float(replies[0].expected.flat[0])
     for factor in dict.fromkeys(_rounded(ratio, digits) for digits in _DIGITS):
         yield Part(
             Fault.SCALED,

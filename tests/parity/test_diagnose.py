@@ -147,12 +147,6 @@ FAULTS: dict[str, tuple[Fault, str, dict[str, Any], str]] = {
         Fault.SCALED,
         "three = Sum(one, one, one) raw = Where(inside, quadratic, linear) each = Mul(three, raw)",
         {}, "every answer is 3 times the right one"),
-    "0.5001 below": (
-        Fault.WRONG_COEFFICIENT, "odd = Constant<value_float=0.5001>() halved = Mul(odd, square)",
-        {}, "below beta the loss is 0.5001*d^2/beta"),
-    "0.4 above": (
-        Fault.WRONG_COEFFICIENT, "odd = Constant<value_float=0.4>() offset = Mul(odd, beta)", {},
-        "from beta on the loss is |d| - 0.4*beta"),
     "inputs cast to bfloat16": (
         Fault.NARROW_INPUT,
         "p = Cast<to=16>(pred) g = Cast<to=16>(gt) q = Cast<to=1>(p) h = Cast<to=1>(g) "
@@ -202,10 +196,6 @@ FAULTS: dict[str, tuple[Fault, str, dict[str, Any], str]] = {
         Fault.SMOOTH_ABS,
         "f = Mul(d, d) e = Constant<value_float=1e-6>() s = Add(f, e) size = Sqrt(s)",
         {"beta": 1.0}, "|d| is sqrt(d^2 + 1e-06) in the linear part; compute |d| by Abs"),
-    "abs as a square root, both parts": (
-        Fault.SMOOTH_ABS,
-        "f = Sub(pred, gt) ff = Mul(f, f) e = Constant<value_float=1e-6>() s = Add(ff, e) "
-        "d = Sqrt(s)", {}, "sqrt(d^2 + 1e-06) in both parts; compute |d| by Abs"),
     "abs as a square root that shows at d = 0 alone": (
         Fault.SMOOTH_ABS,
         "f = Sub(pred, gt) ff = Mul(f, f) e = Constant<value_float=1e-12>() s = Add(ff, e) "
@@ -214,9 +204,6 @@ FAULTS: dict[str, tuple[Fault, str, dict[str, Any], str]] = {
         Fault.CLIPPED,
         "two = Add(one, one) raw = Where(inside, quadratic, linear) each = Min(raw, two)", {},
         "never above 2, as where |d| is clipped to 2.25; leave the clip out"),
-    "sum clipped": (
-        Fault.CLIPPED, "s = Cast<to=1>(total) two = Add(one, one) out = Min(s, two)",
-        {"reduction": "sum"}, "the result is never above 2; leave the clip out"),
     "mask of the target": (
         Fault.WEIGHTED,
         "raw = Where(inside, quadratic, linear) nought = Sub(one, one) known = Greater(gt, nought) "
