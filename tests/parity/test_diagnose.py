@@ -3,55 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 from itertools import product
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.checker
-import onnx.helper
 import onnx.parser
 import pytest
+from theirs import their_loss
 
 from smoothl1_deploy import LossSpec, export, load, verify
-from smoothl1_deploy._model import ELEMENT_TYPE
 from smoothl1_deploy._spec import DTYPES, REDUCTIONS
 from smoothl1_deploy.parity._diagnose import diagnose
 from smoothl1_deploy.parity._faults import Fault
 from smoothl1_deploy.parity._verify import Verification
 from smoothl1_deploy.parity.views import _tables as tables
-
-#: An element of the loss, PyTorch's formula.
-ELEMENTS = """
-    d = Sub(pred, gt)
-    size = Abs(d)
-    inside = Less(size, beta)
-    square = Mul(d, d)
-    halved = Mul(half, square)
-    quadratic = Div(halved, beta)
-    offset = Mul(half, beta)
-    linear = Sub(size, offset)
-    each = Where(inside, quadratic, linear)
-"""
-
-#: The three reductions, right at every size: float64 accumulators, 0/0 for an empty mean.
-REDUCE = {
-    "none": "out = Identity(each)",
-    "sum": """
-    wide = Cast<to=11>(each)
-    total = ReduceSum<keepdims=0>(wide)
-    out = Cast<to=1>(total)
-""",
-    "mean": """
-    wide = Cast<to=11>(each)
-    total = ReduceSum<keepdims=0>(wide)
-    number = Size(each)
-    count = Cast<to=11>(number)
-    average = Div(total, count)
-    out = Cast<to=1>(average)
-""",
-}
 
 
 def planted(
@@ -64,26 +31,18 @@ def planted(
     target_shape: str = "",
     out: str | None = None,
 ) -> onnx.ModelProto:
-    """The right model, with faults: each of their lines replaces the line of what it ends with."""
-    body = ELEMENTS + REDUCE[reduction]
-    body = body.replace("Cast<to=1>(", f"Cast<to={ELEMENT_TYPE[dtype]}>(")
-    for line in filter(None, map(str.strip, faults.splitlines())):
-        name = re.findall(r"(\w+) = ", line)[-1]
-        body, count = re.subn(rf"^ +{name} = .*$", line, body, flags=re.MULTILINE)
-        assert count == 1, line
+    """Someone's loss with faults, of inputs in these shapes."""
+    element = {"float32": "float", "float64": "double"}.get(dtype, dtype)
     if out is None:
         out = f"[{shape}]" if reduction == "none" else ""
-    element = {"float32": "float", "float64": "double"}.get(dtype, dtype)
-    model = onnx.parser.parse_model(f"""
-<ir_version: 10, opset_import: ["" : 18]>
-their_loss ({element}[{shape}] pred, {element}[{target_shape or shape}] gt) => ({element}{out} out)
-{{ {body} }}
-""")
-    for name, value in {"half": 0.5, "one": 1.0, "beta": beta}.items():
-        tensor = onnx.helper.make_tensor(name, ELEMENT_TYPE[dtype], [], [value])
-        model.graph.initializer.append(tensor)
-    onnx.checker.check_model(model)
-    return model
+    return their_loss(
+        faults,
+        inputs=f"{element}[{shape}] pred, {element}[{target_shape or shape}] gt",
+        outputs=f"{element}{out} out",
+        beta=beta,
+        reduction=reduction,
+        dtype=dtype,
+    )
 
 
 def found(

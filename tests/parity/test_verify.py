@@ -19,6 +19,7 @@ import onnx.parser
 import pytest
 from planted import plant
 from rich.console import Console
+from theirs import their_loss
 
 from smoothl1_deploy import LossSpec, export, verify
 from smoothl1_deploy._artefact import select_ports, signature
@@ -153,10 +154,8 @@ def test_2_to_24_elements_stay_below_2_gigabytes(
 
 
 def test_the_drift_of_a_loss_of_another_rank_is_judged_by_its_numbers() -> None:
-    model = theirs(outputs="float[1] loss", more="loss = Reshape(out, size)")
-    model.graph.initializer.append(
-        onnx.helper.make_tensor("size", onnx.TensorProto.INT64, [1], [1])
-    )
+    more = "dims = Constant<value_ints=[1]>() loss = Reshape(out, dims)"
+    model = theirs(outputs="float[1] loss", more=more)
     found = verify(model, spec=LossSpec())
     assert not any(result.verdict.ok for result in found.results)
     assert found.drift and all(point.ok for point in found.drift)
@@ -183,32 +182,9 @@ def test_a_right_artefact_of_few_elements_is_green() -> None:
 # Models of other origin
 
 
-def theirs(
-    inputs: str = "float[rows, cols] y_hat, float[n, 3] y",
-    outputs: str = "float out",
-    call: tuple[str, str] = ("y_hat", "y"),
-    more: str = "",
-) -> onnx.ModelProto:
-    """Anyone's mean for beta 1, right for small counts."""
-    return onnx.parser.parse_model(f"""
-<ir_version: 10, opset_import: ["" : 18]>
-their_loss ({inputs}) => ({outputs})
-<float half = {{0.5}}, float one = {{1.0}}, float unused_default = {{1.0}}> {{
-    d = Sub({call[0]}, {call[1]})
-    a = Abs(d)
-    below = Less(a, one)
-    s = Mul(d, d)
-    q = Mul(half, s)
-    l = Sub(a, half)
-    each = Where(below, q, l)
-    wide = Cast<to=11>(each)
-    total = ReduceSum<keepdims=0>(wide)
-    count = Size(each)
-    n64 = Cast<to=11>(count)
-    mean64 = Div(total, n64)
-    out = Cast<to=1>(mean64)
-    {more}
-}}""")
+def theirs(inputs: str = "float[rows, cols] y_hat, float[n, 3] y", **given: Any) -> onnx.ModelProto:
+    """Anyone's mean for beta 1."""
+    return their_loss(inputs=inputs, **{"of": ("y_hat", "y"), **given})
 
 
 def test_any_names_and_all_sorts_of_shapes_will_do() -> None:
@@ -229,7 +205,7 @@ def test_any_names_and_all_sorts_of_shapes_will_do() -> None:
 
 
 def test_the_inputs_are_taken_by_name() -> None:
-    two = theirs("float[N, 4] gt, float[N, 4] boxes", call=("boxes", "gt"))
+    two = theirs("float[N, 4] gt, float[N, 4] boxes", of=("boxes", "gt"))
     for names in ({}, {"input_name": "boxes"}, {"target_name": "gt"}):
         assert signature(select_ports(two, **names)).input.name == "boxes"
     assert signature(select_ports(two, "boxes", "gt")).input.name == "boxes"
@@ -237,15 +213,15 @@ def test_the_inputs_are_taken_by_name() -> None:
     assert two.graph.input[0].name == "gt"  # the caller's model is as it was
     assert verify(two, spec=LossSpec(), target_name="gt", drift=False)
     for first in ("target", "Labels", "y_true"):
-        model = theirs(f"float[N] {first}, float[N] x", call=("x", first))
+        model = theirs(f"float[N] {first}, float[N] x", of=("x", first))
         assert signature(select_ports(model)).target.name == first
 
 
 def test_one_of_several_outputs_is_taken_by_name_or_for_being_called_loss() -> None:
-    model = theirs(outputs="int64 count, float out, float[rows, cols] each")
+    model = theirs(outputs="int64 number, float out, float[rows, cols] each")
     assert verify(model, spec=LossSpec(), output_name="out", drift=False)
     assert verify(model, spec=LossSpec(reduction="none"), output_name="each", drift=False)
-    model = theirs(outputs="int64 count, float loss", more="loss = Identity(out)")
+    model = theirs(outputs="int64 number, float loss", more="loss = Identity(out)")
     assert verify(model, spec=LossSpec(), drift=False)
     outputs = load(model).run(np.ones((2, 3), np.float32), np.zeros((2, 3), np.float32))
     assert list(outputs) == ["loss"]
@@ -253,8 +229,8 @@ def test_one_of_several_outputs_is_taken_by_name_or_for_being_called_loss() -> N
 
 def test_what_can_t_be_compared_is_refused() -> None:
     three = "float[N, 4] gt, float[N, 4] boxes, float[N, 4] weights"
-    weighted = theirs(three, call=("boxes", "gt"))
-    many = theirs(outputs="int64 count, float out, float[rows, cols] each")
+    weighted = theirs(three, of=("boxes", "gt"))
+    many = theirs(outputs="int64 number, float out, float[rows, cols] each")
     mixed = theirs("float[N] y_hat, double[N] y")
     float64, weighs = LossSpec(dtype="float64"), LossSpec(weight="count")
     refused: list[tuple[onnx.ModelProto, dict[str, Any], str]] = [
@@ -262,8 +238,8 @@ def test_what_can_t_be_compared_is_refused() -> None:
         (weighted, {}, r"3 inputs \('gt', 'boxes', 'weights'\).*--input-name"),
         (weighted, {"input_name": "boxes"}, r"besides 'boxes' the model has 2 inputs"),
         (weighted, {"input_name": "boxes", "target_name": "gt"}, "takes 'weights', which nothing"),
-        (many, {}, r"3 outputs \('count', 'out', 'each'\).*--output-name"),
-        (many, {"output_name": "count"}, "'count' has the element type INT64"),
+        (many, {}, r"3 outputs \('number', 'out', 'each'\).*--output-name"),
+        (many, {"output_name": "number"}, "'number' has the element type INT64"),
         (theirs(), {"input_name": "x"}, "'x' is no input of the model; it has 'y_hat', 'y'"),
         (theirs(), {"target_name": "x"}, "target_name='x' is no input of the model"),
         (theirs(), {"output_name": "x"}, "'x' is no output of the model; it has 'out'"),
