@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import onnx
 import onnx.checker
-import onnx.helper
-import onnx.parser
+from handmade import model_of
 
+from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._model import ELEMENT_TYPE
 
 #: PyTorch's formula.
@@ -60,12 +61,11 @@ def their_loss(
         name = re.findall(r"(\w+) = ", line)[-1]
         body, count = re.subn(rf"^ +{name} = .*$", line, body, flags=re.MULTILINE)
         assert count == 1, line
-    model = onnx.parser.parse_model(f"""
-<ir_version: 10, opset_import: ["" : 18]>
-their_loss ({inputs}) => ({outputs}) {{ {body} {more} }}
-""")
-    for name, value in {"half": 0.5, "one": 1.0, "beta": beta}.items():
-        tensor = onnx.helper.make_tensor(name, ELEMENT_TYPE[dtype], [], [value])
-        model.graph.initializer.append(tensor)
+    constants = {"half": 0.5, "one": 1.0, "beta": beta}
+    model = model_of(
+        f"their_loss ({inputs}) => ({outputs}) {{ {body} {more} }}",
+        ir=10,
+        **{name: np.asarray(value, NUMPY_DTYPE[dtype]) for name, value in constants.items()},
+    )
     onnx.checker.check_model(model)
     return model

@@ -61,6 +61,13 @@ def test_an_interrupt_finds_no_lock_that_the_executor_waits_for() -> None:
     assert not taken
 
 
+def run_script(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A main module of its own, which `spawn` imports again in each process."""
+    (folder / "script.py").write_text(text)
+    command = [sys.executable, "script.py"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
 _TIDY = """
 import os, sys, threading, time
 from contextlib import closing
@@ -93,9 +100,7 @@ if __name__ == "__main__":
 
 def test_a_process_that_is_ended_tidies_up_what_it_started(tmp_path: Path) -> None:
     """A server that it was at is left otherwise, or its shared memory and its files are."""
-    (tmp_path / "tidy.py").write_text(_TIDY)
-    command = [sys.executable, "tidy.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = run_script(_TIDY, tmp_path)
     assert (done.stdout, done.stderr) == ("2\n", "")
 
 
@@ -123,32 +128,25 @@ if __name__ == "__main__":
 
 
 def test_a_process_that_is_ended_while_it_prepares_shows_nothing(tmp_path: Path) -> None:
-    (tmp_path / "early.py").write_text(_EARLY)
-    command = [sys.executable, "early.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.stderr == ""
+    assert run_script(_EARLY, tmp_path).stderr == ""
 
 
 _LARGE = """
-import sys, time
+from contextlib import closing
 from smoothl1_deploy.parity._pool import each
 
 def work(n):
     return bytes(3_000_000)
 
 if __name__ == "__main__":
-    print(sum(len(r) for _, r in each(work, range(100_000), 2, time.monotonic() + 7)) > 0)
+    with closing(each(work, range(1000), 2)) as found:
+        next(found)
 """
 
 
 def test_a_process_ended_while_it_sends_holds_nobody_up(tmp_path: Path) -> None:
     """Half of a large result in a pipe: the interpreter's exit waited for the rest for ever."""
-    script = tmp_path / "large.py"
-    script.write_text(_LARGE)
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=True
-    )
-    assert done.stderr == ""
+    assert run_script(_LARGE, tmp_path).stderr == ""
 
 
 def test_what_a_matrix_left_out_is_named() -> None:
