@@ -1,4 +1,4 @@
-"""A case: spec × shape × input family × seed, and the check of one runner on it."""
+"""A case, which is spec × layout × family × seed, and the check of one runner on it."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ class Judged:
     got: Array | None
 
 
-_SHOWN = 4  # of the elements behind a reduced result
+_SHOWN = 4  # inputs are shown of a reduced result, which may have millions
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ class Sample(Record):
     """The worst element of a result, with what went in and both references, to check by hand.
 
     Numbers are text, the shortest that reads back as the same number of the dtype: NaN and the
-    infinities have no other place in JSON.
+    infinities are no numbers in JSON.
 
     Attributes:
         output: which result, `loss` or `grad_input`.
@@ -270,9 +270,9 @@ class Sample(Record):
         given = {"input": refs.input, "target": refs.target, "weight": refs.weight}
         arrays = {name: array for name, array in given.items() if array is not None}
         whole = dict(zip(arrays, np.broadcast_arrays(*arrays.values()), strict=True))
-        if output == "grad_input":  # every place that this element of input was broadcast to
-            places = np.arange(refs.input.size).reshape(refs.input.shape)
-            here = np.broadcast_to(places, whole["input"].shape) == worst
+        if output == "grad_input":  # all pairs that this element of the input was broadcast to
+            indices = np.arange(refs.input.size).reshape(refs.input.shape)
+            here = np.broadcast_to(indices, whole["input"].shape) == worst
             parts = {name: values[here] for name, values in whole.items()}
         else:  # the axes of a loss are the leading ones of its inputs, the others are reduced
             parts = {name: np.asarray(values[at]) for name, values in whole.items()}
@@ -316,7 +316,7 @@ class CaseResult:
 
 
 def unanswered(refs: References, error: SmoothL1DeployError) -> dict[str, Judged]:
-    """An error in the place of a loss: it is wrong in every element."""
+    """An error instead of a loss is wrong in every element."""
     verdict = Verdict.failed(refs.oracle["loss"].size, f"{type(error).__name__}: {error}")
     return {"loss": Judged(verdict, None)}
 
@@ -337,7 +337,7 @@ def judge(
     shape = case.shape(spec)
     takes_beta = "beta" in runner.signature.inputs
     proved = None
-    # Of a subnormal beta that it doesn't know beforehand, an artefact takes half in float32.
+    # An artefact that takes beta halves it in float32, where half of a subnormal beta is rounded.
     is_provable = refs.in_range and not (takes_beta and spec.has_subnormal_beta)
     if accumulator is not None and is_provable:
         proved = proved_bound(spec, shape, accumulator)

@@ -218,7 +218,7 @@ def plain_export(
         arguments: of the module, the deprecated ones included.
         dtype: the name of a torch dtype, of both inputs.
         shape: integers, and names for dynamic axes.
-        target_shape: of the target where it differs.
+        target_shape: of the target, where it differs.
 
     Raises:
         MissingDependencyError: without torch.

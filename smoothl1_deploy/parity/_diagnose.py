@@ -141,12 +141,12 @@ def _formula(subject: Subject) -> Iterator[Diagnosis]:
         found = [each for each in [weighted(spec, subject.elementwise(), told)] if each]
     if found:
         best, *others = found
-        names = dict.fromkeys(part.explanation for other in others for part in other.faults)
+        names = dict.fromkeys(step.explanation for other in others for step in other.faults)
         also = f". These would explain the answers as well: {'; '.join(names)}" if names else ""
-        for part in best.faults:
-            why = f"{part.explanation} ({len(told)} of {len(told)} probes explained){also}"
-            assert part.fault is not None
-            yield Diagnosis(part.fault, why, _clearest(told, best), part.estimate)
+        for step in best.faults:
+            why = f"{step.explanation} ({len(told)} of {len(told)} probes explained){also}"
+            assert step.fault is not None
+            yield Diagnosis(step.fault, why, _clearest(told, best), step.estimate)
         if lost:
             why = f"infinite in {len(lost)} of {len(replies)} probes, where the loss is finite"
             yield _named(Fault.RANGE, why, lost)

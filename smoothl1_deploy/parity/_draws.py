@@ -21,15 +21,15 @@ from ._cases import Case, References, with_beta
 from ._families import ADVERSARIAL, FAMILIES, WEIGHTS
 from ._report import is_extended
 
-_BY_TORCH = 0.15  # of the plain ones: that export takes ten times as long as the others
-_CASES = 3  # of a draw: to export takes longer than to run
+_BY_TORCH = 0.15  # is the share of the torch route, whose export takes ten times as long
+_CASES = 3  # are fed to each draw: to export takes longer than to run
 _BETAS = (0.0, 1e-3, 0.5, 1.0, 2.0, 1e4, 3e38, math.inf)
 _NO_BETAS = (-1.0, -1e-45, -math.inf, math.nan)  # what only a run-time beta can be
 _RANKS = (0, 1, 1, 2, 2, 2, 3, 4)
 _SIZES = (1, 2, 3, 5, 7, 16, 17, 33, 64)
-_FEW_SIZES = 5  # of these, for the axes of a rank above 2
+_FEW_SIZES = 5  # sizes, the smallest, are for the axes of a rank above 2
 _LARGE = 12, 17  # powers of 2 that the elements of a large case are between
-_UNUSUAL = 0.25  # of the cases with a dynamic axis are empty or large, and empty:
+_UNUSUAL = 0.25  # is the share of empty or large cases where an axis is dynamic; of empty ones:
 _EMPTY, _EMPTY_WITHOUT_BETA = 0.06, 0.2
 _FAMILIES = (*FAMILIES, *ADVERSARIAL, *ADVERSARIAL)
 

@@ -31,7 +31,7 @@ from ._contract import plain_export
 from ._shapes import ShapePlan, elements
 
 DATA = ("constant", "normal")
-#: Elements: of an artefact, `LARGE` on demand; and of the ways that the report compares.
+#: Elements that an artefact is measured at, `LARGE` on demand; those of the curves in the report.
 SIZES = tuple(1 << power for power in (10, 14, 16, 18, 20, 22))
 LARGE = 1 << 24
 CURVE_SIZES = tuple(1 << power for power in range(10, 25))
@@ -63,12 +63,12 @@ class DriftPoint:
 
     @property
     def family(self) -> str:
-        """Of the inputs."""
+        """The family of the inputs."""
         return self.result.case.family
 
     @property
     def ok(self) -> bool:
-        """The verdict."""
+        """Whether it is green."""
         return self.result.verdict.ok
 
     @property
@@ -78,7 +78,7 @@ class DriftPoint:
 
     @property
     def torch_relative(self) -> float | None:
-        """PyTorch's."""
+        """PyTorch's distance, likewise."""
         return self._relative(self.torch)
 
     def _relative(self, value: float | None) -> float | None:
@@ -160,7 +160,7 @@ def _outputs(spec: LossSpec, case: Case) -> list[str]:
 def _point(
     refs: References, name: str, judged: Sequence[dict[str, Judged]], limit: float
 ) -> DriftPoint:
-    """Of one output, by the runner whose answer is worst."""
+    """One output, as the runner answered whose answer is the worst."""
     answers = [found.get(name, found["loss"]) for found in judged]
     worst = max(answers, key=lambda answer: answer.verdict.badness)
     at = worst.verdict.worst or 0
@@ -232,9 +232,9 @@ def measure_drift(
     )
     runners = [get_backend("ort-cpu").load(model) for model in models]
     found: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
-    places = [*product(DATA, sizes)]
-    progress(0, len(places))
-    for done, (data, size) in enumerate(places, 1):
+    measured = [*product(DATA, sizes)]
+    progress(0, len(measured))
+    for done, (data, size) in enumerate(measured, 1):
         shape = (size // _COLUMNS, _COLUMNS)
         refs = References.of(_SPEC, Case(data, "drift", shape, shape, seed=_SEED))
         judged = [judge(runner, refs) for runner in runners]
@@ -244,7 +244,7 @@ def measure_drift(
         ulps = (*(verdict.ulp for verdict in verdicts), verdicts[0].torch_ulp)
         for way, error, ulp in zip(WAYS, errors, ulps, strict=True):
             found[way, data].append((error or 0.0, ulp))
-        progress(done, len(places))
+        progress(done, len(measured))
     curves = tuple(
         Curve(way, data, tuple(sizes), *map(tuple, zip(*points, strict=True)))
         for (way, data), points in found.items()

@@ -160,33 +160,33 @@ def _brink(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, A
 
 
 def _usual_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
-    """As detection heads use them: a fifth 0, the others up to 2."""
+    """Weights as detection heads use them: a fifth 0, the others up to 2."""
     weights = rng.uniform(0.1, 2.0, shape)
     return np.where(rng.random(shape) > 0.2, weights, 0.0)
 
 
 def _signed_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
-    """Of either sign, zeros too."""
+    """Weights of either sign, zeros too."""
     return rng.choice(np.array([-2.0, -0.3, -0.0, 0.0, 0.7, 1.0]), shape)
 
 
 def _zeros_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
-    """0 and -0 alone."""
+    """Weights of 0 and -0 alone."""
     return rng.choice(np.array([-0.0, 0.0]), shape)
 
 
 def _huge_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
-    """Just below the largest number, 3e38 in float32."""
+    """Weights just below the largest number, 3e38 in float32."""
     return rng.uniform(0.8, 0.99, shape) * _limits(spec)[0]
 
 
 def _tiny_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
-    """Around the smallest normal number, 1e-38 in float32."""
+    """Weights around the smallest normal number, 1e-38 in float32."""
     return rng.uniform(0.1, 3.0, shape) * _limits(spec)[1]
 
 
 def _mixed_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
-    """Each of these kinds in one array."""
+    """Weights of all these kinds in one array."""
     kinds = (_usual_weights, _signed_weights, _huge_weights, _tiny_weights)
     return np.choose(rng.integers(0, 4, shape), [kind(spec, shape, rng) for kind in kinds])
 
@@ -234,7 +234,7 @@ BRANCHES = ("quadratic", "linear", "non-finite")
 def branch_shares(spec: LossSpec, input: Array, target: Array) -> dict[str, float]:
     """The share of elements in the quadratic and the linear branch, and of non-finite differences.
 
-    Of an empty case, all shares are 0.
+    An empty case has shares of 0 alone.
     """
     with np.errstate(all="ignore"):
         d = np.abs(

@@ -130,8 +130,8 @@ class Diagnosis(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Half of what a model may compute: a formula of the element, or a reduction.
+class Step:
+    """One of the two steps of a loss: the formula of an element, or the reduction.
 
     Attributes:
         fault: None for what the spec asks for.
@@ -231,48 +231,48 @@ _INSTEAD = "compute it by torch.nn.SmoothL1Loss instead"
 _BY_ABS = "compute |d| by Abs, which is exact"
 
 #: In the order in which one that explains as much as another is preferred.
-FORMS: tuple[Part, ...] = (
-    Part(None, "the formula is right", smooth_l1),
-    Part(Fault.MISSING_HALF, "below beta the loss is d^2 / beta, twice what it should be",
+FORMS: tuple[Step, ...] = (
+    Step(None, "the formula is right", smooth_l1),
+    Step(Fault.MISSING_HALF, "below beta the loss is d^2 / beta, twice what it should be",
          _coefficients(1, 0.5)),
-    Part(Fault.MISSING_LINEAR_HALF,
+    Step(Fault.MISSING_LINEAR_HALF,
          "from beta on the loss is |d| - beta, where it should be |d| - 0.5*beta",
          _coefficients(0.5, 1), cancels=abs),
-    Part(Fault.MISSING_HALF,
+    Step(Fault.MISSING_HALF,
          "the loss is d^2 / beta below beta and |d| - beta from there on: 0.5 is missing in both",
          _coefficients(1, 1), cancels=abs),
-    Part(Fault.MISSING_OFFSET, "from beta on the loss is |d|, without -0.5*beta",
+    Step(Fault.MISSING_OFFSET, "from beta on the loss is |d|, without -0.5*beta",
          _coefficients(0.5, 0)),
-    Part(Fault.HUBER,
+    Step(Fault.HUBER,
          "the loss is torch.nn.HuberLoss(delta=beta), beta times Smooth L1; divide it by beta",
          lambda a, b, beta: beta * smooth_l1(a, b, beta)),
-    Part(Fault.MISSING_DIVISION, "below beta the loss is 0.5*d^2, not divided by beta",
+    Step(Fault.MISSING_DIVISION, "below beta the loss is 0.5*d^2, not divided by beta",
          _piecewise(lambda d, beta: 0.5 * d * d, _linear)),
-    Part(Fault.MSE, "the loss is d^2 everywhere", lambda a, b, beta: (a - b) ** 2),
-    Part(Fault.MSE, "the loss is 0.5*d^2 everywhere", lambda a, b, beta: 0.5 * (a - b) ** 2),
-    Part(Fault.MSE, "the loss is 0.5*d^2 / beta everywhere: it has no linear part",
+    Step(Fault.MSE, "the loss is d^2 everywhere", lambda a, b, beta: (a - b) ** 2),
+    Step(Fault.MSE, "the loss is 0.5*d^2 everywhere", lambda a, b, beta: 0.5 * (a - b) ** 2),
+    Step(Fault.MSE, "the loss is 0.5*d^2 / beta everywhere: it has no linear part",
          lambda a, b, beta: _quadratic(a - b, beta)),
-    Part(Fault.L1, "the loss is |d| everywhere", lambda a, b, beta: np.abs(a - b)),
-    Part(Fault.BRANCHES_SWAPPED,
+    Step(Fault.L1, "the loss is |d| everywhere", lambda a, b, beta: np.abs(a - b)),
+    Step(Fault.BRANCHES_SWAPPED,
          "the linear part is used below beta and the quadratic part above",
          _piecewise(_linear, _quadratic), cancels=abs),
-    Part(Fault.MISSING_ABS,
+    Step(Fault.MISSING_ABS,
          "from beta on the loss is d - 0.5*beta: negative differences lack the absolute value",
          _piecewise(_quadratic, lambda d, beta: d - 0.5 * beta)),
-    Part(Fault.MISSING_ABS,
+    Step(Fault.MISSING_ABS,
          "d is compared with beta without its absolute value: every negative d takes the "
          "quadratic part",
          lambda a, b, beta: np.where(a - b < beta, _quadratic(a - b, beta), _linear(a - b, beta))),
-    Part(Fault.LOG_COSH, f"the loss is log(cosh(d)), whatever beta is; {_INSTEAD}",
+    Step(Fault.LOG_COSH, f"the loss is log(cosh(d)), whatever beta is; {_INSTEAD}",
          _log_cosh, cancels=lambda d: d + 1),
     *(
-        Part(Fault.TRUNCATION, f"{what} {how} to an integer; cast to a float type",
+        Step(Fault.TRUNCATION, f"{what} {how} to an integer; cast to a float type",
              lambda a, b, beta, f=f, made=made: made(f, a, b, beta))
         for f, how in ((np.trunc, "truncated"), (np.rint, "rounded"))
         for what, made in _INTEGERS
     ),
     *(
-        Part(Fault.WEIGHTED,
+        Step(Fault.WEIGHTED,
              f"elements whose target is {which} {are}; give the mask as weights of 0 and 1, which "
              f"LossSpec(weight={weight!r}) takes",
              _masked(keep, of_none))
@@ -304,10 +304,10 @@ class Fit:
     solve: Callable[[float, float, float], float]
     cancels: Callable[[float, float], float] | None = None
 
-    def form(self, p: float, spec: LossSpec) -> Part:
+    def form(self, p: float, spec: LossSpec) -> Step:
         """The formula with the number `p`."""
         losses, cancels = self.losses, self.cancels
-        return Part(
+        return Step(
             self.fault,
             self.explain(p, spec),
             lambda a, b, beta: losses(a, b, beta, p),
@@ -414,7 +414,7 @@ def _divided(total: Callable[[Array], Array], count: Count) -> Apply:
     return lambda x, a, b: np.asarray(total(x) / max(count(x, a, b), 1))
 
 
-def reductions(spec: LossSpec) -> tuple[Part, ...]:
+def reductions(spec: LossSpec) -> tuple[Step, ...]:
     """The spec's own first, then what it could be taken for."""
     total, of_each = (_row_totals, " of each row") if spec.per_sample else (_total, "")
     plain: dict[str, Apply] = {
@@ -422,25 +422,25 @@ def reductions(spec: LossSpec) -> tuple[Part, ...]:
         "mean": _divided(total, lambda x, a, b: math.prod(x.shape[1:]) if of_each else x.size),
         "sum": lambda x, a, b: total(x),
     }
-    found = [Part(None, "the reduction is right", plain[spec.reduction])]
+    found = [Step(None, "the reduction is right", plain[spec.reduction])]
     for other, apply in plain.items():
         if other != spec.reduction:
             why = f"the reduction is {other!r}, the spec says {spec.reduction!r}"
-            found.append(Part(_MISTAKEN[spec.reduction, other], why, apply))
+            found.append(Step(_MISTAKEN[spec.reduction, other], why, apply))
     if spec.reduction == "none":
         return tuple(found)
     if spec.per_sample:
         why = "all rows are reduced to one number, the spec says one for each"
         for apply in (_divided(_total, lambda x, a, b: x.size), lambda x, a, b: _total(x)):
-            found.append(Part(Fault.REDUCED, why, apply))
+            found.append(Step(Fault.REDUCED, why, apply))
     for name, count in _COUNTS:
         why = f"the sum is divided by {name}; the spec says {spec.reduction!r}{of_each}"
-        found.append(Part(Fault.WRONG_COUNT, why, _divided(total, count)))
+        found.append(Step(Fault.WRONG_COUNT, why, _divided(total, count)))
     if not spec.per_sample:
         for operator in (np.mean, np.sum):
             for axis, name in ((0, "first"), (-1, "last")):
                 why = f"only the {name} axis is reduced, by its {operator.__name__}"
-                found.append(Part(Fault.SOME_AXES, why, _over_axis(operator, axis)))
+                found.append(Step(Fault.SOME_AXES, why, _over_axis(operator, axis)))
     return tuple(found)
 
 

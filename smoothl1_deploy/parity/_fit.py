@@ -15,7 +15,7 @@ import numpy as np
 from .._floats import Array, round_to, wide_dtype
 from .._spec import LossSpec
 from ._bounds import UNIT_ROUNDOFF
-from ._faults import FITS, FORMS, Fault, Part, reductions, smooth_l1
+from ._faults import FITS, FORMS, Fault, Step, reductions, smooth_l1
 from ._probes import Reply
 
 _FLAT = 0.01  # relative: more than this is never a matter of rounding, but for bfloat16
@@ -27,13 +27,13 @@ _DIGITS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17)
 class Hypothesis:
     """A formula with a reduction."""
 
-    form: Part
-    reduction: Part
+    form: Step
+    reduction: Step
 
     @property
-    def faults(self) -> list[Part]:
+    def faults(self) -> list[Step]:
         """What of it is not what the spec asks for."""
-        return [part for part in (self.form, self.reduction) if part.fault is not None]
+        return [step for step in (self.form, self.reduction) if step.fault is not None]
 
     def predict(self, reply: Reply) -> Array:
         """What a model of this kind answers to a probe, wide."""
@@ -88,7 +88,7 @@ def find(spec: LossSpec, replies: Sequence[Reply]) -> list[Hypothesis]:
         for hypothesis in (Hypothesis(form, reduction) for reduction in summed for form in forms):
             if hypothesis.explains_all(replies):
                 found.append(hypothesis)
-                if any(part.estimate is not None for part in hypothesis.faults):
+                if any(step.estimate is not None for step in hypothesis.faults):
                     break  # the roundest number that fits; the others differ by rounding
         if found:
             return found
@@ -97,7 +97,7 @@ def find(spec: LossSpec, replies: Sequence[Reply]) -> list[Hypothesis]:
 
 def _kinds(
     spec: LossSpec, replies: Sequence[Reply]
-) -> Iterator[tuple[Iterable[Part], Iterable[Part]]]:
+) -> Iterator[tuple[Iterable[Step], Iterable[Step]]]:
     """Formulas and reductions, each of the one to be tried with each of the other."""
     own, *others = reductions(spec)
     form, *wrong = FORMS
@@ -131,7 +131,7 @@ def weighted(
             f"the elements of a row count {listed}{more} times each; give these factors as "
             "weights, which LossSpec(weight='count') takes"
         )
-        hypothesis = Hypothesis(Part(Fault.WEIGHTED, why, losses), reductions(spec)[0])
+        hypothesis = Hypothesis(Step(Fault.WEIGHTED, why, losses), reductions(spec)[0])
         if len(set(factors)) > 1 and hypothesis.explains_all(replies):
             return hypothesis
     return None
@@ -143,11 +143,11 @@ def narrower(dtype: str) -> list[str]:
     return [other for other in by_unit if UNIT_ROUNDOFF[other] > UNIT_ROUNDOFF[dtype]]
 
 
-def _narrowed(spec: LossSpec) -> Iterator[Part]:
+def _narrowed(spec: LossSpec) -> Iterator[Step]:
     """beta, or the inputs, in a narrower format."""
     if spec.dtype == "float64" and (beta := float(np.float32(spec.beta))) != spec.beta:
         why = f"beta is rounded to float32 ({beta!r} for {spec.beta!r})"
-        yield Part(Fault.WRONG_BETA, why, lambda a, b, _: smooth_l1(a, b, beta), beta)
+        yield Step(Fault.WRONG_BETA, why, lambda a, b, _: smooth_l1(a, b, beta), beta)
     for dtype in narrower(spec.dtype):
 
         def losses(a: Array, b: Array, beta: float, dtype: str = dtype) -> Array:
@@ -155,7 +155,7 @@ def _narrowed(spec: LossSpec) -> Iterator[Part]:
             return smooth_l1(a, b, beta)
 
         why = f"input and target are rounded to {dtype} before the loss is computed"
-        yield Part(Fault.NARROW_INPUT, why, losses)
+        yield Step(Fault.NARROW_INPUT, why, losses)
 
 
 # --- numbers that are read off the answers
@@ -165,7 +165,7 @@ def _rounded(value: float, digits: int) -> float:
     return float(f"{value:.{digits - 1}e}")
 
 
-def _fitted(spec: LossSpec, reduction: Part, replies: Sequence[Reply]) -> Iterator[Part]:
+def _fitted(spec: LossSpec, reduction: Step, replies: Sequence[Reply]) -> Iterator[Step]:
     """Every formula with a number, at the numbers that single replies suggest, roundest first."""
     told = []  # (|d|, loss of one element), both > 0
     for reply in replies:
@@ -183,13 +183,13 @@ def _fitted(spec: LossSpec, reduction: Part, replies: Sequence[Reply]) -> Iterat
             yield from (fit.form(number, spec) for number in dict.fromkeys(useful))
 
 
-def _scaled(own: Part, replies: Sequence[Reply]) -> Iterator[Part]:
+def _scaled(own: Step, replies: Sequence[Reply]) -> Iterator[Step]:
     """The right loss times a factor, which the first answer tells, roundest first."""
     if not replies[0].got.size:
         return
     ratio = float(replies[0].got.flat[0]) / float(replies[0].expected.flat[0])
     for factor in dict.fromkeys(_rounded(ratio, digits) for digits in _DIGITS):
-        yield Part(
+        yield Step(
             Fault.SCALED,
             f"every answer is {factor:.9g} times the right one",
             lambda x, a, b, f=factor: np.asarray(own.compute(x, a, b) * f),

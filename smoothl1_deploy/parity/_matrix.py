@@ -44,7 +44,7 @@ _DRAWS_A_SEED = 1 << 20  # so that two seeds have none in common
 _DRAWS_A_TASK = 12
 _MOST_SLOWLY = 1 << 14  # elements of a draw that a slow backend is fed
 
-#: The extensions alone and together; with beta and dtype of the task.
+#: The extensions alone and together; beta and dtype are the task's.
 EXTENSIONS = (
     LossSpec(per_sample=True),
     LossSpec(reduction="sum", per_sample=True),
@@ -59,18 +59,18 @@ EXTENSIONS = (
     LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
 )
 
-#: Whose gradient is summed back over a million rows.
+#: The spec whose gradient is summed back over a million rows.
 _TALL = LossSpec(gradient=True)
 #: Layouts by how an artefact meets them. Every family is fed to the first group.
 _FAMILY_LAYOUTS = ("matrix", "odd")
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
-#: What an extension could get wrong beyond what the plain losses show.
+#: Layouts that show what an extension could get wrong beyond the plain losses.
 _EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both", "weight-column")
 #: The inlined route is made of the function route: with extensions, these betas show it.
 _INLINED_BETAS = (0.0, 1.0, math.inf)
 #: The torch route takes about a second an export: one fixed rank, this one, serves it.
 _TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
-#: Whose files are one node, which `ort-cpu` runs by an operator: the others' run alike with none.
+#: The route whose files are one node, which `ort-cpu` runs by an operator; it has none for others.
 _PROVEN_ROUTE = "function"
 _BARE = "ort-cpu-bare"
 #: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
@@ -80,7 +80,7 @@ OVER_THE_WIRE = ("triton-http", "triton-grpc")
 _WIRE_LAYOUTS = ("matrix", "no-rows")
 #: Backends that compute what an artefact says it computes, and not its graph: one route is all.
 _OF_THE_SPEC = (*REFERENCES, "torch-triton")
-#: The others take minutes or gigabytes at 2^24 elements.
+#: Backends that are fed 2^24 elements; the others take minutes or gigabytes for them.
 HUGE_BACKENDS = (
     *("ort-cpu", _BARE, "torch-cuda", "torch-triton"),
     *("ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx", "trt"),
@@ -219,7 +219,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One beta with one dtype; or, `huge`, the single cell of 2^24 elements."""
+    """A task of one beta with one dtype; or, `huge`, of the single cell of 2^24 elements."""
 
     matrix: Matrix
     beta: float
@@ -264,7 +264,7 @@ class Task:
         return cases
 
     def routes(self, spec: LossSpec) -> list[str]:
-        """Of the matrix, less those that are left out; see `Matrix.notes`."""
+        """The routes of the matrix less those that are left out; see `Matrix.notes`."""
         left_out = set()
         if is_extended(spec) or (self.matrix.quick and self.dtype != "float32"):
             left_out.add("torch")
@@ -293,7 +293,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class DrawTask:
-    """Some draws, by their numbers."""
+    """A task of some draws, by their numbers."""
 
     matrix: Matrix
     numbers: tuple[int, ...]
@@ -340,7 +340,7 @@ def artefact_axes(
 
 
 def is_run(case: Case, route: str, backend: str) -> bool:
-    """Whether the layout is among those a route and backend are sampled at; see `Matrix.notes`."""
+    """Whether a route and backend are sampled at the layout of a case; see `Matrix.notes`."""
     if backend in OVER_THE_WIRE:
         return case.layout in _WIRE_LAYOUTS
     if case.layout == "broadcast-10^6":
@@ -381,7 +381,7 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
 
     Args:
         spec: beta is a number, also for an artefact that takes it at run time.
-        case: of it.
+        case: of this spec.
         wide: whether the backend has float64.
     """
     scaled = spec.weight is not None or spec.upstream

@@ -84,7 +84,7 @@ def each(
             unfinished = not all(future.done() for future in futures)
             if unfinished:
                 _end(set(active_children()) - others)
-            # Of processes that have ended this waits for Python's own threads.
+            # Where the processes have ended there are Python's own threads to wait for.
             pool.shutdown(wait=unfinished, cancel_futures=True)
             folder.cleanup()
 
@@ -119,7 +119,7 @@ def _filed(work: Callable[[Task], Result], task: Task, folder: str) -> str:
         # what is raised there the executor shows with a traceback.
         signal.signal(signal.SIGTERM, _leave)
         result = work(task)
-    except SystemExit:  # of `_leave`; handed on, the executor would take it for a result
+    except SystemExit:  # `_leave` raised it; handed on, the executor would take it for a result
         atexit._run_exitfuncs()  # a server that was started ends, temporary folders go
         os._exit(0)
     handle, path = tempfile.mkstemp(dir=folder)

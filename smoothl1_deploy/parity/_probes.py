@@ -35,7 +35,7 @@ _NOT_FINITE = (
     ("inf", "one +inf in the target", None, math.inf),
     ("inf-inf", "+inf in the same element of input and target", math.inf, math.inf),
 )
-_LONGEST_ROW = 256  # of which the elements are asked one by one
+_LONGEST_ROW = 256  # elements: those of a longer row are not asked one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +132,8 @@ class Subject:
             return []
         sizes = self._differences()
         others = {second: sizes[::3]}
-        # One row, where |d| counts most: the fewer elements, the less can be rounding. Per sample
-        # one row can't be told from all.
+        # In one row |d| counts most: the fewer the elements, the less can be rounding. For a loss
+        # per sample one row can't be told from all.
         if not self.spec.per_sample:
             others[row] = [d for d in sizes if d >= self.spec.effective_beta][:2]
         if self.any_rank:
@@ -164,7 +164,8 @@ class Subject:
     def elementwise(self) -> list[Reply]:
         """One element of a row different from the target, each in turn: its weight shows alone.
 
-        Where every axis is fixed the row is the whole. None of one element, nor of very many.
+        Where every axis is fixed the row is the whole. A row of one element tells nothing, and a
+        very long one is not asked.
         """
         shapes, d = self._plan.small(), 3.0
         whole = np.broadcast_shapes(*shapes)
@@ -214,7 +215,7 @@ class Subject:
             size = knee * scale
             left = rng.uniform(0.3, 1.0, shapes[0]) * size
             right = rng.uniform(-1.0, -0.3, shapes[1]) * size
-            if targets is not None:  # of either sign and 0, as a mask is made of
+            if targets is not None:  # 0 and either sign are what masks are made of
                 right = rng.permutation(np.resize(targets, right.size)).reshape(right.shape) * size
             sign = rng.choice([-1.0, 1.0])
             text = f"random differences around {size:g}, shapes {shapes[0]} and {shapes[1]}"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ._contract import Contract
     from ._drift import Drift
 
-FORMAT = 1  # of the JSON; raised when a reader would have to change
+FORMAT = 1  # is raised when a reader of the JSON would have to change
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class Draws(Record):
     red: tuple[Cell, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: of the green ones no more than what is nearest to its limit."""
+        """JSON-ready: green draws are counted, and only the nearest to its limit is told."""
         near = self.nearest
         shown = near and {"draw": near.draw, "ulp": near.ulp, "allowed": near.allowed}
         return {**Record.to_dict(self), "nearest": shown}

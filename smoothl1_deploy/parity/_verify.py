@@ -152,7 +152,7 @@ def verify(
     reason = chosen.refuses(expected)
     if reason:
         raise UnsupportedError(reason)
-    # A bound is proved of our own graphs alone.
+    # A bound is proved for our own graphs alone.
     accumulator = chosen.accumulator if runner.exported else None
     # A kernel of ours says nothing about the body that the file carries for everyone else.
     body = chosen.load_body(ports)

@@ -148,7 +148,7 @@ def _shown(cells: Sequence[Cell]) -> Cell:
 
 # --- the plot of error against size
 
-_WIDTH, _HEIGHT = 460, 250  # of the area between the axes
+_WIDTH, _HEIGHT = 460, 250  # the area between the axes
 _LOWEST = -10  # the power of ten at the bottom, where an error of exactly 0 is drawn too
 
 

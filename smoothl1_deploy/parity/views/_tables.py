@@ -138,7 +138,7 @@ class Grid:
         corner: what the rows are.
         columns: group and name of each, a group's together.
         rows: the name of each, and for every column the cells there; most often one, or none.
-        title, subtitle: of a grid among others.
+        title, subtitle: what tells it from other grids.
     """
 
     corner: str
