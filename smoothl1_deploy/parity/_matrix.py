@@ -12,9 +12,8 @@ import contextlib
 import gc
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -61,8 +60,7 @@ EXTENSIONS = (
 
 #: The spec whose gradient is summed back over a million rows.
 _TALL = LossSpec(gradient=True)
-#: Layouts by how an artefact meets them. Every family is fed to the first group.
-_FAMILY_LAYOUTS = ("matrix", "odd")
+#: Layouts that one family is fed in; every family is fed in "matrix" and "odd".
 _SHAPE_LAYOUTS = ("scalar", "empty", "no-rows", "4-d", "broadcast-row", "broadcast-both")
 #: Layouts that show what an extension could get wrong beyond the plain losses.
 _EXTENSION_LAYOUTS = ("odd", "no-rows", "4-d", "broadcast-both", "weight-column")
@@ -129,22 +127,16 @@ class Matrix:
         return has_both and {*_INLINED_BETAS} <= {*self.betas}
 
     def tasks(self) -> list[Task | DrawTask]:
-        """The work: the grid, the longest first, and the draws."""
+        """The work: the grid, the longest task first, and the draws."""
+        grid = [Task(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
+        grid.sort(key=lambda task: (task.beta, task.dtype) != (1.0, "float32"))
         first = self.seed * _DRAWS_A_SEED
         numbers = self.draw or tuple(range(first, first + self.draws))
         drawn = [
             DrawTask(self, numbers[i : i + _DRAWS_A_TASK])
             for i in range(0, len(numbers), _DRAWS_A_TASK)
         ]
-        return [*([] if self.draw else self._grid()), *drawn]
-
-    def _grid(self) -> list[Task]:
-        tasks = [Task(self, beta, dtype) for dtype in self.dtypes for beta in self.betas]
-        asked = {1.0, "mean", "float32"} <= {*self.betas, *self.reductions, *self.dtypes}
-        # The one cell of 2^24 elements takes memory more than time: it comes alone.
-        if asked and self.plain and not self.quick:
-            tasks.insert(0, Task(self, 1.0, "float32", huge=True))
-        return tasks
+        return [*([] if self.draw else grid), *drawn]
 
     def notes(self) -> Iterator[str]:
         """What is sampled, for the report."""
@@ -219,22 +211,19 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A task of one beta with one dtype; or, `huge`, of the single cell of 2^24 elements."""
+    """A task of one beta with one dtype."""
 
     matrix: Matrix
     beta: float
     dtype: str
-    huge: bool = False
 
     @property
     def label(self) -> str:
         """For a note on what was left out."""
-        return f"{self.dtype} beta {self.beta:g}{' at 2^24' if self.huge else ''}"
+        return f"{self.dtype} beta {self.beta:g}"
 
     def specs(self) -> list[LossSpec]:
         """What the artefacts compute; with `runtime_beta`, the task's beta is fed to them."""
-        if self.huge:
-            return [LossSpec(self.beta, "mean", self.dtype)]
         reductions = self.matrix.reductions if self.matrix.plain else ()
         specs = [LossSpec(self.beta, reduction, self.dtype) for reduction in reductions]
         chosen = EXTENSIONS[-1:] if self.matrix.quick else EXTENSIONS
@@ -247,20 +236,20 @@ class Task:
     def cases(self, spec: LossSpec) -> list[Case]:
         """Families and layouts, each with the matrix's seed."""
         of = partial(Case.of, seed=self.matrix.seed)
-        if self.huge:
-            return [of("normal", "2^24"), of("constant", "2^24")]
+        cases = [of(family, "matrix") for family in FAMILIES]
         if is_extended(spec):
-            cases = [of(family, "matrix") for family in FAMILIES]
             cases += [of("normal", name) for name in _EXTENSION_LAYOUTS if is_for(spec, name)]
             if spec == replace(_TALL, dtype=self.dtype) and not self.matrix.quick:
                 cases += [of(family, "broadcast-10^6") for family in ("normal", "constant")]
             return cases
-        cases = [of(family, layout) for layout in _FAMILY_LAYOUTS for family in FAMILIES]
-        cases += [of("normal", layout) for layout in _SHAPE_LAYOUTS]
+        cases += [of(family, "odd") for family in FAMILIES]
+        cases += [of("normal", name) for name in _SHAPE_LAYOUTS]
         if not self.matrix.quick:
             cases.append(of("normal", "2^20"))
             if spec.reduction != "none":  # what a sum of equal numbers drifts to
                 cases.append(of("constant", "2^20"))
+            if spec == LossSpec():
+                cases += [of("normal", "2^24"), of("constant", "2^24")]
         return cases
 
     def routes(self, spec: LossSpec) -> list[str]:
@@ -345,9 +334,11 @@ def is_run(case: Case, route: str, backend: str) -> bool:
         return case.layout in _WIRE_LAYOUTS
     if case.layout == "broadcast-10^6":
         return route == "function" and backend in HUGE_BACKENDS
+    if case.layout == "2^24":
+        return backend in HUGE_BACKENDS
     if case.layout == "2^20" and backend != "ort-cpu":
         return route == "function"
-    return route != "torch" or case.layout in (*_TORCH_LAYOUTS, "2^24")
+    return route != "torch" or case.layout in _TORCH_LAYOUTS
 
 
 def is_spared(spec: LossSpec, case: Case, backend: Backend) -> bool:
@@ -361,8 +352,8 @@ def is_too_slow(spec: LossSpec, case: Case, backend: Backend) -> bool:
     if backend.slow is None:
         return False
     if case.layout in LAYOUTS:
-        constant = (spec.reduction, spec.beta, case.family) == ("mean", 1.0, "constant")
-        return "^" in case.layout and not constant
+        is_least = (spec.reduction, spec.beta, case.family) == ("mean", 1.0, "constant")
+        return case.layout == "2^24" or ("^" in case.layout and not is_least)
     return math.prod(case.shape(spec)) > _MOST_SLOWLY
 
 
@@ -402,35 +393,13 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
 # How it is run
 
 
-#: A combination, as (spec, beta, route, backend).
-_Key = tuple[LossSpec, float, str, str]
+def _run_task(task: Task | DrawTask) -> list[Cell | Build]:
+    return [*(_draws(task) if isinstance(task, DrawTask) else _grid(task))]
 
 
-@dataclass(slots=True)
-class _Outcome:
-    """What tasks found: the results, or the refusal, of each combination; draws; and builds."""
-
-    results: dict[_Key, list[CaseResult]] = field(default_factory=lambda: defaultdict(list))
-    refused: dict[_Key, str] = field(default_factory=dict)
-    builds: list[Build] = field(default_factory=list)
-    drawn: list[Cell] = field(default_factory=list)
-
-    def add(self, other: _Outcome) -> None:
-        for key, results in other.results.items():
-            self.results[key] += results
-        self.refused |= other.refused
-        self.builds += other.builds
-        self.drawn += other.drawn
-
-
-def _run_task(task: Task | DrawTask) -> _Outcome:
-    return _run_draws(task) if isinstance(task, DrawTask) else _run_grid(task)
-
-
-def _run_draws(task: DrawTask) -> _Outcome:
-    """Every backend on each draw: a cell a draw and backend."""
+def _draws(task: DrawTask) -> Iterator[Cell]:
+    """A cell for each draw and backend."""
     backends = [get_backend(name, threads=1) for name in task.matrix.backends]
-    outcome = _Outcome()
     for draw in task.draws():
         references = [draw.references(case) for case in draw.cases]
         make = cache(draw.model)
@@ -440,7 +409,7 @@ def _run_draws(task: DrawTask) -> _Outcome:
             key = (draw.spec, draw.beta, draw.route, backend.name)
             reason = backend.refuses(draw.spec)
             if reason is not None:
-                outcome.drawn.append(Cell(*key, refused=reason, draw=draw.number))
+                yield Cell(*key, refused=reason, draw=draw.number)
                 continue
             load = cache(lambda: backend.load(make(backend.any_rank)))  # noqa: B023
             results = [
@@ -449,55 +418,56 @@ def _run_draws(task: DrawTask) -> _Outcome:
                 if not is_spared(refs.spec, refs.case, backend)
             ]
             if results:
-                outcome.drawn.append(replace(cell_of(*key, results), draw=draw.number))
-    return outcome
+                yield replace(cell_of(*key, results), draw=draw.number)
 
 
-def _run_grid(task: Task) -> _Outcome:
-    """Every route and backend on every spec of the task; exports and runners are made once.
+def _grid(task: Task) -> Iterator[Cell | Build]:
+    """A cell for each spec, route and backend, and the engines.
 
-    The arrays of one case are held at a time.
+    Exports and runners are made once; the arrays of one case are held at a time.
     """
     matrix = task.matrix
-    names = [n for n in matrix.backends if not task.huge or n in HUGE_BACKENDS]
-    backends = [get_backend(name, threads=1) for name in names]
+    backends = [get_backend(name, threads=1) for name in matrix.backends]
     make = cache(export)
 
     @cache
     def load(backend: Backend, spec: LossSpec, route: str, **axes: Axes | None) -> Runner:
         return backend.load(make(spec, route, **axes))
 
-    outcome = _Outcome()
     for spec in task.specs():
-        met: list[tuple[_Key, Backend]] = []
+        found: dict[tuple[str, Backend], list[CaseResult]] = {}
         for route, backend in product(task.routes(spec), backends):
-            if not task.samples(spec, route, backend.name) or (task.huge and backend.slow):
-                continue
-            key = (spec, task.beta, route, backend.name)
-            reason = backend.refuses(spec)
-            if reason:
-                outcome.refused[key] = reason
-            else:
-                met.append((key, backend))
+            if task.samples(spec, route, backend.name):
+                reason = backend.refuses(spec)
+                if reason:
+                    yield Cell(spec, task.beta, route, backend.name, refused=reason)
+                else:
+                    found[route, backend] = []
         for case in task.cases(spec):
+            meeting = [
+                (route, backend)
+                for route, backend in found
+                if is_run(case, route, backend.name) and not is_spared(spec, case, backend)
+            ]
+            if not meeting:
+                continue
             refs = References.of(with_beta(spec, task.beta), case)
-            for key, backend in met:
-                route = key[2]
-                if is_run(case, route, backend.name) and not is_spared(spec, case, backend):
-                    axes = artefact_axes(spec, route, case.layout, backend.any_rank)
-                    loaded = partial(load, backend, spec, route, **axes)
-                    outcome.results[key].append(_checked(loaded, backend, refs))
-                if task.huge:  # a session keeps the memory of the largest call that it had
+            for route, backend in meeting:
+                axes = artefact_axes(spec, route, case.layout, backend.any_rank)
+                loaded = partial(load, backend, spec, route, **axes)
+                found[route, backend].append(_checked(loaded, backend, refs))
+                if case.layout == "2^24":  # a session keeps the memory of its largest call
                     load.cache_clear()
                     gc.collect()
+        load.cache_clear()
+        for (route, backend), results in found.items():
+            if results:
+                yield cell_of(spec, task.beta, route, backend.name, results)
         # An engine of each extension, not of each with every beta.
-        of_it = not is_extended(spec) or task.beta == matrix.betas[0]
-        if matrix.engines is not None and of_it and not task.huge:
+        if matrix.engines and (not is_extended(spec) or task.beta == matrix.betas[0]):
             for route in task.routes(spec):
                 model = make(spec, route, **artefact_axes(spec, route, "matrix", any_rank=False))
-                outcome.builds.append(_build(spec, route, model, matrix.engines))
-        load.cache_clear()
-    return outcome
+                yield _build(spec, route, model, matrix.engines)
 
 
 def _checked(load: Callable[[], Runner], backend: Backend, refs: References) -> CaseResult:
@@ -560,15 +530,15 @@ def run_matrix(
     tasks = matrix.tasks()
     progress(0, len(tasks))
     undone = dict.fromkeys(tasks)
-    total = _Outcome()
-    found = each(_run_task, tasks, workers, time.monotonic() + seconds)
+    found: list[Cell | Build] = []
+    running = each(_run_task, tasks, workers, time.monotonic() + seconds)
     interrupted = False
     try:
         # Closing: an interrupt comes here as well as there, and the processes must end.
-        with contextlib.closing(found):
-            for done, (task, outcome) in enumerate(found, 1):
+        with contextlib.closing(running):
+            for done, (task, those) in enumerate(running, 1):
                 del undone[task]
-                total.add(outcome)
+                found += those
                 progress(done, len(tasks))
     except KeyboardInterrupt:
         interrupted = True
@@ -576,38 +546,33 @@ def run_matrix(
     why = f"interrupted after {taken:.0f} s" if interrupted else f"after {seconds:.0f} s"
     names = ", ".join(task.label for task in undone)
     left_out = [f"left out {why}: {names}"] if names else []
-    report = _report(matrix, total, taken, [*matrix.notes(), *left_out])
+    report = _report(matrix, found, taken, [*matrix.notes(), *left_out])
     if interrupted:
         raise MatrixInterrupted(report)
     return report
 
 
-def _report(matrix: Matrix, found: _Outcome, taken: float, notes: list[str]) -> Report:
-    """The cells and builds in the order of the matrix."""
+def _report(matrix: Matrix, found: list[Cell | Build], taken: float, notes: list[str]) -> Report:
+    """The cells, draws and builds in the order of the matrix."""
 
-    def order(cell: Cell | Build) -> tuple[object, ...]:
-        spec, backend = cell.spec, getattr(cell, "backend", None)
-        return (
-            is_extended(spec),
-            DTYPES.index(spec.dtype),
-            getattr(cell, "beta", spec.beta),
-            REDUCTIONS.index(spec.reduction),
-            spec.name,
-            ROUTES.index(cell.route),
-            matrix.backends.index(backend) if backend else 0,
-        )
+    def order(item: Cell | Build) -> tuple[object, ...]:
+        spec, route = item.spec, ROUTES.index(item.route)
+        of_spec = (is_extended(spec), DTYPES.index(spec.dtype))
+        named = (REDUCTIONS.index(spec.reduction), spec.name, route)
+        if isinstance(item, Build):
+            return *of_spec, spec.beta, *named
+        backend = matrix.backends.index(item.backend)
+        if item.draw is not None:
+            return backend, route, item.draw
+        return *of_spec, item.beta, *named, backend
 
-    def order_of_draw(cell: Cell) -> tuple[object, ...]:
-        return matrix.backends.index(cell.backend), ROUTES.index(cell.route), cell.draw
-
-    cells = [cell_of(*key, results) for key, results in found.results.items()]
-    cells += [Cell(*key, refused=reason) for key, reason in found.refused.items()]
+    cells = [item for item in found if isinstance(item, Cell)]
     return Report(
-        tuple(sorted(cells, key=order)),
-        tuple(sorted(found.builds, key=order)),
+        tuple(sorted((cell for cell in cells if cell.draw is None), key=order)),
+        tuple(sorted((item for item in found if isinstance(item, Build)), key=order)),
         environment(),
         matrix.seed,
         taken,
         tuple(notes),
-        draws=draws_of(sorted(found.drawn, key=order_of_draw)),
+        draws=draws_of(sorted((cell for cell in cells if cell.draw is not None), key=order)),
     )

@@ -145,7 +145,7 @@ def test_a_gradient_is_summed_back_over_a_million_rows_in_every_dtype() -> None:
     cases = {
         (spec.dtype, case.family)
         for task in Matrix(("ort-cpu",)).tasks()
-        if isinstance(task, Task) and not task.huge
+        if isinstance(task, Task)
         for spec in task.specs()
         for case in task.cases(spec)
         if spec.gradient
@@ -154,6 +154,20 @@ def test_a_gradient_is_summed_back_over_a_million_rows_in_every_dtype() -> None:
         and not needs_wider(spec, case, wide=True)
     }
     assert cases == {(dtype, family) for dtype in DTYPES for family in ("normal", "constant")}
+
+
+def test_2_to_24_elements_are_one_cell_of_the_first_task() -> None:
+    large = [
+        (task.label, spec, case.family)
+        for task in Matrix(("ort-cpu",)).tasks()
+        if isinstance(task, Task)
+        for spec in task.specs()
+        for case in task.cases(spec)
+        if case.layout == "2^24"
+    ]
+    assert large == [("float32 beta 1", LossSpec(), family) for family in ("normal", "constant")]
+    case = Case.of("normal", "2^24")
+    assert is_run(case, "torch", "ort-cpu") and not is_run(case, "function", "onnx-reference")
 
 
 def test_what_is_spared_has_no_wider_format_to_be_right_in() -> None:
@@ -186,7 +200,7 @@ def test_a_sample_of_the_matrix_goes_over_the_wire() -> None:
         matrix = Matrix(("triton-http",), **part)  # type: ignore[arg-type]
         return {
             (task.dtype, task.beta, route)
-            for task in matrix._grid()
+            for task in matrix.tasks()
             for spec in task.specs()
             for route in task.routes(spec)
             if task.samples(spec, route, "triton-http") and (is_extended(spec) or not extended)
