@@ -116,15 +116,14 @@ def maps(report: Report) -> dict[str, list[Grid]]:
     found: dict[str, list[Grid]] = {}
     for dtype in dict.fromkeys(cell.spec.dtype for cell in report.cells):
         plain, extended = tables.split(cell for cell in report.cells if cell.spec.dtype == dtype)
+        kinds = (
+            ("beta", plain, beta_of, lambda cell: ("", variant_of(cell))),
+            ("extension", extended, variant_of, lambda cell: ("", beta_of(cell))),
+        )
         found[dtype] = [
-            *(
-                Grid.of("beta", cells, beta_of, lambda c: ("", variant_of(c)), route, backend)
-                for backend, route, cells in tables.by_backend(plain)
-            ),
-            *(
-                Grid.of("extension", cells, variant_of, lambda c: ("", beta_of(c)), route, backend)
-                for backend, route, cells in tables.by_backend(extended)
-            ),
+            Grid.of(corner, cells, row, column, route, backend)
+            for corner, group, row, column in kinds
+            for backend, route, cells in tables.by_backend(group)
         ]
     return found
 

@@ -311,48 +311,45 @@ def matrix(report: Report) -> list[Table]:
     return [grid.table(text) for grid, text in zip(overviews(report), titles, strict=False)]
 
 
+def _row(*entries: Entry | str | int) -> tuple[Entry | str, ...]:
+    """A row of a table; thousands stand apart."""
+    return tuple(f"{entry:,}" if isinstance(entry, int) else entry for entry in entries)
+
+
+def _none_wanted(count: int) -> Entry:
+    """A count that is good where it is 0."""
+    return Entry(f"{count:,}", not count)
+
+
+def _refusals(reasons: Sequence[str]) -> str:
+    """How many there are, and each reason once."""
+    return f"{len(reasons):,}: {'; '.join(dict.fromkeys(reasons))}" if reasons else ""
+
+
 def backends(report: Report) -> Table:
     """One row a backend and route."""
-    rows: list[tuple[Entry | str, ...]] = []
+    rows = []
     for backend, route, cells in by_backend(report.cells):
         run = [cell for cell in cells if cell.refused is None]
-        red = sum(not cell.ok for cell in run)
-        reasons = dict.fromkeys(cell.refused for cell in cells if cell.refused)
-        rows.append(
-            (
-                backend,
-                route,
-                f"{len(run):,}",
-                f"{sum(cell.cases for cell in run):,}",
-                Entry(f"{red:,}", not red),
-                f"{max((cell.ulp for cell in run), default=0):,}",
-                f"{len(cells) - len(run):,}: {'; '.join(reasons)}" if reasons else "",
-            )
-        )
+        red = _none_wanted(sum(not cell.ok for cell in run))
+        largest = max((cell.ulp for cell in run), default=0)
+        refused = _refusals([cell.refused for cell in cells if cell.refused is not None])
+        cases = sum(cell.cases for cell in run)
+        rows.append(_row(backend, route, len(run), cases, red, largest, refused))
     columns = ("backend", "route", "cells", "cases", "red", "largest ULP", "not run")
     return Table("backends and routes", columns, rows, "llrrrrl")
 
 
 def draws(report: Report) -> Table:
     """One row a backend and route that met random draws."""
-    rows: list[tuple[Entry | str, ...]] = []
+    rows = []
     for row in report.draws:
-        near, red = row.nearest, len(row.red)
+        near, red = row.nearest, _none_wanted(len(row.red))
         limit = f"{measured_text(near)}/{distance_text(near.allowed)}, {near.draw}" if near else "–"
-        counts = (
-            f"{row.draws:,}",
-            f"{row.cases:,}",
-            Entry(f"{red:,}", not red),
-            f"{row.refused:,}",
-        )
-        rows.append((row.backend, row.route, *counts, limit))
+        rows.append(_row(row.backend, row.route, row.draws, row.cases, red, row.refused, limit))
     columns = ("backend", "route", "draws", "cases", "red", "not run", "nearest to its limit")
-    return Table(
-        "random combinations; the nearest to its limit as ULP / allowed, number",
-        columns,
-        rows,
-        "llrrrrr",
-    )
+    title = "random combinations; the nearest to its limit as ULP / allowed, number"
+    return Table(title, columns, rows, "llrrrrr")
 
 
 def branches(report: Report) -> Table:
@@ -367,24 +364,17 @@ def branches(report: Report) -> Table:
 
 def engines(builds: Sequence[Build]) -> Table:
     """One row a route: engines built, failed and refused."""
-    rows: list[tuple[Entry | str, ...]] = []
+    rows = []
     # A refused build knows only the flavour that was asked for ("auto"): the route joins them.
     for route in dict.fromkeys(build.route for build in builds):
         group = [build for build in builds if build.route == route]
         built = [build for build in group if build.ok and build.refused is None]
-        failed = sum(not build.ok for build in group)
-        reasons = [build.refused for build in group if build.refused is not None]
-        rows.append(
-            (
-                route,
-                f"{len(built):,}",
-                Entry(f"{failed:,}", not failed),
-                f"{median([build.seconds for build in built] or [0.0]):.2f} s",
-                bytes_text(max((build.bytes for build in built), default=0)),
-                ", ".join(dict.fromkeys(build.flavour for build in built or group)),
-                f"{len(reasons):,}: {'; '.join(dict.fromkeys(reasons))}" if reasons else "",
-            )
-        )
+        failed = _none_wanted(sum(not build.ok for build in group))
+        seconds = f"{median([build.seconds for build in built] or [0.0]):.2f} s"
+        largest = bytes_text(max((build.bytes for build in built), default=0))
+        flavours = ", ".join(dict.fromkeys(build.flavour for build in built or group))
+        refused = _refusals([build.refused for build in group if build.refused is not None])
+        rows.append(_row(route, len(built), failed, seconds, largest, flavours, refused))
     columns = ("route", "built", "failed", "median time", "largest", "flavour", "refused")
     return Table("engines", columns, rows, "lrrrrll")
 
@@ -407,21 +397,18 @@ def drift(measured: Drift) -> Table:
 
 def artefact_drift(points: Sequence[DriftPoint]) -> Table:
     """One row a size and family: error and ULP, measured, PyTorch's, allowed, bound."""
-    rows: list[tuple[Entry | str, ...]] = []
+    rows = []
     for point in sorted(points, key=lambda p: (p.output, DATA.index(p.family), p.elements)):
         verdict = point.result.verdict
         errors = (point.relative, point.torch_relative)
-        proved = point.bound is not None and math.isfinite(point.bound)
+        bound = math.inf if point.bound is None else point.bound
         rows.append(
-            (
-                f"{point.elements:,}",
-                point.family,
-                point.output,
+            _row(
+                *(point.elements, point.family, point.output),
                 *("-" if error is None else f"{error:.1e}" for error in errors),
                 Entry("class" if verdict.wrong_class else f"{verdict.ulp:,}", point.ok),
-                str(verdict.torch_ulp),
-                str(verdict.allowed),
-                f"{point.bound:,.1f}" if proved else "-",
+                *(verdict.torch_ulp, verdict.allowed),
+                f"{bound:,.1f}" if math.isfinite(bound) else "-",
             )
         )
     numbers = ("error", "PyTorch's", "ULP", "PyTorch's", "allowed", "bound")
@@ -436,14 +423,14 @@ def artefact_drift(points: Sequence[DriftPoint]) -> Table:
 
 def verification(found: Verification) -> Table:
     """One row a case: distance to the oracle, PyTorch's own, what is allowed, branches reached."""
-    rows: list[tuple[Entry | str, ...]] = []
+    rows = []
     for result in found.results:
-        verdict = result.verdict
+        verdict, case = result.verdict, result.case
         word = "better than PyTorch" if verdict.better else "equal"
-        numbers = (str(n) for n in (verdict.ulp, verdict.torch_ulp, verdict.allowed))
+        numbers = (verdict.ulp, verdict.torch_ulp, verdict.allowed)
         shares = (f"{result.shares[branch]:.0%}" for branch in BRANCHES)
         said = Entry(word if verdict.ok else verdict.detail, verdict.ok)
-        rows.append((result.case.family, result.case.layout, *numbers, *shares, said))
+        rows.append(_row(case.family, case.layout, *numbers, *shares, said))
     likely = ", ".join(item.fault.value for item in found.diagnoses)
     return Table(
         f"{found.name} on {found.backend}",
