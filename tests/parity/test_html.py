@@ -267,6 +267,9 @@ def test_environment_and_engines(red_page: str, red: Report) -> None:
     tables = Document(red_page).all("table", "plain")
     engines = next(text for _, text in tables if text.startswith("routebuiltfailed"))
     assert "function1✕ 10.25 s20 kBtensorrt_rtx1: no float64" in engines
+    assert "engines built" in red_page
+    none = html.render(dataclasses.replace(red, builds=()))
+    assert "engines built" not in none and 'class="tiles four"' in none
 
 
 def test_every_name_is_explained(full: str, green: Report) -> None:
@@ -282,18 +285,8 @@ def test_every_name_is_explained(full: str, green: Report) -> None:
     assert html.family_meaning("boundary") in " ".join(t for _, t in document.all("th"))
 
 
-def test_what_a_report_from_elsewhere_names_has_no_meaning_and_no_place() -> None:
-    assert html.family_meaning("theirs") == html.layout_meaning("theirs") == ""
-
-
 def test_a_limit_below_pytorch_s_own_distance_says_why(green: Report) -> None:
     said = "Allowed is the proved bound here"
     cell = dataclasses.replace(green.cells[0], bound=4, allowed=3, torch_ulp=2, ulp=1)
     for one, there in ((cell, False), (dataclasses.replace(cell, bound=1, allowed=1), True)):
         assert (said in html.render(dataclasses.replace(green, cells=(one,)))) is there
-
-
-def test_engines_have_tiles_where_engines_were_asked_for(red: Report) -> None:
-    assert "engines built" in html.render(red)
-    none = html.render(dataclasses.replace(red, builds=()))
-    assert "engines built" not in none and 'class="tiles four"' in none
