@@ -138,17 +138,16 @@ _PROBES = (
 )  # fmt: skip
 
 
-def _text(values: Array) -> str:
-    """`[0.5, nan]`, with the dtype and shape in front where the result is large."""
-    if values.size > 6:
-        return f"{dtype_name(values.dtype)}{list(values.shape)}"
-
-    def nested(part: Array) -> str:
-        if part.ndim == 0:
-            return str(part[()])
-        return f"[{', '.join(nested(np.asarray(row)) for row in part)}]"
-
-    return nested(values)
+def _text(got: Array | Exception) -> str:
+    """`[0.5, nan]`, the dtype and shape of a large result, or an error's first line."""
+    if isinstance(got, Exception):
+        first = str(got).strip().partition("\n")[0]
+        return f"{type(got).__name__}: {first}"
+    if got.size > 6:
+        return f"{dtype_name(got.dtype)}{list(got.shape)}"
+    if got.ndim == 0:
+        return str(got[()])
+    return f"[{', '.join(_text(np.asarray(row)) for row in got)}]"
 
 
 def _attempt(
@@ -163,31 +162,24 @@ def _attempt(
         return exc
 
 
-def _describe(got: Array | Exception) -> str:
-    if isinstance(got, Exception):
-        first = str(got).strip().partition("\n")[0]
-        return f"{type(got).__name__}: {first}"
-    return _text(got)
-
-
 def _answer(column: str, probe: _Probe, got: Array | Exception, torch: Array | Exception) -> Answer:
     """Classify an answer by PyTorch's."""
-    text = _describe(got)
+    text = _text(got)
     if isinstance(got, Exception):
-        return Answer(column, "equal" if isinstance(torch, Exception) else "refuses", text)
-    if isinstance(torch, Exception):
-        return Answer(column, "differs", text)
-    if got.dtype != torch.dtype or got.shape != torch.shape:
-        return Answer(column, "differs", f"{text} as {dtype_name(got.dtype)}{list(got.shape)}")
-    spec, (input, target) = probe.spec(), probe.arrays()
-    if dtype_name(torch.dtype) != spec.dtype:  # promoted: the oracle knows one dtype
-        same = np.array_equal(got, torch, equal_nan=True)
-        return Answer(column, "equal" if same else "differs", text)
-    verdict = compare(spec, got, torch, oracle(spec, input, target), input, target)
-    if not verdict.ok:
-        far = f" ({verdict.ulp:,} ULP off)" if not verdict.wrong_class else ""
-        return Answer(column, "differs", text + far)
-    return Answer(column, "better" if verdict.better else "equal", text)
+        kind = "equal" if isinstance(torch, Exception) else "refuses"
+    elif isinstance(torch, Exception):
+        kind = "differs"
+    elif got.dtype != torch.dtype or got.shape != torch.shape:
+        kind, text = "differs", f"{text} as {dtype_name(got.dtype)}{list(got.shape)}"
+    elif dtype_name(torch.dtype) != probe.spec().dtype:  # promoted: the oracle knows one dtype
+        kind = "equal" if np.array_equal(got, torch, equal_nan=True) else "differs"
+    else:
+        spec, (input, target) = probe.spec(), probe.arrays()
+        verdict = compare(spec, got, torch, oracle(spec, input, target), input, target)
+        kind = "differs" if not verdict.ok else "better" if verdict.better else "equal"
+        if not verdict.ok and not verdict.wrong_class:
+            text += f" ({verdict.ulp:,} ULP off)"
+    return Answer(column, kind, text)
 
 
 def _torch(probe: _Probe) -> Array:
@@ -293,7 +285,7 @@ def probe_contract(
     progress(0, len(_PROBES))
     for done, probe in enumerate(_PROBES, 1):
         torch = _attempt(_torch, probe)
-        answers = [Answer(PYTORCH, "reference", _describe(torch))]
+        answers = [Answer(PYTORCH, "reference", _text(torch))]
         for column, (compute, errors) in columns.items():
             answers.append(_answer(column, probe, _attempt(compute, probe, errors), torch))
         edges.append(Edge(probe.name, probe.question, tuple(answers)))

@@ -237,12 +237,14 @@ def measure_drift(
     for done, (data, size) in enumerate(measured, 1):
         shape = (size // _COLUMNS, _COLUMNS)
         refs = References.of(_SPEC, Case(data, "drift", shape, shape, seed=_SEED))
-        judged = [judge(runner, refs) for runner in runners]
-        ours, plain = (_point(refs, "loss", [answers], math.inf) for answers in judged)
-        errors = (ours.relative, plain.relative, ours.torch_relative)
-        verdicts = ours.result.verdict, plain.result.verdict
-        ulps = (*(verdict.ulp for verdict in verdicts), verdicts[0].torch_ulp)
-        for way, error, ulp in zip(WAYS, errors, ulps, strict=True):
+        ours, plain = (_point(refs, "loss", [judge(each, refs)], math.inf) for each in runners)
+        verdict = ours.result.verdict
+        measures = (
+            (ours.relative, verdict.ulp),
+            (plain.relative, plain.result.verdict.ulp),
+            (ours.torch_relative, verdict.torch_ulp),
+        )
+        for way, (error, ulp) in zip(WAYS, measures, strict=True):
             found[way, data].append((error or 0.0, ulp))
         progress(done, len(measured))
     curves = tuple(
