@@ -44,6 +44,12 @@ def shown(table: tables.Table) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
+@pytest.fixture
+def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drift of a thousand elements, where its growth is not what is asked."""
+    monkeypatch.setattr(drift_module, "SIZES", (1 << 10,))
+
+
 def test_our_artefacts_are_green_in_every_shape() -> None:
     shapes: tuple[Axes | None, ...] = (None, ("N", 16), ("N", "M"), (), (4,), (0, 3))
     for shape, route in product(shapes, ("function", "inlined")):
@@ -58,7 +64,7 @@ def test_our_artefacts_are_green_in_every_shape() -> None:
             assert sizes == [n for n in SIZES for _ in DATA]
 
 
-def test_the_extensions_are_green() -> None:
+def test_the_extensions_are_green(few_sizes: None) -> None:
     for spec in (
         LossSpec(0.5, per_sample=True),
         LossSpec(0.5, "none", gradient=True),
@@ -300,9 +306,8 @@ def test_a_wrong_body_is_red_though_an_operator_of_ours_takes_its_place() -> Non
 
 
 def test_a_changed_artefact_is_held_to_no_bound_that_is_proved_of_exported_ones(
-    monkeypatch: pytest.MonkeyPatch,
+    few_sizes: None,
 ) -> None:
-    monkeypatch.setattr(drift_module, "SIZES", (1 << 10,))
     model = export(LossSpec(0.5), shape=("N",))
     assert all(point.result.verdict.bound is not None for point in verify(model).drift)
     model.doc_string = "optimised"
@@ -313,7 +318,7 @@ def test_a_changed_artefact_is_held_to_no_bound_that_is_proved_of_exported_ones(
 # The shapes of weights, and gradients that are summed back
 
 
-def test_weights_are_drawn_in_the_shape_that_the_artefact_declares() -> None:
+def test_weights_are_drawn_in_the_shape_that_the_artefact_declares(few_sizes: None) -> None:
     for shapes in (
         {"weight_shape": ("N", 1)},
         {"weight_shape": (16,)},
@@ -378,13 +383,14 @@ def test_a_gradient_that_is_summed_back_is_measured_at_every_size(
     assert "grad_input" in shown(tables.artefact_drift(points))
 
 
-def test_our_own_drift_is_held_to_the_proved_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_drift_is_held_to_the_proved_bound(
+    few_sizes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two ULP are always allowed to anyone; of our own graphs a narrower bound may be proved."""
 
     def two_off(spec: LossSpec, input: Array, right: dict[str, Array]) -> dict[str, Array]:
         return {"loss": np.nextafter(np.nextafter(right["loss"], np.float32(9)), np.float32(9))}
 
-    monkeypatch.setattr(drift_module, "SIZES", (1 << 10,))
     runner = load(export(LossSpec(), shape=("N", 16)))
     assert all(point.ok for point in artefact_drift(runner, LossSpec(), accumulator="float64"))
     plant(runner, two_off)
@@ -395,8 +401,9 @@ def test_our_own_drift_is_held_to_the_proved_bound(monkeypatch: pytest.MonkeyPat
         assert {p.result.verdict.bound for p in points} == {1 if accumulator else None}
 
 
-def test_a_bound_that_bounds_nothing_is_strict_json_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift_module, "SIZES", (1 << 10,))
+def test_a_bound_that_bounds_nothing_is_strict_json_too(
+    few_sizes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(drift_module, "bound", lambda *given: math.inf)
     runner = load(export(LossSpec(), shape=("N", 16)))
     points = artefact_drift(runner, LossSpec(), accumulator="float32")

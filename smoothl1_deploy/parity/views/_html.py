@@ -129,7 +129,7 @@ def maps(report: Report) -> dict[str, list[Grid]]:
 
 
 def _label(cell: Cell) -> str:
-    """All that a place of a map shows, in words, for a screen reader."""
+    """All that an entry of a map shows, in words, for a screen reader."""
     spec = cell.spec
     where = f"{spec.dtype}, {cell.route} on {cell.backend}, beta {beta_text(cell.beta)}, "
     where += f"{variant(spec)}: "

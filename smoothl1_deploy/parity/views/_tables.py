@@ -90,7 +90,7 @@ def finding(cell: Cell) -> str:
 
 
 def measured_text(cell: Cell) -> str:
-    """What stands in the cell's place of a table: the distance, or `class` or `error`."""
+    """What a table has for the cell: the distance, or `class` or `error`."""
     found = finding(cell)
     return found if found in ("class", "error") else distance_text(cell.ulp)
 
@@ -158,14 +158,14 @@ class Grid:
         subtitle: str = "",
     ) -> Grid:
         """The cells by what `row` and `column` call them, in the order in which they come."""
-        places: dict[tuple[str, tuple[str, str]], list[Cell]] = {}
+        entries: dict[tuple[str, tuple[str, str]], list[Cell]] = {}
         for cell in cells:
-            places.setdefault((row(cell), column(cell)), []).append(cell)
+            entries.setdefault((row(cell), column(cell)), []).append(cell)
         found = dict.fromkeys(map(column, cells))
         groups = list(dict.fromkeys(group for group, _ in found))
         columns = tuple(sorted(found, key=lambda each: groups.index(each[0])))
         rows = tuple(
-            (name, tuple(tuple(places.get((name, each), ())) for each in columns))
+            (name, tuple(tuple(entries.get((name, each), ())) for each in columns))
             for name in dict.fromkeys(map(row, cells))
         )
         return cls(corner, columns, rows, title, subtitle)
@@ -178,12 +178,12 @@ class Grid:
     @property
     def red(self) -> bool:
         """Whether any cell is."""
-        return any(not cell.ok for _, places in self.rows for here in places for cell in here)
+        return any(not cell.ok for _, row in self.rows for cells in row for cell in cells)
 
     def table(self, title: str) -> Table:
-        """The worst cell of each place, as distance to the oracle / allowed."""
+        """The worst of each entry's cells, as distance to the oracle / allowed."""
         columns = (f"{group} {name}".strip() for group, name in self.columns)
-        rows = [(name, *map(_limit_entry, places)) for name, places in self.rows]
+        rows = [(name, *map(_limit_entry, row)) for name, row in self.rows]
         return Table(title, (self.corner, *columns), rows, "l" + "r" * len(self.columns))
 
 
