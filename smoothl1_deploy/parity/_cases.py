@@ -142,6 +142,39 @@ class Case:
         return {key: value for key, value in values.items() if usual.get(key, ...) != value}
 
 
+def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
+    """Whether an answer can only be right in a format wider than the one at hand.
+
+    Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel, which in
+    float64 leaves the roundings of products with weights or an upstream gradient, and of numbers
+    near the largest those of the differences; weighted (or multiplied by an upstream gradient) and
+    divided, a subnormal slope is rounded three times. How far PyTorch itself, which computes in the
+    output's format, is off in these cases is a matter of luck, and no measure. (What float64
+    differences alone leave is no such case: `_bounds.gradient_bound` allows for it.)
+    Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
+    no room for it: a subnormal beta, slopes by a beta near the largest, products with subnormal
+    weights.
+
+    Args:
+        spec: beta is a number, also for an artefact that takes it at run time.
+        case: of this spec.
+        wide: whether the backend has float64.
+    """
+    scaled = spec.weight is not None or spec.upstream
+    rounds_thrice = spec.gradient and scaled and case.family == "subnormals"
+    sums_back = spec.gradient and case.input_shape != case.shape(spec)
+    if sums_back and case.family == "overflow":
+        return True
+    if spec.dtype == "float64":
+        return rounds_thrice or (sums_back and scaled)
+    if wide:
+        return False
+    if spec.has_subnormal_beta or (spec.gradient and 1e30 < spec.effective_beta < math.inf):
+        return True
+    is_subnormal = spec.weight is not None and case.weighting in ("tiny", "mixed")
+    return sums_back or rounds_thrice or is_subnormal
+
+
 @dataclass(frozen=True, slots=True)
 class References:
     """A case, its arrays and both references' answers: computed once for every route and backend.

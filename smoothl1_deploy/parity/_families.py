@@ -16,8 +16,8 @@ import numpy as np
 
 from .._floats import NUMPY_DTYPE, Array
 from .._spec import LossSpec
+from ._shapes import Shape
 
-Shape = tuple[int, ...]
 Generator = np.random.Generator
 Kind = TypeVar("Kind", bound=Callable[..., Any])
 

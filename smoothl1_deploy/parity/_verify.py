@@ -13,12 +13,11 @@ from .._spec import LossSpec
 from ..backends._base import get_backend
 from ..errors import ArtefactError, UnsupportedError, require
 from ..graph._metadata import is_changed, warn_if_changed
-from ._cases import LAYOUTS, Case, CaseResult, References, check, is_for
+from ._cases import LAYOUTS, Case, CaseResult, References, check, is_for, needs_wider
 from ._diagnose import diagnose
 from ._drift import DriftPoint, artefact_drift
 from ._families import FAMILIES
 from ._faults import Diagnosis
-from ._matrix import needs_wider
 from ._shapes import ShapePlan, elements
 
 _MOST = 1 << 27  # elements of fixed shapes: some GB of references in float64
@@ -112,7 +111,7 @@ def verify(
 
     One that something else has changed since it was exported is held against the spec in its
     metadata as well, with a `ModelWarning`. Cases that only a wider format can get right
-    (`matrix.needs_wider`) are spared, as the matrix spares them.
+    (`_cases.needs_wider`) are spared, as the matrix spares them.
 
     Args:
         model: an `onnx.ModelProto`, its bytes, or a path; of this tool's making or anyone's.

@@ -12,14 +12,13 @@ from smoothl1_deploy import LossSpec
 from smoothl1_deploy._floats import Array
 from smoothl1_deploy._spec import DTYPES
 from smoothl1_deploy.errors import InvalidInputError
-from smoothl1_deploy.parity._cases import LAYOUTS, Case, is_for
+from smoothl1_deploy.parity._cases import LAYOUTS, Case, is_for, needs_wider
 from smoothl1_deploy.parity._families import FAMILIES
 from smoothl1_deploy.parity._matrix import (
     EXTENSIONS,
     Matrix,
     Task,
     is_run,
-    needs_wider,
     run_matrix,
 )
 from smoothl1_deploy.parity._report import is_extended, repeat_command
