@@ -13,9 +13,11 @@ import numbers
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import SpecError
+
+_Shape = TypeVar("_Shape", tuple[int, ...], tuple[int | str, ...] | None)
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -254,6 +256,18 @@ class LossSpec:
         True
         """
         return replace(self, gradient=False, upstream=False)
+
+    def loss_shape(self, full: _Shape) -> _Shape:
+        """The shape of the loss, where input, target and weight broadcast to `full`.
+
+        None stands for any rank.
+
+        >>> LossSpec().loss_shape((8, 4)), LossSpec(per_sample=True).loss_shape(("N", 4))
+        ((), ('N',))
+        """
+        if self.reduction == "none":
+            return full
+        return full and full[:1] if self.per_sample else ()
 
     @property
     def inputs(self) -> tuple[str, ...]:

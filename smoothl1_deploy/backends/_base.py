@@ -30,12 +30,12 @@ _MOST_THREADS = 4096  # of one call, on any machine there is
 
 #: name -> (module of this package that holds it, its class).
 BACKENDS: Mapping[str, tuple[str, str]] = {
-    "torch": ("_torch_eager", "TorchBackend"),
+    "torch": ("_torch", "TorchBackend"),
     "onnx-reference": ("_onnx_reference", "ReferenceBackend"),
     "ort-cpu": ("_ort_cpu", "OrtCpuBackend"),
     "ort-cpu-bare": ("_ort_cpu", "OrtBareBackend"),
     "trt-network": ("_trt_network", "TrtNetworkBackend"),
-    "torch-cuda": ("_torch_cuda", "TorchCudaBackend"),
+    "torch-cuda": ("_torch", "TorchCudaBackend"),
     "torch-triton": ("_torch_triton", "TorchTritonBackend"),
     "ort-cuda": ("_ort_gpu", "OrtCudaBackend"),
     "ort-tensorrt": ("_ort_tensorrt", "OrtTensorrtBackend"),

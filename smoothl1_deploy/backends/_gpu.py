@@ -16,9 +16,8 @@ import onnx
 from .._device import Captured, Device, find_device, is_on_device
 from .._floats import Array
 from ..errors import InvalidInputError, UnsupportedError
-from ._arrays import as_beta, check_promotion
 from ._base import Backend
-from ._runner import Runner, check_interpreter
+from ._runner import Runner, as_beta, check_interpreter, check_promotion
 
 #: Combinations of shapes and dtypes that were found right, or prepared for.
 REMEMBERED = 256
@@ -133,7 +132,10 @@ class GpuRunner(Runner):
         key = beta is None, *((name, x.shape, x.dtype) for name, x in tensors.items())
         shape = self._checked.get(key)
         if shape is None:
-            shape = self._check(given, beta, tensors)
+            self._check_given({**given, "beta": beta})
+            shape = self._broadcast(tensors)
+            dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items()}
+            check_promotion(dtypes, self.signature.input.dtype)
             if len(self._checked) >= REMEMBERED:
                 self._checked.clear()
             self._checked[key] = shape
@@ -142,18 +144,6 @@ class GpuRunner(Runner):
         if beta is not None:
             feeds["beta"] = self._beta_port(self.device.filled(float(as_beta(beta)), "float32"))
         return feeds, shape
-
-    def _check(
-        self, given: dict[str, Any], beta: float | None, tensors: dict[str, Any]
-    ) -> tuple[int, ...]:
-        """What `Runner.run` checks, of tensors; the shape they broadcast to."""
-        self._check_given({**given, "beta": beta})
-        shape = self._broadcast({k: x for k, x in tensors.items() if k != "grad_output"})
-        if "grad_output" in tensors:
-            self._check_upstream(tuple(tensors["grad_output"].shape), shape)
-        names = {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items()}
-        check_promotion(names, self.signature.input.dtype)
-        return shape
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         tensors = {role: self.device.upload(array) for role, array in feeds.items()}

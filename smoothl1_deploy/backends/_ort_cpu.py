@@ -65,15 +65,13 @@ class OrtRunner(Runner):
         ports = (*self.signature.inputs.values(), *self.signature.outputs)
         # numpy has no bfloat16 that ONNX Runtime's Python interface would take.
         self._by_address = any(port.dtype == "bfloat16" for port in ports)
-        self._input_names = {role: port.name for role, port in self.signature.inputs.items()}
         self._output_names = [port.name for port in self.signature.outputs]
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         try:
             if self._by_address:
                 return self._run_bound(feeds, shape)
-            named = {self._input_names[role]: array for role, array in feeds.items()}
-            values = self._session.run(self._output_names, named)
+            values = self._session.run(self._output_names, self._named(feeds))
         except Exception as exc:
             raise InvalidInputError(f"ONNX Runtime refused the inputs: {exc}") from exc
         return dict(zip(self._output_names, map(np.asarray, values), strict=True))

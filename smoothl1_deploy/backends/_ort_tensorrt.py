@@ -22,8 +22,7 @@ from ..tensorrt._cache import default_cache_dir
 from ..tensorrt._flavour import PROVIDERS
 from ..tensorrt._prepare import prepare, refuses
 from ..tensorrt._profile import Profile, input_shapes, resolve_profile, wide_profile
-from ._ort_gpu import OrtGpuBackend
-from ._ort_nodes import inlined
+from ._ort_gpu import OrtGpuBackend, inlined
 
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _registering = threading.Lock()

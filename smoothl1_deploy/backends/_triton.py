@@ -122,8 +122,7 @@ class TritonRunner(Runner):
                 self._name = shared.load(self._model)
                 self._transport = shared.transport(self._protocol)
                 weakref.finalize(self, shared.forget, self._name).atexit = False
-        named = {self.signature.inputs[role].name: array for role, array in feeds.items()}
-        return self._transport.infer(self._name, "", named)
+        return self._transport.infer(self._name, "", self._named(feeds))
 
 
 class _TritonBackend(Backend):

@@ -38,9 +38,6 @@ class TrtRunner(GpuRunner):
         self.spec = program.sidecar.spec
         self.program = program
 
-    def _named(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        return {self.signature.inputs[role].name: tensor for role, tensor in feeds.items()}
-
     def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         return self.program.run(self._named(feeds))
 

@@ -31,7 +31,7 @@ class TrtNetworkRunner(Runner):
         self._plan = plan(self.parsed, clip_drops_nan=clip_drops_nan)
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
-        return self._plan.run({self.signature.inputs[role].name: x for role, x in feeds.items()})
+        return self._plan.run(self._named(feeds))
 
 
 class TrtNetworkBackend(Backend):

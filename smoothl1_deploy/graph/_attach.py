@@ -350,7 +350,7 @@ class _Graft:
             names["beta"] = self._free("beta")
             beta = helper.make_tensor_value_info(names["beta"], TensorProto.FLOAT, ())
             graph.input.append(beta)
-        reduced = self._reduced_shape(losses)
+        reduced = spec.loss_shape(losses)
         if spec.upstream:
             names["grad_output"] = self._free("grad_output")
             element = ELEMENT_TYPE[spec.dtype]
@@ -382,12 +382,6 @@ class _Graft:
             number += 1
             prefix = f"{name}_{number}/"
         return prefix
-
-    def _reduced_shape(self, losses: Shape | None) -> Shape | None:
-        """The shape of the loss, where that of the element losses is `losses`."""
-        if self.spec.per_sample:
-            return None if losses is None else losses[:1]
-        return losses if self.spec.reduction == "none" else ()
 
     def _add_outputs(self, outputs: dict[str, str], shape: Shape | None, only: bool) -> None:
         spec, graph = self.spec, self.model.graph

@@ -23,7 +23,7 @@ from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._spec import DTYPES, REDUCTIONS
 from smoothl1_deploy.backends import _base as base
 from smoothl1_deploy.backends._base import BACKENDS, get_backend, load
-from smoothl1_deploy.backends._torch_cuda import TorchCudaBackend
+from smoothl1_deploy.backends._torch import TorchCudaBackend
 from smoothl1_deploy.errors import (
     ArtefactError,
     InvalidInputError,

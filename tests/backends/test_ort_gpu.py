@@ -22,10 +22,9 @@ from host_device import HostDevice, on_host_device
 from smoothl1_deploy import LossSpec, export, ops
 from smoothl1_deploy.backends import _gpu as gpu
 from smoothl1_deploy.backends import _ort_tensorrt as ort_tensorrt
-from smoothl1_deploy.backends._ort_gpu import OrtCudaBackend
-from smoothl1_deploy.backends._ort_nodes import host_nodes, inlined
+from smoothl1_deploy.backends._ort_gpu import OrtCudaBackend, host_nodes, inlined
 from smoothl1_deploy.backends._ort_tensorrt import OrtTensorrtBackend, OrtTensorrtRtxBackend
-from smoothl1_deploy.backends._torch_cuda import TorchCudaBackend
+from smoothl1_deploy.backends._torch import TorchCudaBackend
 from smoothl1_deploy.errors import BackendUnavailableError, OutputError, UnsupportedError
 from smoothl1_deploy.serving._graph import serve
 

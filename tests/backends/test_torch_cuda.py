@@ -10,7 +10,7 @@ from host_device import HostDevice, on_host_device
 
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy.backends import _gpu as gpu
-from smoothl1_deploy.backends._torch_cuda import TorchCudaBackend
+from smoothl1_deploy.backends._torch import TorchCudaBackend
 from smoothl1_deploy.reference._module import eager_outputs
 
 
