@@ -112,21 +112,15 @@ class Device:
 
     def upload(self, array: Array) -> Any:
         """A copy of a numpy array in the memory of the device."""
-        torch = self._torch
-        if array.dtype.name == "bfloat16":  # which torch can't read from numpy
-            return torch.tensor(array.view("int16"), device=self._place).view(torch.bfloat16)
-        return torch.tensor(array, device=self._place)
+        from ._dlpack import to_torch
+
+        return to_torch(array).to(self._place, copy=True)
 
     def download(self, tensor: Any) -> Array:
-        """A copy as a numpy array; waits for the tensor."""
-        tensor = tensor.detach().cpu()
-        if tensor.dtype == self._torch.bfloat16:
-            from ._floats import NUMPY_DTYPE
+        """The tensor as a numpy array; waits for it."""
+        from ._dlpack import from_torch
 
-            bits: Array = tensor.view(self._torch.int16).numpy()
-            return bits.view(NUMPY_DTYPE["bfloat16"])
-        array: Array = tensor.numpy()
-        return array
+        return from_torch(tensor.detach().cpu())
 
     def adopt(self, value: Any, what: str) -> Any:
         """`value` as a contiguous torch tensor over the same memory (a copy where it has strides).

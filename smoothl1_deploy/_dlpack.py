@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,26 +18,9 @@ import numpy as np
 from ._floats import NUMPY_DTYPE, Array
 from .errors import InvalidInputError
 
-
-class _Managed(ctypes.Structure):
-    """The head of a `DLManagedTensor`, source: dlpack.h 0.8."""
-
-    _fields_ = (("data", ctypes.c_void_p),)
-
-
-class _ManagedVersioned(ctypes.Structure):
-    """The head of a `DLManagedTensorVersioned`, source: dlpack.h 1.0."""
-
-    _fields_ = (
-        ("version", ctypes.c_uint32 * 2),
-        ("manager_ctx", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("data", ctypes.c_void_p),
-    )
-
-
-_HEADS = {b"dltensor": _Managed, b"dltensor_versioned": _ManagedVersioned}
+#: By the name of a capsule: where in its struct the pointer to the data lies, in bytes. Source:
+#: DLManagedTensor and DLManagedTensorVersioned of dlpack.h 1.0, on 64 bits.
+_DATA_AT = {b"dltensor": 0, b"dltensor_versioned": 32}
 # Prototypes of our own: to declare the types of `ctypes.pythonapi` would declare them for everyone.
 _name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(
     ("PyCapsule_GetName", ctypes.pythonapi)
@@ -57,8 +41,9 @@ class _Exporter:
     def __dlpack__(self, **asked: Any) -> Any:
         capsule = self._value.__dlpack__(**asked)
         name = _name_of(capsule)
-        if name in _HEADS:  # the importer has words of its own for any other
-            self.has_data = bool(_HEADS[name].from_address(_pointer_of(capsule, name)).data)
+        if name in _DATA_AT:  # the importer has words of its own for any other
+            address = _pointer_of(capsule, name) + _DATA_AT[name]
+            self.has_data = bool(ctypes.c_void_p.from_address(address).value)
         return capsule
 
     def __dlpack_device__(self) -> Any:
@@ -90,13 +75,30 @@ def as_array(value: Any, what: str) -> Array:
 
 def _numpy_of(value: Any) -> Array:
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(value, torch.Tensor):
-        return np.from_dlpack(value)
-    if value.dtype != torch.bfloat16:
-        own: Array = value.numpy()
-        return own
-    bits: Array = value.contiguous().view(torch.int16).numpy()  # numpy knows no bfloat16
+    is_torchs = torch is not None and isinstance(value, torch.Tensor)
+    return from_torch(value) if is_torchs else np.from_dlpack(value)
+
+
+def from_torch(tensor: Any) -> Array:
+    """A torch tensor of the CPU as an array, over the same memory."""
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype != torch.bfloat16:
+        return np.asarray(tensor.numpy())
+    bits = np.asarray(tensor.contiguous().view(torch.int16).numpy())  # numpy knows no bfloat16
     return bits.view(NUMPY_DTYPE["bfloat16"])
+
+
+def to_torch(array: Array) -> Any:
+    """The inverse of `from_torch`."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        if array.dtype == NUMPY_DTYPE["bfloat16"]:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
 
 def adopted(value: Any, what: str, importer: Callable[[Any], Any]) -> Any:

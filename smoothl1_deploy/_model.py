@@ -31,6 +31,7 @@ import onnx.inliner
 import onnx.shape_inference
 from onnx import TensorProto, helper
 
+from ._records import Record
 from ._shapes import Shape
 from ._spec import LossSpec
 from .errors import ArtefactError, CarriedEngineError
@@ -669,7 +670,7 @@ def float_dtype_of(model: onnx.ModelProto, name: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class Loss(Record):
     """One loss of a graph: its spec, and the tensor that plays each role."""
 
     spec: LossSpec
@@ -697,14 +698,6 @@ class Loss:
                     "name of a tensor"
                 )
         return loss
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; the inverse of `from_dict`."""
-        return {
-            "spec": self.spec.to_dict(),
-            "inputs": dict(self.inputs),
-            "outputs": dict(self.outputs),
-        }
 
 
 def read_attached(model: onnx.ModelProto) -> tuple[Loss, ...]:

@@ -60,34 +60,6 @@ def host_nodes(model: onnx.ModelProto) -> frozenset[str]:
     return frozenset(names)
 
 
-def check_assignment(
-    model: onnx.ModelProto, assigned: Iterable[tuple[str, str, str]], provider: str
-) -> None:
-    """Refuse a session whose provider didn't take every node that computes on data.
-
-    Args:
-        model: what the session was opened on.
-        assigned: (provider, node, operator), as the session says.
-        provider: that ought to have them.
-
-    Raises:
-        UnsupportedError: names the nodes, their operators and who has them.
-    """
-    free = host_nodes(model)
-    found = [
-        f"{name} ({operator}) to {other}"
-        for other, name, operator in assigned
-        if other != provider and name not in free
-    ]
-    if found:
-        listed = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-        raise UnsupportedError(
-            f"{provider} didn't take the whole graph; ONNX Runtime gave {listed}, and results of "
-            "this backend would be those of another. Use the backend ort-cpu, or export by the "
-            "route inlined"
-        )
-
-
 class OrtGpuRunner(GpuRunner):
     """One session on a stream of its own; inputs and outputs are bound, nothing is copied."""
 
@@ -108,11 +80,7 @@ class OrtGpuRunner(GpuRunner):
         self._stream = device.new_stream()
         options = ort.SessionOptions()
         options.log_severity_level = SILENT
-        listed = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
-        # Before 1.24 a session can't be asked; then not even the arithmetic of shapes may be left
-        # to the CPU.
-        key = "record_ep_graph_assignment_info" if listed else "disable_cpu_ep_fallback"
-        options.add_session_config_entry(f"session.{key}", "1")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
             self._session = open_session(options, str(int(self._stream.cuda_stream)))
         except SmoothL1DeployError:
@@ -130,17 +98,31 @@ class OrtGpuRunner(GpuRunner):
                 f"the libraries it was built for (CUDA {getattr(ort, 'cuda_version', '') or 13}, "
                 "cuDNN 9; for TensorRT also libnvinfer 10) where the loader finds them"
             )
-        if listed:
-            assigned = self._session.get_provider_graph_assignment_info()
-            check_assignment(
-                graph,
-                [(part.ep_name, node.name, node.op_type)
-                 for part in assigned for node in part.get_nodes()],
-                provider,
-            )  # fmt: skip
+        self._check_assignment(graph, provider)
         # The caller's stream waits for ours; the host need not.
         self._run_options = ort.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def _check_assignment(self, graph: onnx.ModelProto, provider: str) -> None:
+        """Refuse a session whose provider didn't take every node that computes on data.
+
+        Raises:
+            UnsupportedError: names the nodes, their operators and who has them.
+        """
+        free = host_nodes(graph)
+        found = [
+            f"{node.name} ({node.op_type}) to {part.ep_name}"
+            for part in self._session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+            if part.ep_name != provider and node.name not in free
+        ]
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            raise UnsupportedError(
+                f"{provider} didn't take the whole graph; ONNX Runtime gave "
+                f"{', '.join(found[:5])}{more}, and results of this backend would be those of "
+                "another. Use the backend ort-cpu, or export by the route inlined"
+            )
 
     def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         if 0 in shape:

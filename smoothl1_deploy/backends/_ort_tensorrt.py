@@ -118,11 +118,6 @@ class OrtTensorrtRtxBackend(_EngineBackend):
     prefix = "nv"
 
     def _check_provider(self) -> None:
-        if not hasattr(self._ort, "register_execution_provider_library"):
-            raise BackendUnavailableError(
-                f"the {self.name} backend needs onnxruntime 1.24 or later for plugin providers; "
-                f"here is {self._ort.__version__}"
-            )
         self._plugin = require(_PLUGIN, "ort-rtx", f"the {self.name} backend")
         with _registering:
             if self.provider not in _registered:

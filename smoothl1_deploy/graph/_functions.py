@@ -285,32 +285,9 @@ def BroadcastAxes(values: TAny, like: TAny) -> INT64[...]:
     return op.Reshape(repeated, lacking)
 
 
+#: Every function above, by its name.
 FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
-    f.name: f
-    for f in (
-        BetaDivisor,
-        BetaDivisorFloat64,
-        BroadcastAxes,
-        CompensatedAxesSum,
-        CompensatedMean,
-        CompensatedRowMean,
-        CompensatedRowSum,
-        CompensatedSum,
-        HuberLossTerms,
-        L1Loss,
-        RowCount,
-        RowsLike,
-        SmoothL1Addends,
-        SmoothL1Loss,
-        SmoothL1LossTerms,
-        SmoothL1SlopeTerms,
-        Weighted,
-        WideMean,
-        WideRowMean,
-        WideRowSum,
-        WideSum,
-        WithoutNegativeZero,
-    )
+    name: function for name, function in globals().items() if isinstance(function, OnnxFunction)
 }
 
 

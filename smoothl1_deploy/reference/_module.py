@@ -9,10 +9,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
-from .._floats import NUMPY_DTYPE, Array
+from .._dlpack import from_torch, to_torch
+from .._floats import Array
 from .._spec import LossSpec
 
 
@@ -43,23 +43,6 @@ class SmoothL1Loss(torch.nn.SmoothL1Loss):
     def from_spec(cls, spec: LossSpec) -> SmoothL1Loss:
         """The module that a spec describes."""
         return cls(reduction=spec.reduction, beta=spec.beta)
-
-
-def to_torch(array: Array) -> torch.Tensor:
-    """A tensor over the same memory; bfloat16, which torch can't read from numpy, by its bits."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        if array.dtype == NUMPY_DTYPE["bfloat16"]:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
-
-def from_torch(tensor: torch.Tensor) -> Array:
-    """The inverse of `to_torch`, for tensors on any device."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(NUMPY_DTYPE["bfloat16"])
-    return tensor.numpy()
 
 
 def eager(spec: LossSpec, input: Array, target: Array) -> Array:

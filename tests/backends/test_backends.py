@@ -19,6 +19,7 @@ from handmade import model_of
 from host_device import HostDevice
 
 from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy._dlpack import to_torch
 from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._spec import DTYPES, REDUCTIONS
 from smoothl1_deploy.backends import _base as base
@@ -32,7 +33,7 @@ from smoothl1_deploy.errors import (
     SpecError,
     UnsupportedError,
 )
-from smoothl1_deploy.reference._module import eager, to_torch
+from smoothl1_deploy.reference._module import eager
 from smoothl1_deploy.reference._oracle import oracle
 
 ON_THE_CPU = ("torch", "onnx-reference", "ort-cpu")
