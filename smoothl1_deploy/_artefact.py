@@ -17,15 +17,16 @@ from ._files import read_file
 from ._model import (
     DTYPE_OF_ELEMENT,
     ENGINE_OPERATOR,
+    Port,
     check_trust,
-    dims_of,
+    element_name,
     engines_in,
     inputs_of,
     metadata_of,
     outputs_of,
     tensors,
 )
-from ._shapes import Shape, check_size, describe
+from ._shapes import check_size
 from ._spec import LossSpec
 from .errors import ArtefactError, CarriedEngineError, SpecError, is_shortage, reason_of
 from .graph._metadata import HASH, is_changed, read_spec, sign
@@ -243,18 +244,6 @@ def _load_weights(model: onnx.ModelProto, what: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Port:
-    """One input or output of a graph; `shape` is None for any rank."""
-
-    name: str
-    dtype: str
-    shape: Shape | None
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.dtype}[{describe(self.shape)}]"
-
-
-@dataclass(frozen=True, slots=True)
 class Signature:
     """What a loss artefact takes and gives.
 
@@ -283,21 +272,18 @@ class Signature:
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
-    number = value.type.tensor_type.elem_type
-    dtype = DTYPE_OF_ELEMENT.get(number)
-    if dtype is None:
-        known = onnx.TensorProto.DataType.DESCRIPTOR.values_by_number.get(number)
-        element = known.name if known else number
+    port, element = Port.of(value), value.type.tensor_type.elem_type
+    if element not in DTYPE_OF_ELEMENT:
+        named = element_name(element).removeprefix("element type ")
         raise ArtefactError(
-            f"{value.name!r} has the element type {element}; "
+            f"{value.name!r} has the element type {named}; "
             f"a loss artefact takes and gives {', '.join(DTYPE_OF_ELEMENT.values())}"
         )
-    shape = dims_of(value)
     try:
-        checked = shape and check_size(shape, f"the shape of {value.name!r}")
+        check_size(port.shape or (), f"the shape of {value.name!r}")
     except SpecError as exc:
         raise ArtefactError(str(exc)) from exc
-    return Port(value.name, dtype, checked)
+    return port
 
 
 #: Names that say of one of two inputs, declared in any order, that it is the target.

@@ -32,13 +32,12 @@ import onnx.shape_inference
 from onnx import TensorProto, helper
 
 from ._records import Record
-from ._shapes import Shape
+from ._shapes import Shape, describe
 from ._spec import LossSpec
 from .errors import ArtefactError, CarriedEngineError
 
 #: What onnx raises for a model that contradicts itself.
 MODEL_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
-#: The metadata entry that says which losses were attached to a model, and by which tensors.
 #: dtype name of a spec -> ONNX element type.
 ELEMENT_TYPE: dict[str, int] = {
     "float32": TensorProto.FLOAT,
@@ -50,6 +49,7 @@ ELEMENT_TYPE: dict[str, int] = {
 #: The inverse.
 DTYPE_OF_ELEMENT = {element: name for name, element in ELEMENT_TYPE.items()}
 
+#: The metadata entry that says which losses were attached to a model, and by which tensors.
 ATTACHED = "smoothl1_deploy.attached"
 #: The operator in whose place ONNX Runtime puts what a provider has compiled.
 ENGINE_OPERATOR = "EPContext"
@@ -86,8 +86,39 @@ def _axis(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
 
 
 def dims_of(value: onnx.ValueInfoProto) -> Shape | None:
-    """The declared shape, an axis without a name called by its place: it is like no other."""
+    """The declared shape, an axis without a name called by its index: it is like no other."""
     return _named(value.name, axes_of(value))
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One input or output of a graph.
+
+    Attributes:
+        dtype: of its elements, as numpy calls it; the kind of what is no tensor.
+        axes: the declared shape, as `axes_of` gives it.
+    """
+
+    name: str
+    dtype: str
+    axes: tuple[int | str | None, ...] | None
+
+    @classmethod
+    def of(cls, value: onnx.ValueInfoProto) -> Port:
+        """The port that a graph declares so."""
+        try:
+            dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+        except KeyError:
+            dtype = value.type.WhichOneof("value") or "unknown"
+        return cls(value.name, dtype, axes_of(value))
+
+    @property
+    def shape(self) -> Shape | None:
+        """The same, an axis without a name called by its index; None for any rank."""
+        return _named(self.name, self.axes)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{describe(self.shape)}]"
 
 
 def _named(

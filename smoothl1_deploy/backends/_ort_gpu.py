@@ -17,9 +17,8 @@ from typing import Any
 import onnx
 
 from .. import ops
-from .._artefact import Port
 from .._device import Device
-from .._model import ELEMENT_TYPE, inputs_of
+from .._model import ELEMENT_TYPE, Port, inputs_of
 from .._model import inlined as without_functions
 from ..errors import (
     BackendUnavailableError,

@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 import numpy as np
 import onnx
 
-from .._artefact import Port, Signature, signature
+from .._artefact import Signature, signature
 from .._dlpack import as_array
 from .._floats import NUMPY_DTYPE, Array
+from .._model import Port
 from .._spec import LossSpec
 from ..errors import ArtefactError, InvalidInputError, UnsupportedError
 from ..graph._metadata import is_changed, is_served, read_spec

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from smoothl1_deploy._artefact import Port
 from smoothl1_deploy._floats import NUMPY_DTYPE
+from smoothl1_deploy._model import Port
 from smoothl1_deploy._spec import DTYPES
 from smoothl1_deploy.backends._runner import check_shapes, promote
 from smoothl1_deploy.errors import InvalidInputError
