@@ -284,8 +284,15 @@ def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
         ArtefactError: for graphs nested deeper than 24, functions that call themselves, directly
             or through others, and more than a million nodes, those of called functions with them.
     """
-    key = _name if by_name else _full_name
-    functions = {key(f.domain, f.name, f.overload): f for f in model.functions}
+
+    def key(item: onnx.FunctionProto | onnx.NodeProto) -> _Name:
+        name = item.name if isinstance(item, onnx.FunctionProto) else item.op_type
+        return ("", name, "") if by_name else (item.domain, name, item.overload)
+
+    def unfolded(body: onnx.GraphProto | onnx.FunctionProto, called: Counter[_Name]) -> int:
+        return len(body.node) + sum(count * sizes[name] for name, count in called.items())
+
+    functions = {key(function): function for function in model.functions}
     calls = {name: _calls(f, functions, key) for name, f in functions.items()}
     try:
         order = [*graphlib.TopologicalSorter(calls).static_order()]
@@ -297,8 +304,8 @@ def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
         ) from None
     sizes: dict[_Name, int] = {}
     for name in order:
-        sizes[name] = _unfolded(len(functions[name].node), calls[name], sizes)
-    whole = _unfolded(len(model.graph.node), _calls(model.graph, functions, key), sizes)
+        sizes[name] = unfolded(functions[name], calls[name])
+    whole = unfolded(model.graph, _calls(model.graph, functions, key))
     if whole > _MOST_NODES:
         own = len(model.graph.node) > _MOST_NODES
         what = "graph has" if own else "model's functions unfold to"
@@ -400,22 +407,10 @@ def check_engines(model: onnx.ModelProto, remedy: str) -> None:
         raise CarriedEngineError(f"the model carries {engine}: {remedy}")
 
 
-def _full_name(domain: str, name: str, overload: str) -> _Name:
-    return domain, name, overload
-
-
-def _name(domain: str, name: str, overload: str) -> _Name:
-    return "", name, ""
-
-
-def _unfolded(own: int, calls: Counter[_Name], sizes: dict[_Name, int]) -> int:
-    return own + sum(count * sizes[name] for name, count in calls.items())
-
-
 def _calls(
     body: onnx.GraphProto | onnx.FunctionProto,
-    functions: Mapping[_Name, onnx.FunctionProto],
-    key: Callable[[str, str, str], _Name],
+    functions: Container[_Name],
+    key: Callable[[onnx.NodeProto], _Name],
 ) -> Counter[_Name]:
     """The functions called by `body` and the graphs inside it, each as often as it is."""
     found: Counter[_Name] = Counter()
@@ -426,8 +421,7 @@ def _calls(
                 f"the {where} has graphs nested deeper than {_DEEPEST}; it is damaged or made to "
                 "harm"
             )
-        names = (key(node.domain, node.op_type, node.overload) for node in scope.nodes)
-        found.update(name for name in names if name in functions)
+        found.update(name for name in map(key, scope.nodes) if name in functions)
     return found
 
 

@@ -93,6 +93,19 @@ class Backend(ABC):
         )
 
 
+class OfTensorrt(Backend):
+    """What the backends share in which TensorRT reads the model."""
+
+    any_rank = False
+    accumulator = "float32"
+
+    def refuses(self, spec: LossSpec) -> str | None:
+        """float64, which TensorRT doesn't have."""
+        from ..tensorrt._prepare import refuses
+
+        return refuses(spec)
+
+
 def get_backend(name: str, threads: int = 0) -> Backend:
     """The backend called `name`, to use `threads` threads a call (0: as many as it thinks fit).
 

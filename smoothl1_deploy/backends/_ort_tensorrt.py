@@ -16,12 +16,12 @@ import onnx
 
 from .._artefact import sha256
 from .._device import Device
-from .._spec import LossSpec
 from ..errors import BackendUnavailableError, OutputError, reason_of, require
 from ..tensorrt._cache import default_cache_dir
 from ..tensorrt._flavour import PROVIDERS
-from ..tensorrt._prepare import prepare, refuses
+from ..tensorrt._prepare import prepare
 from ..tensorrt._profile import Profile, input_shapes, resolve_profile, wide_profile
+from ._base import OfTensorrt
 from ._ort_gpu import OrtGpuBackend, inlined
 
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
@@ -29,7 +29,7 @@ _registering = threading.Lock()
 _registered: set[str] = set()
 
 
-class _EngineBackend(OrtGpuBackend):
+class _EngineBackend(OfTensorrt, OrtGpuBackend):
     """A provider that builds TensorRT engines of the graph.
 
     Args:
@@ -37,8 +37,6 @@ class _EngineBackend(OrtGpuBackend):
             profile, options and versions has a folder of its own there.
     """
 
-    any_rank = False
-    accumulator = "float32"
     prefix: str  # of the names of its options
 
     def __init__(
@@ -46,10 +44,6 @@ class _EngineBackend(OrtGpuBackend):
     ) -> None:
         super().__init__(device)
         self._root = default_cache_dir() if cache_dir is None else Path(cache_dir)
-
-    def refuses(self, spec: LossSpec) -> str | None:
-        """float64, which TensorRT doesn't have."""
-        return refuses(spec)
 
     def _graph(self, model: onnx.ModelProto) -> onnx.ModelProto:
         return inlined(prepare(model)[0])

@@ -13,16 +13,15 @@ from onnx import helper
 
 from .._device import Device
 from .._model import ELEMENT_TYPE
-from .._spec import LossSpec
 from ..errors import ArtefactError, BackendUnavailableError
 from ..tensorrt._build import build_engine
 from ..tensorrt._cache import EngineCache, default_cache_dir
 from ..tensorrt._engine import Engine, read_engine
 from ..tensorrt._flavour import ELSEWHERE, Flavour, get_flavour
 from ..tensorrt._options import BuildOptions
-from ..tensorrt._prepare import refuses
 from ..tensorrt._profile import ProfileRequest, input_shapes, wide_profile
 from ..tensorrt._run import Program
+from ._base import OfTensorrt
 from ._gpu import Compute, GpuBackend, GpuRunner
 
 
@@ -47,7 +46,7 @@ class TrtRunner(GpuRunner):
         return lambda feeds, shape: context.execute(self._named(feeds))
 
 
-class TrtBackend(GpuBackend):
+class TrtBackend(OfTensorrt, GpuBackend):
     """TensorRT on the GPU, which needs a fixed rank; `threads` changes nothing here.
 
     Args:
@@ -64,8 +63,6 @@ class TrtBackend(GpuBackend):
     """
 
     name = "trt"
-    any_rank = False
-    accumulator = "float32"
 
     def __init__(
         self,
@@ -89,10 +86,6 @@ class TrtBackend(GpuBackend):
         self._options = options
         self._root = default_cache_dir() if cache_dir is None else Path(cache_dir)
         self._contexts = contexts
-
-    def refuses(self, spec: LossSpec) -> str | None:
-        """float64, which TensorRT doesn't have."""
-        return refuses(spec)
 
     def load(self, model: onnx.ModelProto) -> TrtRunner:
         """Build the engine of `model`, or take it from the cache, and deserialise it.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,32 +20,12 @@ from ._torch_losses import record_absolute, record_huber, record_smooth_l1, redu
 OPSETS = range(13, 21)
 
 
-class Registration:
+class Registration(contextlib.ExitStack):
     """What `register_torchscript_symbolic` did, to be undone; a context manager."""
-
-    def __init__(self, before: dict[tuple[str, int], Callable[..., Any] | None]) -> None:
-        self._before = before
 
     def undo(self) -> None:
         """Register again what was there before; a second call does nothing."""
-        before, self._before = self._before, {}
-        for (name, opset), function in before.items():
-            if function is not None:
-                register_custom_op_symbolic(name, function, opset)
-            elif _registered(name, opset) is not None:
-                unregister_custom_op_symbolic(name, opset)
-                _forget_empty(name)
-
-    def __enter__(self) -> Registration:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.undo()
+        self.close()
 
 
 def register_torchscript_symbolic() -> Registration:
@@ -73,14 +53,28 @@ def register_torchscript_symbolic() -> Registration:
     Raises (by the export):
         SpecError: on a negative beta, a delta <= 0, and integral inputs, as PyTorch refuses them.
     """
-    before: dict[tuple[str, int], Callable[..., Any] | None] = {}
+    done = Registration()
     for name, function in _SYMBOLIC.items():
         for opset in OPSETS:
             present = _registered(name, opset)
             if present is not function:
-                before[name, opset] = present
                 register_custom_op_symbolic(name, function, opset)
-    return Registration(before)
+                done.callback(_restore, name, opset, present)
+    return done
+
+
+def _restore(name: str, opset: int, before: Callable[..., Any] | None) -> None:
+    """Register what was there `before`, or nothing.
+
+    Unregistering the last of an operator leaves an empty entry (torch 2.13), where an export would
+    end in `min() arg is an empty sequence` and not in UnsupportedOperatorError.
+    """
+    if before is not None:
+        register_custom_op_symbolic(name, before, opset)
+    elif _registered(name, opset) is not None:
+        unregister_custom_op_symbolic(name, opset)
+        if not _registry().get_function_group(name)._functions:
+            del _registry()._registry[name]
 
 
 def _registry() -> Any:
@@ -97,16 +91,6 @@ def _registered(name: str, opset: int) -> Callable[..., Any] | None:
         return None
     found: Callable[..., Any] = group._functions[opset]
     return found
-
-
-def _forget_empty(name: str) -> None:
-    """Drop the empty entry that unregistering leaves (torch 2.13).
-
-    An export would end in `min() arg is an empty sequence` there, not in UnsupportedOperatorError.
-    """
-    group = _registry().get_function_group(name)
-    if group is not None and not group._functions:
-        del _registry()._registry[name]
 
 
 @symbolic_helper.parse_args("v", "v", "i", "f")
@@ -218,35 +202,30 @@ def _before_broadcast(record: _Recorder, *pair: Any) -> Sequence[Any]:
     Recognised by that sum: it is expanded to in both, and is 0 + a + b of just these two. What was
     cast after that, by autocast too, is cast so before it.
     """
-    expands = []
-    casts: list[list[int]] = []
+    sources, shapes, casts = [], [], []
     for value in pair:
         node = value.node()
         elements: list[int] = []
         while node.kind() == "onnx::Cast":
             elements.insert(0, node.i("to"))
-            node = next(iter(node.inputs())).node()
-        expands.append(node)
-        casts.append(elements)
-    if any(node.kind() != "onnx::Expand" for node in expands):
-        return pair
-    sources = [next(iter(node.inputs())) for node in expands]
-    shapes = [list(node.inputs())[1].node() for node in expands]
-    if any(node.kind() != "onnx::Shape" for node in shapes):
-        return pair
-    sums = [next(iter(node.inputs())) for node in shapes]
-    if sums[0].debugName() != sums[1].debugName():
-        return pair
-    terms = []
-    last = sums[0].node()
-    for _ in sources:
-        if last.kind() != "onnx::Add":
+            node = next(node.inputs()).node()
+        if node.kind() != "onnx::Expand":
             return pair
-        rest, term = last.inputs()
-        terms.append(term.debugName())
-        last = rest.node()
-    if terms[::-1] != [source.debugName() for source in sources]:
+        source, size = node.inputs()
+        sources.append(source)
+        shapes.append(size.node())
+        casts.append(elements)
+    if any(shape.kind() != "onnx::Shape" for shape in shapes):
         return pair
+    total, other = (next(shape.inputs()) for shape in shapes)
+    if total.debugName() != other.debugName():
+        return pair
+    for source in sources[::-1]:
+        if total.node().kind() != "onnx::Add":
+            return pair
+        total, term = total.node().inputs()
+        if term.debugName() != source.debugName():
+            return pair
     for i, elements in enumerate(casts):
         for element in elements:
             sources[i] = record("Cast", [sources[i]], to=element)
@@ -260,13 +239,9 @@ class _Recorder:
         self._graph = graph
 
     def __call__(self, op: str, inputs: Sequence[Any], /, **attributes: Any) -> Any:
-        suffixed: dict[str, Any] = {}
-        for name, value in attributes.items():
-            if op == "Constant":
-                suffixed["value_t"] = _tensor(value)
-            else:
-                suffixed[f"{name}_i"] = value
-        return self._graph.op(op, *inputs, **suffixed)
+        if op == "Constant":
+            return self._graph.op(op, value_t=_tensor(*attributes.values()))
+        return self._graph.op(op, *inputs, **{f"{name}_i": n for name, n in attributes.items()})
 
 
 def _tensor(value: Any) -> torch.Tensor:
