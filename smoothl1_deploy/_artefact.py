@@ -60,7 +60,7 @@ def read_sealed(path: Path, otherwise: str = "") -> dict[str, Any]:
     """The entries of an engine's sidecar, read without trust.
 
     Args:
-        path: of the sidecar.
+        path: the sidecar's.
         otherwise: what else helps where there is none, at the end of the sentence.
 
     Raises:
@@ -361,10 +361,10 @@ def select_ports(
 
     Args:
         model: anyone's.
-        input_name: of a graph input; None takes the one called `input`, or the first of two,
-            or the second where the first has a target's name (`label`, `y_true`, ...).
-        target_name: likewise.
-        output_name: of the loss; None takes the one called `loss`, or the only one.
+        input_name: the graph input to compare; None takes the one called `input`, or the first
+            of two, or the second where the first has a target's name (`label`, `y_true`, ...).
+        target_name: the one to compare it with, likewise.
+        output_name: the output that is the loss; None takes the one called `loss`, or the only one.
 
     Raises:
         ArtefactError: on a name the graph doesn't have, and where a name is missing to choose.

@@ -37,7 +37,7 @@ def find_device(what: str) -> Device:
     """The CUDA device that torch uses in this thread.
 
     Args:
-        what: needs it, for the message: `"the trt backend"`.
+        what: who needs it, for the message: `"the trt backend"`.
 
     Raises:
         MissingDependencyError: when torch is not installed.
@@ -89,7 +89,7 @@ class Device:
 
     @property
     def name(self) -> str:
-        """As the driver calls it, for instance `"NVIDIA L4"`."""
+        """The name that the driver gives it, for instance `"NVIDIA L4"`."""
         return str(self._torch.cuda.get_device_name(self.index))
 
     @property
@@ -103,7 +103,7 @@ class Device:
         return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self._place)
 
     def empty_beside(self, tensor: Any, shape: tuple[int, ...]) -> Any:
-        """`empty` in the dtype of a contiguous tensor of this device; the quicker way to get it."""
+        """What `empty` gives in the dtype of a contiguous tensor of this device, more quickly."""
         return self._torch.empty_like(tensor) if tensor.shape == shape else tensor.new_empty(shape)
 
     def filled(self, value: float, dtype: str) -> Any:
@@ -160,7 +160,7 @@ class Device:
         return tensor.to(getattr(self._torch, dtype))
 
     def selected(self) -> AbstractContextManager[None]:
-        """Where kernels that aren't torch's are launched: on this device, whichever is current."""
+        """A context in which kernels that aren't torch's are launched on this device."""
         cuda = self._torch.cuda
         scope: AbstractContextManager[None] = (
             nullcontext() if cuda.current_device() == self.index else cuda.device(self.index)

@@ -18,8 +18,8 @@ import numpy as np
 from ._floats import NUMPY_DTYPE, Array
 from .errors import InvalidInputError
 
-#: By the name of a capsule: where in its struct the pointer to the data lies, in bytes. Source:
-#: DLManagedTensor and DLManagedTensorVersioned of dlpack.h 1.0, on 64 bits.
+#: The name of a capsule -> how many bytes into its struct the pointer to the data lies. Source:
+#: DLManagedTensor and DLManagedTensorVersioned of dlpack.h 1.0, with pointers of 64 bits.
 _DATA_AT = {b"dltensor": 0, b"dltensor_versioned": 32}
 # Prototypes of our own: to declare the types of `ctypes.pythonapi` would declare them for everyone.
 _name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(
@@ -106,7 +106,7 @@ def adopted(value: Any, what: str, importer: Callable[[Any], Any]) -> Any:
 
     Args:
         value: a tensor, or what has `__dlpack__`; the code behind that is the caller's.
-        what: its name, for the message.
+        what: the name of `value` in messages.
         importer: takes a torch tensor without gradient and lazy negation, or an exporter.
 
     Raises:

@@ -95,7 +95,7 @@ class Port:
     """One input or output of a graph.
 
     Attributes:
-        dtype: of its elements, as numpy calls it; the kind of what is no tensor.
+        dtype: numpy's name of the element type; of what is no tensor, its kind.
         axes: the declared shape, as `axes_of` gives it.
     """
 
@@ -114,7 +114,7 @@ class Port:
 
     @property
     def shape(self) -> Shape | None:
-        """The same, an axis without a name called by its index; None for any rank."""
+        """The declared shape as `dims_of` gives it; None for any rank."""
         return _named(self.name, self.axes)
 
     def __str__(self) -> str:
@@ -167,7 +167,7 @@ class Scope:
 
     @property
     def constants(self) -> Iterator[tuple[str, onnx.TensorProto]]:
-        """Its initialisers and the tensors in its nodes' attributes, each with its place."""
+        """Its initialisers and the tensors in its nodes' attributes, each with the path to it."""
         for tensor in self.initializers:
             yield f"{self.where}{tensor.name}", tensor
         for node in self.nodes:
@@ -276,8 +276,8 @@ def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
     """Refuse what no reader can unfold.
 
     Args:
-        model: any.
-        by_name: for a reader that takes a node for a call of the function of its name, whatever
+        model: anyone's.
+        by_name: whether the reader takes a node for a call of the function of its name, whatever
             the domain.
 
     Raises:
@@ -442,7 +442,7 @@ class Tensor:
         element: the ONNX element type; None where nothing tells it.
         certain: the shape that inference makes of the nodes: what a number may rest on. None where
             it doesn't tell the rank.
-        shape: the same, completed by what is declared where inference tells nothing.
+        shape: the certain one, completed by what is declared where inference tells nothing.
         misdeclared: a declared shape that the nodes contradict.
     """
 
@@ -704,7 +704,7 @@ class Loss(Record):
 
     @classmethod
     def of(cls, spec: LossSpec) -> Loss:
-        """That of an artefact, whose tensors are called what the spec calls them."""
+        """The loss of an artefact, whose tensors are called what the spec calls them."""
         return cls(spec, {name: name for name in spec.inputs}, {n: n for n in spec.outputs})
 
     @classmethod

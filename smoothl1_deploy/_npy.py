@@ -37,8 +37,8 @@ def read_array(path: Path, dtype: str) -> Array:
     """The array of a .npy file.
 
     Args:
-        path: of the file.
-        dtype: of the artefact; where it is bfloat16, raw items of two bytes are taken as that,
+        path: the file.
+        dtype: the artefact's; where that is bfloat16, raw items of two bytes are taken as that,
             because numpy writes bfloat16 without its name.
 
     Raises:
@@ -212,7 +212,7 @@ def write_arrays(path: Path, arrays: dict[str, Array]) -> Path:
     """Write the one array to .npy, or all by their names to .npz.
 
     Raises:
-        OutputError: as `artefact.write_atomic`.
+        OutputError: as `_files.write_atomic`.
     """
     buffer = io.BytesIO()
     if path.suffix == ".npy":

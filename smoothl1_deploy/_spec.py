@@ -109,8 +109,8 @@ class LossSpec:
         beta: where the quadratic part ends, >= 0; 0 is exactly the L1 loss. Any real number.
         reduction: `"none"` (the broadcast shape of input and target), `"mean"` (the sum over
             the number of elements after broadcasting) or `"sum"` (both rank 0).
-        dtype: of input, target and loss: `"float32"`, `"float16"`, `"bfloat16"`, `"float64"`,
-            or the torch or numpy dtype of that name.
+        dtype: the format of input, target and loss: `"float32"`, `"float16"`, `"bfloat16"`,
+            `"float64"`, or the torch or numpy dtype of that name.
         per_sample: reduce every axis but axis 0: one score per row; needs `mean` or `sum`.
         gradient: a second output `grad_input`, the gradient of the sum of the loss with respect
             to input, in the shape of input.

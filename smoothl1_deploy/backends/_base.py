@@ -1,4 +1,4 @@
-"""The protocol of a backend: `load` a model, get a `Runner`, `run` it.
+"""The protocol of a backend: `load` a model to get a `Runner`, and `run` that.
 
 A backend module is imported only when its backend is asked for, because what it lives on may
 not be installed. To add one: subclass `Runner` and `Backend` in a module of its own and enter
@@ -45,7 +45,7 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "triton-grpc": ("_triton", "TritonGrpcBackend"),
 }
 
-#: Of files that `load` takes for TensorRT engines.
+#: The suffixes of files that `load` takes for TensorRT engines.
 ENGINE_SUFFIXES = (".engine", ".plan")
 
 #: Backends that are PyTorch itself: what the others are compared with.
@@ -60,7 +60,7 @@ class Backend(ABC):
         any_rank: whether it runs an artefact exported without a shape.
         accumulator: the dtype it adds up in where an artefact asks for float64; None where it
             does not run the artefact's own operators.
-        threads: for one call; 0 leaves the number to the backend. Set before `load`.
+        threads: how many a call uses; 0 leaves the number to the backend. Set before `load`.
         slow: what it runs on, where a million elements take it many seconds; None elsewhere.
     """
 
@@ -143,12 +143,13 @@ def load(
         model: an `onnx.ModelProto`, its bytes, or the path of a file; the backend `trt` takes an
             `.engine` file too.
         backend: one of `BACKENDS`.
-        threads: for one call; 0 leaves the number to the backend (`ort-cpu`: every core this
+        threads: how many a call uses; 0 leaves it to the backend (`ort-cpu`: every core this
             process may run on, 8 at most).
-        input_name: of the graph input to feed `input` to, in a model of other origin; by
-            default the one called so, or the first of two.
-        target_name: likewise.
-        output_name: of the loss, where the model has several outputs and none is called `loss`.
+        input_name: the graph input to feed `input` to, in a model of other origin; by default the
+            one called so, or the first of two.
+        target_name: the graph input to feed `target` to, likewise.
+        output_name: the output that is the loss, where the model has several and none is called
+            `loss`.
 
     Raises:
         ArtefactError: when `model` is no loss artefact.

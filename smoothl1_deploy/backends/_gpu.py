@@ -22,7 +22,7 @@ from ._runner import Runner, as_beta, check_interpreter, check_promotion
 #: Combinations of shapes and dtypes that were found right, or prepared for.
 REMEMBERED = 256
 
-#: From tensors by role and the shape they broadcast to, to a tensor for each output.
+#: Computes a tensor for each output, from tensors by role and the shape they broadcast to.
 Compute = Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]
 
 
@@ -48,7 +48,7 @@ class GpuRunner(Runner):
         beta: float | None = None,
         grad_output: Any = None,
     ) -> dict[str, Any]:
-        """As `Runner.run`; tensors of this device give torch tensors of this device.
+        """What `Runner.run` does; tensors of this device give torch tensors of this device.
 
         Tensors that are not contiguous, or of a dtype that is promoted, are copied on the device.
         The result is ready in the order of torch's current stream.
@@ -90,8 +90,8 @@ class GpuRunner(Runner):
 
         Args:
             input: a contiguous tensor of the device, of the artefact's dtype.
-            target: likewise.
-            weight: likewise, where the artefact takes one.
+            target: another such tensor.
+            weight: a third, where the artefact takes one.
             beta: a number, recorded as it is.
             grad_output: a tensor like the others, where the artefact takes one.
 

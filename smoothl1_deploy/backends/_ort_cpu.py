@@ -38,7 +38,7 @@ class OrtRunner(Runner):
     Args:
         model: the artefact.
         ort: the module onnxruntime.
-        threads: for one call.
+        threads: how many a call uses.
         prepare: what is done to the options of the session before it is opened.
     """
 

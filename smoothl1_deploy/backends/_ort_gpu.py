@@ -1,4 +1,4 @@
-"""`ort-cuda`, and what it shares with the providers of `ort_tensorrt`: ONNX Runtime on the GPU.
+"""`ort-cuda`, and what it shares with the providers of `_ort_tensorrt`: ONNX Runtime on the GPU.
 
 A provider that can't be made, or that doesn't take a node, is replaced by the CPU's without an
 error: ONNX Runtime warns at most. So each session is asked which provider took which node, and a
@@ -148,7 +148,7 @@ class OrtGpuRunner(GpuRunner):
         return outputs
 
     def _compute_nothing(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """By the CPU's provider: CUDA's ReduceSum refuses an axis of length 0 (1.31.1)."""
+        """The CPU's answer: CUDA's ReduceSum refuses an axis of length 0 (1.31.1)."""
         if self._of_nothing is None:
             self._of_nothing = OrtCpuBackend().load(self._model)
         arrays = {role: self.device.download(tensor) for role, tensor in feeds.items()}

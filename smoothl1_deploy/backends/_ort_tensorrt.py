@@ -33,7 +33,7 @@ class _EngineBackend(OfTensorrt, OrtGpuBackend):
     """A provider that builds TensorRT engines of the graph.
 
     Args:
-        cache_dir: for what it builds; None for the user's cache folder. Each graph with its
+        cache_dir: where its engines go; None for the user's cache folder. Each graph with its
             profile, options and versions has a folder of its own there.
     """
 
@@ -68,7 +68,7 @@ class _EngineBackend(OfTensorrt, OrtGpuBackend):
         return {**settings, **self._caching(folder, key)}
 
     def _key(self, graph: onnx.ModelProto, settings: Mapping[str, str]) -> str:
-        """Of everything an engine depends on: equal names of graphs don't make equal engines.
+        """The digest of all that an engine depends on: graphs of one name give unlike engines.
 
         The providers look an engine up by the graph's name and node names (and one was handed
         back for other shapes: onnxruntime#32254), so each key has a folder and a prefix.

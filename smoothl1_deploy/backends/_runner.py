@@ -176,8 +176,9 @@ class Runner(ABC):
         Args:
             input: a numpy array (ml_dtypes for bfloat16) or anything with `__dlpack__`, of the
                 artefact's dtype, or of one that promotes to it.
-            target: likewise; it broadcasts with `input` where the artefact's shapes allow it.
-            weight: likewise, where the artefact takes one.
+            target: another such array; it broadcasts with `input` where the artefact's shapes
+                allow it.
+            weight: a third, where the artefact takes one.
             beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
                 float32. A negative or NaN beta gives NaN.
             grad_output: an array in the shape of the loss, where the artefact takes one

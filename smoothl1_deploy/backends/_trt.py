@@ -51,10 +51,10 @@ class TrtBackend(OfTensorrt, GpuBackend):
 
     Args:
         flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.
-        profile: of the engines it builds; by default every dynamic axis from 0 to what makes 2^26
-            elements, tuned for 64.
-        options: of those builds.
-        cache_dir: for engines and compiled kernels; None for the user's cache folder.
+        profile: the shapes of the engines it builds; by default every dynamic axis from 0 to what
+            makes 2^26 elements, tuned for 64.
+        options: how it builds them.
+        cache_dir: where engines and compiled kernels go; None for the user's cache folder.
         contexts: how many calls may be prepared at a time.
 
     Raises:

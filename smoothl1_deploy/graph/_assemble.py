@@ -40,9 +40,9 @@ class Assembly:
         tensors: name of a tensor of the graph for each of `spec.inputs` (in the spec's dtype;
             beta in float32, grad_output in the shape of loss) and `spec.outputs`. Where it names
             beta, the number in the spec is not looked at.
-        summed_axes: of the element losses, along which input was broadcast and its gradient has
-            to be summed back; None to find them at run time, which TensorRT can't.
-        prefix: of the names of the tensors in between.
+        summed_axes: the axes of the element losses along which input was broadcast and its gradient
+            has to be summed back; None to find them at run time, which TensorRT can't.
+        prefix: what the names of the tensors in between begin with.
         inlined: whether the functions are going to be inlined.
 
     Attributes:
@@ -200,8 +200,10 @@ class Assembly:
         return self._add("Where", [use, safe, mean], "mean")
 
     def _gradient(self, losses: str, summed_axes: tuple[int, ...] | None) -> None:
-        """In float64 and rounded once: rounded before, terms of either sign that are summed back
-        show by cancellation what they lost, and subnormal ones round up to what they aren't.
+        """Add the gradient, in float64 and rounded once.
+
+        Rounded before, terms of either sign that are summed back show by cancellation what they
+        lost, and subnormal ones round up to what they aren't.
 
         Case 1: what flows into every loss is one number; or, summed and of a dtype narrower than
             float64, a weight or upstream gradient too. Added up before the division by beta and
@@ -307,10 +309,10 @@ class Assembly:
         signed = self._add("WithoutNegativeZero", [slope], "slope_signed")
         if axes is not None:
             return signed
-        # Where nothing was added up, -0 is autograd's too.
+        # Where nothing was added up, autograd gives -0 too.
         size = self._add("Size", [self._prefix + "summed_axes"], "summed_axis_count")
         is_sum = self._add("Cast", [size], "is_sum", to=TensorProto.BOOL)
-        # In this order: ONNX Runtime's Where makes 0 of a -0 of its first branch.
+        # `slope` is the second branch: ONNX Runtime's Where makes 0 of a -0 of its first one.
         return self._add("Where", [is_sum, signed, slope], "slope_or_signed")
 
     def _unless_no_beta(self, summed: str) -> str:

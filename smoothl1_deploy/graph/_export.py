@@ -39,10 +39,10 @@ def export(
             functions, and a kernel of `ops` for it; several nodes with a gradient. `"inlined"`:
             the same as plain ONNX operators. `"torch"`: `torch.onnx.export` of the reference
             module, with the same body put in by a translation table; needs torch and a shape.
-        shape: of `input`: integers, and names for dynamic axes. None means any rank, which
-            ONNX Runtime takes and TensorRT doesn't.
-        target_shape: of `target` where it differs; it must broadcast with `shape`.
-        weight_shape: of `weight` where it differs, likewise.
+        shape: the shape of `input`: integers, and names for dynamic axes. None means any rank,
+            which ONNX Runtime takes and TensorRT doesn't.
+        target_shape: the shape of `target` where it differs; it must broadcast with `shape`.
+        weight_shape: the shape of `weight` where it differs, likewise.
 
     Raises:
         SpecError: on an unknown route or a shape that makes no sense (a `ValueError`); by the

@@ -15,7 +15,7 @@ from ..errors import ArtefactError, ModelWarning, SpecError
 
 _PREFIX = "smoothl1_deploy."
 SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
-#: Of a graph whose ports are a server's: see serving/_graph.py.
+#: The entry of a graph whose ports have a server's shapes: see serving/_graph.py.
 SERVED = _PREFIX + "served"
 #: What is said of a model for which `is_changed` is true.
 CHANGED = (

@@ -2,7 +2,7 @@
 
 Both exporters take operators one at a time, and neither keeps a function call whole (the inliner
 of torch 2.13 loses its attributes and the functions that its body calls). So the bodies of
-`functions` are replayed: the numbers are still decided there alone.
+`_functions` are replayed: the numbers are still decided there alone.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ def _record(
     result = _replay(record, function, [input, target, *constants])
     if spec.reduction != "none":
         wide = "Compensated" if spec.dtype == "float64" else "Wide"
-        # As one row: the TorchScript exporter takes a float64 of rank 0 for a Python number and
-        # makes float32 of it, which rounds the sum before it is divided, or overflows.
+        # The losses are one row: the TorchScript exporter takes a float64 of rank 0 for a Python
+        # number and makes float32 of it, which rounds the sum before it is divided, or overflows.
         row = record("Reshape", [result, record("Constant", [], value_ints=[1, -1])])
         total = _replay(record, f"{wide}RowSum", [row])
         if spec.reduction == "mean":
-            # Not by RowMean: of two Flattens of one value the dynamo exporter's optimiser makes
-            # an invalid model (onnxscript 0.7).
+            # RowMean is not used: of two Flattens of one value the dynamo exporter's optimiser
+            # makes an invalid model (onnxscript 0.7).
             count = record("Cast", [record("Size", [result])], to=TensorProto.DOUBLE)
             total = record("Div", [total, count])
         result = record("Squeeze", [total, record("Constant", [], value_ints=[0])])

@@ -21,7 +21,7 @@ from ..errors import BackendUnavailableError, UnsupportedError
 __all__ = ["digest", "is_built", "is_library", "library", "operators", "register"]
 
 _REGISTERED = "smoothl1_deploy.ops"
-#: Where setup.py puts it; beside this file, Python would take it for a module.
+#: The library, where setup.py puts it; beside this file, Python would take it for a module.
 _LIBRARY = Path(__file__).parent / "c" / "libsmoothl1_deploy.so"
 
 
@@ -98,7 +98,7 @@ def register(options: Any, provider: str = "cpu") -> None:
 
     Args:
         options: an `onnxruntime.SessionOptions`, to which they were not registered before.
-        provider: of the sessions: `"cpu"` or `"cuda"`.
+        provider: the sessions' one, `"cpu"` or `"cuda"`.
 
     Raises:
         BackendUnavailableError: as `library` does.

@@ -55,7 +55,7 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
             `runtime_beta`, the spec with that beta as a number.
         input: any shape, dtype of the spec.
         target: a shape that broadcasts with `input`'s, same dtype.
-        weight: likewise, where the spec has one.
+        weight: a third, where the spec has one.
 
     Returns:
         An array of the spec's dtype: the broadcast shape for `none`, [N] per sample, rank 0
@@ -102,7 +102,7 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
 
 
 def _cancels(total: Array, magnitude: Array) -> Array:
-    """Where what is left of the terms is so small that their roundings may show in it."""
+    """Whether so little is left of the terms that their roundings may show in it."""
     return np.asarray(magnitude > 8 * abs(total))
 
 
@@ -234,8 +234,8 @@ def _to_long_double(value: Fraction | float) -> np.longdouble:
     return (np.longdouble(high) + np.longdouble(float(value / unit - Fraction(high)))) * unit
 
 
-#: In units of which quotients are added up whose common denominator has a million factors: far
-#: below the smallest product of four float64.
+#: Quotients are added up in units of 1 / _UNIT, as their common denominator may have a million
+#: factors; it is far below the smallest product of four float64.
 _UNIT = 1 << 5000
 
 

@@ -249,7 +249,7 @@ def test_the_functions_of_an_old_model_survive_the_conversion() -> None:
 def test_more_than_protobuf_reads_is_refused_where_a_step_takes_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("smoothl1_deploy.graph._hosted._PARSED", 64)
+    monkeypatch.setattr("smoothl1_deploy.graph._attach._PARSED", 64)
     for opset, how in ((18, {"route": "inlined"}), (11, {"convert_opset": True})):
         with pytest.raises(ArtefactError, match=r"takes 64 at most .*load_external_data=False"):
             attach(linear(opset), "boxes", "gt", **how)
