@@ -112,6 +112,9 @@ def get_backend(name: str, threads: int = 0) -> Backend:
     Raises:
         SpecError: for an unknown name, or a number of threads that no machine has.
         MissingDependencyError: when what it lives on is not installed.
+
+    >>> get_backend("onnx-reference").refuses(LossSpec()) is None
+    True
     """
     if name not in BACKENDS:
         raise SpecError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
@@ -156,6 +159,12 @@ def load(
         SpecError: for an unknown backend.
         MissingDependencyError: when the backend's packages are not installed.
         UnsupportedError: when the backend can't run the model.
+
+    >>> import numpy
+    >>> from smoothl1_deploy import export
+    >>> runner = load(export(LossSpec(0.5)), "onnx-reference")
+    >>> float(runner.run(numpy.ones(3, "float32"), numpy.zeros(3, "float32"))["loss"])
+    0.75
     """
     chosen = get_backend(backend, threads)
     if isinstance(model, (str, os.PathLike)) and Path(model).suffix in ENGINE_SUFFIXES:

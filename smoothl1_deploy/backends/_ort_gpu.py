@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx
@@ -63,65 +63,14 @@ class OrtGpuRunner(GpuRunner):
     """One session on a stream of its own; inputs and outputs are bound, nothing is copied."""
 
     def __init__(
-        self,
-        model: onnx.ModelProto,
-        device: Device,
-        ort: Any,
-        provider: str,
-        open_session: Callable[[Any, str], Any],
-        graph: onnx.ModelProto,
+        self, model: onnx.ModelProto, device: Device, ort: Any, session: Any, stream: Any
     ) -> None:
-        """Args: `open_session` makes a session from options and the handle of a stream."""
         super().__init__(model, device)
-        self._model = model
+        self._model, self._session, self._stream = model, session, stream
         self._of_nothing: Runner | None = None
-        self._ort = ort
-        self._stream = device.new_stream()
-        options = ort.SessionOptions()
-        options.log_severity_level = SILENT
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        try:
-            self._session = open_session(options, str(int(self._stream.cuda_stream)))
-        except SmoothL1DeployError:
-            raise
-        except Exception as exc:  # pybind raises a class of its own for each status code
-            if type(exc) is RuntimeError:  # no status: the provider's own libraries are missing
-                raise BackendUnavailableError(
-                    f"ONNX Runtime {ort.__version__} can't use its {provider} here: {exc}"
-                ) from exc
-            raise UnsupportedError(f"{provider} can't load the model: {exc}") from exc
-        if provider not in self._session.get_providers():
-            raise BackendUnavailableError(
-                f"ONNX Runtime {ort.__version__} could not make its {provider} here and would run "
-                f"on {', '.join(self._session.get_providers())}. It needs a GPU, its driver, and "
-                f"the libraries it was built for (CUDA {getattr(ort, 'cuda_version', '') or 13}, "
-                "cuDNN 9; for TensorRT also libnvinfer 10) where the loader finds them"
-            )
-        self._check_assignment(graph, provider)
         # The caller's stream waits for ours; the host need not.
         self._run_options = ort.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-
-    def _check_assignment(self, graph: onnx.ModelProto, provider: str) -> None:
-        """Refuse a session whose provider didn't take every node that computes on data.
-
-        Raises:
-            UnsupportedError: names the nodes, their operators and who has them.
-        """
-        free = host_nodes(graph)
-        found = [
-            f"{node.name} ({node.op_type}) to {part.ep_name}"
-            for part in self._session.get_provider_graph_assignment_info()
-            for node in part.get_nodes()
-            if part.ep_name != provider and node.name not in free
-        ]
-        if found:
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            raise UnsupportedError(
-                f"{provider} didn't take the whole graph; ONNX Runtime gave "
-                f"{', '.join(found[:5])}{more}, and results of this backend would be those of "
-                "another. Use the backend ort-cpu, or export by the route inlined"
-            )
 
     def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         if 0 in shape:
@@ -206,19 +155,54 @@ class OrtGpuBackend(GpuBackend):
             UnsupportedError: when it doesn't take them, or can't load the model.
             BackendUnavailableError: when the provider can't be made on this machine.
         """
-        graph = self._graph(model)
-        settings = self._settings(graph)
+        graph, stream = self._graph(model), self._device.new_stream()
+        session = self._session(graph, str(int(stream.cuda_stream)))
+        version = self._ort.__version__
+        if self.provider not in session.get_providers():
+            raise BackendUnavailableError(
+                f"ONNX Runtime {version} could not make its {self.provider} here and would run on "
+                f"{', '.join(session.get_providers())}. It needs a GPU, its driver, and the "
+                f"libraries it was built for (CUDA {getattr(self._ort, 'cuda_version', '') or 13}, "
+                "cuDNN 9; for TensorRT also libnvinfer 10) where the loader finds them"
+            )
+        free = host_nodes(graph)
+        found = [
+            f"{node.name} ({node.op_type}) to {part.ep_name}"
+            for part in session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+            if part.ep_name != self.provider and node.name not in free
+        ]
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            raise UnsupportedError(
+                f"{self.provider} didn't take the whole graph; ONNX Runtime gave "
+                f"{', '.join(found[:5])}{more}, and results of this backend would be those of "
+                "another. Use the backend ort-cpu, or export by the route inlined"
+            )
+        return OrtGpuRunner(model, self._device, self._ort, session, stream)
 
-        def open_session(options: Any, stream: str) -> Any:
-            chosen = {
-                "device_id": str(self._device.index),
-                "has_user_compute_stream": "1",
-                "user_compute_stream": stream,
-                **settings,
-            }
-            return self._open(graph.SerializeToString(), options, chosen)
-
-        return OrtGpuRunner(model, self._device, self._ort, self.provider, open_session, graph)
+    def _session(self, graph: onnx.ModelProto, stream: str) -> Any:
+        """A session on the stream of that handle."""
+        options = self._ort.SessionOptions()
+        options.log_severity_level = SILENT
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        settings = {
+            "device_id": str(self._device.index),
+            "has_user_compute_stream": "1",
+            "user_compute_stream": stream,
+            **self._settings(graph),
+        }
+        try:
+            return self._open(graph.SerializeToString(), options, settings)
+        except SmoothL1DeployError:
+            raise
+        except Exception as exc:  # pybind raises a class of its own for each status code
+            if type(exc) is RuntimeError:  # no status: the provider's own libraries are missing
+                raise BackendUnavailableError(
+                    f"ONNX Runtime {self._ort.__version__} can't use its {self.provider} here: "
+                    f"{exc}"
+                ) from exc
+            raise UnsupportedError(f"{self.provider} can't load the model: {exc}") from exc
 
     def _graph(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """The model as the provider is to see it."""

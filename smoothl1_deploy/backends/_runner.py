@@ -151,6 +151,11 @@ class Runner(ABC):
         exported: whether the graph is the one that this package exported for that spec: nothing
             else has changed it, and what is known of such graphs holds.
         served: whether the graph has a server's shapes; `run` takes and gives the spec's.
+
+    >>> from smoothl1_deploy import export, load
+    >>> runner = load(export(LossSpec(0.5), shape=("N", 4)), "onnx-reference")
+    >>> str(runner.signature.input), runner.spec == LossSpec(0.5)
+    ('input: float32[Nx4]', True)
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:

@@ -100,6 +100,13 @@ def attach(
     Warns:
         ModelWarning: where the model declares a shape that its nodes contradict; the nodes are
             believed, and the result declares what they make.
+
+    >>> import onnx.parser
+    >>> graph = "g (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }"
+    >>> model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]> {graph}')
+    >>> scored = attach(model, "y", "target", LossSpec(0.5))
+    >>> [v.name for v in scored.graph.input], [v.name for v in scored.graph.output]
+    (['x', 'target'], ['y', 'loss'])
     """
     if str(route) not in ("function", "inlined"):
         raise SpecError(f"unknown route {route!r} to attach by; choose function or inlined")

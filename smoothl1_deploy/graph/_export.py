@@ -48,6 +48,10 @@ def export(
         SpecError: on an unknown route or a shape that makes no sense (a `ValueError`); by the
             `torch` route also when a dynamic axis would have to broadcast with anything but 1.
         MissingDependencyError: for the `torch` route without torch.
+
+    >>> model = export(LossSpec(0.5), shape=("N", 16))
+    >>> [node.op_type for node in model.graph.node], [value.name for value in model.graph.input]
+    (['SmoothL1LossMean'], ['input', 'target'])
     """
     if not isinstance(spec, LossSpec):
         raise SpecError(

@@ -30,9 +30,14 @@ class Recorder(Protocol):
         """The operator's output."""
 
 
-def reduction_name(reduction: int) -> str:
-    """`"none"`, `"mean"` or `"sum"` of PyTorch's number for it."""
-    return _REDUCTION[reduction]
+def checked_dtype(dtype: str) -> str:
+    """The dtype of a loss, or a refusal of any other, as PyTorch refuses it when it runs."""
+    if dtype not in ELEMENT_TYPE:
+        raise SpecError(
+            f"the loss is of {dtype} tensors, which PyTorch refuses; convert one of them, as in "
+            "input.float()"
+        )
+    return dtype
 
 
 def _splits(knee: float) -> tuple[float, float]:
@@ -45,14 +50,14 @@ def _splits(knee: float) -> tuple[float, float]:
 
 
 def record_smooth_l1(
-    record: Recorder, input: Any, target: Any, dtype: str, reduction: str, beta: float
+    record: Recorder, input: Any, target: Any, dtype: str, reduction: int, beta: float
 ) -> Any:
     """The Smooth L1 loss of two values of the same `dtype`, which is the result's too.
 
     Raises:
         SpecError: on a beta that PyTorch refuses when it runs: the export would not.
     """
-    spec = LossSpec(beta, reduction, dtype)
+    spec = LossSpec(beta, _REDUCTION[reduction], dtype)
     scalars = dict(loss_scalars(spec.effective_beta))
     half, twice = _splits(spec.effective_beta)
     scalars["half"] /= half
@@ -61,7 +66,7 @@ def record_smooth_l1(
 
 
 def record_huber(
-    record: Recorder, input: Any, target: Any, dtype: str, reduction: str, delta: float
+    record: Recorder, input: Any, target: Any, dtype: str, reduction: int, delta: float
 ) -> Any:
     """The Huber loss, likewise.
 
@@ -70,7 +75,7 @@ def record_huber(
     """
     if not delta > 0:
         raise SpecError(f"huber_loss takes a delta > 0, as PyTorch has it; got {delta!r}")
-    spec = LossSpec(delta, reduction, dtype)
+    spec = LossSpec(delta, _REDUCTION[reduction], dtype)
     knee = spec.effective_beta
     shrink, slope = _splits(knee)
     # Nothing lies beyond an infinite knee; 0 * inf would make NaN of it.
@@ -78,12 +83,12 @@ def record_huber(
     return _record(record, "HuberLossTerms", [knee, 0.5, shrink, slope], spec, input, target)
 
 
-def record_absolute(record: Recorder, input: Any, target: Any, reduction: str) -> Any:
+def record_absolute(record: Recorder, input: Any, target: Any, reduction: int) -> Any:
     """`l1_loss` of integers, which PyTorch computes where it needs no division."""
-    if reduction == "mean":
+    if _REDUCTION[reduction] == "mean":
         raise SpecError("PyTorch has no mean of an integral l1_loss; convert its inputs to float")
     losses = record("Abs", [record("Sub", [input, target])])
-    if reduction == "none":
+    if _REDUCTION[reduction] == "none":
         return losses
     flat = record("Reshape", [losses, record("Constant", [], value_ints=[-1])])
     return record("ReduceSum", [flat, record("Constant", [], value_ints=[0])], keepdims=0)

@@ -12,8 +12,8 @@ from torch.onnx import symbolic_helper, symbolic_opset9
 from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
 
 from .._model import DTYPE_OF_ELEMENT, ELEMENT_TYPE
-from ..errors import SpecError, require
-from ._torch_losses import record_absolute, record_huber, record_smooth_l1, reduction_name
+from ..errors import require
+from ._torch_losses import checked_dtype, record_absolute, record_huber, record_smooth_l1
 
 #: The opsets of the TorchScript exporter that the losses are registered for: ReduceSum takes its
 #: axes as an input from 13 on, and the exporter ends at 20.
@@ -36,12 +36,8 @@ def register_torchscript_symbolic() -> Registration:
     their functions become this package's graph; `translation_table` says what that gives. A
     bfloat16 tensor is broadcast as float32: ONNX Runtime's CPU provider can't expand it otherwise.
 
-    Registers for the whole process, so:
-
-        with register_torchscript_symbolic():
-            torch.onnx.export(module, args, "model.onnx", dynamo=False)
-
-    Registering again where it is registered changes nothing, and undoing that changes nothing.
+    Registers for the whole process. Registering again where it is registered changes nothing, and
+    undoing that changes nothing.
 
     Returns:
         A `Registration`: `undo()`, or the end of `with`, restores what was there before, symbolic
@@ -52,6 +48,11 @@ def register_torchscript_symbolic() -> Registration:
 
     Raises (by the export):
         SpecError: on a negative beta, a delta <= 0, and integral inputs, as PyTorch refuses them.
+
+    >>> import io, warnings
+    >>> pair, file = (torch.ones(3), torch.zeros(3)), io.BytesIO()
+    >>> with register_torchscript_symbolic(), warnings.catch_warnings(action="ignore"):
+    ...     torch.onnx.export(torch.nn.SmoothL1Loss(), pair, file, dynamo=False)
     """
     done = Registration()
     for name, function in _SYMBOLIC.items():
@@ -95,20 +96,19 @@ def _registered(name: str, opset: int) -> Callable[..., Any] | None:
 
 @symbolic_helper.parse_args("v", "v", "i", "f")
 def _smooth_l1_loss(g: Any, self: Any, target: Any, reduction: int, beta: float) -> Any:
-    return _recorded(g, record_smooth_l1, self, target, reduction_name(reduction), beta)
+    return _recorded(g, record_smooth_l1, self, target, reduction, beta)
 
 
 @symbolic_helper.parse_args("v", "v", "i", "f")
 def _huber_loss(g: Any, self: Any, target: Any, reduction: int, delta: float) -> Any:
-    return _recorded(g, record_huber, self, target, reduction_name(reduction), delta)
+    return _recorded(g, record_huber, self, target, reduction, delta)
 
 
 @symbolic_helper.parse_args("v", "v", "i")
 def _l1_loss(g: Any, self: Any, target: Any, reduction: int) -> Any:
-    name = reduction_name(reduction)
     if not any(_element(value) in DTYPE_OF_ELEMENT for value in (self, target)):
-        return record_absolute(_Recorder(g), self, target, name)
-    return _recorded(g, record_smooth_l1, self, target, name, 0.0)
+        return record_absolute(_Recorder(g), self, target, reduction)
+    return _recorded(g, record_smooth_l1, self, target, reduction, 0.0)
 
 
 def _broadcast_tensors(g: Any, self: Any) -> Any:
@@ -153,7 +153,7 @@ _SYMBOLIC: dict[str, Callable[..., Any]] = {
 
 
 def _recorded(
-    g: Any, loss: Callable[..., Any], input: Any, target: Any, reduction: str, knee: float
+    g: Any, loss: Callable[..., Any], input: Any, target: Any, reduction: int, knee: float
 ) -> Any:
     record = _Recorder(g)
     dtype = _promoted_dtype(input, target)
@@ -169,7 +169,7 @@ def _recorded(
         for value, element in zip(operands, elements, strict=True)
     ]
     result = loss(record, *operands, dtype, reduction, knee)
-    if ranks == [0, 0] and reduction == "none":
+    if ranks == [0, 0] and not reduction:  # which is PyTorch's number for none
         result = record("Squeeze", [result, record("Constant", [], value_ints=[0])])
     return result
 
@@ -186,13 +186,7 @@ def _element(value: Any) -> int:
 def _promoted_dtype(*operands: Any) -> str:
     """The name of their common dtype, as PyTorch promotes tensors of one rank."""
     dtypes = [_kind(value).dtype() for value in operands]
-    dtype = str(torch.promote_types(*dtypes)).removeprefix("torch.")
-    if dtype not in ELEMENT_TYPE:
-        raise SpecError(
-            f"the loss is of {dtype} tensors, which PyTorch refuses; convert one of them, as in "
-            "input.float()"
-        )
-    return dtype
+    return checked_dtype(str(torch.promote_types(*dtypes)).removeprefix("torch."))
 
 
 def _before_broadcast(record: _Recorder, *pair: Any) -> Sequence[Any]:

@@ -79,7 +79,9 @@ def eager_tensors(
 ) -> dict[str, torch.Tensor]:
     """`eager_outputs` from tensors to tensors, on whatever device they are on."""
     if beta is not None and not beta >= 0:
-        return _no_beta(spec, input, target, weight)
+        # PyTorch raises on a negative beta; an artefact, which can't, answers NaN everywhere.
+        outputs = eager_tensors(replace(spec, runtime_beta=False), input, target, weight)
+        return {name: torch.full_like(tensor, torch.nan) for name, tensor in outputs.items()}
     number = spec.beta if beta is None else float(beta)
     x = input
     if spec.gradient:
@@ -129,11 +131,3 @@ def _eager_loss(spec: LossSpec, beta: float, *tensors: torch.Tensor) -> torch.Te
 def _summed(values: torch.Tensor, first: int) -> torch.Tensor:
     """Over the axes from `first` on; of one number too it is a sum, which makes 0 of -0."""
     return values.unsqueeze(-1).flatten(first).sum(first)
-
-
-def _no_beta(
-    spec: LossSpec, input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    """PyTorch raises on a negative beta; an artefact, which can't, answers NaN everywhere."""
-    outputs = eager_tensors(replace(spec, runtime_beta=False), input, target, weight)
-    return {name: torch.full_like(tensor, torch.nan) for name, tensor in outputs.items()}

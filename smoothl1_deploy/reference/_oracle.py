@@ -60,6 +60,9 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
     Returns:
         An array of the spec's dtype: the broadcast shape for `none`, [N] per sample, rank 0
         otherwise. The mean of nothing is NaN, the sum of nothing 0.
+
+    >>> oracle(LossSpec(reduction="none"), np.float32([1, 2]), np.float32([0, 0]))
+    array([0.5, 1.5], dtype=float32)
     """
     _check_dtypes(spec, input, target, weight)
     wide = wide_dtype(spec.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import doctest
 import itertools
 import os
 import shutil
@@ -23,7 +24,7 @@ import pytest
 from handmade import model_of, run_session
 from onnx import helper
 
-from smoothl1_deploy import LossSpec, attach, export, load
+from smoothl1_deploy import LossSpec, attach, export, load, ops
 from smoothl1_deploy._floats import NUMPY_DTYPE, ulp_distance
 from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
 from smoothl1_deploy.errors import BackendUnavailableError, SpecError, UnsupportedError
@@ -77,6 +78,11 @@ def assert_near(ours: Any, body: Any, most: int, note: object) -> None:
     finite = np.isfinite(body)
     assert np.array_equal(ours[~finite], body[~finite], equal_nan=True), note
     assert ulp_distance(ours[finite], body[finite]).max(initial=0) <= most, note
+
+
+def test_documented_examples_work() -> None:
+    done = doctest.testmod(ops)
+    assert done.attempted >= 8 and done.failed == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
