@@ -68,13 +68,12 @@ class _Shared:
         self._unused.append(name)
 
     def transport(self, protocol: str) -> Transport:
-        from ..serving._transport import GrpcTransport, HttpTransport
+        """A connection to the server, by `"http"` or `"grpc"`."""
+        from ..serving._transport import open_transport
 
         with self._lock:
-            addresses = self._running().addresses
-        if protocol == "grpc":
-            return GrpcTransport(addresses.grpc, False, _TIMEOUT, 0)
-        return HttpTransport(addresses.http, False, _TIMEOUT, 0)
+            address = getattr(self._running().addresses, protocol)
+        return open_transport(f"{protocol}://{address}", _TIMEOUT, 0)
 
     def _running(self) -> Server:
         from ..serving._server import Server

@@ -17,10 +17,9 @@ import pytest
 import torch
 from agreement import assert_right, pair
 from handmade import model_of
-from host_device import HostDevice, on_host_device
+from host_device import HostDevice
 
 from smoothl1_deploy import LossSpec, export, ops
-from smoothl1_deploy.backends import _gpu as gpu
 from smoothl1_deploy.backends import _ort_tensorrt as ort_tensorrt
 from smoothl1_deploy.backends._ort_gpu import OrtCudaBackend, host_nodes, inlined
 from smoothl1_deploy.backends._ort_tensorrt import OrtTensorrtBackend, OrtTensorrtRtxBackend
@@ -33,8 +32,7 @@ SPEC = LossSpec(0.5, "none")
 
 
 @pytest.fixture(autouse=True)
-def tensors_of_the_host_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "is_on_device", on_host_device)
+def _no_operators(monkeypatch: pytest.MonkeyPatch, tensors_are_on_the_device: None) -> None:
     # The operators for CUDA can't be registered here (tests/ops/test_cuda_source.py).
     monkeypatch.setattr(ops, "_LIBRARY", Path("none.so"))
 

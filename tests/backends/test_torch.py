@@ -1,4 +1,4 @@
-"""`torch-cuda`: PyTorch's kernels by way of the artefact's spec, on memory of the host."""
+"""`torch` and `torch-cuda`: PyTorch by way of the artefact's spec, on memory of the host."""
 
 from __future__ import annotations
 
@@ -6,20 +6,37 @@ import numpy as np
 import pytest
 import torch
 from agreement import pair
-from host_device import HostDevice, on_host_device
+from handmade import model_of
+from host_device import HostDevice
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.backends import _gpu as gpu
+from smoothl1_deploy.backends._base import get_backend, load
 from smoothl1_deploy.backends._torch import TorchCudaBackend
-from smoothl1_deploy.reference._module import eager_outputs
+from smoothl1_deploy.errors import ArtefactError
+from smoothl1_deploy.reference._module import eager, eager_outputs
+from smoothl1_deploy.reference._oracle import oracle
 
 
-@pytest.fixture(autouse=True)
-def tensors_of_the_host_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "is_on_device", on_host_device)
+@pytest.mark.parametrize(("name", "other"), [("torch", "ort-cpu"), ("torch-cuda", "ort-cuda")])
+def test_torch_refuses_a_model_without_a_spec(name: str, other: str) -> None:
+    backend = get_backend("torch") if name == "torch" else TorchCudaBackend(HostDevice())
+    with pytest.raises(ArtefactError) as caught:
+        backend.load(model_of("g (float[N] a, float[N] b) => (float[N] c) { c = Sub(a, b) }"))
+    assert str(caught.value) == (
+        f"the {name} backend computes what an artefact's spec says, and this model carries none; "
+        f"use a backend that runs the graph, such as {other}"
+    )
 
 
-def test_it_is_pytorch_eager() -> None:
+def test_torch_rounds_where_pytorch_does_and_not_where_the_oracle_does() -> None:
+    spec = LossSpec(1000.0, "none", "float16")
+    a = np.array([500.0], np.float16)
+    got = load(export(spec), "torch").run(a, 0 * a)["loss"]
+    assert got.tobytes() == eager(spec, a, 0 * a).tobytes() != oracle(spec, a, 0 * a).tobytes()
+
+
+@pytest.mark.usefixtures("tensors_are_on_the_device")
+def test_torch_cuda_is_pytorch_eager_on_arrays_and_tensors() -> None:
     device = HostDevice()
     for spec in (
         LossSpec(0.5, "none", "bfloat16"),
@@ -40,6 +57,7 @@ def test_it_is_pytorch_eager() -> None:
             np.testing.assert_array_equal(device.download(on_device[name]), array)
 
 
+@pytest.mark.usefixtures("tensors_are_on_the_device")
 def test_a_negative_beta_at_run_time_gives_nan() -> None:
     runner = TorchCudaBackend(HostDevice()).load(
         export(LossSpec(reduction="none", runtime_beta=True), shape=("N", 4))
