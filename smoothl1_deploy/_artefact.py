@@ -21,10 +21,10 @@ from ._model import (
     check_trust,
     element_name,
     engines_in,
+    external,
     inputs_of,
     metadata_of,
     outputs_of,
-    tensors,
 )
 from ._shapes import check_size
 from ._spec import LossSpec
@@ -164,13 +164,11 @@ def look_at(source: ModelSource) -> onnx.ModelProto:
     """
     model = source if isinstance(source, onnx.ModelProto) else _read(source)
     check_trust(model)
-    for tensor in tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:  # loading clears it
-            raise ArtefactError(
-                f"the data of {tensor.name!r} lie in another file and were not loaded: bytes and "
-                "messages have no folder to look in; give the path of the model, or read it with "
-                "onnx.load(path)"
-            )
+    for name, _ in external(model):  # loading leaves none
+        raise ArtefactError(
+            f"the data of {name!r} lie in another file and were not loaded: bytes and messages "
+            "have no folder to look in; give the path of the model, or read it with onnx.load(path)"
+        )
     return model
 
 
@@ -218,16 +216,13 @@ def _load_weights(model: onnx.ModelProto, what: str) -> None:
     folder = os.path.dirname(what)
     files: dict[tuple[int, int], int] = {}
     asked = largest = 0
-    for tensor in tensors(model):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        path = os.path.join(folder, entries.get("location", ""))
-        if os.path.isfile(path):  # of others, onnx says what is wrong with them
+    for _, said in external(model):
+        path = os.path.join(folder, said.get("location", ""))
+        if os.path.isfile(path):  # what is wrong with any other, onnx says
             there = os.stat(path)
             files[there.st_dev, there.st_ino] = there.st_size
-            rest = there.st_size - int(entries.get("offset", 0))
-            size = min(int(entries.get("length", rest)), rest)
+            rest = there.st_size - int(said.get("offset", 0))
+            size = min(int(said.get("length", rest)), rest)
             asked, largest = asked + size, max(largest, size)
     held = sum(files.values())
     if asked > _LARGE and asked > _MOST_TIMES * held:

@@ -240,16 +240,16 @@ def value_names(graph: onnx.GraphProto) -> Iterator[str]:
             yield from (*node.input, *node.output)
 
 
+def external(model: onnx.ModelProto) -> Iterator[tuple[str, dict[str, str]]]:
+    """The names of the constants whose data lie in other files, each with what it says of them."""
+    for tensor in tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            yield tensor.name, {entry.key: entry.value for entry in tensor.external_data}
+
+
 def external_locations(model: onnx.ModelProto) -> list[str]:
     """The files beside the model that hold data of it, as the model names them."""
-    found = {
-        entry.value
-        for tensor in tensors(model)
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return sorted(found)
+    return sorted({said["location"] for _, said in external(model) if "location" in said})
 
 
 # Trust

@@ -431,7 +431,8 @@ def nodes_of(
         assembly = Assembly(spec, tensors, summed_axes=summed_axes, prefix=prefix, inlined=inlined)
         return assembly.nodes, [], function_closure(assembly.used)
     name = function_name(spec)
-    whole = _as_function(spec)
+    # One body for the beta that is known and the one that isn't.
+    whole = replace(spec, beta=1.0, runtime_beta=True) if _takes_beta(spec) else spec
     inputs = [tensors.get(role) or f"{prefix}{role}" for role in whole.inputs]
     constants: list[onnx.TensorProto] = []
     attributes: dict[str, Any] = {}
@@ -444,11 +445,6 @@ def nodes_of(
     outputs = [tensors[role] for role in spec.outputs]
     node = helper.make_node(name, inputs, outputs, name=outputs[0], domain=f.DOMAIN, **attributes)
     return [node], constants, _functions_of(whole)
-
-
-def _as_function(spec: LossSpec) -> LossSpec:
-    """`spec` as its function has it: one body for the beta that is known and the one that isn't."""
-    return replace(spec, beta=1.0, runtime_beta=True) if _takes_beta(spec) else spec
 
 
 def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:
