@@ -38,17 +38,22 @@ _OF_THE_SHAPE = ("Shape", "Size")
 
 def inlined(model: onnx.ModelProto, kept: Iterable[tuple[str, str]] = ()) -> onnx.ModelProto:
     """A copy without local functions but those `kept`, in which every node has its own name."""
-    copy = without_functions(model, kept)
+    whole = without_functions(model, kept)
     used: set[str] = set()
-    for index, node in enumerate(copy.graph.node):
+    for index, node in enumerate(whole.graph.node):
         if not node.name or node.name in used:
             node.name = f"{node.op_type}_{index}_{len(used)}"
         used.add(node.name)
-    return copy
+    return whole
 
 
 def host_nodes(model: onnx.ModelProto) -> frozenset[str]:
-    """The names of the nodes that work on shapes and constants alone."""
+    """The names of the nodes that a provider may leave to the CPU.
+
+    They work on shapes and constants alone. ONNX Runtime puts that arithmetic on the CPU on
+    purpose, where its numbers are (how many elements a mean divides by); anything else there is a
+    silent fall-back.
+    """
     data = {value.name for value in inputs_of(model)}
     names = set()
     for node in model.graph.node:  # in topological order

@@ -1,4 +1,7 @@
-"""`Runner`: a loaded artefact, which checks what it is given before a backend computes."""
+"""`Runner`: a loaded artefact, which checks what it is given before a backend computes.
+
+Arrays are promoted as PyTorch promotes, and have shapes that fit, or are refused.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,6 @@ from .._model import Port
 from .._spec import LossSpec
 from ..errors import ArtefactError, InvalidInputError, UnsupportedError
 from ..graph._metadata import is_changed, is_served, read_spec
-
-
-def _kind(name: str) -> str:
-    """`float`, `integer`, `bool`, or what can't be used, of a dtype's name."""
-    if name in NUMPY_DTYPE:
-        return "float"
-    if name == "bool":
-        return "bool"
-    return "integer" if re.fullmatch(r"u?int(8|16|32|64)", name) else "other"
 
 
 def promote(arrays: dict[str, Array], dtype: str) -> dict[str, Array]:
@@ -60,14 +54,13 @@ def check_promotion(given: Mapping[str, str], dtype: str) -> None:
     Raises:
         InvalidInputError: where the result would be another dtype.
     """
-    kinds = {name: _kind(each) for name, each in given.items()}
-    for name, kind in kinds.items():
-        if kind == "other":
+    for name, each in given.items():
+        if each not in NUMPY_DTYPE and not re.fullmatch(r"bool|u?int(8|16|32|64)", each):
             raise InvalidInputError(
-                f"{name} has the dtype {given[name]}, which is not a number format of a loss"
+                f"{name} has the dtype {each}, which is not a number format of a loss"
             )
-    floats = {given[name] for name, kind in kinds.items() if kind == "float"}
-    if "float" not in (kinds["input"], kinds["target"]):
+    floats = {each for each in given.values() if each in NUMPY_DTYPE}
+    if floats.isdisjoint((given["input"], given["target"])):
         raise InvalidInputError(
             f"input and target are both integral ({given['input']}, "
             f"{given['target']}); PyTorch refuses that too. Convert one of them: "
