@@ -130,9 +130,7 @@ class Device:
         """
         from ._dlpack import adopted
 
-        torch = self._torch
-        own = isinstance(value, torch.Tensor)
-        tensor = adopted(value, what, (lambda plain: plain) if own else torch.from_dlpack)
+        tensor = adopted(value, what, lambda plain: plain, self._torch.from_dlpack)
         if tensor.device != self._place:
             raise InvalidInputError(
                 f"{what} is on {tensor.device}, and the artefact was loaded on {self._place}; "

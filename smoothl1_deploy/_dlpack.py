@@ -64,19 +64,13 @@ def as_array(value: Any, what: str) -> Array:
     if isinstance(value, (np.ndarray, np.generic)):
         array = np.asarray(value)
     elif hasattr(value, "__dlpack__"):
-        array = adopted(value, what, _numpy_of)
+        array = adopted(value, what, from_torch, np.from_dlpack)
     else:
         raise InvalidInputError(
             f"{what} is a {type(value).__name__}; give a numpy array or a tensor with __dlpack__"
         )
     # order="C" instead of ascontiguousarray, which makes a rank of 0 into 1.
     return np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
-
-
-def _numpy_of(value: Any) -> Array:
-    torch = sys.modules.get("torch")
-    is_torchs = torch is not None and isinstance(value, torch.Tensor)
-    return from_torch(value) if is_torchs else np.from_dlpack(value)
 
 
 def from_torch(tensor: Any) -> Array:
@@ -101,13 +95,16 @@ def to_torch(array: Array) -> Any:
         return torch.from_numpy(array)
 
 
-def adopted(value: Any, what: str, importer: Callable[[Any], Any]) -> Any:
-    """What `importer` makes of `value`: a torch tensor as it is, anything else through DLPack.
+def adopted(
+    value: Any, what: str, of_torch: Callable[[Any], Any], of_dlpack: Callable[[Any], Any]
+) -> Any:
+    """What is made of `value`: of a torch tensor as it is, of anything else through DLPack.
 
     Args:
         value: a tensor, or what has `__dlpack__`; the code behind that is the caller's.
         what: the name of `value` in messages.
-        importer: takes a torch tensor without gradient and lazy negation, or an exporter.
+        of_torch: takes a torch tensor without gradient and lazy negation.
+        of_dlpack: takes an exporter.
 
     Raises:
         InvalidInputError: for what can't be imported, whatever it ends in, and for elements
@@ -121,10 +118,10 @@ def adopted(value: Any, what: str, importer: Callable[[Any], Any]) -> Any:
             # DLPack refuses a tensor that requires grad, and drops the sign of a negated one.
             tensor = value.detach().resolve_neg()
             if _has_memory(tensor):
-                return importer(tensor)
+                return of_torch(tensor)
         else:
             exporter = _Exporter(value)
-            found = importer(exporter)
+            found = of_dlpack(exporter)
             if exporter.has_data or 0 in found.shape:
                 return found
     except Exception as exc:

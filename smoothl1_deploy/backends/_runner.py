@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import onnx
 
-from .._artefact import Signature, signature
+from .._artefact import ROLES, Signature, signature
 from .._dlpack import as_array
 from .._floats import NUMPY_DTYPE, Array
 from .._model import Port
@@ -192,19 +192,32 @@ class Runner(ABC):
             UnsupportedError: in a `__del__` that runs when the interpreter has shut down.
         """
         check_interpreter()
-        # A loop over batches of one shape, as nearly every caller's is, checks the shape once.
+        if weight is beta is grad_output is None:
+            found = self._at_once(input, target)
+            if found is not None:
+                return found
+        given = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
+        return self._checked({name: x for name, x in given.items() if x is not None}, beta)
+
+    def _at_once(self, input: Any, target: Any) -> dict[str, Any] | None:
+        """The answer to arrays of the shape that was right before; None for any other.
+
+        A loop over batches of one shape, as nearly every caller's is, checks the shape once.
+        """
         if (
             type(input) is type(target) is np.ndarray
             and input.dtype is target.dtype is self._dtype
             and input.shape == target.shape == self._good_shape
             and input.flags.c_contiguous
             and target.flags.c_contiguous
-            and weight is beta is grad_output is None
         ):
-            return self._execute_pair(input, target)
-        given = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
-        self._check_given({**given, "beta": beta})
-        arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
+            return self._execute({"input": input, "target": target}, input.shape)
+        return None
+
+    def _checked(self, given: dict[str, Any], beta: float | None) -> dict[str, Any]:
+        """The answer to what was given by role, after it was checked."""
+        self._check_given(given, beta)
+        arrays = {name: as_array(x, name) for name, x in given.items()}
         shape = self._broadcast(arrays)
         feeds = promote(arrays, self.signature.input.dtype)
         if beta is not None:
@@ -280,14 +293,14 @@ class Runner(ABC):
                 )
         return shape
 
-    def _check_given(self, given: Mapping[str, Any]) -> None:
-        for name, value in given.items():
-            if (value is not None) == (name in self.signature.inputs):
-                continue
-            takes = ", ".join(self.signature.inputs)
-            if value is None:
+    def _check_given(self, given: Mapping[str, Any], beta: float | None) -> None:
+        known = {*given} if beta is None else {*given, "beta"}
+        takes = ", ".join(self.signature.inputs)
+        for name in ROLES:
+            if name in self.signature.inputs and name not in known:
                 raise InvalidInputError(f"{name} is missing; the artefact takes {takes}")
-            raise InvalidInputError(f"the artefact takes {takes}, and no {name}; leave it out")
+            if name in known and name not in self.signature.inputs:
+                raise InvalidInputError(f"the artefact takes {takes}, and no {name}; leave it out")
 
     @abstractmethod
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
@@ -297,10 +310,6 @@ class Runner(ABC):
         [1] of a served graph; grad_output: the shape of the loss); `shape` is the one that the
         others broadcast to.
         """
-
-    def _execute_pair(self, input: Array, target: Array) -> dict[str, Array]:
-        """`_execute` for two arrays of one shape and nothing else; a place to be quick."""
-        return self._execute({"input": input, "target": target}, input.shape)
 
     def _output_shape(self, port: Port, feeds: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
         """The shape an output will have, told from the spec or, without one, from its port."""
