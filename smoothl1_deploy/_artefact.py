@@ -38,12 +38,12 @@ ModelSource = onnx.ModelProto | bytes | str | os.PathLike[str]
 
 
 def sha256(data: bytes) -> str:
-    """Hex digest."""
+    """The sha256 of `data`, in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def seal(entries: Mapping[str, Any]) -> bytes:
-    """JSON of `entries` and of their own sha256, by which `read_sealed` knows damage."""
+    """The JSON of `entries` and of their own sha256, by which `read_sealed` knows damage."""
     return _text({**entries, "sha256": sha256(_text(entries))})
 
 
@@ -52,7 +52,7 @@ def _text(entries: Mapping[str, Any]) -> bytes:
 
 
 def sidecar_path(engine: Path) -> Path:
-    """`loss.engine` -> `loss.engine.json`."""
+    """The path of an engine's sidecar: `loss.engine.json` of `loss.engine`."""
     return engine.with_name(engine.name + ".json")
 
 
@@ -252,12 +252,12 @@ class Signature:
 
     @property
     def input(self) -> Port:
-        """The prediction."""
+        """The port of the prediction."""
         return self.inputs["input"]
 
     @property
     def target(self) -> Port:
-        """What it is compared with."""
+        """The port of what it is compared with."""
         return self.inputs["target"]
 
     @property
@@ -288,7 +288,7 @@ _OUTPUT_NAMES = ("loss", "grad_input")
 
 
 def _roles(names: Iterable[str]) -> dict[str, str]:
-    """Role -> name of the graph input that plays it."""
+    """The graph input that plays each role."""
     known = list(names)
     if {"input", "target"} <= set(known) <= set(ROLES):
         return {role: role for role in ROLES if role in known}
@@ -323,7 +323,7 @@ def signature(model: onnx.ModelProto) -> Signature:
 
 
 def check_spec(signature: Signature, spec: LossSpec) -> None:
-    """Refuse a spec, anyone's or of a model's metadata, that is not of the model's ports.
+    """Refuse a spec, anyone's or of a model's metadata, that doesn't fit the model's ports.
 
     Raises:
         ArtefactError: where dtype, inputs or the output of the gradient differ.

@@ -154,7 +154,7 @@ class Device:
         return None
 
     def convert(self, tensor: Any, dtype: str) -> Any:
-        """The tensor in another dtype; itself where it has it."""
+        """The tensor in `dtype`: itself where that is its own."""
         return tensor.to(getattr(self._torch, dtype))
 
     def selected(self) -> AbstractContextManager[None]:

@@ -98,7 +98,7 @@ def to_torch(array: Array) -> Any:
 def adopted(
     value: Any, what: str, of_torch: Callable[[Any], Any], of_dlpack: Callable[[Any], Any]
 ) -> Any:
-    """What is made of `value`: of a torch tensor as it is, of anything else through DLPack.
+    """What `of_torch` makes of a torch tensor, or `of_dlpack` of anything else.
 
     Args:
         value: a tensor, or what has `__dlpack__`; the code behind that is the caller's.

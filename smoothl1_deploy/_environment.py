@@ -48,7 +48,7 @@ def silence() -> None:
 
 
 def telemetry() -> dict[str, bool] | None:
-    """Whether ONNX Runtime's is on in this `process`, and in the user's `own_sessions`.
+    """Whether ONNX Runtime's telemetry is on in this `process`, and in the user's `own_sessions`.
 
     None where no ONNX Runtime is installed.
     """

@@ -137,7 +137,7 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
-    """The metadata entries, as text: protobuf gives bytes of what is no UTF-8, and takes none."""
+    """The metadata entries, as text: protobuf gives bytes for what is no UTF-8, and takes none."""
     return {_text(entry.key): _text(entry.value) for entry in model.metadata_props}
 
 
@@ -218,7 +218,7 @@ def _scopes(
 
 
 def every_node(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """`nodes`, and those of subgraphs, which read the tensors around them."""
+    """The `nodes`, and the nodes of their subgraphs, which read the tensors around them."""
     for node in nodes:
         yield node
         for graph in subgraphs(node):
@@ -324,7 +324,7 @@ def _check_names(model: onnx.ModelProto) -> None:
         for node in scope.nodes:
             names += [node.domain, node.op_type, node.name, *node.input, *node.output]
     for name in (model.graph.name, *names):
-        if isinstance(name, bytes):  # what protobuf gives of no UTF-8
+        if isinstance(name, bytes):  # what protobuf gives for no UTF-8
             raise ArtefactError(f"the name {name!r} in the model is no text; the model is damaged")
 
 
@@ -495,7 +495,7 @@ def main_tensors(model: onnx.ModelProto) -> dict[str, Tensor]:
 
 
 def outputs_of(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """The outputs; a shape that isn't declared, or that the nodes contradict, as they make it."""
+    """The outputs; a shape that isn't declared, or that the nodes contradict, is what they make."""
     known = main_tensors(model)
     found = []
     for value in model.graph.output:
@@ -551,7 +551,7 @@ def _is_known(shape: Sequence[int | str | None] | None, names: Container[str]) -
 
 
 def _contradict(claimed: Sequence[int | str | None], certain: Shape, given: Container[str]) -> bool:
-    """Whether a rank or size is claimed that isn't so; one that is just not told may be."""
+    """Whether a rank or size is claimed that is known to be another; an unknown one may be so."""
     return len(claimed) != len(certain) or any(
         isinstance(a, int) and a != b and _is_known((b,), given)
         for a, b in zip(claimed, certain, strict=True)

@@ -77,7 +77,9 @@ def open_array(path: Path) -> tuple[IO[bytes], Header]:
 
 @contextlib.contextmanager
 def damage_told(what: str, remedy: str) -> Iterator[None]:
-    """Take what is raised within for damage of a file: by numpy, tokenize, zipfile, a decompressor.
+    """Take what is raised within for damage of a file.
+
+    numpy, tokenize, zipfile and the decompressors each raise errors of their own.
 
     Raises:
         InvalidInputError: for everything but what the machine lacks.

@@ -16,7 +16,7 @@ _REMEDY = "give integers >= 0 for fixed axes and identifiers for dynamic ones, a
 
 
 def check_shape(shape: Sequence[Dim] | None, what: str = "shape") -> Shape | None:
-    """A validated tuple.
+    """The shape as a tuple, validated.
 
     Raises:
         SpecError: for anything but a sequence of integers >= 0 and identifiers, and for a shape
@@ -103,7 +103,7 @@ def summed_axes(shape: Shape | None, *others: Shape | None) -> tuple[int, ...] |
 
 
 def describe(shape: Shape | None) -> str:
-    """`"Nx16"`, `"scalar"` or `"any"`: for graph names and messages, no two shapes alike.
+    """The shape in a word: `"Nx16"`, `"scalar"` or `"any"`; no two shapes have the same.
 
     >>> describe(("Nx16",))
     '<Nx16>'

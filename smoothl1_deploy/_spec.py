@@ -228,7 +228,7 @@ class LossSpec:
 
     @property
     def has_subnormal_beta(self) -> bool:
-        """Whether beta is subnormal in float32, where dtype is no wider: half of it may be none."""
+        """Whether beta is subnormal in float32 and dtype no wider: half of such a beta may be 0."""
         return self.dtype != "float64" and 0 < self.effective_beta < _SMALLEST_NORMAL_FLOAT32
 
     @property

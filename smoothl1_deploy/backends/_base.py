@@ -100,7 +100,7 @@ class OfTensorrt(Backend):
     accumulator = "float32"
 
     def refuses(self, spec: LossSpec) -> str | None:
-        """float64, which TensorRT doesn't have."""
+        """Refuse float64, which TensorRT doesn't have."""
         from ..tensorrt._prepare import refuses
 
         return refuses(spec)

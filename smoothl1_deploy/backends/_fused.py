@@ -46,7 +46,7 @@ _AS_WRITTEN = {"enable_fp_fusion": False}  # a product and a sum are two roundin
 
 @triton.jit
 def _widened(values):
-    """float32 of narrower numbers, float64 as it is."""
+    """Narrower numbers as float32, float64 as it is."""
     if values.dtype == tl.int16:
         return (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif values.dtype == tl.float64:
@@ -155,7 +155,7 @@ def _finish(high, low, columns, MEAN: tl.constexpr, SCALE: tl.constexpr, TYPE: t
 
 @triton.jit
 def _threshold(beta, BETA: tl.constexpr):
-    """beta, a number or, where it may be anything, on the device."""
+    """The threshold: beta, a number or, where it may be anything, loaded from the device."""
     if BETA == 0:
         return tl.load(beta)
     else:
@@ -295,7 +295,7 @@ class Plan:
 
 
 def plan(rows: int, columns: int) -> Plan:
-    """One launch for rows of one tile or many rows; two for others."""
+    """The plan: one launch for rows of one tile and for many rows; two for others."""
     size, warps = _TILE
     width = min(max(_power(columns), 16), size)
     height = min(_power(rows), size // width)
@@ -382,7 +382,7 @@ class _Beta:
 
 
 class Losses:
-    """`none`: the losses of `count` elements.
+    """The kernel of `none`: the losses of `count` elements.
 
     Args:
         count: how many elements input, target and loss have.
@@ -407,7 +407,7 @@ class Losses:
 
 
 class Rows:
-    """The sums, or means, of rows: one number a row.
+    """The kernels of sums, or means, of rows: one number a row.
 
     Args:
         how: `plan(rows, columns)`.

@@ -48,7 +48,7 @@ for _operator in (_ReduceSum, _Flatten):
 
 
 class _Evaluator(ReferenceEvaluator):
-    """The evaluator makes one of its own class for each function of a model."""
+    """The evaluator, corrected; for each function of a model it makes another of its own class."""
 
     def __init__(self, proto: Any, **arguments: Any) -> None:
         super().__init__(proto, **{**arguments, "new_ops": [_ReduceSum, _Flatten]})

@@ -134,7 +134,7 @@ class OrtGpuRunner(GpuRunner):
 
 
 class OrtGpuBackend(GpuBackend):
-    """What the three share: a provider, how it is asked for, and the graph it gets."""
+    """What the backends share: a provider, how it is asked for, and the graph it gets."""
 
     provider: str
     extra = "gpu"

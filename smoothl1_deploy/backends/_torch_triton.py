@@ -150,7 +150,7 @@ class TorchTritonBackend(GpuBackend):
             self.slow = self._device.name
 
     def refuses(self, spec: LossSpec) -> str | None:
-        """A gradient, and weights."""
+        """Refuse a gradient, and weights."""
         return _refusal(spec)
 
     def load(self, model: onnx.ModelProto) -> TorchTritonRunner:

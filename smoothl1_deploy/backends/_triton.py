@@ -135,7 +135,7 @@ class _TritonBackend(Backend):
         find_triton()
 
     def refuses(self, spec: LossSpec) -> str | None:
-        """An upstream gradient, which no request has."""
+        """Refuse an upstream gradient, which no request has."""
         return "a server has no gradient to pass back" if spec.upstream else None
 
     def load(self, model: onnx.ModelProto) -> TritonRunner:

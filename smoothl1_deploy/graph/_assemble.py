@@ -106,7 +106,7 @@ class Assembly:
         return self._add("Constant", [], name, value=tensor)
 
     def _scalar_tensors(self) -> list[str] | None:
-        """beta, half and divisor for the terms; None where an attribute says it all (case 1)."""
+        """The beta, half and divisor of the terms; None where an attribute says it all (case 1)."""
         spec = self._spec
         if _is_l1(spec):
             return []
@@ -250,8 +250,9 @@ class Assembly:
         self._rounded(slope, TensorProto.DOUBLE, "grad_input")
 
     def _flowing_in(self, losses: str, parts: list[str]) -> str:
-        """What autograd multiplies each slope with: of the upstream gradient, which a mean divides,
-        and the weight, those that are asked for.
+        """What autograd multiplies each slope with, of those `parts` that are asked for.
+
+        They are the upstream gradient, which a mean divides, and the weight.
         """
         factor = self._upstream(losses) if "upstream" in parts else ""
         if "mean" in parts:
@@ -266,9 +267,10 @@ class Assembly:
         return factor
 
     def _slope_scalars(self) -> tuple[str, str, str, str]:
-        """beta, shrink and the divisor of the slopes' terms, float64, and what to multiply input
-        and target with, "" for nothing: where beta is inf, differences of float64 may overflow,
-        which are no infinite ones; halves' can't.
+        """The beta, shrink and divisor of the slopes' terms, in float64, and a factor for operands.
+
+        Input and target are multiplied with the factor, where it isn't "": where beta is inf,
+        differences of float64 may overflow, which are no infinite ones; those of halves can't.
         """
         spec = self._spec
         is_double = spec.dtype == "float64"
@@ -353,7 +355,7 @@ class Assembly:
         return self._doubles[tensor]
 
     def _count(self, losses: str) -> str:
-        """What the loss of an element was divided by: rank 0, or one for each row."""
+        """The number that the loss of an element was divided by: of rank 0, or one for each row."""
         if self._weight_total:
             return self._weight_total
         if not self._counted and self._spec.per_sample:

@@ -443,7 +443,7 @@ class OldOpsetError(ArtefactError):
 def check_opset(
     model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto], nodes: Iterable[onnx.NodeProto]
 ) -> None:
-    """Whether the opset of `model` has what `functions` and `nodes` are made of.
+    """Refuse a model whose opset lacks what `functions` and `nodes` are made of.
 
     Raises:
         OldOpsetError: for one that is too old; says how to convert the model.

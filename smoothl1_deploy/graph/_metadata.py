@@ -32,7 +32,7 @@ def _drop(model: onnx.ModelProto, *keys: str) -> None:
 
 
 def content_hash(model: onnx.ModelProto) -> str:
-    """sha256 (hex) of the serialised model without its own hash entry."""
+    """The sha256, in hex, of the serialised model without its own hash entry."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     _drop(copy, HASH)

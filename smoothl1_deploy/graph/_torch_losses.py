@@ -31,7 +31,7 @@ class Recorder(Protocol):
 
 
 def checked_dtype(dtype: str) -> str:
-    """The dtype of a loss, or a refusal of any other, as PyTorch refuses it when it runs."""
+    """The dtype, where it is a loss's; PyTorch refuses any other when it runs."""
     if dtype not in ELEMENT_TYPE:
         raise SpecError(
             f"the loss is of {dtype} tensors, which PyTorch refuses; convert one of them, as in "
@@ -41,7 +41,7 @@ def checked_dtype(dtype: str) -> str:
 
 
 def _splits(knee: float) -> tuple[float, float]:
-    """1/2 and 2 where they keep a factor off 1, else 1 and 1.
+    """The factors 1/2 and 2 where they keep another off 1, else 1 and 1.
 
     The optimiser of the dynamo exporter takes a factor or divisor within 1e-5 of 1 for 1 and drops
     it (onnxscript 0.7). Halving the one operand and doubling the other changes no bit.
@@ -68,7 +68,7 @@ def record_smooth_l1(
 def record_huber(
     record: Recorder, input: Any, target: Any, dtype: str, reduction: int, delta: float
 ) -> Any:
-    """The Huber loss, likewise.
+    """The Huber loss of two values of the same `dtype`, which is the result's too.
 
     Raises:
         SpecError: on a delta that is not positive, as PyTorch.

@@ -16,7 +16,7 @@ from ._torch_losses import checked_dtype, record_absolute, record_huber, record_
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
-    """For `torch.onnx.export(..., dynamo=True, custom_translation_table=translation_table())`.
+    """The table for `torch.onnx.export(..., dynamo=True, custom_translation_table=...)`.
 
     Whatever the exported module calls of `nn.SmoothL1Loss`, `F.smooth_l1_loss`, `nn.HuberLoss`,
     `F.huber_loss`, `nn.L1Loss` and `F.l1_loss` becomes this package's graph: reductions in

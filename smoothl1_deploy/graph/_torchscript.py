@@ -227,7 +227,7 @@ def _before_broadcast(record: _Recorder, *pair: Any) -> Sequence[Any]:
 
 
 class _Recorder:
-    """Operators into a graph of TorchScript: attributes carry their kind in their name."""
+    """Adds operators to a graph of TorchScript, where attributes carry their kind in their name."""
 
     def __init__(self, graph: Any) -> None:
         self._graph = graph

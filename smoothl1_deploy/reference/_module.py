@@ -99,7 +99,7 @@ def eager_tensors(
 
 @lru_cache
 def _module(reduction: str, beta: float) -> SmoothL1Loss:
-    """It holds no state, and a loop over rows would make one for each."""
+    """The module, kept: it holds no state, and a loop over rows would make one for each."""
     return SmoothL1Loss(reduction=reduction, beta=beta)
 
 
@@ -129,5 +129,5 @@ def _eager_loss(spec: LossSpec, beta: float, *tensors: torch.Tensor) -> torch.Te
 
 
 def _summed(values: torch.Tensor, first: int) -> torch.Tensor:
-    """Over the axes from `first` on; of one number too it is a sum, which makes 0 of -0."""
+    """The sum over the axes from `first` on; of one number too it makes 0 of -0."""
     return values.unsqueeze(-1).flatten(first).sum(first)

@@ -246,18 +246,19 @@ BROADCASTS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_broadcast(dtype: str) -> None:
     """Against the file's own body; sums in another order, so to an ULP."""
-    for shapes, spec in itertools.product(BROADCASTS, losses(dtype)):
-        if spec.runtime_beta or (spec.per_sample and not any(shapes)):
+    for spec in losses(dtype):
+        if spec.runtime_beta:
             continue
-        given = [*shapes, shapes[0][1:]][: 2 + bool(spec.weight)]
-        names = ("input", "target", "weight")
-        drawn = (arrays(spec, *shape, seed=seed)["input"] for seed, shape in enumerate(given))
-        arguments = dict(zip(names, drawn, strict=False))
-        model = export(spec, shape=None)
-        with np.errstate(all="ignore"):
-            ours = load(model).run(**arguments)["loss"]
-            body = load(model, "ort-cpu-bare").run(**arguments)["loss"]
-        assert_near(ours, body, 2, spec)
+        ours, body = (load(export(spec), backend).run for backend in ("ort-cpu", "ort-cpu-bare"))
+        for shapes in BROADCASTS:
+            if spec.per_sample and not any(shapes):
+                continue
+            given = [*shapes, shapes[0][1:]][: 2 + bool(spec.weight)]
+            names = ("input", "target", "weight")
+            drawn = (arrays(spec, *shape, seed=seed)["input"] for seed, shape in enumerate(given))
+            arguments = dict(zip(names, drawn, strict=False))
+            with np.errstate(all="ignore"):
+                assert_near(ours(**arguments)["loss"], body(**arguments)["loss"], 2, spec)
 
 
 def test_a_mean_by_weights_whose_sums_overflow_is_the_body_s() -> None:
