@@ -16,7 +16,8 @@ import onnx
 
 from .._artefact import sha256
 from .._device import Device
-from ..errors import BackendUnavailableError, OutputError, reason_of, require
+from .._files import make_folder
+from ..errors import BackendUnavailableError, require
 from ..tensorrt._cache import default_cache_dir
 from ..tensorrt._flavour import PROVIDERS
 from ..tensorrt._prepare import prepare
@@ -57,14 +58,7 @@ class _EngineBackend(OfTensorrt, OrtGpuBackend):
             if profile.ranges
         }
         key = self._key(graph, settings)
-        folder = self._root / self.name / key
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise OutputError(
-                f"can't keep engines in {folder} ({reason_of(exc)}); choose a folder that you may "
-                "write to with cache_dir="
-            ) from exc
+        folder = make_folder(self._root / self.name / key, "cache_dir=")
         return {**settings, **self._caching(folder, key)}
 
     def _key(self, graph: onnx.ModelProto, settings: Mapping[str, str]) -> str:
