@@ -60,7 +60,7 @@ def read_sealed(path: Path, otherwise: str = "") -> dict[str, Any]:
     """The entries of an engine's sidecar, read without trust.
 
     Args:
-        path: the sidecar's.
+        path: of the sidecar.
         otherwise: what else helps where there is none, at the end of the sentence.
 
     Raises:
