@@ -205,7 +205,7 @@ def _read(source: bytes | str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 _LARGE = 1 << 30  # bytes of weights; fewer are no harm, however often a file is read for them
-_MOST_TIMES = 4  # that a file is read; tensors that share their weights read them twice
+_MOST_TIMES = 4  # how often a file is read; tensors that share their weights read it twice
 
 
 def _load_weights(model: onnx.ModelProto, what: str) -> None:

@@ -138,7 +138,7 @@ def adopted(
 def _has_memory(tensor: Any) -> bool:
     """Whether the storage of a torch tensor reaches as far as its elements."""
     storage = tensor.untyped_storage()
-    if storage.device.type == "meta":  # of a FakeTensor, which names another device, too
+    if storage.device.type == "meta":  # a FakeTensor's too, which names another device
         return False
     if not tensor.numel():
         return True

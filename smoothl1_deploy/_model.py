@@ -255,7 +255,7 @@ def external_locations(model: onnx.ModelProto) -> list[str]:
 # Trust
 
 _DEEPEST = 24  # graphs in one another; protobuf's own limit of 100 messages is reached about there
-_MOST_NODES = 1_000_000  # of all functions put in the places where they are called
+_MOST_NODES = 1_000_000  # with the bodies of functions in the places where they are called
 
 _Name = tuple[str, str, str]
 
@@ -431,7 +431,7 @@ _SMALL = 1024  # bytes of an initialiser that shape inference may need the value
 #: Elements beyond which onnx is not asked to follow what tensors hold: it keeps a message of
 #: 220 bytes for each element of a tensor of rank 1, through every operator (onnx 1.23).
 _LONGEST_VECTOR = 1 << 16
-_MOST_ELEMENTS = 1 << 23  # of any rank: a function may flatten it, which nothing here shows
+_MOST_ELEMENTS = 1 << 23  # the same for any rank: a function may flatten it, unseen here
 
 
 @dataclass(frozen=True, slots=True)

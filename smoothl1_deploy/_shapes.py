@@ -10,8 +10,8 @@ from .errors import SpecError
 Dim = int | str
 Shape = tuple[Dim, ...]
 
-_MOST_AXES = 64  # of a numpy array and of a PyTorch tensor
-_MOST_ELEMENTS = 1 << 60  # of 8 bytes: what a signed 64-bit offset reaches
+_MOST_AXES = 64  # what numpy and PyTorch have at most
+_MOST_ELEMENTS = 1 << 60  # of 8 bytes each, which a signed 64-bit offset still reaches
 _REMEDY = "give integers >= 0 for fixed axes and identifiers for dynamic ones, as in ('N', 16)"
 
 

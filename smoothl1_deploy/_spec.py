@@ -69,7 +69,7 @@ def _valid_beta(beta: object) -> float:
         )
     try:
         value = float(beta)
-    except OverflowError:  # its digits would be the whole message, or too many for Python to print
+    except OverflowError:  # the digits would be the whole message, or too many for Python to print
         raise SpecError(
             f"beta is a {type(beta).__name__} that no float can hold; {remedy}"
         ) from None

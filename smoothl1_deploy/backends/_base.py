@@ -26,7 +26,7 @@ from ..errors import (
 from ..graph._metadata import warn_if_changed
 from ._runner import Runner
 
-_MOST_THREADS = 4096  # of one call, on any machine there is
+_MOST_THREADS = 4096  # more than any machine has
 
 #: name -> (module of this package that holds it, its class).
 BACKENDS: Mapping[str, tuple[str, str]] = {

@@ -38,9 +38,9 @@ import triton.language as tl
 
 _BLOCK = (1024, 4)  # elements of a tile of `none`, and the warps on it
 _TILE = (2048, 8)  # and of a reduction
-_PROGRAMS = 4096  # in which a reduction is cut at most; each leaves one partial sum
+_PROGRAMS = 4096  # the most that a reduction is cut into; each leaves one partial sum
 _COMBINED = 128  # partial sums a warp
-_LARGEST_POWER = 2.0**127  # of two that is a float32
+_LARGEST_POWER = 2.0**127  # the largest power of two that is a float32
 _AS_WRITTEN = {"enable_fp_fusion": False}  # a product and a sum are two roundings, as interpreted
 
 

@@ -20,7 +20,7 @@ from ._runner import Runner
 #: process's stderr, it raises as well, and probes of anyone's model fail on purpose.
 SILENT = 4
 
-_MOST_THREADS = 8  # of a large machine one loss takes a part
+_MOST_THREADS = 8  # one loss takes no more of a large machine
 
 
 def default_threads() -> int:

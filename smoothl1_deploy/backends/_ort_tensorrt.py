@@ -38,7 +38,7 @@ class _EngineBackend(OfTensorrt, OrtGpuBackend):
             profile, options and versions has a folder of its own there.
     """
 
-    prefix: str  # of the names of its options
+    prefix: str  # what the names of its options begin with
 
     def __init__(
         self, device: Device | None = None, *, cache_dir: str | Path | None = None

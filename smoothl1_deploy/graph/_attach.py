@@ -40,7 +40,7 @@ from ..errors import ArtefactError, ModelWarning, SpecError
 from ._metadata import forget_spec
 
 _SHOWN = 20  # candidate tensors in an error
-_OLDEST_OPSET = 13  # that our functions can be called in
+_OLDEST_OPSET = 13  # the first that our functions can be called in
 _OLDEST_IR = 8  # the first with functions
 _PARSED = 2**31 - 1  # bytes that protobuf reads in one message
 _WIDENS = {("float16", "float32"), ("bfloat16", "float32")} | {
@@ -182,7 +182,7 @@ class _Graft:
             )
         self.spec = spec if spec is not None else LossSpec(dtype=str(dtype))
         self._prediction = found
-        self._new_shape = found.shape  # of inputs to add
+        self._new_shape = found.shape  # what inputs that are added get
         self._prefix = ""
         self._nodes: list[onnx.NodeProto] = []
         self.prediction = self._in_dtype("prediction", self._handed_on(found))
