@@ -69,11 +69,13 @@ class _Shared:
 
     def transport(self, protocol: str) -> Transport:
         """A connection to the server, by `"http"` or `"grpc"`."""
-        from ..serving._transport import open_transport
+        from ..serving._transport import GrpcTransport, HttpTransport
 
         with self._lock:
-            address = getattr(self._running().addresses, protocol)
-        return open_transport(f"{protocol}://{address}", _TIMEOUT, 0)
+            addresses = self._running().addresses
+        if protocol == "grpc":  # whose address is a socket's, which no URL holds
+            return GrpcTransport(addresses.grpc, False, _TIMEOUT, 0)
+        return HttpTransport(addresses.http, False, _TIMEOUT, 0)
 
     def _running(self) -> Server:
         from ..serving._server import Server
