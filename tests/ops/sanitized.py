@@ -14,7 +14,6 @@ SHAPES = [
     ((3, 7), (3, 7), (3, 7)),
     ((5, 1), (1, 7), (7,)),
     ((0, 3), (1, 3), ()),
-    ((2, 4_001), (2, 4_001), (2, 1)),
     ((2, 40_001), (2, 40_001), (2, 1)),
     ((300_001,), (300_001,), (300_001,)),
     ((1030, 33), (33,), (1030, 1)),
@@ -55,8 +54,8 @@ for suffix, reduction, row, weighted, gradient in itertools.product(
     options.intra_op_num_threads = 2
     session = ort.InferenceSession(model, options)
     for shapes, number in itertools.product(SHAPES, range(1, use(0) + 1)):
-        if (row and not any(shapes)) or (max(shapes[0], default=0) > 1 << 15 and number > 1):
-            continue  # no rows; or several tasks, which one instruction set has like another
+        if (row and not any(shapes)) or (shapes[0] == (300_001,) and number > 1):
+            continue  # no rows; or threads, which one instruction set has like another
         use(number)
         dtype = helper.tensor_dtype_to_np_dtype(element)
         feeds = {name: np.ones(shape, dtype) for name, shape in zip(names, shapes, strict=False)}
