@@ -102,7 +102,7 @@ def small() -> None:
         host(f"{reduction} run", partial(runner.run, x, t))
         recorded = runner.capture(x, t)
         host(f"{reduction} replay", recorded.replay)
-        launch, loss = runner._prepared[x.shape][0], torch.empty_like(x)
+        launch, loss = runner._remembered(x.shape)[0], torch.empty_like(x)
         host(f"{reduction} the launch alone", partial(launch, x, t, runner._beta, loss, None))
     host("torch.empty", lambda: torch.empty((), dtype=torch.float32, device="cuda"))
     host("as_it_is", lambda: runner.device.as_it_is(x))

@@ -19,8 +19,7 @@ import torch
 from onnx import helper
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.backends._ort_gpu import OrtCudaBackend
-from smoothl1_deploy.backends._ort_nodes import inlined
+from smoothl1_deploy.backends._ort_gpu import OrtCudaBackend, inlined
 from smoothl1_deploy.bench._timing import sweep, time_calls
 from smoothl1_deploy.graph._metadata import read_spec, stamp
 

@@ -23,7 +23,7 @@ import onnxruntime as ort
 from smoothl1_deploy import LossSpec, export
 from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._model import inputs_of
-from smoothl1_deploy.backends._ort_nodes import inlined
+from smoothl1_deploy.backends._ort_gpu import inlined
 from smoothl1_deploy.parity._contract import plain_export
 
 _ROWS, _COLUMNS = 4096, 16

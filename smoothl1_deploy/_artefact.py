@@ -17,15 +17,16 @@ from ._files import read_file
 from ._model import (
     DTYPE_OF_ELEMENT,
     ENGINE_OPERATOR,
+    Port,
     check_trust,
-    dims_of,
+    element_name,
     engines_in,
+    external,
     inputs_of,
     metadata_of,
     outputs_of,
-    tensors,
 )
-from ._shapes import Shape, check_size, describe
+from ._shapes import check_size
 from ._spec import LossSpec
 from .errors import ArtefactError, CarriedEngineError, SpecError, is_shortage, reason_of
 from .graph._metadata import HASH, is_changed, read_spec, sign
@@ -37,12 +38,12 @@ ModelSource = onnx.ModelProto | bytes | str | os.PathLike[str]
 
 
 def sha256(data: bytes) -> str:
-    """Hex digest."""
+    """The sha256 of `data`, in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def seal(entries: Mapping[str, Any]) -> bytes:
-    """JSON of `entries` and of their own sha256, by which `read_sealed` knows damage."""
+    """The JSON of `entries` and of their own sha256, by which `read_sealed` knows damage."""
     return _text({**entries, "sha256": sha256(_text(entries))})
 
 
@@ -51,7 +52,7 @@ def _text(entries: Mapping[str, Any]) -> bytes:
 
 
 def sidecar_path(engine: Path) -> Path:
-    """`loss.engine` -> `loss.engine.json`."""
+    """The path of an engine's sidecar: `loss.engine.json` of `loss.engine`."""
     return engine.with_name(engine.name + ".json")
 
 
@@ -163,13 +164,11 @@ def look_at(source: ModelSource) -> onnx.ModelProto:
     """
     model = source if isinstance(source, onnx.ModelProto) else _read(source)
     check_trust(model)
-    for tensor in tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:  # loading clears it
-            raise ArtefactError(
-                f"the data of {tensor.name!r} lie in another file and were not loaded: bytes and "
-                "messages have no folder to look in; give the path of the model, or read it with "
-                "onnx.load(path)"
-            )
+    for name, _ in external(model):  # loading leaves none
+        raise ArtefactError(
+            f"the data of {name!r} lie in another file and were not loaded: bytes and messages "
+            "have no folder to look in; give the path of the model, or read it with onnx.load(path)"
+        )
     return model
 
 
@@ -206,7 +205,7 @@ def _read(source: bytes | str | os.PathLike[str]) -> onnx.ModelProto:
 
 
 _LARGE = 1 << 30  # bytes of weights; fewer are no harm, however often a file is read for them
-_MOST_TIMES = 4  # that a file is read; tensors that share their weights read them twice
+_MOST_TIMES = 4  # how often a file is read; tensors that share their weights read it twice
 
 
 def _load_weights(model: onnx.ModelProto, what: str) -> None:
@@ -217,16 +216,13 @@ def _load_weights(model: onnx.ModelProto, what: str) -> None:
     folder = os.path.dirname(what)
     files: dict[tuple[int, int], int] = {}
     asked = largest = 0
-    for tensor in tensors(model):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        path = os.path.join(folder, entries.get("location", ""))
-        if os.path.isfile(path):  # of others, onnx says what is wrong with them
+    for _, said in external(model):
+        path = os.path.join(folder, said.get("location", ""))
+        if os.path.isfile(path):  # what is wrong with any other, onnx says
             there = os.stat(path)
             files[there.st_dev, there.st_ino] = there.st_size
-            rest = there.st_size - int(entries.get("offset", 0))
-            size = min(int(entries.get("length", rest)), rest)
+            rest = there.st_size - int(said.get("offset", 0))
+            size = min(int(said.get("length", rest)), rest)
             asked, largest = asked + size, max(largest, size)
     held = sum(files.values())
     if asked > _LARGE and asked > _MOST_TIMES * held:
@@ -243,18 +239,6 @@ def _load_weights(model: onnx.ModelProto, what: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Port:
-    """One input or output of a graph; `shape` is None for any rank."""
-
-    name: str
-    dtype: str
-    shape: Shape | None
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.dtype}[{describe(self.shape)}]"
-
-
-@dataclass(frozen=True, slots=True)
 class Signature:
     """What a loss artefact takes and gives.
 
@@ -268,12 +252,12 @@ class Signature:
 
     @property
     def input(self) -> Port:
-        """The prediction."""
+        """The port of the prediction."""
         return self.inputs["input"]
 
     @property
     def target(self) -> Port:
-        """What it is compared with."""
+        """The port of what it is compared with."""
         return self.inputs["target"]
 
     @property
@@ -283,21 +267,18 @@ class Signature:
 
 
 def _port(value: onnx.ValueInfoProto) -> Port:
-    number = value.type.tensor_type.elem_type
-    dtype = DTYPE_OF_ELEMENT.get(number)
-    if dtype is None:
-        known = onnx.TensorProto.DataType.DESCRIPTOR.values_by_number.get(number)
-        element = known.name if known else number
+    port, element = Port.of(value), value.type.tensor_type.elem_type
+    if element not in DTYPE_OF_ELEMENT:
+        named = element_name(element).removeprefix("element type ")
         raise ArtefactError(
-            f"{value.name!r} has the element type {element}; "
+            f"{value.name!r} has the element type {named}; "
             f"a loss artefact takes and gives {', '.join(DTYPE_OF_ELEMENT.values())}"
         )
-    shape = dims_of(value)
     try:
-        checked = shape and check_size(shape, f"the shape of {value.name!r}")
+        check_size(port.shape or (), f"the shape of {value.name!r}")
     except SpecError as exc:
         raise ArtefactError(str(exc)) from exc
-    return Port(value.name, dtype, checked)
+    return port
 
 
 #: Names that say of one of two inputs, declared in any order, that it is the target.
@@ -307,7 +288,7 @@ _OUTPUT_NAMES = ("loss", "grad_input")
 
 
 def _roles(names: Iterable[str]) -> dict[str, str]:
-    """Role -> name of the graph input that plays it."""
+    """The graph input that plays each role."""
     known = list(names)
     if {"input", "target"} <= set(known) <= set(ROLES):
         return {role: role for role in ROLES if role in known}
@@ -342,7 +323,7 @@ def signature(model: onnx.ModelProto) -> Signature:
 
 
 def check_spec(signature: Signature, spec: LossSpec) -> None:
-    """Refuse a spec, anyone's or of a model's metadata, that is not of the model's ports.
+    """Refuse a spec, anyone's or of a model's metadata, that doesn't fit the model's ports.
 
     Raises:
         ArtefactError: where dtype, inputs or the output of the gradient differ.
@@ -375,10 +356,10 @@ def select_ports(
 
     Args:
         model: anyone's.
-        input_name: of a graph input; None takes the one called `input`, or the first of two,
-            or the second where the first has a target's name (`label`, `y_true`, ...).
-        target_name: likewise.
-        output_name: of the loss; None takes the one called `loss`, or the only one.
+        input_name: the graph input to compare; None takes the one called `input`, or the first
+            of two, or the second where the first has a target's name (`label`, `y_true`, ...).
+        target_name: the one to compare it with, likewise.
+        output_name: the output that is the loss; None takes the one called `loss`, or the only one.
 
     Raises:
         ArtefactError: on a name the graph doesn't have, and where a name is missing to choose.

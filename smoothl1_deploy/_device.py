@@ -37,7 +37,7 @@ def find_device(what: str) -> Device:
     """The CUDA device that torch uses in this thread.
 
     Args:
-        what: needs it, for the message: `"the trt backend"`.
+        what: who needs it, for the message: `"the trt backend"`.
 
     Raises:
         MissingDependencyError: when torch is not installed.
@@ -89,7 +89,7 @@ class Device:
 
     @property
     def name(self) -> str:
-        """As the driver calls it, for instance `"NVIDIA L4"`."""
+        """The name that the driver gives it, for instance `"NVIDIA L4"`."""
         return str(self._torch.cuda.get_device_name(self.index))
 
     @property
@@ -103,7 +103,7 @@ class Device:
         return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self._place)
 
     def empty_beside(self, tensor: Any, shape: tuple[int, ...]) -> Any:
-        """`empty` in the dtype of a contiguous tensor of this device; the quicker way to get it."""
+        """What `empty` gives in the dtype of a contiguous tensor of this device, more quickly."""
         return self._torch.empty_like(tensor) if tensor.shape == shape else tensor.new_empty(shape)
 
     def filled(self, value: float, dtype: str) -> Any:
@@ -112,21 +112,15 @@ class Device:
 
     def upload(self, array: Array) -> Any:
         """A copy of a numpy array in the memory of the device."""
-        torch = self._torch
-        if array.dtype.name == "bfloat16":  # which torch can't read from numpy
-            return torch.tensor(array.view("int16"), device=self._place).view(torch.bfloat16)
-        return torch.tensor(array, device=self._place)
+        from ._dlpack import to_torch
+
+        return to_torch(array).to(self._place, copy=True)
 
     def download(self, tensor: Any) -> Array:
-        """A copy as a numpy array; waits for the tensor."""
-        tensor = tensor.detach().cpu()
-        if tensor.dtype == self._torch.bfloat16:
-            from ._floats import NUMPY_DTYPE
+        """The tensor as a numpy array; waits for it."""
+        from ._dlpack import from_torch
 
-            bits: Array = tensor.view(self._torch.int16).numpy()
-            return bits.view(NUMPY_DTYPE["bfloat16"])
-        array: Array = tensor.numpy()
-        return array
+        return from_torch(tensor.detach().cpu())
 
     def adopt(self, value: Any, what: str) -> Any:
         """`value` as a contiguous torch tensor over the same memory (a copy where it has strides).
@@ -136,9 +130,7 @@ class Device:
         """
         from ._dlpack import adopted
 
-        torch = self._torch
-        own = isinstance(value, torch.Tensor)
-        tensor = adopted(value, what, (lambda plain: plain) if own else torch.from_dlpack)
+        tensor = adopted(value, what, lambda plain: plain, self._torch.from_dlpack)
         if tensor.device != self._place:
             raise InvalidInputError(
                 f"{what} is on {tensor.device}, and the artefact was loaded on {self._place}; "
@@ -162,11 +154,11 @@ class Device:
         return None
 
     def convert(self, tensor: Any, dtype: str) -> Any:
-        """The tensor in another dtype; itself where it has it."""
+        """The tensor in `dtype`: itself where that is its own."""
         return tensor.to(getattr(self._torch, dtype))
 
     def selected(self) -> AbstractContextManager[None]:
-        """Where kernels that aren't torch's are launched: on this device, whichever is current."""
+        """A context in which kernels that aren't torch's are launched on this device."""
         cuda = self._torch.cuda
         scope: AbstractContextManager[None] = (
             nullcontext() if cuda.current_device() == self.index else cuda.device(self.index)

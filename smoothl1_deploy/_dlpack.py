@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,26 +18,9 @@ import numpy as np
 from ._floats import NUMPY_DTYPE, Array
 from .errors import InvalidInputError
 
-
-class _Managed(ctypes.Structure):
-    """The head of a `DLManagedTensor`, source: dlpack.h 0.8."""
-
-    _fields_ = (("data", ctypes.c_void_p),)
-
-
-class _ManagedVersioned(ctypes.Structure):
-    """The head of a `DLManagedTensorVersioned`, source: dlpack.h 1.0."""
-
-    _fields_ = (
-        ("version", ctypes.c_uint32 * 2),
-        ("manager_ctx", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("data", ctypes.c_void_p),
-    )
-
-
-_HEADS = {b"dltensor": _Managed, b"dltensor_versioned": _ManagedVersioned}
+#: The name of a capsule -> how many bytes into its struct the pointer to the data lies. Source:
+#: DLManagedTensor and DLManagedTensorVersioned of dlpack.h 1.0, with pointers of 64 bits.
+_DATA_AT = {b"dltensor": 0, b"dltensor_versioned": 32}
 # Prototypes of our own: to declare the types of `ctypes.pythonapi` would declare them for everyone.
 _name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(
     ("PyCapsule_GetName", ctypes.pythonapi)
@@ -57,8 +41,9 @@ class _Exporter:
     def __dlpack__(self, **asked: Any) -> Any:
         capsule = self._value.__dlpack__(**asked)
         name = _name_of(capsule)
-        if name in _HEADS:  # the importer has words of its own for any other
-            self.has_data = bool(_HEADS[name].from_address(_pointer_of(capsule, name)).data)
+        if name in _DATA_AT:  # the importer has words of its own for any other
+            address = _pointer_of(capsule, name) + _DATA_AT[name]
+            self.has_data = bool(ctypes.c_void_p.from_address(address).value)
         return capsule
 
     def __dlpack_device__(self) -> Any:
@@ -79,7 +64,7 @@ def as_array(value: Any, what: str) -> Array:
     if isinstance(value, (np.ndarray, np.generic)):
         array = np.asarray(value)
     elif hasattr(value, "__dlpack__"):
-        array = adopted(value, what, _numpy_of)
+        array = adopted(value, what, from_torch, np.from_dlpack)
     else:
         raise InvalidInputError(
             f"{what} is a {type(value).__name__}; give a numpy array or a tensor with __dlpack__"
@@ -88,24 +73,38 @@ def as_array(value: Any, what: str) -> Array:
     return np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
 
 
-def _numpy_of(value: Any) -> Array:
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(value, torch.Tensor):
-        return np.from_dlpack(value)
-    if value.dtype != torch.bfloat16:
-        own: Array = value.numpy()
-        return own
-    bits: Array = value.contiguous().view(torch.int16).numpy()  # numpy knows no bfloat16
+def from_torch(tensor: Any) -> Array:
+    """A torch tensor of the CPU as an array, over the same memory."""
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype != torch.bfloat16:
+        return np.asarray(tensor.numpy())
+    bits = np.asarray(tensor.contiguous().view(torch.int16).numpy())  # numpy knows no bfloat16
     return bits.view(NUMPY_DTYPE["bfloat16"])
 
 
-def adopted(value: Any, what: str, importer: Callable[[Any], Any]) -> Any:
-    """What `importer` makes of `value`: a torch tensor as it is, anything else through DLPack.
+def to_torch(array: Array) -> Any:
+    """The inverse of `from_torch`."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        if array.dtype == NUMPY_DTYPE["bfloat16"]:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+
+def adopted(
+    value: Any, what: str, of_torch: Callable[[Any], Any], of_dlpack: Callable[[Any], Any]
+) -> Any:
+    """What `of_torch` makes of a torch tensor, or `of_dlpack` of anything else.
 
     Args:
         value: a tensor, or what has `__dlpack__`; the code behind that is the caller's.
-        what: its name, for the message.
-        importer: takes a torch tensor without gradient and lazy negation, or an exporter.
+        what: the name of `value` in messages.
+        of_torch: takes a torch tensor without gradient and lazy negation.
+        of_dlpack: takes an exporter.
 
     Raises:
         InvalidInputError: for what can't be imported, whatever it ends in, and for elements
@@ -119,10 +118,10 @@ def adopted(value: Any, what: str, importer: Callable[[Any], Any]) -> Any:
             # DLPack refuses a tensor that requires grad, and drops the sign of a negated one.
             tensor = value.detach().resolve_neg()
             if _has_memory(tensor):
-                return importer(tensor)
+                return of_torch(tensor)
         else:
             exporter = _Exporter(value)
-            found = importer(exporter)
+            found = of_dlpack(exporter)
             if exporter.has_data or 0 in found.shape:
                 return found
     except Exception as exc:
@@ -139,7 +138,7 @@ def adopted(value: Any, what: str, importer: Callable[[Any], Any]) -> Any:
 def _has_memory(tensor: Any) -> bool:
     """Whether the storage of a torch tensor reaches as far as its elements."""
     storage = tensor.untyped_storage()
-    if storage.device.type == "meta":  # of a FakeTensor, which names another device, too
+    if storage.device.type == "meta":  # a FakeTensor's too, which names another device
         return False
     if not tensor.numel():
         return True

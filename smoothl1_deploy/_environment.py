@@ -1,5 +1,5 @@
-"""What this machine runs: versions and hardware, for reports and `doctor`; what processes of ours
-keep to themselves.
+"""What this machine runs: versions and hardware, for reports and `doctor`; and the telemetry of
+ONNX Runtime, which processes of ours turn off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import __version__
 #: user's cache folder when it is imported, and sends them, unless this says no; its function
 #: disable_telemetry_events comes too late (microsoft/onnxruntime#27379).
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
-_silenced = False  # by us, and not by the user
+_silenced = False  # whether we turned it off, and not the user
 
 PACKAGES = (
     "numpy",
@@ -48,7 +48,7 @@ def silence() -> None:
 
 
 def telemetry() -> dict[str, bool] | None:
-    """Whether ONNX Runtime's is on in this `process`, and in the user's `own_sessions`.
+    """Whether ONNX Runtime's telemetry is on in this `process`, and in the user's `own_sessions`.
 
     None where no ONNX Runtime is installed.
     """

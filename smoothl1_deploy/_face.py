@@ -18,10 +18,10 @@ def face(
     A type checker has to be told of the same names by imports under `TYPE_CHECKING`.
 
     Args:
-        package: its `__name__`.
+        package: the `__name__` of the package.
         modules: public name -> the module that defines it, relative to the package.
-        of_torch: those that PyTorch has to be there for: without it they raise an error that
-            says how to install it.
+        of_torch: the names that need PyTorch: without it they raise an error that says how to
+            install it.
     """
 
     def bring(name: str) -> Any:

@@ -31,13 +31,13 @@ import onnx.inliner
 import onnx.shape_inference
 from onnx import TensorProto, helper
 
-from ._shapes import Shape
+from ._records import Record
+from ._shapes import Shape, describe
 from ._spec import LossSpec
 from .errors import ArtefactError, CarriedEngineError
 
 #: What onnx raises for a model that contradicts itself.
 MODEL_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
-#: The metadata entry that says which losses were attached to a model, and by which tensors.
 #: dtype name of a spec -> ONNX element type.
 ELEMENT_TYPE: dict[str, int] = {
     "float32": TensorProto.FLOAT,
@@ -49,6 +49,7 @@ ELEMENT_TYPE: dict[str, int] = {
 #: The inverse.
 DTYPE_OF_ELEMENT = {element: name for name, element in ELEMENT_TYPE.items()}
 
+#: The metadata entry that says which losses were attached to a model, and by which tensors.
 ATTACHED = "smoothl1_deploy.attached"
 #: The operator in whose place ONNX Runtime puts what a provider has compiled.
 ENGINE_OPERATOR = "EPContext"
@@ -85,8 +86,39 @@ def _axis(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
 
 
 def dims_of(value: onnx.ValueInfoProto) -> Shape | None:
-    """The declared shape, an axis without a name called by its place: it is like no other."""
+    """The declared shape, an axis without a name called by its index: it is like no other."""
     return _named(value.name, axes_of(value))
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One input or output of a graph.
+
+    Attributes:
+        dtype: numpy's name of the element type; of what is no tensor, its kind.
+        axes: the declared shape, as `axes_of` gives it.
+    """
+
+    name: str
+    dtype: str
+    axes: tuple[int | str | None, ...] | None
+
+    @classmethod
+    def of(cls, value: onnx.ValueInfoProto) -> Port:
+        """The port that a graph declares so."""
+        try:
+            dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+        except KeyError:
+            dtype = value.type.WhichOneof("value") or "unknown"
+        return cls(value.name, dtype, axes_of(value))
+
+    @property
+    def shape(self) -> Shape | None:
+        """The declared shape as `dims_of` gives it; None for any rank."""
+        return _named(self.name, self.axes)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{describe(self.shape)}]"
 
 
 def _named(
@@ -105,7 +137,7 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 
 def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
-    """The metadata entries, as text: protobuf gives bytes of what is no UTF-8, and takes none."""
+    """The metadata entries, as text: protobuf gives bytes for what is no UTF-8, and takes none."""
     return {_text(entry.key): _text(entry.value) for entry in model.metadata_props}
 
 
@@ -135,7 +167,7 @@ class Scope:
 
     @property
     def constants(self) -> Iterator[tuple[str, onnx.TensorProto]]:
-        """Its initialisers and the tensors in its nodes' attributes, each with its place."""
+        """Its initialisers and the tensors in its nodes' attributes, each with the path to it."""
         for tensor in self.initializers:
             yield f"{self.where}{tensor.name}", tensor
         for node in self.nodes:
@@ -186,7 +218,7 @@ def _scopes(
 
 
 def every_node(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """`nodes`, and those of subgraphs, which read the tensors around them."""
+    """The `nodes`, and the nodes of their subgraphs, which read the tensors around them."""
     for node in nodes:
         yield node
         for graph in subgraphs(node):
@@ -208,22 +240,22 @@ def value_names(graph: onnx.GraphProto) -> Iterator[str]:
             yield from (*node.input, *node.output)
 
 
+def external(model: onnx.ModelProto) -> Iterator[tuple[str, dict[str, str]]]:
+    """The names of the constants whose data lie in other files, each with what it says of them."""
+    for tensor in tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            yield tensor.name, {entry.key: entry.value for entry in tensor.external_data}
+
+
 def external_locations(model: onnx.ModelProto) -> list[str]:
     """The files beside the model that hold data of it, as the model names them."""
-    found = {
-        entry.value
-        for tensor in tensors(model)
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return sorted(found)
+    return sorted({said["location"] for _, said in external(model) if "location" in said})
 
 
 # Trust
 
 _DEEPEST = 24  # graphs in one another; protobuf's own limit of 100 messages is reached about there
-_MOST_NODES = 1_000_000  # of all functions put in the places where they are called
+_MOST_NODES = 1_000_000  # with the bodies of functions in the places where they are called
 
 _Name = tuple[str, str, str]
 
@@ -244,16 +276,23 @@ def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
     """Refuse what no reader can unfold.
 
     Args:
-        model: any.
-        by_name: for a reader that takes a node for a call of the function of its name, whatever
+        model: anyone's.
+        by_name: whether the reader takes a node for a call of the function of its name, whatever
             the domain.
 
     Raises:
         ArtefactError: for graphs nested deeper than 24, functions that call themselves, directly
             or through others, and more than a million nodes, those of called functions with them.
     """
-    key = _name if by_name else _full_name
-    functions = {key(f.domain, f.name, f.overload): f for f in model.functions}
+
+    def key(item: onnx.FunctionProto | onnx.NodeProto) -> _Name:
+        name = item.name if isinstance(item, onnx.FunctionProto) else item.op_type
+        return ("", name, "") if by_name else (item.domain, name, item.overload)
+
+    def unfolded(body: onnx.GraphProto | onnx.FunctionProto, called: Counter[_Name]) -> int:
+        return len(body.node) + sum(count * sizes[name] for name, count in called.items())
+
+    functions = {key(function): function for function in model.functions}
     calls = {name: _calls(f, functions, key) for name, f in functions.items()}
     try:
         order = [*graphlib.TopologicalSorter(calls).static_order()]
@@ -265,8 +304,8 @@ def check_nesting(model: onnx.ModelProto, by_name: bool = False) -> None:
         ) from None
     sizes: dict[_Name, int] = {}
     for name in order:
-        sizes[name] = _unfolded(len(functions[name].node), calls[name], sizes)
-    whole = _unfolded(len(model.graph.node), _calls(model.graph, functions, key), sizes)
+        sizes[name] = unfolded(functions[name], calls[name])
+    whole = unfolded(model.graph, _calls(model.graph, functions, key))
     if whole > _MOST_NODES:
         own = len(model.graph.node) > _MOST_NODES
         what = "graph has" if own else "model's functions unfold to"
@@ -285,7 +324,7 @@ def _check_names(model: onnx.ModelProto) -> None:
         for node in scope.nodes:
             names += [node.domain, node.op_type, node.name, *node.input, *node.output]
     for name in (model.graph.name, *names):
-        if isinstance(name, bytes):  # what protobuf gives of no UTF-8
+        if isinstance(name, bytes):  # what protobuf gives for no UTF-8
             raise ArtefactError(f"the name {name!r} in the model is no text; the model is damaged")
 
 
@@ -368,22 +407,10 @@ def check_engines(model: onnx.ModelProto, remedy: str) -> None:
         raise CarriedEngineError(f"the model carries {engine}: {remedy}")
 
 
-def _full_name(domain: str, name: str, overload: str) -> _Name:
-    return domain, name, overload
-
-
-def _name(domain: str, name: str, overload: str) -> _Name:
-    return "", name, ""
-
-
-def _unfolded(own: int, calls: Counter[_Name], sizes: dict[_Name, int]) -> int:
-    return own + sum(count * sizes[name] for name, count in calls.items())
-
-
 def _calls(
     body: onnx.GraphProto | onnx.FunctionProto,
-    functions: Mapping[_Name, onnx.FunctionProto],
-    key: Callable[[str, str, str], _Name],
+    functions: Container[_Name],
+    key: Callable[[onnx.NodeProto], _Name],
 ) -> Counter[_Name]:
     """The functions called by `body` and the graphs inside it, each as often as it is."""
     found: Counter[_Name] = Counter()
@@ -394,8 +421,7 @@ def _calls(
                 f"the {where} has graphs nested deeper than {_DEEPEST}; it is damaged or made to "
                 "harm"
             )
-        names = (key(node.domain, node.op_type, node.overload) for node in scope.nodes)
-        found.update(name for name in names if name in functions)
+        found.update(name for name in map(key, scope.nodes) if name in functions)
     return found
 
 
@@ -405,7 +431,7 @@ _SMALL = 1024  # bytes of an initialiser that shape inference may need the value
 #: Elements beyond which onnx is not asked to follow what tensors hold: it keeps a message of
 #: 220 bytes for each element of a tensor of rank 1, through every operator (onnx 1.23).
 _LONGEST_VECTOR = 1 << 16
-_MOST_ELEMENTS = 1 << 23  # of any rank: a function may flatten it, which nothing here shows
+_MOST_ELEMENTS = 1 << 23  # the same for any rank: a function may flatten it, unseen here
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,7 +442,7 @@ class Tensor:
         element: the ONNX element type; None where nothing tells it.
         certain: the shape that inference makes of the nodes: what a number may rest on. None where
             it doesn't tell the rank.
-        shape: the same, completed by what is declared where inference tells nothing.
+        shape: the certain one, completed by what is declared where inference tells nothing.
         misdeclared: a declared shape that the nodes contradict.
     """
 
@@ -469,7 +495,7 @@ def main_tensors(model: onnx.ModelProto) -> dict[str, Tensor]:
 
 
 def outputs_of(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """The outputs; a shape that isn't declared, or that the nodes contradict, as they make it."""
+    """The outputs; a shape that isn't declared, or that the nodes contradict, is what they make."""
     known = main_tensors(model)
     found = []
     for value in model.graph.output:
@@ -525,7 +551,7 @@ def _is_known(shape: Sequence[int | str | None] | None, names: Container[str]) -
 
 
 def _contradict(claimed: Sequence[int | str | None], certain: Shape, given: Container[str]) -> bool:
-    """Whether a rank or size is claimed that isn't so; one that is just not told may be."""
+    """Whether a rank or size is claimed that is known to be another; an unknown one may be so."""
     return len(claimed) != len(certain) or any(
         isinstance(a, int) and a != b and _is_known((b,), given)
         for a, b in zip(claimed, certain, strict=True)
@@ -669,7 +695,7 @@ def float_dtype_of(model: onnx.ModelProto, name: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class Loss(Record):
     """One loss of a graph: its spec, and the tensor that plays each role."""
 
     spec: LossSpec
@@ -678,7 +704,7 @@ class Loss:
 
     @classmethod
     def of(cls, spec: LossSpec) -> Loss:
-        """That of an artefact, whose tensors are called what the spec calls them."""
+        """The loss of an artefact, whose tensors are called what the spec calls them."""
         return cls(spec, {name: name for name in spec.inputs}, {n: n for n in spec.outputs})
 
     @classmethod
@@ -697,14 +723,6 @@ class Loss:
                     "name of a tensor"
                 )
         return loss
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; the inverse of `from_dict`."""
-        return {
-            "spec": self.spec.to_dict(),
-            "inputs": dict(self.inputs),
-            "outputs": dict(self.outputs),
-        }
 
 
 def read_attached(model: onnx.ModelProto) -> tuple[Loss, ...]:

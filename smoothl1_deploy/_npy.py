@@ -37,8 +37,8 @@ def read_array(path: Path, dtype: str) -> Array:
     """The array of a .npy file.
 
     Args:
-        path: of the file.
-        dtype: of the artefact; where it is bfloat16, raw items of two bytes are taken as that,
+        path: the file.
+        dtype: the artefact's; where that is bfloat16, raw items of two bytes are taken as that,
             because numpy writes bfloat16 without its name.
 
     Raises:
@@ -77,7 +77,9 @@ def open_array(path: Path) -> tuple[IO[bytes], Header]:
 
 @contextlib.contextmanager
 def damage_told(what: str, remedy: str) -> Iterator[None]:
-    """Take what is raised within for damage of a file: by numpy, tokenize, zipfile, a decompressor.
+    """Take what is raised within for damage of a file.
+
+    numpy, tokenize, zipfile and the decompressors each raise errors of their own.
 
     Raises:
         InvalidInputError: for everything but what the machine lacks.
@@ -212,7 +214,7 @@ def write_arrays(path: Path, arrays: dict[str, Array]) -> Path:
     """Write the one array to .npy, or all by their names to .npz.
 
     Raises:
-        OutputError: as `artefact.write_atomic`.
+        OutputError: as `_files.write_atomic`.
     """
     buffer = io.BytesIO()
     if path.suffix == ".npy":

@@ -10,13 +10,13 @@ from .errors import SpecError
 Dim = int | str
 Shape = tuple[Dim, ...]
 
-_MOST_AXES = 64  # of a numpy array and of a PyTorch tensor
-_MOST_ELEMENTS = 1 << 60  # of 8 bytes: what a signed 64-bit offset reaches
+_MOST_AXES = 64  # what numpy and PyTorch have at most
+_MOST_ELEMENTS = 1 << 60  # of 8 bytes each, which a signed 64-bit offset still reaches
 _REMEDY = "give integers >= 0 for fixed axes and identifiers for dynamic ones, as in ('N', 16)"
 
 
 def check_shape(shape: Sequence[Dim] | None, what: str = "shape") -> Shape | None:
-    """A validated tuple.
+    """The shape as a tuple, validated.
 
     Raises:
         SpecError: for anything but a sequence of integers >= 0 and identifiers, and for a shape
@@ -103,7 +103,7 @@ def summed_axes(shape: Shape | None, *others: Shape | None) -> tuple[int, ...] |
 
 
 def describe(shape: Shape | None) -> str:
-    """`"Nx16"`, `"scalar"` or `"any"`: for graph names and messages, no two shapes alike.
+    """The shape in a word: `"Nx16"`, `"scalar"` or `"any"`; no two shapes have the same.
 
     >>> describe(("Nx16",))
     '<Nx16>'

@@ -13,9 +13,11 @@ import numbers
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import SpecError
+
+_Shape = TypeVar("_Shape", tuple[int, ...], tuple[int | str, ...] | None)
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -67,7 +69,7 @@ def _valid_beta(beta: object) -> float:
         )
     try:
         value = float(beta)
-    except OverflowError:  # its digits would be the whole message, or too many for Python to print
+    except OverflowError:  # the digits would be the whole message, or too many for Python to print
         raise SpecError(
             f"beta is a {type(beta).__name__} that no float can hold; {remedy}"
         ) from None
@@ -107,8 +109,8 @@ class LossSpec:
         beta: where the quadratic part ends, >= 0; 0 is exactly the L1 loss. Any real number.
         reduction: `"none"` (the broadcast shape of input and target), `"mean"` (the sum over
             the number of elements after broadcasting) or `"sum"` (both rank 0).
-        dtype: of input, target and loss: `"float32"`, `"float16"`, `"bfloat16"`, `"float64"`,
-            or the torch or numpy dtype of that name.
+        dtype: the format of input, target and loss: `"float32"`, `"float16"`, `"bfloat16"`,
+            `"float64"`, or the torch or numpy dtype of that name.
         per_sample: reduce every axis but axis 0: one score per row; needs `mean` or `sum`.
         gradient: a second output `grad_input`, the gradient of the sum of the loss with respect
             to input, in the shape of input.
@@ -226,7 +228,7 @@ class LossSpec:
 
     @property
     def has_subnormal_beta(self) -> bool:
-        """Whether beta is subnormal in float32, where dtype is no wider: half of it may be none."""
+        """Whether beta is subnormal in float32 and dtype no wider: half of such a beta may be 0."""
         return self.dtype != "float64" and 0 < self.effective_beta < _SMALLEST_NORMAL_FLOAT32
 
     @property
@@ -254,6 +256,18 @@ class LossSpec:
         True
         """
         return replace(self, gradient=False, upstream=False)
+
+    def loss_shape(self, full: _Shape) -> _Shape:
+        """The shape of the loss, where input, target and weight broadcast to `full`.
+
+        None stands for any rank.
+
+        >>> LossSpec().loss_shape((8, 4)), LossSpec(per_sample=True).loss_shape(("N", 4))
+        ((), ('N',))
+        """
+        if self.reduction == "none":
+            return full
+        return full and full[:1] if self.per_sample else ()
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, parser
 
+from smoothl1_deploy._floats import ulp_distance
+
 Array = NDArray[Any]
 
 
@@ -58,6 +60,14 @@ def run(
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
     session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     return run_session(session, feeds)
+
+
+def assert_near(got: Array, expected: Array, most: int, note: object = "") -> None:
+    """Finite where it is expected, and there so many ULP from it; else the same."""
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape), note
+    finite = np.isfinite(expected)
+    assert np.array_equal(got[~finite], expected[~finite], equal_nan=True), note
+    assert ulp_distance(got[finite], expected[finite]).max(initial=0) <= most, note
 
 
 def assert_kept(before: dict[str, Array], after: dict[str, Array]) -> None:

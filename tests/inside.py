@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from smoothl1_deploy import LossSpec, register_torchscript_symbolic, translation_table
+from smoothl1_deploy._dlpack import from_torch, to_torch
 from smoothl1_deploy._floats import NUMPY_DTYPE, ieee_class, round_to, ulp_distance
 from smoothl1_deploy.graph._torch_route import quiet
-from smoothl1_deploy.reference._module import from_torch, to_torch
 
 Array = NDArray[Any]
 DTYPES = {

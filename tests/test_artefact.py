@@ -10,7 +10,8 @@ import pytest
 from handmade import model_of
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy._artefact import Port, read_model, signature
+from smoothl1_deploy._artefact import read_model, signature
+from smoothl1_deploy._model import Port
 from smoothl1_deploy._spec import DTYPES
 from smoothl1_deploy.backends._base import load
 from smoothl1_deploy.errors import ArtefactError

@@ -20,8 +20,8 @@ from smoothl1_deploy._device import is_on_device
 from smoothl1_deploy._dlpack import as_array
 from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._spec import DTYPES
-from smoothl1_deploy.backends._arrays import as_beta
-from smoothl1_deploy.backends._torch_cuda import TorchCudaBackend
+from smoothl1_deploy.backends._runner import as_beta
+from smoothl1_deploy.backends._torch import TorchCudaBackend
 from smoothl1_deploy.errors import InvalidInputError, SpecError
 from smoothl1_deploy.serving import Client
 

@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 from smoothl1_deploy import LossSpec, attach, load
 from smoothl1_deploy._artefact import signature
 from smoothl1_deploy._model import ATTACHED, Loss, axes_of, dims_of, inputs_of, main_tensors
-from smoothl1_deploy.backends._ort_nodes import host_nodes
+from smoothl1_deploy.backends._ort_gpu import host_nodes
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.cli._inspect import graph_ports, inspect_model
 from smoothl1_deploy.errors import ArtefactError, SpecError

@@ -1,4 +1,4 @@
-"""The protocol of a backend: `load` a model, get a `Runner`, `run` it.
+"""The protocol of a backend: `load` a model to get a `Runner`, and `run` that.
 
 A backend module is imported only when its backend is asked for, because what it lives on may
 not be installed. To add one: subclass `Runner` and `Backend` in a module of its own and enter
@@ -26,16 +26,16 @@ from ..errors import (
 from ..graph._metadata import warn_if_changed
 from ._runner import Runner
 
-_MOST_THREADS = 4096  # of one call, on any machine there is
+_MOST_THREADS = 4096  # more than any machine has
 
 #: name -> (module of this package that holds it, its class).
 BACKENDS: Mapping[str, tuple[str, str]] = {
-    "torch": ("_torch_eager", "TorchBackend"),
+    "torch": ("_torch", "TorchBackend"),
     "onnx-reference": ("_onnx_reference", "ReferenceBackend"),
     "ort-cpu": ("_ort_cpu", "OrtCpuBackend"),
     "ort-cpu-bare": ("_ort_cpu", "OrtBareBackend"),
     "trt-network": ("_trt_network", "TrtNetworkBackend"),
-    "torch-cuda": ("_torch_cuda", "TorchCudaBackend"),
+    "torch-cuda": ("_torch", "TorchCudaBackend"),
     "torch-triton": ("_torch_triton", "TorchTritonBackend"),
     "ort-cuda": ("_ort_gpu", "OrtCudaBackend"),
     "ort-tensorrt": ("_ort_tensorrt", "OrtTensorrtBackend"),
@@ -45,7 +45,7 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "triton-grpc": ("_triton", "TritonGrpcBackend"),
 }
 
-#: Of files that `load` takes for TensorRT engines.
+#: The suffixes of files that `load` takes for TensorRT engines.
 ENGINE_SUFFIXES = (".engine", ".plan")
 
 #: Backends that are PyTorch itself: what the others are compared with.
@@ -60,7 +60,7 @@ class Backend(ABC):
         any_rank: whether it runs an artefact exported without a shape.
         accumulator: the dtype it adds up in where an artefact asks for float64; None where it
             does not run the artefact's own operators.
-        threads: for one call; 0 leaves the number to the backend. Set before `load`.
+        threads: how many a call uses; 0 leaves the number to the backend. Set before `load`.
         slow: what it runs on, where a million elements take it many seconds; None elsewhere.
     """
 
@@ -93,12 +93,28 @@ class Backend(ABC):
         )
 
 
+class OfTensorrt(Backend):
+    """What the backends share in which TensorRT reads the model."""
+
+    any_rank = False
+    accumulator = "float32"
+
+    def refuses(self, spec: LossSpec) -> str | None:
+        """Refuse float64, which TensorRT doesn't have."""
+        from ..tensorrt._prepare import refuses
+
+        return refuses(spec)
+
+
 def get_backend(name: str, threads: int = 0) -> Backend:
     """The backend called `name`, to use `threads` threads a call (0: as many as it thinks fit).
 
     Raises:
         SpecError: for an unknown name, or a number of threads that no machine has.
         MissingDependencyError: when what it lives on is not installed.
+
+    >>> get_backend("onnx-reference").refuses(LossSpec()) is None
+    True
     """
     if name not in BACKENDS:
         raise SpecError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
@@ -130,18 +146,25 @@ def load(
         model: an `onnx.ModelProto`, its bytes, or the path of a file; the backend `trt` takes an
             `.engine` file too.
         backend: one of `BACKENDS`.
-        threads: for one call; 0 leaves the number to the backend (`ort-cpu`: every core this
+        threads: how many a call uses; 0 leaves it to the backend (`ort-cpu`: every core this
             process may run on, 8 at most).
-        input_name: of the graph input to feed `input` to, in a model of other origin; by
-            default the one called so, or the first of two.
-        target_name: likewise.
-        output_name: of the loss, where the model has several outputs and none is called `loss`.
+        input_name: the graph input to feed `input` to, in a model of other origin; by default the
+            one called so, or the first of two.
+        target_name: the graph input to feed `target` to, likewise.
+        output_name: the output that is the loss, where the model has several and none is called
+            `loss`.
 
     Raises:
         ArtefactError: when `model` is no loss artefact.
         SpecError: for an unknown backend.
         MissingDependencyError: when the backend's packages are not installed.
         UnsupportedError: when the backend can't run the model.
+
+    >>> import numpy
+    >>> from smoothl1_deploy import export
+    >>> runner = load(export(LossSpec(0.5)), "onnx-reference")
+    >>> float(runner.run(numpy.ones(3, "float32"), numpy.zeros(3, "float32"))["loss"])
+    0.75
     """
     chosen = get_backend(backend, threads)
     if isinstance(model, (str, os.PathLike)) and Path(model).suffix in ENGINE_SUFFIXES:

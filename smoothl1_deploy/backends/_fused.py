@@ -1,7 +1,7 @@
 """The loss in one pass over input and target, as kernels of OpenAI's Triton, the compiler.
 
 Each input is read once and each output written once. The elements have the form of
-`graph.functions.SmoothL1LossTerms`. A reduction is seen as rows to be added up, a full one as a
+`graph/_functions.SmoothL1LossTerms`. A reduction is seen as rows to be added up, a full one as a
 single row. What is added up in which format:
 
 1. float32: each loss in float64, exact to 2^-29 for 2^24 of them, and no mean overflows on the way.
@@ -38,15 +38,15 @@ import triton.language as tl
 
 _BLOCK = (1024, 4)  # elements of a tile of `none`, and the warps on it
 _TILE = (2048, 8)  # and of a reduction
-_PROGRAMS = 4096  # in which a reduction is cut at most; each leaves one partial sum
+_PROGRAMS = 4096  # the most that a reduction is cut into; each leaves one partial sum
 _COMBINED = 128  # partial sums a warp
-_LARGEST_POWER = 2.0**127  # of two that is a float32
+_LARGEST_POWER = 2.0**127  # the largest power of two that is a float32
 _AS_WRITTEN = {"enable_fp_fusion": False}  # a product and a sum are two roundings, as interpreted
 
 
 @triton.jit
 def _widened(values):
-    """float32 of narrower numbers, float64 as it is."""
+    """Narrower numbers as float32, float64 as it is."""
     if values.dtype == tl.int16:
         return (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif values.dtype == tl.float64:
@@ -81,7 +81,7 @@ def _rounded(values, TYPE: tl.constexpr):
 
 @triton.jit
 def _losses(input, target, beta, inverse, BETA: tl.constexpr):
-    """Of each element, in float32 or float64.
+    """The loss of each element, in float32 or float64.
 
     BETA: 0 where `beta` may be anything, and makes NaN where it is no beta; 1 where it is positive;
     2 where it is 0, infinite or a power of two, and its division the product with `inverse`.
@@ -126,7 +126,7 @@ def _add_exactly(high_a, low_a, high_b, low_b):
 def _total(high, low, EXACT: tl.constexpr, UNROLLED: tl.constexpr):
     """The sum of each row of [rows, a power of two], as [rows]."""
     if UNROLLED:
-        # Of no use to a GPU: every thread would add up everything.
+        # This is of no use to a GPU, where every thread would add up everything.
         while high.shape[1] > 1:
             shape: tl.constexpr = (high.shape[0], high.shape[1] // 2, 2)
             left, right = tl.split(tl.reshape(high, shape))
@@ -155,7 +155,7 @@ def _finish(high, low, columns, MEAN: tl.constexpr, SCALE: tl.constexpr, TYPE: t
 
 @triton.jit
 def _threshold(beta, BETA: tl.constexpr):
-    """beta, a number or, where it may be anything, on the device."""
+    """The threshold: beta, a number or, where it may be anything, loaded from the device."""
     if BETA == 0:
         return tl.load(beta)
     else:
@@ -275,8 +275,8 @@ class Plan:
 
     Attributes:
         tile: rows and columns that a program reads at a time, powers of two.
-        tiles: that a program reads one after the other, along a row.
-        warps: of a program.
+        tiles: how many a program reads one after the other, along a row.
+        warps: how many a program has.
         programs: over the rows, and along a row. Where a row takes more than one, each leaves a
             partial sum, and a second launch adds them up.
     """
@@ -295,7 +295,7 @@ class Plan:
 
 
 def plan(rows: int, columns: int) -> Plan:
-    """One launch for rows of one tile or many rows; two for others."""
+    """The plan: one launch for rows of one tile and for many rows; two for others."""
     size, warps = _TILE
     width = min(max(_power(columns), 16), size)
     height = min(_power(rows), size // width)
@@ -348,7 +348,7 @@ class Launch:
     def __call__(self, *tensors: Any) -> None:
         """Launch it on tensors, of one set of dtypes and of divisors (16) of their addresses."""
         if self._compiled is not None:
-            # Of an address, unlike of a tensor, the driver is not asked whether it is one.
+            # An address is taken as it is; of a tensor the driver is asked where it lies.
             self._compiled(*[tensor.data_ptr() for tensor in tensors], *self._rest)
             return
         compiled = self._kernel[self._grid](
@@ -382,11 +382,11 @@ class _Beta:
 
 
 class Losses:
-    """`none`: the losses of `count` elements.
+    """The kernel of `none`: the losses of `count` elements.
 
     Args:
-        count: of input, target and loss.
-        dtype: theirs.
+        count: how many elements input, target and loss have.
+        dtype: their format.
         beta: where it is known.
     """
 
@@ -407,11 +407,11 @@ class Losses:
 
 
 class Rows:
-    """The sums, or means, of rows: one number a row.
+    """The kernels of sums, or means, of rows: one number a row.
 
     Args:
         how: `plan(rows, columns)`.
-        dtype: of input, target and loss.
+        dtype: the format of input, target and loss.
         beta: where it is known.
         mean: divide by `how.columns`; the mean of nothing is NaN.
 

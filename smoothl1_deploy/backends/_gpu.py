@@ -16,19 +16,22 @@ import onnx
 from .._device import Captured, Device, find_device, is_on_device
 from .._floats import Array
 from ..errors import InvalidInputError, UnsupportedError
-from ._arrays import as_beta, check_promotion
 from ._base import Backend
-from ._runner import Runner, check_interpreter
+from ._runner import Runner, as_beta, check_promotion
 
 #: Combinations of shapes and dtypes that were found right, or prepared for.
 REMEMBERED = 256
 
-#: From tensors by role and the shape they broadcast to, to a tensor for each output.
+#: Computes a tensor for each output, from tensors by role and the shape they broadcast to.
 Compute = Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]
 
 
 class GpuRunner(Runner):
-    """A loaded artefact on a CUDA device.
+    """A loaded artefact on a CUDA device; `run` answers tensors of it with torch tensors of it.
+
+    Tensors that are not contiguous, or of a dtype that is promoted, are copied on the device. An
+    answer is ready in the order of torch's current stream. Arrays of which some are on the device
+    and others are not are refused.
 
     Attributes:
         device: where it runs.
@@ -37,42 +40,23 @@ class GpuRunner(Runner):
     def __init__(self, model: onnx.ModelProto, device: Device) -> None:
         super().__init__(model)
         self.device = device
-        self._checked: dict[Any, tuple[int, ...]] = {}
+        self._shapes: dict[Any, tuple[int, ...]] = {}
         self._good_pair: tuple[Any, Any] | None = None  # shape and dtype of the last it took as is
 
-    def run(
-        self,
-        input: Any,
-        target: Any,
-        *,
-        weight: Any = None,
-        beta: float | None = None,
-        grad_output: Any = None,
-    ) -> dict[str, Any]:
-        """As `Runner.run`; tensors of this device give torch tensors of this device.
-
-        Tensors that are not contiguous, or of a dtype that is promoted, are copied on the device.
-        The result is ready in the order of torch's current stream.
-
-        Raises:
-            InvalidInputError: also where some arrays are on the device and others are not.
-        """
-        check_interpreter()
-        # A loop over batches of one shape checks the shape once: a small loss takes the GPU a few
-        # microseconds, and PyTorch a few more to launch.
+    def _at_once(self, input: Any, target: Any) -> dict[str, Any] | None:
+        # A small loss takes the GPU a few microseconds, and PyTorch a few more to launch.
         good, as_it_is = self._good_pair, self.device.as_it_is
-        if (
-            good is not None
-            and weight is beta is grad_output is None
-            and as_it_is(input) == good == as_it_is(target)
-        ):
+        if good is not None and as_it_is(input) == good == as_it_is(target):
             return self._compute({"input": input, "target": target}, good[0])
-        given = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
-        if not any(is_on_device(value) for value in given.values()):
-            return super().run(**given, beta=beta)
+        return super()._at_once(input, target)
+
+    def _checked(self, given: dict[str, Any], beta: float | None) -> dict[str, Any]:
+        if not any(map(is_on_device, given.values())):
+            return super()._checked(given, beta)
         feeds, shape = self._adopted(given, beta)
-        if self._takes_a_pair and as_it_is(input) == as_it_is(target):
-            self._good_pair = as_it_is(input)
+        as_it_is = self.device.as_it_is(given["input"])
+        if self._takes_a_pair and as_it_is == self.device.as_it_is(given["target"]):
+            self._good_pair = as_it_is
         return self._of_the_spec(self._compute(feeds, shape), shape)
 
     def capture(
@@ -91,8 +75,8 @@ class GpuRunner(Runner):
 
         Args:
             input: a contiguous tensor of the device, of the artefact's dtype.
-            target: likewise.
-            weight: likewise, where the artefact takes one.
+            target: another such tensor.
+            weight: a third, where the artefact takes one.
             beta: a number, recorded as it is.
             grad_output: a tensor like the others, where the artefact takes one.
 
@@ -101,11 +85,10 @@ class GpuRunner(Runner):
                 copy made of them.
             UnsupportedError: where the backend can't record.
         """
-        given = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
+        every = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
+        given = {name: value for name, value in every.items() if value is not None}
         feeds, shape = self._adopted(given, beta)
         for name, value in given.items():
-            if value is None:
-                continue
             same = getattr(value, "data_ptr", lambda: None)() == feeds[name].data_ptr()
             if not same or not is_on_device(value):
                 raise InvalidInputError(
@@ -121,8 +104,6 @@ class GpuRunner(Runner):
         """Checked tensors by role, in the artefact's dtype, and the shape they broadcast to."""
         tensors = {}
         for name, value in given.items():
-            if value is None:
-                continue
             if not is_on_device(value):
                 raise InvalidInputError(
                     f"{name} is not on the GPU, and another of the arrays is; give all of them as "
@@ -131,29 +112,20 @@ class GpuRunner(Runner):
             tensors[name] = self.device.adopt(value, name)
         # A small call must not take longer to check than to run: what was right once is so again.
         key = beta is None, *((name, x.shape, x.dtype) for name, x in tensors.items())
-        shape = self._checked.get(key)
+        shape = self._shapes.get(key)
         if shape is None:
-            shape = self._check(given, beta, tensors)
-            if len(self._checked) >= REMEMBERED:
-                self._checked.clear()
-            self._checked[key] = shape
+            self._check_given(given, beta)
+            shape = self._broadcast(tensors)
+            dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items()}
+            check_promotion(dtypes, self.signature.input.dtype)
+            if len(self._shapes) >= REMEMBERED:
+                self._shapes.clear()
+            self._shapes[key] = shape
         dtype = self.signature.input.dtype
         feeds = {name: self.device.convert(x, dtype) for name, x in tensors.items()}
         if beta is not None:
             feeds["beta"] = self._beta_port(self.device.filled(float(as_beta(beta)), "float32"))
         return feeds, shape
-
-    def _check(
-        self, given: dict[str, Any], beta: float | None, tensors: dict[str, Any]
-    ) -> tuple[int, ...]:
-        """What `Runner.run` checks, of tensors; the shape they broadcast to."""
-        self._check_given({**given, "beta": beta})
-        shape = self._broadcast({k: x for k, x in tensors.items() if k != "grad_output"})
-        if "grad_output" in tensors:
-            self._check_upstream(tuple(tensors["grad_output"].shape), shape)
-        names = {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items()}
-        check_promotion(names, self.signature.input.dtype)
-        return shape
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         tensors = {role: self.device.upload(array) for role, array in feeds.items()}

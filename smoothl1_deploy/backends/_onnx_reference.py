@@ -48,7 +48,7 @@ for _operator in (_ReduceSum, _Flatten):
 
 
 class _Evaluator(ReferenceEvaluator):
-    """The evaluator makes one of its own class for each function of a model."""
+    """The evaluator, corrected; for each function of a model it makes another of its own class."""
 
     def __init__(self, proto: Any, **arguments: Any) -> None:
         super().__init__(proto, **{**arguments, "new_ops": [_ReduceSum, _Flatten]})
@@ -65,10 +65,9 @@ class ReferenceRunner(Runner):
             raise UnsupportedError(f"the ONNX reference evaluator can't load it: {exc}") from exc
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
-        named = {self.signature.inputs[role].name: array for role, array in feeds.items()}
         try:
             with np.errstate(all="ignore"):  # overflow and NaN are results here, not accidents
-                values = self._evaluator.run(None, named)
+                values = self._evaluator.run(None, self._named(feeds))
         except Exception as exc:  # numpy's and the evaluator's own, of any class
             raise UnsupportedError(f"the ONNX reference evaluator failed: {exc}") from exc
         ports = self.signature.outputs

@@ -20,7 +20,7 @@ from ._runner import Runner
 #: process's stderr, it raises as well, and probes of anyone's model fail on purpose.
 SILENT = 4
 
-_MOST_THREADS = 8  # of a large machine one loss takes a part
+_MOST_THREADS = 8  # one loss takes no more of a large machine
 
 
 def default_threads() -> int:
@@ -38,7 +38,7 @@ class OrtRunner(Runner):
     Args:
         model: the artefact.
         ort: the module onnxruntime.
-        threads: for one call.
+        threads: how many a call uses.
         prepare: what is done to the options of the session before it is opened.
     """
 
@@ -65,15 +65,13 @@ class OrtRunner(Runner):
         ports = (*self.signature.inputs.values(), *self.signature.outputs)
         # numpy has no bfloat16 that ONNX Runtime's Python interface would take.
         self._by_address = any(port.dtype == "bfloat16" for port in ports)
-        self._input_names = {role: port.name for role, port in self.signature.inputs.items()}
         self._output_names = [port.name for port in self.signature.outputs]
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         try:
             if self._by_address:
                 return self._run_bound(feeds, shape)
-            named = {self._input_names[role]: array for role, array in feeds.items()}
-            values = self._session.run(self._output_names, named)
+            values = self._session.run(self._output_names, self._named(feeds))
         except Exception as exc:
             raise InvalidInputError(f"ONNX Runtime refused the inputs: {exc}") from exc
         return dict(zip(self._output_names, map(np.asarray, values), strict=True))

@@ -1,4 +1,4 @@
-"""`ort-cuda`, and what it shares with the providers of `ort_tensorrt`: ONNX Runtime on the GPU.
+"""`ort-cuda`, and what it shares with the providers of `_ort_tensorrt`: ONNX Runtime on the GPU.
 
 A provider that can't be made, or that doesn't take a node, is replaced by the CPU's without an
 error: ONNX Runtime warns at most. So each session is asked which provider took which node, and a
@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx
 
 from .. import ops
-from .._artefact import Port
 from .._device import Device
-from .._model import ELEMENT_TYPE
+from .._model import ELEMENT_TYPE, Port, inputs_of
+from .._model import inlined as without_functions
 from ..errors import (
     BackendUnavailableError,
     InvalidInputError,
@@ -30,60 +30,49 @@ from ..errors import (
 from ..graph._functions import DOMAIN
 from ._gpu import GpuBackend, GpuRunner
 from ._ort_cpu import SILENT, OrtCpuBackend
-from ._ort_nodes import check_assignment, inlined
 from ._runner import Runner
+
+#: Operators whose output holds no number of their input.
+_OF_THE_SHAPE = ("Shape", "Size")
+
+
+def inlined(model: onnx.ModelProto, kept: Iterable[tuple[str, str]] = ()) -> onnx.ModelProto:
+    """A copy without local functions but those `kept`, in which every node has its own name."""
+    whole = without_functions(model, kept)
+    used: set[str] = set()
+    for index, node in enumerate(whole.graph.node):
+        if not node.name or node.name in used:
+            node.name = f"{node.op_type}_{index}_{len(used)}"
+        used.add(node.name)
+    return whole
+
+
+def host_nodes(model: onnx.ModelProto) -> frozenset[str]:
+    """The names of the nodes that a provider may leave to the CPU.
+
+    They work on shapes and constants alone. ONNX Runtime puts that arithmetic on the CPU on
+    purpose, where its numbers are (how many elements a mean divides by); anything else there is a
+    silent fall-back.
+    """
+    data = {value.name for value in inputs_of(model)}
+    names = set()
+    for node in model.graph.node:  # in topological order
+        if node.op_type not in _OF_THE_SHAPE and any(name in data for name in node.input):
+            data.update(node.output)
+        elif not any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute):
+            names.add(node.name)
+    return frozenset(names)
 
 
 class OrtGpuRunner(GpuRunner):
     """One session on a stream of its own; inputs and outputs are bound, nothing is copied."""
 
     def __init__(
-        self,
-        model: onnx.ModelProto,
-        device: Device,
-        ort: Any,
-        provider: str,
-        open_session: Callable[[Any, str], Any],
-        graph: onnx.ModelProto,
+        self, model: onnx.ModelProto, device: Device, ort: Any, session: Any, stream: Any
     ) -> None:
-        """Args: `open_session` makes a session from options and the handle of a stream."""
         super().__init__(model, device)
-        self._model = model
+        self._model, self._session, self._stream = model, session, stream
         self._of_nothing: Runner | None = None
-        self._ort = ort
-        self._stream = device.new_stream()
-        options = ort.SessionOptions()
-        options.log_severity_level = SILENT
-        listed = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
-        # Before 1.24 a session can't be asked; then not even the arithmetic of shapes may be left
-        # to the CPU.
-        key = "record_ep_graph_assignment_info" if listed else "disable_cpu_ep_fallback"
-        options.add_session_config_entry(f"session.{key}", "1")
-        try:
-            self._session = open_session(options, str(int(self._stream.cuda_stream)))
-        except SmoothL1DeployError:
-            raise
-        except Exception as exc:  # pybind raises a class of its own for each status code
-            if type(exc) is RuntimeError:  # no status: the provider's own libraries are missing
-                raise BackendUnavailableError(
-                    f"ONNX Runtime {ort.__version__} can't use its {provider} here: {exc}"
-                ) from exc
-            raise UnsupportedError(f"{provider} can't load the model: {exc}") from exc
-        if provider not in self._session.get_providers():
-            raise BackendUnavailableError(
-                f"ONNX Runtime {ort.__version__} could not make its {provider} here and would run "
-                f"on {', '.join(self._session.get_providers())}. It needs a GPU, its driver, and "
-                f"the libraries it was built for (CUDA {getattr(ort, 'cuda_version', '') or 13}, "
-                "cuDNN 9; for TensorRT also libnvinfer 10) where the loader finds them"
-            )
-        if listed:
-            assigned = self._session.get_provider_graph_assignment_info()
-            check_assignment(
-                graph,
-                [(part.ep_name, node.name, node.op_type)
-                 for part in assigned for node in part.get_nodes()],
-                provider,
-            )  # fmt: skip
         # The caller's stream waits for ours; the host need not.
         self._run_options = ort.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -113,7 +102,7 @@ class OrtGpuRunner(GpuRunner):
         return outputs
 
     def _compute_nothing(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """By the CPU's provider: CUDA's ReduceSum refuses an axis of length 0 (1.31.1)."""
+        """The CPU's answer: CUDA's ReduceSum refuses an axis of length 0 (1.31.1)."""
         if self._of_nothing is None:
             self._of_nothing = OrtCpuBackend().load(self._model)
         arrays = {role: self.device.download(tensor) for role, tensor in feeds.items()}
@@ -145,7 +134,7 @@ class OrtGpuRunner(GpuRunner):
 
 
 class OrtGpuBackend(GpuBackend):
-    """What the three share: a provider, how it is asked for, and the graph it gets."""
+    """What the backends share: a provider, how it is asked for, and the graph it gets."""
 
     provider: str
     extra = "gpu"
@@ -171,19 +160,54 @@ class OrtGpuBackend(GpuBackend):
             UnsupportedError: when it doesn't take them, or can't load the model.
             BackendUnavailableError: when the provider can't be made on this machine.
         """
-        graph = self._graph(model)
-        settings = self._settings(graph)
+        graph, stream = self._graph(model), self._device.new_stream()
+        session = self._session(graph, str(int(stream.cuda_stream)))
+        version = self._ort.__version__
+        if self.provider not in session.get_providers():
+            raise BackendUnavailableError(
+                f"ONNX Runtime {version} could not make its {self.provider} here and would run on "
+                f"{', '.join(session.get_providers())}. It needs a GPU, its driver, and the "
+                f"libraries it was built for (CUDA {getattr(self._ort, 'cuda_version', '') or 13}, "
+                "cuDNN 9; for TensorRT also libnvinfer 10) where the loader finds them"
+            )
+        free = host_nodes(graph)
+        found = [
+            f"{node.name} ({node.op_type}) to {part.ep_name}"
+            for part in session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+            if part.ep_name != self.provider and node.name not in free
+        ]
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            raise UnsupportedError(
+                f"{self.provider} didn't take the whole graph; ONNX Runtime gave "
+                f"{', '.join(found[:5])}{more}, and results of this backend would be those of "
+                "another. Use the backend ort-cpu, or export by the route inlined"
+            )
+        return OrtGpuRunner(model, self._device, self._ort, session, stream)
 
-        def open_session(options: Any, stream: str) -> Any:
-            chosen = {
-                "device_id": str(self._device.index),
-                "has_user_compute_stream": "1",
-                "user_compute_stream": stream,
-                **settings,
-            }
-            return self._open(graph.SerializeToString(), options, chosen)
-
-        return OrtGpuRunner(model, self._device, self._ort, self.provider, open_session, graph)
+    def _session(self, graph: onnx.ModelProto, stream: str) -> Any:
+        """A session on the stream of that handle."""
+        options = self._ort.SessionOptions()
+        options.log_severity_level = SILENT
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        settings = {
+            "device_id": str(self._device.index),
+            "has_user_compute_stream": "1",
+            "user_compute_stream": stream,
+            **self._settings(graph),
+        }
+        try:
+            return self._open(graph.SerializeToString(), options, settings)
+        except SmoothL1DeployError:
+            raise
+        except Exception as exc:  # pybind raises a class of its own for each status code
+            if type(exc) is RuntimeError:  # no status: the provider's own libraries are missing
+                raise BackendUnavailableError(
+                    f"ONNX Runtime {self._ort.__version__} can't use its {self.provider} here: "
+                    f"{exc}"
+                ) from exc
+            raise UnsupportedError(f"{self.provider} can't load the model: {exc}") from exc
 
     def _graph(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """The model as the provider is to see it."""

@@ -16,41 +16,35 @@ import onnx
 
 from .._artefact import sha256
 from .._device import Device
-from .._spec import LossSpec
-from ..errors import BackendUnavailableError, OutputError, reason_of, require
+from .._files import make_folder
+from ..errors import BackendUnavailableError, require
 from ..tensorrt._cache import default_cache_dir
 from ..tensorrt._flavour import PROVIDERS
-from ..tensorrt._prepare import prepare, refuses
+from ..tensorrt._prepare import prepare
 from ..tensorrt._profile import Profile, input_shapes, resolve_profile, wide_profile
-from ._ort_gpu import OrtGpuBackend
-from ._ort_nodes import inlined
+from ._base import OfTensorrt
+from ._ort_gpu import OrtGpuBackend, inlined
 
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _registering = threading.Lock()
 _registered: set[str] = set()
 
 
-class _EngineBackend(OrtGpuBackend):
+class _EngineBackend(OfTensorrt, OrtGpuBackend):
     """A provider that builds TensorRT engines of the graph.
 
     Args:
-        cache_dir: for what it builds; None for the user's cache folder. Each graph with its
+        cache_dir: where its engines go; None for the user's cache folder. Each graph with its
             profile, options and versions has a folder of its own there.
     """
 
-    any_rank = False
-    accumulator = "float32"
-    prefix: str  # of the names of its options
+    prefix: str  # what the names of its options begin with
 
     def __init__(
         self, device: Device | None = None, *, cache_dir: str | Path | None = None
     ) -> None:
         super().__init__(device)
         self._root = default_cache_dir() if cache_dir is None else Path(cache_dir)
-
-    def refuses(self, spec: LossSpec) -> str | None:
-        """float64, which TensorRT doesn't have."""
-        return refuses(spec)
 
     def _graph(self, model: onnx.ModelProto) -> onnx.ModelProto:
         return inlined(prepare(model)[0])
@@ -64,18 +58,11 @@ class _EngineBackend(OrtGpuBackend):
             if profile.ranges
         }
         key = self._key(graph, settings)
-        folder = self._root / self.name / key
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise OutputError(
-                f"can't keep engines in {folder} ({reason_of(exc)}); choose a folder that you may "
-                "write to with cache_dir="
-            ) from exc
+        folder = make_folder(self._root / self.name / key, "cache_dir=")
         return {**settings, **self._caching(folder, key)}
 
     def _key(self, graph: onnx.ModelProto, settings: Mapping[str, str]) -> str:
-        """Of everything an engine depends on: equal names of graphs don't make equal engines.
+        """The digest of all that an engine depends on: graphs of one name give unlike engines.
 
         The providers look an engine up by the graph's name and node names (and one was handed
         back for other shapes: onnxruntime#32254), so each key has a folder and a prefix.
@@ -119,11 +106,6 @@ class OrtTensorrtRtxBackend(_EngineBackend):
     prefix = "nv"
 
     def _check_provider(self) -> None:
-        if not hasattr(self._ort, "register_execution_provider_library"):
-            raise BackendUnavailableError(
-                f"the {self.name} backend needs onnxruntime 1.24 or later for plugin providers; "
-                f"here is {self._ort.__version__}"
-            )
         self._plugin = require(_PLUGIN, "ort-rtx", f"the {self.name} backend")
         with _registering:
             if self.provider not in _registered:

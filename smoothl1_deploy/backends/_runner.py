@@ -1,7 +1,11 @@
-"""`Runner`: a loaded artefact, which checks what it is given before a backend computes."""
+"""`Runner`: a loaded artefact, which checks what it is given before a backend computes.
+
+Arrays are promoted as PyTorch promotes, and have shapes that fit, or are refused.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,13 +14,112 @@ from typing import Any, NoReturn
 import numpy as np
 import onnx
 
-from .._artefact import Port, Signature, signature
+from .._artefact import ROLES, Signature, signature
 from .._dlpack import as_array
 from .._floats import NUMPY_DTYPE, Array
+from .._model import Port
 from .._spec import LossSpec
 from ..errors import ArtefactError, InvalidInputError, UnsupportedError
 from ..graph._metadata import is_changed, is_served, read_spec
-from ._arrays import as_beta, check_shapes, promote
+
+
+def promote(arrays: dict[str, Array], dtype: str) -> dict[str, Array]:
+    """All arrays in the artefact's dtype, where PyTorch's promotion has that result.
+
+    Raises:
+        InvalidInputError: as `check_promotion` does.
+    """
+    check_promotion({name: str(array.dtype) for name, array in arrays.items()}, dtype)
+    wanted = NUMPY_DTYPE[dtype]
+    with np.errstate(all="ignore"):  # 70000 is inf in float16, in PyTorch without a word
+        return {name: array.astype(wanted, copy=False) for name, array in arrays.items()}
+
+
+def check_promotion(given: Mapping[str, str], dtype: str) -> None:
+    """Hold the dtypes given (by name, for each input) against the artefact's.
+
+    ================  ================  =======================================
+    input             target            result
+    ================  ================  =======================================
+    dtype             dtype             as they are
+    dtype             integer or bool   the integers become dtype (and reversed)
+    dtype             narrower float    the narrower becomes dtype (and reversed)
+    anything else                       refused
+    ================  ================  =======================================
+
+    float16 beside bfloat16 promotes to float32; a weight counts like a target. Source:
+    `torch.promote_types`; the rank of the arrays plays no part, as after the explicit broadcast
+    in `torch.nn.functional`.
+
+    Raises:
+        InvalidInputError: where the result would be another dtype.
+    """
+    for name, each in given.items():
+        if each not in NUMPY_DTYPE and not re.fullmatch(r"bool|u?int(8|16|32|64)", each):
+            raise InvalidInputError(
+                f"{name} has the dtype {each}, which is not a number format of a loss"
+            )
+    floats = {each for each in given.values() if each in NUMPY_DTYPE}
+    if floats.isdisjoint((given["input"], given["target"])):
+        raise InvalidInputError(
+            f"input and target are both integral ({given['input']}, "
+            f"{given['target']}); PyTorch refuses that too. Convert one of them: "
+            f"input.astype({dtype!r})"
+        )
+    result = max(floats, key=lambda name: NUMPY_DTYPE[name].itemsize)
+    if {"float16", "bfloat16"} <= floats and NUMPY_DTYPE[result].itemsize == 2:
+        result = "float32"
+    if result != dtype:
+        listed = " and ".join(f"{name} {each}" for name, each in given.items())
+        raise InvalidInputError(
+            f"{listed} promote to {result}, but the artefact is {dtype}; convert them, or export "
+            f"with dtype={result!r}"
+        )
+
+
+def as_beta(value: Any) -> Array:
+    """A run-time beta as the float32 of rank 0 that artefacts take.
+
+    Raises:
+        InvalidInputError: for anything but one number.
+    """
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("a string")
+        with np.errstate(over="ignore"):
+            return np.asarray(np.float32(float(value)))
+    except Exception as exc:  # the caller's `__float__`, a tensor's without a number among them
+        raise InvalidInputError(f"beta must be one number, got {value!r} ({exc})") from exc
+
+
+def check_shapes(arrays: Mapping[str, Any], ports: Mapping[str, Port]) -> tuple[int, ...]:
+    """The broadcast shape of all arrays (or tensors), after each was held against its port.
+
+    Raises:
+        InvalidInputError: on a rank, a fixed axis or a repeated axis name that doesn't fit.
+    """
+    sizes: dict[str, int] = {}
+    shapes = {key: tuple(array.shape) for key, array in arrays.items()}
+    for key, shape in shapes.items():
+        port = ports[key]
+        if port.shape is None:
+            continue
+        fits = len(port.shape) == len(shape)
+        for dim, size in zip(port.shape, shape, strict=False):
+            fits &= (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) == size
+        if not fits:
+            known = {name: size for name, size in sizes.items() if name in port.shape}
+            where = f" with {', '.join(f'{k}={v}' for k, v in known.items())}" if known else ""
+            raise InvalidInputError(
+                f"{key} has the shape {shape}, but the artefact takes "
+                f"({', '.join(map(str, port.shape))}){where}; reshape it, or export with another "
+                "shape (target_shape= for a target that broadcasts)"
+            )
+    try:
+        return np.broadcast_shapes(*shapes.values())
+    except ValueError:
+        given = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise InvalidInputError(f"{given} can't be broadcast to one shape") from None
 
 
 def check_interpreter() -> None:
@@ -41,6 +144,11 @@ class Runner(ABC):
         exported: whether the graph is the one that this package exported for that spec: nothing
             else has changed it, and what is known of such graphs holds.
         served: whether the graph has a server's shapes; `run` takes and gives the spec's.
+
+    >>> from smoothl1_deploy import export, load
+    >>> runner = load(export(LossSpec(0.5), shape=("N", 4)), "onnx-reference")
+    >>> str(runner.signature.input), runner.spec == LossSpec(0.5)
+    ('input: float32[Nx4]', True)
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -66,8 +174,9 @@ class Runner(ABC):
         Args:
             input: a numpy array (ml_dtypes for bfloat16) or anything with `__dlpack__`, of the
                 artefact's dtype, or of one that promotes to it.
-            target: likewise; it broadcasts with `input` where the artefact's shapes allow it.
-            weight: likewise, where the artefact takes one.
+            target: another such array; it broadcasts with `input` where the artefact's shapes
+                allow it.
+            weight: a third, where the artefact takes one.
             beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
                 float32. A negative or NaN beta gives NaN.
             grad_output: an array in the shape of the loss, where the artefact takes one
@@ -83,23 +192,33 @@ class Runner(ABC):
             UnsupportedError: in a `__del__` that runs when the interpreter has shut down.
         """
         check_interpreter()
-        # A loop over batches of one shape, as nearly every caller's is, checks the shape once.
+        if weight is beta is grad_output is None:
+            found = self._at_once(input, target)
+            if found is not None:
+                return found
+        given = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
+        return self._checked({name: x for name, x in given.items() if x is not None}, beta)
+
+    def _at_once(self, input: Any, target: Any) -> dict[str, Any] | None:
+        """The answer to arrays of the shape that was right before; None for any other.
+
+        A loop over batches of one shape, as nearly every caller's is, checks the shape once.
+        """
         if (
             type(input) is type(target) is np.ndarray
             and input.dtype is target.dtype is self._dtype
             and input.shape == target.shape == self._good_shape
             and input.flags.c_contiguous
             and target.flags.c_contiguous
-            and weight is beta is grad_output is None
         ):
-            return self._execute_pair(input, target)
-        given = {"input": input, "target": target, "weight": weight}
-        self._check_given({**given, "beta": beta, "grad_output": grad_output})
-        arrays = {name: as_array(x, name) for name, x in given.items() if x is not None}
+            return self._execute({"input": input, "target": target}, input.shape)
+        return None
+
+    def _checked(self, given: dict[str, Any], beta: float | None) -> dict[str, Any]:
+        """The answer to what was given by role, after it was checked."""
+        self._check_given(given, beta)
+        arrays = {name: as_array(x, name) for name, x in given.items()}
         shape = self._broadcast(arrays)
-        if grad_output is not None:
-            arrays["grad_output"] = as_array(grad_output, "grad_output")
-            self._check_upstream(arrays["grad_output"].shape, shape)
         feeds = promote(arrays, self.signature.input.dtype)
         if beta is not None:
             feeds["beta"] = self._beta_port(as_beta(beta))
@@ -129,9 +248,10 @@ class Runner(ABC):
         """
         if not self.served:
             return outputs
-        wanted, name = self._loss_shape(shape), self.signature.loss.name
-        if tuple(outputs[name].shape) == self._served_shape(wanted):
-            outputs[name] = outputs[name].reshape(wanted)
+        assert self.spec is not None
+        port = self.signature.loss
+        if tuple(outputs[port.name].shape) == self._output_shape(port, {}, shape):
+            outputs[port.name] = outputs[port.name].reshape(self.spec.loss_shape(shape))
         return outputs
 
     def _check_exported(self, backend: str, instead: str) -> None:
@@ -151,32 +271,36 @@ class Runner(ABC):
         )
 
     def _broadcast(self, arrays: Mapping[str, Any]) -> tuple[int, ...]:
-        """The shape that the arrays broadcast to; refuses what the artefact can't take."""
-        shape = check_shapes(arrays, self.signature.inputs)
+        """The shape of the element losses of arrays (or tensors).
+
+        Raises:
+            InvalidInputError: on shapes that the artefact can't take.
+        """
+        operands = {name: array for name, array in arrays.items() if name != "grad_output"}
+        shape = check_shapes(operands, self.signature.inputs)
         if self.spec is not None and self.spec.per_sample and not shape:
             raise InvalidInputError(
                 "the artefact gives one loss per sample, and input and target have no axis of "
                 "samples; give them one, as in input[None]"
             )
+        if "grad_output" in arrays:
+            given = tuple(arrays["grad_output"].shape)
+            expected = tuple(self._output_shape(self.signature.loss, {}, shape))
+            if given != expected:
+                raise InvalidInputError(
+                    f"grad_output has the shape {given}, and the loss {expected}; give one number "
+                    "for each of the loss"
+                )
         return shape
 
-    def _check_upstream(self, given: tuple[int, ...], shape: tuple[int, ...]) -> None:
-        """Whether `grad_output` has the shape of the loss of arrays that broadcast to `shape`."""
-        expected = tuple(self._output_shape(self.signature.loss, {}, shape))
-        if given != expected:
-            raise InvalidInputError(
-                f"grad_output has the shape {given}, and the loss {expected}; give one number for "
-                "each of the loss"
-            )
-
-    def _check_given(self, given: Mapping[str, Any]) -> None:
-        for name, value in given.items():
-            if (value is not None) == (name in self.signature.inputs):
-                continue
-            takes = ", ".join(self.signature.inputs)
-            if value is None:
+    def _check_given(self, given: Mapping[str, Any], beta: float | None) -> None:
+        known = {*given} if beta is None else {*given, "beta"}
+        takes = ", ".join(self.signature.inputs)
+        for name in ROLES:
+            if name in self.signature.inputs and name not in known:
                 raise InvalidInputError(f"{name} is missing; the artefact takes {takes}")
-            raise InvalidInputError(f"the artefact takes {takes}, and no {name}; leave it out")
+            if name in known and name not in self.signature.inputs:
+                raise InvalidInputError(f"the artefact takes {takes}, and no {name}; leave it out")
 
     @abstractmethod
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
@@ -187,26 +311,16 @@ class Runner(ABC):
         others broadcast to.
         """
 
-    def _execute_pair(self, input: Array, target: Array) -> dict[str, Array]:
-        """`_execute` for two arrays of one shape and nothing else; a place to be quick."""
-        return self._execute({"input": input, "target": target}, input.shape)
-
     def _output_shape(self, port: Port, feeds: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
         """The shape an output will have, told from the spec or, without one, from its port."""
         if port.name == "grad_input":
             return feeds["input"].shape
         if self.spec is None:
             return shape if port.shape is None or port.shape else ()
-        loss = self._loss_shape(shape)
-        return self._served_shape(loss) if self.served else loss
+        loss = self.spec.loss_shape(shape)
+        # A server knows no rank 0, and a batch of scores is [N, 1] to it.
+        return (*loss, 1) if self.served and self.spec.reduction != "none" else loss
 
-    def _loss_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        assert self.spec is not None
-        if self.spec.per_sample:
-            return shape[:1]
-        return shape if self.spec.reduction == "none" else ()
-
-    def _served_shape(self, loss: tuple[int, ...]) -> tuple[int, ...]:
-        """A server knows no rank 0, and a batch of scores is [N, 1] to it."""
-        assert self.spec is not None
-        return loss if self.spec.reduction == "none" else (*loss, 1)
+    def _named(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """What was given by role, by the names of the graph's inputs."""
+        return {self.signature.inputs[role].name: value for role, value in feeds.items()}

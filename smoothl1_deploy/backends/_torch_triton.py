@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -62,8 +63,8 @@ class TorchTritonRunner(GpuRunner):
         reason = _refusal(self.spec)
         if reason:
             raise UnsupportedError(reason)
-        self._fused = fused
-        self._prepared: dict[tuple[int, ...], tuple[Any, tuple[int, ...]]] = {}  # by shape
+        self._prepare = partial(_prepare, fused, self.spec)
+        self._remembered = lru_cache(REMEMBERED)(self._prepare)
         # On the device from the start: no call has to wait for it, and a CUDA graph may read it.
         beta, dtype = self.spec.effective_beta, COMPUTE_DTYPE[self.spec.dtype]
         self._beta = None if self.spec.runtime_beta else device.filled(beta, dtype)
@@ -71,43 +72,32 @@ class TorchTritonRunner(GpuRunner):
     def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         input, target = feeds["input"], feeds["target"]
         if not input.shape == target.shape == shape:
-            input, target = (_of_shape(each, shape) for each in (input, target))
+            input, target = (each.expand(shape).contiguous() for each in (input, target))
         # Which kernel a launch has compiled must not change; memory of torch's own is aligned.
         aligned = (input.data_ptr() | target.data_ptr()) % _ALIGNED == 0
-        prepared = self._prepared.get(shape) if aligned else None
-        if prepared is None:
-            prepared = self._prepare(tuple(shape))
-            if aligned:
-                if len(self._prepared) >= REMEMBERED:
-                    self._prepared.clear()
-                self._prepared[tuple(shape)] = prepared
-        launch, out = prepared
+        launch, out = (self._remembered if aligned else self._prepare)(shape)
         loss = self.device.empty_beside(input, out)
         partial = self.device.empty((launch.scratch,), "float64") if launch.scratch else None
         with self.device.selected():
             launch(input, target, feeds.get("beta", self._beta), loss, partial)
         return {"loss": loss}
 
-    def _prepare(self, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
-        """`fused.Losses` or `fused.Rows` for arrays of a shape, and the shape of their loss."""
-        spec, fused = self.spec, self._fused
-        assert spec is not None
-        beta = None if spec.runtime_beta else spec.effective_beta
-        if spec.reduction == "none":
-            return fused.Losses(math.prod(shape), spec.dtype, beta), shape
-        rows, columns, out = 1, math.prod(shape), shape[:0]
-        if spec.per_sample:
-            rows, columns, out = shape[0], math.prod(shape[1:]), shape[:1]
-        how = fused.plan(rows, columns)
-        return fused.Rows(how, spec.dtype, beta, mean=spec.reduction == "mean"), out
-
     def _recordable(self) -> Compute:
         return self._compute
 
 
-def _of_shape(tensor: Any, shape: tuple[int, ...]) -> Any:
-    """The tensor, or a copy of it where it has to be broadcast."""
-    return tensor if tuple(tensor.shape) == shape else tensor.expand(shape).contiguous()
+def _prepare(
+    fused: ModuleType, spec: LossSpec, shape: tuple[int, ...]
+) -> tuple[Any, tuple[int, ...]]:
+    """`fused.Losses` or `fused.Rows` for arrays of a shape, and the shape of their loss."""
+    shape = tuple(shape)
+    beta = None if spec.runtime_beta else spec.effective_beta
+    if spec.reduction == "none":
+        return fused.Losses(math.prod(shape), spec.dtype, beta), shape
+    rows = shape[0] if spec.per_sample else 1
+    how = fused.plan(rows, math.prod(shape[1:] if spec.per_sample else shape))
+    launch = fused.Rows(how, spec.dtype, beta, mean=spec.reduction == "mean")
+    return launch, spec.loss_shape(shape)
 
 
 def _refusal(spec: LossSpec) -> str | None:
@@ -160,7 +150,7 @@ class TorchTritonBackend(GpuBackend):
             self.slow = self._device.name
 
     def refuses(self, spec: LossSpec) -> str | None:
-        """A gradient, and weights."""
+        """Refuse a gradient, and weights."""
         return _refusal(spec)
 
     def load(self, model: onnx.ModelProto) -> TorchTritonRunner:

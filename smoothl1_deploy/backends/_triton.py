@@ -68,11 +68,12 @@ class _Shared:
         self._unused.append(name)
 
     def transport(self, protocol: str) -> Transport:
+        """A connection to the server, by `"http"` or `"grpc"`."""
         from ..serving._transport import GrpcTransport, HttpTransport
 
         with self._lock:
             addresses = self._running().addresses
-        if protocol == "grpc":
+        if protocol == "grpc":  # whose address is a socket's, which no URL holds
             return GrpcTransport(addresses.grpc, False, _TIMEOUT, 0)
         return HttpTransport(addresses.http, False, _TIMEOUT, 0)
 
@@ -122,8 +123,7 @@ class TritonRunner(Runner):
                 self._name = shared.load(self._model)
                 self._transport = shared.transport(self._protocol)
                 weakref.finalize(self, shared.forget, self._name).atexit = False
-        named = {self.signature.inputs[role].name: array for role, array in feeds.items()}
-        return self._transport.infer(self._name, "", named)
+        return self._transport.infer(self._name, "", self._named(feeds))
 
 
 class _TritonBackend(Backend):
@@ -137,7 +137,7 @@ class _TritonBackend(Backend):
         find_triton()
 
     def refuses(self, spec: LossSpec) -> str | None:
-        """An upstream gradient, which no request has."""
+        """Refuse an upstream gradient, which no request has."""
         return "a server has no gradient to pass back" if spec.upstream else None
 
     def load(self, model: onnx.ModelProto) -> TritonRunner:

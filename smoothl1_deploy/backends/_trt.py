@@ -13,16 +13,15 @@ from onnx import helper
 
 from .._device import Device
 from .._model import ELEMENT_TYPE
-from .._spec import LossSpec
 from ..errors import ArtefactError, BackendUnavailableError
 from ..tensorrt._build import build_engine
 from ..tensorrt._cache import EngineCache, default_cache_dir
 from ..tensorrt._engine import Engine, read_engine
 from ..tensorrt._flavour import ELSEWHERE, Flavour, get_flavour
 from ..tensorrt._options import BuildOptions
-from ..tensorrt._prepare import refuses
 from ..tensorrt._profile import ProfileRequest, input_shapes, wide_profile
 from ..tensorrt._run import Program
+from ._base import OfTensorrt
 from ._gpu import Compute, GpuBackend, GpuRunner
 
 
@@ -38,9 +37,6 @@ class TrtRunner(GpuRunner):
         self.spec = program.sidecar.spec
         self.program = program
 
-    def _named(self, feeds: dict[str, Any]) -> dict[str, Any]:
-        return {self.signature.inputs[role].name: tensor for role, tensor in feeds.items()}
-
     def _compute(self, feeds: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         return self.program.run(self._named(feeds))
 
@@ -50,15 +46,15 @@ class TrtRunner(GpuRunner):
         return lambda feeds, shape: context.execute(self._named(feeds))
 
 
-class TrtBackend(GpuBackend):
+class TrtBackend(OfTensorrt, GpuBackend):
     """TensorRT on the GPU, which needs a fixed rank; `threads` changes nothing here.
 
     Args:
         flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.
-        profile: of the engines it builds; by default every dynamic axis from 0 to what makes 2^26
-            elements, tuned for 64.
-        options: of those builds.
-        cache_dir: for engines and compiled kernels; None for the user's cache folder.
+        profile: the shapes of the engines it builds; by default every dynamic axis from 0 to what
+            makes 2^26 elements, tuned for 64.
+        options: how it builds them.
+        cache_dir: where engines and compiled kernels go; None for the user's cache folder.
         contexts: how many calls may be prepared at a time.
 
     Raises:
@@ -67,8 +63,6 @@ class TrtBackend(GpuBackend):
     """
 
     name = "trt"
-    any_rank = False
-    accumulator = "float32"
 
     def __init__(
         self,
@@ -92,10 +86,6 @@ class TrtBackend(GpuBackend):
         self._options = options
         self._root = default_cache_dir() if cache_dir is None else Path(cache_dir)
         self._contexts = contexts
-
-    def refuses(self, spec: LossSpec) -> str | None:
-        """float64, which TensorRT doesn't have."""
-        return refuses(spec)
 
     def load(self, model: onnx.ModelProto) -> TrtRunner:
         """Build the engine of `model`, or take it from the cache, and deserialise it.

@@ -9,12 +9,10 @@ from __future__ import annotations
 import onnx
 
 from .._floats import Array
-from .._spec import LossSpec
 from ..tensorrt._flavour import Flavour, get_flavour
 from ..tensorrt._network import plan
 from ..tensorrt._parse import parse
-from ..tensorrt._prepare import refuses
-from ._base import Backend
+from ._base import OfTensorrt
 from ._runner import Runner
 
 
@@ -31,10 +29,10 @@ class TrtNetworkRunner(Runner):
         self._plan = plan(self.parsed, clip_drops_nan=clip_drops_nan)
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
-        return self._plan.run({self.signature.inputs[role].name: x for role, x in feeds.items()})
+        return self._plan.run(self._named(feeds))
 
 
-class TrtNetworkBackend(Backend):
+class TrtNetworkBackend(OfTensorrt):
     """TensorRT's parser on the CPU, which needs a fixed rank; `threads` changes nothing here.
 
     Args:
@@ -47,16 +45,10 @@ class TrtNetworkBackend(Backend):
     """
 
     name = "trt-network"
-    any_rank = False
-    accumulator = "float32"
 
     def __init__(self, flavour: str | Flavour = "auto", clip_drops_nan: bool = True) -> None:
         self._flavour = get_flavour(flavour)
         self._clip_drops_nan = clip_drops_nan
-
-    def refuses(self, spec: LossSpec) -> str | None:
-        """float64, which TensorRT doesn't have."""
-        return refuses(spec)
 
     def load(self, model: onnx.ModelProto) -> TrtNetworkRunner:
         """Parse `model` and read the network.

@@ -356,18 +356,11 @@ def graph_ports(model: onnx.ModelProto) -> tuple[list[dict[str, Any]], list[dict
 
 
 def _port(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    import onnx
+    from .._model import Port
 
-    from .._model import axes_of
-
-    tensor = value.type.tensor_type
-    try:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    except KeyError:  # a sequence or another type that is no tensor
-        dtype = value.type.WhichOneof("value") or "unknown"
-    axes = axes_of(value)
-    shape = None if axes is None else [-1 if axis is None else axis for axis in axes]
-    return {"name": value.name, "dtype": dtype, "shape": shape}
+    port = Port.of(value)
+    shape = None if port.axes is None else [-1 if axis is None else axis for axis in port.axes]
+    return {"name": port.name, "dtype": port.dtype, "shape": shape}
 
 
 def show_ports(ports: Iterable[Mapping[str, Any]]) -> str:

@@ -23,6 +23,7 @@ from . import _functions as f
 from ._functions import loss_scalars, slope_scalars
 
 IR_VERSION = 10  # ONNX 1.16: the oldest runtime we test reads it
+_OPSETS = [helper.make_opsetid("", f.OPSET), helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION)]
 
 
 class Assembly:
@@ -39,9 +40,9 @@ class Assembly:
         tensors: name of a tensor of the graph for each of `spec.inputs` (in the spec's dtype;
             beta in float32, grad_output in the shape of loss) and `spec.outputs`. Where it names
             beta, the number in the spec is not looked at.
-        summed_axes: of the element losses, along which input was broadcast and its gradient has
-            to be summed back; None to find them at run time, which TensorRT can't.
-        prefix: of the names of the tensors in between.
+        summed_axes: the axes of the element losses along which input was broadcast and its gradient
+            has to be summed back; None to find them at run time, which TensorRT can't.
+        prefix: what the names of the tensors in between begin with.
         inlined: whether the functions are going to be inlined.
 
     Attributes:
@@ -84,18 +85,15 @@ class Assembly:
         if spec.gradient:
             self._gradient(losses, summed_axes)
 
-    def _add(
-        self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any
-    ) -> str:
+    def _add(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """A node of an operator of ONNX, or of one of our functions; gives its output."""
+        domain = f.DOMAIN if op in f.FUNCTIONS else ""
         output = self._tensors.get(output) or self._prefix + output
         node = helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes)
         self.nodes.append(node)
         if domain:
             self.used.append(op)
         return output
-
-    def _call(self, function: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        return self._add(function, inputs, output, domain=f.DOMAIN, **attributes)
 
     def _widened(self, tensor: str, name: str) -> str:
         """The tensor in the compute dtype."""
@@ -108,7 +106,7 @@ class Assembly:
         return self._add("Constant", [], name, value=tensor)
 
     def _scalar_tensors(self) -> list[str] | None:
-        """beta, half and divisor for the terms; None where an attribute says it all (case 1)."""
+        """The beta, half and divisor of the terms; None where an attribute says it all (case 1)."""
         spec = self._spec
         if _is_l1(spec):
             return []
@@ -118,11 +116,11 @@ class Assembly:
             return [beta, self._constant("half", 0.5, self._element)]
         if self._element == TensorProto.DOUBLE and "beta" in self._tensors:
             beta = self._cast(self._tensors["beta"])
-            self._divisor = self._call("BetaDivisorFloat64", [beta], "divisor")
+            self._divisor = self._add("BetaDivisorFloat64", [beta], "divisor")
             return [beta, self._constant("half", 0.5), self._divisor]
         if "beta" in self._tensors:
             beta = self._tensors["beta"]
-            self._divisor = self._call("BetaDivisor", [beta], "divisor")
+            self._divisor = self._add("BetaDivisor", [beta], "divisor")
             return [beta, self._constant("half", 0.5, self._element), self._divisor]
         if self._element == TensorProto.DOUBLE or self._inlined:
             return [
@@ -136,13 +134,13 @@ class Assembly:
         spec = self._spec
         pair = [self._data["input"], self._data["target"]]
         if _is_l1(spec):
-            losses = self._call("L1Loss", pair, "losses")
+            losses = self._add("L1Loss", pair, "losses")
         elif self._is_added:
-            losses = self._call("SmoothL1Addends", [*pair, *(self._scalars or ())], "losses")
+            losses = self._add("SmoothL1Addends", [*pair, *(self._scalars or ())], "losses")
         elif self._scalars is None:
-            losses = self._call("SmoothL1Loss", pair, "losses", beta=spec.effective_beta)
+            losses = self._add("SmoothL1Loss", pair, "losses", beta=spec.effective_beta)
         else:
-            losses = self._call("SmoothL1LossTerms", [*pair, *self._scalars], "losses")
+            losses = self._add("SmoothL1LossTerms", [*pair, *self._scalars], "losses")
         self._unweighted = losses
         if not spec.weight:
             return losses
@@ -150,7 +148,7 @@ class Assembly:
         if spec.reduction != "none":  # a product may leave the range of float32, and its mean not
             losses, weight = self._double(losses), self._double(weight)
         # A function, since quantisers leave those alone and would quantise a Mul of float32.
-        return self._call("Weighted", [losses, weight], "weighted")
+        return self._add("Weighted", [losses, weight], "weighted")
 
     def _rounded(self, result: str, element: int, output: str) -> None:
         """`result`, which the last node gives as an `element`, as the output: rounded once."""
@@ -168,15 +166,15 @@ class Assembly:
             shape = self._add("Shape", [losses], "losses_shape")
             weights = self._add("Expand", [self._data["weight"], shape], "weights")
         function = self._sum + ("Sum" if spec.weight else spec.reduction.title())
-        total = self._call(function, [losses], "total")
+        total = self._add(function, [losses], "total")
         if spec.weight:
-            total = self._call("WithoutNegativeZero", [total], "total_signed")
+            total = self._add("WithoutNegativeZero", [total], "total_signed")
         elif self._is_added:
             total = self._add("Abs", [total], "total_signed")
         if spec.weight == "count" and spec.reduction == "mean":
             total = self._add("Div", [total, self._count(losses)], "weighted_mean")
         if weights is not None:
-            self._weight_total = self._call(function, [weights], "weight_total")
+            self._weight_total = self._add(function, [weights], "weight_total")
             mean = self._add("Div", [total, self._weight_total], "weighted_mean")
             if spec.dtype == "float64":
                 mean = self._without_overflow(mean, total, weights)
@@ -188,12 +186,12 @@ class Assembly:
     def _without_overflow(self, mean: str, total: str, weights: str) -> str:
         """`mean`, or where a sum of it overflows float64 the sum of each weight's share."""
         shrunk = self._add("Mul", [weights, self._constant("tiny", 2.0**-60)], "weights_shrunk")
-        whole = self._call(f"{self._sum}Sum", [shrunk], "weight_total_shrunk")
+        whole = self._add(f"{self._sum}Sum", [shrunk], "weight_total_shrunk")
         if self._spec.per_sample:
-            whole = self._call("RowsLike", [whole, shrunk], "weight_column_shrunk")
+            whole = self._add("RowsLike", [whole, shrunk], "weight_column_shrunk")
         share = self._add("Div", [shrunk, whole], "share")
         shares = self._add("Mul", [share, self._unweighted], "loss_shares")
-        safe = self._call(f"{self._sum}Sum", [shares], "mean_of_shares")
+        safe = self._add(f"{self._sum}Sum", [shares], "mean_of_shares")
         # What is not finite has no difference to itself.
         sums = self._add("Add", [total, self._weight_total], "both_sums")
         lost = self._add("IsNaN", [self._add("Sub", [sums, sums], "none_if_finite")], "lost")
@@ -202,8 +200,10 @@ class Assembly:
         return self._add("Where", [use, safe, mean], "mean")
 
     def _gradient(self, losses: str, summed_axes: tuple[int, ...] | None) -> None:
-        """In float64 and rounded once: rounded before, terms of either sign that are summed back
-        show by cancellation what they lost, and subnormal ones round up to what they aren't.
+        """Add the gradient, in float64 and rounded once.
+
+        Rounded before, terms of either sign that are summed back show by cancellation what they
+        lost, and subnormal ones round up to what they aren't.
 
         Case 1: what flows into every loss is one number; or, summed and of a dtype narrower than
             float64, a weight or upstream gradient too. Added up before the division by beta and
@@ -218,7 +218,7 @@ class Assembly:
         terms = [self._double(self._data["input"]), self._double(self._data["target"])]
         if scale:
             terms = [self._add("Mul", [x, scale], f"{x}_half") for x in terms]
-        slope = self._call("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms")
+        slope = self._add("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms")
         is_summed = summed_axes != ()
         upstream = ["upstream"] * spec.upstream
         by_loss = [*upstream] if spec.per_sample or spec.reduction == "none" else []
@@ -250,14 +250,15 @@ class Assembly:
         self._rounded(slope, TensorProto.DOUBLE, "grad_input")
 
     def _flowing_in(self, losses: str, parts: list[str]) -> str:
-        """What autograd multiplies each slope with: of the upstream gradient, which a mean divides,
-        and the weight, those that are asked for.
+        """What autograd multiplies each slope with, of those `parts` that are asked for.
+
+        They are the upstream gradient, which a mean divides, and the weight.
         """
         factor = self._upstream(losses) if "upstream" in parts else ""
         if "mean" in parts:
             count = self._count(losses)
             if self._weight_total and self._spec.per_sample:  # each row has a divisor of its own
-                count = self._call("RowsLike", [count, losses], "weight_column")
+                count = self._add("RowsLike", [count, losses], "weight_column")
             one = factor or self._constant("one", 1.0)
             factor = self._add("Div", [one, count], "upstream_mean")
         if "weight" in parts:
@@ -266,9 +267,10 @@ class Assembly:
         return factor
 
     def _slope_scalars(self) -> tuple[str, str, str, str]:
-        """beta, shrink and the divisor of the slopes' terms, float64, and what to multiply input
-        and target with, "" for nothing: where beta is inf, differences of float64 may overflow,
-        which are no infinite ones; halves' can't.
+        """The beta, shrink and divisor of the slopes' terms, in float64, and a factor for operands.
+
+        Input and target are multiplied with the factor, where it isn't "": where beta is inf,
+        differences of float64 may overflow, which are no infinite ones; those of halves can't.
         """
         spec = self._spec
         is_double = spec.dtype == "float64"
@@ -296,23 +298,23 @@ class Assembly:
         Compensated for every dtype: of a large beta, differences cancel that are as large.
         """
         if axes is None:
-            along = self._call("BroadcastAxes", [slope, self._data["input"]], "summed_axes")
+            along = self._add("BroadcastAxes", [slope, self._data["input"]], "summed_axes")
         else:
             tensor = numpy_helper.from_array(np.array(axes, np.int64))
             along = self._add("Constant", [], "summed_axes", value=tensor)
-        total = self._call("CompensatedAxesSum", [slope, along], "slope_sum")
+        total = self._add("CompensatedAxesSum", [slope, along], "slope_sum")
         shape = self._add("Shape", [self._data["input"]], "input_shape")
         return self._add("Reshape", [total, shape], "slope_summed", allowzero=1)
 
     def _zero_of_a_sum(self, slope: str, axes: tuple[int, ...] | None) -> str:
         """`slope`, which was added up along `axes`, with 0 for -0."""
-        signed = self._call("WithoutNegativeZero", [slope], "slope_signed")
+        signed = self._add("WithoutNegativeZero", [slope], "slope_signed")
         if axes is not None:
             return signed
-        # Where nothing was added up, -0 is autograd's too.
+        # Where nothing was added up, autograd gives -0 too.
         size = self._add("Size", [self._prefix + "summed_axes"], "summed_axis_count")
         is_sum = self._add("Cast", [size], "is_sum", to=TensorProto.BOOL)
-        # In this order: ONNX Runtime's Where makes 0 of a -0 of its first branch.
+        # `slope` is the second branch: ONNX Runtime's Where makes 0 of a -0 of its first one.
         return self._add("Where", [is_sum, signed, slope], "slope_or_signed")
 
     def _unless_no_beta(self, summed: str) -> str:
@@ -339,7 +341,7 @@ class Assembly:
             upstream = self._cast(upstream)
         if not self._spec.per_sample:
             return upstream
-        return self._call("RowsLike", [upstream, losses], "upstream_column")
+        return self._add("RowsLike", [upstream, losses], "upstream_column")
 
     def _double(self, tensor: str) -> str:
         """A tensor of the compute dtype in float64."""
@@ -353,11 +355,11 @@ class Assembly:
         return self._doubles[tensor]
 
     def _count(self, losses: str) -> str:
-        """What the loss of an element was divided by: rank 0, or one for each row."""
+        """The number that the loss of an element was divided by: of rank 0, or one for each row."""
         if self._weight_total:
             return self._weight_total
         if not self._counted and self._spec.per_sample:
-            self._counted = self._call("RowCount", [losses], "row_count")
+            self._counted = self._add("RowCount", [losses], "row_count")
         if not self._counted:
             self._counted = self._cast(self._add("Size", [losses], "count"))
         return self._counted
@@ -431,7 +433,8 @@ def nodes_of(
         assembly = Assembly(spec, tensors, summed_axes=summed_axes, prefix=prefix, inlined=inlined)
         return assembly.nodes, [], function_closure(assembly.used)
     name = function_name(spec)
-    whole = _as_function(spec)
+    # One body for the beta that is known and the one that isn't.
+    whole = replace(spec, beta=1.0, runtime_beta=True) if _takes_beta(spec) else spec
     inputs = [tensors.get(role) or f"{prefix}{role}" for role in whole.inputs]
     constants: list[onnx.TensorProto] = []
     attributes: dict[str, Any] = {}
@@ -444,11 +447,6 @@ def nodes_of(
     outputs = [tensors[role] for role in spec.outputs]
     node = helper.make_node(name, inputs, outputs, name=outputs[0], domain=f.DOMAIN, **attributes)
     return [node], constants, _functions_of(whole)
-
-
-def _as_function(spec: LossSpec) -> LossSpec:
-    """`spec` as its function has it: one body for the beta that is known and the one that isn't."""
-    return replace(spec, beta=1.0, runtime_beta=True) if _takes_beta(spec) else spec
 
 
 def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:
@@ -471,10 +469,7 @@ def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:
         [tensors[role] for role in spec.inputs],
         [tensors[role] for role in spec.outputs],
         nodes,
-        opset_imports=[
-            helper.make_opsetid("", f.OPSET),
-            helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION),
-        ],
+        opset_imports=_OPSETS,
         attributes=attributes,
         doc_string="The whole loss: one pass where `smoothl1_deploy.ops` is registered.",
     )
@@ -543,11 +538,5 @@ def function_closure(names: list[str]) -> list[onnx.FunctionProto]:
 def model_of(graph: onnx.GraphProto, functions: list[onnx.FunctionProto]) -> onnx.ModelProto:
     """The model of a graph that calls `functions`."""
     return helper.make_model(
-        graph,
-        functions=functions,
-        opset_imports=[
-            helper.make_opsetid("", f.OPSET),
-            helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION),
-        ],
-        ir_version=IR_VERSION,
+        graph, functions=functions, opset_imports=_OPSETS, ir_version=IR_VERSION
     )

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx.inliner
+import onnx.version_converter
 from onnx import TensorProto, helper, numpy_helper
 
 from .._dlpack import as_array
 from .._model import (
     DTYPE_OF_ELEMENT,
     ELEMENT_TYPE,
+    MODEL_ERRORS,
     Loss,
     Tensor,
     axes_of,
@@ -28,16 +30,19 @@ from .._model import (
     inputs_of,
     main_tensors,
     note_attached,
+    opset_of,
     subgraphs,
     value_names,
 )
 from .._shapes import Dim, Shape, broadcast, check_shape, summed_axes
 from .._spec import LossSpec
 from ..errors import ArtefactError, ModelWarning, SpecError
-from ._hosted import OldOpsetError, add_functions, check_opset, check_parsed, converted, prune
 from ._metadata import forget_spec
 
 _SHOWN = 20  # candidate tensors in an error
+_OLDEST_OPSET = 13  # the first that our functions can be called in
+_OLDEST_IR = 8  # the first with functions
+_PARSED = 2**31 - 1  # bytes that protobuf reads in one message
 _WIDENS = {("float16", "float32"), ("bfloat16", "float32")} | {
     (narrow, "float64") for narrow in ("float16", "bfloat16", "float32")
 }
@@ -74,10 +79,10 @@ def attach(
             An axis whose size or name the model's inputs don't tell is one of the target's own.
         spec: None means the mean with beta 1 in the prediction's dtype. An input `beta` is added
             for `runtime_beta`, an input `grad_output` for `upstream`.
-        weight: for a spec with a weight; like `target`.
-        target_shape: of an input to add as the target, where it isn't the prediction's or nobody
-            knows that: integers, and names for dynamic axes.
-        loss_name: of the output (`grad_input` for the gradient); numbered where it is taken.
+        weight: the weight of a spec that has one; given like `target`.
+        target_shape: the shape of an input to add as the target, where it isn't the prediction's
+            or nobody knows that: integers, and names for dynamic axes.
+        loss_name: the name of the output (the gradient's is `grad_input`); numbered where taken.
         only_loss: drop the other outputs, and the nodes and inputs that only they need.
         route: `"function"` adds a node of the domain `smoothl1_deploy`; `"inlined"` plain ones.
         convert_opset: convert a model whose opset the loss can't be computed in to the lowest
@@ -95,6 +100,13 @@ def attach(
     Warns:
         ModelWarning: where the model declares a shape that its nodes contradict; the nodes are
             believed, and the result declares what they make.
+
+    >>> import onnx.parser
+    >>> graph = "g (float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }"
+    >>> model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]> {graph}')
+    >>> scored = attach(model, "y", "target", LossSpec(0.5))
+    >>> [v.name for v in scored.graph.input], [v.name for v in scored.graph.output]
+    (['x', 'target'], ['y', 'loss'])
     """
     if str(route) not in ("function", "inlined"):
         raise SpecError(f"unknown route {route!r} to attach by; choose function or inlined")
@@ -145,6 +157,9 @@ def _check_name(what: str, name: Any) -> None:
         raise SpecError(f"the {what} can't be called {name!r}; give a name of Unicode characters")
 
 
+_value = helper.make_tensor_value_info
+
+
 class _Graft:
     """The state of one attachment: the model, its tensors, and the names that are free."""
 
@@ -167,7 +182,7 @@ class _Graft:
             )
         self.spec = spec if spec is not None else LossSpec(dtype=str(dtype))
         self._prediction = found
-        self._new_shape = found.shape  # of inputs to add
+        self._new_shape = found.shape  # what inputs that are added get
         self._prefix = ""
         self._nodes: list[onnx.NodeProto] = []
         self.prediction = self._in_dtype("prediction", self._handed_on(found))
@@ -281,7 +296,7 @@ class _Graft:
                 shape = self._shape_of_new(given)
             elif self._new_shape is None:
                 self._new_shape, self._named = shape, self._named | {*shape}
-            self.model.graph.input.append(helper.make_tensor_value_info(given, element, shape))
+            self.model.graph.input.append(_value(given, element, shape))
             self._taken.add(given)
             # One input may play both parts.
             self._tensors[given] = Tensor(given, element, shape, shape)
@@ -295,9 +310,9 @@ class _Graft:
         return self._in_dtype(what, Tensor(tensor.name, tensor.data_type, *[array.shape] * 2))
 
     def _shape_of_new(self, name: str) -> Shape | None:
-        """That of the prediction, in which an axis that no input names is one of its own.
+        """The prediction's shape, in which an axis that no input names is one of its own.
 
-        Where nobody knows the prediction's, that which the caller gave of another new input.
+        Where nobody knows it, the shape which the caller gave of another new input.
         """
         return self._new_shape and tuple(
             dim if isinstance(dim, int) or dim in self._named else f"{name}_axis_{i}"
@@ -338,41 +353,41 @@ class _Graft:
         self, roles: dict[str, Tensor], loss_name: str, only_loss: bool, inlined: bool
     ) -> list[onnx.FunctionProto]:
         """Append nodes, functions, inputs and outputs; gives the functions."""
-        from . import _functions as f
-        from ._assemble import nodes_of
+        from ._assemble import nodes_of  # onnxscript takes most of a second
 
         spec, graph = self.spec, self.model.graph
         losses = _broadcast(roles)
         if spec.per_sample and losses == ():
             raise SpecError("per_sample needs an axis of samples; the prediction has rank 0")
         names = {role: tensor.name for role, tensor in roles.items()}
+        reduced, element = spec.loss_shape(losses), ELEMENT_TYPE[spec.dtype]
         if spec.runtime_beta:
             names["beta"] = self._free("beta")
-            beta = helper.make_tensor_value_info(names["beta"], TensorProto.FLOAT, ())
-            graph.input.append(beta)
-        reduced = self._reduced_shape(losses)
+            graph.input.append(_value(names["beta"], TensorProto.FLOAT, ()))
         if spec.upstream:
             names["grad_output"] = self._free("grad_output")
-            element = ELEMENT_TYPE[spec.dtype]
-            value = helper.make_tensor_value_info(names["grad_output"], element, reduced)
-            graph.input.append(value)
+            graph.input.append(_value(names["grad_output"], element, reduced))
         outputs = {"loss": self._free(loss_name)}
         if spec.gradient:
             outputs["grad_input"] = self._free("grad_input")
-        summed = summed_axes(*(tensor.certain for tensor in roles.values()))
-        prefix = self._free_prefix(outputs["loss"])
-        tensors = {**names, **outputs}
         nodes, constants, functions = nodes_of(
-            spec, tensors, summed_axes=summed, prefix=prefix, inlined=inlined
+            spec,
+            {**names, **outputs},
+            summed_axes=summed_axes(*(tensor.certain for tensor in roles.values())),
+            prefix=self._free_prefix(outputs["loss"]),
+            inlined=inlined,
         )
         graph.initializer.extend(constants)
         check_opset(self.model, functions, nodes)
-        add_functions(self.model, functions)
-        if not any(entry.domain == f.DOMAIN for entry in self.model.opset_import):
-            self.model.opset_import.append(helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION))
-        self.model.ir_version = max(self.model.ir_version, 8)  # the first with functions
+        _add_functions(self.model, functions)
         graph.node.extend([*self._nodes, *nodes])
-        self._add_outputs(outputs, reduced, only_loss)
+        if only_loss:
+            del graph.output[:]
+        graph.output.append(_value(outputs["loss"], element, reduced))
+        if spec.gradient:
+            graph.output.append(_value(outputs["grad_input"], element, self._prediction.shape))
+        if only_loss:
+            prune(graph)
         note_attached(self.model, Loss(spec, names, outputs))
         return functions
 
@@ -383,53 +398,167 @@ class _Graft:
             prefix = f"{name}_{number}/"
         return prefix
 
-    def _reduced_shape(self, losses: Shape | None) -> Shape | None:
-        """The shape of the loss, where that of the element losses is `losses`."""
-        if self.spec.per_sample:
-            return None if losses is None else losses[:1]
-        return losses if self.spec.reduction == "none" else ()
-
-    def _add_outputs(self, outputs: dict[str, str], shape: Shape | None, only: bool) -> None:
-        spec, graph = self.spec, self.model.graph
-        if only:
-            del graph.output[:]
-        element = ELEMENT_TYPE[spec.dtype]
-        graph.output.append(helper.make_tensor_value_info(outputs["loss"], element, shape))
-        if spec.gradient:
-            like = self._prediction.shape
-            graph.output.append(helper.make_tensor_value_info(outputs["grad_input"], element, like))
-        if only:
-            prune(graph)
-
 
 def _inside(node: onnx.NodeProto, name: str) -> bool:
     """Whether a graph that `node` holds has that name in it, of its own or read from outside."""
     return any(name in value_names(subgraph) for subgraph in subgraphs(node))
 
 
-def _broadcast(roles: dict[str, Tensor]) -> Shape | None:
+def _broadcast(roles: dict[str, Tensor], certain: bool = False) -> Shape | None:
     """The shape of the element losses; None where a rank is unknown.
 
-    Of shapes that are only declared, those that don't fit together are not refused: what is
-    certain decides.
+    Shapes that are only declared and don't fit together are not refused: what is `certain` decides.
     """
-    certain = {role: replace(tensor, shape=tensor.certain) for role, tensor in roles.items()}
-    try:
-        return _full(roles)
-    except SpecError:
-        return _full(certain)
-
-
-def _full(roles: dict[str, Tensor]) -> Shape | None:
-    full: Shape | None = roles["input"].shape
-    for role, tensor in roles.items():
-        if full is None or tensor.shape is None:
+    shapes = {role: each.certain if certain else each.shape for role, each in roles.items()}
+    full = shapes["input"]
+    for role, shape in shapes.items():
+        if full is None or shape is None:
             return None
         try:
-            full = broadcast(full, tensor.shape)
+            full = broadcast(full, shape)
         except SpecError as exc:
+            if not certain:
+                return _broadcast(roles, certain=True)
             raise SpecError(
-                f"the prediction has the shape {roles['input'].shape}, the {role} {tensor.name!r} "
-                f"{tensor.shape}: {exc}"
+                f"the prediction has the shape {shapes['input']}, the {role} {roles[role].name!r} "
+                f"{shape}: {exc}"
             ) from exc
     return full
+
+
+# What becomes of the model: its opset, its functions, what is dropped
+
+
+class OldOpsetError(ArtefactError):
+    """A model older than `needed`, the lowest opset that has what a loss is made of."""
+
+    def __init__(self, opset: int, needed: int) -> None:
+        super().__init__(
+            f"the model is of opset {opset}, and this loss needs {needed}; convert it with "
+            "convert_opset=True (--convert-opset), or onnx.version_converter"
+        )
+        self.needed = needed
+
+
+def check_opset(
+    model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto], nodes: Iterable[onnx.NodeProto]
+) -> None:
+    """Refuse a model whose opset lacks what `functions` and `nodes` are made of.
+
+    Raises:
+        OldOpsetError: for one that is too old; says how to convert the model.
+    """
+    every = [*nodes, *(node for function in functions for node in function.node)]
+    reshapes = any(attribute.name == "allowzero" for n in every for attribute in n.attribute)
+    opset, needed = opset_of(model), 14 if reshapes else _OLDEST_OPSET
+    if opset < needed:
+        raise OldOpsetError(opset, needed)
+
+
+def _raise_ir(model: onnx.ModelProto) -> None:
+    """Make `model` one that may have functions, its constants as constant as they were.
+
+    Before IR 4 every initialiser had to be listed among the inputs. From IR 4 on one that is
+    listed may be overridden by the caller, so that no runtime folds it into anything.
+    """
+    if model.ir_version < 4:
+        held = (graph for node in every_node(model.graph.node) for graph in subgraphs(node))
+        for graph in (model.graph, *held):
+            constants = {tensor.name for tensor in graph.initializer}
+            fed = [value for value in graph.input if value.name not in constants]
+            del graph.input[:]
+            graph.input.extend(fed)
+    model.ir_version = max(model.ir_version, _OLDEST_IR)
+
+
+def _add_functions(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
+    """Add the functions that `model` lacks; their bodies mean the same in every opset they allow.
+
+    The IR version becomes the first that has functions, where it is older.
+
+    Raises:
+        ArtefactError: when a function of that name is there and computes something else.
+    """
+    from ._functions import DOMAIN, DOMAIN_VERSION
+
+    _raise_ir(model)
+    opset = opset_of(model)
+    if not any(entry.domain == DOMAIN for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+    present = {(function.domain, function.name): function for function in model.functions}
+    for function in functions:
+        other = present.get((function.domain, function.name))
+        if other is None:
+            copy = model.functions.add()
+            copy.CopyFrom(function)
+            for entry in copy.opset_import:
+                if entry.domain == "":
+                    entry.version = opset
+        elif _body(other) != _body(function):
+            raise ArtefactError(
+                f"the model has a function {function.domain}.{function.name} that computes "
+                "something else, of another version of smoothl1-deploy perhaps; put it in place "
+                "with onnx.inliner.inline_local_functions(model), or attach to the model as it was"
+            )
+
+
+def _body(function: onnx.FunctionProto) -> list[Any]:
+    ports = [[*function.input], [*function.output], [*function.attribute]]
+    return ports + [
+        [n.op_type, n.domain, [*n.input], [*n.output], [str(a) for a in n.attribute]]
+        for n in function.node
+    ]
+
+
+def converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """`model` in the opset `opset`.
+
+    Its functions are put in the places where they are called: onnx's converter (1.23) drops them.
+
+    Raises:
+        ArtefactError: for what the converter can't do, and for more than it can read.
+    """
+    check_parsed(model, "the conversion of the opset")
+    try:
+        if model.functions:
+            model = onnx.inliner.inline_local_functions(model, convert_version=True)
+        return onnx.version_converter.convert_version(model, opset)
+    except (onnx.version_converter.ConvertError, *MODEL_ERRORS, RuntimeError) as exc:
+        raise ArtefactError(f"onnx can't convert the model to opset {opset}: {exc}") from exc
+
+
+def check_parsed(model: onnx.ModelProto, step: str) -> None:
+    """Refuse a model too big for `step`, which onnx takes in C++: it arrives there as one message.
+
+    Raises:
+        ArtefactError: for more than 2 GB in memory.
+    """
+    size = model.ByteSize()
+    if size > _PARSED:
+        raise ArtefactError(
+            f"the model holds {size} bytes in memory, and {step} takes {_PARSED} at most "
+            "(protobuf's limit); leave its weights in a file beside it with "
+            "onnx.load(path, load_external_data=False)"
+        )
+
+
+def prune(graph: onnx.GraphProto) -> None:
+    """Drop the nodes, inputs and initialisers that no output needs."""
+    needed = {value.name for value in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            kept.append(node)
+            needed.update(node.input)
+            for subgraph in subgraphs(node):
+                needed.update(value_names(subgraph))
+        needed.discard("")  # an input or output that is left out
+    for field, items in (
+        (graph.node, kept[::-1]),
+        (graph.input, [value for value in graph.input if value.name in needed]),
+        (graph.initializer, [value for value in graph.initializer if value.name in needed]),
+        (graph.value_info, [value for value in graph.value_info if value.name in needed]),
+    ):
+        chosen = list(items)
+        del field[:]
+        field.extend(chosen)

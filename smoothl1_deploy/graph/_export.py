@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import TensorProto, helper
 
-from .._model import ELEMENT_TYPE, axes_of
+from .._model import ELEMENT_TYPE, axes_of, inlined
 from .._shapes import Dim, Shape, broadcast, check_shape, check_size, describe, summed_axes
 from .._spec import LossSpec
 from ..errors import SpecError, require
@@ -39,15 +39,19 @@ def export(
             functions, and a kernel of `ops` for it; several nodes with a gradient. `"inlined"`:
             the same as plain ONNX operators. `"torch"`: `torch.onnx.export` of the reference
             module, with the same body put in by a translation table; needs torch and a shape.
-        shape: of `input`: integers, and names for dynamic axes. None means any rank, which
-            ONNX Runtime takes and TensorRT doesn't.
-        target_shape: of `target` where it differs; it must broadcast with `shape`.
-        weight_shape: of `weight` where it differs, likewise.
+        shape: the shape of `input`: integers, and names for dynamic axes. None means any rank,
+            which ONNX Runtime takes and TensorRT doesn't.
+        target_shape: the shape of `target` where it differs; it must broadcast with `shape`.
+        weight_shape: the shape of `weight` where it differs, likewise.
 
     Raises:
         SpecError: on an unknown route or a shape that makes no sense (a `ValueError`); by the
             `torch` route also when a dynamic axis would have to broadcast with anything but 1.
         MissingDependencyError: for the `torch` route without torch.
+
+    >>> model = export(LossSpec(0.5), shape=("N", 16))
+    >>> [node.op_type for node in model.graph.node], [value.name for value in model.graph.input]
+    (['SmoothL1LossMean'], ['input', 'target'])
     """
     if not isinstance(spec, LossSpec):
         raise SpecError(
@@ -55,7 +59,7 @@ def export(
         )
     if str(route) not in ROUTES:  # an array compares its elements instead
         raise SpecError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
-    shapes = _checked_shapes(spec, shape, target_shape, weight_shape)
+    shapes = _shapes(spec, shape, target_shape, weight_shape)
 
     if route == "torch":
         require("torch", "torch", "the torch route")
@@ -65,7 +69,7 @@ def export(
     else:
         model = _function_model(spec, shapes, inlined=route == "inlined")
         if route == "inlined":
-            model = inline(model)
+            model = fold_scalars(inlined(model))
 
     model.ir_version = IR_VERSION
     different = [name for name in ("target", "weight") if name in spec.inputs]
@@ -76,42 +80,32 @@ def export(
     return model
 
 
-def _checked_shapes(
+def _shapes(
     spec: LossSpec,
     shape: Sequence[Dim] | None,
     target_shape: Sequence[Dim] | None,
     weight_shape: Sequence[Dim] | None,
 ) -> dict[str, Shape | None]:
-    given = check_shape(shape)
-    others = {"target_shape": target_shape, "weight_shape": weight_shape}
-    checked = {name: check_shape(other, name) for name, other in others.items()}
-    for name, other in checked.items():
-        if other is not None and given is None:
-            raise SpecError(f"{name} without shape: an export of any rank takes any {name[:6]}")
+    """The shape of every input and output; refuses what makes no sense or can't be broadcast."""
+    own = check_shape(shape)
+    shapes = {"input": own, "beta": (), "grad_input": own}
+    for name, given in (("target", target_shape), ("weight", weight_shape)):
+        other = check_shape(given, f"{name}_shape")
+        if other is not None and own is None:
+            raise SpecError(f"{name}_shape without shape: an export of any rank takes any {name}")
+        shapes[name] = own if other is None else other
     if weight_shape is not None and not spec.weight:
         raise SpecError("weight_shape for a spec without weight; write LossSpec(weight='count')")
-    target, weight = (given if other is None else other for other in checked.values())
-    return _shapes(spec, given, target, weight if spec.weight else None)
-
-
-def _shapes(
-    spec: LossSpec, shape: Shape | None, target: Shape | None, weight: Shape | None
-) -> dict[str, Shape | None]:
-    """The shape of every input and output; refuses what can't be broadcast."""
-    losses = None if shape is None or target is None else broadcast(shape, target)
-    if losses is not None and weight is not None:
-        losses = broadcast(losses, weight)
+    losses = own
+    for name in ("target", "weight") if spec.weight else ("target",):
+        if losses is not None and (other := shapes[name]) is not None:
+            losses = broadcast(losses, other)
     if losses is not None:
         check_size(losses, "the broadcast shape")
-    loss: Shape | None = losses
-    if spec.per_sample:
-        if losses == ():
-            raise SpecError("per_sample needs an axis of samples; the shapes have rank 0")
-        loss = ("samples",) if losses is None else losses[:1]
-    elif spec.reduction != "none":
-        loss = ()
-    shapes = {"input": shape, "target": target, "weight": weight, "beta": ()}
-    return {**shapes, "loss": loss, "grad_output": loss, "grad_input": shape}
+    if spec.per_sample and losses == ():
+        raise SpecError("per_sample needs an axis of samples; the shapes have rank 0")
+    loss = ("samples",) if spec.per_sample and losses is None else spec.loss_shape(losses)
+    return {**shapes, "loss": loss, "grad_output": loss}
 
 
 def _function_model(
@@ -151,13 +145,6 @@ def _with_any_rank_hidden(model: onnx.ModelProto) -> onnx.ModelProto:
         if axes_of(value) is None:
             value.type.tensor_type.shape.dim.add().dim_param = "any"
     return copy
-
-
-def inline(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`model` without its local functions, scalars folded."""
-    import onnx.inliner
-
-    return fold_scalars(onnx.inliner.inline_local_functions(model))
 
 
 def fold_scalars(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -185,8 +185,8 @@ def WideRowSum(losses: TNarrow) -> DOUBLE[...]:
 @script(_domain)
 def RowCount(losses: TAny) -> DOUBLE[...]:
     """The number of elements in a row: the product of every axis but 0."""
-    # Not by Flatten: where a value is flattened twice, onnxscript's optimiser (0.7) makes an
-    # invalid model. Max, because an integer division by no rows ends the process.
+    # Flatten is not used: where a value is flattened twice, onnxscript's optimiser (0.7) makes
+    # an invalid model. Max, because an integer division by no rows ends the process.
     rows = op.Gather(op.Shape(losses), op.Constant(value_int=0))
     columns = op.Div(op.Size(losses), op.Max(rows, op.Constant(value_int=1)))
     return op.Cast(columns, to=11)
@@ -213,14 +213,14 @@ def CompensatedAxesSum(values: DOUBLE[...], axes: INT64[...]) -> DOUBLE[...]:
     magnitude = op.ReduceSum(op.Abs(values), axes, keepdims=1, noop_with_empty_axes=1)
     # An attribute can't hold a float64; powers of two of float32's range are exact.
     two_53 = op.Cast(op.Constant(value_float=9007199254740992.0), to=11)
-    # Where the split itself would overflow, all is made smaller: what that rounds off is subnormal.
+    # Where the split would overflow, all is made smaller; that rounds off subnormals alone.
     small = op.Cast(op.Constant(value_float=2.0**-120), to=11)
     one = op.Cast(op.Constant(value_float=1.0), to=11)
     shrink = op.Where(op.IsInf(op.Mul(op.Mul(magnitude, two_53), two_53)), small, one)
     whole = op.Mul(magnitude, shrink)
     scaled = op.Mul(whole, two_53)
     power = op.Abs(op.Sub(op.Add(scaled, whole), scaled))
-    # Of a sum that is itself a power of two, the tie above rounds to 0 (NextPowerTwo's last
+    # Where the sum is itself a power of two, the tie above rounds to 0 (NextPowerTwo's last
     # step): without Max nothing is split, and [1, 2^-54, 2^-54, ...] loses its tail.
     bounded = op.Max(power, whole)
     scale = op.Mul(bounded, op.Cast(op.Constant(value_float=4.0), to=11))
@@ -285,32 +285,9 @@ def BroadcastAxes(values: TAny, like: TAny) -> INT64[...]:
     return op.Reshape(repeated, lacking)
 
 
+#: Every function above, by its name.
 FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
-    f.name: f
-    for f in (
-        BetaDivisor,
-        BetaDivisorFloat64,
-        BroadcastAxes,
-        CompensatedAxesSum,
-        CompensatedMean,
-        CompensatedRowMean,
-        CompensatedRowSum,
-        CompensatedSum,
-        HuberLossTerms,
-        L1Loss,
-        RowCount,
-        RowsLike,
-        SmoothL1Addends,
-        SmoothL1Loss,
-        SmoothL1LossTerms,
-        SmoothL1SlopeTerms,
-        Weighted,
-        WideMean,
-        WideRowMean,
-        WideRowSum,
-        WideSum,
-        WithoutNegativeZero,
-    )
+    name: function for name, function in globals().items() if isinstance(function, OnnxFunction)
 }
 
 

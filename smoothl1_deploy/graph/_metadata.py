@@ -15,7 +15,7 @@ from ..errors import ArtefactError, ModelWarning, SpecError
 
 _PREFIX = "smoothl1_deploy."
 SPEC, ROUTE, VERSION, HASH = (_PREFIX + key for key in ("spec", "route", "version", "sha256"))
-#: Of a graph whose ports are a server's: see serving/_graph.py.
+#: The entry of a graph whose ports have a server's shapes: see serving/_graph.py.
 SERVED = _PREFIX + "served"
 #: What is said of a model for which `is_changed` is true.
 CHANGED = (
@@ -32,7 +32,7 @@ def _drop(model: onnx.ModelProto, *keys: str) -> None:
 
 
 def content_hash(model: onnx.ModelProto) -> str:
-    """sha256 (hex) of the serialised model without its own hash entry."""
+    """The sha256, in hex, of the serialised model without its own hash entry."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     _drop(copy, HASH)

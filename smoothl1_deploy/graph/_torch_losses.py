@@ -2,7 +2,7 @@
 
 Both exporters take operators one at a time, and neither keeps a function call whole (the inliner
 of torch 2.13 loses its attributes and the functions that its body calls). So the bodies of
-`functions` are replayed: the numbers are still decided there alone.
+`_functions` are replayed: the numbers are still decided there alone.
 """
 
 from __future__ import annotations
@@ -30,13 +30,18 @@ class Recorder(Protocol):
         """The operator's output."""
 
 
-def reduction_name(reduction: int) -> str:
-    """`"none"`, `"mean"` or `"sum"` of PyTorch's number for it."""
-    return _REDUCTION[reduction]
+def checked_dtype(dtype: str) -> str:
+    """The dtype, where it is a loss's; PyTorch refuses any other when it runs."""
+    if dtype not in ELEMENT_TYPE:
+        raise SpecError(
+            f"the loss is of {dtype} tensors, which PyTorch refuses; convert one of them, as in "
+            "input.float()"
+        )
+    return dtype
 
 
 def _splits(knee: float) -> tuple[float, float]:
-    """1/2 and 2 where they keep a factor off 1, else 1 and 1.
+    """The factors 1/2 and 2 where they keep another off 1, else 1 and 1.
 
     The optimiser of the dynamo exporter takes a factor or divisor within 1e-5 of 1 for 1 and drops
     it (onnxscript 0.7). Halving the one operand and doubling the other changes no bit.
@@ -45,14 +50,14 @@ def _splits(knee: float) -> tuple[float, float]:
 
 
 def record_smooth_l1(
-    record: Recorder, input: Any, target: Any, dtype: str, reduction: str, beta: float
+    record: Recorder, input: Any, target: Any, dtype: str, reduction: int, beta: float
 ) -> Any:
     """The Smooth L1 loss of two values of the same `dtype`, which is the result's too.
 
     Raises:
         SpecError: on a beta that PyTorch refuses when it runs: the export would not.
     """
-    spec = LossSpec(beta, reduction, dtype)
+    spec = LossSpec(beta, _REDUCTION[reduction], dtype)
     scalars = dict(loss_scalars(spec.effective_beta))
     half, twice = _splits(spec.effective_beta)
     scalars["half"] /= half
@@ -61,16 +66,16 @@ def record_smooth_l1(
 
 
 def record_huber(
-    record: Recorder, input: Any, target: Any, dtype: str, reduction: str, delta: float
+    record: Recorder, input: Any, target: Any, dtype: str, reduction: int, delta: float
 ) -> Any:
-    """The Huber loss, likewise.
+    """The Huber loss of two values of the same `dtype`, which is the result's too.
 
     Raises:
         SpecError: on a delta that is not positive, as PyTorch.
     """
     if not delta > 0:
         raise SpecError(f"huber_loss takes a delta > 0, as PyTorch has it; got {delta!r}")
-    spec = LossSpec(delta, reduction, dtype)
+    spec = LossSpec(delta, _REDUCTION[reduction], dtype)
     knee = spec.effective_beta
     shrink, slope = _splits(knee)
     # Nothing lies beyond an infinite knee; 0 * inf would make NaN of it.
@@ -78,12 +83,12 @@ def record_huber(
     return _record(record, "HuberLossTerms", [knee, 0.5, shrink, slope], spec, input, target)
 
 
-def record_absolute(record: Recorder, input: Any, target: Any, reduction: str) -> Any:
+def record_absolute(record: Recorder, input: Any, target: Any, reduction: int) -> Any:
     """`l1_loss` of integers, which PyTorch computes where it needs no division."""
-    if reduction == "mean":
+    if _REDUCTION[reduction] == "mean":
         raise SpecError("PyTorch has no mean of an integral l1_loss; convert its inputs to float")
     losses = record("Abs", [record("Sub", [input, target])])
-    if reduction == "none":
+    if _REDUCTION[reduction] == "none":
         return losses
     flat = record("Reshape", [losses, record("Constant", [], value_ints=[-1])])
     return record("ReduceSum", [flat, record("Constant", [], value_ints=[0])], keepdims=0)
@@ -103,13 +108,13 @@ def _record(
     result = _replay(record, function, [input, target, *constants])
     if spec.reduction != "none":
         wide = "Compensated" if spec.dtype == "float64" else "Wide"
-        # As one row: the TorchScript exporter takes a float64 of rank 0 for a Python number and
-        # makes float32 of it, which rounds the sum before it is divided, or overflows.
+        # The losses are one row: the TorchScript exporter takes a float64 of rank 0 for a Python
+        # number and makes float32 of it, which rounds the sum before it is divided, or overflows.
         row = record("Reshape", [result, record("Constant", [], value_ints=[1, -1])])
         total = _replay(record, f"{wide}RowSum", [row])
         if spec.reduction == "mean":
-            # Not by RowMean: of two Flattens of one value the dynamo exporter's optimiser makes
-            # an invalid model (onnxscript 0.7).
+            # RowMean is not used: of two Flattens of one value the dynamo exporter's optimiser
+            # makes an invalid model (onnxscript 0.7).
             count = record("Cast", [record("Size", [result])], to=TensorProto.DOUBLE)
             total = record("Div", [total, count])
         result = record("Squeeze", [total, record("Constant", [], value_ints=[0])])

@@ -2,7 +2,7 @@
 
 The exporter's own graph accumulates full reductions in float32 (1.9e-2 off at 2^24 constant
 elements under ONNX Runtime, microsoft/onnxruntime#28450). A translation table puts the bodies
-of `functions` in its place.
+of `_functions` in its place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _patching = threading.RLock()
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter reports its progress and the absence of torchvision on every call."""
+    """Silence the exporter, which reports its progress and that torchvision is absent."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -80,7 +80,7 @@ def _table(make: Any, registry: type, **settings: Any) -> Any:
 
 
 def _example(shape: Shape, dtype: torch.dtype, sizes: dict[str, int]) -> torch.Tensor:
-    """Zeros, one in memory however many there are."""
+    """A tensor of zeros, one in memory however many it has."""
     size = [sizes[d] if isinstance(d, str) else d for d in shape]
     return torch.zeros((), dtype=dtype).expand(size)
 

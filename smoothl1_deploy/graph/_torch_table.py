@@ -12,12 +12,11 @@ from onnxscript import ir
 from onnxscript import opset18 as op
 
 from .._model import DTYPE_OF_ELEMENT, ELEMENT_TYPE
-from ..errors import SpecError
-from ._torch_losses import record_absolute, record_huber, record_smooth_l1, reduction_name
+from ._torch_losses import checked_dtype, record_absolute, record_huber, record_smooth_l1
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
-    """For `torch.onnx.export(..., dynamo=True, custom_translation_table=translation_table())`.
+    """The table for `torch.onnx.export(..., dynamo=True, custom_translation_table=...)`.
 
     Whatever the exported module calls of `nn.SmoothL1Loss`, `F.smooth_l1_loss`, `nn.HuberLoss`,
     `F.huber_loss`, `nn.L1Loss` and `F.l1_loss` becomes this package's graph: reductions in
@@ -34,6 +33,12 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
     Raises (inside the exporter's own error):
         SpecError: on a negative beta, a delta <= 0, and integral inputs, as PyTorch refuses them.
+
+    >>> module, pair = torch.nn.SmoothL1Loss().eval(), (torch.ones(3), torch.zeros(3))
+    >>> options = {"dynamo": True, "custom_translation_table": translation_table()}
+    >>> program = torch.onnx.export(module, pair, verbose=False, **options)
+    >>> len(program.model_proto.graph.output)
+    1
     """
     return {
         torch.ops.aten.smooth_l1_loss.default: _smooth_l1_loss,
@@ -47,19 +52,19 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
 def _smooth_l1_loss(self: Any, target: Any, reduction: int = 1, beta: float = 1.0) -> Any:
     (self, target), dtype = _promoted(self, target)
-    loss = record_smooth_l1(_record, self, target, dtype, reduction_name(reduction), beta)
+    loss = record_smooth_l1(_record, self, target, dtype, reduction, beta)
     return _typed(loss, dtype)
 
 
 def _huber_loss(self: Any, target: Any, reduction: int = 1, delta: float = 1.0) -> Any:
     (self, target), dtype = _promoted(self, target)
-    loss = record_huber(_record, self, target, dtype, reduction_name(reduction), delta)
+    loss = record_huber(_record, self, target, dtype, reduction, delta)
     return _typed(loss, dtype)
 
 
 def _l1_loss(self: Any, target: Any, reduction: int = 1) -> Any:
     if int(self.dtype) not in DTYPE_OF_ELEMENT:
-        return record_absolute(_record, self, target, reduction_name(reduction))
+        return record_absolute(_record, self, target, reduction)
     return _smooth_l1_loss(self, target, reduction, 0.0)
 
 
@@ -95,7 +100,8 @@ def _promoted(*operands: Any) -> tuple[list[Any], str]:
     forgets the last where the loss is an output of the model (torch 2.13). Undone here, the
     loss has PyTorch's dtype everywhere; casts to what it is already stay behind.
     """
-    dtype = _dtype_name(operands[0])
+    element = operands[0].dtype
+    dtype = checked_dtype(DTYPE_OF_ELEMENT.get(int(element), element.name))
     for value in operands:
         _widen(value)
     sources = [_before_promotion(value) for value in operands]
@@ -137,16 +143,6 @@ def _widen(value: Any) -> None:
             node.attributes.add(ir.AttrInt64("to", ir.DataType.BFLOAT16))
             node.resize_inputs(1)
             node.replace_input_with(0, expand.outputs[0])
-
-
-def _dtype_name(value: Any) -> str:
-    name = DTYPE_OF_ELEMENT.get(int(value.dtype))
-    if name is None:
-        raise SpecError(
-            f"the loss is of {value.dtype.name} tensors, which PyTorch refuses; convert one of "
-            "them, as in input.float()"
-        )
-    return name
 
 
 def _typed(result: Any, dtype: str) -> Any:

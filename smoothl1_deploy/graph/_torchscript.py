@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,40 +12,20 @@ from torch.onnx import symbolic_helper, symbolic_opset9
 from torch.onnx.utils import register_custom_op_symbolic, unregister_custom_op_symbolic
 
 from .._model import DTYPE_OF_ELEMENT, ELEMENT_TYPE
-from ..errors import SpecError, require
-from ._torch_losses import record_absolute, record_huber, record_smooth_l1, reduction_name
+from ..errors import require
+from ._torch_losses import checked_dtype, record_absolute, record_huber, record_smooth_l1
 
 #: The opsets of the TorchScript exporter that the losses are registered for: ReduceSum takes its
 #: axes as an input from 13 on, and the exporter ends at 20.
 OPSETS = range(13, 21)
 
 
-class Registration:
+class Registration(contextlib.ExitStack):
     """What `register_torchscript_symbolic` did, to be undone; a context manager."""
-
-    def __init__(self, before: dict[tuple[str, int], Callable[..., Any] | None]) -> None:
-        self._before = before
 
     def undo(self) -> None:
         """Register again what was there before; a second call does nothing."""
-        before, self._before = self._before, {}
-        for (name, opset), function in before.items():
-            if function is not None:
-                register_custom_op_symbolic(name, function, opset)
-            elif _registered(name, opset) is not None:
-                unregister_custom_op_symbolic(name, opset)
-                _forget_empty(name)
-
-    def __enter__(self) -> Registration:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.undo()
+        self.close()
 
 
 def register_torchscript_symbolic() -> Registration:
@@ -56,12 +36,8 @@ def register_torchscript_symbolic() -> Registration:
     their functions become this package's graph; `translation_table` says what that gives. A
     bfloat16 tensor is broadcast as float32: ONNX Runtime's CPU provider can't expand it otherwise.
 
-    Registers for the whole process, so:
-
-        with register_torchscript_symbolic():
-            torch.onnx.export(module, args, "model.onnx", dynamo=False)
-
-    Registering again where it is registered changes nothing, and undoing that changes nothing.
+    Registers for the whole process. Registering again where it is registered changes nothing, and
+    undoing that changes nothing.
 
     Returns:
         A `Registration`: `undo()`, or the end of `with`, restores what was there before, symbolic
@@ -72,15 +48,34 @@ def register_torchscript_symbolic() -> Registration:
 
     Raises (by the export):
         SpecError: on a negative beta, a delta <= 0, and integral inputs, as PyTorch refuses them.
+
+    >>> import io, warnings
+    >>> pair, file = (torch.ones(3), torch.zeros(3)), io.BytesIO()
+    >>> with register_torchscript_symbolic(), warnings.catch_warnings(action="ignore"):
+    ...     torch.onnx.export(torch.nn.SmoothL1Loss(), pair, file, dynamo=False)
     """
-    before: dict[tuple[str, int], Callable[..., Any] | None] = {}
+    done = Registration()
     for name, function in _SYMBOLIC.items():
         for opset in OPSETS:
             present = _registered(name, opset)
             if present is not function:
-                before[name, opset] = present
                 register_custom_op_symbolic(name, function, opset)
-    return Registration(before)
+                done.callback(_restore, name, opset, present)
+    return done
+
+
+def _restore(name: str, opset: int, before: Callable[..., Any] | None) -> None:
+    """Register what was there `before`, or nothing.
+
+    Unregistering the last of an operator leaves an empty entry (torch 2.13), where an export would
+    end in `min() arg is an empty sequence` and not in UnsupportedOperatorError.
+    """
+    if before is not None:
+        register_custom_op_symbolic(name, before, opset)
+    elif _registered(name, opset) is not None:
+        unregister_custom_op_symbolic(name, opset)
+        if not _registry().get_function_group(name)._functions:
+            del _registry()._registry[name]
 
 
 def _registry() -> Any:
@@ -99,32 +94,21 @@ def _registered(name: str, opset: int) -> Callable[..., Any] | None:
     return found
 
 
-def _forget_empty(name: str) -> None:
-    """Drop the empty entry that unregistering leaves (torch 2.13).
-
-    An export would end in `min() arg is an empty sequence` there, not in UnsupportedOperatorError.
-    """
-    group = _registry().get_function_group(name)
-    if group is not None and not group._functions:
-        del _registry()._registry[name]
-
-
 @symbolic_helper.parse_args("v", "v", "i", "f")
 def _smooth_l1_loss(g: Any, self: Any, target: Any, reduction: int, beta: float) -> Any:
-    return _recorded(g, record_smooth_l1, self, target, reduction_name(reduction), beta)
+    return _recorded(g, record_smooth_l1, self, target, reduction, beta)
 
 
 @symbolic_helper.parse_args("v", "v", "i", "f")
 def _huber_loss(g: Any, self: Any, target: Any, reduction: int, delta: float) -> Any:
-    return _recorded(g, record_huber, self, target, reduction_name(reduction), delta)
+    return _recorded(g, record_huber, self, target, reduction, delta)
 
 
 @symbolic_helper.parse_args("v", "v", "i")
 def _l1_loss(g: Any, self: Any, target: Any, reduction: int) -> Any:
-    name = reduction_name(reduction)
     if not any(_element(value) in DTYPE_OF_ELEMENT for value in (self, target)):
-        return record_absolute(_Recorder(g), self, target, name)
-    return _recorded(g, record_smooth_l1, self, target, name, 0.0)
+        return record_absolute(_Recorder(g), self, target, reduction)
+    return _recorded(g, record_smooth_l1, self, target, reduction, 0.0)
 
 
 def _broadcast_tensors(g: Any, self: Any) -> Any:
@@ -169,7 +153,7 @@ _SYMBOLIC: dict[str, Callable[..., Any]] = {
 
 
 def _recorded(
-    g: Any, loss: Callable[..., Any], input: Any, target: Any, reduction: str, knee: float
+    g: Any, loss: Callable[..., Any], input: Any, target: Any, reduction: int, knee: float
 ) -> Any:
     record = _Recorder(g)
     dtype = _promoted_dtype(input, target)
@@ -185,7 +169,7 @@ def _recorded(
         for value, element in zip(operands, elements, strict=True)
     ]
     result = loss(record, *operands, dtype, reduction, knee)
-    if ranks == [0, 0] and reduction == "none":
+    if ranks == [0, 0] and not reduction:  # which is PyTorch's number for none
         result = record("Squeeze", [result, record("Constant", [], value_ints=[0])])
     return result
 
@@ -202,13 +186,7 @@ def _element(value: Any) -> int:
 def _promoted_dtype(*operands: Any) -> str:
     """The name of their common dtype, as PyTorch promotes tensors of one rank."""
     dtypes = [_kind(value).dtype() for value in operands]
-    dtype = str(torch.promote_types(*dtypes)).removeprefix("torch.")
-    if dtype not in ELEMENT_TYPE:
-        raise SpecError(
-            f"the loss is of {dtype} tensors, which PyTorch refuses; convert one of them, as in "
-            "input.float()"
-        )
-    return dtype
+    return checked_dtype(str(torch.promote_types(*dtypes)).removeprefix("torch."))
 
 
 def _before_broadcast(record: _Recorder, *pair: Any) -> Sequence[Any]:
@@ -218,35 +196,30 @@ def _before_broadcast(record: _Recorder, *pair: Any) -> Sequence[Any]:
     Recognised by that sum: it is expanded to in both, and is 0 + a + b of just these two. What was
     cast after that, by autocast too, is cast so before it.
     """
-    expands = []
-    casts: list[list[int]] = []
+    sources, shapes, casts = [], [], []
     for value in pair:
         node = value.node()
         elements: list[int] = []
         while node.kind() == "onnx::Cast":
             elements.insert(0, node.i("to"))
-            node = next(iter(node.inputs())).node()
-        expands.append(node)
-        casts.append(elements)
-    if any(node.kind() != "onnx::Expand" for node in expands):
-        return pair
-    sources = [next(iter(node.inputs())) for node in expands]
-    shapes = [list(node.inputs())[1].node() for node in expands]
-    if any(node.kind() != "onnx::Shape" for node in shapes):
-        return pair
-    sums = [next(iter(node.inputs())) for node in shapes]
-    if sums[0].debugName() != sums[1].debugName():
-        return pair
-    terms = []
-    last = sums[0].node()
-    for _ in sources:
-        if last.kind() != "onnx::Add":
+            node = next(node.inputs()).node()
+        if node.kind() != "onnx::Expand":
             return pair
-        rest, term = last.inputs()
-        terms.append(term.debugName())
-        last = rest.node()
-    if terms[::-1] != [source.debugName() for source in sources]:
+        source, size = node.inputs()
+        sources.append(source)
+        shapes.append(size.node())
+        casts.append(elements)
+    if any(shape.kind() != "onnx::Shape" for shape in shapes):
         return pair
+    total, other = (next(shape.inputs()) for shape in shapes)
+    if total.debugName() != other.debugName():
+        return pair
+    for source in sources[::-1]:
+        if total.node().kind() != "onnx::Add":
+            return pair
+        total, term = total.node().inputs()
+        if term.debugName() != source.debugName():
+            return pair
     for i, elements in enumerate(casts):
         for element in elements:
             sources[i] = record("Cast", [sources[i]], to=element)
@@ -254,19 +227,15 @@ def _before_broadcast(record: _Recorder, *pair: Any) -> Sequence[Any]:
 
 
 class _Recorder:
-    """Operators into a graph of TorchScript: attributes carry their kind in their name."""
+    """Adds operators to a graph of TorchScript, where attributes carry their kind in their name."""
 
     def __init__(self, graph: Any) -> None:
         self._graph = graph
 
     def __call__(self, op: str, inputs: Sequence[Any], /, **attributes: Any) -> Any:
-        suffixed: dict[str, Any] = {}
-        for name, value in attributes.items():
-            if op == "Constant":
-                suffixed["value_t"] = _tensor(value)
-            else:
-                suffixed[f"{name}_i"] = value
-        return self._graph.op(op, *inputs, **suffixed)
+        if op == "Constant":
+            return self._graph.op(op, value_t=_tensor(*attributes.values()))
+        return self._graph.op(op, *inputs, **{f"{name}_i": n for name, n in attributes.items()})
 
 
 def _tensor(value: Any) -> torch.Tensor:

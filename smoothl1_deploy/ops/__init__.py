@@ -21,7 +21,7 @@ from ..errors import BackendUnavailableError, UnsupportedError
 __all__ = ["digest", "is_built", "is_library", "library", "operators", "register"]
 
 _REGISTERED = "smoothl1_deploy.ops"
-#: Where setup.py puts it; beside this file, Python would take it for a module.
+#: The library, where setup.py puts it; beside this file, Python would take it for a module.
 _LIBRARY = Path(__file__).parent / "c" / "libsmoothl1_deploy.so"
 
 
@@ -34,7 +34,11 @@ def _path(provider: str) -> Path:
 
 
 def is_built(provider: str = "cpu") -> bool:
-    """Whether this installation has the library."""
+    """Whether this installation has the library.
+
+    >>> is_built()
+    True
+    """
     return _path(provider).is_file()
 
 
@@ -68,7 +72,11 @@ def library(provider: str = "cpu") -> Path:
 
 @cache
 def operators(provider: str = "cpu") -> frozenset[str]:
-    """The names of the operators that a library has; raises what `library` does."""
+    """The names of the operators that a library has; raises what `library` does.
+
+    >>> "SmoothL1LossMean" in operators()
+    True
+    """
     name = ctypes.CDLL(str(library(provider))).smoothl1_deploy_operator
     name.argtypes, name.restype = [ctypes.c_size_t], ctypes.c_char_p
     found: list[str] = []
@@ -78,7 +86,11 @@ def operators(provider: str = "cpu") -> frozenset[str]:
 
 
 def digest() -> str | None:
-    """The sha256 of the library, in hex; None where this installation is without it."""
+    """The sha256 of the library, in hex; None where this installation is without it.
+
+    >>> len(digest())
+    64
+    """
     try:
         return hashlib.sha256(_LIBRARY.read_bytes()).hexdigest()
     except OSError:
@@ -86,7 +98,11 @@ def digest() -> str | None:
 
 
 def is_library(path: str | os.PathLike[str]) -> bool:
-    """Whether a file, wherever it lies, is byte for byte this installation's library."""
+    """Whether a file, wherever it lies, is byte for byte this installation's library.
+
+    >>> is_library(library()), is_library("another.so")
+    (True, False)
+    """
     try:
         return filecmp.cmp(path, _LIBRARY, shallow=False)
     except (OSError, ValueError):  # ValueError: a NUL in the name
@@ -98,7 +114,7 @@ def register(options: Any, provider: str = "cpu") -> None:
 
     Args:
         options: an `onnxruntime.SessionOptions`, to which they were not registered before.
-        provider: of the sessions: `"cpu"` or `"cuda"`.
+        provider: the sessions' one, `"cpu"` or `"cuda"`.
 
     Raises:
         BackendUnavailableError: as `library` does.

@@ -183,7 +183,8 @@ def _answer(column: str, probe: _Probe, got: Array | Exception, torch: Array | E
 
 
 def _torch(probe: _Probe) -> Array:
-    from ..reference._module import SmoothL1Loss, from_torch, to_torch
+    from .._dlpack import from_torch, to_torch
+    from ..reference._module import SmoothL1Loss
 
     # The parent class: ours refuses a bad beta when it is made, and PyTorch is asked here.
     module = SmoothL1Loss.__mro__[1](**probe.arguments)

@@ -9,10 +9,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
-from .._floats import NUMPY_DTYPE, Array
+from .._dlpack import from_torch, to_torch
+from .._floats import Array
 from .._spec import LossSpec
 
 
@@ -43,23 +43,6 @@ class SmoothL1Loss(torch.nn.SmoothL1Loss):
     def from_spec(cls, spec: LossSpec) -> SmoothL1Loss:
         """The module that a spec describes."""
         return cls(reduction=spec.reduction, beta=spec.beta)
-
-
-def to_torch(array: Array) -> torch.Tensor:
-    """A tensor over the same memory; bfloat16, which torch can't read from numpy, by its bits."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        if array.dtype == NUMPY_DTYPE["bfloat16"]:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
-
-def from_torch(tensor: torch.Tensor) -> Array:
-    """The inverse of `to_torch`, for tensors on any device."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(NUMPY_DTYPE["bfloat16"])
-    return tensor.numpy()
 
 
 def eager(spec: LossSpec, input: Array, target: Array) -> Array:
@@ -96,7 +79,9 @@ def eager_tensors(
 ) -> dict[str, torch.Tensor]:
     """`eager_outputs` from tensors to tensors, on whatever device they are on."""
     if beta is not None and not beta >= 0:
-        return _no_beta(spec, input, target, weight)
+        # PyTorch raises on a negative beta; an artefact, which can't, answers NaN everywhere.
+        outputs = eager_tensors(replace(spec, runtime_beta=False), input, target, weight)
+        return {name: torch.full_like(tensor, torch.nan) for name, tensor in outputs.items()}
     number = spec.beta if beta is None else float(beta)
     x = input
     if spec.gradient:
@@ -114,7 +99,7 @@ def eager_tensors(
 
 @lru_cache
 def _module(reduction: str, beta: float) -> SmoothL1Loss:
-    """It holds no state, and a loop over rows would make one for each."""
+    """The module, kept: it holds no state, and a loop over rows would make one for each."""
     return SmoothL1Loss(reduction=reduction, beta=beta)
 
 
@@ -144,13 +129,5 @@ def _eager_loss(spec: LossSpec, beta: float, *tensors: torch.Tensor) -> torch.Te
 
 
 def _summed(values: torch.Tensor, first: int) -> torch.Tensor:
-    """Over the axes from `first` on; of one number too it is a sum, which makes 0 of -0."""
+    """The sum over the axes from `first` on; of one number too it makes 0 of -0."""
     return values.unsqueeze(-1).flatten(first).sum(first)
-
-
-def _no_beta(
-    spec: LossSpec, input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    """PyTorch raises on a negative beta; an artefact, which can't, answers NaN everywhere."""
-    outputs = eager_tensors(replace(spec, runtime_beta=False), input, target, weight)
-    return {name: torch.full_like(tensor, torch.nan) for name, tensor in outputs.items()}

@@ -15,7 +15,7 @@ arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -55,11 +55,14 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
             `runtime_beta`, the spec with that beta as a number.
         input: any shape, dtype of the spec.
         target: a shape that broadcasts with `input`'s, same dtype.
-        weight: likewise, where the spec has one.
+        weight: a third, where the spec has one.
 
     Returns:
         An array of the spec's dtype: the broadcast shape for `none`, [N] per sample, rank 0
         otherwise. The mean of nothing is NaN, the sum of nothing 0.
+
+    >>> oracle(LossSpec(reduction="none"), np.float32([1, 2]), np.float32([0, 0]))
+    array([0.5, 1.5], dtype=float32)
     """
     _check_dtypes(spec, input, target, weight)
     wide = wide_dtype(spec.dtype)
@@ -102,7 +105,7 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
 
 
 def _cancels(total: Array, magnitude: Array) -> Array:
-    """Where what is left of the terms is so small that their roundings may show in it."""
+    """Whether so little is left of the terms that their roundings may show in it."""
     return np.asarray(magnitude > 8 * abs(total))
 
 
@@ -234,8 +237,8 @@ def _to_long_double(value: Fraction | float) -> np.longdouble:
     return (np.longdouble(high) + np.longdouble(float(value / unit - Fraction(high)))) * unit
 
 
-#: In units of which quotients are added up whose common denominator has a million factors: far
-#: below the smallest product of four float64.
+#: Quotients are added up in units of 1 / _UNIT, as their common denominator may have a million
+#: factors; it is far below the smallest product of four float64.
 _UNIT = 1 << 5000
 
 
@@ -277,82 +280,39 @@ def _check_dtypes(spec: LossSpec, *arrays: Array | None) -> None:
         raise TypeError(f"the oracle of {spec} takes {expected}, got {given}")
 
 
-# Exact sums of products of floats, for sums whose terms cancel: there no format is wide enough. A
-# float is an integer times a power of two. A product of floats is split without error into floats
-# (Veltkamp's and Dekker's TwoProduct, of significands alone, so that nothing over- or underflows);
-# the integers are added up for each power of two, and the totals in Python's own integers.
-
-_SPLIT = 2.0**27 + 1
-_HALF = 2.0**27  # a significand is split in two, whose sums float64 holds up to 2^26 terms
-
-
 def sums_of_products(
     products: Sequence[Sequence[Array | float]], keys: Array, sums: int
 ) -> list[Fraction]:
     """For each key 0 <= k < `sums`: the exact sum of the products of the elements with that key.
 
+    For sums whose terms cancel, where no format is wide enough: a float is an integer times a power
+    of two, and Python's integers have no end. They are added up for each power by itself.
+
     Args:
         products: each a sequence of factors, finite float64 of the shape of `keys` or rank 0.
-        keys: integers, of any shape; at most 2^26 elements.
+        keys: integers, of any shape.
         sums: how many.
     """
     found = [Fraction(0)] * sums
     for factors in products:
-        for significand, exponent in _pieces(factors, keys.shape):
-            _add(found, significand.reshape(-1), exponent.reshape(-1), keys.reshape(-1))
+        flat = [np.broadcast_to(factor, keys.shape).reshape(-1) for factor in factors]
+        for start in range(0, keys.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            key, terms = keys.reshape(-1)[part], [factor[part] for factor in flat]
+            kept = np.logical_and.reduce([term != 0 for term in terms])
+            integer, power = np.ones(int(kept.sum()), object), np.zeros(int(kept.sum()), np.int64)
+            for term in terms:
+                significand, exponent = np.frexp(term[kept].astype(np.float64))
+                integer *= np.ldexp(significand, 53).astype(np.int64)
+                power += exponent - 53
+            order = np.lexsort((power, key[kept]))
+            runs = np.stack([key[kept], power])[:, order]
+            first = np.flatnonzero(np.diff(runs, axis=1, prepend=-1).any(axis=0))
+            if first.size:
+                totals = np.add.reduceat(integer[order], first)
+                for k, exponent, total in zip(*runs[:, first].tolist(), totals, strict=True):
+                    found[k] += Fraction(total) * Fraction(2) ** exponent
     return found
-
-
-def _pieces(
-    factors: Sequence[Array | float], shape: tuple[int, ...]
-) -> Iterator[tuple[Array, Array]]:
-    """The product as floats to be added: significands below 1, and their powers of two."""
-    pieces, power = [np.ones(shape)], np.zeros(shape, np.int64)
-    for factor in factors:
-        significand, exponent = np.frexp(np.asarray(factor, np.float64))
-        power = power + exponent
-        parts = [part for piece in pieces for part in _two_product(piece, significand)]
-        pieces = [part for part in parts if part.any()]
-    for piece in pieces:
-        significand, exponent = np.frexp(piece)
-        yield significand, power + exponent
-
-
-def _two_product(a: Array, b: Array) -> tuple[Array, Array]:
-    product = a * b
-    (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
-    rest = a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
-    return product, rest
-
-
-def _split(a: Array) -> tuple[Array, Array]:
-    scaled = _SPLIT * a
-    high = scaled - (scaled - a)
-    return high, a - high
-
-
-def _add(found: list[Fraction], significand: Array, exponent: Array, keys: Array) -> None:
-    kept = significand != 0
-    if not kept.any():
-        return
-    significand, exponent, keys = significand[kept], exponent[kept], keys[kept]
-    lowest = int(exponent.min())
-    width = int(exponent.max()) - lowest + 1
-    at = keys * width + (exponent - lowest)
-    places: Array = np.arange(len(found) * width)
-    if places.size > 1 << 22:
-        places, at = np.unique(at, return_inverse=True)
-    integer = significand * 2.0**53
-    high = np.floor(integer / _HALF)
-    parts = (high, integer - high * _HALF)
-    totals = np.stack([np.bincount(at, part, len(places)) for part in parts])
-    nonzero = totals.any(axis=0)
-    for place, upper, lower in zip(
-        places[nonzero].tolist(), *totals[:, nonzero].tolist(), strict=True
-    ):
-        key, power = divmod(place, width)
-        total = (int(upper) << 27) + int(lower)
-        found[key] += Fraction(total) * Fraction(2) ** (power + lowest - 53)
 
 
 def round_fraction(value: Fraction, dtype: str) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 from .._artefact import ROLES
 from .._dlpack import as_array
 from .._floats import Array
-from ..backends._arrays import as_beta, promote
+from ..backends._runner import as_beta, promote
 from ..errors import ArtefactError, InvalidInputError
 from ._transport import Declared, open_transport
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
-from onnx import TensorProto
 
-from .._model import axes_of, inputs_of, outputs_of
+from .._model import Port, inputs_of, outputs_of
 from ..errors import ArtefactError, SpecError, require
 from ..tensorrt._engine import Sidecar
 
@@ -87,10 +86,11 @@ def _data_type(dtype: str) -> str:
 
 
 def _onnx_port(value: onnx.ValueInfoProto) -> TensorPort:
-    tensor, shape = value.type.tensor_type, axes_of(value)
-    known = TensorProto.DataType.DESCRIPTOR.values_by_number.get(tensor.elem_type)
-    dims = None if shape is None else tuple(d if isinstance(d, int) else -1 for d in shape)
-    return TensorPort(value.name, _data_type(known.name if known else ""), dims)
+    port = Port.of(value)
+    axes = port.axes
+    dims = None if axes is None else tuple(d if isinstance(d, int) else -1 for d in axes)
+    dtype = "STRING" if port.dtype == "object" else port.dtype
+    return TensorPort(port.name, _data_type(dtype), dims)
 
 
 def onnx_ports(model: onnx.ModelProto) -> ModelPorts:

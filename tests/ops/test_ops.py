@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import doctest
 import itertools
 import os
 import shutil
@@ -20,11 +21,11 @@ import onnx
 import onnxruntime as ort
 import psutil
 import pytest
-from handmade import model_of, run_session
+from handmade import assert_near, model_of, run_session
 from onnx import helper
 
-from smoothl1_deploy import LossSpec, attach, export, load
-from smoothl1_deploy._floats import NUMPY_DTYPE, ulp_distance
+from smoothl1_deploy import LossSpec, attach, export, load, ops
+from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
 from smoothl1_deploy.errors import BackendUnavailableError, SpecError, UnsupportedError
 from smoothl1_deploy.ops import library, register
@@ -71,12 +72,9 @@ def bits(array: np.ndarray[Any, Any]) -> bytes:
     return array.tobytes() + str(array.shape).encode()
 
 
-def assert_near(ours: Any, body: Any, most: int, note: object) -> None:
-    """Finite where the body is, and there so many ULP from it; else the same."""
-    assert ours.shape == body.shape, note
-    finite = np.isfinite(body)
-    assert np.array_equal(ours[~finite], body[~finite], equal_nan=True), note
-    assert ulp_distance(ours[finite], body[finite]).max(initial=0) <= most, note
+def test_documented_examples_work() -> None:
+    done = doctest.testmod(ops)
+    assert done.attempted >= 8 and done.failed == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -211,14 +209,11 @@ def test_a_gradient_has_the_bits_of_its_body(dtype: str) -> None:
         assert len(model.graph.node) == 1
         body = _run(model, spec, arguments, by_body=True)["grad_input"]
         ours = _run(model, spec, arguments)["grad_input"]
-        assert ours.shape == body.shape == given[0], spec
+        assert ours.shape == given[0], spec
+        assert_near(ours, body, int("16" in dtype), spec)
         finite = np.isfinite(body)
-        assert np.array_equal(ours[~finite], body[~finite], equal_nan=True), spec
         assert np.array_equal(np.signbit(ours[finite]), np.signbit(body[finite])), spec
-        ulp = ulp_distance(ours[finite], body[finite])
-        is_half = "16" in dtype
-        assert ulp.max(initial=0) <= is_half, spec
-        assert np.count_nonzero(ulp) <= ulp.size // 100, spec
+        assert np.count_nonzero((ours != body)[finite]) <= finite.sum() // 100, spec
 
 
 def test_a_gradient_that_is_summed_back_is_left_to_the_body() -> None:
@@ -251,18 +246,19 @@ BROADCASTS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_broadcast(dtype: str) -> None:
     """Against the file's own body; sums in another order, so to an ULP."""
-    for shapes, spec in itertools.product(BROADCASTS, losses(dtype)):
-        if spec.runtime_beta or (spec.per_sample and not any(shapes)):
+    for spec in losses(dtype):
+        if spec.runtime_beta:
             continue
-        given = [*shapes, shapes[0][1:]][: 2 + bool(spec.weight)]
-        names = ("input", "target", "weight")
-        drawn = (arrays(spec, *shape, seed=seed)["input"] for seed, shape in enumerate(given))
-        arguments = dict(zip(names, drawn, strict=False))
-        model = export(spec, shape=None)
-        with np.errstate(all="ignore"):
-            ours = load(model).run(**arguments)["loss"]
-            body = load(model, "ort-cpu-bare").run(**arguments)["loss"]
-        assert_near(ours, body, 2, spec)
+        ours, body = (load(export(spec), backend).run for backend in ("ort-cpu", "ort-cpu-bare"))
+        for shapes in BROADCASTS:
+            if spec.per_sample and not any(shapes):
+                continue
+            given = [*shapes, shapes[0][1:]][: 2 + bool(spec.weight)]
+            names = ("input", "target", "weight")
+            drawn = (arrays(spec, *shape, seed=seed)["input"] for seed, shape in enumerate(given))
+            arguments = dict(zip(names, drawn, strict=False))
+            with np.errstate(all="ignore"):
+                assert_near(ours(**arguments)["loss"], body(**arguments)["loss"], 2, spec)
 
 
 def test_a_mean_by_weights_whose_sums_overflow_is_the_body_s() -> None:

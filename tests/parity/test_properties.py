@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from smoothl1_deploy import LossSpec, export, load
+from smoothl1_deploy._dlpack import from_torch, to_torch
 from smoothl1_deploy._floats import NUMPY_DTYPE, Array, ulp_distance
 from smoothl1_deploy._spec import DTYPES
 from smoothl1_deploy.backends._runner import Runner
 from smoothl1_deploy.parity._bounds import UNIT_ROUNDOFF, gamma
-from smoothl1_deploy.reference._module import from_torch, to_torch
 
 BETAS = (1e-3, 0.1, 0.5, 1.0, 3.0, 1e3)
 

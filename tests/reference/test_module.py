@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import math
 import pickle
 import warnings
@@ -16,10 +15,11 @@ import pytest
 import torch
 
 from smoothl1_deploy import LossSpec
+from smoothl1_deploy._dlpack import from_torch, to_torch
 from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._spec import DTYPES, REDUCTIONS
 from smoothl1_deploy.errors import SpecError
-from smoothl1_deploy.reference._module import SmoothL1Loss, eager, from_torch, to_torch
+from smoothl1_deploy.reference._module import SmoothL1Loss, eager
 
 
 def test_signature_is_that_of_torch() -> None:
@@ -31,21 +31,6 @@ def test_signature_is_that_of_torch() -> None:
 
     assert shape(SmoothL1Loss) == shape(torch.nn.SmoothL1Loss)
     assert SmoothL1Loss.forward is torch.nn.SmoothL1Loss.forward
-
-
-def test_values_and_gradients_are_those_of_torch() -> None:
-    a = torch.linspace(-3, 3, 24).reshape(4, 6)
-    b = torch.ones(4, 6) / 3
-    for reduction, beta in product(REDUCTIONS, (0.0, 0.5, 2)):
-        results = []
-        for module in (SmoothL1Loss, torch.nn.SmoothL1Loss):
-            x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
-            loss = module(reduction=reduction, beta=beta)(x, y)
-            loss.sum().backward()
-            results.append((loss.detach(), x.grad, y.grad))
-        for ours, theirs in zip(*results, strict=True):
-            assert torch.equal(ours, theirs), (reduction, beta)
-        assert results[0][1].abs().sum() > 0
 
 
 def test_the_loss_of_a_spec_with_an_upstream_gradient_is_that_of_the_spec_without() -> None:
@@ -87,28 +72,13 @@ def test_a_beta_changed_later_is_refused_by_the_spec() -> None:
         module.spec()
 
 
-def _saved(module: SmoothL1Loss) -> SmoothL1Loss:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
-
-
-def test_survives_a_trip() -> None:
+def test_a_pickled_or_copied_module_is_ours_and_knows_its_spec() -> None:
     module = SmoothL1Loss(reduction="sum", beta=0.25)
-    for trip in (lambda m: pickle.loads(pickle.dumps(m)), _saved, copy.copy, copy.deepcopy):
-        again = trip(module)
+    for again in (pickle.loads(pickle.dumps(module)), copy.copy(module), copy.deepcopy(module)):
         assert type(again) is SmoothL1Loss
         assert again.spec() == module.spec() == LossSpec(0.25, "sum")
         x = torch.arange(4.0)
         assert torch.equal(again(x, x / 2), module(x, x / 2))
-
-
-def test_state_dict_is_interchangeable_with_that_of_torch() -> None:
-    module = SmoothL1Loss()
-    assert module.state_dict() == torch.nn.SmoothL1Loss().state_dict() == {}
-    module.load_state_dict(torch.nn.SmoothL1Loss().state_dict())
-    torch.nn.SmoothL1Loss().load_state_dict(module.state_dict())
 
 
 def test_spec_and_module_are_inverse() -> None:

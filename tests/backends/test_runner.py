@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from smoothl1_deploy._artefact import Port
 from smoothl1_deploy._floats import NUMPY_DTYPE
+from smoothl1_deploy._model import Port
 from smoothl1_deploy._spec import DTYPES
-from smoothl1_deploy.backends._arrays import check_shapes, promote
+from smoothl1_deploy.backends._runner import check_shapes, promote
 from smoothl1_deploy.errors import InvalidInputError
 
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "bool")
