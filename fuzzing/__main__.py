@@ -75,20 +75,22 @@ def main() -> int:
     plan = _plan(targets, given.cases, given.only)
     start = time.monotonic()
 
+    shown = 0
+
     def progress(report: Report) -> None:
-        end = "\r" if sys.stderr.isatty() else "\n"
-        seconds = time.monotonic() - start
-        if sys.stderr.isatty() or report.cases - progress_shown[0] >= given.cases / 20:
-            progress_shown[0] = report.cases
+        nonlocal shown
+        terminal = sys.stderr.isatty()
+        if terminal or report.cases - shown >= given.cases / 20:
+            shown, seconds = report.cases, time.monotonic() - start
+            end = "\r" if terminal else "\n"
             print(f"{report} of {given.cases} ({seconds:.0f} s)", end=end, file=sys.stderr)
 
-    progress_shown = [0]
     report = run_pool(given.module, plan, given.seed, given.workers, progress)
     _table(report, plan)
     for name, index, outcome in report.faults:
-        place = save(given.output, targets[name], given.seed, index, outcome)
+        kept = save(given.output, targets[name], given.seed, index, outcome)
         lines = outcome.detail.strip().splitlines()
-        print(f"FAULT {name}: {lines[-1] if lines else ''}\n  kept in {place}")
+        print(f"FAULT {name}: {lines[-1] if lines else ''}\n  kept in {kept}")
         print(f"  repeat: scripts/fuzz --repeat {name}:{given.seed}:{index}")
     print(f"{time.monotonic() - start:.0f} seconds, seed {given.seed}")
     print(report)

@@ -19,17 +19,15 @@ from .damage import BYTE_EDITS, damage_bytes
 from .target import Target
 from .values import ARRAYS, JSON, NAMES, mostly, some
 
-__all__ = ["METADATA", "OUTPUT", "TARGETS", "FakeServer", "answer", "inferred"]
-
 _SIZE = "Inference-Header-Content-Length"
 _PORT = {"datatype": "FP32", "shape": [-1, 16]}
-#: Of a loss of each element.
+#: What the server says of a model that gives the loss of each element.
 METADATA: dict[str, Any] = {
     "name": "m",
     "inputs": [{"name": "input", **_PORT}, {"name": "target", **_PORT}],
     "outputs": [{"name": "loss", **_PORT}],
 }
-#: What is said of the loss of one row.
+#: What an answer says of the losses of one row.
 OUTPUT: dict[str, Any] = {
     "name": "loss",
     "datatype": "FP32",
@@ -77,8 +75,8 @@ class FakeServer(ThreadingHTTPServer):
 
     Attributes:
         metadata: what a GET is answered, or a function that gives it in pieces.
-        answers: the same of a POST.
-        bodies: of every POST.
+        answers: what a POST is answered, likewise.
+        bodies: what each POST held.
     """
 
     daemon_threads = True
@@ -118,14 +116,12 @@ def _edited(draw: st.DrawFn, sound: Any) -> Any:
 
 
 _HEADERS = st.lists(
-    st.sampled_from(
-        [
-            *("Transfer-Encoding: chunked", "Content-Encoding: gzip", "Connection: keep-alive"),
-            *("Content-Length: 5", f"Content-Length: {10**30}", f"{_SIZE}: -3", f"{_SIZE}: x"),
-        ]
-    ),
+    st.sampled_from([
+        "Transfer-Encoding: chunked", "Content-Encoding: gzip", "Connection: keep-alive",
+        "Content-Length: 5", f"Content-Length: {10**30}", f"{_SIZE}: -3", f"{_SIZE}: x",
+    ]),
     max_size=2,
-)
+)  # fmt: skip
 
 
 def _check(case: tuple[Any, ...], folder: Path) -> None:

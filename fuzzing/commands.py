@@ -21,9 +21,7 @@ from .damage import bases, damaged_bytes
 from .files import FILES
 from .target import Target
 
-__all__ = ["TARGETS"]
-
-#: Left out, and why: a case of theirs takes too long, or doesn't end.
+#: The commands that are left out, and why: a case takes too long, or doesn't end.
 SLOW = {
     "parity": "seconds a cell",
     "bench": "measures for seconds",
@@ -31,52 +29,21 @@ SLOW = {
     "doctor": "has no arguments worth the time",
 }
 
-_FILES = st.sampled_from(
-    [
-        *(
-            "loss.onnx",
-            "loss.onnx",
-            "other.onnx",
-            "other.onnx",
-            "bad.onnx",
-            "input.npy",
-            "target.npy",
-        ),
-        *("pair.npz", "odd", "out.npy", "out.npz", "out.onnx", "out.engine", "missing", "folder"),
-        *("folder/new", "no/such", "", ".", "a\0b", "x" * 300, "\udcff", "loss.engine", "%s[red]"),
-        *("input.npy", "target.npy", "link", "loop", "fifo"),
-    ]
-)
+_FILES = st.sampled_from([
+    "loss.onnx", "loss.onnx", "other.onnx", "other.onnx", "bad.onnx", "input.npy", "target.npy",
+    "pair.npz", "odd", "out.npy", "out.npz", "out.onnx", "out.engine", "missing", "folder",
+    "folder/new", "no/such", "", ".", "a\0b", "x" * 300, "\udcff", "loss.engine", "%s[red]",
+    "input.npy", "target.npy", "link", "loop", "fifo",
+])  # fmt: skip
 _TEXTS = st.one_of(
-    st.sampled_from(
-        [
-            *("N,16", "4,16", "scalar", "mean", "sum", "none", "float32", "bfloat16", "inlined"),
-            *(
-                "function",
-                "ort-cpu",
-                "onnx-reference",
-                "trt-network",
-                "x",
-                "input",
-                "target",
-                "hidden",
-            ),
-            *(
-                "input=1x16,4x16,8x16",
-                "8.6",
-                "count",
-                "weights",
-                "new",
-                "",
-                "-",
-                "\ud800",
-                "9" * 400,
-            ),
-            *("1e999", "nan", "-1", "0", "1.5", "\0", "[/red]", "N,16", "z", "y", "x", "label"),
-        ]
-    ),
+    st.sampled_from([
+        "N,16", "4,16", "scalar", "mean", "sum", "none", "float32", "bfloat16", "inlined",
+        "function", "ort-cpu", "onnx-reference", "trt-network", "x", "input", "target", "hidden",
+        "input=1x16,4x16,8x16", "8.6", "count", "weights", "new", "", "-", "\ud800", "9" * 400,
+        "1e999", "nan", "-1", "0", "1.5", "\0", "[/red]", "N,16", "z", "y", "x", "label",
+    ]),
     st.text(max_size=6),
-)
+)  # fmt: skip
 _COMMANDS = [name for name in registry.COMMANDS if name not in SLOW]
 
 

@@ -16,18 +16,6 @@ from smoothl1_deploy.graph._metadata import HASH, content_hash, forget_spec
 
 from .values import JSON, NAMES
 
-__all__ = [
-    "BYTE_EDITS",
-    "bases",
-    "carries_engine",
-    "carrying",
-    "damage_bytes",
-    "damaged_bytes",
-    "damaged_models",
-    "nested",
-    "recursive",
-]
-
 _INTS = st.sampled_from([0, 1, -1, 2, 7, 127, 2**31 - 1, 2**31, 2**62, 2**63 - 1, -(2**63)])
 #: A run of bytes: where (per mille), what is done there, and with what.
 BYTE_EDITS = st.lists(
@@ -44,8 +32,8 @@ BYTE_EDITS = st.lists(
 def damage_bytes(data: bytes, edits: list[tuple[int, str, bytes]]) -> bytes:
     """`data` after each edit."""
     out = bytearray(data)
-    for place, kind, value in edits:
-        at = len(out) * place // 1001
+    for permille, kind, value in edits:
+        at = len(out) * permille // 1001
         if kind == "flip" and out:
             out[at] ^= value[0] or 1
         elif kind == "set":
@@ -90,30 +78,15 @@ def bases() -> tuple[onnx.ModelProto, ...]:
 
 def foreign() -> onnx.ModelProto:
     """A small network with weights, an If and an internal tensor `hidden`."""
-    inside = helper.make_graph(
-        [helper.make_node("Identity", ["hidden"], ["chosen"])],
-        "branch",
-        [],
-        [helper.make_tensor_value_info("chosen", TensorProto.FLOAT, None)],
-    )
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["hidden"]),
-        helper.make_node("If", ["yes"], ["y"], then_branch=inside, else_branch=inside),
-        helper.make_node("Sub", ["y", "label"], ["z"]),
-    ]
-    weights = [
-        helper.make_tensor("w", TensorProto.FLOAT, [16, 4], [0.5] * 64),
-        helper.make_tensor("yes", TensorProto.BOOL, [], [True]),
-    ]
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "foreign",
-        [value("x", 1, ["N", 16]), value("label", 1, ["N", 4])],
-        [value("z", 1, ["N", 4])],
-        weights,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    half, branch = ", ".join(["0.5"] * 64), "() => (float[] chosen) { chosen = Identity(hidden) }"
+    return onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["": 18]>
+        foreign (float[N, 16] x, float[N, 4] label) => (float[N, 4] z)
+        <float[16, 4] w = {{{half}}}, bool yes = {{1}}>
+        {{
+            hidden = MatMul(x, w)
+            y = If <then_branch = branch {branch}, else_branch = branch {branch}> (yes)
+            z = Sub(y, label)
+        }}""")
 
 
 def nested(depth: int) -> onnx.ModelProto:
@@ -150,23 +123,23 @@ def engine_node(source: str = "", inputs: Any = ("y",), domain: str = "com.micro
     )
 
 
-def carrying(place: str, source: str = "") -> onnx.ModelProto:
+def carrying(where: str, source: str = "") -> onnx.ModelProto:
     """A model with an engine in its graph, a function, a subgraph, or a function's attribute."""
     model = foreign()
-    node = engine_node(source, domain="other" if place == "other domain" else "com.microsoft")
+    node = engine_node(source, domain="other" if where == "other domain" else "com.microsoft")
     branch = helper.make_graph([node], "branch", [], [onnx.ValueInfoProto(name="engine")])
-    if place in ("function", "default"):
+    if where in ("function", "default"):
         body = helper.make_node("If", ["y"], ["engine"])
         for name in ("then_branch", "else_branch"):
             body.attribute.add(name=name, ref_attr_name="branch", type=onnx.AttributeProto.GRAPH)
-        nodes = [node if place == "function" else body]
+        nodes = [node if where == "function" else body]
         opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
         function = helper.make_function("f", "F", ["y"], ["engine"], nodes, opsets)
-        if place == "default":
+        if where == "default":
             function.attribute_proto.append(helper.make_attribute("branch", branch))
         model.functions.append(function)
         node = helper.make_node("F", ["y"], ["engine"], domain="f")
-    elif place == "subgraph":
+    elif where == "subgraph":
         node = helper.make_node("If", ["yes"], ["e"], then_branch=branch, else_branch=branch)
     model.graph.node.append(node)
     return model
@@ -275,7 +248,7 @@ def _text(draw: st.DrawFn) -> str:
 
 
 _OPERATORS = [
-    *("Add", "Reshape", "Expand", "Range", "Tile", "ConstantOfShape", "Pad", "Loop", "Scan", "If"),
-    *("Cast", "ReduceSum", "Gather", "Resize", "Where", "Flatten", "Size", "Shape", "NonZero"),
-    *("Concat", "Split", "Unique", "TopK", "OneHot", "Conv", "EyeLike", "Nonsense", "SmoothL1Loss"),
-]
+    "Add", "Reshape", "Expand", "Range", "Tile", "ConstantOfShape", "Pad", "Loop", "Scan", "If",
+    "Cast", "ReduceSum", "Gather", "Resize", "Where", "Flatten", "Size", "Shape", "NonZero",
+    "Concat", "Split", "Unique", "TopK", "OneHot", "Conv", "EyeLike", "Nonsense", "SmoothL1Loss",
+]  # fmt: skip

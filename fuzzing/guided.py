@@ -17,8 +17,6 @@ import atheris
 
 from .target import buffer_of, check_case, draw
 
-__all__ = ["run_guided"]
-
 
 def run_guided(module: str, name: str, cases: int, seed: int, output: Path) -> NoReturn:
     """Run about `cases` cases of one target; doesn't return: libFuzzer ends the process."""

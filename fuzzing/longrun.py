@@ -23,7 +23,7 @@ from smoothl1_deploy._artefact import read_model
 from smoothl1_deploy.backends._base import get_backend
 from smoothl1_deploy.backends._runner import Runner
 
-# Of growth after the warm-up: what a heap moves, and a library opens, by itself.
+# How much both may grow after the warm-up: a heap moves, and a library opens, a little by itself.
 _ALLOWED_MB = 16.0
 _ALLOWED_HANDLES = 4
 

@@ -40,8 +40,6 @@ from .damage import BYTE_EDITS, bases, carries_engine, damage_bytes, damaged_mod
 from .target import Target
 from .values import ARRAYS, JSON, NAMES, NUMBERS, SPECS, THINGS, mostly, some
 
-__all__ = ["TARGETS"]
-
 _HERE = [name for name in BACKENDS if missing(name) is None]
 _SOUND = st.sampled_from(bases())
 
@@ -220,12 +218,7 @@ _BUILDS = some(
 )
 
 TARGETS = [
-    Target(
-        "run",
-        mostly(_fitting(), _fitting(odd=True)),
-        _run,
-        share=20,
-    ),
+    Target("run", mostly(_fitting(), _fitting(odd=True)), _run, share=20),
     Target("models", st.tuples(MODELS, st.sampled_from([*_HERE * 5, "x"])), _damaged, share=30),
     Target(
         "ports",
@@ -243,11 +236,4 @@ TARGETS = [
     Target("verify", st.tuples(MODELS, st.sampled_from(_HERE), st.none() | SPECS), _verify, 1),
 ]
 if importlib.util.find_spec("tensorrt_rtx") is not None:
-    TARGETS.append(
-        Target(
-            "build",
-            _BUILDS,
-            _build,
-            share=3,
-        )
-    )
+    TARGETS.append(Target("build", _BUILDS, _build, share=3))

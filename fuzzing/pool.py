@@ -19,8 +19,6 @@ from typing import Any
 
 from .target import Outcome, Target, buffer_of, check_case, draw, show
 
-__all__ = ["Report", "run_pool", "save", "targets_of"]
-
 _MEMORY = 8 << 30  # bytes a worker may have; more is a fault, not the machine's end
 _CHUNK = 25  # cases a worker is given at a time
 _TRIES = 20  # times as many buffers as cases, before a target that draws nothing is given up
@@ -81,7 +79,7 @@ def _work(module: str, connection: Connection, seed: int, home: str) -> None:
 def _one(target: Target, drawer: Callable[[bytes], list[Any]], buffer: bytes) -> Outcome:
     try:
         cases = drawer(buffer)
-    except Exception:  # of a strategy: a fault of the fuzzing itself
+    except Exception:  # a strategy raised it: a fault of the fuzzing itself
         return Outcome("fault", traceback.format_exc(), "nothing was drawn")
     return check_case(target, cases[0]) if cases else Outcome()
 
@@ -121,7 +119,7 @@ class _Pool:
         self._due = dict(plan)  # target -> cases still to be given out
         self._next = dict.fromkeys(plan, 0)
         self._most = {name: count * _TRIES for name, count in plan.items()}
-        self._left: list[tuple[str, list[int]]] = []  # of chunks whose worker died
+        self._left: list[tuple[str, list[int]]] = []  # what is left of chunks whose worker died
 
     def start(self, worker: _Worker) -> None:
         """Give `worker` a chunk; it ends where there is none."""
@@ -225,12 +223,12 @@ def run_pool(
 
 def save(folder: Path, target: Target, seed: int, index: int, outcome: Outcome) -> Path:
     """Keep a fault: the bytes it was drawn from, what they gave, and how it ended."""
-    place = folder / f"{target.name}-{seed}-{index}"
-    place.mkdir(parents=True, exist_ok=True)
+    kept = folder / f"{target.name}-{seed}-{index}"
+    kept.mkdir(parents=True, exist_ok=True)
     buffer = buffer_of(target.name, seed, index)
-    (place / "input.bin").write_bytes(buffer)
+    (kept / "input.bin").write_bytes(buffer)
     # A worker that died could not say what it had.
     case = outcome.case or "\n".join(map(show, draw(target)(buffer)))
     text = f"{case}\n\n{outcome.detail}\n"
-    (place / "case.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
-    return place
+    (kept / "case.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
+    return kept

@@ -24,8 +24,6 @@ from .files import FILES
 from .target import Target
 from .values import JSON, NAMES, mostly, some
 
-__all__ = ["TARGETS"]
-
 
 @functools.cache
 def _tables() -> tuple[bytes, ...]:
@@ -68,7 +66,7 @@ def _source(case: tuple[Any, ...], folder: Path) -> None:
 
 
 class _InterruptedError(Exception):
-    """Stops a run between two pieces."""
+    """Stops a run between two tasks."""
 
 
 def _journal(case: tuple[Any, ...], folder: Path) -> None:
@@ -109,7 +107,7 @@ def _journal(case: tuple[Any, ...], folder: Path) -> None:
         journal.write_bytes(damage_bytes(b"".join(lines), edits))
         before = journal.read_bytes()
     again = score_files(job, located, journal=journal).sum
-    # A forged sum of a finished piece can't be told from a true one.
+    # A forged sum of a finished task can't be told from a true one.
     assert again == whole or number > 0, (again, whole, before)
 
 

@@ -24,8 +24,6 @@ from .damage import BYTE_EDITS, damage_bytes
 from .target import Target
 from .values import JSON, NAMES, mostly
 
-__all__ = ["TARGETS"]
-
 #: None leads out of the folder it is made in.
 _ODD = st.text("$(`)&;|<>'\"\\\n *?~#!{}[]a1-_é", min_size=1, max_size=12)
 _PLAIN = st.text("az_-.,:=@%+1", min_size=1, max_size=12).map(lambda text: f"a{text}")

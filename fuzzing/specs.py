@@ -17,8 +17,6 @@ from .damage import bases, damaged_models
 from .target import Target
 from .values import ARRAYS, JSON, NAMES, NUMBERS, SHAPES, SPECS, THINGS, mostly, some
 
-__all__ = ["TARGETS"]
-
 _FLAGS = mostly(st.booleans(), THINGS)
 _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "beta": NUMBERS,

@@ -18,8 +18,6 @@ from hypothesis import strategies as st
 from smoothl1_deploy._files import is_unfinished
 from smoothl1_deploy.errors import SmoothL1DeployError
 
-__all__ = ["Outcome", "Target", "buffer_of", "check_case", "draw"]
-
 _BUFFER = 4096  # bytes a case is drawn from
 _SHOWN = 4000  # characters of a case in its record
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from . import answers, commands, files, models, scoring, serving, specs
 
-__all__ = ["TARGETS"]
-
 _SLOW = ("torch-route", "verify", "build", "command")
 TARGETS = sorted(
     (

@@ -14,8 +14,6 @@ from smoothl1_deploy import LossSpec
 from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
 from smoothl1_deploy.errors import SpecError
 
-__all__ = ["ARRAYS", "JSON", "NAMES", "NUMBERS", "SHAPES", "SPECS", "THINGS", "mostly", "some"]
-
 
 @st.composite
 def mostly(draw: st.DrawFn, sound: st.SearchStrategy[Any], odd: st.SearchStrategy[Any]) -> Any:
@@ -31,52 +29,27 @@ def some(draw: st.DrawFn, *choices: st.SearchStrategy[Any]) -> Any:
 
 #: Real numbers, and what could be taken for one.
 NUMBERS: st.SearchStrategy[Any] = st.one_of(
-    st.sampled_from(
-        [
-            *(0.0, -0.0, 1.0, 0.5, 1e-50, 1e39, 1e308, 5e-324, float("inf"), float("nan"), -1.0),
-            *(True, None, "1.0", "inf", "nan", b"1", 10**400, -(10**400), 2**63, -(2**63)),
-            *(fractions.Fraction(1, 3), fractions.Fraction(-1, 10**400), decimal.Decimal("0.1")),
-            *(decimal.Decimal("NaN"), decimal.Decimal("sNaN"), 1j, [], {}, object),
-            *(np.float16(0.1), np.float64("nan"), np.float32(-0.0), np.int64(-1), np.array(1.0)),
-            *(np.array([1.0, 2.0]), np.longdouble("1e4000"), ml_dtypes.bfloat16(0.5)),
-        ]
-    ),
+    st.sampled_from([
+        0.0, -0.0, 1.0, 0.5, 1e-50, 1e39, 1e308, 5e-324, float("inf"), float("nan"), -1.0,
+        True, None, "1.0", "inf", "nan", b"1", 10**400, -(10**400), 2**63, -(2**63),
+        fractions.Fraction(1, 3), fractions.Fraction(-1, 10**400), decimal.Decimal("0.1"),
+        decimal.Decimal("NaN"), decimal.Decimal("sNaN"), 1j, [], {}, object,
+        np.float16(0.1), np.float64("nan"), np.float32(-0.0), np.int64(-1), np.array(1.0),
+        np.array([1.0, 2.0]), np.longdouble("1e4000"), ml_dtypes.bfloat16(0.5),
+    ]),
     st.floats(),
     st.integers(-(2**70), 2**70),
-)
+)  # fmt: skip
 
 #: Names of tensors, axes, files and choices.
 NAMES: st.SearchStrategy[Any] = st.one_of(
-    st.sampled_from(
-        [
-            *("input", "target", "weight", "beta", "loss", "grad_input", "N", "M", "x", "Nx16", ""),
-            *(
-                " ",
-                "a b",
-                "../../up",
-                "/proc/version",
-                "\0",
-                "a\0b",
-                "\n",
-                "\ud800",
-                "é",
-            ),
-            *(
-                "[red]",
-                "%s",
-                "{}",
-                "x" * 300,
-                "main_graph",
-                "con",
-                "-",
-                "--help",
-                "None",
-                "float32",
-            ),
-        ]
-    ),
+    st.sampled_from([
+        "input", "target", "weight", "beta", "loss", "grad_input", "N", "M", "x", "Nx16", "",
+        " ", "a b", "../../up", "/proc/version", "\0", "a\0b", "\n", "\ud800", "é",
+        "[red]", "%s", "{}", "x" * 300, "main_graph", "con", "-", "--help", "None", "float32",
+    ]),
     st.text(max_size=12),
-)
+)  # fmt: skip
 
 #: Values of any type.
 THINGS: st.SearchStrategy[Any] = st.one_of(NUMBERS, NAMES, st.binary(max_size=8))
@@ -129,13 +102,11 @@ _ARRAY_SHAPES = mostly(
 )
 _ARRAY_DTYPES = mostly(
     st.sampled_from(["float32", "float32", "float16", "float64", "bfloat16", "int32"]),
-    st.sampled_from(
-        [
-            *("bool", "uint8", "complex64", "S3", "U2", "datetime64[s]", "V2", "longdouble", ">f4"),
-            *("object", "float8_e4m3fn", "int4", "int64"),
-        ]
-    ),
-)
+    st.sampled_from([
+        "bool", "uint8", "complex64", "S3", "U2", "datetime64[s]", "V2", "longdouble", ">f4",
+        "object", "float8_e4m3fn", "int4", "int64",
+    ]),
+)  # fmt: skip
 
 
 @st.composite

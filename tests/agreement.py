@@ -65,18 +65,30 @@ def disagreement(spec: LossSpec, got: Array, input: Array, target: Array) -> str
     at most max(2, PyTorch's own + 1) ULP; but for what a sum loses among subnormal numbers.
     """
     exact, contract = oracle(spec, input, target), eager(spec, input, target)
+    with np.errstate(invalid="ignore"):
+        lost = _lost_in_subnormals(spec, got, exact, input, target)
+    return difference(got, exact, contract, lost)
+
+
+def difference(got: Array, exact: Array, contract: Array, lost: Any = False) -> str:
+    """Where `got` is neither near enough to `exact` nor of its class; empty where it is nowhere.
+
+    Args:
+        got: the answer.
+        exact: the truth, rounded once.
+        contract: PyTorch's answer.
+        lost: the elements that may differ all the same.
+    """
     if not isinstance(got, np.ndarray) or (got.dtype, got.shape) != (exact.dtype, exact.shape):
         return f"{type(got)} {got.dtype} {got.shape} instead of {exact.dtype} {exact.shape}"
     classes = [ieee_class(v) for v in (got, exact, contract)]
-    wrong = (classes[0] != classes[1]) & (classes[0] != classes[2])
-    with np.errstate(invalid="ignore"):
-        lost = _lost_in_subnormals(spec, got, exact, input, target)
-    wrong &= ~lost
+    spared = np.broadcast_to(lost, exact.shape)
+    wrong = (classes[0] != classes[1]) & (classes[0] != classes[2]) & ~spared
     if wrong.any():
         i = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
         names = [CLASS_NAMES[v[i]] for v in classes]
         return f"at {i}: {names[0]}, the oracle {names[1]}, PyTorch {names[2]}"
-    finite = np.isfinite(exact) & np.isfinite(got) & ~lost
+    finite = np.isfinite(exact) & np.isfinite(got) & ~spared
     allowed = np.where(
         np.isfinite(contract), np.maximum(2, ulp_distance(contract, exact) + np.uint64(1)), 2
     )

@@ -30,6 +30,18 @@ def model_of(
     return model
 
 
+def opened(
+    model: onnx.ModelProto | Path, level: str = "ORT_ENABLE_ALL", threads: int = 0
+) -> ort.InferenceSession:
+    """ONNX Runtime on the CPU, as anyone opens it, that prints nothing."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
 def run_session(session: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """Every output; bfloat16, which numpy can't feed, goes in and out by its address."""
     binding = session.io_binding()
@@ -54,12 +66,7 @@ def run(
     model: onnx.ModelProto | Path, feeds: Mapping[str, Array], level: str = "ORT_DISABLE_ALL"
 ) -> dict[str, Array]:
     """Every output. By default unoptimised: fusions across new nodes would be another program."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
-    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    return run_session(session, feeds)
+    return run_session(opened(model, level), feeds)
 
 
 def assert_near(got: Array, expected: Array, most: int, note: object = "") -> None:

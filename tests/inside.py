@@ -12,14 +12,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from agreement import assert_right
-from handmade import run_session
+from agreement import assert_right, difference
+from handmade import opened, run_session
 from numpy.typing import NDArray
 from torch import nn
 
 from smoothl1_deploy import LossSpec, register_torchscript_symbolic, translation_table
 from smoothl1_deploy._dlpack import from_torch, to_torch
-from smoothl1_deploy._floats import NUMPY_DTYPE, ieee_class, round_to, ulp_distance
+from smoothl1_deploy._floats import NUMPY_DTYPE, round_to
 from smoothl1_deploy.graph._torch_route import quiet
 
 Array = NDArray[Any]
@@ -151,11 +151,7 @@ def example(dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
 def session_of(model: onnx.ModelProto) -> ort.InferenceSession:
     """ONNX Runtime on the CPU, of a model that is whole."""
     onnx.checker.check_model(model, full_check=True)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return opened(model)
 
 
 def run(session: ort.InferenceSession, *inputs: Array | torch.Tensor) -> list[Array]:
@@ -190,11 +186,5 @@ def _assert_huber(got: Array, loss: nn.HuberLoss, x: Array, y: Array) -> None:
         exact = round_to(np.asarray(exact).astype(np.longdouble), dtype)
         with torch.no_grad():
             eager = from_torch(loss(to_torch(x.copy()), to_torch(y.copy())))
-    note = f"{loss} {dtype} delta={loss.delta}"
-    assert (got.shape, got.dtype) == (eager.shape, eager.dtype), note
-    classes = [ieee_class(v) for v in (got, exact, eager)]
-    assert ((classes[0] == classes[1]) | (classes[0] == classes[2])).all(), note
-    finite = np.isfinite(exact) & np.isfinite(got)
-    own = np.where(np.isfinite(eager), ulp_distance(eager, exact), 0).astype(np.int64)
-    distance = ulp_distance(got, exact).astype(np.int64)
-    assert (distance <= np.maximum(2, own + 1))[finite].all(), f"{note}: {distance.max()} ULP"
+    reason = difference(got, exact, eager)
+    assert not reason, f"{loss} {dtype} delta={loss.delta}: {reason}"

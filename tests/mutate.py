@@ -16,7 +16,8 @@ from queue import SimpleQueue
 
 _ROOT = Path(__file__).parents[1]
 _LIMIT = 900  # seconds for the tests of one change: a change may make a loop endless
-_COPIED = ("smoothl1_deploy", "tests", "fuzzing", "scripts", "docs", "models", "examples", "bench")
+_COPIED = ("smoothl1_deploy", "tests", "fuzzing", "scripts", "docs", "models", "examples")
+_COPIED += ("bench", "proofs")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Mutation:
 
 
 def mutations() -> list[Mutation]:
-    """Those of `mutations.toml`."""
+    """The mutations of `mutations.toml`."""
     data = tomllib.loads((_ROOT / "tests" / "mutations.toml").read_text())
     return [
         Mutation(f"smoothl1_deploy/{file}", old, new, " ".join(f"tests/{t}" for t in tests.split()))
@@ -56,9 +57,9 @@ def mutations() -> list[Mutation]:
 
 def survives(mutation: Mutation, copy: Path) -> bool:
     """Whether the tests stay green in `copy`, a copy of the repository, with the change in it."""
-    place = copy / mutation.file
-    before = place.read_text()
-    place.write_text(mutation.text)
+    changed = copy / mutation.file
+    before = changed.read_text()
+    changed.write_text(mutation.text)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
     try:
         done = subprocess.run(
@@ -72,7 +73,7 @@ def survives(mutation: Mutation, copy: Path) -> bool:
     except subprocess.TimeoutExpired:
         return False
     finally:
-        place.write_text(before)
+        changed.write_text(before)
     if done.returncode not in (0, 1):  # no tests, or none that could be collected
         raise RuntimeError(f"{mutation}: {done.stdout.decode()[-2000:]}")
     return done.returncode == 0

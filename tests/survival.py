@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -24,13 +23,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from handmade import model_of, run_session
+from handmade import model_of, opened, run_session
 
 from smoothl1_deploy import LossSpec, attach, export
 from smoothl1_deploy._floats import NUMPY_DTYPE, Array, dtype_name
@@ -84,10 +84,11 @@ class Row:
         return LossSpec(dtype=self.dtype, **beta, **given)
 
     def model(self) -> onnx.ModelProto:
+        spec, weight = self.spec, "weight" if self.spec.weight else None
         if not self.attached:
-            return export(self.spec, self.route, ("N", _COLUMNS))
-        kinds = {"target": "target", **({"weight": "weight"} if self.spec.weight else {})}
-        return attach(host(self.dtype), "y", spec=self.spec, route=self.route.split()[1], **kinds)
+            return export(spec, self.route, ("N", _COLUMNS))
+        route = self.route.removeprefix("attach ")
+        return attach(host(self.dtype), "y", "target", spec, weight=weight, route=route)
 
 
 _HOST = ("linear", "narrow")  # the nodes of the model that a loss is attached to
@@ -134,14 +135,14 @@ def _called(path: str, model: onnx.ModelProto, **options: Any) -> onnx.ModelProt
 
 def _by(path: str, **options: Any) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
     """What the function at `path` gives for a model; it goes to another process."""
-    return functools.partial(_called, path, **options)
+    return partial(_called, path, **options)
 
 
 def _onnx_ir(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnx_ir
     from onnx_ir.passes import common
 
-    # Each of them but the one that drops the model's metadata, in turn on what the last left.
+    # Every pass but the one that drops the model's metadata, each on what the last one left.
     names = [name for name in common.__all__ if name != "ClearMetadataAndDocStringPass"]
     ir = onnx_ir.serde.deserialize_model(model)
     for name in names:
@@ -163,7 +164,7 @@ def _ort_saved(model: onnx.ModelProto, level: str) -> onnx.ModelProto:
 
 
 def _merged(model: onnx.ModelProto) -> onnx.ModelProto:
-    """With a model in front, whose output becomes the first input."""
+    """The model behind another one, whose output becomes its first input."""
     import onnx.compose
 
     first = model.graph.input[0]
@@ -207,9 +208,12 @@ def _some_feeds(model: onnx.ModelProto, rng: np.random.Generator) -> dict[str, A
     feeds = {}
     for value in model.graph.input:
         shape = [dim.dim_value or _ROWS for dim in value.type.tensor_type.shape.dim]
-        dtype = NUMPY_DTYPE[DTYPE_OF_ELEMENT[value.type.tensor_type.elem_type]]
-        feeds[value.name] = np.asarray(rng.normal(size=shape)).astype(dtype)
+        feeds[value.name] = np.asarray(rng.normal(size=shape)).astype(_dtype(value))
     return feeds
+
+
+def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:
+    return NUMPY_DTYPE[DTYPE_OF_ELEMENT[value.type.tensor_type.elem_type]]
 
 
 def _polygraphy(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -234,8 +238,7 @@ class Tool:
 
     Attributes:
         name: as docs/compat.md shows it.
-        package: that has it; its version is shown.
-        module: that must be there.
+        package: the package that has it and that must be there; its version is shown.
         run: a model to the changed one.
         only: a word that the routes it is tried on begin with; empty for every route.
         narrows: whether it makes float16 of float32: its number is held against the loss in
@@ -244,7 +247,6 @@ class Tool:
 
     name: str
     package: str
-    module: str
     run: Callable[[onnx.ModelProto], onnx.ModelProto]
     only: str = ""
     narrows: bool = False
@@ -252,36 +254,28 @@ class Tool:
 
 _NEWEST = 26  # what the ONNX Runtime of constraints.txt reads; it calls later ones unfinished
 
-_CONVERT = "convert_float_to_float16"
-_ORT = ("onnxruntime", "onnxruntime")
+_ORT, _COMMON, _HALVE = "onnxruntime", "onnxconverter_common", "float16.convert_float_to_float16"
+_CONVERT = partial(_by, "onnx.version_converter.convert_version")
 TOOLS = (
-    Tool("untouched", *_ORT, _untouched),
-    Tool("onnxscript.optimizer", "onnxscript", "onnxscript",
-         _by("onnxscript.optimizer.optimize")),
-    Tool("onnx_ir, every common pass", "onnx-ir", "onnx_ir", _onnx_ir),
-    Tool("onnxsim", "onnxsim", "onnxsim", _by("onnxsim.simplify")),
-    Tool("onnxslim", "onnxslim", "onnxslim", _by("onnxslim.slim")),
-    Tool("onnxoptimizer", "onnxoptimizer", "onnxoptimizer", _by("onnxoptimizer.optimize")),
-    *(
-        Tool(f"ONNX Runtime's saved model, {level.lower()}", *_ORT,
-             functools.partial(_ort_saved, level=level))
-        for level in ("BASIC", "EXTENDED", "ALL")
-    ),
-    Tool("onnxruntime.transformers.float16", *_ORT,
-         _by(f"onnxruntime.transformers.float16.{_CONVERT}"), narrows=True),
-    Tool("onnxconverter_common.float16", "onnxconverter-common", "onnxconverter_common",
-         _by(f"onnxconverter_common.float16.{_CONVERT}"), narrows=True),
-    *(
-        Tool(f"onnx.version_converter to {version}", "onnx", "onnx",
-             _by("onnx.version_converter.convert_version", target_version=version))
-        for version in (17, _NEWEST)
-    ),
-    Tool("onnx.inliner", "onnx", "onnx", _by("onnx.inliner.inline_local_functions")),
-    Tool("onnx.compose.merge_models", "onnx", "onnx", _merged),
-    Tool("quantize_dynamic", *_ORT, _quantize_dynamic, "attach"),
-    Tool("quantize_static", *_ORT, _quantize_static, "attach"),
-    Tool("polygraphy surgeon sanitize", "polygraphy", "polygraphy", _polygraphy),
-)  # fmt: skip
+    Tool("untouched", _ORT, _untouched),
+    Tool("onnxscript.optimizer", "onnxscript", _by("onnxscript.optimizer.optimize")),
+    Tool("onnx_ir, every common pass", "onnx-ir", _onnx_ir),
+    Tool("onnxsim", "onnxsim", _by("onnxsim.simplify")),
+    Tool("onnxslim", "onnxslim", _by("onnxslim.slim")),
+    Tool("onnxoptimizer", "onnxoptimizer", _by("onnxoptimizer.optimize")),
+    Tool("ONNX Runtime's saved model, basic", _ORT, partial(_ort_saved, level="BASIC")),
+    Tool("ONNX Runtime's saved model, extended", _ORT, partial(_ort_saved, level="EXTENDED")),
+    Tool("ONNX Runtime's saved model, all", _ORT, partial(_ort_saved, level="ALL")),
+    Tool(f"{_ORT}.transformers.float16", _ORT, _by(f"{_ORT}.transformers.{_HALVE}"), narrows=True),
+    Tool(f"{_COMMON}.float16", "onnxconverter-common", _by(f"{_COMMON}.{_HALVE}"), narrows=True),
+    Tool("onnx.version_converter to 17", "onnx", _CONVERT(target_version=17)),
+    Tool(f"onnx.version_converter to {_NEWEST}", "onnx", _CONVERT(target_version=_NEWEST)),
+    Tool("onnx.inliner", "onnx", _by("onnx.inliner.inline_local_functions")),
+    Tool("onnx.compose.merge_models", "onnx", _merged),
+    Tool("quantize_dynamic", _ORT, _quantize_dynamic, "attach"),
+    Tool("quantize_static", _ORT, _quantize_static, "attach"),
+    Tool("polygraphy surgeon sanitize", "polygraphy", _polygraphy),
+)
 
 
 # --- the judge -------------------------------------------------------------------------------
@@ -307,7 +301,7 @@ class Outcome:
         return self.status in ("same", "refuses") or bool(self.fault)
 
     def __str__(self) -> str:
-        """Without what differs from file to file."""
+        """The outcome as the table tells it, without what differs from file to file."""
         if self.fault:
             return f"unloadable, the tool's own fault: {self.fault}"
         return self.status + (f": {self.detail}" if self.detail else "")
@@ -321,21 +315,6 @@ FAULTS = (
     ("onnxconverter_common", r"Type \(tensor\(float16\)\) of output arg .* does not match expected "
      "type", "it declares the result of a Cast to float32 to be float16, and leaves the Cast"),
 )  # fmt: skip
-
-
-class _Session:
-    """A model in ONNX Runtime, as anyone runs it."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = 1
-        data = model.SerializeToString()
-        session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        self.inputs = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
-        self.run = functools.partial(run_session, session)
 
 
 #: Families whose numbers, and all that is computed on the way, are within the range of float16.
@@ -352,7 +331,7 @@ def _cases(row: Row, narrows: bool) -> Iterator[Case]:
         yield Case("constant", "large", shape, shape)
 
 
-@functools.lru_cache(maxsize=256)
+@lru_cache(maxsize=256)
 def _references(
     spec: LossSpec, shape: tuple[int, ...], *data: bytes | None
 ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -369,12 +348,12 @@ def _references(
 def judge(row: Row, model: onnx.ModelProto, narrows: bool = False) -> Outcome:
     """Load and run a changed file, and hold every output against PyTorch and the oracle."""
     try:
-        session = _Session(model)
+        session = opened(model, threads=1)
     except Exception as exc:  # pybind raises a class of its own for each status code
         return Outcome("unloadable", _first(exc))
     for case in _cases(row, narrows):
         try:
-            detail = _check(row, session, case, narrows)
+            detail = _check(row, model, session, case, narrows)
         except Exception as exc:
             return Outcome("unloadable", f"when it runs: {_first(exc)}")
         if detail:
@@ -382,7 +361,7 @@ def judge(row: Row, model: onnx.ModelProto, narrows: bool = False) -> Outcome:
     return Outcome("same")
 
 
-def _check(row: Row, session: _Session, case: Case, narrows: bool) -> str:
+def _check(row: Row, model: onnx.ModelProto, session: Any, case: Case, narrows: bool) -> str:
     """What is wrong with one case; empty where nothing is."""
     spec = row.spec
     number = LossSpec(_BETA, spec.reduction, spec.dtype) if spec.runtime_beta else spec
@@ -394,11 +373,8 @@ def _check(row: Row, session: _Session, case: Case, narrows: bool) -> str:
     if spec.runtime_beta:
         given["beta"] = np.asarray(_BETA, np.float32)
     with np.errstate(over="ignore"):
-        feeds = {
-            name: given[name].astype(NUMPY_DTYPE[DTYPE_OF_ELEMENT[element]])
-            for name, element in session.inputs.items()
-        }
-    outputs = session.run(feeds)
+        feeds = {value.name: given[value.name].astype(_dtype(value)) for value in model.graph.input}
+    outputs = run_session(session, feeds)
     compared = outputs["y"] if row.attached else feeds.get("input", feeds.get("front_x"))
     dtype = dtype_name(outputs["loss"].dtype)
     if narrows:
@@ -450,27 +426,26 @@ Found = Mapping[Row, Outcome]
 
 
 def _quiet() -> None:
-    """What libraries print from C++ is nothing to read here."""
+    """Keep what libraries print from C++ out of the table."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
 
 
 def _every_cell(tool: Tool, files: Mapping[Row, bytes]) -> Found:
-    """In a process of its own, which a tool may end."""
+    """What becomes of every file, in a process of its own, which the tool may end."""
     found: dict[Row, Outcome] = {}
     pending = [row for row in files if row.route.startswith(tool.only)]
     while pending:
         with ProcessPoolExecutor(1, get_context("spawn"), _quiet) as pool:
             jobs = [pool.submit(survive, tool, row, files[row]) for row in pending]
-            for row, job in zip(list(pending), jobs, strict=True):
+            for row, job in zip(pending, jobs, strict=True):
                 try:
                     found[row] = job.result()
                 except BrokenProcessPool:
                     found[row] = Outcome("wrong", "it ends the interpreter")
-                pending.remove(row)
-                if found[row].detail == "it ends the interpreter":
                     break
+        pending = [row for row in pending if row not in found]
     return found
 
 
@@ -523,7 +498,7 @@ def table(results: Mapping[str, Found]) -> str:
 
 def missing(tool: Tool) -> bool:
     """Whether what it lives on is not installed."""
-    return importlib.util.find_spec(tool.module) is None
+    return importlib.util.find_spec(tool.package.replace("-", "_")) is None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

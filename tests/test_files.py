@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import child
 import pytest
 
 from smoothl1_deploy import _files as files
@@ -51,12 +50,10 @@ write_atomic(sys.argv[1], b"two")
 def test_stdout_is_written_to_where_it_is_even_in_a_file(name: str) -> None:
     """Opened by its path, the file behind it would be written over from its start."""
     os.symlink("/dev/stdout", "link")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     with open("out", "wb") as file:
         file.write(b"zero ")
         file.flush()
-        command = [sys.executable, "-c", _STDOUT, name]
-        subprocess.run(command, stdout=file, check=True, env=environment)
+        child.run("-c", _STDOUT, name, stdout=file, check=True)
     assert Path("out").read_bytes() == b"zero one two"
     assert Path("link").is_symlink() and Path("/dev/stdout").is_symlink()
 

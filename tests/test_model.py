@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import child
 import numpy as np
 import onnx
 import pytest
@@ -62,7 +61,7 @@ print([value.name for value in scored.graph.output])
 def test_rows_without_end_take_no_memory() -> None:
     """onnx keeps a message for each element of a tensor of rank 1, those inside functions too."""
     code = _ROWS.format(rows=(1 << 31) - 1)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = child.run("-c", code)
     assert done.stdout.strip() == "['loss', 'second']", done.stderr[-2000:]
 
 

@@ -1,4 +1,4 @@
-"""The package as a whole: what an import brings along, and that every public name is documented."""
+"""The package as a whole: what an import brings along, what is public, who may import whom."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import ast
 import doctest
 import importlib
 import inspect
+import os
 import pkgutil
-import subprocess
-import sys
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import child
 import pytest
 
 import smoothl1_deploy
-from smoothl1_deploy.errors import MissingDependencyError
+from smoothl1_deploy.errors import BackendUnavailableError, MissingDependencyError
 
 ROOT = Path(smoothl1_deploy.__file__).parent
 HEAVY = ("numpy", "ml_dtypes", "torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt")
 HEAVY += ("tensorrt_rtx", "typer", "rich")
 
-ERRORS = "smoothl1_deploy.errors"
-MODULES = sorted(
-    info.name for info in pkgutil.walk_packages([str(ROOT)], "smoothl1_deploy.") if not info.ispkg
-)
+_FOUND = [*pkgutil.walk_packages([str(ROOT)], "smoothl1_deploy.")]
+FACES = ["smoothl1_deploy", *(info.name for info in _FOUND if info.ispkg)]
+MODULES = [info.name for info in _FOUND if not info.ispkg]
 
 
 def imported_by(code: str) -> set[str]:
     """Which of HEAVY a fresh interpreter has imported after `code`."""
-    script = f"{code}\nimport sys\nprint(*(m for m in {HEAVY!r} if m in sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT.parent, check=False
+    done = child.run(
+        "-c", f"{code}\nimport sys\nprint(*(m for m in {HEAVY!r} if m in sys.modules))"
     )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
@@ -68,61 +68,41 @@ def test_nothing_heavier_is_imported_than_is_needed(code: str, allowed: set[str]
     assert imported_by(code) <= allowed
 
 
-def test_every_public_name_resolves_and_an_unknown_one_is_an_attribute_error() -> None:
-    names: dict[str, object] = {}
-    exec("from smoothl1_deploy import *", names)
-    assert set(smoothl1_deploy.__all__) <= set(names) & set(dir(smoothl1_deploy))
-    assert all(getattr(smoothl1_deploy, name) is not None for name in smoothl1_deploy.__all__)
-    assert len(set(smoothl1_deploy.__all__)) == len(smoothl1_deploy.__all__)
+def test_what_is_public_stands_on_a_face() -> None:
+    """Modules begin with `_`; a face's names are there, and a type checker is told of the same."""
+    others = [name for name in MODULES if not name.rpartition(".")[2].startswith("_")]
+    assert others == ["smoothl1_deploy.errors"]
+    for name in FACES:
+        face: Any = importlib.import_module(name)
+        public = getattr(face, "__all__", [])
+        assert len({*public}) == len(public)
+        assert {*public} <= {*dir(face)} and all(hasattr(face, item) for item in public), name
+        for guarded in (node for node in _parsed(face).body if isinstance(node, ast.If)):
+            imports = [node for node in guarded.body if isinstance(node, ast.ImportFrom)]
+            told = {alias.name for node in imports for alias in node.names}
+            assert {*public} - {"LossSpec", "__version__"} == told, name
     with pytest.raises(AttributeError, match="module 'smoothl1_deploy' has no attribute 'huber'"):
         smoothl1_deploy.huber  # noqa: B018
 
 
-FACES = [info.name for info in pkgutil.walk_packages([str(ROOT)], "smoothl1_deploy.") if info.ispkg]
+def _parsed(module: Any) -> ast.Module:
+    return ast.parse(Path(module.__file__).read_text())
 
 
-def test_what_is_public_stands_on_a_face() -> None:
-    """Modules begin with `_`; a face's names resolve, and a type checker is told of the same."""
-    assert [n for n in MODULES if not n.rpartition(".")[2].startswith("_")] == [ERRORS]
-    for name in ("smoothl1_deploy", *FACES):
-        package = importlib.import_module(name)
-        assert package.__file__ is not None
-        tree = ast.parse(Path(package.__file__).read_text())
-        guarded = [node for node in tree.body if isinstance(node, ast.If)]
-        told = (
-            {
-                alias.name
-                for node in ast.walk(guarded[0])
-                if isinstance(node, ast.ImportFrom)
-                for alias in node.names
-            }
-            if guarded
-            else set()
-        )
-        public = set(getattr(package, "__all__", ()))
-        assert not guarded or public - {"LossSpec", "__version__"} == told
-        assert all(hasattr(package, item) for item in public)
-
-
-def _module(name: str) -> object:
-    try:
-        return importlib.import_module(name)
-    except MissingDependencyError as exc:  # an optional dependency; the message says which
-        pytest.skip(str(exc))
-
-
-def _public(name: str) -> dict[str, object]:
-    """What `name` defines for others: its `__all__` where it is a face, else what has no `_`."""
-    module = _module(name)
-    names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
-    things = {item: getattr(module, item) for item in names}
-    return {item: x for item, x in things.items() if getattr(x, "__module__", None) == name}
+def _defined(name: str) -> dict[str, Any]:
+    """The classes and functions without `_` that a module itself defines."""
+    things = vars(importlib.import_module(name))
+    return {
+        item: thing
+        for item, thing in things.items()
+        if not item.startswith("_") and getattr(thing, "__module__", None) == name
+    }
 
 
 def _undocumented(name: str) -> list[str]:
     """The public classes, functions and methods that `name` defines without a docstring."""
     found = []
-    for item, thing in _public(name).items():
+    for item, thing in _defined(name).items():
         if not (inspect.isclass(thing) or inspect.isfunction(thing)):
             continue
         if not inspect.getdoc(thing) or (thing.__doc__ or "").startswith(f"{item}("):
@@ -136,21 +116,71 @@ def _undocumented(name: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_and_what_is_public_in_it_say_what_they_are(name: str) -> None:
-    assert (_module(name).__doc__ or "").strip()
-    assert _undocumented(name) == []
+def _without_example(name: str) -> list[str]:
+    """The classes and functions on a face whose docstrings show no use of them.
+
+    An `Example:` that is no doctest, as one of a client that needs a server, has a test of its own.
+    """
+    face = importlib.import_module(name)
+    things = {item: getattr(face, item) for item in getattr(face, "__all__", ())}
+    shown = re.compile(r">>> |^ *Example:$", re.MULTILINE)
+    return [n for n, x in things.items() if callable(x) and not shown.search(x.__doc__ or "")]
 
 
-def test_the_check_for_docstrings_sees_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_module_and_what_is_public_in_it_say_what_they_are() -> None:
+    for name in (*FACES, *MODULES):
+        assert (importlib.import_module(name).__doc__ or "").strip(), name
+        assert _undocumented(name) == [], name
+
+
+def test_every_name_on_a_face_has_an_example() -> None:
+    assert {name: found for name in FACES if (found := _without_example(name))} == {}
+
+
+def test_these_checks_see_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from smoothl1_deploy._spec import LossSpec, resolve_reduction
 
     monkeypatch.setattr(resolve_reduction, "__doc__", None)
     monkeypatch.setattr(LossSpec.to_dict, "__doc__", None)
-    assert sorted(_undocumented("smoothl1_deploy._spec")) == [
-        "LossSpec.to_dict",
-        "resolve_reduction",
-    ]
+    monkeypatch.setattr(LossSpec, "__doc__", "What is computed.")
+    assert _undocumented("smoothl1_deploy._spec") == ["resolve_reduction", "LossSpec.to_dict"]
+    assert "LossSpec" in _without_example("smoothl1_deploy")
+
+
+class _Examples(doctest.DocTestRunner):
+    """Ends an example of what is not installed here, or can't run here, with that reason."""
+
+    def report_unexpected_exception(self, out: Any, test: Any, example: Any, exc_info: Any) -> None:
+        if isinstance(exc_info[1], (MissingDependencyError, BackendUnavailableError)):
+            raise exc_info[1]
+        super().report_unexpected_exception(out, test, example, exc_info)
+
+
+def _with_examples() -> Iterator[str]:
+    for name in (*FACES, *MODULES):
+        path = ROOT.parent.joinpath(*name.split("."))
+        source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if ">>> " in source.read_text():
+            yield name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*_with_examples()])
+def test_documented_examples_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "user-cache"))
+    runner, lacking = _Examples(optionflags=doctest.ELLIPSIS), []
+    for test in doctest.DocTestFinder().find(importlib.import_module(name)):
+        try:
+            runner.run(test)
+        except (MissingDependencyError, BackendUnavailableError) as exc:
+            lacking.append(f"{test.name}: {exc}")
+    assert runner.failures == 0
+    if lacking:
+        pytest.skip("; ".join(lacking))
+    assert runner.tries > 0  # a doctest finds nothing where a module is loaded in a new way
 
 
 #: A module imports, when it is imported itself, from its own layer and those before it alone.
@@ -202,12 +232,3 @@ def test_data_flow_one_way() -> None:
             if _layer(imported) > _layer(module):
                 wrong.append(f"{'.'.join(module)} imports {'.'.join(imported)}")
     assert not wrong
-
-
-@pytest.mark.filterwarnings("ignore:size_average and reduce args:UserWarning")
-@pytest.mark.parametrize("name", MODULES)
-def test_documented_examples_work(name: str) -> None:
-    result = doctest.testmod(_module(name))  # type: ignore[arg-type]
-    assert result.failed == 0
-    if name == "smoothl1_deploy._spec":
-        assert result.attempted >= 5  # doctest finds none where a module is loaded in a new way

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import runpy
 import shutil
 import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import child
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -93,10 +92,8 @@ def test_compilers_that_fail_leave_the_package_to_be_installed(nvcc: str, tmp_pa
     """As an nvcc does that is too old to be asked what it compiles for."""
     pytest.importorskip("setuptools", minversion="77")
     places = ["--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "objects"]
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", *places],
-        cwd=ROOT, env={**os.environ, "CC": "false", "NVCC": nvcc}, capture_output=True, text=True,
-    )  # fmt: skip
+    compilers = {"CC": "false", "NVCC": nvcc}
+    done = child.run("setup.py", "--quiet", "build_ext", *places, cwd=ROOT, variables=compilers)
     assert done.returncode == 0, done.stderr
     assert not [*tmp_path.rglob("*.so")]
 
@@ -137,12 +134,9 @@ def test_no_committed_file_names_a_registry_or_this_machine() -> None:
 
 def _ruff(name: str, code: str) -> str:
     pytest.importorskip("ruff")
-    command = [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "--no-cache"]
-    command += ["--stdin-filename", name, "-"]
-    done = subprocess.run(
-        command, input=f'"""A module."""\n\n{code}\n', capture_output=True, text=True, cwd=ROOT
-    )
-    return done.stdout
+    words = ["check", "--output-format", "concise", "--no-cache", "--stdin-filename", name, "-"]
+    module = f'"""A module."""\n\n{code}\n'
+    return child.run("-m", "ruff", *words, input=module, cwd=ROOT).stdout
 
 
 def test_the_lint_rule_against_heavy_imports_bites_but_where_a_module_lives_on_torch() -> None:
@@ -152,12 +146,7 @@ def test_the_lint_rule_against_heavy_imports_bites_but_where_a_module_lives_on_t
     assert _ruff("smoothl1_deploy/backends/new.py", top).count("TID253") == len(heavy)
     assert "TID253" not in _ruff("smoothl1_deploy/backends/new.py", inside)
     assert "TID253" not in _ruff("tests/test_new.py", top)
-    for name in (
-        "reference/_module",
-        "graph/_torch_route",
-        "graph/_torch_table",
-        "graph/_torchscript",
-    ):
+    for name in ("reference/_module", "graph/_torch_route", "graph/_torchscript"):
         assert "TID253" not in _ruff(f"smoothl1_deploy/{name}.py", "import torch\n\nprint(torch)")
 
 

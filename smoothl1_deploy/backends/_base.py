@@ -62,6 +62,12 @@ class Backend(ABC):
             does not run the artefact's own operators.
         threads: how many a call uses; 0 leaves the number to the backend. Set before `load`.
         slow: what it runs on, where a million elements take it many seconds; None elsewhere.
+
+    >>> from smoothl1_deploy import LossSpec, export
+    >>> from smoothl1_deploy.backends import get_backend
+    >>> backend = get_backend("onnx-reference")
+    >>> backend.refuses(LossSpec()), backend.load(export(LossSpec())).spec == LossSpec()
+    (None, True)
     """
 
     name: str

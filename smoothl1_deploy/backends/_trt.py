@@ -60,6 +60,12 @@ class TrtBackend(OfTensorrt, GpuBackend):
     Raises:
         MissingDependencyError: when torch or the flavour is not installed.
         BackendUnavailableError: when there is no GPU, or the flavour can't be used on it.
+
+    >>> from smoothl1_deploy import LossSpec, export
+    >>> from smoothl1_deploy.backends import TrtBackend
+    >>> backend = TrtBackend(profile={"input": (1, 64, 4096)})
+    >>> backend.load(export(LossSpec(), shape=("N", 16))).spec == LossSpec()
+    True
     """
 
     name = "trt"

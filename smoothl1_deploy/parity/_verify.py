@@ -39,6 +39,11 @@ class Verification:
         drift: the error of what adds up, by size; empty where nothing does, and for fixed shapes.
         diagnoses: what is wrong, the likeliest first; empty where every case is green.
         changed: whether something else has changed the model since it was exported.
+
+    >>> from smoothl1_deploy import LossSpec, export, verify
+    >>> found = verify(export(LossSpec(), shape=("N", 16)), drift=False)
+    >>> bool(found), found.failures, found.to_dict()["backend"]
+    (True, (), 'ort-cpu')
     """
 
     name: str
@@ -134,6 +139,11 @@ def verify(
             which of its inputs and outputs to compare.
         UnsupportedError: when the backend can't carry out the spec faithfully.
         MissingDependencyError: when torch or the backend is not installed.
+
+    >>> from smoothl1_deploy import LossSpec, export, verify
+    >>> report = verify(export(LossSpec(beta=0.5), shape=("N", 16)), backend="ort-cpu", drift=False)
+    >>> bool(report), report.failures
+    (True, ())
     """
     original = read_model(model)
     warn_if_changed(original)

@@ -8,10 +8,14 @@ from .._face import face
 
 if TYPE_CHECKING:
     from ._score import score_files as score_files
+    from ._scorer import make_job as make_job
+    from ._shards import locate as locate
 
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
+        "locate": "._shards",
+        "make_job": "._scorer",
         "score_files": "._score",
     },
 )

@@ -41,6 +41,12 @@ class Score(Record):
         seconds: of this run.
         resumed: elements that an interrupted run had done.
         output: where the scores of the rows are.
+
+    >>> import numpy as np
+    >>> from smoothl1_deploy import LossSpec, loss_over
+    >>> score = loss_over([(np.ones(4, "f4"), np.zeros(4, "f4"))], LossSpec())
+    >>> score.loss, score.sum, score.count
+    (0.5, 2.0, 4)
     """
 
     loss: float
@@ -105,6 +111,12 @@ def loss_over(
     Raises:
         SpecError: on a reduction that combines nothing.
         InvalidInputError: on arrays that don't fit; the message says which batch.
+
+    >>> import numpy as np
+    >>> from smoothl1_deploy import LossSpec, loss_over
+    >>> batches = ((np.full(rows, 2, "f4"), np.zeros(rows, "f4")) for rows in (1000, 24))
+    >>> loss_over(batches, LossSpec(beta=0.5, reduction="mean")).loss
+    1.75
     """
     start = time.monotonic()
     job = make_job(spec, artefact, backend=backend, beta=beta, threads=threads)
@@ -173,6 +185,16 @@ def score_files(
         InvalidInputError: on files that don't fit together, or that changed; it names the shard.
         OutputError: when scores or journal can't be written, or would take the place of another of
             the files that are named.
+
+    >>> import numpy as np
+    >>> from pathlib import Path
+    >>> from smoothl1_deploy import LossSpec
+    >>> from smoothl1_deploy.scoring import locate, make_job, score_files
+    >>> paths = {"input": Path("input.npy"), "target": Path("target.npy")}
+    >>> np.save(paths["input"], np.ones((6, 4), "f4"))
+    >>> np.save(paths["target"], np.zeros((6, 4), "f4"))
+    >>> score_files(make_job(LossSpec(reduction="sum")), locate(paths, {})).sum
+    12.0
     """
     if output is not None and not job.spec.per_sample:
         raise SpecError(f"{output} is for one score a row; give --per-sample, or leave it out")

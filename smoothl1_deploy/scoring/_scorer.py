@@ -83,6 +83,11 @@ def make_job(
     Raises:
         SpecError: where neither is given, or nothing can be combined.
         ArtefactError: when `artefact` is no loss artefact.
+
+    >>> from smoothl1_deploy import LossSpec
+    >>> from smoothl1_deploy.scoring import make_job
+    >>> make_job(LossSpec(beta=0.5)).spec.beta
+    0.5
     """
     if artefact is None:
         if spec is None:

@@ -105,6 +105,13 @@ def locate(
     Raises:
         InvalidInputError: when a path is missing, folders and files are mixed, or a shard has no
             partner in another folder.
+
+    >>> import numpy as np
+    >>> from pathlib import Path
+    >>> from smoothl1_deploy.scoring import locate
+    >>> np.save("shard.npy", np.ones((6, 4), "f4"))
+    >>> sorted(locate({"input": Path("shard.npy"), "target": Path("shard.npy")}, {}))
+    ['shard.npy']
     """
     folders = {role for role, path in paths.items() if os.path.isdir(path)}
     for role, path in paths.items():

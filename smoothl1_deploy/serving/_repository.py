@@ -66,6 +66,12 @@ class ServedModel(Record):
         platform: Triton's word for the kind of the model file.
         max_batch_size: how many rows of requests are batched together; 0 where none are.
         unbatched: why rows must not be batched; None where they may.
+
+    >>> from smoothl1_deploy import LossSpec
+    >>> from smoothl1_deploy.serving import write_loss
+    >>> (mean,) = write_loss("models", LossSpec(), name="mean")
+    >>> mean.max_batch_size, mean.unbatched is None  # rows of two requests must not meet
+    (0, False)
     """
 
     name: str

@@ -89,6 +89,16 @@ def build_engine(
         BuildError: when TensorRT refuses.
         OutputError: when `path` or the cache can't be written; `path` is checked first.
         MissingDependencyError, BackendUnavailableError: when TensorRT can't be used here.
+
+    >>> from smoothl1_deploy import LossSpec, build_engine, export
+    >>> model = export(LossSpec(beta=0.5), shape=("N", 16))
+    >>> engine = build_engine(model, "loss.engine", profile={"input": (1, 64, 4096)})
+    >>> engine.sidecar.flavour in ("tensorrt", "tensorrt_rtx")
+    True
+    >>> build_engine(export(LossSpec(dtype="float64"), shape=("N", 16)))
+    Traceback (most recent call last):
+        ...
+    smoothl1_deploy.errors.UnsupportedError: the graph input 'input' is float64. ...
     """
     if format not in FORMATS:
         raise SpecError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")

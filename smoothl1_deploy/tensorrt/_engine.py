@@ -234,6 +234,11 @@ class Engine:
         data: the bytes that were verified; deserialise these, the file may have changed since.
         cached: True when a cache had it.
         changed: where a cache had only a near relative, what differs from that one's key.
+
+    >>> from smoothl1_deploy import LossSpec, build_engine, export
+    >>> engine = build_engine(export(LossSpec(), shape=("N", 16)), "mean.engine")
+    >>> engine.path.name, engine.cached, engine.to_dict()["sha256"] == engine.sha256
+    ('mean.engine', False, True)
     """
 
     path: Path | None

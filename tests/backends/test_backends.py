@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
+import child
 import ml_dtypes
 import numpy as np
 import onnx
@@ -61,7 +61,6 @@ def test_an_unknown_backend() -> None:
 
 
 def test_a_backend_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     text = "the ort-cpu backend needs the package 'onnxruntime', which can't be imported"
@@ -242,7 +241,7 @@ atexit.register(lambda: print(runner.run(*pair)["loss"]))
 
 
 def test_at_the_exit_of_the_interpreter_it_runs_or_says_that_it_is_too_late() -> None:
-    done = subprocess.run([sys.executable, "-c", _AT_EXIT], capture_output=True, text=True)
+    done = child.run("-c", _AT_EXIT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
         "1.5\nUnsupportedError the interpreter has shut down and imports nothing any more; run the "

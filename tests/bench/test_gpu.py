@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import child
 import pytest
 from host_device import HostDevice
 
@@ -154,7 +155,7 @@ def test_where_torch_alone_is_there_is_pytorch_to_time(module: str) -> None:
         "problem = gpu_report.run_parity((), 1.0).problem\n"
         'assert problem.startswith("the matrix can\'t run here"), problem\n'
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    child.run("-c", code, check=True)
 
 
 # Parity

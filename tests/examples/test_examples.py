@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
+from script import module_at
 
 FOLDER = Path(__file__).parents[2] / "examples"
 
 
-def outcome_of(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def outcome_of(name: str, folder: Path) -> Any:
     """What `examples/<name>.py` gives; on one thread, which suffices and shares the machine."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, example)  # dataclasses looks its module up
     torch.set_num_threads(1)
-    spec.loader.exec_module(example)
-    outcome = example.main(folder)
+    outcome = module_at(FOLDER / f"{name}.py").main(folder)
     for path in outcome.files:
         onnx.checker.check_model(onnx.load(path), full_check=True)
     return outcome
 
 
-def test_both_exporters_give_pytorch_s_losses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    outcome = outcome_of("detector_head", tmp_path, monkeypatch)
+def test_both_exporters_give_pytorch_s_losses(tmp_path: Path) -> None:
+    outcome = outcome_of("detector_head", tmp_path)
     assert outcome.overlap > 0.3
     assert set(outcome.differences) == {"dynamo", "torchscript"}
     assert all(difference < 1e-4 for difference in outcome.differences.values())
@@ -41,22 +33,18 @@ def test_both_exporters_give_pytorch_s_losses(
         assert "Clip" in {node.op_type for node in graph.node}, "not this package's graph"
 
 
-def test_the_forecast_is_untouched_and_the_losses_are_pytorch_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_forecast_is_untouched_and_the_losses_are_pytorch_s(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the example trains on scikit-learn's data")
     pytest.importorskip("skl2onnx", reason="the example exports by skl2onnx")
-    outcome = outcome_of("diabetes_forecast", tmp_path, monkeypatch)
+    outcome = outcome_of("diabetes_forecast", tmp_path)
     assert outcome.unchanged
     assert 10 < outcome.mean_loss < 40  # the progression varies by 77
     assert outcome.difference < 1e-6
 
 
-def test_the_scores_separate_digits_from_noise_and_equal_pytorch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_scores_separate_digits_from_noise_and_equal_pytorch(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
-    outcome = outcome_of("digits_autoencoder", tmp_path, monkeypatch)
+    outcome = outcome_of("digits_autoencoder", tmp_path)
     assert outcome.auc > 0.99
     assert outcome.loss_ulp <= 3
     assert outcome.score_error < 1e-5

@@ -6,35 +6,29 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import child
 import pytest
 
+from fuzzing.__main__ import main
 from fuzzing.pool import targets_of
 from fuzzing.target import buffer_of, check_case, draw
 
-ROOT = Path(__file__).parent.parent.parent
 PLANTED = {
     "bug": "ZeroDivisionError: planted",
     "crash": "the interpreter died with the exit code -11",
-    "hang": "still running after 2 seconds",
+    "hang": "still running after 0.5 seconds",
     "litter": "left behind: ['.loss.onnx.0123456789abcdef']",
     "exit": "SystemExit: 0",
 }
 
 
-def _python(*arguments: object, **options: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", **options}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
 def _fuzz(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    return _python("-m", "fuzzing", "-o", folder / "out", *arguments)
+    path = f"{child.ROOT}:{Path(__file__).parent}"  # where the module `planted` lies
+    words = ("-m", "fuzzing", "-o", folder / "out", *arguments)
+    return child.run(*words, variables={"PYTHONPATH": path})
 
 
 def test_a_thousand_cases_give_a_result_or_a_documented_error(tmp_path: Path) -> None:
@@ -64,10 +58,10 @@ def test_a_fault_is_kept_and_says_how_to_repeat_it(planted: tuple[Any, Path]) ->
     for name, said in PLANTED.items():
         for index in (0, 1):  # one that died doesn't take the next with it
             assert f"repeat: scripts/fuzz --repeat {name}:3:{index}" in done.stdout
-            place = folder / "out" / f"{name}-3-{index}"
-            text = (place / "case.txt").read_text()
+            kept = folder / "out" / f"{name}-3-{index}"
+            text = (kept / "case.txt").read_text()
             assert text.startswith(f"'{name}'") and said in text
-            assert (place / "input.bin").read_bytes() == buffer_of(name, 3, index)
+            assert (kept / "input.bin").read_bytes() == buffer_of(name, 3, index)
     done = _fuzz("--module", "planted", "--repeat", "bug:3:1", folder=folder)
     assert done.returncode == 1
     assert "ZeroDivisionError: planted" in done.stdout
@@ -85,10 +79,12 @@ def test_atheris_chooses_the_bytes(tmp_path: Path) -> None:
     assert list((tmp_path / "out").glob("crash-*"))
 
 
-def test_an_unknown_target_is_named(tmp_path: Path) -> None:
-    done = _fuzz("--only", "nonsense", folder=tmp_path)
-    assert done.returncode == 2
-    assert "no target nonsense; there are torch-route" in done.stderr
+def test_an_unknown_target_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["scripts/fuzz", "--only", "nonsense"])
+    assert main() == 2
+    assert "no target nonsense; there are torch-route" in capsys.readouterr().err
 
 
 _DIGESTS = """
@@ -111,10 +107,13 @@ print(json.dumps(found))
 
 
 def test_a_seed_draws_the_same_cases_in_any_process_on_any_day() -> None:
-    runs = ((0, "1"), (100_000, "2"))
-    found = [_python("-c", _DIGESTS, late, PYTHONHASHSEED=seed) for late, seed in runs]
-    assert found[0].stdout == found[1].stdout, found[0].stderr
-    assert all(len({*digests}) > 1 for digests in json.loads(found[0].stdout).values())
+    runs = [
+        child.start("-c", _DIGESTS, late, variables={"PYTHONHASHSEED": seed})
+        for late, seed in ((0, "1"), (100_000, "2"))
+    ]
+    (first, err), (second, _) = (run.communicate(timeout=300) for run in runs)
+    assert first == second, err
+    assert all(len({*digests}) > 1 for digests in json.loads(first).values())
 
 
 def test_the_current_folder_is_left_as_it_was() -> None:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import mmap
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import child
 import pytest
 
 from fuzzing import longrun
 
-ROOT = Path(__file__).parent.parent.parent
-LICENSE = ROOT / "LICENSE"
+LICENSE = child.ROOT / "LICENSE"
 
 
 def test_ten_thousand_calls_and_two_hundred_sessions_are_flat() -> None:
-    command = [sys.executable, "-m", "fuzzing.longrun", "--calls", "10000", "--sessions", "200"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = child.run("-m", "fuzzing.longrun", "--calls", 10_000, "--sessions", 200)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout
     assert lines[0].startswith("10,000 run calls, ") and lines[0].endswith("; flat")

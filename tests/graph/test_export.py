@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import child
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -260,13 +259,10 @@ print(*found[0])
 
 
 def test_two_processes_and_two_calls_give_the_same_bytes(capsys: pytest.CaptureFixture) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", HASHES]
-    root = Path(smoothl1_deploy.__file__).parents[1]
-    environment = {**os.environ, "PYTHONHASHSEED": "20260101"}
-    there = subprocess.check_output(command, text=True, cwd=root, env=environment)
+    there = child.run("-W", "ignore", "-c", HASHES, variables={"PYTHONHASHSEED": "20260101"})
     exec(HASHES, {})
-    assert len(set(there.split())) == 3
-    assert capsys.readouterr().out == there
+    assert len(set(there.stdout.split())) == 3
+    assert capsys.readouterr().out == there.stdout
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -54,7 +54,7 @@ def test_a_tool_that_spoils_the_file_is_seen() -> None:
         (forget, "unloadable", "Invalid model"),
         (refuse, "refuses", "NotImplementedError: not this one"),
     ):
-        found = survive(Tool("planted", "onnx", "onnx", change), FILES[2])
+        found = survive(Tool("planted", "onnx", change), FILES[2])
         assert found.status == status and detail in found.detail, found
         assert found.ok is (status == "refuses")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import child
 import numpy as np
 import pytest
 import torch
@@ -143,7 +143,7 @@ def test_importing_the_package_registers_nothing() -> None:
         "from smoothl1_deploy.graph._torchscript import _registered;"
         "print(_registered('aten::smooth_l1_loss', 17))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = child.run("-c", code, check=True)
     assert done.stdout.strip() == "None"
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from script import module_at
 
 PROVE = Path(__file__).parents[2] / "proofs" / "prove.py"
 
 
 @pytest.fixture(scope="module")
 def prove() -> Any:
-    spec = importlib.util.spec_from_file_location("prove", PROVE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(PROVE)
 
 
 def test_without_gappa_it_says_what_to_install(

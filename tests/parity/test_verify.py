@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import child
 import numpy as np
 import onnx
 import onnx.numpy_helper
@@ -147,13 +145,7 @@ def test_2_to_24_elements_stay_below_2_gigabytes(
         "status = open('/proc/self/status').read().split()\n"
         "print(1024 * int(status[status.index('VmHWM:') + 1]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = child.run("-c", program, check=True)
     elements, error, memory = done.stdout.split()
     assert int(elements) == 1 << 24 and float(error) > 1e-2
     assert int(memory) < 2e9

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
+import child
 import numpy as np
 import pytest
-from conftest_cli import _ROOT
 
 ELEMENTS = 1 << 24
 FILE = 4 * ELEMENTS  # bytes of each of two arrays, which no compression makes much smaller
@@ -101,9 +98,7 @@ def test_memory_is_bounded(suffix: str, shape: tuple[int, ...], output: str | No
     pytest.importorskip("psutil")
     save("small", suffix, (1 << 18,) if len(shape) == 1 else (1 << 14, 16))
     expected = save("big", suffix, shape)
-    command = [sys.executable, "-c", _MEASURED, "big", *([output] if output else [])]
-    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = child.run("-c", _MEASURED, "big", *([output] if output else []))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     print(found)

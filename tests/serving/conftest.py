@@ -1,12 +1,6 @@
-"""Makes the fixtures of `conftest_serving`, and that module itself, known to the tests here."""
+"""Makes the fixtures of `conftest_serving` known to the tests beside it."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-# importlib mode puts no folder on the path.
-sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest_serving import repository, server, triton
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from script import module_at
 
 from smoothl1_deploy import LossSpec, build_engine, export
 from smoothl1_deploy.tensorrt._engine import Engine
@@ -18,11 +18,7 @@ from smoothl1_deploy.tensorrt._flavour import Flavour, get_flavour
 @pytest.fixture(scope="session")
 def fake_trt() -> Any:
     """The module fake_trt; under --import-mode=importlib test modules can't import one another."""
-    path = Path(__file__).with_name("fake_trt.py")
-    spec = importlib.util.spec_from_file_location("smoothl1_deploy_fake_trt", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(Path(__file__).with_name("fake_trt.py"))
 
 
 @pytest.fixture(scope="session")

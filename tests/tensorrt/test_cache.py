@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import child
 import onnx
 import pytest
 
@@ -170,10 +169,7 @@ print(engine.cached, engine.sha256)
 
 
 def test_processes_build_a_key_once_and_the_same_bytes(rtx, mean_model, tmp_path):
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
-    ]
+    running = [child.start("-c", SCRIPT, tmp_path) for _ in range(2)]
     answers = [process.communicate(timeout=300)[0].split() for process in running]
     assert sorted(cached for cached, _ in answers) == ["False", "True"]
     cached = build_engine(mean_model, flavour=rtx, cache_dir=tmp_path)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import child
 import numpy as np
 import pytest
 
@@ -76,9 +74,7 @@ def assert_refused(done: Done, message: str) -> None:
 
 def spawn(*arguments: object, without: str = "", code: str = _WITHOUT) -> Done:
     """Call the command line in a process of its own, without some packages."""
-    command = [sys.executable, "-c", code, without, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = child.run("-c", code, without, *arguments)
     assert "Traceback" not in done.stdout + done.stderr
     return Done(done.returncode, done.stdout, done.stderr)
 
