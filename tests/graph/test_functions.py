@@ -21,15 +21,15 @@ from onnxscript import opset18 as op
 
 from smoothl1_deploy import LossSpec
 from smoothl1_deploy._model import ELEMENT_TYPE
+from smoothl1_deploy.graph import FUNCTIONS
 from smoothl1_deploy.graph import _functions as functions
 from smoothl1_deploy.graph._assemble import function_closure, model_of
-from smoothl1_deploy.graph._functions import (
-    SmoothL1Loss,
-    SmoothL1LossTerms,
-    WideMean,
-    loss_scalars,
-    slope_scalars,
-)
+from smoothl1_deploy.graph._functions import loss_scalars, slope_scalars
+
+# As a program of a user's own has them.
+SmoothL1Loss = FUNCTIONS["SmoothL1Loss"]
+SmoothL1LossTerms = FUNCTIONS["SmoothL1LossTerms"]
+WideMean = FUNCTIONS["WideMean"]
 
 RUNTIMES = ("ort", "reference")
 
