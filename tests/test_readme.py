@@ -84,6 +84,21 @@ def test_every_command_is_run_by_a_page_in_a_process_of_its_own() -> None:
     assert {*COMMANDS} <= set(re.findall(r"^ *smoothl1-deploy ([a-z]+)", text, re.MULTILINE))
 
 
+def test_every_option_of_a_command_stands_on_a_page() -> None:
+    from smoothl1_deploy.cli._registry import COMMANDS, _load
+
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    for name in COMMANDS:
+        found = _load(name)
+        for command in getattr(found, "commands", {"": found}).values():
+            for parameter in command.params:
+                names = {*parameter.opts, *parameter.secondary_opts} - {"--help", "--json"}
+                if parameter.param_type_name == "option" and names:
+                    said = any(re.search(rf"{option}\b(?!-)", text) for option in names)
+                    assert said, f"{name} {names} stands on no page"
+
+
 def test_the_readme_has_commands_and_python() -> None:
     kinds = [kind for _, kind, _ in BLOCK.findall(README)]
     assert kinds.count("console") >= 1 and kinds.count("python") >= 2

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 
 from .._environment import silence
 from ..errors import SmoothL1DeployError, is_shortage, reason_of, shortage
-from ._console import INTERRUPTED, interrupts_told, safe_streams, warnings_as_notes
+from ._console import BROKEN_PIPE, INTERRUPTED, interrupts_told, safe_streams, warnings_as_notes
 
 __all__ = ["main"]
 
@@ -58,8 +58,6 @@ def _ended(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return _interrupted(argv)
     except BrokenPipeError:
-        from ._registry import BROKEN_PIPE
-
         return BROKEN_PIPE
     except ModuleNotFoundError as exc:
         if (exc.name or "").startswith("smoothl1_deploy"):

@@ -20,7 +20,9 @@ from ..errors import ModelWarning, OutputError, reason_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-INTERRUPTED = 130  # exit code: 128 + SIGINT, as a shell reports it
+# Exit codes: 128 + SIGINT and 128 + SIGPIPE, as a shell reports them.
+INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 _INTERRUPTION = "interrupted; once more ends it at once"
 _on_interrupt: list[Callable[[], str]] = []

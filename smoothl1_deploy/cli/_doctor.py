@@ -95,9 +95,7 @@ def _telemetry(found: dict[str, bool] | None) -> dict[str, str]:
     return {"onnxruntime's telemetry": said}
 
 
-def doctor(
-    as_json: AsJson = False,
-) -> None:
+def doctor(*, as_json: AsJson = False) -> None:
     """Show what is installed, what can run here, and what to install.
 
     Ends with 0 whatever it finds.

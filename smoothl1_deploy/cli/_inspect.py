@@ -8,9 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from .._files import open_file
 from ..errors import (
@@ -68,14 +66,14 @@ def _has_sidecar(path: Path) -> bool:
     return False
 
 
-def inspect(
-    file: Annotated[Path, typer.Argument(help="An ONNX file, or an engine beside its sidecar.")],
-    as_json: AsJson = False,
-) -> None:
+def inspect(file: Path, *, as_json: AsJson = False) -> None:
     """Show what is inside an ONNX file or an engine, and whether this machine can run it.
 
     An engine is executable code: only one that fits its sidecar and this machine's GPU is
     deserialised; any other, also one that an ONNX file carries, is measured and not run.
+
+    Options:
+        file: An ONNX file, or an engine beside its sidecar.
     """
     found = inspect_engine(file) if _is_engine(file) else inspect_model(file)
     if as_json:

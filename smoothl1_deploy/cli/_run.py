@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
 from ._console import print_fields, print_json, print_note
-from ._options import AsJson, BackendName
+from ._options import AsJson, BackendName, Count
 
 if TYPE_CHECKING:
     from .._floats import Array
@@ -41,52 +39,36 @@ def _summarise(array: Array) -> dict[str, Any]:
 
 
 def run(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            help="A .onnx file, or an .engine with --backend trt; with --url a model's name."
-        ),
-    ],
-    input: Annotated[
-        Path | None, typer.Option("--input", help="A .npy file; big ones are mapped, not read.")
-    ] = None,
-    target: Annotated[Path | None, typer.Option("--target", help="A .npy file.")] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            help="An .npz file with arrays called input, target (and weight, grad_output).",
-        ),
-    ] = None,
-    weight: Annotated[
-        Path | None,
-        typer.Option("--weight", help="A .npy file, for an artefact that takes a weight."),
-    ] = None,
-    grad_output: Annotated[
-        Path | None,
-        typer.Option("--grad-output", help="A .npy file, for an artefact with an upstream."),
-    ] = None,
-    beta: Annotated[
-        float | None, typer.Option(help="For an artefact that takes beta at run time.")
-    ] = None,
+    model: Path,
+    *,
+    input: Path | None = None,
+    target: Path | None = None,
+    data: Path | None = None,
+    weight: Path | None = None,
+    grad_output: Path | None = None,
+    beta: float | None = None,
     backend: BackendName = "ort-cpu",
-    threads: Annotated[
-        int, typer.Option(min=0, help="For the call; 0: as many as the backend thinks fit.")
-    ] = 0,
-    url: Annotated[
-        str | None,
-        typer.Option(help="Ask a server instead: http://HOST:PORT or grpc://HOST:PORT."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="Write the result to a .npy or .npz file."),
-    ] = None,
+    threads: Count = 0,
+    url: str | None = None,
+    output: Path | None = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute the loss of two arrays with an artefact, or with a model of a server (--url).
 
     A loss of rank 0 is printed as a bare number in full precision, anything else as a summary.
     bfloat16, which numpy writes as raw items of two bytes, is recognised by the artefact's dtype.
+
+    Options:
+        model: A .onnx file, or an .engine with --backend trt; with --url a model's name.
+        input: A .npy file; big ones are mapped, not read.
+        target: A .npy file.
+        data: An .npz file with arrays called input, target (and weight, grad_output).
+        weight: A .npy file, for an artefact that takes a weight.
+        grad_output: A .npy file, for an artefact with an upstream.
+        beta: For an artefact that takes beta at run time.
+        threads: For the call; 0: as many as the backend thinks fit.
+        url: Ask a server instead: http://HOST:PORT or grpc://HOST:PORT.
+        output: Write the result to a .npy or .npz file.
     """
     if data is not None:
         complete = not any((input, target, weight, grad_output))

@@ -153,7 +153,7 @@ def test_bad_input_exits_with_2_and_writes_nothing(
 def test_models_that_cannot_be_built(cli: Callable[..., Done], name: str, message: str) -> None:
     Path("text.onnx").write_text("not a model")
     model("f64.onnx", dtype="float64")
-    cli("export", "--any-rank", "-o", "any.onnx")
+    cli("export", "-o", "any.onnx")
     done = cli("build", name, *RTX)
     assert done.code == 2
     assert message in done.err

@@ -67,7 +67,6 @@ def test_defaults_and_the_name_of_the_file(cli: Cli) -> None:
     assert (read_spec(model), read_route(model)) == (LossSpec(), "function")
     assert not model.graph.input[0].type.tensor_type.HasField("shape")
     assert "any rank is taken, by ONNX Runtime but not by TensorRT" in done.err
-    assert cli("export", "--any-rank").err == ""
 
 
 def test_what_a_person_reads(cli: Cli) -> None:
@@ -80,18 +79,6 @@ def test_what_a_person_reads(cli: Cli) -> None:
     assert lines["inputs"] == "input: float32[N, 16], target: float32[N, 16]"
     assert lines["outputs"] == "loss: float32[]"
     assert lines["sha256"] == hashlib.sha256(data).hexdigest()
-
-
-def test_the_deprecated_pair_overrides_the_reduction(cli: Cli) -> None:
-    for flags, reduction in (
-        (["--size-average"], "mean"),
-        (["--no-size-average"], "sum"),
-        (["--no-reduce", "--size-average"], "none"),
-        (["--reduce", "--no-size-average", "--reduction", "none"], "sum"),
-    ):
-        done = cli("export", *flags, "--shape", "3", "-o", "loss.onnx", "--json")
-        assert json.loads(done.out)["spec"]["reduction"] == reduction
-        assert f"deprecated in PyTorch and here; write --reduction {reduction}" in done.err
 
 
 def test_the_extensions_reach_the_graph(cli: Cli) -> None:
@@ -122,7 +109,6 @@ def test_bad_input_exits_with_2_and_writes_nothing(cli: Cli, tmp_path: Path) -> 
         ("--shape Nx16", "--shape 'Nx16': separate the axes by commas, as in N,16"),
         ("--shape N,-1", "has the axis -1"),
         ("--shape N,,3", "has the axis ''"),
-        ("--shape 3 --any-rank", "--any-rank and --shape '3' exclude each other"),
         ("--target-shape 3", "target_shape without shape"),
         ("--shape 4 --target-shape 3", "can't be broadcast"),
         ("--weight heavy", "unknown weight 'heavy'"),
