@@ -24,7 +24,14 @@ from collections.abc import Sequence
 
 from .._environment import silence
 from ..errors import SmoothL1DeployError, is_shortage, reason_of, shortage
-from ._console import BROKEN_PIPE, INTERRUPTED, interrupts_told, safe_streams, warnings_as_notes
+from ._console import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    interrupts_told,
+    print_error,
+    safe_streams,
+    warnings_as_notes,
+)
 
 __all__ = ["main"]
 
@@ -102,8 +109,6 @@ def _interrupted(argv: Sequence[str] | None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    from ._console import print_error
-
     print_error(message)
     return status
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +58,7 @@ def run(
 
     Options:
         model: A .onnx file, or an .engine with --backend trt; with --url a model's name.
-        input: A .npy file; big ones are mapped, not read.
+        input: A .npy file.
         target: A .npy file.
         data: An .npz file with arrays called input, target (and weight, grad_output).
         weight: A .npy file, for an artefact that takes a weight.
@@ -83,50 +81,35 @@ def run(
     from .._npy import check_output, read_archive, read_array, write_arrays
 
     files = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
-    named = {"MODEL": Path(model) if url is None else None, "--data": data}
-    check_apart([("-o", output)], [*named.items(), *((f"--{n}", p) for n, p in files.items())])
-    runner = _runner(model, backend, threads) if url is None else _client(model, url)
-    if output is not None:
-        check_output(output, runner.outputs)
-    if data is not None:
-        arrays = read_archive(data, runner.dtype)
+    read = {"MODEL": model if url is None else None, "--data": data}
+    read |= {f"--{name}": path for name, path in files.items()}
+    check_apart([("-o", output)], read.items())
+    runner: Any
+    if url is None:
+        from ..backends._base import load
+
+        runner = load(str(model), backend, threads=threads)
+        dtype, outputs = runner.signature.input.dtype, len(runner.signature.outputs)
     else:
-        arrays = {
-            name: read_array(path, runner.dtype) for name, path in files.items() if path is not None
-        }
+        from ..serving import Client
+
+        runner = Client(url, str(model))
+        dtype, outputs = runner.dtype, len(runner.metadata()["outputs"])
+    if output is not None:
+        check_output(output, outputs)
+    if data is not None:
+        arrays = read_archive(data, dtype)
+    else:
+        arrays = {name: read_array(path, dtype) for name, path in files.items() if path is not None}
     results = runner.run(**arrays, beta=beta)
     if output is not None:
         write_arrays(output, results)
-        if runner.dtype == "bfloat16":
+        if dtype == "bfloat16":
             print_note(
                 f"numpy writes bfloat16 without its name; read {output} with "
                 "numpy.load(path).view(ml_dtypes.bfloat16)"
             )
     _show({name: _summarise(array) for name, array in results.items()}, output, as_json)
-
-
-@dataclass(frozen=True, slots=True)
-class _Runner:
-    """What computes: the dtype it takes, how many outputs it has, and how to call it."""
-
-    dtype: str
-    outputs: int
-    run: Callable[..., dict[str, Array]]
-
-
-def _runner(model: Path, backend: str, threads: int) -> _Runner:
-    from ..backends._base import load
-
-    loaded = load(str(model), backend, threads=threads)
-    signature = loaded.signature
-    return _Runner(signature.input.dtype, len(signature.outputs), loaded.run)
-
-
-def _client(model: Path, url: str) -> _Runner:
-    from ..serving import Client
-
-    client = Client(url, str(model))
-    return _Runner(client.dtype, len(client.metadata()["outputs"]), client.run)
 
 
 def _show(summaries: dict[str, dict[str, Any]], output: Path | None, as_json: bool) -> None:
