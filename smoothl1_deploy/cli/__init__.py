@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         One of the exit codes in this module's docstring.
+
+    >>> main(["doctor", "--no-such-option"])  # the message goes to stderr
+    2
     """
     silence()
     with safe_streams():

@@ -53,8 +53,8 @@ def attach(
         output: The model to write.
         weight: Weights of the elements; like --target.
         normalizer: What a weighted mean is divided by: count (by default) or weights.
-        target_shape: Of a new input, where it isn't the prediction's: N,4.
-        loss_name: Of the output.
+        target_shape: The axes of a new target, where they aren't the prediction's: N,4.
+        loss_name: The name of the output.
         only_loss: Drop the other outputs and what only they need.
         route: function or inlined.
         convert_opset: Convert a model that is too old to the lowest opset that does.

@@ -21,7 +21,7 @@ EXAMPLE = "smoothl1-deploy bench --size 1024 --size 1048576 -o out/bench"
 _SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 20, 1 << 24)
 _ROWS = ("1x16", "64x16", "4096x256", "65536x256")
 _COLUMNS = 16
-_WIDTH = 160  # of a table of all contestants
+_WIDTH = 160  # letters, in which a table of all contestants fits
 
 
 def bench(
@@ -49,7 +49,7 @@ def bench(
         per_sample: Rows x columns of a loss per sample, such as 64x16. Repeat for more.
         reduction: Repeat for more.
         dtype: Repeat for more.
-        beta: Of every loss.
+        beta: The beta of every loss.
         constant: Constant data, on which sums drift most.
         threads: For each contestant; 0: every core, 8 at most.
         memory: Peak memory too, each in a process of its own.
@@ -97,7 +97,7 @@ def bench(
             memory=memory,
             rounds=3 if quick else 15,
             turn=0.002 if quick else 0.02,
-            # Their compiler takes the longest by far.
+            # These two compile, which takes the longest by far.
             without=(COMPILED, cpu.AHEAD) if quick else (),
         )
         for name, reason in missing.items():

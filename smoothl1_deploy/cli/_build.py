@@ -43,9 +43,6 @@ def build(
     profile: list[str] | None = None,
     flavour: str = "auto",
     compute_capability: list[str] | None = None,
-    hardware_compatibility: str | None = None,
-    version_compatible: bool = False,
-    tf32: bool = False,
     cache_dir: Path | None = None,
     no_cache: bool = False,
     as_json: AsJson = False,
@@ -60,18 +57,15 @@ def build(
         output: The file to write; by default the model's name with .engine or _ctx.onnx.
         format: engine, or epcontext: an ONNX file that carries the engine, for ONNX Runtime's
             providers for TensorRT.
-        embed_mode: Of epcontext: 1 puts the engine inside, 0 into a file beside. Default: 1.
+        embed_mode: With epcontext: 1 puts the engine inside, 0 into a file beside. Default: 1.
         profile: NAME=MIN,OPT,MAX: shapes of an input with dynamic axes, as in
             input=1x16,64x16,4096x16; one shape stands for all three. Repeat for more inputs; target
             follows input. Default: 1, 64, 4096 for every dynamic axis.
-        tf32: Allow float32 products with 10 bits of mantissa.
 
     GPU and flavour:
         flavour: tensorrt, tensorrt_rtx, or auto for the first that can be used.
         compute_capability: GPU to build for, as in 8.6, or current; repeat for more (tensorrt_rtx
             only).
-        hardware_compatibility: none, ampere_plus or same_compute_capability (tensorrt only).
-        version_compatible: Let later runtimes of the same major version run the engine.
 
     Cache:
         cache_dir: Folder of an engine cache. Default: one in your cache folder.
@@ -86,12 +80,7 @@ def build(
     from ..tensorrt._cache import EngineCache
     from ..tensorrt._options import BuildOptions
 
-    options = BuildOptions(
-        compute_capabilities=tuple(compute_capability or ()),
-        hardware_compatibility=hardware_compatibility,
-        version_compatible=version_compatible,
-        tf32=tf32,
-    )
+    options = BuildOptions(tuple(compute_capability or ()))
     # A folder has no name to change; that it is one is said when it is read.
     ending = ".engine" if format == "engine" else "_ctx.onnx"
     path = output or model.parent / f"{model.stem or 'model'}{ending}"

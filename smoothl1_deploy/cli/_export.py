@@ -30,10 +30,10 @@ def export(
     Options:
         route: function (one node with its body in the file), inlined (plain ONNX operators) or
             torch (torch.onnx.export; needs torch and --shape).
-        shape: Of input, separated by commas: sizes, and names for dynamic axes; 'scalar' for rank
-            0. Without it any rank is taken, by ONNX Runtime but not by TensorRT.
-        target_shape: Of target where it differs and broadcasts.
-        weight_shape: Of weight where it differs and broadcasts.
+        shape: The axes of input, separated by commas: sizes, and names for dynamic axes; 'scalar'
+            for rank 0. Without it any rank is taken, by ONNX Runtime but not by TensorRT.
+        target_shape: The axes of target where it differs and broadcasts.
+        weight_shape: The axes of weight where it differs and broadcasts.
         output: The file to write; the spec's name by default.
     """
     spec = LossSpec(**given)

@@ -18,11 +18,11 @@ from ..errors import SpecError
 
 _EXTENSIONS = "Beyond PyTorch's arguments"
 
-#: Of each field of a `LossSpec`: the type of its option, and what `--help` says.
+#: Field of a `LossSpec` -> the type of its option, and what `--help` says.
 SPEC_OPTIONS: dict[str, tuple[Any, str]] = {
     "beta": (float, "Where the quadratic part ends, >= 0; 0 is the L1 loss. 1 by default."),
     "reduction": (str, f"One of {', '.join(REDUCTIONS)}; mean by default."),
-    "dtype": (str, f"Of input, target and loss: {', '.join(DTYPES)}."),
+    "dtype": (str, f"The dtype of input, target and loss: {', '.join(DTYPES)}."),
     "per_sample": (bool, "Reduce every axis but the first: one score per row."),
     "gradient": (bool, "A second output grad_input, the gradient with respect to input."),
     "upstream": (bool, "Multiply the gradient by an input grad_output, of the loss's shape."),

@@ -49,7 +49,7 @@ def parity(
         output: Folder for report.json and the engines.
         quick: Fewer betas and sizes: half a minute.
         engines: Build a TensorRT engine of every artefact, with its sidecar.
-        seed: Of the inputs and the draws.
+        seed: Which inputs and draws are made.
         draws: Random combinations beside the grid; 240, 36 with --quick, none of a part of it.
         draw: Only this random draw. Repeat for more.
         workers: Processes; 0: one a core, at most 8.
@@ -59,9 +59,9 @@ def parity(
         reduction: Repeat for more.
         dtype: Repeat for more.
         route: Repeat for more.
-        backend: Repeat for more; all that can be used here.
+        backend: Repeat for more; by default all that can be used here.
         extensions: Also per_sample, gradient, runtime_beta, weight.
-        extensions_only: Only those.
+        extensions_only: The extensions alone.
     """
     from dataclasses import replace
 
@@ -91,7 +91,7 @@ def parity(
                 matrix, workers=workers or min(os.cpu_count() or 1, 8), progress=progress
             )
         _show(report)
-        # Of a part of the matrix the whole picture would say little.
+        # Beside a part of the matrix, drift and contract would say little.
         if not (quick or is_part or backend or draw):
             report = _measured(report, backends)
     except MatrixInterrupted as exc:

@@ -16,9 +16,9 @@ EXAMPLE = "smoothl1-deploy run loss.onnx --input input.npy --target target.npy"
 
 
 def _summarise(array: Array) -> dict[str, Any]:
-    """An output in a few numbers, in the digits of its dtype: the one of rank 0, or what it spans.
+    """An output of rank 0 as its number, any other by what it spans, in the digits of its dtype.
 
-    min, max and mean leave NaN out, and are None without a rest.
+    min, max and mean leave NaN out, and are None where nothing else is left.
     """
     import numpy as np
 

@@ -54,7 +54,7 @@ def score(
     Options:
         input: A .npy, .npz or Parquet file, or a folder of such shards.
         target: Likewise; in a folder, shards of the same names as of --input.
-        weight: Of the elements, by which their losses are multiplied; a file or folder likewise.
+        weight: Weights of the elements, in a file or folder likewise.
         normalizer: What a weighted mean divides by: count or weights.
         reduction: mean or sum; mean by default.
         dtype: To compute in: float32, float16, bfloat16 or float64; by default that of the files.
@@ -74,9 +74,10 @@ def score(
 
     Engines:
         engine: local, or ray for many machines.
-        ray_address: Of a Ray cluster; 'auto' finds one. Default: one is started on this machine.
+        ray_address: The address of a Ray cluster; 'auto' finds one. Default: one is started on this
+            machine.
         workers: Actors of the ray engine. Default: every CPU.
-        threads: Of one session. Default: every core; with ray, one.
+        threads: The threads of a session. Default: every core; with ray, one.
     """
     from ..scoring._score import Progress, score_files
     from ..scoring._scorer import make_job

@@ -45,7 +45,7 @@ def verify(
         large: At 2^24 as well; takes up to 1.6 GB of memory, 2.7 GB for float64 with weights; with
             a gradient 2.6 and 4.7 GB.
         certificate: Write what was found beside the model.
-        seed: Of the inputs.
+        seed: Which inputs are made.
 
     A model of other origin:
         input_name: Which input is the prediction.

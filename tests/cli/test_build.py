@@ -76,16 +76,10 @@ def test_every_option_reaches_the_build(cli: Cli, monkeypatch: pytest.MonkeyPatc
     done = cli(
         "build", "a.onnx", "-o", "b.engine", "--flavour", "tensorrt", "--profile", "x=1,2,3",
         "--profile", "y=1", "--compute-capability", "8.9", "--compute-capability", "SM86",
-        "--hardware-compatibility", "ampere_plus", "--version-compatible", "--tf32",
         "--cache-dir", "engines", "--format", "epcontext", "--embed-mode", "0",
     )  # fmt: skip
     assert done.err == "error: enough seen\n"
-    assert seen.pop("options") == BuildOptions(
-        compute_capabilities=("8.6", "8.9"),
-        hardware_compatibility="ampere_plus",
-        version_compatible=True,
-        tf32=True,
-    )
+    assert seen.pop("options") == BuildOptions(("8.6", "8.9"))
     assert seen.pop("cache_dir").root == Path("engines")  # type: ignore[attr-defined]
     assert seen == {
         "model": "a.onnx",
@@ -115,7 +109,6 @@ def test_bad_input_exits_with_2_and_writes_nothing(cli: Cli) -> None:
         ("loss.onnx --profile input=4x16,2x16,1x16", "0 <= min <= opt <= max must hold"),
         ("loss.onnx --profile x=1x16", "names the input 'x'; the model's inputs are input"),
         ("loss.onnx --compute-capability new", "can't read the compute capability 'new'"),
-        ("loss.onnx --hardware-compatibility all", "unknown hardware_compatibility 'all'"),
         ("loss.onnx --no-cache --cache-dir x", "--no-cache and --cache-dir exclude each other"),
         ("loss.onnx --cache-dir loss.onnx", "can't use loss.onnx as an engine cache"),
         ("loss.onnx --embed-mode 0", "--embed-mode goes with --format epcontext"),

@@ -97,25 +97,21 @@ _WITH_A_GRADIENT = """<ir_version: 10, opset_import: ["" : 18]>
 g (float[N,4] pred, float[N,4] gt) => (float[N,4] loss, float[N,4] grad_input) {{
     high = Constant<value_float=1.0>() low = Neg(high) half = Constant<value_float=0.5>()
     d = Sub(pred, gt) size = Abs(d) square = Mul(d, d) quadratic = Mul(half, square)
-    linear = Sub(size, half) inside = {comparison}(size, high)
+    linear = Sub(size, half) inside = Less(size, high)
     loss = Where(inside, quadratic, linear)
     other = Sub({order}) core = Clip(other, low, high) no = IsNaN(d) grad_input = Where(no, d, core)
 }}"""
 
 
-def test_a_stranger_s_gradient_and_comparison_are_looked_at_though_nobody_named_them(
-    cli: Cli,
-) -> None:
-    for comparison, order, code, said in (
-        ("Less", "pred, gt", 0, "cases equal to PyTorch"),
-        ("Less", "gt, pred", 1, "input and target swapped in the gradient"),
-        ("LessOrEqual", "pred, gt", 0, "seen in the graph: <= for <: the graph sends |d| = beta"),
+def test_a_stranger_s_gradient_is_looked_at_though_nobody_named_it(cli: Cli) -> None:
+    for order, code, faults in (
+        ("pred, gt", 0, []),
+        ("gt, pred", 1, ["input and target swapped in the gradient"]),
     ):
-        text = _WITH_A_GRADIENT.format(comparison=comparison, order=order)
-        onnx.save(onnx.parser.parse_model(text), "theirs.onnx")
-        done = cli("verify", "theirs.onnx", "--beta", "1", "--reduction", "none")
-        assert done.code == code and said in done.out, done.out
-        assert ("swapped" in done.out) == bool(code)
+        onnx.save(onnx.parser.parse_model(_WITH_A_GRADIENT.format(order=order)), "theirs.onnx")
+        done = cli("verify", "theirs.onnx", "--beta", "1", "--reduction", "none", "--json")
+        assert done.code == code
+        assert [found["fault"] for found in json.loads(done.out)["diagnoses"]] == faults
 
 
 def test_parity_refuses_bad_usage(cli: Cli) -> None:
