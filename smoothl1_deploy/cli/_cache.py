@@ -43,6 +43,17 @@ def _open(folder: Path | None) -> EngineCache:
 _COLUMNS = ("key", "graph", "flavour", "bytes", "last used")
 
 
+def _show(root: Path, key: str, entries: tuple[CacheEntry, ...], as_json: bool) -> None:
+    if as_json:
+        print_json({"root": root, key: entries})
+        return
+    if entries:
+        print_table(_COLUMNS, _rows(entries))
+    size = human_size(sum(entry.bytes for entry in entries))
+    removed = "removed " if key == "removed" else ""
+    print_lines([f"{root}: {removed}{len(entries)} engines, {size}"])
+
+
 def list_engines(*, cache_dir: Path | None = None, as_json: AsJson = False) -> None:
     """Show the engines in the cache, the most recently used first.
 
@@ -50,14 +61,7 @@ def list_engines(*, cache_dir: Path | None = None, as_json: AsJson = False) -> N
         cache_dir: Default: the one in your cache folder.
     """
     found = _open(cache_dir)
-    entries = found.list()
-    if as_json:
-        print_json({"root": str(found.root), "entries": [entry.to_dict() for entry in entries]})
-        return
-    if entries:
-        print_table(_COLUMNS, _rows(entries))
-    size = sum(entry.bytes for entry in entries)
-    print_lines([f"{found.root}: {len(entries)} engines, {human_size(size)}"])
+    _show(found.root, "entries", found.list(), as_json)
 
 
 def prune(*, max_mb: int, cache_dir: Path | None = None, as_json: AsJson = False) -> None:
@@ -68,15 +72,8 @@ def prune(*, max_mb: int, cache_dir: Path | None = None, as_json: AsJson = False
         cache_dir: Default: the one in your cache folder.
     """
     found = _open(cache_dir)
-    # A negative size stays negative: `prune` refuses it by name.
-    removed = found.prune(max_mb * 2**20)
-    if as_json:
-        print_json({"root": str(found.root), "removed": [entry.to_dict() for entry in removed]})
-        return
-    if removed:
-        print_table(_COLUMNS, _rows(removed))
-    size = sum(entry.bytes for entry in removed)
-    print_lines([f"{found.root}: removed {len(removed)} engines, {human_size(size)}"])
+    # A negative size stays negative: `EngineCache.prune` refuses it by name.
+    _show(found.root, "removed", found.prune(max_mb * 2**20), as_json)
 
 
 cache = {"list": list_engines, "prune": prune}
