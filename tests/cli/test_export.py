@@ -13,7 +13,13 @@ import typer
 from conftest_cli import Cli, assert_refused
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.cli._options import SPEC_OPTIONS, parse_shape, takes_spec
+from smoothl1_deploy.cli._options import (
+    SPEC_OPTIONS,
+    as_command,
+    help_of,
+    parse_shape,
+    takes_spec,
+)
 from smoothl1_deploy.errors import SpecError
 from smoothl1_deploy.graph._export import ROUTES
 from smoothl1_deploy.graph._metadata import read_route, read_spec
@@ -56,6 +62,33 @@ def test_every_field_of_a_spec_has_an_option_and_no_option_says_what_was_not_sai
         app.command()(command)
         app(arguments, standalone_mode=False)
     assert said == [{}, {"beta": 0.0, "per_sample": True}]
+
+
+def test_a_signature_and_a_docstring_say_what_the_options_of_a_command_are() -> None:
+    def command(file: Path, *, output: Path, quick: bool = False, drift: bool = True) -> None:
+        """Do it.
+
+        Options:
+            file: What is read,
+                whole.
+
+        A panel:
+            quick: Faster.
+        """
+
+    assert help_of(command)[0] == "Do it."
+    app = typer.Typer(add_completion=False)
+    app.command()(as_command(command))
+    found = [
+        (p.opts + p.secondary_opts, p.help, getattr(p, "rich_help_panel", None))
+        for p in typer.main.get_command(app).params
+    ]
+    assert found == [
+        (["file"], "What is read, whole.", None),
+        (["-o", "--output"], None, None),
+        (["--quick"], "Faster.", "A panel"),
+        (["--drift", "--no-drift"], None, None),
+    ]
 
 
 def test_defaults_and_the_name_of_the_file(cli: Cli) -> None:
