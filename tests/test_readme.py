@@ -1,8 +1,9 @@
 """Every command and every line of Python in the README and in docs/ is run as it stands there.
 
-A page is a script: its `console` and `python` blocks run in their order, in one empty folder. What
-a reader has already stands in a comment of the page that begins with `<!-- before`. Blocks of
-another kind (`text`, `yaml`) are only shown.
+A page is followed by a reader: its `console` and `python` blocks run in their order, in one empty
+folder. What a reader has already stands in a comment of the page that begins with `<!-- before`.
+Blocks of another kind (`text`, `yaml`) are only shown. Where a page's commands need a shell, as
+those of a server in the background, the whole page is a script.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from reader import follow
 
 from smoothl1_deploy.backends._base import BACKENDS, REFERENCES
 from smoothl1_deploy.errors import BackendUnavailableError
@@ -39,6 +41,21 @@ def _script(page: str) -> str:
         code = before or text
         parts.append(f"python - <<'PAGE'\n{code}PAGE" if kind == "python" else code)
     return "\n".join(parts) + "\n"
+
+
+def _steps(page: str) -> list[tuple[str, str]]:
+    """What to do, and how: a shell's script, lines of Python, or a command's words."""
+    steps: list[tuple[str, str]] = []
+    for before, kind, text in BLOCK.findall(page):
+        if kind == "console":
+            for line in text.splitlines():
+                program, _, words = line.partition(" ")
+                if program != "smoothl1-deploy" or set("$|&;<>()`\\") & {*words}:
+                    return [("shell", _script(page))]
+                steps.append(("command", words))
+        else:
+            steps.append((kind or "shell", before or text))
+    return steps
 
 
 @pytest.fixture
@@ -69,11 +86,16 @@ def test_the_page_runs(page: Path, tmp_path: Path, environment: dict[str, str]) 
         _skip_without_operators(page)
     folder = tmp_path / "reader"
     folder.mkdir()
-    script = _script(text)
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    log = tmp_path / "log"
+    for kind, step in _steps(text):
+        if kind == "shell":
+            with open(log, "ab") as out:
+                shell = ["bash", "-euo", "pipefail", "-c", step]
+                code = subprocess.run(shell, cwd=folder, env=environment, stdout=out, stderr=out)
+                status = code.returncode
+        else:
+            status = follow(kind, step, folder, environment, log)
+        assert status == 0, f"{step}\n{log.read_text()[-3000:]}"
 
 
 def test_every_command_is_run_by_a_page_in_a_process_of_its_own() -> None:
@@ -82,6 +104,21 @@ def test_every_command_is_run_by_a_page_in_a_process_of_its_own() -> None:
 
     text = "\n".join(_script(page.read_text(encoding="utf-8")) for page in PAGES)
     assert {*COMMANDS} <= set(re.findall(r"^ *smoothl1-deploy ([a-z]+)", text, re.MULTILINE))
+
+
+def test_every_option_of_a_command_stands_on_a_page() -> None:
+    from smoothl1_deploy.cli._registry import COMMANDS, _load
+
+    pages = [*PAGES, ROOT / "CONTRIBUTING.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    for name in COMMANDS:
+        found = _load(name)
+        for command in getattr(found, "commands", {"": found}).values():
+            for parameter in command.params:
+                names = {*parameter.opts, *parameter.secondary_opts} - {"--help", "--json"}
+                if parameter.param_type_name == "option" and names:
+                    said = any(re.search(rf"{option}\b(?!-)", text) for option in names)
+                    assert said, f"{name} {names} stands on no page"
 
 
 def test_the_readme_has_commands_and_python() -> None:

@@ -227,7 +227,7 @@ def measure(
     for name, call in found.items():
         try:
             got = np.asarray(call(input, target)).copy()
-        except Exception as exc:  # of a contestant, which raises what it likes
+        except Exception as exc:  # contestants raise what they like
             missing[name] = f"it fails: {type(exc).__name__}: {str(exc).splitlines()[0]}"
             continue
         calls[name], errors[name] = partial(call, input, target), _error(spec, got, input, target)
@@ -257,10 +257,10 @@ def _error(spec: LossSpec, got: Array, input: Array, target: Array) -> float:
             for i in range(0, len(input), rows)
         ]
         exact = np.concatenate(parts).astype(np.float64)
-    else:  # by a wider format, for what is below its rounding too
+    else:  # in float64, so that an error below the rounding of the loss's dtype is seen too
         wide = replace(spec, beta=spec.effective_beta, dtype="float64")
         exact = oracle(wide, input.astype(np.float64), target.astype(np.float64))
-        if spec.dtype == "float16":  # which a sum may be beyond
+        if spec.dtype == "float16":  # whose range a sum may leave
             exact = exact.astype(np.float16)
     found = np.asarray(got, np.float64)
     if found.shape != exact.shape or (np.isfinite(found) != np.isfinite(exact)).any():
@@ -295,10 +295,10 @@ def _peak(name: str, size: int, threads: int) -> float:
     spec = LossSpec()
     call = contestants(spec, 16, threads, only=name)[0][name]
     input, target = data(spec, (size // 16, 16))
-    few = slice(0, 1 << 14)  # sessions and code are there before it counts
+    few = slice(0, 1 << 14)  # sessions and code take their memory in the first calls
     for _ in range(2):
         call(input[few], target[few])
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident
 
     def status(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()

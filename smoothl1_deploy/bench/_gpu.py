@@ -23,7 +23,7 @@ BACKENDS = ("torch-triton", "trt", "ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx
 DTYPES = ("float32", "float16")
 REDUCTIONS = ("mean", "none", "sum")
 COLUMNS = 16  # of every input: 2^10 elements are 64 rows, the small call
-SIZES = (26, 24, 22, 20, 18, 14, 10)  # log2 of the elements
+SIZES = (26, 24, 22, 20, 18, 14, 10)  # log2 of the number of elements
 
 #: The ways to call: the time of the GPU alone, and what a loop of small calls gets done.
 ALONE = "the GPU alone, caches swept"

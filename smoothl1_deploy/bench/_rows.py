@@ -56,7 +56,7 @@ class Row(Record):
 
     @property
     def elements(self) -> int:
-        """Of each input."""
+        """How many elements each input has."""
         return self.shape[0] * self.shape[1]
 
     @property

@@ -24,7 +24,14 @@ from collections.abc import Sequence
 
 from .._environment import silence
 from ..errors import SmoothL1DeployError, is_shortage, reason_of, shortage
-from ._console import INTERRUPTED, interrupts_told, safe_streams, warnings_as_notes
+from ._console import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    interrupts_told,
+    print_error,
+    safe_streams,
+    warnings_as_notes,
+)
 
 __all__ = ["main"]
 
@@ -41,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         One of the exit codes in this module's docstring.
+
+    >>> main(["doctor", "--no-such-option"])  # the message goes to stderr
+    2
     """
     silence()
     with safe_streams():
@@ -58,8 +68,6 @@ def _ended(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return _interrupted(argv)
     except BrokenPipeError:
-        from ._registry import BROKEN_PIPE
-
         return BROKEN_PIPE
     except ModuleNotFoundError as exc:
         if (exc.name or "").startswith("smoothl1_deploy"):
@@ -104,8 +112,6 @@ def _interrupted(argv: Sequence[str] | None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    from ._console import print_error
-
     print_error(message)
     return status
 

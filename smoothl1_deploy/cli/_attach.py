@@ -7,11 +7,9 @@ import filecmp
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from ..errors import ArtefactError, OutputError, SpecError
+from ..errors import ArtefactError, OutputError, SpecError, reason_of
 from ._console import human_size, print_fields, print_note
 from ._options import parse_shape, takes_spec
 
@@ -23,60 +21,56 @@ EXAMPLE = (
     "-o scored.onnx"
 )
 
-_PROTOBUF_LIMIT = 2**31 - 2**20  # with room for what is written around the weights
+_PROTOBUF_LIMIT = 2**31
 
 
 @takes_spec("weight")
 def attach(
-    model: Annotated[Path, typer.Argument(help="An ONNX file of opset 13 or newer.")],
-    prediction: Annotated[
-        str, typer.Option(help="A tensor of it: an output, an input, or one in between.")
-    ],
-    target: Annotated[
-        str, typer.Option(help="Another tensor, a new input's name, or a .npy file (a constant).")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The model to write.")],
+    model: Path,
     given: dict[str, Any],
     *,
-    weight: Annotated[
-        str | None, typer.Option(help="Weights of the elements; like --target.")
-    ] = None,
-    normalizer: Annotated[
-        str | None,
-        typer.Option(help="What a weighted mean is divided by: count (by default) or weights."),
-    ] = None,
-    target_shape: Annotated[
-        str | None, typer.Option(help="Of a new input, where it isn't the prediction's: N,4.")
-    ] = None,
-    loss_name: Annotated[str, typer.Option(help="Of the output.")] = "loss",
-    only_loss: Annotated[
-        bool, typer.Option("--only-loss", help="Drop the other outputs and what only they need.")
-    ] = False,
-    route: Annotated[str, typer.Option(help="function or inlined.")] = "function",
-    convert_opset: Annotated[
-        bool,
-        typer.Option(
-            "--convert-opset", help="Convert a model that is too old to the lowest opset that does."
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Let -o be the model itself.")
-    ] = False,
+    prediction: str,
+    target: str,
+    output: Path,
+    weight: str | None = None,
+    normalizer: str | None = None,
+    target_shape: str | None = None,
+    loss_name: str = "loss",
+    only_loss: bool = False,
+    route: str = "function",
+    convert_opset: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Graft the loss onto any ONNX model, after its own nodes.
 
     Weights beside the model stay beside it: their files are copied to where the result goes. Run
     it again on the result to attach another loss.
+
+    Options:
+        model: An ONNX file of opset 13 or newer.
+        prediction: A tensor of it: an output, an input, or one in between.
+        target: Another tensor, a new input's name, or a .npy file (a constant).
+        output: The model to write.
+        weight: Weights of the elements; like --target.
+        normalizer: What a weighted mean is divided by: count (by default) or weights.
+        target_shape: The axes of a new target, where they aren't the prediction's: N,4.
+        loss_name: The name of the output.
+        only_loss: Drop the other outputs and what only they need.
+        route: function or inlined.
+        convert_opset: Convert a model that is too old to the lowest opset that does.
+        overwrite: Let -o be the model itself.
     """
     if normalizer is not None and weight is None:
         raise SpecError("--normalizer without --weight; say what the weights are with --weight")
 
+    from .._files import write_atomic
     from .._model import float_dtype_of, inputs_of
     from .._spec import LossSpec
     from ..graph._attach import attach as graft
 
     proto = _read(model)
-    _check_output(output, proto, model, [target, weight], overwrite)
+    operands = {"target": target, "weight": weight}
+    _check_output(output, proto, model, operands, overwrite)
     given.setdefault("dtype", float_dtype_of(proto, prediction) or "float32")
     if weight is not None:
         given["weight"] = normalizer or "count"
@@ -84,18 +78,23 @@ def attach(
     grafted = graft(
         proto,
         prediction,
-        _operand(target, spec.dtype),
-        spec,
-        weight=None if weight is None else _operand(weight, spec.dtype),
+        spec=spec,
+        **{role: _operand(name, spec.dtype) for role, name in operands.items()},
         target_shape=parse_shape(target_shape, "--target-shape"),
         loss_name=loss_name,
         only_loss=only_loss,
         route=route,
         convert_opset=convert_opset,
     )
+    if grafted.ByteSize() >= _PROTOBUF_LIMIT:
+        raise OutputError(
+            "can't write the model: with what is attached it takes "
+            f"{human_size(grafted.ByteSize())}, and protobuf writes less than 2 GiB; keep the "
+            "model's weights in a file beside it"
+        )
     _carry(grafted, model.parent, output.parent)
-    _save(grafted, output)
-    for role, name in (("target", target), ("weight", weight)):
+    write_atomic(output, grafted.SerializeToString(deterministic=True))
+    for role, name in operands.items():
         if name is not None:
             _note_near_miss(role, name, proto, grafted)
     print_fields(
@@ -123,8 +122,71 @@ def _read(path: Path) -> onnx.ModelProto:
     return bare if external_locations(bare) else read_model(path)
 
 
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # unlike Path.resolve, for a ring of links too
+def _check_output(
+    path: Path,
+    model: onnx.ModelProto,
+    source: Path,
+    operands: dict[str, str | None],
+    overwrite: bool,
+) -> None:
+    """Refuse, before any weights are copied, where the model can't be written or would harm."""
+    from .._files import check_apart
+    from .._model import external_locations
+
+    if os.path.isdir(path) or not os.path.isdir(path.parent):
+        problem = "is a folder" if os.path.isdir(path) else "lies in a folder that doesn't exist"
+        raise OutputError(f"can't write the model: {path} {problem}; give a file name")
+    folders = (source.parent, path.parent)
+    read = [
+        ("the model, which --overwrite gives up,", None if overwrite else source),
+        *(("its weights", at / name) for name in external_locations(model) for at in folders),
+        *((f"--{role}", Path(name)) for role, name in operands.items() if name and _is_array(name)),
+    ]
+    check_apart([("-o", path)], read)
+
+
+def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
+    """Copy the files that the model's weights are in to where it goes."""
+    from .._files import replacing
+    from .._model import external_locations
+
+    for location in external_locations(model):
+        # Unlike Path.resolve, realpath comes to an end in a ring of links too.
+        old, new, *folders = (
+            Path(os.path.realpath(path))
+            for path in (source / location, target / location, source, target)
+        )
+        if not (old.is_relative_to(folders[0]) and new.is_relative_to(folders[1])):
+            raise ArtefactError(
+                f"the model's weights are in {location!r}, outside of its folder; that is not read"
+            )
+        if not old.is_file():
+            raise ArtefactError(f"the model's weights are in {old}, which does not exist")
+        try:
+            if old != new and not new.exists():
+                new.parent.mkdir(parents=True, exist_ok=True)
+                with old.open("rb") as file, replacing(new) as copy:
+                    shutil.copyfileobj(file, copy)
+            elif not filecmp.cmp(old, new, shallow=False):  # as those of an earlier run are
+                raise OSError(0, "it exists with other content")
+        except OSError as exc:
+            raise OutputError(
+                f"can't copy the weights of the model to {new}: {reason_of(exc)}; choose another "
+                "folder with -o"
+            ) from exc
+
+
+def _is_array(given: str) -> bool:
+    return given.lower().endswith(".npy")
+
+
+def _operand(given: str | None, dtype: str) -> Any:
+    """A tensor's name, or the array of a .npy file."""
+    if given is None or not _is_array(given):
+        return given
+    from .._npy import read_array
+
+    return read_array(Path(given), dtype)
 
 
 def _note_near_miss(role: str, name: str, before: onnx.ModelProto, after: onnx.ModelProto) -> None:
@@ -134,107 +196,3 @@ def _note_near_miss(role: str, name: str, before: onnx.ModelProto, after: onnx.M
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     if close and name not in known and name in {value.name for value in after.graph.input}:
         print_note(f"the {role} {name!r} is a new input; the model has {close[0]!r} too")
-
-
-def _check_output(
-    path: Path,
-    model: onnx.ModelProto,
-    source: Path,
-    operands: list[str | None],
-    overwrite: bool,
-) -> None:
-    """Refuse, before any weights are copied, where the model can't be written or would harm."""
-    from .._model import external_locations
-
-    if os.path.isdir(path) or not os.path.isdir(path.parent):
-        problem = "is a folder" if os.path.isdir(path) else "lies in a folder that doesn't exist"
-        raise OutputError(f"can't write the model: {path} {problem}; give a file name")
-    weights = [_real(where / name) for name in external_locations(model)
-               for where in (source.parent, path.parent)]  # fmt: skip
-    if _real(path) in weights:
-        raise OutputError(f"can't write the model: {path} holds its weights; give another name")
-    arrays = [given for given in operands if given and _is_array(given) and os.path.isfile(given)]
-    if _real(path) in [_real(Path(given)) for given in arrays]:
-        raise OutputError(f"can't write the model: {path} is an array of it; give another name")
-    if _real(path) == _real(source) and not overwrite:
-        raise OutputError(
-            f"can't write the model: {path} is the one that is read; give another name, or say "
-            "--overwrite to lose it"
-        )
-
-
-def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
-    """Copy the files that the model's weights are in to where it goes."""
-    from .._files import replacing
-    from .._model import external_locations
-
-    for location in external_locations(model):
-        old, new = _real(source / location), _real(target / location)
-        if not old.is_relative_to(_real(source)) or not new.is_relative_to(_real(target)):
-            raise ArtefactError(
-                f"the model's weights are in {location!r}, outside of its folder; that is not read"
-            )
-        if not old.is_file():
-            raise ArtefactError(f"the model's weights are in {old}, which does not exist")
-        if old == new:
-            continue
-        if new.exists():
-            if _same_bytes(old, new):  # of an earlier run
-                continue
-            raise OutputError(
-                f"can't copy the weights of the model to {new}: it exists with other content; "
-                "choose another folder"
-            )
-        try:
-            new.parent.mkdir(parents=True, exist_ok=True)
-            with old.open("rb") as file, replacing(new) as copy:
-                shutil.copyfileobj(file, copy)
-        except OSError as exc:
-            raise OutputError(
-                f"can't copy the weights of the model to {new}: {exc.strerror or exc}; choose "
-                "another -o"
-            ) from exc
-
-
-def _same_bytes(a: Path, b: Path) -> bool:
-    try:
-        return filecmp.cmp(a, b, shallow=False)
-    except OSError:
-        return False
-
-
-def _is_array(given: str) -> bool:
-    return given.lower().endswith(".npy")
-
-
-def _operand(given: str, dtype: str) -> Any:
-    """A tensor's name, or the array of a .npy file."""
-    if not _is_array(given):
-        return given
-    from .._npy import read_array
-
-    return read_array(Path(given), dtype)
-
-
-def _save(model: onnx.ModelProto, path: Path) -> None:
-    """In one file, written whole or not at all; beyond protobuf's limit with the weights beside."""
-    import onnx
-
-    from .._files import put, unfinished, write_atomic
-
-    if model.ByteSize() < _PROTOBUF_LIMIT:
-        write_atomic(path, model.SerializeToString(deterministic=True))
-        return
-    weights = path.with_name(f"{path.name}.data")
-    folder = unfinished(path)
-    try:
-        folder.mkdir()
-        try:
-            whole = str(folder / path.name)
-            onnx.save(model, whole, save_as_external_data=True, location=weights.name)
-            for place in (weights, path):
-                put(folder / place.name, place)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as exc:
-        raise OutputError(f"can't write {path}: {exc.strerror or exc}; choose another -o") from exc

@@ -6,13 +6,12 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from .._files import make_folder
 from ..errors import MissingDependencyError, SpecError
 from ._console import open_console, print_lines, print_note
+from ._options import Count
 
 if TYPE_CHECKING:
     from ..bench._rows import Row
@@ -22,44 +21,41 @@ EXAMPLE = "smoothl1-deploy bench --size 1024 --size 1048576 -o out/bench"
 _SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 20, 1 << 24)
 _ROWS = ("1x16", "64x16", "4096x256", "65536x256")
 _COLUMNS = 16
-_WIDTH = 160  # of a table of all contestants
+_WIDTH = 160  # letters, in which a table of all contestants fits
 
 
 def bench(
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder for bench.jsonl and bench.png.")
-    ] = Path("out/bench"),
-    size: Annotated[
-        list[int] | None, typer.Option(help="Elements, a multiple of 16. Repeat for more.")
-    ] = None,
-    per_sample: Annotated[
-        list[str] | None,
-        typer.Option(help="Rows x columns of a loss per sample, such as 64x16. Repeat for more."),
-    ] = None,
-    reduction: Annotated[list[str] | None, typer.Option(help="Repeat for more.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Repeat for more.")] = None,
-    beta: Annotated[float, typer.Option(help="Of every loss.")] = 1.0,
-    constant: Annotated[
-        bool, typer.Option("--constant", help="Constant data, on which sums drift most.")
-    ] = False,
-    threads: Annotated[
-        int, typer.Option(min=0, help="For each contestant; 0: every core, 8 at most.")
-    ] = 0,
-    memory: Annotated[
-        bool, typer.Option("--memory", help="Peak memory too, each in a process of its own.")
-    ] = False,
-    once: Annotated[bool, typer.Option(help="Also what is paid once: export, session, ...")] = True,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Two small sizes and few turns: does it run?")
-    ] = False,
-    gpu: Annotated[
-        bool,
-        typer.Option("--gpu", help="The CUDA GPU instead: the speed part of scripts/gpu_report."),
-    ] = False,
+    *,
+    output: Path = Path("out/bench"),
+    size: list[int] | None = None,
+    per_sample: list[str] | None = None,
+    reduction: list[str] | None = None,
+    dtype: list[str] | None = None,
+    beta: float = 1.0,
+    constant: bool = False,
+    threads: Count = 0,
+    memory: bool = False,
+    once: bool = True,
+    quick: bool = False,
+    gpu: bool = False,
 ) -> None:
     """Time this tool's artefacts beside the plain export, PyTorch and OpenVINO, in one process.
 
     Medians of interleaved turns, as ratios; rows with their provenance are appended to bench.jsonl.
+
+    Options:
+        output: Folder for bench.jsonl and bench.png.
+        size: Elements, a multiple of 16. Repeat for more.
+        per_sample: Rows x columns of a loss per sample, such as 64x16. Repeat for more.
+        reduction: Repeat for more.
+        dtype: Repeat for more.
+        beta: The beta of every loss.
+        constant: Constant data, on which sums drift most.
+        threads: For each contestant; 0: every core, 8 at most.
+        memory: Peak memory too, each in a process of its own.
+        once: Also what is paid once: export, session, ...
+        quick: Two small sizes and few turns: does it run?
+        gpu: The CUDA GPU instead: the speed part of scripts/gpu_report.
     """
     if gpu:
         given = {"--size": size, "--per-sample": per_sample, "--reduction": reduction}
@@ -101,7 +97,7 @@ def bench(
             memory=memory,
             rounds=3 if quick else 15,
             turn=0.002 if quick else 0.02,
-            # Their compiler takes the longest by far.
+            # These two compile, which takes the longest by far.
             without=(COMPILED, cpu.AHEAD) if quick else (),
         )
         for name, reason in missing.items():

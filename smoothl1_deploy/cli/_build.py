@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = "smoothl1-deploy build loss.onnx -o loss.engine --profile input=1x16,64x16,4096x16"
 
-_GPU = "GPU and flavour"
-_CACHE = "Cache"
-
 
 @contextlib.contextmanager
 def _spinner(name: str) -> Iterator[Callable[[float, str | None], None] | None]:
@@ -38,89 +35,41 @@ def _spinner(name: str) -> Iterator[Callable[[float, str | None], None] | None]:
 
 
 def build(
-    model: Annotated[Path, typer.Argument(help="An ONNX file, exported with --shape.")],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="The file to write; by default the model's name with .engine or _ctx.onnx.",
-        ),
-    ] = None,
-    format: Annotated[
-        str,
-        typer.Option(
-            help="engine, or epcontext: an ONNX file that carries the engine, for ONNX Runtime's "
-            "providers for TensorRT."
-        ),
-    ] = "engine",
-    embed_mode: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Of epcontext: 1 puts the engine inside, 0 into a file beside. Default: 1.",
-        ),
-    ] = None,
-    profile: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=MIN,OPT,MAX",
-            help="Shapes of an input with dynamic axes, as in input=1x16,64x16,4096x16; one shape "
-            "stands for all three. Repeat for more inputs; target follows input. "
-            "Default: 1, 64, 4096 for every dynamic axis.",
-        ),
-    ] = None,
-    flavour: Annotated[
-        str,
-        typer.Option(
-            help="tensorrt, tensorrt_rtx, or auto for the first that can be used.",
-            rich_help_panel=_GPU,
-        ),
-    ] = "auto",
-    compute_capability: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="X.Y",
-            help="GPU to build for, as in 8.6, or current; repeat for more (tensorrt_rtx only).",
-            rich_help_panel=_GPU,
-        ),
-    ] = None,
-    hardware_compatibility: Annotated[
-        str | None,
-        typer.Option(
-            help="none, ampere_plus or same_compute_capability (tensorrt only).",
-            rich_help_panel=_GPU,
-        ),
-    ] = None,
-    version_compatible: Annotated[
-        bool,
-        typer.Option(
-            "--version-compatible",
-            help="Let later runtimes of the same major version run the engine.",
-            rich_help_panel=_GPU,
-        ),
-    ] = False,
-    tf32: Annotated[
-        bool, typer.Option("--tf32", help="Allow float32 products with 10 bits of mantissa.")
-    ] = False,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of an engine cache. Default: one in your cache folder.",
-            rich_help_panel=_CACHE,
-        ),
-    ] = None,
-    no_cache: Annotated[
-        bool,
-        typer.Option("--no-cache", help="Build without a cache.", rich_help_panel=_CACHE),
-    ] = False,
+    model: Path,
+    *,
+    output: Path | None = None,
+    format: str = "engine",
+    embed_mode: Annotated[int | None, typer.Option(min=0, max=1)] = None,
+    profile: list[str] | None = None,
+    flavour: str = "auto",
+    compute_capability: list[str] | None = None,
+    cache_dir: Path | None = None,
+    no_cache: bool = False,
     as_json: AsJson = False,
 ) -> None:
     """Build a TensorRT engine from an ONNX file.
 
     The sidecar, NAME.engine.json, ties the engine to its model; the two belong together. An equal
     request is served from the cache; where it differs, what changed is named.
+
+    Options:
+        model: An ONNX file, exported with --shape.
+        output: The file to write; by default the model's name with .engine or _ctx.onnx.
+        format: engine, or epcontext: an ONNX file that carries the engine, for ONNX Runtime's
+            providers for TensorRT.
+        embed_mode: With epcontext: 1 puts the engine inside, 0 into a file beside. Default: 1.
+        profile: NAME=MIN,OPT,MAX: shapes of an input with dynamic axes, as in
+            input=1x16,64x16,4096x16; one shape stands for all three. Repeat for more inputs; target
+            follows input. Default: 1, 64, 4096 for every dynamic axis.
+
+    GPU and flavour:
+        flavour: tensorrt, tensorrt_rtx, or auto for the first that can be used.
+        compute_capability: GPU to build for, as in 8.6, or current; repeat for more (tensorrt_rtx
+            only).
+
+    Cache:
+        cache_dir: Folder of an engine cache. Default: one in your cache folder.
+        no_cache: Build without a cache.
     """
     if no_cache and cache_dir is not None:
         raise SpecError("--no-cache and --cache-dir exclude each other; give one of them")
@@ -131,12 +80,7 @@ def build(
     from ..tensorrt._cache import EngineCache
     from ..tensorrt._options import BuildOptions
 
-    options = BuildOptions(
-        compute_capabilities=tuple(compute_capability or ()),
-        hardware_compatibility=hardware_compatibility,
-        version_compatible=version_compatible,
-        tf32=tf32,
-    )
+    options = BuildOptions(tuple(compute_capability or ()))
     # A folder has no name to change; that it is one is said when it is read.
     ending = ".engine" if format == "engine" else "_ctx.onnx"
     path = output or model.parent / f"{model.stem or 'model'}{ending}"

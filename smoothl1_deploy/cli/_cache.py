@@ -5,9 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError
 from ._console import human_size, print_json, print_lines, print_table
@@ -17,12 +15,6 @@ if TYPE_CHECKING:
     from ..tensorrt._cache import CacheEntry, EngineCache
 
 EXAMPLE = "smoothl1-deploy cache prune --max-mb 100"
-
-cache = typer.Typer()
-
-_Folder = Annotated[
-    Path | None, typer.Option("--cache-dir", help="Default: the one in your cache folder.")
-]
 
 
 def _rows(entries: tuple[CacheEntry, ...]) -> list[tuple[str, ...]]:
@@ -51,36 +43,37 @@ def _open(folder: Path | None) -> EngineCache:
 _COLUMNS = ("key", "graph", "flavour", "bytes", "last used")
 
 
-@cache.command("list", epilog="Example:  smoothl1-deploy cache list --json")
-def list_engines(cache_dir: _Folder = None, as_json: AsJson = False) -> None:
-    """Show the engines in the cache, the most recently used first."""
-    found = _open(cache_dir)
-    entries = found.list()
+def _show(root: Path, key: str, entries: tuple[CacheEntry, ...], as_json: bool) -> None:
     if as_json:
-        print_json({"root": str(found.root), "entries": [entry.to_dict() for entry in entries]})
+        print_json({"root": root, key: entries})
         return
     if entries:
         print_table(_COLUMNS, _rows(entries))
-    size = sum(entry.bytes for entry in entries)
-    print_lines([f"{found.root}: {len(entries)} engines, {human_size(size)}"])
+    size = human_size(sum(entry.bytes for entry in entries))
+    removed = "removed " if key == "removed" else ""
+    print_lines([f"{root}: {removed}{len(entries)} engines, {size}"])
 
 
-@cache.command("prune", epilog=f"Example:  {EXAMPLE}")
-def prune(
-    max_mb: Annotated[
-        int, typer.Option(metavar="MIB", help="What the engines that stay may take; 0 removes all.")
-    ],
-    cache_dir: _Folder = None,
-    as_json: AsJson = False,
-) -> None:
-    """Remove the least recently used engines until the rest fits."""
+def list_engines(*, cache_dir: Path | None = None, as_json: AsJson = False) -> None:
+    """Show the engines in the cache, the most recently used first.
+
+    Options:
+        cache_dir: Default: the one in your cache folder.
+    """
     found = _open(cache_dir)
-    # A negative size stays negative: `prune` refuses it by name.
-    removed = found.prune(max_mb * 2**20)
-    if as_json:
-        print_json({"root": str(found.root), "removed": [entry.to_dict() for entry in removed]})
-        return
-    if removed:
-        print_table(_COLUMNS, _rows(removed))
-    size = sum(entry.bytes for entry in removed)
-    print_lines([f"{found.root}: removed {len(removed)} engines, {human_size(size)}"])
+    _show(found.root, "entries", found.list(), as_json)
+
+
+def prune(*, max_mb: int, cache_dir: Path | None = None, as_json: AsJson = False) -> None:
+    """Remove the least recently used engines until the rest fits.
+
+    Options:
+        max_mb: What the engines that stay may take, in MiB; 0 removes all.
+        cache_dir: Default: the one in your cache folder.
+    """
+    found = _open(cache_dir)
+    # A negative size stays negative: `EngineCache.prune` refuses it by name.
+    _show(found.root, "removed", found.prune(max_mb * 2**20), as_json)
+
+
+cache = {"list": list_engines, "prune": prune}

@@ -20,7 +20,9 @@ from ..errors import ModelWarning, OutputError, reason_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-INTERRUPTED = 130  # exit code: 128 + SIGINT, as a shell reports it
+# Exit codes: 128 + SIGINT and 128 + SIGPIPE, as a shell reports them.
+INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 _INTERRUPTION = "interrupted; once more ends it at once"
 _on_interrupt: list[Callable[[], str]] = []
@@ -99,21 +101,21 @@ class _Stream:
 
     @contextmanager
     def _failure_told(self) -> Iterator[None]:
-        """Nothing of stderr: there is nowhere to tell it, and the exit code stays."""
+        """A failure of stderr is told to nobody: there is nowhere to, and the exit code stays."""
         try:
             yield
         except OSError:
             self._drop()
 
     def _drop(self) -> None:
-        """What is left in a buffer would fail once more when the interpreter ends."""
+        """Lead the stream to nowhere: its buffer would fail once more at the interpreter's end."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 class _Results(_Stream):
     """stdout; where it is an output of the command itself, what else is said goes to stderr."""
 
-    #: Raised again at the end, because libraries try a stream and swallow what it says.
+    #: The first failure. It is raised again at the end, since libraries swallow what a stream says.
     _failure: Exception | None = None
 
     def write(self, text: str) -> int:
@@ -142,7 +144,7 @@ def safe_streams() -> Iterator[None]:
     """Streams that fail in a sentence; one that is closed fails when something is written to it."""
     for name, access in (("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
         if getattr(sys, name) is None:
-            handle = os.open(os.devnull, access)  # its own number, which any file would get else
+            handle = os.open(os.devnull, access)  # it takes the stream's number: no file gets that
             os.set_inheritable(handle, True)
             setattr(sys, name, open(handle, "r" if name == "stdin" else "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file name need not be text
@@ -154,7 +156,8 @@ def safe_streams() -> Iterator[None]:
         yield
 
 
-#: What a terminal obeys, as signs: names and metadata are anyone's. Lines and tabs stay.
+#: The characters that a terminal obeys, as signs: names and metadata are anyone's. Lines and tabs
+#: stay.
 _SIGNS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
 _SIGNS |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
 

@@ -30,16 +30,6 @@ class Part(Record):
         return self.reason is None
 
 
-def _reason(kind: str, name: str, use: Callable[[str], object]) -> Part:
-    try:
-        use(name)
-    except SmoothL1DeployError as exc:
-        return Part(kind, name, str(exc))
-    except Exception as exc:  # a broken installation is what a doctor is for
-        return Part(kind, name, f"importing it fails ({type(exc).__name__}: {exc}); reinstall it")
-    return Part(kind, name, None)
-
-
 def _numbers(version: str) -> tuple[int, ...]:
     """`2.13.0+cpu` as (2, 13, 0)."""
     return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])))
@@ -51,11 +41,22 @@ def _parts() -> list[Part]:
     from ..ops import library
     from ..tensorrt._flavour import FLAVOURS, get_flavour
 
-    return [
-        *(_reason("backend", name, get_backend) for name in BACKENDS),
-        *(_reason("operators", provider, library) for provider in ("cpu", "cuda")),
-        *(_reason("flavour", name, get_flavour) for name in FLAVOURS),
+    tries: list[tuple[str, Iterable[str], Callable[[str], object]]] = [
+        ("backend", BACKENDS, get_backend),
+        ("operators", ("cpu", "cuda"), library),
+        ("flavour", FLAVOURS, get_flavour),
     ]
+    parts = []
+    for kind, name, use in ((kind, name, use) for kind, names, use in tries for name in names):
+        reason = None
+        try:
+            use(name)
+        except SmoothL1DeployError as exc:
+            reason = str(exc)
+        except Exception as exc:  # a broken installation is what a doctor is for
+            reason = f"importing it fails ({type(exc).__name__}: {exc}); reinstall it"
+        parts.append(Part(kind, name, reason))
+    return parts
 
 
 def _warnings(
@@ -95,9 +96,7 @@ def _telemetry(found: dict[str, bool] | None) -> dict[str, str]:
     return {"onnxruntime's telemetry": said}
 
 
-def doctor(
-    as_json: AsJson = False,
-) -> None:
+def doctor(*, as_json: AsJson = False) -> None:
     """Show what is installed, what can run here, and what to install.
 
     Ends with 0 whatever it finds.

@@ -3,85 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from .._spec import LossSpec, resolve_reduction
-from ..errors import SpecError
+from .._spec import LossSpec
 from ._console import human_size, print_fields, print_json, print_note
 from ._options import AsJson, parse_shape, takes_spec
 
 EXAMPLE = "smoothl1-deploy export --beta 0.5 --reduction mean --shape N,16 -o loss.onnx"
-
-_DEPRECATED = "Deprecated arguments of PyTorch"
 
 
 @takes_spec()
 def export(
     given: dict[str, Any],
     *,
-    route: Annotated[
-        str,
-        typer.Option(
-            help="function (one node with its body in the file), inlined (plain ONNX "
-            "operators) or torch (torch.onnx.export; needs torch and --shape)."
-        ),
-    ] = "function",
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AXES",
-            help="Of input, separated by commas: sizes, and names for dynamic axes; 'scalar' for "
-            "rank 0. Without it any rank is taken, by ONNX Runtime but not by TensorRT.",
-        ),
-    ] = None,
-    target_shape: Annotated[
-        str | None,
-        typer.Option(metavar="AXES", help="Of target where it differs and broadcasts."),
-    ] = None,
-    any_rank: Annotated[
-        bool, typer.Option("--any-rank", help="Say that no --shape is meant.")
-    ] = False,
-    weight_shape: Annotated[
-        str | None,
-        typer.Option(metavar="AXES", help="Of weight where it differs and broadcasts."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="The file to write; the spec's name by default."),
-    ] = None,
-    size_average: Annotated[
-        bool | None,
-        typer.Option(
-            "--size-average/--no-size-average",
-            help="Overrides --reduction, as in PyTorch.",
-            show_default=False,
-            rich_help_panel=_DEPRECATED,
-        ),
-    ] = None,
-    reduce: Annotated[
-        bool | None,
-        typer.Option(
-            "--reduce/--no-reduce",
-            help="Overrides --reduction, as in PyTorch.",
-            show_default=False,
-            rich_help_panel=_DEPRECATED,
-        ),
-    ] = None,
+    route: str = "function",
+    shape: str | None = None,
+    target_shape: str | None = None,
+    weight_shape: str | None = None,
+    output: Path | None = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a Smooth L1 loss as an ONNX file.
 
     The graph takes input and target and gives loss. The same arguments give the same bytes.
+
+    Options:
+        route: function (one node with its body in the file), inlined (plain ONNX operators) or
+            torch (torch.onnx.export; needs torch and --shape).
+        shape: The axes of input, separated by commas: sizes, and names for dynamic axes; 'scalar'
+            for rank 0. Without it any rank is taken, by ONNX Runtime but not by TensorRT.
+        target_shape: The axes of target where it differs and broadcasts.
+        weight_shape: The axes of weight where it differs and broadcasts.
+        output: The file to write; the spec's name by default.
     """
-    reduction = resolve_reduction(size_average, reduce, given.get("reduction", "mean"))
-    spec = LossSpec(**{**given, "reduction": reduction})
+    spec = LossSpec(**given)
     axes = parse_shape(shape)
     target_axes = parse_shape(target_shape, "--target-shape")
     weight_axes = parse_shape(weight_shape, "--weight-shape")
-    if any_rank and axes is not None:
-        raise SpecError(f"--any-rank and --shape {shape!r} exclude each other; give one of them")
 
     from .._artefact import sha256
     from .._files import write_atomic
@@ -93,11 +51,6 @@ def export(
     path = write_atomic(output or Path(f"{spec.name}.onnx"), data)
     inputs, outputs = graph_ports(model)
     digest = sha256(data)
-    if size_average is not None or reduce is not None:
-        print_note(
-            "--size-average and --reduce are deprecated in PyTorch and here; "
-            f"write --reduction {spec.reduction}"
-        )
     if as_json:
         print_json(
             {
@@ -121,5 +74,5 @@ def export(
             "sha256": digest,
         }
     )
-    if axes is None and not any_rank:
+    if axes is None:
         print_note("no --shape: any rank is taken, by ONNX Runtime but not by TensorRT")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from .._files import open_file
+from .._records import plain
 from ..errors import (
     ArtefactError,
     InvalidInputError,
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     import onnx
 
     from ..tensorrt._engine import Sidecar
-    from ..tensorrt._parse import NetworkPort
 
 EXAMPLE = "smoothl1-deploy inspect loss.onnx"
 
@@ -35,53 +33,23 @@ EXAMPLE = "smoothl1-deploy inspect loss.onnx"
 _ENGINE_MAGIC = (b"ftrt", b"vtrt")
 
 
-def _is_engine(path: Path) -> bool:
-    from ..backends._base import ENGINE_SUFFIXES
-
-    try:
-        with open_file(path) as file:
-            start = file.read(4)
-    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
-        raise InvalidInputError(
-            f"{path} can't be read ({reason_of(exc)}); give the path of an .onnx file or an engine"
-        ) from exc
-    if path.suffix == ".json" and path.with_suffix("").suffix in ENGINE_SUFFIXES:
-        raise InvalidInputError(
-            f"{path} is the sidecar of an engine; give the engine, {path.with_suffix('')}"
-        )
-    if start in _ENGINE_MAGIC or _has_sidecar(path):
-        return True
-    if path.suffix in ENGINE_SUFFIXES:
-        raise InvalidInputError(
-            f"{path} is no engine: it doesn't begin as TensorRT's do, and has no sidecar that can "
-            "be read; give the path of an .onnx file or an engine"
-        )
-    return False
-
-
-def _has_sidecar(path: Path) -> bool:
-    from .._artefact import sidecar_path
-    from ..tensorrt._engine import Sidecar
-
-    with contextlib.suppress(ArtefactError):
-        return Sidecar.read(sidecar_path(path)).context_sha256 is None
-    return False
-
-
-def inspect(
-    file: Annotated[Path, typer.Argument(help="An ONNX file, or an engine beside its sidecar.")],
-    as_json: AsJson = False,
-) -> None:
+def inspect(file: Path, *, as_json: AsJson = False) -> None:
     """Show what is inside an ONNX file or an engine, and whether this machine can run it.
 
     An engine is executable code: only one that fits its sidecar and this machine's GPU is
     deserialised; any other, also one that an ONNX file carries, is measured and not run.
+
+    Options:
+        file: An ONNX file, or an engine beside its sidecar.
     """
     found = inspect_engine(file) if _is_engine(file) else inspect_model(file)
     if as_json:
-        print_json(found.to_dict())
+        print_json(found)
         return
-    print_fields({"file": f"{file} ({found.kind})", **{k: _text(k, v) for k, v in _shown(found)}})
+    facts = {name: _text(name, value) for name, value in found.facts.items() if name != "options"}
+    print_fields(
+        {"file": f"{file} ({found.kind})", **{name: text for name, text in facts.items() if text}}
+    )
     if found.operators:
         print_table(
             ("where", "operators"),
@@ -96,23 +64,52 @@ def inspect(
     print_lines([f"problem: {problem}" for problem in found.problems])
 
 
-def _shown(found: Inspection) -> list[tuple[str, Any]]:
-    """The facts without those that are empty, or that another says too."""
-    return [(k, v) for k, v in found.facts.items() if k != "options" and v not in (None, [], "")]
+def _is_engine(path: Path) -> bool:
+    from .._artefact import sidecar_path
+    from ..backends._base import ENGINE_SUFFIXES
+    from ..tensorrt._engine import Sidecar
+
+    try:
+        with open_file(path) as file:
+            start = file.read(4)
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+        raise InvalidInputError(
+            f"{path} can't be read ({reason_of(exc)}); give the path of an .onnx file or an engine"
+        ) from exc
+    if path.suffix == ".json" and path.with_suffix("").suffix in ENGINE_SUFFIXES:
+        raise InvalidInputError(
+            f"{path} is the sidecar of an engine; give the engine, {path.with_suffix('')}"
+        )
+    if start in _ENGINE_MAGIC:
+        return True
+    with contextlib.suppress(ArtefactError):
+        if Sidecar.read(sidecar_path(path)).context_sha256 is None:
+            return True
+    if path.suffix in ENGINE_SUFFIXES:
+        raise InvalidInputError(
+            f"{path} is no engine: it doesn't begin as TensorRT's do, and has no sidecar that can "
+            "be read; give the path of an .onnx file or an engine"
+        )
+    return False
 
 
 def _text(name: str, value: Any) -> str:
-    if name in ("inputs", "outputs"):
-        return show_ports(value)
-    if name == "attached":
-        parts = ("inputs", "outputs", "spec")
-        return "; ".join(", ".join(_text("", loss.get(part)) for part in parts) for loss in value)
-    if name == "engines":
-        return "; ".join(_text("", engine) for engine in value)
-    if name == "bytes":
-        return human_size(value)
-    if name == "certificate":
-        return f"{value['state']}: {value['message']}"
+    """A fact for people; empty where there is nothing to show."""
+    if value is None or value in ("", [], {}):
+        return ""
+    match name:
+        case "inputs" | "outputs":
+            return show_ports(value)
+        case "attached":
+            parts = ("inputs", "outputs", "spec")
+            losses = ([_text("", loss.get(part)) for part in parts] for loss in value)
+            return "; ".join(map(", ".join, losses))
+        case "engines":
+            return "; ".join(_text("", engine) for engine in value)
+        case "bytes":
+            return human_size(value)
+        case "certificate":
+            return f"{value['state']}: {value['message']}"
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -123,6 +120,7 @@ class Inspection:
     """What a file holds.
 
     Attributes:
+        path: of the file.
         kind: `"onnx"` or `"engine"`.
         facts: name -> what to show, in order; JSON-ready.
         operators: operator or layer type -> how many, by what contains them.
@@ -135,7 +133,7 @@ class Inspection:
     facts: dict[str, Any]
     operators: dict[str, dict[str, int]] = field(default_factory=dict)
     runs: dict[str, str | None] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
+    problems: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, the facts among the rest."""
@@ -145,19 +143,17 @@ class Inspection:
             **self.facts,
             "operators": self.operators,
             "runs": self.runs,
-            "problems": list(self.problems),
+            "problems": self.problems,
         }
 
 
-def _attached(model: onnx.ModelProto, problems: list[str]) -> list[dict[str, Any]]:
-    """The losses that `attach` grafted onto the model, as it notes them."""
-    from .._model import read_attached
-
+@contextlib.contextmanager
+def _listed(problems: list[str]) -> Iterator[None]:
+    """What speaks against a part of the file is listed, and the rest is shown."""
     try:
-        return [loss.to_dict() for loss in read_attached(model)]
+        yield
     except ArtefactError as exc:
         problems.append(str(exc))
-        return []
 
 
 def _certificate(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -177,52 +173,52 @@ def inspect_model(path: Path) -> Inspection:
         ArtefactError: when it is missing or is no ONNX model.
     """
     from .._artefact import look_at, read_model, sha256
-    from .._model import contradiction, engines_in, main_tensors
+    from .._model import contradiction, engines_in, main_tensors, read_attached
     from ..graph._metadata import CHANGED, content_hash, is_changed, read_route, read_spec
 
     model = look_at(str(path))
     wrong = contradiction(main_tensors(model).values())
     problems = [] if wrong is None else [wrong]
-    engines, trusted, spec = engines_in(model), True, None
+    engines = engines_in(model)
+    attached: Sequence[Any] = ()
+    trusted, spec = not engines, None
     if engines:
-        try:
+        with _listed(problems):
             read_model(str(path))
-        except ArtefactError as exc:
-            trusted = False
-            problems.append(str(exc))
-    try:
+            trusted = True
+    with _listed(problems):
         spec = read_spec(model)
-    except ArtefactError as exc:
-        problems.append(str(exc))
-    graph = model.graph
+    with _listed(problems):
+        attached = read_attached(model)
     inputs, outputs = graph_ports(model)
-    opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
     facts = {
-        "spec": spec and spec.to_dict(),
-        "attached": _attached(model, problems),
-        "engines": [engine.to_dict() for engine in engines],
+        "spec": spec,
+        "attached": attached,
+        "engines": engines,
         "route": read_route(model),
         "producer": f"{model.producer_name} {model.producer_version}".strip() or None,
-        "graph": graph.name,
+        "graph": model.graph.name,
         "bytes": path.stat().st_size,
         "sha256": sha256(path.read_bytes()),
         "content_sha256": content_hash(model),
         "ir_version": model.ir_version,
-        "opsets": opsets,
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         "inputs": inputs,
         "outputs": outputs,
         "certificate": _certificate(path, problems),
         "notes": [CHANGED] if is_changed(model) else [],
     }
-    operators = {"graph": dict(Counter(node.op_type for node in graph.node))}
-    for function in model.functions:
-        operators[function.name] = dict(Counter(node.op_type for node in function.node))
-    runs = {}
-    if trusted:
-        runs = _backends(str(path) if engines else model)
+    operators = {
+        name: dict(Counter(node.op_type for node in nodes))
+        for name, nodes in [
+            ("graph", model.graph.node),
+            *((function.name, function.node) for function in model.functions),
+        ]
+    }
+    runs = _backends(str(path) if engines else model) if trusted else {}
     if not engines:
-        runs.update(_flavours(model, operators))
-    return Inspection(path, "onnx", facts, operators, runs, tuple(problems))
+        runs |= _flavours(model, operators)
+    return Inspection(path, "onnx", plain(facts), operators, runs, problems)
 
 
 def _backends(model: onnx.ModelProto | str) -> dict[str, str | None]:
@@ -270,11 +266,9 @@ def inspect_engine(path: Path) -> Inspection:
     from .._artefact import sha256, sidecar_path
     from ..tensorrt._engine import Sidecar, read_verified
 
-    problems = []
-    try:
+    problems: list[str] = []
+    with _listed(problems):
         read_verified(path)
-    except ArtefactError as exc:
-        problems.append(str(exc))
     data = path.read_bytes()
     facts: dict[str, Any] = {
         "bytes": len(data),
@@ -284,68 +278,54 @@ def inspect_engine(path: Path) -> Inspection:
     try:
         sidecar = Sidecar.read(sidecar_path(path))
     except ArtefactError:
-        return Inspection(path, "engine", facts, problems=tuple(problems))
+        return Inspection(path, "engine", facts, problems=problems)
+    layers, reason = _layers(path, sidecar)
     facts = {
-        "spec": sidecar.spec and sidecar.spec.to_dict(),
+        "spec": sidecar.spec,
         "graph": sidecar.graph_name,
         **facts,
         "onnx_sha256": sidecar.onnx_sha256,
         "flavour": f"{sidecar.flavour} {sidecar.version}",
-        "compute_capabilities": list(sidecar.options.compute_capabilities),
+        "compute_capabilities": sidecar.options.compute_capabilities,
         "profile": str(sidecar.profile),
-        "flags": list(sidecar.flags),
-        "options": sidecar.options.to_dict(),
-        "inputs": [_engine_port(port) for port in sidecar.inputs],
-        "outputs": [_engine_port(port) for port in sidecar.outputs],
-        "gpu": None if sidecar.gpu is None else sidecar.gpu.to_dict(),
+        "flags": sidecar.flags,
+        "options": sidecar.options,
+        **{
+            side: [{"name": port.name, "dtype": port.dtype, "shape": port.dims} for port in ports]
+            for side, ports in (("inputs", sidecar.inputs), ("outputs", sidecar.outputs))
+        },
+        "gpu": sidecar.gpu,
         "built_at": sidecar.built_at,
         "build_seconds": sidecar.build_seconds,
         "tool_version": sidecar.tool_version,
-        "notes": list(sidecar.notes),
+        "notes": sidecar.notes,
+        "layers": layers,
     }
-    reason = _cannot_run(path, sidecar)
-    if reason is None:
-        facts["layers"], reason = _layers(path)
-    runs = {sidecar.flavour: reason}
-    return Inspection(path, "engine", facts, runs=runs, problems=tuple(problems))
+    return Inspection(path, "engine", plain(facts), {}, {sidecar.flavour: reason}, problems)
 
 
-def _layers(path: Path) -> tuple[list[str], str | None]:
-    """The layers that the engine inspector names, or why the engine can't be deserialised here."""
-    from ..tensorrt._engine import read_engine
-    from ..tensorrt._flavour import get_flavour
-    from ..tensorrt._run import engine_layers
-
-    try:
-        engine = read_engine(path)
-        return engine_layers(engine, get_flavour(engine.sidecar.flavour)), None
-    except SmoothL1DeployError as exc:
-        return [], str(exc)
-
-
-def _engine_port(port: NetworkPort) -> dict[str, Any]:
-    return {"name": port.name, "dtype": port.dtype, "shape": port.dims}
-
-
-def _cannot_run(path: Path, sidecar: Sidecar) -> str | None:
-    """Why a sound engine can't run here; None where nothing speaks against it."""
+def _layers(path: Path, sidecar: Sidecar) -> tuple[list[str], str | None]:
+    """The layers that the engine inspector names; or none, and why the engine can't run here."""
     from ..tensorrt._engine import diagnose, read_engine
     from ..tensorrt._flavour import current_gpu, get_flavour
+    from ..tensorrt._run import engine_layers
 
     gpu = current_gpu()
     if gpu is None:
-        return "this machine has no NVIDIA GPU whose driver answers"
+        return [], "this machine has no NVIDIA GPU whose driver answers"
     built_for = sidecar.options.compute_capabilities
     if built_for and "current" not in built_for and gpu.compute_capability not in built_for:
-        return (
+        return [], (
             f"it was built for compute capability {', '.join(built_for)}, "
             f"the GPU here ({gpu.name}) has {gpu.compute_capability}"
         )
     try:
-        problems = diagnose(read_engine(path).data, get_flavour(sidecar.flavour))
+        engine, flavour = read_engine(path), get_flavour(sidecar.flavour)
+        if problems := diagnose(engine.data, flavour):
+            return [], f"the runtime says {', '.join(problems)}"
+        return engine_layers(engine, flavour), None
     except SmoothL1DeployError as exc:
-        return str(exc)
-    return f"the runtime says {', '.join(problems)}" if problems else None
+        return [], str(exc)
 
 
 def graph_ports(model: onnx.ModelProto) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -1,25 +1,28 @@
-"""The options that commands share, each said once; a loss's are made of `LossSpec`'s fields."""
+"""How a function becomes a command, and the options of a loss, made of `LossSpec`'s fields."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.models import OptionInfo
 
+from .._environment import docstring
 from .._spec import DTYPES, NORMALIZERS, REDUCTIONS
 from ..errors import SpecError
 
 _EXTENSIONS = "Beyond PyTorch's arguments"
 
-#: Of each field of a `LossSpec`: the type of its option, and what `--help` says.
+#: Field of a `LossSpec` -> the type of its option, and what `--help` says.
 SPEC_OPTIONS: dict[str, tuple[Any, str]] = {
     "beta": (float, "Where the quadratic part ends, >= 0; 0 is the L1 loss. 1 by default."),
     "reduction": (str, f"One of {', '.join(REDUCTIONS)}; mean by default."),
-    "dtype": (str, f"Of input, target and loss: {', '.join(DTYPES)}."),
+    "dtype": (str, f"The dtype of input, target and loss: {', '.join(DTYPES)}."),
     "per_sample": (bool, "Reduce every axis but the first: one score per row."),
     "gradient": (bool, "A second output grad_input, the gradient with respect to input."),
     "upstream": (bool, "Multiply the gradient by an input grad_output, of the loss's shape."),
@@ -32,20 +35,72 @@ SPEC_OPTIONS: dict[str, tuple[Any, str]] = {
 }
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Count = Annotated[int, typer.Option(min=0)]
+#: A backend, of which 17 are known: `--help` leaves the list to `doctor`.
+BackendName = Annotated[str, typer.Option(help="What runs it; smoothl1-deploy doctor lists them.")]
 
 
-def _backend_names() -> list[str]:
-    from ..backends._base import BACKENDS
+def help_of(command: Callable[..., None]) -> tuple[str, dict[str, tuple[str, str | None]]]:
+    """What a command's docstring says: of itself, and of each option, with the panel it is in.
 
-    return list(BACKENDS)
+    The options stand at the end, under the title `Options:` or that of a panel of theirs:
+
+        Options:
+            model: An ONNX file.
+
+        Cache:
+            cache_dir: Folder of an engine cache. Default: one in your cache folder.
+    """
+    text, _, listed = docstring(command).partition("\n\nOptions:\n")
+    options: dict[str, tuple[str, str | None]] = {}
+    name, panel = "", None
+    for line in filter(None, listed.splitlines()):
+        if not line.startswith(" "):
+            panel = line.removesuffix(":")
+        elif entry := re.fullmatch(r" {4}(\w+): (.*)", line):
+            name = entry[1]
+            options[name] = (entry[2], panel)
+        else:
+            options[name] = (f"{options[name][0]} {line.strip()}", panel)
+    return text, options
 
 
-BackendName = Annotated[
-    str,
-    typer.Option(
-        help="What runs it; smoothl1-deploy doctor lists them.", autocompletion=_backend_names
-    ),
-]
+def as_command(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` as typer takes it, its arguments and options told by its signature and docstring.
+
+    What can be given by position is an argument, what stands behind the `*` an option. `output` is
+    -o too, and a flag that is off by default has no opposite. An annotation with a `typer.Option`
+    adds what is special, such as a least number.
+    """
+    _, texts = help_of(function)
+
+    def told(parameter: inspect.Parameter) -> inspect.Parameter:
+        kind, special = parameter.annotation, None
+        if get_origin(kind) is Annotated:
+            kind, special = get_args(kind)
+        if special is None:
+            named = parameter.kind is parameter.KEYWORD_ONLY
+            special = typer.Option() if named else typer.Argument()
+        info = copy.copy(special)
+        if isinstance(info, OptionInfo) and not info.param_decls and info.default is ...:
+            flag = f"--{parameter.name.replace('_', '-')}"
+            if parameter.name == "output":
+                info.param_decls = ("-o", flag)
+            elif parameter.default is False:
+                info.param_decls = (flag,)
+        if parameter.name in texts:
+            info.help, info.rich_help_panel = texts[parameter.name]
+        return parameter.replace(annotation=Annotated[kind, info])
+
+    @functools.wraps(function)
+    def command(**arguments: Any) -> None:
+        function(**arguments)
+
+    own = inspect.signature(function, eval_str=True)
+    command.__signature__ = own.replace(  # type: ignore[attr-defined]
+        parameters=[told(parameter) for parameter in own.parameters.values()]
+    )
+    return command
 
 
 def takes_spec(

@@ -13,71 +13,55 @@ import typer
 from .._files import make_folder
 from ..errors import SpecError
 from ._console import INTERRUPTED, open_console, print_lines, print_note
+from ._options import Count
 
 if TYPE_CHECKING:
     from ..parity._report import Report
 
 EXAMPLE = "smoothl1-deploy parity --quick -o out/parity"
 
-_PART = "Which part of the matrix"
 _SHOWN = 10  # red cells that are printed one by one
-
-_Names = Annotated[list[str] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)]
 
 
 def parity(
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder for report.json and the engines.")
-    ] = Path("out/parity"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer betas and sizes: half a minute.")
-    ] = False,
-    beta: Annotated[
-        list[float] | None, typer.Option(help="Repeat for more.", rich_help_panel=_PART)
-    ] = None,
-    reduction: _Names = None,
-    dtype: _Names = None,
-    route: _Names = None,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(help="Repeat for more; all that can be used here.", rich_help_panel=_PART),
-    ] = None,
-    extensions: Annotated[
-        bool,
-        typer.Option(
-            help="Also per_sample, gradient, runtime_beta, weight.", rich_help_panel=_PART
-        ),
-    ] = True,
-    extensions_only: Annotated[
-        bool, typer.Option("--extensions-only", help="Only those.", rich_help_panel=_PART)
-    ] = False,
-    engines: Annotated[
-        bool, typer.Option(help="Build a TensorRT engine of every artefact, with its sidecar.")
-    ] = True,
-    html: Annotated[
-        bool,
-        typer.Option(help="Also write report.html; of the whole matrix with drift and contract."),
-    ] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Of the inputs and the draws.")] = 0,
-    draws: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=1_000_000_000,
-            help="Random combinations beside the grid; 240, 36 with --quick, none of a part of it.",
-        ),
-    ] = None,
-    draw: Annotated[
-        list[int] | None, typer.Option(min=0, help="Only this random draw. Repeat for more.")
-    ] = None,
-    workers: Annotated[
-        int, typer.Option(min=0, max=4096, help="Processes; 0: one a core, at most 8.")
-    ] = 0,
+    *,
+    output: Path = Path("out/parity"),
+    quick: bool = False,
+    engines: bool = True,
+    seed: Count = 0,
+    draws: Annotated[int | None, typer.Option(min=0, max=1_000_000_000)] = None,
+    draw: Annotated[list[int] | None, typer.Option(min=0)] = None,
+    workers: Annotated[int, typer.Option(min=0, max=4096)] = 0,
+    beta: list[float] | None = None,
+    reduction: list[str] | None = None,
+    dtype: list[str] | None = None,
+    route: list[str] | None = None,
+    backend: list[str] | None = None,
+    extensions: bool = True,
+    extensions_only: bool = False,
 ) -> None:
     """Check every beta, reduction, dtype, route and backend against PyTorch and the exact loss.
 
     Exits with 1 where a cell is red, and prints the command that repeats it. After Ctrl-C the
     report is of what was done by then.
+
+    Options:
+        output: Folder for report.json and the engines.
+        quick: Fewer betas and sizes: half a minute.
+        engines: Build a TensorRT engine of every artefact, with its sidecar.
+        seed: Which inputs and draws are made.
+        draws: Random combinations beside the grid; 240, 36 with --quick, none of a part of it.
+        draw: Only this random draw. Repeat for more.
+        workers: Processes; 0: one a core, at most 8.
+
+    Which part of the matrix:
+        beta: Repeat for more.
+        reduction: Repeat for more.
+        dtype: Repeat for more.
+        route: Repeat for more.
+        backend: Repeat for more; by default all that can be used here.
+        extensions: Also per_sample, gradient, runtime_beta, weight.
+        extensions_only: The extensions alone.
     """
     from dataclasses import replace
 
@@ -107,8 +91,8 @@ def parity(
                 matrix, workers=workers or min(os.cpu_count() or 1, 8), progress=progress
             )
         _show(report)
-        # Of a part of the matrix the whole picture would say little.
-        if html and not (quick or is_part or backend or draw):
+        # Beside a part of the matrix, drift and contract would say little.
+        if not (quick or is_part or backend or draw):
             report = _measured(report, backends)
     except MatrixInterrupted as exc:
         report, interrupted = exc.report, True
@@ -117,7 +101,7 @@ def parity(
         if report is None:
             raise
         interrupted = True
-    _write(report, output, html)
+    _write(report, output)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if not report:
@@ -230,7 +214,7 @@ def _show(report: Report) -> None:
     print_lines(lines)
 
 
-def _write(report: Report, folder: Path, html: bool) -> None:
+def _write(report: Report, folder: Path) -> None:
     """The views of the report: JSON, JUnit XML, Markdown, and HTML where it can be made."""
     from .._files import write_atomic
     from ..errors import MissingDependencyError
@@ -243,11 +227,10 @@ def _write(report: Report, folder: Path, html: bool) -> None:
         write_atomic(folder / "junit.xml", junit.render(report).encode()),
         write_atomic(folder / "report.md", markdown.render(report).encode()),
     ]
-    if html:
-        try:
-            paths.append(write_atomic(folder / "report.html", render(report).encode()))
-        except MissingDependencyError as exc:
-            print_note(f"no report.html: {exc}")
+    try:
+        paths.append(write_atomic(folder / "report.html", render(report).encode()))
+    except MissingDependencyError as exc:
+        print_note(f"no report.html: {exc}")
     summary = report.summary
     built = f", {summary['builds']} engines built ({summary['red_builds']} red)"
     counts = (

@@ -1,77 +1,56 @@
 """Which commands there are. A command's module is imported only when the command is called.
 
-To add one: write `cli/_<name>.py` with the function, an `EXAMPLE` line that a user can paste, and
-enter it in `COMMANDS`. The function imports what it works with in its body, raises this package's
-errors for bad input, and `typer.Exit(1)` for a check that failed.
+To add one: write `cli/_<name>.py` with a function of that name, as `_options.as_command` takes it,
+and an `EXAMPLE` line that a user can paste, and enter it in `COMMANDS`. The function imports what
+it works with in its body, raises this package's errors for bad input, and `typer.Exit(1)` for a
+check that failed.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .._environment import docstring
+from ._console import BROKEN_PIPE
+from ._options import as_command, help_of
 
 # What typer hands to a group is of its own copy of click, or of click itself, by typer's version:
 # `Any` below.
 
-BROKEN_PIPE = 141  # exit code: 128 + SIGPIPE, as a shell reports it
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One command: its line in `--help`, the module beside this one, and the name in it.
-
-    The name is that of a function, or of a `typer.Typer` that holds sub-commands.
-    """
-
-    help: str
-    module: str
-    attribute: str
-
-
-#: In the order of `--help`, which is the order of work.
-COMMANDS: dict[str, Entry] = {
-    "export": Entry("Write a Smooth L1 loss as an ONNX file.", "export", "export"),
-    "attach": Entry("Graft the loss onto a model that has the prediction.", "attach", "attach"),
-    "build": Entry("Build a TensorRT engine from an ONNX file.", "build", "build"),
-    "run": Entry("Compute the loss of two arrays with an artefact.", "run", "run"),
-    "score": Entry("Compute the loss of data larger than memory.", "score", "score"),
-    "verify": Entry("Hold one artefact against PyTorch and the exact loss.", "verify", "verify"),
-    "parity": Entry("Check a whole matrix of specs, routes and backends.", "parity", "parity"),
-    "bench": Entry("Time the loss beside what people would run instead.", "bench", "bench"),
-    "serve": Entry("Serve a model repository with a real Triton.", "serve", "serve"),
-    "inspect": Entry("Show what is inside an ONNX file or an engine.", "inspect", "inspect"),
-    "repository": Entry(
-        "Write models for a Triton server, or check its repository.", "repository", "repository"
-    ),
-    "cache": Entry("Look into the engine cache, and make room in it.", "cache", "cache"),
-    "doctor": Entry(
-        "Show what is installed, what can run here, and what to install.", "doctor", "doctor"
-    ),
+#: The line of each command in `--help`, in the order of work.
+COMMANDS = {
+    "export": "Write a Smooth L1 loss as an ONNX file.",
+    "attach": "Graft the loss onto a model that has the prediction.",
+    "build": "Build a TensorRT engine from an ONNX file.",
+    "run": "Compute the loss of two arrays with an artefact.",
+    "score": "Compute the loss of data larger than memory.",
+    "verify": "Hold one artefact against PyTorch and the exact loss.",
+    "parity": "Check a whole matrix of specs, routes and backends.",
+    "bench": "Time the loss beside what people would run instead.",
+    "serve": "Serve a model repository with a real Triton.",
+    "inspect": "Show what is inside an ONNX file or an engine.",
+    "repository": "Write models for a Triton server, or check its repository.",
+    "cache": "Look into the engine cache, and make room in it.",
+    "doctor": "Show what is installed, what can run here, and what to install.",
 }
 
 
 def _load(name: str) -> Any:
-    entry = COMMANDS[name]
-    module = importlib.import_module(f"._{entry.module}", __package__)
-    target: Any = getattr(module, entry.attribute)
+    """The command of that name: a function, or sub-commands by their names."""
+    module = importlib.import_module(f"._{name}", __package__)
+    found: Any = getattr(module, name)
     epilog = f"Example:  {module.EXAMPLE}"
-    if isinstance(target, typer.Typer):
-        for command in target.registered_commands:
-            assert command.callback is not None
-            command.help = docstring(command.callback)
-        app = typer.Typer(rich_markup_mode="rich")
-        app.add_typer(target, name=name, help=entry.help, epilog=epilog, no_args_is_help=True)
-        group = typer.main.get_command(app)
-        assert isinstance(group, TyperGroup)
-        return group.commands[name]
-    app = typer.Typer(rich_markup_mode="rich", add_completion=False)
-    app.command(name, help=docstring(target), epilog=epilog)(target)
+    app = typer.Typer(
+        rich_markup_mode="rich", add_completion=False, help=COMMANDS[name], epilog=epilog,
+        no_args_is_help=isinstance(found, dict),
+    )  # fmt: skip
+    for own, function in found.items() if isinstance(found, dict) else [(name, found)]:
+        text, _ = help_of(function)
+        app.command(own, help=text, epilog=epilog)(as_command(function))
     return typer.main.get_command(app)
 
 
@@ -80,8 +59,8 @@ class LazyGroup(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        for name, entry in COMMANDS.items():
-            self.add_command(TyperCommand(name, help=entry.help))
+        for name, text in COMMANDS.items():
+            self.add_command(TyperCommand(name, help=text))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Put the real command in the place of its listing."""

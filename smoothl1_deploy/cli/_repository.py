@@ -19,93 +19,55 @@ if TYPE_CHECKING:
 
 EXAMPLE = "smoothl1-deploy repository models --per-sample --name smooth_l1_per_sample"
 
-_LOSS = "A loss of its own"
-_KSERVE = "On a cluster"
 _SHAPE = "N,16"
 
 
-@takes_spec("upstream", panel=_LOSS)
+@takes_spec("upstream", panel="A loss of its own")
 def repository(
     given: dict[str, Any],
     *,
-    folder: Annotated[
-        Path | None, typer.Argument(help="The repository to write into; made where missing.")
-    ] = None,
-    lint: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Check a repository, anyone's, and write nothing."),
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="An ONNX file to serve, such as one of attach.")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="The model's name; the spec's or the file's by default.")
-    ] = None,
-    max_batch_size: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Rows of different requests that may be computed together; by default 64 where "
-            "rows are independent, else 0.",
-        ),
-    ] = None,
-    engine: Annotated[
-        Path | None,
-        typer.Option(help="A TensorRT engine of the served graph, for a second model NAME_trt."),
-    ] = None,
-    certify: Annotated[
-        bool,
-        typer.Option(
-            "--certify",
-            help="Verify the loss of the model, and write the certificate beside it; needs torch.",
-        ),
-    ] = False,
-    ops: Annotated[
-        bool,
-        typer.Option(
-            "--ops",
-            help="Have the server load this installation's operators, which compute the loss in "
-            "one pass on the CPU.",
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model of that name.")
-    ] = False,
-    tensorrt_version: Annotated[
-        str | None, typer.Option(help="With --lint: the server's TensorRT, as in 10.13.")
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AXES",
-            help=f"The axes of input and target, a name for the rows first; {_SHAPE} by default.",
-            rich_help_panel=_LOSS,
-        ),
-    ] = None,
-    route: Annotated[
-        str | None,
-        typer.Option(
-            help="A route of export; inlined by default, function with --ops.",
-            rich_help_panel=_LOSS,
-        ),
-    ] = None,
-    kserve: Annotated[
-        Path | None,
-        typer.Option(help="Also write a KServe InferenceService here.", rich_help_panel=_KSERVE),
-    ] = None,
-    storage_uri: Annotated[
-        str | None,
-        typer.Option(
-            help="Where the cluster finds the repository; pvc://models/FOLDER by default.",
-            rich_help_panel=_KSERVE,
-        ),
-    ] = None,
+    folder: Annotated[Path | None, typer.Argument()] = None,
+    lint: Path | None = None,
+    model: Path | None = None,
+    name: str | None = None,
+    max_batch_size: Annotated[int | None, typer.Option(min=0)] = None,
+    engine: Path | None = None,
+    certify: bool = False,
+    ops: bool = False,
+    overwrite: bool = False,
+    tensorrt_version: str | None = None,
+    shape: str | None = None,
+    route: str | None = None,
+    kserve: Path | None = None,
+    storage_uri: str | None = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a model into a Triton model repository, or check one with --lint.
 
     The graph is made fit for a server: the loss in the shape [1], or [N,1] for a score a row, and
     a target of another number of rows is an error. --lint exits with 1 where it finds a fault.
+
+    Options:
+        folder: The repository to write into; made where missing.
+        lint: Check a repository, anyone's, and write nothing.
+        model: An ONNX file to serve, such as one of attach.
+        name: The model's name; the spec's or the file's by default.
+        max_batch_size: Rows of different requests that may be computed together; by default 64
+            where rows are independent, else 0.
+        engine: A TensorRT engine of the served graph, for a second model NAME_trt.
+        certify: Verify the loss of the model, and write the certificate beside it; needs torch.
+        ops: Have the server load this installation's operators, which compute the loss in one pass
+            on the CPU.
+        overwrite: Replace a model of that name.
+        tensorrt_version: With --lint: the server's TensorRT, as in 10.13.
+
+    A loss of its own:
+        shape: The axes of input and target, a name for the rows first; N,16 by default.
+        route: A route of export; inlined by default, function with --ops.
+
+    On a cluster:
+        kserve: Also write a KServe InferenceService here.
+        storage_uri: Where the cluster finds the repository; pvc://models/FOLDER by default.
     """
     loss = options_of({**given, **{k: v for k, v in (("shape", shape), ("route", route)) if v}})
     if lint is not None:

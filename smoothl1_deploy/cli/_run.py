@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
 from ._console import print_fields, print_json, print_note
-from ._options import AsJson, BackendName
+from ._options import AsJson, BackendName, Count
 
 if TYPE_CHECKING:
     from .._floats import Array
@@ -20,9 +16,9 @@ EXAMPLE = "smoothl1-deploy run loss.onnx --input input.npy --target target.npy"
 
 
 def _summarise(array: Array) -> dict[str, Any]:
-    """An output in a few numbers, in the digits of its dtype: the one of rank 0, or what it spans.
+    """An output of rank 0 as its number, any other by what it spans, in the digits of its dtype.
 
-    min, max and mean leave NaN out, and are None without a rest.
+    min, max and mean leave NaN out, and are None where nothing else is left.
     """
     import numpy as np
 
@@ -41,52 +37,36 @@ def _summarise(array: Array) -> dict[str, Any]:
 
 
 def run(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            help="A .onnx file, or an .engine with --backend trt; with --url a model's name."
-        ),
-    ],
-    input: Annotated[
-        Path | None, typer.Option("--input", help="A .npy file; big ones are mapped, not read.")
-    ] = None,
-    target: Annotated[Path | None, typer.Option("--target", help="A .npy file.")] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            help="An .npz file with arrays called input, target (and weight, grad_output).",
-        ),
-    ] = None,
-    weight: Annotated[
-        Path | None,
-        typer.Option("--weight", help="A .npy file, for an artefact that takes a weight."),
-    ] = None,
-    grad_output: Annotated[
-        Path | None,
-        typer.Option("--grad-output", help="A .npy file, for an artefact with an upstream."),
-    ] = None,
-    beta: Annotated[
-        float | None, typer.Option(help="For an artefact that takes beta at run time.")
-    ] = None,
+    model: Path,
+    *,
+    input: Path | None = None,
+    target: Path | None = None,
+    data: Path | None = None,
+    weight: Path | None = None,
+    grad_output: Path | None = None,
+    beta: float | None = None,
     backend: BackendName = "ort-cpu",
-    threads: Annotated[
-        int, typer.Option(min=0, help="For the call; 0: as many as the backend thinks fit.")
-    ] = 0,
-    url: Annotated[
-        str | None,
-        typer.Option(help="Ask a server instead: http://HOST:PORT or grpc://HOST:PORT."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="Write the result to a .npy or .npz file."),
-    ] = None,
+    threads: Count = 0,
+    url: str | None = None,
+    output: Path | None = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute the loss of two arrays with an artefact, or with a model of a server (--url).
 
     A loss of rank 0 is printed as a bare number in full precision, anything else as a summary.
     bfloat16, which numpy writes as raw items of two bytes, is recognised by the artefact's dtype.
+
+    Options:
+        model: A .onnx file, or an .engine with --backend trt; with --url a model's name.
+        input: A .npy file.
+        target: A .npy file.
+        data: An .npz file with arrays called input, target (and weight, grad_output).
+        weight: A .npy file, for an artefact that takes a weight.
+        grad_output: A .npy file, for an artefact with an upstream.
+        beta: For an artefact that takes beta at run time.
+        threads: For the call; 0: as many as the backend thinks fit.
+        url: Ask a server instead: http://HOST:PORT or grpc://HOST:PORT.
+        output: Write the result to a .npy or .npz file.
     """
     if data is not None:
         complete = not any((input, target, weight, grad_output))
@@ -101,50 +81,35 @@ def run(
     from .._npy import check_output, read_archive, read_array, write_arrays
 
     files = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
-    named = {"MODEL": Path(model) if url is None else None, "--data": data}
-    check_apart([("-o", output)], [*named.items(), *((f"--{n}", p) for n, p in files.items())])
-    runner = _runner(model, backend, threads) if url is None else _client(model, url)
-    if output is not None:
-        check_output(output, runner.outputs)
-    if data is not None:
-        arrays = read_archive(data, runner.dtype)
+    read = {"MODEL": model if url is None else None, "--data": data}
+    read |= {f"--{name}": path for name, path in files.items()}
+    check_apart([("-o", output)], read.items())
+    runner: Any
+    if url is None:
+        from ..backends._base import load
+
+        runner = load(str(model), backend, threads=threads)
+        dtype, outputs = runner.signature.input.dtype, len(runner.signature.outputs)
     else:
-        arrays = {
-            name: read_array(path, runner.dtype) for name, path in files.items() if path is not None
-        }
+        from ..serving import Client
+
+        runner = Client(url, str(model))
+        dtype, outputs = runner.dtype, len(runner.metadata()["outputs"])
+    if output is not None:
+        check_output(output, outputs)
+    if data is not None:
+        arrays = read_archive(data, dtype)
+    else:
+        arrays = {name: read_array(path, dtype) for name, path in files.items() if path is not None}
     results = runner.run(**arrays, beta=beta)
     if output is not None:
         write_arrays(output, results)
-        if runner.dtype == "bfloat16":
+        if dtype == "bfloat16":
             print_note(
                 f"numpy writes bfloat16 without its name; read {output} with "
                 "numpy.load(path).view(ml_dtypes.bfloat16)"
             )
     _show({name: _summarise(array) for name, array in results.items()}, output, as_json)
-
-
-@dataclass(frozen=True, slots=True)
-class _Runner:
-    """What computes: the dtype it takes, how many outputs it has, and how to call it."""
-
-    dtype: str
-    outputs: int
-    run: Callable[..., dict[str, Array]]
-
-
-def _runner(model: Path, backend: str, threads: int) -> _Runner:
-    from ..backends._base import load
-
-    loaded = load(str(model), backend, threads=threads)
-    signature = loaded.signature
-    return _Runner(signature.input.dtype, len(signature.outputs), loaded.run)
-
-
-def _client(model: Path, url: str) -> _Runner:
-    from ..serving import Client
-
-    client = Client(url, str(model))
-    return _Runner(client.dtype, len(client.metadata()["outputs"]), client.run)
 
 
 def _show(summaries: dict[str, dict[str, Any]], output: Path | None, as_json: bool) -> None:

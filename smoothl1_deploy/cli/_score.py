@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._spec import DTYPES, NORMALIZERS, LossSpec
-from ..errors import OutputError, SpecError
+from .._spec import LossSpec
+from ..errors import OutputError, SpecError, require
 from ._console import on_interrupt, open_console, print_fields, print_json, print_note
-from ._options import AsJson, BackendName
+from ._options import AsJson, BackendName, Count, takes_spec
 
 if TYPE_CHECKING:
     from ..scoring._score import Engine, Progress, Score
@@ -20,100 +21,28 @@ if TYPE_CHECKING:
 
 EXAMPLE = "smoothl1-deploy score --input predictions.npy --target targets.npy --beta 0.5"
 
-_NAMES = "Arrays in .npz and Parquet"
-_RESUME = "Interruptions"
-_ENGINE = "Engines"
 
-
+@takes_spec("gradient", "upstream", "runtime_beta", "weight")
 def score(
-    input: Annotated[
-        Path, typer.Option(help="A .npy, .npz or Parquet file, or a folder of such shards.")
-    ],
-    target: Annotated[
-        Path, typer.Option(help="Likewise; in a folder, shards of the same names as of --input.")
-    ],
-    weight: Annotated[
-        Path | None, typer.Option(help="Likewise, to multiply the losses of the elements.")
-    ] = None,
-    beta: Annotated[
-        float | None, typer.Option(help="Where the quadratic part ends, >= 0. Default: 1.")
-    ] = None,
-    reduction: Annotated[str | None, typer.Option(help="mean or sum. Default: mean.")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help=f"To compute in: {', '.join(DTYPES)}. Default: that of the files."),
-    ] = None,
-    normalizer: Annotated[
-        str,
-        typer.Option(help=f"What a weighted mean divides by: {' or '.join(NORMALIZERS)}."),
-    ] = "count",
-    model: Annotated[
-        Path | None, typer.Option(help="Run this ONNX file instead of a loss of these options.")
-    ] = None,
+    given: dict[str, Any],
+    *,
+    input: Path,
+    target: Path,
+    weight: Path | None = None,
+    normalizer: str = "count",
+    model: Path | None = None,
     backend: BackendName = "ort-cpu",
-    per_sample: Annotated[
-        bool, typer.Option("--per-sample", help="One score for each row, to be written to -o.")
-    ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="File for the scores, .npy or .parquet."),
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(metavar="ROWS", help="Rows at a time. Default: 2^18 elements.")
-    ] = None,
-    input_name: Annotated[
-        str | None,
-        typer.Option(help="Name of the array or column; input by default.", rich_help_panel=_NAMES),
-    ] = None,
-    target_name: Annotated[
-        str | None, typer.Option(help="Default: target.", rich_help_panel=_NAMES)
-    ] = None,
-    weight_name: Annotated[
-        str | None, typer.Option(help="Default: weight.", rich_help_panel=_NAMES)
-    ] = None,
-    journal: Annotated[
-        Path | None,
-        typer.Option(
-            help="File that remembers what is done. Default: one in your cache folder.",
-            rich_help_panel=_RESUME,
-        ),
-    ] = None,
-    restart: Annotated[
-        bool,
-        typer.Option(
-            "--restart",
-            help="Throw away what an interrupted run has done.",
-            rich_help_panel=_RESUME,
-        ),
-    ] = False,
-    engine: Annotated[
-        str, typer.Option(help="local, or ray for many machines.", rich_help_panel=_ENGINE)
-    ] = "local",
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Of a Ray cluster; 'auto' finds one. Default: one is started on this machine.",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=4096,
-            help="Actors of the ray engine. Default: every CPU.",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = None,
-    threads: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Of one session. Default: every core; with ray, one.",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = 0,
+    output: Path | None = None,
+    batch: int | None = None,
+    input_name: str | None = None,
+    target_name: str | None = None,
+    weight_name: str | None = None,
+    journal: Path | None = None,
+    restart: bool = False,
+    engine: str = "local",
+    ray_address: str | None = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
+    threads: Count = 0,
     as_json: AsJson = False,
 ) -> None:
     """Compute the loss of data larger than memory.
@@ -121,6 +50,34 @@ def score(
     Files are read a part at a time, and the parts are added without rounding: their size and order
     don't change the result. A run that was interrupted, in any way, goes on where it was when the
     same command is given again.
+
+    Options:
+        input: A .npy, .npz or Parquet file, or a folder of such shards.
+        target: Likewise; in a folder, shards of the same names as of --input.
+        weight: Weights of the elements, in a file or folder likewise.
+        normalizer: What a weighted mean divides by: count or weights.
+        reduction: mean or sum; mean by default.
+        dtype: To compute in: float32, float16, bfloat16 or float64; by default that of the files.
+        per_sample: One score for each row, to be written to -o.
+        model: Run this ONNX file instead of a loss of these options.
+        output: File for the scores, .npy or .parquet.
+        batch: Rows at a time. Default: 2^18 elements.
+
+    Arrays in .npz and Parquet:
+        input_name: Name of the array or column; input by default.
+        target_name: Default: target.
+        weight_name: Default: weight.
+
+    Interruptions:
+        journal: File that remembers what is done. Default: one in your cache folder.
+        restart: Throw away what an interrupted run has done.
+
+    Engines:
+        engine: local, or ray for many machines.
+        ray_address: The address of a Ray cluster; 'auto' finds one. Default: one is started on this
+            machine.
+        workers: Actors of the ray engine. Default: every CPU.
+        threads: The threads of a session. Default: every core; with ray, one.
     """
     from ..scoring._score import Progress, score_files
     from ..scoring._scorer import make_job
@@ -128,26 +85,16 @@ def score(
 
     chosen = _engine(engine, ray_address, workers)
     paths = {"input": input, "target": target, "weight": weight}
+    files = {role: path for role, path in paths.items() if path is not None}
     names = {"input": input_name, "target": target_name, "weight": weight_name}
-    given = {role: path for role, path in paths.items() if path is not None}
     if model is None:
-        located = locate(given, names, dtype or "float32")
-        job = make_job(
-            LossSpec(
-                1.0 if beta is None else beta,
-                reduction or "mean",
-                dtype or float_dtype(located),
-                per_sample=per_sample,
-                weight=normalizer if weight else None,
-            ),
-            backend=backend,
-            threads=threads,
-        )
+        located = locate(files, names, given.get("dtype", "float32"))
+        given.setdefault("dtype", float_dtype(located))
+        spec = LossSpec(**given, weight=normalizer if weight else None)
+        job = make_job(spec, backend=backend, threads=threads)
     else:
-        if dtype is not None:
-            raise SpecError("--dtype is the model's own; leave it out")
-        job = _job_of_model(model, beta, reduction, per_sample, backend, threads)
-        located = locate(given, names, job.spec.dtype)
+        job = _job_of_model(model, given, backend, threads)
+        located = locate(files, names, job.spec.dtype)
     last = Progress(0, 0)
     on_interrupt(
         lambda: (
@@ -181,57 +128,42 @@ def score(
                     f"{last.percent} % are done and kept; the same command goes on from there"
                 )
             raise
-    if per_sample and output is None:
+    if job.spec.per_sample and output is None:
         print_note("no scores were written; -o scores.npy writes them")
     _show(result, as_json)
 
 
-def _job_of_model(
-    model: Path,
-    beta: float | None,
-    reduction: str | None,
-    per_sample: bool,
-    backend: str,
-    threads: int,
-) -> Job:
-    """The spec of the model, with what the options add where it says nothing."""
-    from dataclasses import replace
-
+def _job_of_model(model: Path, given: dict[str, Any], backend: str, threads: int) -> Job:
+    """The job of a model that says what it computes, or of one that the options describe."""
     from .._artefact import read_model
     from ..graph._metadata import read_spec
     from ..scoring._scorer import make_job
 
+    if "dtype" in given:
+        raise SpecError("--dtype is the model's own; leave it out")
     proto = read_model(str(model))
-    own = read_spec(proto)
+    own, beta, spec = read_spec(proto), None, None
     if own is None:
-        spec = None
-        if beta is not None or reduction is not None:
-            spec = LossSpec(
-                1.0 if beta is None else beta, reduction or "mean", per_sample=per_sample
-            )
-        return make_job(spec, proto, backend=backend, threads=threads)
-    if per_sample and not own.per_sample:
-        raise SpecError(
-            f"{model} gives no score for each row; export it with --per-sample, or leave "
-            "--model out"
-        )
-    if beta is not None and not own.runtime_beta and beta != own.beta:
-        raise SpecError(f"{model} has beta={own.beta!r}, not {beta!r}; leave --beta out")
-    spec = None if reduction is None else replace(own, reduction=reduction)
-    given = beta if own.runtime_beta else None
-    return make_job(spec, proto, backend=backend, beta=given, threads=threads)
+        if given.keys() & {"beta", "reduction"}:
+            spec = LossSpec(**given)
+    else:
+        if own.runtime_beta:
+            beta = given.pop("beta", None)
+        if own.reduction == "none":  # its losses can be combined in two ways
+            given.setdefault("reduction", "mean")
+        spec = replace(own, **given)
+    return make_job(spec, proto, backend=backend, beta=beta, threads=threads)
 
 
 def _engine(name: str, address: str | None, workers: int | None) -> Engine:
-    if name not in ("local", "ray"):
-        raise SpecError(f"unknown engine {name!r}; choose one of local, ray")
     if name == "local":
         if address is not None or workers is not None:
             raise SpecError("--ray-address and --workers are for --engine ray; give that too")
         from ..scoring._engine import score_locally
 
         return score_locally
-    from ..errors import require
+    if name != "ray":
+        raise SpecError(f"unknown engine {name!r}; choose one of local, ray")
     from ..scoring._ray_engine import RayEngine
 
     require("ray", "ray", "--engine ray")
@@ -244,9 +176,6 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
     from rich import progress as bars
 
     console = open_console(stderr=True)
-    if not console.is_terminal:
-        yield lambda progress: None
-        return
     columns = (
         bars.BarColumn(),
         bars.TaskProgressColumn(),
@@ -254,7 +183,8 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
         bars.TimeRemainingColumn(),
         bars.TextColumn("{task.fields[shard]}"),
     )
-    with bars.Progress(*columns, console=console, transient=True) as bar:
+    quiet = not console.is_terminal
+    with bars.Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("score", total=None, rate="", shard="")
 
         def show(progress: Progress) -> None:

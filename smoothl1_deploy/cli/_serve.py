@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,74 +21,48 @@ if TYPE_CHECKING:
 
 EXAMPLE = "smoothl1-deploy serve models --ready-file ready.json"
 
-_PORTS = "Where it listens (0: a free port)"
-
-
-def _port(use: str) -> Any:
-    return typer.Option(min=0, max=65535, rich_help_panel=_PORTS, help=f"The port for {use}.")
+_Port = Annotated[int, typer.Option(min=0, max=65535)]
+_Key = typer.Option(envvar="SMOOTHL1_DEPLOY_ADMIN_KEY", show_envvar=True)
 
 
 def serve(
-    repository: Annotated[
-        Path | None, typer.Argument(help="A Triton model repository, a folder a model.")
-    ] = None,
-    install: Annotated[
-        bool,
-        typer.Option(
-            "--install", help="Set up the embedded Triton (55 MB, pinned by its hash), and end."
-        ),
-    ] = False,
-    http_port: Annotated[int, _port("HTTP")] = 0,
-    grpc_port: Annotated[int, _port("gRPC")] = 0,
-    metrics_port: Annotated[int, _port("Prometheus")] = 0,
-    host: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=_PORTS,
-            help="A name or address of this machine; any but loopback opens it to the network.",
-        ),
-    ] = "127.0.0.1",
-    ready_file: Annotated[
-        Path | None,
-        typer.Option(help="JSON with addresses and models, there while every model answers."),
-    ] = None,
-    model: Annotated[
-        list[str] | None, typer.Option(help="Serve this one; repeat for more. All by default.")
-    ] = None,
-    logs: Annotated[
-        Path | None,
-        typer.Option(help="Folder for triton.log and events.jsonl; the user's log folder."),
-    ] = None,
-    interval: Annotated[
-        float, typer.Option(min=0.05, help="Seconds between two canaries of every model.")
-    ] = 2.0,
-    loss_metrics: Annotated[
-        bool,
-        typer.Option(
-            "--loss-metrics",
-            help="Experimental: the distribution of the losses among the metrics (embedded only).",
-        ),
-    ] = False,
-    admin_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="SMOOTHL1_DEPLOY_ADMIN_KEY",
-            show_envvar=True,
-            help="Open the admin APIs to who has it (header admin-key); closed by default.",
-        ),
-    ] = None,
-    loading: Annotated[
-        bool,
-        typer.Option(
-            "--loading",
-            help="Who has the admin key may load models over the network: code of theirs runs.",
-        ),
-    ] = False,
+    repository: Path | None = None,
+    *,
+    install: bool = False,
+    ready_file: Path | None = None,
+    model: list[str] | None = None,
+    logs: Path | None = None,
+    interval: Annotated[float, typer.Option(min=0.05)] = 2.0,
+    loss_metrics: bool = False,
+    admin_key: Annotated[str | None, _Key] = None,
+    loading: bool = False,
+    http_port: _Port = 0,
+    grpc_port: _Port = 0,
+    metrics_port: _Port = 0,
+    host: str = "127.0.0.1",
 ) -> None:
     """Serve a model repository with the tritonserver on PATH, or else the embedded one.
 
     It is ready when every model answered a request with the right number. Ctrl-C or SIGTERM ends
     it. A model whose process dies is loaded again.
+
+    Options:
+        repository: A Triton model repository, a folder a model.
+        install: Set up the embedded Triton (55 MB, pinned by its hash), and end.
+        ready_file: JSON with addresses and models, there while every model answers.
+        model: Serve this one; repeat for more. All by default.
+        logs: Folder for triton.log and events.jsonl; the user's log folder.
+        interval: Seconds between two canaries of every model.
+        loss_metrics: Experimental: the distribution of the losses among the metrics (embedded
+            only).
+        admin_key: Open the admin APIs to who has it (header admin-key); closed by default.
+        loading: Who has the admin key may load models over the network: code of theirs runs.
+
+    Where it listens (0: a free port):
+        http_port: The port for HTTP.
+        grpc_port: The port for gRPC.
+        metrics_port: The port for Prometheus.
+        host: A name or address of this machine; any but loopback opens it to the network.
     """
     if install:
         from ..serving._embedded import install as set_up

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ._console import open_console, print_json, print_lines
-from ._options import AsJson, BackendName, takes_spec
+from ._options import AsJson, BackendName, Count, takes_spec
 
 if TYPE_CHECKING:
     import onnx
@@ -17,39 +17,20 @@ if TYPE_CHECKING:
 
 EXAMPLE = "smoothl1-deploy verify loss.onnx --backend ort-cpu"
 
-_OTHERS = "A model of other origin"
 
-
-@takes_spec(panel=_OTHERS)
+@takes_spec(panel="A model of other origin")
 def verify(
-    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    model: Path,
     given: dict[str, Any],
     *,
     backend: BackendName = "ort-cpu",
-    input_name: Annotated[
-        str | None, typer.Option(help="Which input is the prediction.", rich_help_panel=_OTHERS)
-    ] = None,
-    target_name: Annotated[
-        str | None, typer.Option(help="Which input is the target.", rich_help_panel=_OTHERS)
-    ] = None,
-    output_name: Annotated[
-        str | None, typer.Option(help="Which output is the loss.", rich_help_panel=_OTHERS)
-    ] = None,
-    drift: Annotated[
-        bool, typer.Option(help="Measure the error of what adds up at 2^10 to 2^22 elements.")
-    ] = True,
-    large: Annotated[
-        bool,
-        typer.Option(
-            "--large",
-            help="At 2^24 as well; takes up to 1.6 GB of memory, 2.7 GB for float64 with weights; "
-            "with a gradient 2.6 and 4.7 GB.",
-        ),
-    ] = False,
-    certificate: Annotated[
-        bool, typer.Option("--certificate", help="Write what was found beside the model.")
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
+    input_name: str | None = None,
+    target_name: str | None = None,
+    output_name: str | None = None,
+    drift: bool = True,
+    large: bool = False,
+    certificate: bool = False,
+    seed: Count = 0,
     as_json: AsJson = False,
 ) -> None:
     """Hold one artefact against PyTorch and the exact loss, on every input family.
@@ -57,6 +38,19 @@ def verify(
     Exits with 1 where a case is red, and names the likeliest fault. What the artefact computes is
     read from its metadata, though something else may have changed it since; a model of other origin
     needs --beta and --reduction, and an option for whatever else it computes.
+
+    Options:
+        model: An ONNX file.
+        drift: Measure the error of what adds up at 2^10 to 2^22 elements.
+        large: At 2^24 as well; takes up to 1.6 GB of memory, 2.7 GB for float64 with weights; with
+            a gradient 2.6 and 4.7 GB.
+        certificate: Write what was found beside the model.
+        seed: Which inputs are made.
+
+    A model of other origin:
+        input_name: Which input is the prediction.
+        target_name: Which input is the target.
+        output_name: Which output is the loss.
     """
     from .._artefact import read_model, select_ports
     from ..parity._certificate import certify

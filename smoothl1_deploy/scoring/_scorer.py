@@ -107,8 +107,8 @@ def make_job(
         known = replace(own, reduction=spec.reduction if spec else "mean")
     if spec is not None and replace(known, dtype=spec.dtype) != spec:
         raise SpecError(
-            f"the artefact computes {known.to_dict()}, not {spec.to_dict()}; leave the spec out, "
-            "or the artefact"
+            f"the artefact computes {known.to_dict()}, not {spec.to_dict()}; ask for what it "
+            "computes, or leave the artefact out"
         )
     _check_combined(known)
     ports = signature(model)

@@ -13,7 +13,13 @@ import typer
 from conftest_cli import Cli, assert_refused
 
 from smoothl1_deploy import LossSpec, export
-from smoothl1_deploy.cli._options import SPEC_OPTIONS, parse_shape, takes_spec
+from smoothl1_deploy.cli._options import (
+    SPEC_OPTIONS,
+    as_command,
+    help_of,
+    parse_shape,
+    takes_spec,
+)
 from smoothl1_deploy.errors import SpecError
 from smoothl1_deploy.graph._export import ROUTES
 from smoothl1_deploy.graph._metadata import read_route, read_spec
@@ -58,6 +64,33 @@ def test_every_field_of_a_spec_has_an_option_and_no_option_says_what_was_not_sai
     assert said == [{}, {"beta": 0.0, "per_sample": True}]
 
 
+def test_a_signature_and_a_docstring_say_what_the_options_of_a_command_are() -> None:
+    def command(file: Path, *, output: Path, quick: bool = False, drift: bool = True) -> None:
+        """Do it.
+
+        Options:
+            file: What is read,
+                whole.
+
+        A panel:
+            quick: Faster.
+        """
+
+    assert help_of(command)[0] == "Do it."
+    app = typer.Typer(add_completion=False)
+    app.command()(as_command(command))
+    found = [
+        (p.opts + p.secondary_opts, p.help, getattr(p, "rich_help_panel", None))
+        for p in typer.main.get_command(app).params
+    ]
+    assert found == [
+        (["file"], "What is read, whole.", None),
+        (["-o", "--output"], None, None),
+        (["--quick"], "Faster.", "A panel"),
+        (["--drift", "--no-drift"], None, None),
+    ]
+
+
 def test_defaults_and_the_name_of_the_file(cli: Cli) -> None:
     done = cli("export")
     assert done.code == 0
@@ -67,7 +100,6 @@ def test_defaults_and_the_name_of_the_file(cli: Cli) -> None:
     assert (read_spec(model), read_route(model)) == (LossSpec(), "function")
     assert not model.graph.input[0].type.tensor_type.HasField("shape")
     assert "any rank is taken, by ONNX Runtime but not by TensorRT" in done.err
-    assert cli("export", "--any-rank").err == ""
 
 
 def test_what_a_person_reads(cli: Cli) -> None:
@@ -80,18 +112,6 @@ def test_what_a_person_reads(cli: Cli) -> None:
     assert lines["inputs"] == "input: float32[N, 16], target: float32[N, 16]"
     assert lines["outputs"] == "loss: float32[]"
     assert lines["sha256"] == hashlib.sha256(data).hexdigest()
-
-
-def test_the_deprecated_pair_overrides_the_reduction(cli: Cli) -> None:
-    for flags, reduction in (
-        (["--size-average"], "mean"),
-        (["--no-size-average"], "sum"),
-        (["--no-reduce", "--size-average"], "none"),
-        (["--reduce", "--no-size-average", "--reduction", "none"], "sum"),
-    ):
-        done = cli("export", *flags, "--shape", "3", "-o", "loss.onnx", "--json")
-        assert json.loads(done.out)["spec"]["reduction"] == reduction
-        assert f"deprecated in PyTorch and here; write --reduction {reduction}" in done.err
 
 
 def test_the_extensions_reach_the_graph(cli: Cli) -> None:
@@ -122,7 +142,6 @@ def test_bad_input_exits_with_2_and_writes_nothing(cli: Cli, tmp_path: Path) -> 
         ("--shape Nx16", "--shape 'Nx16': separate the axes by commas, as in N,16"),
         ("--shape N,-1", "has the axis -1"),
         ("--shape N,,3", "has the axis ''"),
-        ("--shape 3 --any-rank", "--any-rank and --shape '3' exclude each other"),
         ("--target-shape 3", "target_shape without shape"),
         ("--shape 4 --target-shape 3", "can't be broadcast"),
         ("--weight heavy", "unknown weight 'heavy'"),

@@ -64,7 +64,7 @@ if __name__ == "__main__":
 """
 _ONCE = "note: interrupted; once more ends it at once\n"
 _PARITY = (
-    "parity --quick -o out --no-html --backend onnx-reference --no-extensions --beta 0.5 "
+    "parity --quick -o out --backend onnx-reference --no-extensions --beta 0.5 "
     "--route function --reduction mean --dtype float32 --dtype float16 --workers 2"
 )
 #: The command, and what is said.

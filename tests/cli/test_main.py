@@ -18,7 +18,7 @@ from conftest_cli import Cli, Done, model, spawn
 import smoothl1_deploy
 from smoothl1_deploy.cli import _registry as registry
 from smoothl1_deploy.cli import main
-from smoothl1_deploy.cli._registry import COMMANDS, Entry
+from smoothl1_deploy.cli._registry import COMMANDS
 
 _PROGRAM = [sys.executable, "-m", "smoothl1_deploy"]
 _ROOT = Path(smoothl1_deploy.__file__).parent.parent
@@ -27,19 +27,22 @@ _ROOT = Path(smoothl1_deploy.__file__).parent.parent
 def test_help_lists_every_command_with_its_line(cli: Cli) -> None:
     done = cli("--help")
     assert done.code == 0
-    for name, entry in COMMANDS.items():
-        assert any(name in line and entry.help in line for line in done.out.splitlines()), name
+    for name, text in COMMANDS.items():
+        assert any(name in line and text in line for line in done.out.splitlines()), name
     assert "3 something needed is not installed" in done.out
 
 
 def test_every_command_loads_and_has_help_with_an_example(cli: Cli) -> None:
-    for name, entry in COMMANDS.items():
-        module = importlib.import_module(f"smoothl1_deploy.cli._{entry.module}")
+    for name in COMMANDS:
+        module = importlib.import_module(f"smoothl1_deploy.cli._{name}")
         assert module.EXAMPLE.startswith(f"smoothl1-deploy {name}")
         done = cli(name, "--help")
         assert done.code == 0, done.err
         assert f"Usage: smoothl1-deploy {name}" in done.out
         assert module.EXAMPLE in " ".join(done.out.split())
+        command = registry._load(name)
+        for each in getattr(command, "commands", {name: command}).values():
+            assert all(parameter.help for parameter in each.params), each.name
 
 
 def test_the_examples_in_the_help_work(cli: Cli, pair: object) -> None:
@@ -48,7 +51,7 @@ def test_the_examples_in_the_help_work(cli: Cli, pair: object) -> None:
     if importlib.util.find_spec("tensorrt_rtx"):
         names.insert(1, "build")
     for name in names:
-        module = importlib.import_module(f"smoothl1_deploy.cli._{COMMANDS[name].module}")
+        module = importlib.import_module(f"smoothl1_deploy.cli._{name}")
         done = cli(*shlex.split(module.EXAMPLE)[1:])
         assert done.code == 0, (name, done.err)
     assert Path("loss.onnx").is_file()
@@ -110,27 +113,20 @@ def test_usage_errors_exit_with_2(cli: Cli) -> None:
         assert "--help' for help" in done.err
 
 
-@pytest.mark.parametrize(
-    ("package", "command", "install"),
-    [
-        ("onnxruntime", "run loss.onnx", "pip install 'smoothl1-deploy[cpu]'"),
-        ("torch", "export --route torch --shape 4", "pip install torch==2.13.0"),
+def test_a_missing_package_exits_with_3_and_says_what_to_install(pair: object) -> None:
+    run = f"run {model()} --input input.npy --target target.npy"
+    again = "pip install --force-reinstall smoothl1-deploy"
+    for package, command, install in (
+        ("onnxruntime", run, "pip install 'smoothl1-deploy[cpu]'"),
         ("tensorrt,tensorrt_rtx", "build loss.onnx", "pip install 'smoothl1-deploy[rtx]'"),
-        ("onnx", "export", "pip install --force-reinstall smoothl1-deploy"),
-        ("typer", "doctor", "pip install --force-reinstall smoothl1-deploy"),
-        ("rich", "doctor", "pip install --force-reinstall smoothl1-deploy"),
-    ],
-)
-def test_a_missing_package_exits_with_3_and_says_what_to_install(
-    pair: object, package: str, command: str, install: str
-) -> None:
-    model()
-    files = ["--input", "input.npy", "--target", "target.npy"]
-    done = spawn(*command.split(), *(files if "run" in command else []), without=package)
-    assert done.code == 3
-    assert install in done.err
-    assert f"No module named '{package.split(',')[0]}'" in done.err
-    assert done.err.count("error: ") == 1
+        ("onnx", "export", again),
+        ("typer", "cache list", again),
+        ("rich", "cache list", again),
+    ):
+        done = spawn(*command.split(), without=package)
+        assert done.code == 3 and install in done.err, done
+        assert f"No module named '{package.split(',')[0]}'" in done.err
+        assert done.err.count("error: ") == 1
 
 
 @pytest.fixture
@@ -141,7 +137,7 @@ def boom(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Done]:
         module = type(sys)("smoothl1_deploy.cli._boom")
         exec(f"EXAMPLE = 'boom'\ndef boom() -> None:\n    {body}", module.__dict__)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setitem(registry.COMMANDS, "boom", Entry("Boom.", "boom", "boom"))
+        monkeypatch.setitem(registry.COMMANDS, "boom", "Boom.")
         return cli("boom")
 
     return call

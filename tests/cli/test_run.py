@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +157,13 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused(
         read_array(Path("input.npy"), "float32")
 
 
-def _npy(array: np.ndarray, **options: bool) -> bytes:
+def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, array, **options)
+    np.save(buffer, array)
     return buffer.getvalue()
 
 
 _GOOD = _npy(np.zeros((5, 16), np.float32))
-_OBJECTS = _npy(np.array([{}], dtype=object), allow_pickle=True)
 
 
 def test_bad_arrays(cli: Cli, pair: Pair) -> None:
@@ -175,8 +173,6 @@ def test_bad_arrays(cli: Cli, pair: Pair) -> None:
         (_GOOD[:200], "bad.npy is truncated or damaged (72 bytes where its header says 320)"),
         (_GOOD[:20], "bad.npy is truncated or damaged (EOF: reading array header"),
         (b"1.0 2.0\n", "bad.npy is not a .npy file; write it with numpy.save(path, array)"),
-        (pickle.dumps([1.0]), "It looks like a pickle, which is not loaded: it can run any code"),
-        (_OBJECTS, "bad.npy holds Python objects, which are not loaded"),
         (_npy(np.zeros((5, 16), "V2")), "which is how numpy writes bfloat16, but the artefact is"),
         (_npy(np.zeros((5, 16), "U3")), "input has the dtype <U3"),
         (_npy(np.zeros((5, 16), np.float64)), "promote to float64, but the artefact is float32"),
@@ -216,19 +212,6 @@ def test_the_arrays_come_in_one_of_two_ways(cli: Cli, pair: Pair) -> None:
         assert_refused(done, "--input A.npy --target B.npy or --data PAIR.npz")
 
 
-def test_a_model_that_is_none(cli: Cli, pair: Pair) -> None:
-    assert_refused(cli("run", "l.onnx", *FILES), "l.onnx does not exist; give the path of an .onnx")
-    data = Path(model()).read_bytes()
-    for content, message in (
-        (b"input,target\n1,2\n", "l.onnx"),
-        (data[: len(data) // 2], "l.onnx"),
-        (b"", "l.onnx holds no ONNX graph"),
-        (b"\x08\x0a\x12", "l.onnx can't be read as an ONNX model"),
-    ):
-        Path("l.onnx").write_bytes(content)
-        assert_refused(cli("run", "l.onnx", *FILES), message)
-
-
 def test_a_model_that_something_else_has_changed_runs_with_one_note(cli: Cli, pair: Pair) -> None:
     path = model(beta=0.5)
     changed = onnx.load(path)
@@ -240,10 +223,13 @@ def test_a_model_that_something_else_has_changed_runs_with_one_note(cli: Cli, pa
     assert done.err.count("note: the model was changed by something else after") == 1
 
 
-def test_an_unknown_backend_and_an_output_that_cannot_be_written(cli: Cli, pair: Pair) -> None:
+def test_no_such_backend_no_such_model_and_an_output_that_cannot_be_written(
+    cli: Cli, pair: Pair
+) -> None:
     path = model()
     text = f"unknown backend 'abacus'; choose one of {', '.join(BACKENDS)}"
     assert_refused(cli("run", path, *FILES, "--backend", "abacus"), text)
+    assert_refused(cli("run", "l.onnx", *FILES), "l.onnx does not exist; give the path of an .onnx")
     for output, message in (
         ("out.txt", "can't write out.txt: choose a name that ends in .npy or .npz"),
         ("input.npy/out.npy", "can't write input.npy/out.npy: Not a directory"),

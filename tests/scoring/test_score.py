@@ -302,8 +302,8 @@ def test_a_changed_artefact_is_scored_as_it_is_with_a_note(
 def test_a_model_that_is_asked_for_what_it_is_not(cli: Callable[..., Done], saved: Pair) -> None:
     Path("loss.onnx").write_bytes(export(LossSpec(0.5)).SerializeToString())
     for options, message in (
-        (["--per-sample"], "loss.onnx gives no score for each row; export it with --per-sample"),
-        (["--beta", "1"], "loss.onnx has beta=0.5, not 1.0; leave --beta out"),
+        (["--per-sample"], "'per_sample': True}; ask for what it computes, or leave the artefact"),
+        (["--beta", "1"], "the artefact computes {'beta': 0.5, "),
         (["--reduction", "sum"], "the artefact computes {'beta': 0.5, 'reduction': 'mean'"),
         (["--dtype", "float32"], "--dtype is the model's own; leave it out"),
     ):
