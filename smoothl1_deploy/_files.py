@@ -36,6 +36,21 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
 
 
 @contextlib.contextmanager
+def refusal_told(problem: str, remedy: str) -> Iterator[None]:
+    """What the system refuses within, told as one sentence with its reason in the middle.
+
+    Raises:
+        OutputError: in place of OSError, and of the ValueError of a name that no file can have.
+    """
+    try:
+        yield
+    except (OutputError, BrokenPipeError):  # told already; whoever read it has stopped
+        raise
+    except (OSError, ValueError) as exc:
+        raise OutputError(f"{problem}: {reason_of(exc)}; {remedy}") from exc
+
+
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` when the block ends without an error.
 
@@ -43,7 +58,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OutputError: as `write_atomic`.
     """
     path = Path(path)
-    try:
+    remedy = "choose a file in a folder that exists and that you may write to"
+    with refusal_told(f"can't write {path}", remedy):
         target = resolve(path)
         if target is None:
             with _stream(path) as file:
@@ -59,13 +75,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 os.unlink(part)
             raise
-    except (OutputError, BrokenPipeError):  # whoever read it has stopped
-        raise
-    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
-        raise OutputError(
-            f"can't write {path}: {reason_of(exc)}; choose a file in a folder that exists "
-            "and that you may write to"
-        ) from exc
 
 
 def make_folder(folder: Path, option: str = "-o") -> Path:
@@ -78,12 +87,8 @@ def make_folder(folder: Path, option: str = "-o") -> Path:
     Raises:
         OutputError: when it can't be made.
     """
-    try:
+    with refusal_told(f"can't make the folder {folder}", f"choose another with {option}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
-        raise OutputError(
-            f"can't make the folder {folder}: {reason_of(exc)}; choose another with {option}"
-        ) from exc
     return folder
 
 

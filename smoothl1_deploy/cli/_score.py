@@ -159,7 +159,7 @@ def _engine(name: str, address: str | None, workers: int | None) -> Engine:
     if name == "local":
         if address is not None or workers is not None:
             raise SpecError("--ray-address and --workers are for --engine ray; give that too")
-        from ..scoring._engine import score_locally
+        from ..scoring._scorer import score_locally
 
         return score_locally
     if name != "ray":

@@ -1,9 +1,9 @@
-"""`Journal`: which pieces are finished, in a file that survives a kill at any moment.
+"""`Journal`: which tasks are finished, in a file that survives a kill at any moment.
 
 The first line says that it is a journal, the second what is scored, into which unfinished file, and
-what the files of the data look like. Each further line is a finished piece. A line begins with the
-CRC-32 of the rest, and is on the disk before the piece counts as finished. A line that was cut off
-by a kill is dropped: its piece is done again.
+what the files of the data look like. Each further line is a finished task. A line begins with the
+CRC-32 of the rest, and is on the disk before the task counts as finished. A line that was cut off
+by a kill is dropped: its task is done again.
 
 The file itself is locked, so that one process works with it, and nothing is made beside it (as
 sqlite3 would make a journal of its own).
@@ -25,35 +25,41 @@ from typing import Any
 
 import platformdirs
 
-from .._files import token
-from ..errors import InvalidInputError, OutputError, reason_of
-from ._engine import PieceResult, checksums
+from .._files import make_folder, refusal_told, token
+from ..errors import InvalidInputError, OutputError
 from ._partial import Partial
-from ._scorer import Job
+from ._scorer import Job, TaskResult, checksums
 from ._shards import Plan, Shard
 
-_KIND = "smoothl1-deploy score 3"
+_KIND = "smoothl1-deploy score 4"
+_ELSEWHERE = "give another place with --journal"
 _AGAIN = "start again with --restart"
 
 
-def default_journal(request: Mapping[str, Any]) -> Path:
-    """The journal of a request in the user's cache folder: the same request finds it again.
+def default_journal(job: Job, plan: Plan, output: Path | None, batch: int | None) -> Path:
+    """The journal of a request in the user's cache folder.
+
+    The same request finds it again, whatever stands in the files of the data by then.
 
     Raises:
         OutputError: where there can't be one.
     """
+    of_folders = len(plan.shards) > 1
+    data = {
+        role: [str((at.path.parent if of_folders else at.path).absolute()), at.name]
+        for shard in plan.shards[:1]
+        for role, at in shard.files.items()
+    }
+    request = {"job": job.to_dict(), "data": data, "output": _absolute(output), "batch": batch}
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32]
-    folder = platformdirs.user_cache_path("smoothl1-deploy") / "score"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(0, "it can't be written")
-    except OSError as exc:
-        raise OutputError(
-            f"can't make the folder {folder} ({exc.strerror}), so an interrupted run begins again; "
-            "give another place for the journal with --journal"
-        ) from exc
+    folder = make_folder(platformdirs.user_cache_path("smoothl1-deploy") / "score", "--journal")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"can't write into the folder {folder}; {_ELSEWHERE}")
     return folder / f"{key}.journal"
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
 
 
 def _line(fields: Mapping[str, Any]) -> bytes:
@@ -73,9 +79,16 @@ def _fields(line: bytes) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def _identity(path: Path) -> list[int]:
+def _paths(shard: Shard) -> list[str]:
+    return [str(location.path.absolute()) for location in shard.files.values()]
+
+
+def _identity(path: str) -> list[int]:
     """What changes when a file does; the change time can't be set back by a user."""
-    stat = path.stat()
+    try:
+        stat = os.stat(path)
+    except OSError:  # it is gone
+        return []
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
@@ -85,33 +98,26 @@ def _locked(path: Path) -> FileIO:
     Raises:
         OutputError: where that can't be.
     """
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OutputError(
-                f"can't write the journal {path}: it is a folder, a pipe or a device; give a file "
-                "with --journal"
-            )
-        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC), "r+")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputError(
+            f"can't write the journal {path}: it is a folder, a pipe or a device; give a file with "
+            "--journal"
+        )
+    with refusal_told(f"can't write the journal {path}", _ELSEWHERE), contextlib.ExitStack() as own:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
+        file = own.enter_context(FileIO(handle, "r+"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            there = os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), path.stat())
-            if not there:  # whoever had locked it has just removed it
-                raise BlockingIOError
-        except BaseException:
-            file.close()
-            raise
+            # Whoever had locked it may just have removed it.
+            free = os.path.exists(path) and os.path.samestat(os.fstat(handle), path.stat())
+        except BlockingIOError:
+            free = False
+        if not free:
+            raise OutputError(
+                f"another process works with the journal {path}; wait for it, or {_ELSEWHERE}"
+            )
+        own.pop_all()
         return file
-    except BlockingIOError:
-        raise OutputError(
-            f"another process works with the journal {path}; wait for it, or give another place "
-            "with --journal"
-        ) from None
-    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
-        if isinstance(exc, OutputError):
-            raise
-        raise OutputError(
-            f"can't write the journal {path} ({reason_of(exc)}); give another place with --journal"
-        ) from exc
 
 
 class Journal:
@@ -125,7 +131,7 @@ class Journal:
         restart: throw away what an earlier run has done.
 
     Attributes:
-        done: index of a finished piece -> what it adds.
+        done: index of a finished task -> what it adds.
         part: what `files.unfinished` tells the file of the scores by, as long as it is unfinished.
 
     Raises:
@@ -143,13 +149,12 @@ class Journal:
         self._plan = plan
         self._run = {
             **job.to_dict(),
-            "output": None if output is None else str(output.absolute()),
+            "output": _absolute(output),
             **{f"shard {shard.name}": shard.to_dict() for shard in plan.shards},
-            "batch": plan.pieces[0].batch if plan.pieces else 0,
-            "number of pieces": len(plan.pieces),
+            "batch": plan.tasks[0].batch if plan.tasks else 0,
+            "number of tasks": len(plan.tasks),
         }
-        places = [place for shard in plan.shards for place in shard.files.values()]
-        self._files = {str(place.path.absolute()): _identity(place.path) for place in places}
+        self._files = {p: _identity(p) for shard in plan.shards for p in _paths(shard)}
         self._ours = False  # and so may be removed
         self._file = _locked(path)
         try:
@@ -201,11 +206,11 @@ class Journal:
             fields = _fields(line)
             if fields is None:
                 break
-            self.done[fields["piece"]] = Partial.from_dict(fields["partial"])
-            sums[fields["piece"]] = fields["checksums"]
+            self.done[fields["task"]] = Partial.from_dict(fields["partial"])
+            sums[fields["task"]] = fields["checksums"]
             kept += len(line)
-        if not set(sums) <= set(range(len(self._plan.pieces))):
-            raise ValueError("it names a piece that the data don't have")
+        if not set(sums) <= set(range(len(self._plan.tasks))):
+            raise ValueError("it names a task that the data don't have")
         self._check_content(head["files"], sums)
         self._file.truncate(kept)
 
@@ -214,48 +219,38 @@ class Journal:
     ) -> None:
         """Read again what is finished of the files that look changed, and compare."""
         changed = {path for path, now in self._files.items() if before.get(path) != now}
-
-        def looks_changed(shard: Shard) -> bool:
-            return any(str(place.path.absolute()) in changed for place in shard.files.values())
-
-        finished = (self._plan.pieces[index] for index in sorted(sums))
-        again = [piece for piece in finished if looks_changed(self._plan.shards[piece.shard])]
-        for piece, found in checksums(self._plan, again):
+        shards = [not changed.isdisjoint(_paths(shard)) for shard in self._plan.shards]
+        finished = (self._plan.tasks[index] for index in sorted(sums))
+        again = [task for task in finished if shards[task.shard]]
+        for task, found in checksums(self._plan, again):
             for role, value in found.items():
-                if sums[piece.index][role] != value:
+                if sums[task.index][role] != value:
                     raise InvalidInputError(
-                        f"{self._plan.shards[piece.shard].files[role]} has changed since the "
+                        f"{self._plan.shards[task.shard].files[role]} has changed since the "
                         f"interrupted run scored a part of it (journal {self.path}); restore it, "
                         f"or {_AGAIN}"
                     )
 
-    def add(self, result: PieceResult) -> None:
-        """Put a finished piece on the disk.
+    def add(self, result: TaskResult) -> None:
+        """Put a finished task on the disk.
 
         Raises:
-            InvalidInputError: when a file of the piece has changed while it was scored.
+            InvalidInputError: when a file of the task has changed while it was scored.
             OutputError: when the disk is full, for instance.
         """
-        shard = self._plan.shards[self._plan.pieces[result.piece].shard]
-        for place in shard.files.values():
-            before = self._files[str(place.path.absolute())]
-            if not place.path.exists() or _identity(place.path) != before:
-                raise InvalidInputError(f"{place} has changed while it was scored; {_AGAIN}")
+        for path in _paths(self._plan.shards[self._plan.tasks[result.task].shard]):
+            if _identity(path) != self._files[path]:
+                raise InvalidInputError(f"{path} has changed while it was scored; {_AGAIN}")
         fields = {"partial": result.partial.to_dict(), "checksums": result.checksums}
-        self._write({"piece": result.piece, **fields})
-        self.done[result.piece] = result.partial
+        self._write({"task": result.task, **fields})
+        self.done[result.task] = result.partial
 
     def _write(self, fields: Mapping[str, Any]) -> None:
         data = _line(fields)
-        try:
+        with refusal_told(f"can't write the journal {self.path}", _ELSEWHERE):
             while data:
                 data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())
-        except OSError as exc:
-            raise OutputError(
-                f"can't write the journal {self.path}: {exc.strerror}; give another place with "
-                "--journal"
-            ) from exc
 
     def forget(self) -> None:
         """Begin anew: there is nothing that could be gone on with."""

@@ -1,4 +1,4 @@
-"""`ScoreFile`: one score a row, each written to its own place, so that it can be written twice.
+"""`ScoreFile`: one score a row, each always at the same offset, so that it can be written twice.
 
 While the run goes on the scores stand in a .npy file beside the target, or beside the journal where
 the target is no file. The target gets them when they are whole.
@@ -10,14 +10,13 @@ import contextlib
 import io
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from .._files import create, put, replacing, resolve, unfinished
+from .._files import create, put, refusal_told, replacing, resolve, unfinished
 from .._floats import NUMPY_DTYPE, Array
-from ..errors import OutputError, reason_of, require
+from ..errors import OutputError, require
 from ._journal import Journal
 from ._shards import Plan
 
@@ -54,7 +53,7 @@ class ScoreFile:
         fields = {"descr": kind, "fortran_order": False, "shape": (plan.rows,)}
         np.lib.format.write_array_header_1_0(header, fields)
         self._first = header.tell()
-        with self._problem_told():
+        with self._refusal_told():
             self.part = unfinished(resolve(path) or journal.path, journal.part)
             self.kept = self._open(header.getvalue())
 
@@ -81,36 +80,30 @@ class ScoreFile:
             raise
         return False
 
-    @contextlib.contextmanager
-    def _problem_told(self) -> Iterator[None]:
-        try:
-            yield
-        except OutputError:
-            raise
-        except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
-            raise OutputError(
-                f"can't write {self.path}: {reason_of(exc)}; choose a file in a folder that "
-                "exists, that you may write to and that has room"
-            ) from exc
+    def _refusal_told(self) -> contextlib.AbstractContextManager[None]:
+        return refusal_told(
+            f"can't write {self.path}",
+            "choose a file in a folder that exists, that you may write to and that has room",
+        )
 
     def _write_at(self, offset: int, data: bytes) -> None:
         while data:
             written = os.pwrite(self._handle, data, offset)
             data, offset = data[written:], offset + written
 
-    def write(self, piece: int, scores: Array) -> None:
-        """The scores of a piece, on the disk when this returns."""
-        found = self._plan.pieces[piece]
+    def write(self, task: int, scores: Array) -> None:
+        """The scores of a task, on the disk when this returns."""
+        found = self._plan.tasks[task]
         row = self._plan.shards[found.shard].first + found.start
         data = np.ascontiguousarray(scores, self._dtype).tobytes()
-        with self._problem_told():
+        with self._refusal_told():
             self._write_at(self._first + row * self._dtype.itemsize, data)
             os.fsync(self._handle)
 
     def finish(self) -> None:
         """Give the whole file its name, in its format."""
         self.close()
-        with self._problem_told():
+        with self._refusal_told():
             if self.path.suffix == ".npy":
                 put(self.part, self.path)
             else:

@@ -1,8 +1,8 @@
-"""The engine for many machines: pieces go to actors of Ray that hold one session each.
+"""The engine for many machines: tasks go to actors of Ray that hold one session each.
 
-An actor that dies is started again by Ray, and so is its piece; a piece that raises is tried again
+An actor that dies is started again by Ray, and so is its task; a task that raises is tried again
 where it failed. Every machine reads the files by the same paths. Partial results are exact, so the
-result is the local engine's, bit for bit, whoever did which piece.
+result is the local engine's, bit for bit, whoever did which task.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from typing import Any
 
 from .._environment import silence
 from ..errors import BackendUnavailableError, SmoothL1DeployError, require
-from ._engine import PieceResult, PieceScorer
-from ._scorer import Job
-from ._shards import Piece, Plan, Shard
+from ._scorer import Job, TaskResult, TaskScorer
+from ._shards import Plan, Shard, Task
 
-_ATTEMPTS = 3  # of a piece, before the run ends with its error
+_ATTEMPTS = 3  # of a task, before the run ends with its error
 _STORE = 256 << 20  # bytes of Ray's object store on this machine: results are small
 
 
 @dataclass(frozen=True, slots=True)
 class RayEngine:
-    """Score pieces on a Ray cluster.
+    """Score tasks on a Ray cluster.
 
     Args:
         address: of a cluster, as `ray.init` takes it; None starts one on this machine, unless
@@ -43,10 +42,10 @@ class RayEngine:
     workers: int | None = None
 
     def __call__(
-        self, job: Job, plan: Plan, pieces: Sequence[Piece]
-    ) -> Generator[PieceResult, None, None]:
-        """Score `pieces`, each in one of the actors, and yield the results as they come."""
-        if not pieces:
+        self, job: Job, plan: Plan, tasks: Sequence[Task]
+    ) -> Generator[TaskResult, None, None]:
+        """Score `tasks`, each in one of the actors, and yield the results as they come."""
+        if not tasks:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray = require("ray", "ray", "the ray engine")
@@ -54,7 +53,7 @@ class RayEngine:
         if started:
             self._start(ray)
         try:
-            yield from self._scored(ray, job, plan, pieces)
+            yield from self._scored(ray, job, plan, tasks)
         finally:
             if started:
                 ray.shutdown()
@@ -82,16 +81,16 @@ class RayEngine:
             ) from exc
 
     def _scored(
-        self, ray: Any, job: Job, plan: Plan, pieces: Sequence[Piece]
-    ) -> Iterator[PieceResult]:
+        self, ray: Any, job: Job, plan: Plan, tasks: Sequence[Task]
+    ) -> Iterator[TaskResult]:
         pool_of = require("ray.util", "ray", "the ray engine").ActorPool
         cpus = job.threads or 1
         most = max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
         actor = ray.remote(num_cpus=cpus, max_restarts=-1, max_task_retries=_ATTEMPTS)(_Actor)
         given = ray.put(replace(job, threads=cpus)), ray.put(_absolute(plan))
-        actors = [actor.remote(*given) for _ in range(min(self.workers or most, len(pieces)))]
+        actors = [actor.remote(*given) for _ in range(min(self.workers or most, len(tasks)))]
         try:
-            for done in pool_of(actors).map_unordered(lambda a, p: a.score.remote(p), pieces):
+            for done in pool_of(actors).map_unordered(lambda a, p: a.score.remote(p), tasks):
                 if isinstance(done, BaseException):
                     raise done
                 yield done
@@ -121,16 +120,16 @@ class _Actor:
     def __init__(self, job: Job, plan: Plan) -> None:
         silence()
         self._job, self._plan = job, plan
-        self._scorer: PieceScorer | None = None
+        self._scorer: TaskScorer | None = None
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
-    def score(self, piece: Piece) -> PieceResult | SmoothL1DeployError:
-        """The piece's result, or the error it ends with, which Ray would put into a traceback."""
+    def score(self, task: Task) -> TaskResult | SmoothL1DeployError:
+        """The task's result, or the error it ends with, which Ray would put into a traceback."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 if self._scorer is None:
-                    self._scorer = PieceScorer(self._job)
-                return self._scorer.score(piece, self._plan.shards[piece.shard])
+                    self._scorer = TaskScorer(self._job, self._plan)
+                return self._scorer.score(task)
             except (SmoothL1DeployError, OSError) as exc:
                 if self._scorer is not None:  # the files are opened again, and the session is
                     self._scorer.close()

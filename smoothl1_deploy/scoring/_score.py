@@ -17,14 +17,13 @@ from .._files import check_apart
 from .._records import Record
 from .._spec import LossSpec
 from ..errors import InvalidInputError, OutputError, SpecError
-from ._engine import PieceResult, score_locally
 from ._journal import Journal, default_journal
 from ._output import ScoreFile
 from ._partial import Partial
-from ._scorer import Job, Scorer, make_job
-from ._shards import Piece, Plan, make_plan
+from ._scorer import Job, Scorer, TaskResult, make_job, score_locally
+from ._shards import Plan, Task, make_plan
 
-Engine = Callable[[Job, Plan, Sequence[Piece]], Generator[PieceResult, None, None]]
+Engine = Callable[[Job, Plan, Sequence[Task]], Generator[TaskResult, None, None]]
 _ROLES = ("input", "target", "weight")
 
 
@@ -67,7 +66,7 @@ class Score(Record):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is, in elements; the last piece was of the shard called `shard`.
+    """How far a run is, in elements; the last task was of the shard called `shard`.
 
     `forgotten` says why the run, once it is interrupted, begins again: None where it goes on.
     """
@@ -179,7 +178,7 @@ def score_files(
         restart: throw away what an interrupted run has done.
         batch: rows at a time. Default: about 2^18 elements, or what the artefact is fixed to.
         engine: `engine.score_locally`, or `ray_engine.RayEngine`.
-        on_progress: called at the start and after each piece.
+        on_progress: called at the start and after each task.
 
     Raises:
         InvalidInputError: on files that don't fit together, or that changed; it names the shard.
@@ -202,7 +201,7 @@ def score_files(
         raise SpecError(f"a batch of {batch} rows; give at least one")
     if job.rows is not None and batch not in (None, job.rows):
         raise SpecError(f"the artefact takes {job.rows} rows at a time, not {batch}")
-    read = [(f"--{r}", place.path) for files in located.values() for r, place in files.items()]
+    read = [(f"--{role}", at.path) for files in located.values() for role, at in files.items()]
     check_apart([("-o", output), ("--journal", journal)], read)
     start = time.monotonic()
     flat = job.elementwise and job.any_rank
@@ -210,14 +209,18 @@ def score_files(
     forgotten = None
     with contextlib.ExitStack() as stack:
         if journal is None:
-            journal, forgotten = _journal(job, plan, output, batch, stack)
+            try:
+                journal = default_journal(job, plan, output, batch)
+            except OutputError as exc:
+                forgotten = f"an interrupted run begins again: {exc}"
+                journal = Path(stack.enter_context(tempfile.TemporaryDirectory()), "journal")
         log = stack.enter_context(Journal(journal, job, plan, output, restart))
         scores = None if output is None else ScoreFile(output, plan, job.spec.dtype, log)
         if scores is not None and log.done and not scores.kept:
             log.forget()
         resumed = sum(partial.count for partial in log.done.values())
-        todo = [piece for piece in plan.pieces if piece.index not in log.done]
-        total = sum(map(plan.elements, plan.pieces))
+        todo = [task for task in plan.tasks if task.index not in log.done]
+        total = sum(map(plan.elements, plan.tasks))
         done = total - sum(map(plan.elements, todo))
         on_progress(Progress(done, total, forgotten=forgotten))
         try:
@@ -225,11 +228,11 @@ def score_files(
             with contextlib.closing(engine(job, plan, todo)) as results:
                 for result in results:  # each is on the disk before the next is taken
                     if scores is not None and result.scores is not None:
-                        scores.write(result.piece, result.scores)
+                        scores.write(result.task, result.scores)
                     log.add(result)
-                    piece = plan.pieces[result.piece]
-                    done += plan.elements(piece)
-                    shard = plan.shards[piece.shard].name
+                    task = plan.tasks[result.task]
+                    done += plan.elements(task)
+                    shard = plan.shards[task.shard].name
                     on_progress(Progress(done, total, shard, forgotten))
         except BaseException:
             if scores is not None:
@@ -240,28 +243,3 @@ def score_files(
             scores.finish()
         log.finish()
     return _result(job, partial, len(plan.shards), start, resumed=resumed, output=output)
-
-
-def _journal(
-    job: Job, plan: Plan, output: Path | None, batch: int | None, stack: contextlib.ExitStack
-) -> tuple[Path, str | None]:
-    """Where the journal goes by itself; and, where it goes with the run, why.
-
-    The same request has the same journal, whatever stands in its files by now.
-    """
-    folder = len(plan.shards) > 1
-    data = {
-        role: [str((place.path.parent if folder else place.path).absolute()), place.name]
-        for shard in plan.shards[:1]
-        for role, place in shard.files.items()
-    }
-    where = None if output is None else str(output.absolute())
-    request = {"job": job.to_dict(), "data": data, "output": where, "batch": batch}
-    try:
-        return default_journal(request), None
-    except OutputError as exc:
-        try:
-            own = stack.enter_context(tempfile.TemporaryDirectory())
-        except OSError:
-            raise exc from None
-        return Path(own, "journal"), str(exc)

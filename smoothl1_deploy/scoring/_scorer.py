@@ -1,5 +1,11 @@
-"""`Job`: what is computed, fit to be sent to another machine. `Scorer`: one session that does it.
+"""What is computed, one session that computes it, and the engine of this machine.
 
+A `Job` is fit to be sent to another machine; a `Scorer` is one session that does it, a batch at a
+time. An engine is a function of a job, a plan and the tasks to do, and yields a `TaskResult` for
+each, in any order: partial results are exact, so the order doesn't show in the result.
+`score_locally` is the engine of this machine.
+
+What a job adds up is one of three things.
 Case 1, a spec: the element losses in its dtype, summed exactly. The result doesn't depend on how
 the data are cut into batches.
 Case 2, a spec with `per_sample`, or an artefact that has it: the scores, in the artefact's dtype;
@@ -10,8 +16,11 @@ by the artefact, and the size of the batches shows in the last digits.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -23,9 +32,11 @@ from .._artefact import ModelSource, read_model, select_ports, sha256, signature
 from .._floats import Array
 from .._spec import LossSpec
 from ..backends._base import get_backend
-from ..errors import InvalidInputError, SpecError
+from ..errors import InvalidInputError, SmoothL1DeployError, SpecError
 from ..graph._metadata import read_spec, warn_if_changed
 from ._partial import ExactSum, Partial, exact_sum
+from ._shards import Plan, Shard, Task
+from ._sources import Source, open_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,24 +175,20 @@ class Scorer:
         Raises:
             InvalidInputError: on arrays that don't fit the artefact.
         """
-        scored = self.job.spec.per_sample
-        if not scored and not all(array.size for array in arrays.values()):
+        spec = self.job.spec
+        if not spec.per_sample and not all(array.size for array in arrays.values()):
             return Partial(), None  # the mean of nothing is NaN, and no part of a mean
         outputs = self._runner.run(**arrays, beta=self.job.beta)
         losses = outputs[self._runner.signature.loss.name]
         shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
-        count = math.prod(shape)
-        self._check_result(losses, shape)
-        partial = self._partial(losses, arrays.get("weight"), count)
-        return partial, losses if scored else None
-
-    def _check_result(self, losses: Array, shape: tuple[int, ...]) -> None:
-        expected = shape if self.job.elementwise else shape[:1] if self.job.spec.per_sample else ()
+        expected = shape if self.job.elementwise else shape[:1] if spec.per_sample else ()
         if losses.shape != expected:
             raise InvalidInputError(
                 f"the artefact gave a loss of shape {losses.shape} for a batch of {shape}, where "
                 f"{expected} was expected; its metadata or the given reduction is wrong"
             )
+        partial = self._partial(losses, arrays.get("weight"), math.prod(shape))
+        return partial, losses if spec.per_sample else None
 
     def _partial(self, losses: Array, weight: Array | None, count: int) -> Partial:
         spec = self.job.spec
@@ -210,3 +217,121 @@ def _product(mean: ExactSum, weights: ExactSum) -> ExactSum:
         return ExactSum(mean.finite * weights.finite)
     signs = (x.special or (-1.0 if x.finite < 0 else 1.0) for x in (mean, weights))
     return ExactSum(special=math.prod(signs))
+
+
+# Tasks
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """A finished task.
+
+    Attributes:
+        task: its index in the plan.
+        partial: what it adds to the result.
+        checksums: role -> CRC-32 of the rows that were read.
+        scores: of its rows, where the job gives scores.
+    """
+
+    task: int
+    partial: Partial
+    checksums: dict[str, int]
+    scores: Array | None = None
+
+
+class _Reader:
+    """The files of the shard read last stay open: its next task goes on where this one ends."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._shard: Shard | None = None
+        self._sources: dict[str, Source] = {}
+
+    def batches(self, task: Task) -> Iterator[dict[str, Array]]:
+        """The arrays of each batch by role, valid until the next one is taken."""
+        shard = self._plan.shards[task.shard]
+        if self._shard is not shard:
+            self.close()
+            self._open(shard)
+        for start in range(task.start, task.stop, task.batch):
+            stop = min(start + task.batch, task.stop)
+            yield {role: source.read(start, stop) for role, source in self._sources.items()}
+
+    def _open(self, shard: Shard) -> None:
+        for role, location in shard.files.items():
+            self._sources[role] = source = open_source(location)
+            if source.shape != shard.shapes[role]:
+                raise InvalidInputError(
+                    f"{location} has changed while it was scored: its shape was "
+                    f"{shard.shapes[role]} and is {source.shape}; score it again from the start"
+                )
+            if shard.flat:
+                source.flatten()
+        self._shard = shard
+
+    def close(self) -> None:
+        for source in self._sources.values():
+            source.close()
+        self._shard, self._sources = None, {}
+
+
+def _add(sums: dict[str, int], batch: dict[str, Array]) -> None:
+    for role, array in batch.items():
+        data: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        sums[role] = zlib.crc32(data, sums.get(role, 0))
+
+
+class TaskScorer:
+    """One session, and the files of the shard it works on; `close` lets go of them."""
+
+    def __init__(self, job: Job, plan: Plan) -> None:
+        self._plan = plan
+        self._scorer = Scorer(job)
+        self._reader = _Reader(plan)
+        self._beside = ThreadPoolExecutor(1, "smoothl1-deploy checksum")
+
+    def score(self, task: Task) -> TaskResult:
+        """Read a task batch by batch and score it.
+
+        Raises:
+            SmoothL1DeployError: naming the shard and the rows.
+        """
+        partial, sums, scores = Partial(), dict[str, int](), list[Array]()
+        try:
+            for batch in self._reader.batches(task):
+                # Beside the loss: zlib lets other threads run, and this is a third of the work.
+                summed = self._beside.submit(_add, sums, batch)
+                try:
+                    added, rows = self._scorer.score(batch)
+                finally:
+                    summed.result()
+                partial += added
+                if rows is not None:
+                    scores.append(rows)
+        except SmoothL1DeployError as exc:
+            shard = self._plan.shards[task.shard]
+            where = "" if shard.flat else f", rows {task.start} to {task.stop}"
+            raise type(exc)(f"shard {shard.name}{where}: {exc}") from exc
+        joined = np.concatenate(scores) if scores else None
+        return TaskResult(task.index, partial, sums, joined)
+
+    def close(self) -> None:
+        self._beside.shutdown()
+        self._reader.close()
+
+
+def score_locally(job: Job, plan: Plan, tasks: Iterable[Task]) -> Generator[TaskResult, None, None]:
+    """One task after the other, in this process."""
+    with contextlib.closing(TaskScorer(job, plan)) as scorer:
+        for task in tasks:
+            yield scorer.score(task)
+
+
+def checksums(plan: Plan, tasks: Iterable[Task]) -> Iterator[tuple[Task, dict[str, int]]]:
+    """Read `tasks` again, without scoring them; the checksums are those of a `TaskResult`."""
+    with contextlib.closing(_Reader(plan)) as reader:
+        for task in tasks:
+            sums: dict[str, int] = {}
+            for batch in reader.batches(task):
+                _add(sums, batch)
+            yield task, sums

@@ -1,7 +1,7 @@
-"""Which files belong together, and into which pieces their rows are cut.
+"""Which files belong together, and into which tasks their rows are cut.
 
 A shard is one file of input and its partner of target: two files, or those of the same name in two
-folders. A piece is what is finished, journaled and sent as one: some rows of one shard.
+folders. A task is what is finished, journaled and sent as one: some rows of one shard.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ._sources import SUFFIXES, Location, open_source
 
 #: Elements of a batch: its arrays and the losses stay in a core's share of the cache.
 BATCH_ELEMENTS = 1 << 18
-#: Elements of a piece: some tenths of a second of work are lost by a kill, and a line of journal
+#: Elements of a task: some tenths of a second of work are lost by a kill, and a line of journal
 #: and an fsync cost less than a hundredth of it.
-PIECE_ELEMENTS = 1 << 23
+TASK_ELEMENTS = 1 << 23
 
 Roles = Mapping[str, Location]
 
@@ -63,7 +63,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Task:
     """Rows `start` to `stop` of a shard, to be scored `batch` rows at a time."""
 
     index: int
@@ -75,21 +75,21 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All shards in the order of their names, and all pieces."""
+    """All shards in the order of their names, and all tasks."""
 
     shards: tuple[Shard, ...]
-    pieces: tuple[Piece, ...]
+    tasks: tuple[Task, ...]
 
     @property
     def rows(self) -> int:
         """Of all shards."""
         return sum(shard.rows for shard in self.shards)
 
-    def elements(self, piece: Piece) -> int:
-        """How many elements of input a piece has: the measure of progress."""
-        shard = self.shards[piece.shard]
+    def elements(self, task: Task) -> int:
+        """How many elements of input a task has: the measure of progress."""
+        shard = self.shards[task.shard]
         width = 1 if shard.flat else math.prod(shard.shapes["input"][1:])
-        return (piece.stop - piece.start) * width
+        return (task.stop - task.start) * width
 
 
 def locate(
@@ -180,7 +180,7 @@ def float_dtype(located: Mapping[str, Roles]) -> str:
 
 
 def make_plan(located: Mapping[str, Roles], *, flat: bool, rows: int | None = None) -> Plan:
-    """Look at every shard, check that they fit together, and cut them into pieces.
+    """Look at every shard, check that they fit together, and cut them into tasks.
 
     Args:
         located: as `locate` gives it.
@@ -191,16 +191,16 @@ def make_plan(located: Mapping[str, Roles], *, flat: bool, rows: int | None = No
         InvalidInputError: on shapes or dtypes that differ; the message names the shard.
     """
     shards: list[Shard] = []
-    pieces: list[Piece] = []
+    tasks: list[Task] = []
     first = 0
     for name, files in located.items():
         shard = _inspect(name, files, flat and rows is None, first)
         if shards:
             _check_alike(shards[0], shard)
-        pieces.extend(_cut(shard, len(shards), len(pieces), rows))
+        tasks.extend(_cut(shard, len(shards), len(tasks), rows))
         shards.append(shard)
         first += shard.rows
-    return Plan(tuple(shards), tuple(pieces))
+    return Plan(tuple(shards), tuple(tasks))
 
 
 def _inspect(name: str, files: Roles, flat: bool, first: int) -> Shard:
@@ -237,10 +237,10 @@ def _check_alike(one: Shard, other: Shard) -> None:
             )
 
 
-def _cut(shard: Shard, number: int, index: int, rows: int | None) -> Iterator[Piece]:
+def _cut(shard: Shard, number: int, index: int, rows: int | None) -> Iterator[Task]:
     width = 1 if shard.flat else max(math.prod(s[1:]) for s in shard.shapes.values())
     batch = rows or max(1, BATCH_ELEMENTS // max(width, 1))
-    step = batch * max(1, PIECE_ELEMENTS // (batch * max(width, 1)))
+    step = batch * max(1, TASK_ELEMENTS // (batch * max(width, 1)))
     for start in range(0, shard.rows, step):
-        yield Piece(index, number, start, min(start + step, shard.rows), batch)
+        yield Task(index, number, start, min(start + step, shard.rows), batch)
         index += 1

@@ -16,12 +16,11 @@ from smoothl1_deploy import LossSpec
 from smoothl1_deploy.errors import InvalidInputError, SmoothL1DeployError
 from smoothl1_deploy.scoring import _ray_engine as ray_engine
 from smoothl1_deploy.scoring import _shards as shards
-from smoothl1_deploy.scoring._engine import PieceResult, PieceScorer, score_locally
 from smoothl1_deploy.scoring._ray_engine import RayEngine
 from smoothl1_deploy.scoring._score import Progress, Score, score_files
-from smoothl1_deploy.scoring._scorer import make_job
+from smoothl1_deploy.scoring._scorer import TaskResult, TaskScorer, make_job, score_locally
 
-PIECES = 40
+TASKS = 40
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +42,13 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def located(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, shards.Location]]:
-    """Two shards in two formats, cut into PIECES pieces of many batches."""
+    """Two shards in two formats, cut into TASKS tasks of many batches."""
     monkeypatch.setattr(shards, "BATCH_ELEMENTS", 8)
-    monkeypatch.setattr(shards, "PIECE_ELEMENTS", 8 * 100)
+    monkeypatch.setattr(shards, "TASK_ELEMENTS", 8 * 100)
     rng = np.random.default_rng(0)
     for folder in ("p", "t"):
         Path(folder).mkdir()
-        rows = rng.standard_normal((PIECES * 200 // 2, 4)).astype(np.float32)
+        rows = rng.standard_normal((TASKS * 200 // 2, 4)).astype(np.float32)
         np.save(f"{folder}/a.npy", rows)
         np.savez(f"{folder}/b.npz", rows)
     return shards.locate({"input": Path("p"), "target": Path("t")}, {})
@@ -71,13 +70,13 @@ def test_a_killed_worker_changes_nothing(
     killed, steps = tmp_path / "killed", list[Progress]()
 
     class Mortal(ray_engine._Actor):
-        """Whoever is the first to take a second piece dies with it."""
+        """Whoever is the first to take a second task dies with it."""
 
-        def score(self, piece: shards.Piece) -> PieceResult | SmoothL1DeployError:
+        def score(self, task: shards.Task) -> TaskResult | SmoothL1DeployError:
             if self._scorer is not None:
                 with contextlib.suppress(FileExistsError), killed.open("x"):
                     os.kill(os.getpid(), signal.SIGKILL)
-            return super().score(piece)
+            return super().score(task)
 
     monkeypatch.setattr(ray_engine, "_Actor", Mortal)
     far = score_files(
@@ -89,34 +88,34 @@ def test_a_killed_worker_changes_nothing(
     )
     assert same(far, local)
     assert Path("ray.npy").read_bytes() == Path("local.npy").read_bytes()
-    assert killed.exists() and len(steps) == 1 + PIECES  # each piece once
+    assert killed.exists() and len(steps) == 1 + TASKS  # each task once
 
 
 @pytest.mark.parametrize(("failures", "works"), [(2, True), (3, False)])
-def test_a_piece_that_fails_is_tried_three_times(
+def test_a_task_that_fails_is_tried_three_times(
     located: dict[str, dict[str, shards.Location]],
     monkeypatch: pytest.MonkeyPatch,
     failures: int,
     works: bool,
 ) -> None:
-    score, left = PieceScorer.score, failures
+    score, left = TaskScorer.score, failures
     plan = shards.make_plan(located, flat=True)
-    (expected,) = score_locally(make_job(LossSpec()), plan, [plan.pieces[0]])
+    (expected,) = score_locally(make_job(LossSpec()), plan, [plan.tasks[0]])
 
-    def flaky(self: PieceScorer, piece: shards.Piece, shard: shards.Shard) -> PieceResult:
+    def flaky(self: TaskScorer, task: shards.Task) -> TaskResult:
         nonlocal left
         left -= 1
         if left >= 0:
             raise OSError("the network")
-        return score(self, piece, shard)
+        return score(self, task)
 
-    monkeypatch.setattr(PieceScorer, "score", flaky)
+    monkeypatch.setattr(TaskScorer, "score", flaky)
     actor = ray_engine._Actor(make_job(LossSpec()), plan)
     if works:
-        assert actor.score(plan.pieces[0]) == expected
+        assert actor.score(plan.tasks[0]) == expected
     else:
         with pytest.raises(OSError, match="the network"):
-            actor.score(plan.pieces[0])
+            actor.score(plan.tasks[0])
 
 
 def test_an_error_names_shard_and_worker_and_this_machine_finishes(
@@ -131,5 +130,5 @@ def test_an_error_names_shard_and_worker_and_this_machine_finishes(
         score_files(job, located, engine=RayEngine(), journal=Path("j"))
     Path("t/b.npz").write_bytes(whole)
     resumed = score_files(job, located, journal=Path("j"))
-    assert 0 < resumed.resumed < resumed.count  # the pieces of the other shard were kept
+    assert 0 < resumed.resumed < resumed.count  # the tasks of the other shard were kept
     assert same(replace(resumed, resumed=0), expected)

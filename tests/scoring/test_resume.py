@@ -23,19 +23,19 @@ from rich.console import Console
 from smoothl1_deploy._files import is_unfinished
 from smoothl1_deploy.errors import InvalidInputError, OutputError
 from smoothl1_deploy.scoring import _shards as shards
-from smoothl1_deploy.scoring._engine import PieceResult
 from smoothl1_deploy.scoring._journal import Journal
+from smoothl1_deploy.scoring._scorer import TaskResult
 
 FILES = ("--input", "p.npy", "--target", "t.npy")
 OPTIONS = (*FILES, "--journal", "j", "--per-sample", "-o", "s.npy", "--json")
-PIECES = 25
+TASKS = 25
 
-#: Runs the command line in small pieces, and kills itself in the 8th of them, at a moment.
+#: Runs the command line in small tasks, and kills itself in the 8th of them, at a moment.
 _KILLED = """
 import os, signal, sys
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.scoring import _journal as journal, _output as output, _shards as shards
-shards.BATCH_ELEMENTS, shards.PIECE_ELEMENTS = 4, 12
+shards.BATCH_ELEMENTS, shards.TASK_ELEMENTS = 4, 12
 moment, sign, *arguments = sys.argv[1:]
 cls, name = {
     "before the scores": (output.ScoreFile, "write"),
@@ -62,10 +62,10 @@ sys.exit(main(arguments))
 @pytest.fixture(autouse=True)
 def files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "BATCH_ELEMENTS", 4)
-    monkeypatch.setattr(shards, "PIECE_ELEMENTS", 12)
+    monkeypatch.setattr(shards, "TASK_ELEMENTS", 12)
     rng = np.random.default_rng(0)
     for name in "pt":
-        np.save(f"{name}.npy", rng.standard_normal((PIECES * 3, 4)).astype(np.float32))
+        np.save(f"{name}.npy", rng.standard_normal((TASKS * 3, 4)).astype(np.float32))
 
 
 def killed(moment: str, sign: str = "SIGKILL", *options: str) -> subprocess.CompletedProcess[str]:
@@ -79,11 +79,11 @@ def unfinished() -> list[Path]:
 
 
 def interrupted(cli: Callable[..., Done]) -> None:
-    """After eight pieces, in this process: what is left is what a kill leaves."""
+    """After eight tasks, in this process: what is left is what a kill leaves."""
     add = Journal.add
 
-    def stop(self: Journal, result: PieceResult) -> None:
-        if result.piece == 8:
+    def stop(self: Journal, result: TaskResult) -> None:
+        if result.task == 8:
             raise KeyboardInterrupt
         add(self, result)
 
@@ -155,8 +155,8 @@ def test_without_a_cache_folder_it_goes_on_and_says_what_that_costs(
     Path("file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     note = (
-        f"note: can't make the folder {tmp_path}/file/smoothl1-deploy/score (Not a directory), so "
-        "an interrupted run begins again; give another place for the journal with --journal\n"
+        "note: an interrupted run begins again: can't make the folder "
+        f"{tmp_path}/file/smoothl1-deploy/score: Not a directory; choose another with --journal\n"
     )
     options = (*FILES, "--per-sample", "-o", "s.npy", "--json")
     done = killed("after the journal", "SIGINT", *options)
@@ -200,7 +200,7 @@ def journal(change: Callable[[list[bytes]], list[bytes]]) -> None:
 
 
 def forge(lines: list[bytes]) -> list[bytes]:
-    lines[4] = lines[4].replace(b'"piece":2', b'"piece":9')
+    lines[4] = lines[4].replace(b'"task":2', b'"task":9')
     return lines
 
 
@@ -214,7 +214,7 @@ def other_scores() -> None:
 MEANWHILE: dict[str, tuple[Callable[[], object], int | str]] = {
     "nothing": (lambda: None, 96),
     "an untouched copy": (lambda: np.save("t.npy", np.load("t.npy")), 96),
-    "a change where nothing was scored yet": (lambda: edit(PIECES * 3 - 1), 96),
+    "a change where nothing was scored yet": (lambda: edit(TASKS * 3 - 1), 96),
     "a change where it was scored": (
         lambda: edit(0),
         "t.npy has changed since the interrupted run scored a part of it (journal j); restore it, "
@@ -278,9 +278,9 @@ def test_a_journal_of_another_run_is_refused(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("p.npy/j", "can't write the journal p.npy/j ("),
+        ("p.npy/j", "can't write the journal p.npy/j: "),
         (".", "it is a folder, a pipe or a device; give a file"),
-        ("x" * 300, "(File name too long); give another place with --journal"),
+        ("x" * 300, ": File name too long; give another place with --journal"),
     ],
 )
 def test_a_journal_that_can_not_be(cli: Callable[..., Done], path: str, message: str) -> None:
@@ -297,12 +297,12 @@ def test_two_runs_at_once_are_refused(cli: Callable[..., Done]) -> None:
 
 @pytest.fixture
 def at_the_sixth(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Journal], object]], None]:
-    """Does something when the sixth piece is finished, before it is in the journal."""
+    """Does something when the sixth task is finished, before it is in the journal."""
     add = Journal.add
 
     def does(something: Callable[[Journal], object]) -> None:
-        def after(self: Journal, result: PieceResult) -> None:
-            if result.piece == 5:
+        def after(self: Journal, result: TaskResult) -> None:
+            if result.task == 5:
                 something(self)
             add(self, result)
 

@@ -38,9 +38,9 @@ def elements(p: np.ndarray, t: np.ndarray, beta: float = 1.0) -> Fraction:
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "BATCH_ELEMENTS", 16)
-    monkeypatch.setattr(shards, "PIECE_ELEMENTS", 64)
+    monkeypatch.setattr(shards, "TASK_ELEMENTS", 64)
 
 
 @pytest.fixture
