@@ -1,4 +1,4 @@
-"""Scoring of data larger than memory: sources → shards → tasks → batches → an engine → one exact result."""
+"""Scoring of data larger than memory: sources → shards → tasks → an engine → one exact result."""
 
 from __future__ import annotations
 
