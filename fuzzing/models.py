@@ -193,18 +193,12 @@ _PROFILES = some(
     ),
     THINGS,
 )
-_FLAGS = st.booleans() | THINGS
 _OPTIONS = some(
     st.just({}),
     st.just({}),
-    st.just({"tf32": True}),
+    st.just({"compute_capabilities": ["8.6"]}),
     st.fixed_dictionaries(
-        {},
-        optional={
-            "compute_capabilities": st.lists(st.sampled_from(["8.6", "current", "9.9"])) | THINGS,
-            "hardware_compatibility": NAMES,
-            **{name: _FLAGS for name in ("version_compatible", "tf32")},
-        },
+        {"compute_capabilities": st.lists(st.sampled_from(["8.6", "current", "9.9"])) | THINGS}
     ),
 )
 _FILES = st.sampled_from(

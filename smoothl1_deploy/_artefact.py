@@ -56,12 +56,8 @@ def sidecar_path(engine: Path) -> Path:
     return engine.with_name(engine.name + ".json")
 
 
-def read_sealed(path: Path, otherwise: str = "") -> dict[str, Any]:
+def read_sealed(path: Path) -> dict[str, Any]:
     """The entries of an engine's sidecar, read without trust.
-
-    Args:
-        path: of the sidecar.
-        otherwise: what else helps where there is none, at the end of the sentence.
 
     Raises:
         ArtefactError: when it is missing, damaged, or changed since it was written.
@@ -71,7 +67,7 @@ def read_sealed(path: Path, otherwise: str = "") -> dict[str, Any]:
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise ArtefactError(
             f"{path}, the engine's sidecar, can't be read ({reason_of(exc)}). An engine is "
-            f"executable code: build it again{otherwise}"
+            "executable code: build it again"
         ) from exc
     try:
         entries = json.loads(raw)

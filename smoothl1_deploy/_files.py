@@ -214,7 +214,7 @@ def check_apart(
         if path is None:
             continue
         for other, old in there:
-            if _is_same(path, old):
+            if is_same(path, old):
                 raise OutputError(
                     f"{option} {path} and {other} {old} are one file, which is left as it is; name "
                     f"another one with {option}"
@@ -222,11 +222,13 @@ def check_apart(
         there.append((option, path))
 
 
-def _is_same(a: Path, b: Path) -> bool:
+def is_same(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file, be it there yet or not."""
     try:
-        return os.path.samefile(a, b)
-    except (OSError, ValueError):  # not there yet
-        return os.path.realpath(a) == os.path.realpath(b)
+        there = os.path.exists(a) and os.path.exists(b)
+        return os.path.samefile(a, b) if there else os.path.realpath(a) == os.path.realpath(b)
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:

@@ -314,10 +314,7 @@ def _runs(sidecar: Sidecar, version: str) -> bool:
     """Whether TensorRT of a version loads the plan of a sidecar."""
     built, server = ([*map(_number, text.split("."))] for text in (sidecar.version, version))
     shared = min(len(built), len(server))
-    if built[:shared] == server[:shared]:
-        return True
-    later = built[0] == server[0] and built[:shared] < server[:shared]
-    return sidecar.options.version_compatible and later
+    return built[:shared] == server[:shared]
 
 
 def _number(text: str) -> int:

@@ -25,6 +25,7 @@ import onnx
 
 from .. import __version__
 from .._artefact import ModelSource, read_model, sha256
+from .._files import is_same
 from ..errors import BuildError, OutputError, SpecError, UnsupportedError
 from ..graph._metadata import CHANGED, is_changed, read_spec, warn_if_changed
 from ._cache import EngineCache
@@ -159,18 +160,11 @@ def _checked_path(path: str | Path | None, model: ModelSource) -> Path | None:
     if os.path.isdir(target) or not os.path.isdir(target.parent):
         problem = "is a folder" if os.path.isdir(target) else "lies in a folder that doesn't exist"
         raise OutputError(f"can't write the engine: {target} {problem}; give a file name")
-    if isinstance(model, (str, os.PathLike)) and _same_file(target, model):
+    if isinstance(model, (str, os.PathLike)) and is_same(target, model):
         raise OutputError(
             f"can't write the engine: {target} is the model it is built from; give another name"
         )
     return target
-
-
-def _same_file(a: Path, b: str | os.PathLike[str]) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except (OSError, ValueError):  # one of them is not there
-        return False
 
 
 def _build(
@@ -178,18 +172,18 @@ def _build(
 ) -> tuple[bytes, Sidecar]:
     """Parse, configure, build; the work of the building thread."""
     start = time.monotonic()
-    options = key.options
     parsed = parse(model, flavour)
     config = parsed.builder.create_builder_config()
     with flavour.capture() as log:
-        flags = configure(config, options, flavour)
+        flags = configure(config, key.options, flavour)
         _add_profile(config, parsed, key.profile)
         config.progress_monitor = watch.monitor(flavour.trt)
         memory = parsed.builder.build_serialized_network(parsed.network, config)
     if memory is None:
-        raise BuildError(
-            f"{flavour} can't build {key.graph_name!r}: {log.reason()}{_hint(options)}"
-        )
+        hint = ""
+        if "current" in key.options.compute_capabilities:
+            hint = "; compute capability 'current' needs a GPU: name one, as in '8.6'"
+        raise BuildError(f"{flavour} can't build {key.graph_name!r}: {log.reason()}{hint}")
     data = bytes(memory)
     notes = list(parsed.notes)
     if is_changed(model):
@@ -204,7 +198,7 @@ def _build(
         graph_name=key.graph_name,
         flavour=flavour.name,
         version=flavour.version,
-        options=options,
+        options=key.options,
         flags=flags,
         profile=key.profile,
         inputs=parsed.inputs,
@@ -243,15 +237,6 @@ def _add_profile(config: Any, parsed: ParsedNetwork, profile: Profile) -> None:
         raise SpecError(
             f"{parsed.flavour} refused the profile {profile}: {problem or log.reason()}"
         )
-
-
-def _hint(options: BuildOptions) -> str:
-    """What in the options is known to make a build fail where it could work otherwise."""
-    if options.version_compatible:
-        return "; version_compatible needs the lean runtime library, which not every package holds"
-    if "current" in options.compute_capabilities:
-        return "; compute capability 'current' needs a GPU: name one, as in '8.6'"
-    return ""
 
 
 # Waiting for a build

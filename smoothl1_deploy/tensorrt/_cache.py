@@ -19,9 +19,9 @@ import filelock
 import platformdirs
 
 from .._artefact import sidecar_path
-from .._files import is_unfinished
+from .._files import is_unfinished, refusal_told
 from .._records import Record
-from ..errors import ArtefactError, OutputError, SpecError, reason_of
+from ..errors import ArtefactError, OutputError, SpecError
 from ._engine import BuildKey, Engine, Sidecar, read_verified, write_engine
 
 _ABANDONED = 3600  # seconds after which nobody is writing a file any more
@@ -74,14 +74,10 @@ class EngineCache:
         self._make_folders()
 
     def _make_folders(self) -> None:
-        try:
+        remedy = "choose a folder that you may write to, or build without a cache"
+        with refusal_told(f"can't use {self.root} as an engine cache", remedy):
             for folder in (self._engines, self._locks):
                 folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as exc:
-            raise OutputError(
-                f"can't use {self.root} as an engine cache ({reason_of(exc)}); choose a folder "
-                "that you may write to, or build without a cache"
-            ) from exc
 
     def path(self, key: BuildKey) -> Path:
         """Where the engine of `key` stands, or would."""
@@ -172,12 +168,10 @@ class EngineCache:
             if entry.key == keep:
                 continue
             with contextlib.suppress(filelock.Timeout), self._locked(entry.key, timeout=0):
-                try:
+                with refusal_told(f"can't remove {entry.path}", "see who may write to its folder"):
                     # The sidecar first: an engine without one is never taken for sound.
                     sidecar_path(entry.path).unlink(missing_ok=True)
                     entry.path.unlink(missing_ok=True)
-                except OSError as exc:
-                    raise OutputError(f"can't remove {entry.path}: {exc.strerror}") from exc
                 excess -= entry.bytes
                 removed.append(entry)
         return tuple(removed)

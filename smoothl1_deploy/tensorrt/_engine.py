@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import onnx
 from onnx import helper
@@ -192,7 +192,7 @@ class Sidecar(Record):
         Raises:
             ArtefactError: when it is missing, damaged, or changed since it was written.
         """
-        entries = read_sealed(path, ", or pass allow_unverified=True if you trust it")
+        entries = read_sealed(path)
         try:
             return cls.from_dict(entries)
         except ArtefactError as exc:
@@ -258,15 +258,6 @@ class Engine:
         return {name: plain(getattr(self, name)) for name in shown}
 
 
-@dataclass(frozen=True, slots=True)
-class UnverifiedEngine:
-    """An engine whose origin nothing vouches for; `problem` says why."""
-
-    path: Path
-    data: bytes = field(repr=False)
-    problem: str
-
-
 # Files
 
 
@@ -285,32 +276,12 @@ def write_engine(path: Path, data: bytes, sidecar: Sidecar) -> None:
     write_atomic(sidecar_path(path), sidecar.dumps())
 
 
-@overload
-def read_engine(
-    path: str | Path, allow_unverified: Literal[False] = False, flavour: str | Flavour = "auto"
-) -> Engine: ...
-
-
-@overload
-def read_engine(
-    path: str | Path, allow_unverified: bool, flavour: str | Flavour = "auto"
-) -> Engine | UnverifiedEngine: ...
-
-
-def read_engine(
-    path: str | Path, allow_unverified: bool = False, flavour: str | Flavour = "auto"
-) -> Engine | UnverifiedEngine:
+def read_engine(path: str | Path, flavour: str | Flavour = "auto") -> Engine:
     """Read an engine and check it against its sidecar and the TensorRT that is installed.
 
     Args:
         path: of the engine; its sidecar is `<path>.json`.
-        allow_unverified: take the engine also where the sidecar is missing or doesn't fit it.
-            An engine is executable code: only for files you trust. A sidecar that fits
-            is held to its flavour and version all the same.
         flavour: that is to run the engine; `"auto"` is the one its sidecar names.
-
-    Returns:
-        An `Engine`; an `UnverifiedEngine` only with `allow_unverified`.
 
     Raises:
         ArtefactError: when the engine or its sidecar is missing, damaged or changed, when they
@@ -318,16 +289,14 @@ def read_engine(
         MissingDependencyError, BackendUnavailableError: when the TensorRT that is to run it is not
             installed, or can't be used here.
     """
-    path = Path(path)
-    data = _read(path)
-    try:
-        engine = _verified(path, data)
-    except ArtefactError as exc:
-        if not allow_unverified:
-            raise
-        _check_file(data, get_flavour(flavour), path)
-        return UnverifiedEngine(path, data, str(exc))
-    _check_file(data, _runtime_flavour(path, engine.sidecar, flavour), path)
+    engine = read_verified(Path(path))
+    here = _runtime_flavour(engine, flavour)
+    # That this machine's GPU is another is nothing wrong with the file.
+    found = [name for name in diagnose(engine.data, here) if name in _OF_THE_FILE]
+    if found:
+        raise ArtefactError(
+            f"{path} is no engine of {here}: {', '.join(found)}; build it again for this version"
+        )
     return engine
 
 
@@ -337,10 +306,6 @@ def read_verified(path: Path) -> Engine:
     Raises:
         ArtefactError: as `read_engine` does for the files.
     """
-    return _verified(path, _read(path))
-
-
-def _read(path: Path) -> bytes:
     try:
         data = read_file(path)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
@@ -349,10 +314,6 @@ def _read(path: Path) -> bytes:
         ) from exc
     if not data:
         raise ArtefactError(f"{path} is empty; build the engine again")
-    return data
-
-
-def _verified(path: Path, data: bytes) -> Engine:
     sidecar = Sidecar.read(sidecar_path(path))
     remedy = "copy both files again, or build the engine again"
     if len(data) < sidecar.engine_bytes:
@@ -369,9 +330,10 @@ def _verified(path: Path, data: bytes) -> Engine:
     return Engine(path, sidecar, data)
 
 
-def _runtime_flavour(path: Path, sidecar: Sidecar, asked: str | Flavour) -> Flavour:
+def _runtime_flavour(engine: Engine, asked: str | Flavour) -> Flavour:
     """The installed flavour that is to run the engine; refuses one that can't."""
-    built = f"{path} was built with {sidecar.flavour} {sidecar.version}"
+    sidecar = engine.sidecar
+    built = f"{engine.path} was built with {sidecar.flavour} {sidecar.version}"
     remedy = "build it again here"
     try:
         here = get_flavour(sidecar.flavour if asked == "auto" else asked)
@@ -379,9 +341,7 @@ def _runtime_flavour(path: Path, sidecar: Sidecar, asked: str | Flavour) -> Flav
         raise type(exc)(f"{built}, which can't be used here; {remedy}. {exc}") from exc
     if here.name != sidecar.flavour:
         raise ArtefactError(f"{built}, and {here} can't run it; {remedy}")
-    # An engine runs on the version that built it; a version-compatible one on later minors too.
-    parts = 1 if sidecar.options.version_compatible else 3
-    if here.version.split(".")[:parts] != sidecar.version.split(".")[:parts]:
+    if here.version.split(".")[:3] != sidecar.version.split(".")[:3]:
         raise ArtefactError(f"{built}, here is {here}, and engines don't carry over; {remedy}")
     return here
 
@@ -398,15 +358,6 @@ def diagnose(data: bytes, flavour: Flavour) -> tuple[str, ...]:
     _, diagnostics = flavour.trt.Runtime(flavour.logger).get_engine_validity(data)
     names = flavour.trt.EngineInvalidityDiagnostics.__members__
     return tuple(sorted(name for name, bit in names.items() if int(diagnostics) & int(bit)))
-
-
-def _check_file(data: bytes, flavour: Flavour, path: Path) -> None:
-    """Refuse what is wrong with the file; that this machine's GPU is another is no such thing."""
-    found = [name for name in diagnose(data, flavour) if name in _OF_THE_FILE]
-    if found:
-        raise ArtefactError(
-            f"{path} is no engine of {flavour}: {', '.join(found)}; build it again for this version"
-        )
 
 
 # ONNX files that carry an engine
@@ -481,10 +432,9 @@ def write_context(
 
 def _architecture(sidecar: Sidecar) -> str:
     """The compute capabilities as the providers write them: `"86"`, or `"80+"` for any from 8.0."""
-    built_for, here = sidecar.options.compute_capabilities, ""
-    if sidecar.flavour == "tensorrt" and sidecar.options.hardware_compatibility != "ampere_plus":
+    built_for = sidecar.options.compute_capabilities
+    if sidecar.flavour == "tensorrt":
         built_for = ("current",)
-    if sidecar.gpu is not None:
-        here = sidecar.gpu.compute_capability
+    here = "" if sidecar.gpu is None else sidecar.gpu.compute_capability
     named = (here if name == "current" else name for name in built_for)
     return ",".join(name.replace(".", "") for name in named) or "80+"

@@ -15,7 +15,6 @@ from .._records import Record
 from ..errors import BuildError, SpecError, UnsupportedError
 from ._flavour import Flavour
 
-_LEVELS = ("none", "ampere_plus", "same_compute_capability")
 _CAPABILITY = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)", re.IGNORECASE)
 
 
@@ -35,26 +34,21 @@ def _capability(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions(Record):
-    """What an engine is built for, and how.
+    """What an engine is built for.
 
     Args:
         compute_capabilities: GPUs to build for, such as `"8.6"` or `"SM86"`; `"current"` is this
             machine's. Empty leaves it to the flavour: `tensorrt_rtx` targets 8.0 and later,
             `tensorrt` builds for this machine's GPU and knows no list.
-        hardware_compatibility: `"none"`, `"ampere_plus"` or `"same_compute_capability"`;
-            `tensorrt` only.
-        version_compatible: let later runtimes of the same major version run the engine.
-        tf32: let float32 products run on tensor cores with 10 bits of mantissa. Off, because
-            the loss is to equal PyTorch's; TensorRT's own default is on.
 
     Raises:
         SpecError: on values that mean nothing.
+
+    >>> BuildOptions(["12.0", "SM86", 8.6]).compute_capabilities
+    ('8.6', '12.0')
     """
 
     compute_capabilities: tuple[str, ...] = ()
-    hardware_compatibility: str | None = None
-    version_compatible: bool = False
-    tf32: bool = False
 
     def __post_init__(self) -> None:
         given: Any = self.compute_capabilities
@@ -68,16 +62,6 @@ class BuildOptions(Record):
         # Sorted, each once: the order is part of the engine's bytes.
         order = wanted if "current" in wanted else sorted(wanted, key=float)
         object.__setattr__(self, "compute_capabilities", tuple(order))
-        level: Any = self.hardware_compatibility
-        if level is not None:
-            if not isinstance(level, str) or level.lower() not in _LEVELS:
-                raise SpecError(
-                    f"unknown hardware_compatibility {level!r}; choose one of {', '.join(_LEVELS)}"
-                )
-            object.__setattr__(self, "hardware_compatibility", level.lower())
-        for name in ("version_compatible", "tf32"):
-            if not isinstance(getattr(self, name), bool):
-                raise SpecError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BuildOptions:
@@ -97,7 +81,10 @@ class BuildOptions(Record):
 
 
 def configure(config: Any, options: BuildOptions, flavour: Flavour) -> tuple[str, ...]:
-    """Write `options` into a builder config, and STRICT_NANS, which keeps NaN, where it exists.
+    """Write `options` into a builder config, and what every loss needs.
+
+    STRICT_NANS, where it exists, keeps NaN. TF32, which is TensorRT's default, would compute
+    float32 products with 10 bits of mantissa, and the loss is to equal PyTorch's: it is cleared.
 
     Returns:
         The names of the builder flags that are then set, sorted.
@@ -107,17 +94,12 @@ def configure(config: Any, options: BuildOptions, flavour: Flavour) -> tuple[str
         BuildError: when TensorRT refuses what it should know.
     """
     with flavour.capture() as log:
-        for option in ("tf32", "version_compatible"):
-            flag = flavour.need("BuilderFlag", option.upper(), f"the option {option}")
-            if getattr(options, option):
-                config.set_flag(flag)
-            else:
-                config.clear_flag(flag)
+        config.clear_flag(flavour.trt.BuilderFlag.TF32)
         strict_nans = flavour.member("BuilderFlag", "STRICT_NANS")
         if strict_nans is not None:
             config.set_flag(strict_nans)
-        _set_capabilities(config, flavour, options.compute_capabilities)
-        _set_hardware_level(config, flavour, options.hardware_compatibility)
+        if options.compute_capabilities:
+            _set_capabilities(config, flavour, options.compute_capabilities)
         if log.errors:
             raise BuildError(f"{flavour} refused the build options: {log.reason()}")
     flags = flavour.trt.BuilderFlag.__members__
@@ -125,42 +107,24 @@ def configure(config: Any, options: BuildOptions, flavour: Flavour) -> tuple[str
 
 
 def _set_capabilities(config: Any, flavour: Flavour, wanted: tuple[str, ...]) -> None:
-    if not wanted:
-        return
     if flavour.member("IBuilderConfig", "set_compute_capability") is None:
         raise UnsupportedError(
             f"compute_capabilities is not supported by {flavour}, which builds for the GPU of this "
-            "machine; use hardware_compatibility there, or flavour='tensorrt_rtx'"
+            "machine; leave them out, or use flavour='tensorrt_rtx'"
         )
     members = []
     for capability in wanted:
         name = "CURRENT" if capability == "current" else "SM" + capability.replace(".", "")
         member = flavour.member("ComputeCapability", name)
         if member is None:
-            listed = ", ".join(flavour.capabilities)
-            hint = (
-                "; Hopper (9.0) runs engines of flavour='tensorrt'" if capability == "9.0" else ""
-            )
+            hopper = capability == "9.0"
+            hint = "; Hopper (9.0) runs engines of flavour='tensorrt'" if hopper else ""
             raise UnsupportedError(
                 f"{flavour} can't build for compute capability {capability}; "
-                f"it knows {listed}{hint}"
+                f"it knows {', '.join(flavour.capabilities)}{hint}"
             )
         members.append(member)
     config.num_compute_capabilities = len(members)
     for index, member in enumerate(members):
         if not config.set_compute_capability(member, index):
             raise BuildError(f"{flavour} refused to build for compute capability {wanted[index]}")
-
-
-def _set_hardware_level(config: Any, flavour: Flavour, level: str | None) -> None:
-    if level is None:
-        return
-    if flavour.name == "tensorrt_rtx":
-        # It takes one, warns that it is unsupported and goes on (tried with 1.7.1).
-        raise UnsupportedError(
-            f"hardware_compatibility is not supported by {flavour}; "
-            "name the GPUs with compute_capabilities, as in ['8.6', '12.0']"
-        )
-    config.hardware_compatibility_level = flavour.need(
-        "HardwareCompatibilityLevel", level.upper(), f"hardware_compatibility={level!r}"
-    )

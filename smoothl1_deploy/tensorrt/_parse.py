@@ -243,21 +243,20 @@ def _port(kind: str, value: onnx.ValueInfoProto, tensor: Any) -> NetworkPort:
             f"the graph declares the {kind} {value.name!r} as {element}, TensorRT made it {dtype}; "
             "export the model with an element type TensorRT has, and declare what it computes"
         )
-    shape = shape_of(tensor)
-    axes = axes_of(value)
-    names = tuple(axis if isinstance(axis, str) else None for axis in axes or shape or ())
-    differs = shape is None or (
-        axes is not None
-        and (
-            len(axes) != len(shape)
-            or any(isinstance(d, int) and d != n != -1 for d, n in zip(axes, shape, strict=True))
-        )
-    )
-    if differs or shape is None:
+    shape, axes = shape_of(tensor), axes_of(value)
+    if shape is None or (axes is not None and not _fits(axes, shape)):
         asked = ["?" if axis is None else axis for axis in axes or ()]
         raise UnsupportedError(
             f"the graph declares the {kind} {value.name!r} with the shape {asked}, TensorRT made "
             f"it {'of unknown rank' if shape is None else list(shape)}; declare the shape the "
             "graph computes (onnx.shape_inference.infer_shapes finds it)"
         )
+    names = tuple(axis if isinstance(axis, str) else None for axis in axes or shape)
     return NetworkPort(value.name, dtype_of(tensor), shape, names)
+
+
+def _fits(axes: tuple[int | str | None, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a network's shape, with -1 for a dynamic axis, has the sizes that are declared."""
+    return len(axes) == len(shape) and not any(
+        isinstance(axis, int) and axis != size != -1 for axis, size in zip(axes, shape, strict=True)
+    )

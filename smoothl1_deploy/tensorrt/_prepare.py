@@ -104,10 +104,9 @@ def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
     casts: list[str] = []
     constants: list[str] = []
     for scope in scopes(model):
-        for node, element in _element_types(scope):
-            if element.i == _DOUBLE:  # the element type of a Cast: the others were refused
-                element.i = TensorProto.FLOAT
-                casts.append(f"{scope.where}{node_label(node)}")
+        for node, element in _doubling(scope):  # each a Cast: other nodes were refused
+            element.i = TensorProto.FLOAT
+            casts.append(f"{scope.where}{node_label(node)}")
         for where, tensor in scope.constants:
             if tensor.data_type == _DOUBLE:
                 value = _value(tensor, where).astype(np.float32)
@@ -135,18 +134,17 @@ def _sets_type(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> bool:
     return node.domain in ("", "ai.onnx") and attribute.name in _TYPE_ATTRIBUTES
 
 
-def _element_types(scope: Scope) -> Iterator[tuple[onnx.NodeProto, onnx.AttributeProto]]:
-    """The attributes that set an element type, with their nodes."""
+def _doubling(scope: Scope) -> Iterator[tuple[onnx.NodeProto, onnx.AttributeProto]]:
+    """The attributes that set an output's element type to float64, with their nodes."""
     for node in scope.nodes:
         for attribute in node.attribute:
-            if _sets_type(node, attribute):
+            if _sets_type(node, attribute) and attribute.i == _DOUBLE:
                 yield node, attribute
 
 
 def _has_double(scope: Scope) -> bool:
-    return any(element.i == _DOUBLE for _, element in _element_types(scope)) or any(
-        tensor.data_type == _DOUBLE for _, tensor in scope.constants
-    )
+    constants = (tensor for _, tensor in scope.constants if tensor.data_type == _DOUBLE)
+    return any(True for _ in (*_doubling(scope), *constants))
 
 
 def _check_constants(scope: Scope) -> None:
@@ -181,15 +179,18 @@ def _value(tensor: TensorProto, where: str) -> Array:
 
 
 def _check_nodes(scope: Scope) -> None:
-    for node in scope.nodes:
-        for attribute in node.attribute:
-            makes = _sets_type(node, attribute) and attribute.i == _DOUBLE
-            sparse = attribute.sparse_tensor.values.data_type == _DOUBLE
-            if (makes and node.op_type != "Cast") or sparse:
-                raise UnsupportedError(
-                    f"the node {scope.where}{node_label(node)!r} ({node.op_type}) makes float64 "
-                    f"(attribute {attribute.name}). {_REMEDY}"
-                )
+    sparse = (
+        (node, attribute)
+        for node in scope.nodes
+        for attribute in node.attribute
+        if attribute.sparse_tensor.values.data_type == _DOUBLE
+    )
+    for node, attribute in (*_doubling(scope), *sparse):
+        if node.op_type != "Cast":
+            raise UnsupportedError(
+                f"the node {scope.where}{node_label(node)!r} ({node.op_type}) makes float64 "
+                f"(attribute {attribute.name}). {_REMEDY}"
+            )
 
 
 def _check_ports(model: onnx.ModelProto) -> None:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from .._device import Device
-from .._files import write_atomic
+from .._files import refusal_told, write_atomic
 from ..errors import (
     BackendUnavailableError,
     InvalidInputError,
-    OutputError,
     SpecError,
     UnsupportedError,
 )
@@ -187,13 +186,9 @@ class _Kernels:
         Raises:
             OutputError: when the file can't be written.
         """
-        try:
+        remedy = "choose a folder that you may write to"
+        with refusal_told(f"can't keep compiled kernels in {self._path}", remedy):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise OutputError(
-                f"can't keep compiled kernels in {self._path} ({exc.strerror or exc}); choose a "
-                "folder that you may write to"
-            ) from exc
         write_atomic(self._path, bytes(self._cache.serialize()))
 
 

@@ -350,14 +350,6 @@ def test_a_plan_of_the_servers_tensorrt_and_of_another(plan: Path) -> None:
         assert finding.remedy.endswith("in the container that serves it")
 
 
-def test_a_version_compatible_plan_runs_later(planned: Path) -> None:
-    from smoothl1_deploy.tensorrt._options import BuildOptions
-
-    rewrite(planned, options=BuildOptions(version_compatible=True))
-    assert rules(planned, "10.14") == []
-    assert rules(planned, "10.9") == rules(planned, "11.0") == ["other-tensorrt"]
-
-
 def test_each_fault_of_a_plan_is_found(planned: Path) -> None:
     sidecar = planned / "loss_trt" / "1" / "model.plan.json"
     sound = sidecar.read_bytes()

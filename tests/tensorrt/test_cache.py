@@ -79,9 +79,11 @@ def test_what_changed_is_said(flavour, cache, mean_model):
         "profile: input=1x16,64x16,4096x16 target=1x16,64x16,4096x16 -> "
         "input=1x16,64x16,8192x16 target=1x16,64x16,8192x16",
     )
-    assert build(options=BuildOptions(tf32=True)).changed == ("option tf32: False -> True",)
+    for_one = BuildOptions(["8.6"])
+    change = "option compute_capabilities: [] -> ['8.6']"
+    assert build(options=for_one).changed == (change,)
     # Compared with the nearest of the three.
-    again = build(options=BuildOptions(tf32=True), profile={"input": (1, 64, 8192)})
+    again = build(options=for_one, profile={"input": (1, 64, 8192)})
     assert len(again.changed) == 1
     newer = dataclasses.replace(flavour, version="1.8.0")
     assert build(flavour=newer).changed == ("version: 1.7.1 -> 1.8.0",)
@@ -98,7 +100,7 @@ def test_a_difference_in_any_part_is_another_engine(flavour, cache, mean_model):
     """Of the tool's version too, which prepares the model."""
     key = build_engine(mean_model, flavour=flavour, cache_dir=cache).sidecar.key
     other = {
-        "options": BuildOptions(tf32=True),
+        "options": BuildOptions(["8.6"]),
         "profile": dataclasses.replace(key.profile, ranges={}),
         "gpu": Gpu("H100", "9.0", "580"),
     }
@@ -242,7 +244,7 @@ def test_sizes_are_numbers_of_bytes(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path, flavour, mean_model):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"as an engine cache .* or build without a cache"):
+    with pytest.raises(OutputError, match=r"as an engine cache: .* or build without a cache"):
         build_engine(mean_model, flavour=flavour, cache_dir=tmp_path / "file")
 
 

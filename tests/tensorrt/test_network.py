@@ -164,7 +164,7 @@ def test_a_wrong_constant_is_seen(dtype, by, value):
 def test_an_input_that_numpy_would_broadcast_is_refused(mean_model):
     """The plan itself checks nothing: a runner stands before it."""
     ones = np.ones((4, 16), np.float32)
-    with pytest.raises(InvalidInputError, match=r"target has the shape \(1, 16\)|can't be broadcast"):
+    with pytest.raises(InvalidInputError, match=r"target has the shape \(1, 16\)"):
         TrtNetworkBackend().load(mean_model).run(ones, ones[:1])
 
 
