@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,10 +17,8 @@ pytest.importorskip("tensorrt_rtx")
 
 from smoothl1_deploy import LossSpec, export, load
 from smoothl1_deploy._floats import NUMPY_DTYPE
-from smoothl1_deploy.backends._base import get_backend
 from smoothl1_deploy.backends._trt_network import TrtNetworkBackend
-from smoothl1_deploy.errors import InvalidInputError, MissingDependencyError, UnsupportedError
-from smoothl1_deploy.tensorrt import _flavour as flavour_module
+from smoothl1_deploy.errors import InvalidInputError, UnsupportedError
 from smoothl1_deploy.tensorrt._network import plan
 from smoothl1_deploy.tensorrt._parse import parse
 
@@ -39,7 +36,8 @@ def runner(spec, route="function", shape=("N", 16), target_shape=None, drops_nan
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_loss_is_right_for_every_beta_and_special_number(reduction, dtype):
-    for route, beta in itertools.product(("function", "inlined"), (0.0, 0.1, 1.0, 1e4, math.inf)):
+    betas = (0.0, 0.1, 1.0, 1e4, math.inf)
+    for route, beta in [*itertools.product(("function", "inlined"), betas), ("torch", 0.1)]:
         spec = LossSpec(beta, reduction, dtype)
         run = runner(spec, route).run
         a, b = pair(spec, (24, 16), special=reduction == "none")
@@ -47,17 +45,6 @@ def test_the_loss_is_right_for_every_beta_and_special_number(reduction, dtype):
         for value in SPECIALS if reduction != "none" else ():
             a[3, 5] = value
             assert_right(spec, run(a, b)["loss"], a, b)
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [LossSpec(0.0, "none", "float16"), LossSpec(0.1, "mean", "bfloat16"), LossSpec(1e4, "sum")],
-    ids=lambda spec: spec.name,
-)
-def test_the_torch_route_is_right(spec):
-    pytest.importorskip("torch")
-    a, b = pair(spec, (24, 16))
-    assert_right(spec, runner(spec, "torch").run(a, b)["loss"], a, b)
 
 
 @pytest.mark.parametrize("drops_nan", [True, False])
@@ -102,11 +89,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "target_shape", "a", "b"), SHAPES, ids=str)
-def test_ranks_broadcasts_and_empty_axes(shape, target_shape, a, b):
-    for reduction, (dtype, route) in itertools.product(
-        REDUCTIONS, (("float32", "function"), ("bfloat16", "inlined"))
-    ):
+@pytest.mark.parametrize(("dtype", "route"), [("float32", "function"), ("bfloat16", "inlined")])
+def test_ranks_broadcasts_and_empty_axes(dtype, route):
+    for (shape, target_shape, a, b), reduction in itertools.product(SHAPES, REDUCTIONS):
         spec = LossSpec(0.5, reduction, dtype)
         arrays = pair(spec, a)[0], pair(spec, b)[1]
         loss = runner(spec, route, shape, target_shape).run(*arrays)["loss"]
@@ -139,14 +124,13 @@ def test_outputs_are_fresh_arrays(rtx):
     assert not np.shares_memory(out["y"], x)
 
 
-@pytest.mark.parametrize("value", [0.5, 2.0], ids=["half", "beta"])
 @pytest.mark.parametrize(("dtype", "by"), [("float32", 2e-4), ("float16", 0.2), ("bfloat16", 0.2)])
-def test_a_wrong_constant_is_seen(dtype, by, value):
+def test_a_wrong_constant_is_seen(dtype, by):
     """The evaluation must be able to fail: of `none`, and of the mean."""
-    for spec in (LossSpec(2.0, "none", dtype), LossSpec(2.0, "mean", dtype)):
+    for reduction, value in itertools.product(("none", "mean"), (0.5, 2.0)):  # 2 is beta
+        spec = LossSpec(2.0, reduction, dtype)
         model = export(spec, "inlined", ("N", 16))
         arrays = pair(spec, (24, 16))
-        assert_right(spec, TrtNetworkBackend().load(model).run(*arrays)["loss"], *arrays)
         wrong = numpy_helper.from_array(np.array(value * (1 + by), np.float32))
         held = [*model.graph.initializer, *(a.t for n in model.graph.node for a in n.attribute)]
         found = [t for t in held if t.data_type == 1 and numpy_helper.to_array(t) == value]
@@ -183,11 +167,3 @@ def test_float64_and_any_rank_are_refused():
         backend.load(export(wide, shape=("N",)))
     with pytest.raises(UnsupportedError, match=r"unknown rank"):
         backend.load(export(LossSpec()))
-
-
-def test_without_tensorrt_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(flavour_module, "_usable", {})
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'smoothl1-deploy\[rtx\]'"):
-        get_backend("trt-network")

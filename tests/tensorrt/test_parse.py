@@ -58,18 +58,6 @@ def test_accumulators_are_narrowed_and_named(route, shape, dtype):
     onnx.checker.check_model(prepared, full_check=True)
 
 
-def test_the_narrowed_model_computes_the_same_to_float32():
-    ort = pytest.importorskip("onnxruntime")
-    original = export(LossSpec(beta=0.5, reduction="mean"), shape=("N",))
-    rng = np.random.default_rng(0)
-    feeds = {n: rng.normal(size=1000).astype(np.float32) for n in ("input", "target")}
-    results = [
-        ort.InferenceSession(m.SerializeToString()).run(None, feeds)[0]
-        for m in (original, prepare(original)[0])
-    ]
-    np.testing.assert_allclose(*results, rtol=1e-6)
-
-
 def test_declarations_of_inner_values_are_narrowed_too():
     original = onnx.shape_inference.infer_shapes(export(LossSpec(), "inlined", ("N",)))
     prepared, _ = prepare(original)
@@ -214,11 +202,6 @@ def test_sparse_constants_of_float64_are_refused():
     made.graph.node[0].attribute.append(helper.make_attribute("sparse_value", sparse))
     with pytest.raises(UnsupportedError, match=r"\(Constant\) makes float64 \(attribute sparse_v"):
         prepare(made)
-
-
-def test_our_export_of_any_rank_is_refused():
-    with pytest.raises(UnsupportedError, match=r"shape=\('N', 16\): a name makes an axis dynamic"):
-        prepare(export(LossSpec()))
 
 
 def test_a_function_called_without_its_attribute():
