@@ -104,12 +104,10 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(
     assert re.search(r"\d+%.* [\d.]+ [kM]? ?elements/s.* 0:00:0\d.* p\.npy", text), text
 
 
-def whole(cli: Callable[..., Done]) -> dict[str, Any]:
+@pytest.fixture
+def whole(score: Callable[..., Any]) -> Any:
     """The report of a run that was not interrupted; its scores are in whole.npy."""
-    done = cli("score", *FILES, "--per-sample", "-o", "whole.npy", "--json")
-    assert done.code == 0, done.err
-    found: dict[str, Any] = json.loads(done.out)
-    return found
+    return score("--per-sample", "-o", "whole.npy")
 
 
 @pytest.mark.parametrize(
@@ -121,9 +119,8 @@ def whole(cli: Callable[..., Done]) -> dict[str, Any]:
     ],
 )
 def test_after_a_kill_the_same_command_goes_on(
-    cli: Callable[..., Done], moment: str, finished: int
+    cli: Callable[..., Done], whole: Any, moment: str, finished: int
 ) -> None:
-    expected = whole(cli)
     assert killed(moment).returncode == -signal.SIGKILL
     assert not Path("s.npy").exists() and unfinished()
     done = cli("score", *OPTIONS)
@@ -131,27 +128,27 @@ def test_after_a_kill_the_same_command_goes_on(
     found = json.loads(done.out)
     assert found["resumed"] == finished * 12
     assert {key: found[key] for key in ("loss", "sum", "count")} == {
-        key: expected[key] for key in ("loss", "sum", "count")
+        key: whole[key] for key in ("loss", "sum", "count")
     }
     assert Path("s.npy").read_bytes() == Path("whole.npy").read_bytes()
     assert not Path("j").exists() and not unfinished()
 
 
-def test_ctrl_c_says_how_to_go_on(cli: Callable[..., Done]) -> None:
-    expected = whole(cli)
-    done = killed("after the journal", "SIGINT")
+def test_ctrl_c_says_how_to_go_on(score: Callable[..., Any], whole: Any) -> None:
+    """The journal, of which nothing is said, is found by the request."""
+    options = (*FILES, "--per-sample", "-o", "s.npy", "--json")
+    done = killed("after the journal", "SIGINT", *options)
     assert done.returncode == 130
     assert done.stderr == (
         "note: interrupted with 28 % done; the same command goes on from there\n"
     )
-    found = json.loads(cli("score", *OPTIONS).out)
-    assert (found["loss"], found["resumed"]) == (expected["loss"], 96)
+    found = score("--per-sample", "-o", "s.npy")
+    assert (found["loss"], found["resumed"]) == (whole["loss"], 96)
 
 
 def test_without_a_cache_folder_it_goes_on_and_says_what_that_costs(
-    cli: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Callable[..., Done], whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = whole(cli)
     Path("file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     note = (
@@ -168,16 +165,8 @@ def test_without_a_cache_folder_it_goes_on_and_says_what_that_costs(
     assert left == {"p.npy", "t.npy", "whole.npy", "file", "user-cache"}
     again = cli("score", *options)
     assert (again.code, again.err) == (0, note)
-    assert (json.loads(again.out)["loss"], json.loads(again.out)["resumed"]) == (
-        expected["loss"],
-        0,
-    )
-
-
-def test_without_a_journal_option_it_is_found_by_the_request(cli: Callable[..., Done]) -> None:
-    options = (*FILES, "--per-sample", "-o", "s.npy", "--json")
-    killed("after the journal", "SIGKILL", *options)
-    assert json.loads(cli("score", *options).out)["resumed"] == 96
+    found = json.loads(again.out)
+    assert (found["loss"], found["resumed"]) == (whole["loss"], 0)
 
 
 def edit(row: int, hidden: bool = False) -> None:
@@ -234,7 +223,9 @@ MEANWHILE: dict[str, tuple[Callable[[], object], int | str]] = {
 
 
 @pytest.mark.parametrize("what", MEANWHILE)
-def test_what_happens_meanwhile_is_seen(cli: Callable[..., Done], what: str) -> None:
+def test_what_happens_meanwhile_is_seen(
+    cli: Callable[..., Done], score: Callable[..., Any], what: str
+) -> None:
     happen, expected = MEANWHILE[what]
     interrupted(cli)
     happen()
@@ -245,7 +236,7 @@ def test_what_happens_meanwhile_is_seen(cli: Callable[..., Done], what: str) -> 
         assert Path("j").read_bytes() == before
         return
     assert json.loads(done.out)["resumed"] == expected
-    whole(cli)
+    score("--per-sample", "-o", "whole.npy")
     assert Path("s.npy").read_bytes() == Path("whole.npy").read_bytes()
     assert not Path("j").exists()
 
@@ -332,9 +323,8 @@ def test_what_was_done_before_a_failure_is_said_to_be_kept(
 
 
 def test_of_two_runs_into_one_file_the_one_that_ends_well_leaves_its_own_scores(
-    cli: Callable[..., Done], at_the_sixth: Callable[..., None]
+    cli: Callable[..., Done], whole: Any, at_the_sixth: Callable[..., None]
 ) -> None:
-    whole(cli)
     options = (*FILES, "--per-sample", "-o", "s.npy", "--journal")
 
     def cross(journal: Journal) -> None:
@@ -362,8 +352,7 @@ def test_scores_go_through_a_link_and_keep_the_permissions(
     assert os.stat("deep/real").st_mode & 0o777 == 0o600 and os.stat("deep/real").st_size > 128
 
 
-def test_scores_can_be_piped(cli: Callable[..., Done]) -> None:
-    whole(cli)
+def test_scores_can_be_piped(cli: Callable[..., Done], whole: Any) -> None:
     os.mkfifo("s.npy")
     with subprocess.Popen(["cat", "s.npy"], stdout=subprocess.PIPE) as reader:
         assert cli("score", *OPTIONS).code == 0

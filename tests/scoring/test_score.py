@@ -51,21 +51,15 @@ def saved() -> Pair:
     return p, t
 
 
-def report(done: Done) -> dict[str, Any]:
-    assert (done.code, done.err) == (0, "")
-    found: dict[str, Any] = json.loads(done.out)
-    return found
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_result_is_the_exact_sum_rounded_once(
-    cli: Callable[..., Done], dtype: str, reduction: str
+    score: Callable[..., Any], dtype: str, reduction: str
 ) -> None:
     p, t = pair(dtype=dtype)
     np.save("p.npy", p)
     np.save("t.npy", t)
-    found = report(cli("score", *FILES, "--beta", "0.5", "--reduction", reduction, "--json"))
+    found = score("--beta", "0.5", "--reduction", reduction)
     exact = elements(p, t, 0.5)
     assert found["loss"] == float(exact / p.size if reduction == "mean" else exact)
     assert found["sum"] == float(exact)
@@ -99,11 +93,9 @@ def test_text_for_people(cli: Callable[..., Done], saved: Pair) -> None:
     assert "elements  300 in 1 shard(s)" in done.out
 
 
-def test_scores_are_those_of_the_artefact(cli: Callable[..., Done], saved: Pair) -> None:
+def test_scores_are_those_of_the_artefact(score: Callable[..., Any], saved: Pair) -> None:
     expected = load(export(LossSpec(0.5, per_sample=True))).run(*saved)["loss"]
-    found = report(
-        cli("score", *FILES, "--beta", "0.5", "--per-sample", "-o", "scores.npy", "--json")
-    )
+    found = score("--beta", "0.5", "--per-sample", "-o", "scores.npy")
     scores = np.load("scores.npy")
     assert scores.dtype == np.float32 and np.array_equal(scores, expected)
     exact = sum(map(Fraction, scores.astype(float).tolist()), Fraction(0))
@@ -113,15 +105,15 @@ def test_scores_are_those_of_the_artefact(cli: Callable[..., Done], saved: Pair)
     assert list(Path().glob(".scores*")) == []
 
 
-def test_nan_and_infinity_flow(cli: Callable[..., Done], saved: Pair) -> None:
+def test_nan_and_infinity_flow(score: Callable[..., Any], saved: Pair) -> None:
     p, _ = saved
     p[50, 1] = np.inf
     np.save("p.npy", p)
-    assert report(cli("score", *FILES, "--json"))["loss"] == "inf"
+    assert score()["loss"] == "inf"
     p[3, 0] = np.nan
     np.save("p.npy", p)
-    assert report(cli("score", *FILES, "--json"))["loss"] == "nan"
-    report(cli("score", *FILES, "--per-sample", "-o", "s.npy", "--json"))
+    assert score()["loss"] == "nan"
+    score("--per-sample", "-o", "s.npy")
     scores = np.load("s.npy")
     assert np.isnan(scores[3]) and scores[50] == np.inf and np.isfinite(scores[4:50]).all()
 
@@ -132,24 +124,22 @@ def test_a_spec_with_gradients_is_scored_by_its_loss(saved: Pair) -> None:
     assert loss_over([saved], spec).loss == loss_over([saved], LossSpec(0.5)).loss
 
 
-def test_no_rows_at_all(cli: Callable[..., Done]) -> None:
+def test_no_rows_at_all(score: Callable[..., Any]) -> None:
     for name in ("p", "t"):
         np.save(f"{name}.npy", np.zeros((0, 3), np.float32))
-    assert report(cli("score", *FILES, "--json"))["loss"] == "nan"
-    assert report(cli("score", *FILES, "--reduction", "sum", "--json"))["loss"] == 0.0
-    report(cli("score", *FILES, "--per-sample", "-o", "s.npy", "--json"))
+    assert score()["loss"] == "nan"
+    assert score("--reduction", "sum")["loss"] == 0.0
+    score("--per-sample", "-o", "s.npy")
     assert np.load("s.npy").shape == (0,)
 
 
 @pytest.mark.parametrize("normalizer", ["count", "weights"])
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_weights(cli: Callable[..., Done], saved: Pair, normalizer: str, per_sample: bool) -> None:
+def test_weights(score: Callable[..., Any], saved: Pair, normalizer: str, per_sample: bool) -> None:
     weight = np.random.default_rng(1).random((100, 1)).astype(np.float32)
     np.save("w.npy", weight)
     options = ["--per-sample", "-o", "s.npy"] if per_sample else []
-    found = report(
-        cli("score", *FILES, "--weight", "w.npy", "--normalizer", normalizer, *options, "--json")
-    )
+    found = score("--weight", "w.npy", "--normalizer", normalizer, *options)
     spec = LossSpec(weight=normalizer, dtype="float64")
     wide = (array.astype(np.float64) for array in (*saved, weight))
     expected = load(export(spec)).run(*list(wide)[:2], weight=weight)["loss"]
@@ -157,10 +147,10 @@ def test_weights(cli: Callable[..., Done], saved: Pair, normalizer: str, per_sam
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_an_artefact_runs_itself(cli: Callable[..., Done], saved: Pair, reduction: str) -> None:
+def test_an_artefact_runs_itself(score: Callable[..., Any], saved: Pair, reduction: str) -> None:
     model = export(LossSpec(0.5, reduction), shape=("N", 3))
     Path("loss.onnx").write_bytes(model.SerializeToString())
-    found = report(cli("score", *FILES, "--model", "loss.onnx", "--json"))
+    found = score("--model", "loss.onnx")
     exact = elements(*saved, 0.5)
     wanted = float(exact if reduction == "sum" else exact / 300)
     assert found["loss"] == pytest.approx(wanted, rel=2e-7)
@@ -172,9 +162,11 @@ def test_an_artefact_runs_itself(cli: Callable[..., Done], saved: Pair, reductio
     assert found["sum"] == float(total)
 
 
-def test_an_artefact_with_a_fixed_number_of_rows(cli: Callable[..., Done], saved: Pair) -> None:
+def test_an_artefact_with_a_fixed_number_of_rows(
+    cli: Callable[..., Done], score: Callable[..., Any], saved: Pair
+) -> None:
     Path("loss.onnx").write_bytes(export(LossSpec(), shape=(20, 3)).SerializeToString())
-    found = report(cli("score", *FILES, "--model", "loss.onnx", "--json"))
+    found = score("--model", "loss.onnx")
     assert found["loss"] == pytest.approx(float(elements(*saved) / 300), rel=1e-7)
     done = cli("score", *FILES, "--model", "loss.onnx", "--batch", "7")
     assert "error: the artefact takes 20 rows at a time, not 7" in done.err
@@ -185,26 +177,26 @@ def test_an_artefact_with_a_fixed_number_of_rows(cli: Callable[..., Done], saved
     assert "shard p.npy, rows 20 to 30: input has the shape (10, 3)" in done.err
 
 
-def test_beta_at_run_time(cli: Callable[..., Done], saved: Pair) -> None:
+def test_beta_at_run_time(cli: Callable[..., Done], score: Callable[..., Any], saved: Pair) -> None:
     Path("loss.onnx").write_bytes(export(LossSpec(runtime_beta=True)).SerializeToString())
-    found = report(cli("score", *FILES, "--model", "loss.onnx", "--beta", "0.5", "--json"))
+    found = score("--model", "loss.onnx", "--beta", "0.5")
     assert found["loss"] == pytest.approx(float(elements(*saved, 0.5) / 300), rel=1e-7)
     assert "beta is missing" in cli("score", *FILES, "--model", "loss.onnx").err
 
 
-def test_a_fortran_file_and_one_long_row(cli: Callable[..., Done], saved: Pair) -> None:
+def test_a_fortran_file_and_one_long_row(score: Callable[..., Any], saved: Pair) -> None:
     exact = float(elements(*saved) / 300)
     np.save("p.npy", np.asfortranarray(saved[0]))
-    assert report(cli("score", *FILES, "--json"))["loss"] == exact
+    assert score()["loss"] == exact
     for name, array in zip("pt", saved, strict=True):
         np.save(f"{name}.npy", array.reshape(1, 300))
-    assert report(cli("score", *FILES, "--json"))["loss"] == exact
+    assert score()["loss"] == exact
 
 
-def test_a_target_of_another_dtype_and_width(cli: Callable[..., Done], saved: Pair) -> None:
+def test_a_target_of_another_dtype_and_width(score: Callable[..., Any], saved: Pair) -> None:
     target = np.arange(100)[:, None] % 3
     np.save("t.npy", target)
-    found = report(cli("score", *FILES, "--json"))
+    found = score()
     wide = np.broadcast_to(target.astype(np.float32), (100, 3))
     assert found["loss"] == float(elements(saved[0], wide) / 300)
 
@@ -272,15 +264,15 @@ def test_what_is_missing_is_said_with_its_command(
     assert not list(Path().glob(".s.*"))
 
 
-def test_a_model_of_other_origin(cli: Callable[..., Done], saved: Pair) -> None:
+def test_a_model_of_other_origin(
+    cli: Callable[..., Done], score: Callable[..., Any], saved: Pair
+) -> None:
     text = """<ir_version: 8, opset_import: ["" : 18]> g (float[N, 3] y, float[N, 3] y_true)
     => (float l) { d = Sub(y, y_true) a = Abs(d) l = ReduceMean<keepdims=0>(a) }"""
     onnx.save(onnx.parser.parse_model(text), "l1.onnx")
     done = cli("score", *FILES, "--model", "l1.onnx")
     assert done.code == 2 and "the model doesn't say what it computes; give spec=" in done.err
-    found = report(
-        cli("score", *FILES, "--model", "l1.onnx", "--beta", "0", "--reduction", "mean", "--json")
-    )
+    found = score("--model", "l1.onnx", "--beta", "0", "--reduction", "mean")
     assert found["loss"] == pytest.approx(np.abs(saved[0] - saved[1]).mean(dtype=float), rel=1e-6)
     done = cli("score", *FILES, "--model", "l1.onnx", "--reduction", "sum", "--per-sample")
     assert done.code == 2 and "its metadata or the given reduction is wrong" in done.err
