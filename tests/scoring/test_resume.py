@@ -26,6 +26,8 @@ from smoothl1_deploy.scoring import _shards as shards
 from smoothl1_deploy.scoring._journal import Journal
 from smoothl1_deploy.scoring._scorer import TaskResult
 
+Cli = Callable[..., Done]
+Report = Callable[..., Any]
 FILES = ("--input", "p.npy", "--target", "t.npy")
 OPTIONS = (*FILES, "--journal", "j", "--per-sample", "-o", "s.npy", "--json")
 TASKS = 25
@@ -78,7 +80,7 @@ def unfinished() -> list[Path]:
     return [path for path in Path().iterdir() if is_unfinished(path.name)]
 
 
-def interrupted(cli: Callable[..., Done]) -> None:
+def interrupted(cli: Cli) -> None:
     """After eight tasks, in this process: what is left is what a kill leaves."""
     add = Journal.add
 
@@ -93,7 +95,7 @@ def interrupted(cli: Callable[..., Done]) -> None:
 
 
 def test_a_terminal_gets_a_bar_with_rate_and_time_left(
-    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add, shown = Journal.add, io.StringIO()
     monkeypatch.setattr(Journal, "add", lambda *given: (time.sleep(0.02), add(*given)))
@@ -105,7 +107,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(
 
 
 @pytest.fixture
-def whole(score: Callable[..., Any]) -> Any:
+def whole(score: Report) -> Any:
     """The report of a run that was not interrupted; its scores are in whole.npy."""
     return score("--per-sample", "-o", "whole.npy")
 
@@ -119,7 +121,7 @@ def whole(score: Callable[..., Any]) -> Any:
     ],
 )
 def test_after_a_kill_the_same_command_goes_on(
-    cli: Callable[..., Done], whole: Any, moment: str, finished: int
+    cli: Cli, whole: Any, moment: str, finished: int
 ) -> None:
     assert killed(moment).returncode == -signal.SIGKILL
     assert not Path("s.npy").exists() and unfinished()
@@ -134,7 +136,7 @@ def test_after_a_kill_the_same_command_goes_on(
     assert not Path("j").exists() and not unfinished()
 
 
-def test_ctrl_c_says_how_to_go_on(score: Callable[..., Any], whole: Any) -> None:
+def test_ctrl_c_says_how_to_go_on(score: Report, whole: Any) -> None:
     """The journal, of which nothing is said, is found by the request."""
     options = (*FILES, "--per-sample", "-o", "s.npy", "--json")
     done = killed("after the journal", "SIGINT", *options)
@@ -147,7 +149,7 @@ def test_ctrl_c_says_how_to_go_on(score: Callable[..., Any], whole: Any) -> None
 
 
 def test_without_a_cache_folder_it_goes_on_and_says_what_that_costs(
-    cli: Callable[..., Done], whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -223,9 +225,7 @@ MEANWHILE: dict[str, tuple[Callable[[], object], int | str]] = {
 
 
 @pytest.mark.parametrize("what", MEANWHILE)
-def test_what_happens_meanwhile_is_seen(
-    cli: Callable[..., Done], score: Callable[..., Any], what: str
-) -> None:
+def test_what_happens_meanwhile_is_seen(cli: Cli, score: Report, what: str) -> None:
     happen, expected = MEANWHILE[what]
     interrupted(cli)
     happen()
@@ -241,7 +241,7 @@ def test_what_happens_meanwhile_is_seen(
     assert not Path("j").exists()
 
 
-def test_restart_throws_the_old_work_away(cli: Callable[..., Done]) -> None:
+def test_restart_throws_the_old_work_away(cli: Cli) -> None:
     interrupted(cli)
     edit(0)
     assert json.loads(cli("score", *OPTIONS, "--restart").out)["resumed"] == 0
@@ -255,9 +255,7 @@ def test_restart_throws_the_old_work_away(cli: Callable[..., Done]) -> None:
         (["--batch", "2"], "its batch was 1, and is 2"),
     ],
 )
-def test_a_journal_of_another_run_is_refused(
-    cli: Callable[..., Done], options: list[str], message: str
-) -> None:
+def test_a_journal_of_another_run_is_refused(cli: Cli, options: list[str], message: str) -> None:
     interrupted(cli)
     before = Path("j").read_bytes()
     done = cli("score", *OPTIONS, *options)
@@ -274,12 +272,12 @@ def test_a_journal_of_another_run_is_refused(
         ("x" * 300, ": File name too long; give another place with --journal"),
     ],
 )
-def test_a_journal_that_can_not_be(cli: Callable[..., Done], path: str, message: str) -> None:
+def test_a_journal_that_can_not_be(cli: Cli, path: str, message: str) -> None:
     done = cli("score", *FILES, "--journal", path)
     assert done.code == 2 and message in done.err
 
 
-def test_two_runs_at_once_are_refused(cli: Callable[..., Done]) -> None:
+def test_two_runs_at_once_are_refused(cli: Cli) -> None:
     with open("j", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = cli("score", *OPTIONS)
@@ -303,7 +301,7 @@ def at_the_sixth(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Journal
 
 
 def test_a_file_that_changes_under_the_run_is_refused(
-    cli: Callable[..., Done], at_the_sixth: Callable[..., None]
+    cli: Cli, at_the_sixth: Callable[..., None]
 ) -> None:
     at_the_sixth(lambda journal: os.utime("p.npy"))
     done = cli("score", *OPTIONS)
@@ -311,7 +309,7 @@ def test_a_file_that_changes_under_the_run_is_refused(
 
 
 def test_what_was_done_before_a_failure_is_said_to_be_kept(
-    cli: Callable[..., Done], at_the_sixth: Callable[..., None]
+    cli: Cli, at_the_sixth: Callable[..., None]
 ) -> None:
     def full(journal: Journal) -> None:
         raise OutputError("can't write the journal j: No space left on device")
@@ -323,7 +321,7 @@ def test_what_was_done_before_a_failure_is_said_to_be_kept(
 
 
 def test_of_two_runs_into_one_file_the_one_that_ends_well_leaves_its_own_scores(
-    cli: Callable[..., Done], whole: Any, at_the_sixth: Callable[..., None]
+    cli: Cli, whole: Any, at_the_sixth: Callable[..., None]
 ) -> None:
     options = (*FILES, "--per-sample", "-o", "s.npy", "--journal")
 
@@ -339,9 +337,7 @@ def test_of_two_runs_into_one_file_the_one_that_ends_well_leaves_its_own_scores(
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".parquet"])
-def test_scores_go_through_a_link_and_keep_the_permissions(
-    cli: Callable[..., Done], suffix: str
-) -> None:
+def test_scores_go_through_a_link_and_keep_the_permissions(cli: Cli, suffix: str) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     Path("deep").mkdir()
@@ -352,7 +348,7 @@ def test_scores_go_through_a_link_and_keep_the_permissions(
     assert os.stat("deep/real").st_mode & 0o777 == 0o600 and os.stat("deep/real").st_size > 128
 
 
-def test_scores_can_be_piped(cli: Callable[..., Done], whole: Any) -> None:
+def test_scores_can_be_piped(cli: Cli, whole: Any) -> None:
     os.mkfifo("s.npy")
     with subprocess.Popen(["cat", "s.npy"], stdout=subprocess.PIPE) as reader:
         assert cli("score", *OPTIONS).code == 0
@@ -360,7 +356,7 @@ def test_scores_can_be_piped(cli: Callable[..., Done], whole: Any) -> None:
     assert not unfinished() and not Path("j").exists()
 
 
-def test_a_file_beside_the_scores_or_the_journal_is_left_alone(cli: Callable[..., Done]) -> None:
+def test_a_file_beside_the_scores_or_the_journal_is_left_alone(cli: Cli) -> None:
     Path("secret").write_text("of somebody else")
     others = ("j.lock", ".s.npy.part", ".s.npy.whole")
     for name in others:

@@ -20,6 +20,8 @@ from smoothl1_deploy import LossSpec, export, load, loss_over
 from smoothl1_deploy.errors import InvalidInputError, SpecError
 from smoothl1_deploy.scoring import _shards as shards
 
+Cli = Callable[..., Done]
+Report = Callable[..., Any]
 Pair = tuple[np.ndarray, np.ndarray]
 FILES = ("--input", "p.npy", "--target", "t.npy")
 
@@ -54,7 +56,7 @@ def saved() -> Pair:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_result_is_the_exact_sum_rounded_once(
-    score: Callable[..., Any], dtype: str, reduction: str
+    score: Report, dtype: str, reduction: str
 ) -> None:
     p, t = pair(dtype=dtype)
     np.save("p.npy", p)
@@ -69,9 +71,7 @@ def test_the_result_is_the_exact_sum_rounded_once(
     assert list(Path("user-cache/smoothl1-deploy/score").iterdir()) == []
 
 
-def test_scores_that_nobody_asked_to_be_written_are_said_to_be_lost(
-    cli: Callable[..., Done], saved: Pair
-) -> None:
+def test_scores_that_nobody_asked_to_be_written_are_said_to_be_lost(cli: Cli, saved: Pair) -> None:
     note = "note: no scores were written; -o scores.npy writes them\n"
     assert cli("score", *FILES, "--per-sample").err == note
     assert cli("score", *FILES, "--per-sample", "-o", "s.npy").err == ""
@@ -86,14 +86,14 @@ def test_the_size_and_order_of_batches_do_not_matter(size: int, backwards: bool)
     )
 
 
-def test_text_for_people(cli: Callable[..., Done], saved: Pair) -> None:
+def test_text_for_people(cli: Cli, saved: Pair) -> None:
     done = cli("score", *FILES)
     assert done.err == ""  # no bar where there is no terminal
     assert f"loss      {float(elements(*saved) / 300)}" in done.out
     assert "elements  300 in 1 shard(s)" in done.out
 
 
-def test_scores_are_those_of_the_artefact(score: Callable[..., Any], saved: Pair) -> None:
+def test_scores_are_those_of_the_artefact(score: Report, saved: Pair) -> None:
     expected = load(export(LossSpec(0.5, per_sample=True))).run(*saved)["loss"]
     found = score("--beta", "0.5", "--per-sample", "-o", "scores.npy")
     scores = np.load("scores.npy")
@@ -105,7 +105,7 @@ def test_scores_are_those_of_the_artefact(score: Callable[..., Any], saved: Pair
     assert list(Path().glob(".scores*")) == []
 
 
-def test_nan_and_infinity_flow(score: Callable[..., Any], saved: Pair) -> None:
+def test_nan_and_infinity_flow(score: Report, saved: Pair) -> None:
     p, _ = saved
     p[50, 1] = np.inf
     np.save("p.npy", p)
@@ -124,7 +124,7 @@ def test_a_spec_with_gradients_is_scored_by_its_loss(saved: Pair) -> None:
     assert loss_over([saved], spec).loss == loss_over([saved], LossSpec(0.5)).loss
 
 
-def test_no_rows_at_all(score: Callable[..., Any]) -> None:
+def test_no_rows_at_all(score: Report) -> None:
     for name in ("p", "t"):
         np.save(f"{name}.npy", np.zeros((0, 3), np.float32))
     assert score()["loss"] == "nan"
@@ -135,7 +135,7 @@ def test_no_rows_at_all(score: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("normalizer", ["count", "weights"])
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_weights(score: Callable[..., Any], saved: Pair, normalizer: str, per_sample: bool) -> None:
+def test_weights(score: Report, saved: Pair, normalizer: str, per_sample: bool) -> None:
     weight = np.random.default_rng(1).random((100, 1)).astype(np.float32)
     np.save("w.npy", weight)
     options = ["--per-sample", "-o", "s.npy"] if per_sample else []
@@ -147,7 +147,7 @@ def test_weights(score: Callable[..., Any], saved: Pair, normalizer: str, per_sa
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_an_artefact_runs_itself(score: Callable[..., Any], saved: Pair, reduction: str) -> None:
+def test_an_artefact_runs_itself(score: Report, saved: Pair, reduction: str) -> None:
     model = export(LossSpec(0.5, reduction), shape=("N", 3))
     Path("loss.onnx").write_bytes(model.SerializeToString())
     found = score("--model", "loss.onnx")
@@ -162,9 +162,7 @@ def test_an_artefact_runs_itself(score: Callable[..., Any], saved: Pair, reducti
     assert found["sum"] == float(total)
 
 
-def test_an_artefact_with_a_fixed_number_of_rows(
-    cli: Callable[..., Done], score: Callable[..., Any], saved: Pair
-) -> None:
+def test_an_artefact_with_a_fixed_number_of_rows(cli: Cli, score: Report, saved: Pair) -> None:
     Path("loss.onnx").write_bytes(export(LossSpec(), shape=(20, 3)).SerializeToString())
     found = score("--model", "loss.onnx")
     assert found["loss"] == pytest.approx(float(elements(*saved) / 300), rel=1e-7)
@@ -177,14 +175,14 @@ def test_an_artefact_with_a_fixed_number_of_rows(
     assert "shard p.npy, rows 20 to 30: input has the shape (10, 3)" in done.err
 
 
-def test_beta_at_run_time(cli: Callable[..., Done], score: Callable[..., Any], saved: Pair) -> None:
+def test_beta_at_run_time(cli: Cli, score: Report, saved: Pair) -> None:
     Path("loss.onnx").write_bytes(export(LossSpec(runtime_beta=True)).SerializeToString())
     found = score("--model", "loss.onnx", "--beta", "0.5")
     assert found["loss"] == pytest.approx(float(elements(*saved, 0.5) / 300), rel=1e-7)
     assert "beta is missing" in cli("score", *FILES, "--model", "loss.onnx").err
 
 
-def test_a_fortran_file_and_one_long_row(score: Callable[..., Any], saved: Pair) -> None:
+def test_a_fortran_file_and_one_long_row(score: Report, saved: Pair) -> None:
     exact = float(elements(*saved) / 300)
     np.save("p.npy", np.asfortranarray(saved[0]))
     assert score()["loss"] == exact
@@ -193,7 +191,7 @@ def test_a_fortran_file_and_one_long_row(score: Callable[..., Any], saved: Pair)
     assert score()["loss"] == exact
 
 
-def test_a_target_of_another_dtype_and_width(score: Callable[..., Any], saved: Pair) -> None:
+def test_a_target_of_another_dtype_and_width(score: Report, saved: Pair) -> None:
     target = np.arange(100)[:, None] % 3
     np.save("t.npy", target)
     found = score()
@@ -236,7 +234,7 @@ def test_loss_over_takes_mappings_and_says_which_batch_is_wrong() -> None:
         (["--target", "."], "p.npy is a file beside a folder; give folders, or files"),
     ],
 )
-def test_bad_usage(cli: Callable[..., Done], saved: Pair, options: list[str], message: str) -> None:
+def test_bad_usage(cli: Cli, saved: Pair, options: list[str], message: str) -> None:
     done = cli("score", *FILES, *options)
     assert done.code == 2 and message in done.err
     assert {path.name for path in Path().iterdir()} <= {"p.npy", "t.npy", "user-cache"}
@@ -264,9 +262,7 @@ def test_what_is_missing_is_said_with_its_command(
     assert not list(Path().glob(".s.*"))
 
 
-def test_a_model_of_other_origin(
-    cli: Callable[..., Done], score: Callable[..., Any], saved: Pair
-) -> None:
+def test_a_model_of_other_origin(cli: Cli, score: Report, saved: Pair) -> None:
     text = """<ir_version: 8, opset_import: ["" : 18]> g (float[N, 3] y, float[N, 3] y_true)
     => (float l) { d = Sub(y, y_true) a = Abs(d) l = ReduceMean<keepdims=0>(a) }"""
     onnx.save(onnx.parser.parse_model(text), "l1.onnx")
@@ -278,9 +274,7 @@ def test_a_model_of_other_origin(
     assert done.code == 2 and "its metadata or the given reduction is wrong" in done.err
 
 
-def test_a_changed_artefact_is_scored_as_it_is_with_a_note(
-    cli: Callable[..., Done], saved: Pair
-) -> None:
+def test_a_changed_artefact_is_scored_as_it_is_with_a_note(cli: Cli, saved: Pair) -> None:
     model = export(LossSpec(0.5, "sum"), shape=("N", 3))
     model.graph.node[0].attribute[0].f = 0.0  # its metadata still say 0.5
     onnx.save(model, "changed.onnx")
@@ -291,7 +285,7 @@ def test_a_changed_artefact_is_scored_as_it_is_with_a_note(
     )
 
 
-def test_a_model_that_is_asked_for_what_it_is_not(cli: Callable[..., Done], saved: Pair) -> None:
+def test_a_model_that_is_asked_for_what_it_is_not(cli: Cli, saved: Pair) -> None:
     Path("loss.onnx").write_bytes(export(LossSpec(0.5)).SerializeToString())
     for options, message in (
         (["--per-sample"], "'per_sample': True}; ask for what it computes, or leave the artefact"),

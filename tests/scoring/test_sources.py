@@ -21,6 +21,7 @@ from smoothl1_deploy.errors import InvalidInputError
 from smoothl1_deploy.scoring import _sources as sources
 from smoothl1_deploy.scoring._sources import Location, open_source
 
+Cli = Callable[..., Done]
 ROWS = np.arange(24, dtype=np.float32).reshape(8, 3)
 
 
@@ -207,7 +208,7 @@ def folders() -> None:
 FOLDERS = ("--input", "p", "--target", "t")
 
 
-def test_shards_are_matched_by_name(cli: Callable[..., Done], folders: None) -> None:
+def test_shards_are_matched_by_name(cli: Cli, folders: None) -> None:
     found = json.loads(
         cli("score", *FOLDERS, "--per-sample", "-o", "s.npy", "--reduction", "sum", "--json").out
     )
@@ -220,9 +221,7 @@ def test_shards_are_matched_by_name(cli: Callable[..., Done], folders: None) -> 
 
 
 @pytest.mark.parametrize("suffix", ["npz", "parquet"])
-def test_every_format_gives_the_same_result(
-    cli: Callable[..., Done], folders: None, suffix: str
-) -> None:
+def test_every_format_gives_the_same_result(cli: Cli, folders: None, suffix: str) -> None:
     expected = json.loads(cli("score", *FOLDERS, "--json").out)
     Path("both").mkdir()
     for shard in range(3):
@@ -238,7 +237,7 @@ def test_every_format_gives_the_same_result(
     }
 
 
-def test_scores_in_parquet(cli: Callable[..., Done], folders: None) -> None:
+def test_scores_in_parquet(cli: Cli, folders: None) -> None:
     parquet_file = pytest.importorskip("pyarrow.parquet")
     for name in ("s.npy", "s.parquet"):
         assert cli("score", *FOLDERS, "--per-sample", "-o", name).code == 0
@@ -284,22 +283,20 @@ SPOILED: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_shards_that_do_not_fit_are_named(
-    cli: Callable[..., Done], folders: None, what: str
-) -> None:
+def test_shards_that_do_not_fit_are_named(cli: Cli, folders: None, what: str) -> None:
     spoil, message = SPOILED[what]
     spoil()
     done = cli("score", *FOLDERS)
     assert done.code == 2 and message in done.err
 
 
-def test_a_folder_without_shards(cli: Callable[..., Done]) -> None:
+def test_a_folder_without_shards(cli: Cli) -> None:
     for name in ("p", "t"):
         Path(name).mkdir()
     assert "error: p holds no file of .npy, .npz, .parquet" in cli("score", *FOLDERS).err
 
 
-def test_an_address_is_told_from_a_missing_file(cli: Callable[..., Done]) -> None:
+def test_an_address_is_told_from_a_missing_file(cli: Cli) -> None:
     done = cli("score", "--input", "s3://bucket/p.parquet", "--target", "t.parquet")
     assert done.code == 2
     assert "is an address, and score reads files; copy what is there to this machine" in done.err
