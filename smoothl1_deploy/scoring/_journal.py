@@ -124,9 +124,9 @@ class Journal:
     """The journal of one run; a context manager that holds a lock on it.
 
     Args:
-        path: of the file; made where there is none.
+        path: the file; it is made where there is none.
         job: what is computed.
-        plan: of which data.
+        plan: of which data, in which tasks.
         output: where the scores go, as a part of what is scored; None for nowhere.
         restart: throw away what an earlier run has done.
 
@@ -155,7 +155,7 @@ class Journal:
             "number of tasks": len(plan.tasks),
         }
         self._files = {p: _identity(p) for shard in plan.shards for p in _paths(shard)}
-        self._ours = False  # and so may be removed
+        self._ours = False  # whether the file is a journal of this run, which may be removed
         self._file = _locked(path)
         try:
             self._open(restart)
@@ -168,7 +168,7 @@ class Journal:
         lines = data.splitlines(keepends=True)
         begun = _line({"kind": _KIND}).startswith(data)  # nothing, or cut off by a kill
         kind = "" if begun else str((_fields(lines[0]) or {}).get("kind"))
-        # That of another version can be thrown away, but not read.
+        # A journal of another version can be thrown away, but not read.
         if not begun and kind != _KIND and not (restart and kind.startswith(_KIND[:-1])):
             raise InvalidInputError(
                 f"{self.path} is not a journal of this version of smoothl1-deploy score; it is "
@@ -268,7 +268,7 @@ class Journal:
     def close(self) -> None:
         """Keep the journal for the next run, where anything is done."""
         if self._ours and not self.done and not self._file.closed:
-            with contextlib.suppress(OSError):  # somebody was quicker
+            with contextlib.suppress(OSError):  # somebody else has removed it
                 if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
                     os.unlink(os.path.realpath(self.path))
         self._file.close()

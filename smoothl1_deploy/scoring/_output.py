@@ -20,7 +20,7 @@ from ..errors import OutputError, require
 from ._journal import Journal
 from ._shards import Plan
 
-_ROWS = 1 << 18  # of a row group of Parquet
+_ROWS = 1 << 18  # rows of a row group of Parquet
 
 
 class ScoreFile:
@@ -29,8 +29,8 @@ class ScoreFile:
     Args:
         path: ends in .npy or .parquet.
         plan: how many rows there are.
-        dtype: of the scores. Parquet has no bfloat16; it gets float32, which holds every one.
-        journal: of the run, which remembers the unfinished file by its `part`.
+        dtype: that of the scores. Parquet has no bfloat16; it gets float32, which holds them all.
+        journal: the run's, which remembers the unfinished file by its `part`.
 
     Attributes:
         kept: whether an unfinished file of this plan was there, to go on with.

@@ -34,7 +34,7 @@ class ExactSum:
     """The exact sum of floats.
 
     Attributes:
-        finite: of those that are finite.
+        finite: the sum of those that are finite.
         special: NaN or an infinity, as IEEE 754 adds up the others; 0 where there are none.
     """
 
@@ -87,12 +87,12 @@ _ONE = ExactSum(Fraction(1))
 
 @dataclass(frozen=True, slots=True)
 class Partial(Record):
-    """What a part of the data adds to the result.
+    """What some of the data add to the result.
 
     Attributes:
-        total: of the losses (times their weights).
+        total: the sum of the losses (times their weights).
         divisor: what a mean divides by: the number of elements, or the sum of their weights.
-        count: of elements.
+        count: the number of elements.
     """
 
     total: ExactSum = _NOTHING

@@ -21,8 +21,8 @@ from ..errors import BackendUnavailableError, SmoothL1DeployError, require
 from ._scorer import Job, TaskResult, TaskScorer
 from ._shards import Plan, Shard, Task
 
-_ATTEMPTS = 3  # of a task, before the run ends with its error
-_STORE = 256 << 20  # bytes of Ray's object store on this machine: results are small
+_ATTEMPTS = 3  # how often a task is tried before the run ends with its error
+_STORE = 256 << 20  # bytes that Ray's object store takes on this machine: results are small
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class RayEngine:
     """Score tasks on a Ray cluster.
 
     Args:
-        address: of a cluster, as `ray.init` takes it; None starts one on this machine, unless
+        address: where a cluster is, as `ray.init` takes it; None starts one on this machine, unless
             Ray is initialised already, and ends it afterwards.
         workers: how many actors; None: one for each CPU (or each `threads` CPUs) of the cluster.
 
@@ -94,7 +94,7 @@ class RayEngine:
                 if isinstance(done, BaseException):
                     raise done
                 yield done
-        except ray.exceptions.RayError as exc:  # the package isn't on a worker, for instance
+        except ray.exceptions.RayError as exc:  # a worker lacks the package, for instance
             raise BackendUnavailableError(
                 f"the Ray workers can't do it ({str(exc).strip().splitlines()[-1]}); every machine "
                 "needs this version of smoothl1-deploy with its extras cpu and ray"
@@ -131,7 +131,7 @@ class _Actor:
                     self._scorer = TaskScorer(self._job, self._plan)
                 return self._scorer.score(task)
             except (SmoothL1DeployError, OSError) as exc:
-                if self._scorer is not None:  # the files are opened again, and the session is
+                if self._scorer is not None:  # the next attempt opens files and session anew
                     self._scorer.close()
                     self._scorer = None
                 if attempt == _ATTEMPTS:

@@ -33,12 +33,12 @@ class Score(Record):
 
     Attributes:
         loss: the exact mean or sum of the losses, rounded once to float64.
-        sum: likewise, the sum.
-        count: of elements.
+        sum: the exact sum, rounded likewise.
+        count: the number of elements.
         spec: what was computed.
-        shards: how many files, or batches.
-        seconds: of this run.
-        resumed: elements that an interrupted run had done.
+        shards: the number of shards, or of the batches of `loss_over`.
+        seconds: how long this run took.
+        resumed: the number of elements that an interrupted run had done.
         output: where the scores of the rows are.
 
     >>> import numpy as np
@@ -78,7 +78,7 @@ class Progress:
 
     @property
     def percent(self) -> int:
-        """Of the elements that are done."""
+        """The share of the elements that is done."""
         return self.done * 100 // max(self.total, 1)
 
 
@@ -102,10 +102,10 @@ def loss_over(
         batches: pairs `(input, target)`, triples with a `weight`, or mappings of these names;
             each array as `run` takes it.
         spec: what is computed; its reduction is `mean` or `sum`.
-        artefact: instead of a spec, or beside it as `scoring.scorer.make_job` says.
+        artefact: instead of a spec, or beside one that says how its losses are combined.
         backend: what runs it.
         beta: for an artefact that takes it at run time.
-        threads: for one call; 0 means every core.
+        threads: how many one call may use; 0 means every core.
 
     Raises:
         SpecError: on a reduction that combines nothing.
@@ -171,13 +171,13 @@ def score_files(
 
     Args:
         job: as `make_job` gives it.
-        located: as `shards.locate` gives it.
+        located: as `locate` gives it.
         output: for one score a row, .npy or .parquet; for a job that gives scores.
         journal: its file. Default: one in the user's cache folder, for this request; where that
             can't be, one that goes with the run.
         restart: throw away what an interrupted run has done.
         batch: rows at a time. Default: about 2^18 elements, or what the artefact is fixed to.
-        engine: `engine.score_locally`, or `ray_engine.RayEngine`.
+        engine: `score_locally`, or a `RayEngine`.
         on_progress: called at the start and after each task.
 
     Raises:
@@ -224,7 +224,7 @@ def score_files(
         done = total - sum(map(plan.elements, todo))
         on_progress(Progress(done, total, forgotten=forgotten))
         try:
-            # Closing: an interrupt comes here, and the engine must let go of files and workers.
+            # An interrupt comes here: closing makes the engine let go of files and workers.
             with contextlib.closing(engine(job, plan, todo)) as results:
                 for result in results:  # each is on the disk before the next is taken
                     if scores is not None and result.scores is not None:

@@ -87,7 +87,7 @@ def make_job(
         spec: alone: what is computed. Beside an artefact with `reduction="none"`: how its losses
             are combined. Beside a model of other origin: what it computes.
         artefact: an `onnx.ModelProto`, its bytes, or a path.
-        backend: one of `backends.base.BACKENDS`.
+        backend: one of `backends.BACKENDS`.
         beta: for an artefact with `runtime_beta`.
         threads: for one call; 0 means every core.
 
@@ -177,7 +177,7 @@ class Scorer:
         """
         spec = self.job.spec
         if not spec.per_sample and not all(array.size for array in arrays.values()):
-            return Partial(), None  # the mean of nothing is NaN, and no part of a mean
+            return Partial(), None  # an artefact's mean of no elements would be NaN
         outputs = self._runner.run(**arrays, beta=self.job.beta)
         losses = outputs[self._runner.signature.loss.name]
         shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
@@ -205,7 +205,7 @@ class Scorer:
             return Partial(_product(exact_sum(losses), divisor), divisor, count)
         rows = np.broadcast_to(weight, (losses.size, *weight.shape[1:]))
         total = ExactSum()
-        for loss, row in zip(losses, rows, strict=True):  # slow, exact, and rarely asked for
+        for loss, row in zip(losses, rows, strict=True):  # this is slow, and rarely asked for
             weights = exact_sum(row).times(count // max(losses.size * row.size, 1))
             total += _product(exact_sum(loss[None]), weights)
         return Partial(total, divisor, count)
@@ -230,7 +230,7 @@ class TaskResult:
         task: its index in the plan.
         partial: what it adds to the result.
         checksums: role -> CRC-32 of the rows that were read.
-        scores: of its rows, where the job gives scores.
+        scores: one for each of its rows, where the job gives scores.
     """
 
     task: int
@@ -299,7 +299,7 @@ class TaskScorer:
         partial, sums, scores = Partial(), dict[str, int](), list[Array]()
         try:
             for batch in self._reader.batches(task):
-                # Beside the loss: zlib lets other threads run, and this is a third of the work.
+                # The checksum is a third of the work, and zlib lets other threads run meanwhile.
                 summed = self._beside.submit(_add, sums, batch)
                 try:
                     added, rows = self._scorer.score(batch)

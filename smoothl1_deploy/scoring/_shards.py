@@ -1,7 +1,8 @@
 """Which files belong together, and into which tasks their rows are cut.
 
-A shard is one file of input and its partner of target: two files, or those of the same name in two
-folders. A task is what is finished, journaled and sent as one: some rows of one shard.
+A shard is a file of input and its partner of target: two files, or those of one name in two
+folders. A task is some rows of a shard that are given to one process, scored, and recorded as one.
+A batch is the rows that an engine's session is fed at once.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from .._floats import NUMPY_DTYPE, dtype_name
 from ..errors import InvalidInputError
 from ._sources import SUFFIXES, Location, open_source
 
-#: Elements of a batch: its arrays and the losses stay in a core's share of the cache.
+#: The number of elements of a batch, whose arrays and losses stay in a core's share of the cache.
 BATCH_ELEMENTS = 1 << 18
-#: Elements of a task: some tenths of a second of work are lost by a kill, and a line of journal
-#: and an fsync cost less than a hundredth of it.
+#: The number of elements of a task: a kill loses some tenths of a second of work, and a line of the
+#: journal with its fsync costs less than a hundredth of that.
 TASK_ELEMENTS = 1 << 23
 
 Roles = Mapping[str, Location]
@@ -33,13 +34,13 @@ class Shard:
     """Files that are read together, row by row.
 
     Attributes:
-        name: for messages and for the order.
-        files: role -> where it is.
-        shapes: role -> its shape.
+        name: what messages call it, and what shards are ordered by.
+        files: role -> where its array is.
+        shapes: role -> the shape of its array.
         dtypes: role -> the name of its dtype.
         flat: whether every element counts as a row here.
-        first: the number of rows in the shards before.
-        rows: of this one; elements, where it is flat.
+        first: the number of rows in the shards before it.
+        rows: the number of its rows; of its elements, where it is flat.
     """
 
     name: str
@@ -54,11 +55,11 @@ class Shard:
         """What must be the same for a run to go on, beside the content of the files; JSON-ready."""
         return {
             role: {
-                "name": place.name,
+                "name": location.name,
                 "shape": list(self.shapes[role]),
                 "dtype": self.dtypes[role],
             }
-            for role, place in self.files.items()
+            for role, location in self.files.items()
         }
 
 
@@ -82,7 +83,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Of all shards."""
+        """The number of rows of all shards."""
         return sum(shard.rows for shard in self.shards)
 
     def elements(self, task: Task) -> int:
@@ -185,7 +186,7 @@ def make_plan(located: Mapping[str, Roles], *, flat: bool, rows: int | None = No
     Args:
         located: as `locate` gives it.
         flat: whether only the elements matter, so that rows may be cut too.
-        rows: of a batch: None takes about `BATCH_ELEMENTS` elements.
+        rows: the number of rows of a batch: None takes about `BATCH_ELEMENTS` elements.
 
     Raises:
         InvalidInputError: on shapes or dtypes that differ; the message names the shard.

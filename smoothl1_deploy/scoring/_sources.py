@@ -32,8 +32,8 @@ from .._npy import (
 )
 from ..errors import InvalidInputError, require
 
-_DECODED = 1 << 16  # numbers of a Parquet file that are decoded at a time
-#: Bytes of a Parquet file in memory. pyarrow reads whole row groups ahead, or else a whole column.
+_DECODED = 1 << 16  # how many numbers of a Parquet file are decoded at a time
+#: How many bytes of a Parquet file pyarrow reads at a time; by itself it reads whole row groups.
 _BUFFER = 1 << 20
 
 
@@ -42,9 +42,9 @@ class Location:
     """Where an array is.
 
     Attributes:
-        path: of the file.
+        path: the file.
         role: `input`, `target` or `weight`: the name it is looked for by, where it has no other.
-        name: of the array in an .npz file, or of the column of a Parquet file; None takes the one
+        name: that of the array in an .npz file, or of the column of a Parquet file; None takes the one
             called like the role, or the only one.
         dtype: what raw items of two bytes are taken for: numpy writes bfloat16 without its name.
     """
@@ -86,8 +86,8 @@ class Source(ABC):
     """An open array.
 
     Attributes:
-        shape: of the whole array, at least one axis.
-        dtype: of its elements.
+        shape: that of the whole array, of at least one axis.
+        dtype: that of its elements.
         can_flatten: whether an element can be taken for a row.
     """
 
@@ -137,7 +137,7 @@ class NpySource(Source):
             )
         self.dtype = as_bfloat16(np.empty(0, dtype), self._what, location.dtype).dtype
         self._first = first
-        # In Fortran order each element of a row has a line of its own, through all rows.
+        # In Fortran order the file has a line for each element of a row, through all rows.
         self._lines = max(math.prod(self.shape[1:]), 1) if fortran else 1
         self.can_flatten = self._lines == 1
         self._buffer = np.empty(0, np.uint8)
@@ -168,7 +168,7 @@ class NpySource(Source):
             line, offset = line[got:], offset + got
 
     def close(self) -> None:
-        """The rows that were read last stay valid."""
+        """Close the file; the rows that were read last stay valid."""
         if self._file is not None:
             self._file.close()
 
@@ -190,13 +190,13 @@ class NpzSource(NpySource):
         return damage_told(self._what, ARCHIVE_REMEDY)
 
     def read(self, start: int, stop: int) -> Array:
-        """As of a .npy file, once all of it is unpacked."""
+        """The rows, as of a .npy file; the first call unpacks all of the array."""
         if self._file is None:
             self._file = self._unpack()
         return super().read(start, stop)
 
     def _unpack(self) -> IO[bytes]:
-        # Unless the user says where: /tmp may be memory, and /var/tmp is for what is large.
+        # /tmp may be memory, and /var/tmp is for what is large; a user's TMPDIR comes first.
         disk = "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK)
         with self._damage_told(), contextlib.ExitStack() as stack:
             file = stack.enter_context(tempfile.TemporaryFile(dir="/var/tmp" if disk else None))
@@ -231,9 +231,9 @@ class ParquetSource(Source):
                 raise ValueError(f"row groups of {self._groups} rows in a file of {data.num_rows}")
             stack.pop_all()
         self.shape = (data.num_rows, *width)
-        self._position = -1  # of the row after those that were read last
+        self._position = -1  # the index of the row after those that were read last
         self._decoded: Iterator[Array] = iter(())
-        self._left = np.empty((0, *width), self.dtype)  # decoded, and not read yet
+        self._left = np.empty((0, *width), self.dtype)  # rows that are decoded, and not read yet
 
     def _damage_told(self) -> contextlib.AbstractContextManager[None]:
         return damage_told(self._what, "write it with pyarrow")
@@ -305,7 +305,7 @@ class ParquetSource(Source):
         return rows[: stop - start]
 
     def close(self) -> None:
-        """The file."""
+        """Close the file."""
         self._file.close()
 
 

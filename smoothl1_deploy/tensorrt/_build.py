@@ -36,11 +36,11 @@ from ._parse import ParsedNetwork, network_name, parse, serialized
 from ._prepare import prepare
 from ._profile import Profile, ProfileRequest, input_shapes, resolve_profile
 
-#: What an engine is written as.
+#: The names of the formats that an engine is written in.
 FORMATS = ("engine", "epcontext")
 
 _THREAD = "smoothl1-deploy build"
-_TICK = 0.05  # seconds between two looks at the clock: a spinner moves, nobody waits
+_TICK = 0.05  # seconds between two reports of progress: a spinner moves, and nobody waits for it
 T = TypeVar("T")
 
 OnProgress = Callable[[float, str | None], None]
@@ -68,7 +68,7 @@ def build_engine(
         path: where to write the engine; its sidecar goes to `<path>.json`. None writes nothing
             outside the cache.
         flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.
-        profile: the range of every dynamic axis; see `profile`. Default: 1, 64, 4096.
+        profile: the range of every dynamic axis, in a form of `_profile`. Default: 1, 64, 4096.
         options: see `BuildOptions`.
         cache_dir: folder of an engine cache (`default_cache_dir()` for the user's), or an
             `EngineCache`; None builds without.
@@ -119,7 +119,7 @@ def build_engine(
     if not isinstance(options, BuildOptions):
         raise SpecError(f"options must be BuildOptions, got {type(options).__name__}")
     chosen = get_flavour(flavour)
-    prepare(loaded)  # refuse what can't be built before a cache is asked or a thread started
+    prepare(loaded)  # what can't be built is refused before a cache is asked or a thread started
     wanted = resolve_profile(profile, input_shapes(loaded))
     # An engine of tensorrt_rtx depends on the compute capabilities it is told, and on no GPU.
     local = chosen.name == "tensorrt" or "current" in options.compute_capabilities
@@ -156,7 +156,7 @@ def _checked_path(path: str | Path | None, model: ModelSource) -> Path | None:
     if path is None:
         return None
     target = Path(path)
-    # Not Path.is_dir, which raises for a name that no file can have.
+    # os.path, because Path.is_dir raises for a name that no file can have.
     if os.path.isdir(target) or not os.path.isdir(target.parent):
         problem = "is a folder" if os.path.isdir(target) else "lies in a folder that doesn't exist"
         raise OutputError(f"can't write the engine: {target} {problem}; give a file name")
@@ -292,12 +292,12 @@ def run_watched(
     and is raised when the build has ended; a second interrupt doesn't wait.
     """
     outcome: Future[T] = Future()
-    done = threading.Event()  # an interrupted wait for a future may keep its lock
+    done = threading.Event()  # not the future: an interrupt of its wait may leave its lock taken
 
     def body() -> None:
         try:
             outcome.set_result(work())
-        except BaseException as exc:  # raised again in the waiting thread
+        except BaseException as exc:  # the waiting thread raises it again
             outcome.set_exception(exc)
         finally:
             done.set()

@@ -24,7 +24,7 @@ from .._records import Record
 from ..errors import ArtefactError, OutputError, SpecError
 from ._engine import BuildKey, Engine, Sidecar, read_verified, write_engine
 
-_ABANDONED = 3600  # seconds after which nobody is writing a file any more
+_ABANDONED = 3600  # seconds after which an unfinished file has no writer any more
 
 
 def default_cache_dir() -> Path:
@@ -43,8 +43,8 @@ class CacheEntry(Record):
 
     Attributes:
         key: hex digest, the name of the engine.
-        bytes: of the engine and its sidecar.
-        last_used: seconds since the epoch.
+        bytes: the size of the engine and its sidecar.
+        last_used: when it was built or last taken, in seconds since the epoch.
         sidecar: None for a damaged entry.
     """
 
@@ -91,8 +91,8 @@ class EngineCache:
         except ArtefactError:
             return None
         if engine.sidecar.key.digest != key.digest:
-            return None  # a sound engine under a false name
-        with contextlib.suppress(OSError):  # pruned since: the bytes are in memory
+            return None  # the engine is sound, and stands under a false name
+        with contextlib.suppress(OSError):  # it was pruned since, and its bytes are in memory
             os.utime(path)
         return replace(engine, cached=True)
 
@@ -136,7 +136,7 @@ class EngineCache:
         for path in self._engines.glob("*.engine"):
             try:
                 stat = path.stat()
-            except OSError:  # pruned by another process since
+            except OSError:  # another process has pruned it since
                 continue
             sidecar, size = None, stat.st_size
             with contextlib.suppress(OSError):
@@ -191,7 +191,7 @@ class EngineCache:
         Raises:
             filelock.Timeout: after `timeout` seconds, of which -1 is no end.
         """
-        # A lock of its own for each caller: threads exclude one another as processes do.
+        # Each caller has a lock object of its own, so that threads exclude one another too.
         lock = filelock.FileLock(self._locks / f"{name}.lock", timeout)
         try:
             lock.acquire()

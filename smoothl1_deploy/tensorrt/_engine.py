@@ -42,7 +42,7 @@ from ._profile import Profile
 _FORMAT = 1
 _PROTOBUF_LIMIT = 2**31 - 2**20  # with room for what is beside the engine
 
-#: Diagnostics about the file itself; the others are about the machine.
+#: The diagnostics that are about the file itself; the others are about the machine.
 _OF_THE_FILE = ("MALFORMED_ENGINE", "VERSION_MISMATCH")
 
 
@@ -54,12 +54,12 @@ class BuildKey(Record):
     """Everything an engine depends on. Two builds of one key give one engine.
 
     Attributes:
-        onnx_sha256: of the serialised model.
-        graph_name: name of the network.
-        flavour, version: of TensorRT.
-        gpu: of this machine where the engine depends on it, else None: `tensorrt_rtx` builds for
-            the compute capabilities it is told.
-        tool_version: of this package, which prepares the model.
+        onnx_sha256: the sha256 of the serialised model.
+        graph_name: the name of the network.
+        flavour, version: the TensorRT that builds.
+        gpu: that of this machine where the engine depends on it, else None: `tensorrt_rtx` builds
+            for the compute capabilities that it is told.
+        tool_version: the version of this package, which prepares the model.
     """
 
     onnx_sha256: str
@@ -107,21 +107,21 @@ class Sidecar(Record):
     """Where an engine comes from and what it takes.
 
     Attributes:
-        engine_sha256, engine_bytes: of the engine file.
-        onnx_sha256: of the serialised ONNX model, before it was prepared for TensorRT.
+        engine_sha256, engine_bytes: the sha256 and the size of the engine file.
+        onnx_sha256: the sha256 of the ONNX model, before it was prepared for TensorRT.
         spec: what is computed; None for a model of other origin.
-        graph_name: the network's.
-        flavour, version: of the TensorRT that built it, and that runs it.
+        graph_name: the name of the network.
+        flavour, version: the TensorRT that built it, and that runs it.
         flags: names of the builder flags that were set.
         inputs, outputs: names, dtypes and shapes; -1 is a dynamic axis.
         notes: where TensorRT computes otherwise than the ONNX model says.
-        gpu: of the machine that built it, None without one.
+        gpu: that of the machine that built it, None without one.
         gpu_dependent: whether the engine depends on it.
         build_seconds: how long the build took.
         built_at: date and time, ISO 8601, UTC.
-        tool_version: of this package.
-        context_sha256: of the ONNX file that carries the engine, beside which this sidecar lies;
-            None where it lies beside the engine.
+        tool_version: the version of this package.
+        context_sha256: the sha256 of the ONNX file that carries the engine, where this sidecar lies
+            beside such a file; None where it lies beside the engine.
     """
 
     engine_sha256: str
@@ -207,7 +207,7 @@ def _ports(values: Any) -> tuple[NetworkPort, ...]:
     return tuple(map(NetworkPort.from_dict, values))
 
 
-#: What makes of an entry in a sidecar what it was; the others are text.
+#: Entry of a sidecar -> what reads it from JSON; the other entries are text.
 _READ: dict[str, Callable[[Any], Any]] = {
     "engine_bytes": int,
     "spec": lambda spec: None if spec is None else LossSpec.from_dict(spec),
@@ -229,7 +229,7 @@ class Engine:
     """A built engine that fits its sidecar.
 
     Attributes:
-        path: of the file; None for an engine that was never written.
+        path: where its file is; None for an engine that was never written.
         sidecar: where it comes from and what it takes.
         data: the bytes that were verified; deserialise these, the file may have changed since.
         cached: True when a cache had it.
@@ -249,7 +249,7 @@ class Engine:
 
     @property
     def sha256(self) -> str:
-        """Of `data`."""
+        """The sha256 of `data`, in hex."""
         return self.sidecar.engine_sha256
 
     def to_dict(self) -> dict[str, Any]:
@@ -280,8 +280,8 @@ def read_engine(path: str | Path, flavour: str | Flavour = "auto") -> Engine:
     """Read an engine and check it against its sidecar and the TensorRT that is installed.
 
     Args:
-        path: of the engine; its sidecar is `<path>.json`.
-        flavour: that is to run the engine; `"auto"` is the one its sidecar names.
+        path: where the engine is; its sidecar is `<path>.json`.
+        flavour: the one that is to run the engine; `"auto"` takes the one that its sidecar names.
 
     Raises:
         ArtefactError: when the engine or its sidecar is missing, damaged or changed, when they
@@ -377,9 +377,9 @@ def write_context(
     TensorRT write and read.
 
     Args:
-        path: of the ONNX file; the sidecar goes to `<path>.json`.
-        engine: built from `model`.
-        model: whose metadata the file repeats.
+        path: where the ONNX file goes; its sidecar goes to `<path>.json`.
+        engine: the one that was built from `model`.
+        model: the one whose metadata the file repeats.
         file: the name of the model's file, for a provider that refits weights.
         embed_mode: 1 puts the engine inside; 0 writes it to `context_engine(path)`, with a sidecar
             of its own.

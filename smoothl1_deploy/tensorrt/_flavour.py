@@ -45,7 +45,7 @@ ELSEWHERE = (
     "need no engine"
 )
 
-#: Where there is no driver, TensorRT ends unrelated errors with a failed look at the GPU.
+#: What TensorRT adds to unrelated errors where there is no driver.
 _NO_DRIVER = re.compile(r"\[checkMacros\.cpp::catchCudaError.*?cudaError 35:.*?\)\)\.?")
 
 _lock = threading.Lock()
@@ -70,7 +70,7 @@ class LogCapture:
     def reason(self) -> str:
         """The errors in one line, for the end of a message of ours."""
         texts = [text for text in dict.fromkeys(map(tidy, self.errors)) if text]
-        # A logger of the caller's own, made before ours, gets the messages instead.
+        # Nothing was logged where the caller made a logger before ours: that one gets it all.
         return "; ".join(texts) or "TensorRT logged no reason"
 
 
@@ -148,9 +148,9 @@ class Flavour:
         return _log_of(self.trt).logger
 
     def capture(self) -> AbstractContextManager[LogCapture]:
-        """Collect the errors that TensorRT logs inside the `with` block.
+        """Collect what TensorRT logs as errors inside the `with` block.
 
-        Those of this thread and of threads of TensorRT's own.
+        The errors are those of this thread and of TensorRT's own threads.
         """
         return _log_of(self.trt).capture()
 
@@ -197,7 +197,7 @@ class Flavour:
         with self.capture() as log:
             try:
                 builder = self.trt.Builder(self.logger)
-            except (TypeError, RuntimeError) as exc:  # pybind's words for a null pointer
+            except (TypeError, RuntimeError) as exc:  # pybind11 says a null pointer by these
                 problem = f"; {exc}"
         if builder is None:
             hint = (
@@ -223,7 +223,7 @@ def _load(name: str) -> Flavour:
                     f"Install it with: pip install 'smoothl1-deploy[{FLAVOURS[name]}]'"
                 )
             found = Flavour(name, str(version), module)
-            found.builder()  # importing works without a GPU, building may not
+            found.builder()  # a module that can be imported may still be unable to build
             _usable[name] = found
         return _usable[name]
 
@@ -285,5 +285,5 @@ def current_gpu() -> Gpu | None:
         ).stdout
         name, capability, driver = (part.strip() for part in answer.splitlines()[0].split(","))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None  # a driver that is not running answers with an error: no GPU to build with
+        return None  # nvidia-smi answers with an error where the driver doesn't run
     return Gpu(name, capability, driver)

@@ -27,7 +27,7 @@ from .._floats import NUMPY_DTYPE, Array, dtype_name, round_to
 from ..errors import InvalidInputError, UnsupportedError
 from ._parse import ParsedNetwork, dtype_of, shape_of
 
-#: The arrays of a run by the names of their tensors; None is an optional input that is left out.
+#: The arrays of a run by the names of their tensors; None stands for an input that is left out.
 _Values = dict[str | None, Any]
 _Function = Callable[..., Any]
 
@@ -249,7 +249,10 @@ def _sorted(layers: Sequence[Layer]) -> Iterable[Layer]:
 
 
 def _freeing(layers: Sequence[Layer], kept: set[str | None]) -> tuple[Layer, ...]:
-    """Let go of a tensor after its last reader: at 2^24 elements each takes 64 MiB."""
+    """The layers, each of which lets go of the tensors that it is the last to read.
+
+    A tensor of 2^24 elements takes 64 MiB.
+    """
     done: list[Layer] = []
     for layer in reversed(layers):
         last = {*layer.reads, layer.output.name} - kept
@@ -262,7 +265,7 @@ def _freeing(layers: Sequence[Layer], kept: set[str | None]) -> tuple[Layer, ...
 
 
 def _widened(function: _Function, dtype: np.dtype[Any]) -> _Function:
-    """`function` computed in float64 and rounded once to `dtype`."""
+    """A function that computes `function` in float64 and rounds once to `dtype`."""
     name = dtype_name(dtype)
     return lambda *arrays: round_to(function(*[a.astype(np.float64) for a in arrays]), name)
 
@@ -280,7 +283,7 @@ def _constant(view: Layer, layer: Any) -> _Function:
 
 
 def _cast(view: Layer, layer: Any) -> _Function:
-    """To nearest; to integers by truncation, saturated, NaN as 0.
+    """A cast to nearest; to integers by truncation, saturated, with 0 for NaN.
 
     numpy leaves a float that no integer of the target holds undefined; TensorRT 10.16 gives 0
     for NaN and the nearest bound for the rest (NVIDIA/TensorRT#4775).
@@ -293,7 +296,7 @@ def _cast(view: Layer, layer: Any) -> _Function:
     if source.is_float and not to.is_float:
         return lambda x: _saturated(x.astype(np.float64), to.dtype)
     if to.dtype.name in ("float16", "bfloat16") and not source.is_float:
-        return _widened(lambda x: x, to.dtype)  # ml_dtypes would round by way of float32
+        return _widened(lambda x: x, to.dtype)  # ml_dtypes rounds twice, by way of float32
     return lambda x: x.astype(to.dtype)
 
 
@@ -383,7 +386,7 @@ def _reduce(view: Layer, layer: Any) -> _Function:
     axes = tuple(axis for axis in range(mask.bit_length()) if mask >> axis & 1)
     add: Any = np.add
     how = {"axis": axes, "keepdims": bool(layer.keep_dims)}
-    if op == "SUM" and not view.first.is_float:  # wraps around in its own width
+    if op == "SUM" and not view.first.is_float:  # a sum of integers wraps around in their width
         return lambda x: add.reduce(x, dtype=dtype, **how)
     if op not in ("SUM", "AVG") or not view.first.is_float:
         raise view.unsupported(f"has the operation {op} on {dtype.name}")
@@ -434,7 +437,7 @@ def _shuffle(view: Layer, layer: Any) -> _Function:
 def _squeeze(view: Layer, layer: Any) -> _Function:
     if len(view.inputs) > 1:
         return lambda x, axes: x.squeeze(_ints(axes.reshape(-1)))
-    # Not x.squeeze(): a dynamic axis that happens to have length 1 stays.
+    # x.squeeze() would take a dynamic axis too that happens to have length 1.
     ones = tuple(axis for axis, n in enumerate(view.first.shape or ()) if n == 1)
     return lambda x: x.squeeze(ones)
 

@@ -53,13 +53,13 @@ class BuildOptions(Record):
     def __post_init__(self) -> None:
         given: Any = self.compute_capabilities
         listed = [given] if isinstance(given, (str, int, float)) else given
-        # Bytes are a sequence of numbers, and an array of rank 0 says that it can be iterated over.
+        # Bytes are a sequence too, and an array of rank 0 says that it can be iterated over.
         if isinstance(listed, bytes) or not isinstance(listed, (Sequence, Set)):
             raise SpecError(f"compute_capabilities must be a list such as ['8.6'], got {given!r}")
         wanted = {_capability(value) for value in listed}
         if "current" in wanted and len(wanted) > 1:
             raise SpecError("compute capability 'current' stands alone; list others without it")
-        # Sorted, each once: the order is part of the engine's bytes.
+        # They are sorted, each once, because their order changes the engine's bytes.
         order = wanted if "current" in wanted else sorted(wanted, key=float)
         object.__setattr__(self, "compute_capabilities", tuple(order))
 

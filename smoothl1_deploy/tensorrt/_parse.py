@@ -105,8 +105,8 @@ def parse(model: onnx.ModelProto, flavour: Flavour) -> ParsedNetwork:
     """Parse `model` into a strongly typed network of `flavour`.
 
     Args:
-        model: prepared by `prepare` first; give it as it was exported.
-        flavour: whose parser.
+        model: as it was exported; it is prepared here.
+        flavour: the one whose parser reads it.
 
     Raises:
         UnsupportedError: for what `prepare` refuses, and where the network's inputs or outputs
@@ -158,7 +158,7 @@ def _check_types(inputs: list[onnx.ValueInfoProto]) -> None:
     """The parser's own error doesn't say which input it means."""
     for value in inputs:
         element = value.type.tensor_type.elem_type
-        if element not in (*_DATA_TYPE, TensorProto.DOUBLE):  # that one `prepare` refuses
+        if element not in (*_DATA_TYPE, TensorProto.DOUBLE):  # `prepare` refuses float64
             raise UnsupportedError(
                 f"the graph input {value.name!r} is {element_name(element)}, which TensorRT has "
                 "no tensors of; cast it before the model, or run the model on ONNX Runtime "
@@ -219,7 +219,7 @@ def shape_of(tensor: Any) -> tuple[int, ...] | None:
     """The shape of a network's tensor, -1 for a dynamic axis; None for an unknown rank."""
     try:
         return tuple(tensor.shape)
-    except ValueError:  # the bindings' answer for a rank that is not known
+    except ValueError:  # the bindings raise it where the rank is not known
         return None
 
 

@@ -65,7 +65,7 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """
     try:
         check_nesting(model, by_name=True)
-    except ArtefactError as exc:  # it ends the process (tensorrt_rtx 1.7.1)
+    except ArtefactError as exc:  # such a model ends the process (tensorrt_rtx 1.7.1)
         raise UnsupportedError(
             f"TensorRT's parser knows functions by their names alone, whatever the domain: {exc}"
         ) from exc
@@ -104,7 +104,7 @@ def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
     casts: list[str] = []
     constants: list[str] = []
     for scope in scopes(model):
-        for node, element in _doubling(scope):  # each a Cast: other nodes were refused
+        for node, element in _doubling(scope):  # each node is a Cast: the others were refused
             element.i = TensorProto.FLOAT
             casts.append(f"{scope.where}{node_label(node)}")
         for where, tensor in scope.constants:
@@ -115,7 +115,7 @@ def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
         for value in scope.values:
             if value.type.tensor_type.elem_type == _DOUBLE:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT
-    # They speak for the model as it was exported; with the rest gone, the hash would be refused.
+    # What the export says about itself no longer holds; a reader would refuse its hash.
     kept = [entry for entry in model.metadata_props if entry.key not in _OF_THE_EXPORT]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)

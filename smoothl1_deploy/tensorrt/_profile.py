@@ -26,10 +26,10 @@ from .._records import Record
 from .._shapes import check_size
 from ..errors import ArtefactError, SpecError
 
-#: min, opt and max of a dynamic axis that no request mentions.
+#: The sizes min, opt and max of a dynamic axis that no request mentions.
 DEFAULT_RANGE = (1, 64, 4096)
 
-_WIDEST = 1 << 26  # elements of an input that `wide_profile` covers
+_WIDEST = 1 << 26  # the number of elements of an input up to which `wide_profile` reaches
 
 Sizes = tuple[int, ...]
 Range = tuple[Sizes, Sizes, Sizes]
@@ -205,7 +205,8 @@ def _range(shapes: Any) -> Range:
     for size in (*low, *usual, *high):
         if not _is_size(size):
             raise ValueError(f"not a size: {size!r}")
-    return tuple(map(int, low)), tuple(map(int, usual)), tuple(map(int, high))  # of numpy, too
+    # numpy's integers become Python's.
+    return tuple(map(int, low)), tuple(map(int, usual)), tuple(map(int, high))
 
 
 def _checked(shape: InputShape, value: Any) -> Range:

@@ -26,7 +26,7 @@ from ..errors import (
 from ._engine import Engine
 from ._flavour import Flavour
 
-_ALIGNMENT = 256  # bytes, of every address TensorRT is given
+_ALIGNMENT = 256  # bytes: every address that TensorRT is given is a multiple of it
 
 
 def deserialize(engine: Engine, flavour: Flavour) -> tuple[Any, Any]:
@@ -39,7 +39,7 @@ def deserialize(engine: Engine, flavour: Flavour) -> tuple[Any, Any]:
         try:
             runtime = flavour.trt.Runtime(flavour.logger)
             made = None if runtime is None else runtime.deserialize_cuda_engine(engine.data)
-        except (TypeError, RuntimeError) as exc:  # pybind's words for a null pointer
+        except (TypeError, RuntimeError) as exc:  # pybind11 says a null pointer by these
             raise BackendUnavailableError(
                 f"{flavour} can't be used to run engines here ({log.reason()}; {exc}): it needs a "
                 "GPU and its driver"
@@ -76,10 +76,10 @@ class Program:
 
     Args:
         engine: as `build_engine` or `read_engine` gives it, checked against its sidecar.
-        flavour: that built it.
-        device: to run on.
+        flavour: the one that built it.
+        device: the one to run on.
         contexts: how many calls may be prepared at a time; a further one waits.
-        kernels: file for the kernels that `tensorrt_rtx` compiles; None keeps none.
+        kernels: the file for the kernels that `tensorrt_rtx` compiles; None keeps none.
 
     Raises:
         SpecError: for fewer than one context.
@@ -140,7 +140,7 @@ class Program:
             with self._guard:
                 taken = self._idle.pop() if self._idle else None
             context = taken or self.new_context()
-            yield context  # one that failed is not used again
+            yield context  # a context that failed doesn't come back to the idle ones
             with self._guard:
                 self._idle.append(context)
 
@@ -175,8 +175,8 @@ class _Kernels:
 
     def __init__(self, path: Path, config: Any) -> None:
         self._path, self._cache = path, config.create_runtime_cache()
-        with contextlib.suppress(OSError):  # what can't be read is compiled again
-            # The runtime itself checks that it fits the GPU, the driver and the version.
+        with contextlib.suppress(OSError):  # kernels that can't be read are compiled again
+            # The runtime itself checks that they fit the GPU, the driver and the version.
             self._cache.deserialize(path.read_bytes())
         config.set_runtime_cache(self._cache)
 
@@ -217,18 +217,18 @@ class Context:
         self._scratch = device.empty((_ALIGNMENT,), "uint8")
 
     def execute(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Program.run`."""
+        """What `Program.run` does, on this context."""
         device, context = self._program.device, self._context
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
         if shapes != self._shapes:
-            self._shapes = {}  # should this fail half-way
+            self._shapes = {}  # taking the new shapes may fail half-way
             self._take_shapes(shapes)
             self._shapes = shapes
         ports = self._program.sidecar.outputs
         outputs = {p.name: device.empty(self._output_shapes[p.name], p.dtype) for p in ports}
         aligned = {name: _aligned(tensor) for name, tensor in feeds.items()}
         for name, tensor in [*aligned.items(), *outputs.items()]:
-            # Of an empty tensor the address is never read, but it must be one.
+            # An empty tensor has no address, and TensorRT wants one, which it never reads.
             context.set_tensor_address(name, tensor.data_ptr() or self._scratch.data_ptr())
         with self._program.flavour.capture() as log:
             done = device.launch(self._stream, context.execute_async_v3)
@@ -270,7 +270,7 @@ class Context:
         size = max(int(context.update_device_memory_size_for_shapes()), _ALIGNMENT)
         self._scratch = program.device.empty((size,), "uint8")
         if program.flavour.member("IExecutionContext", "set_device_memory") is None:
-            context.device_memory = self._scratch.data_ptr()  # before 10.4
+            context.device_memory = self._scratch.data_ptr()  # versions before 10.4 have this alone
         else:
             context.set_device_memory(self._scratch.data_ptr(), size)
 
