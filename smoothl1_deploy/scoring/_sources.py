@@ -44,8 +44,8 @@ class Location:
     Attributes:
         path: the file.
         role: `input`, `target` or `weight`: the name it is looked for by, where it has no other.
-        name: that of the array in an .npz file, or of the column of a Parquet file; None takes the one
-            called like the role, or the only one.
+        name: that of the array in an .npz file, or of the column of a Parquet file; None takes the
+            one called like the role, or the only one.
         dtype: what raw items of two bytes are taken for: numpy writes bfloat16 without its name.
     """
 
