@@ -178,11 +178,3 @@ def test_the_runtime_s_diagnostics(fake, mean_model, tmp_path):
     assert read_engine(path, flavour=flavour).data
     flavour.trt.diagnostics = 1 | 2 | 32
     refused(path, r"is no engine of .*: MALFORMED_ENGINE, VERSION_MISMATCH; build", flavour=flavour)
-
-
-def test_tensorrt_has_no_validity_to_ask(fake, mean_model, tmp_path):
-    flavour = fake("10.16.1")
-    path = tmp_path / "loss.engine"
-    build_engine(mean_model, path, flavour)
-    assert read_engine(path, flavour=flavour).data
-    assert diagnose(b"anything", flavour) == ()
