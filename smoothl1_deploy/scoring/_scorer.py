@@ -282,7 +282,7 @@ def _add(sums: dict[str, int], batch: dict[str, Array]) -> None:
 
 
 class TaskScorer:
-    """One session, and the files of the shard it works on; `close` lets go of them."""
+    """One session, and the files of the shard that it works on."""
 
     def __init__(self, job: Job, plan: Plan) -> None:
         self._plan = plan
@@ -316,6 +316,7 @@ class TaskScorer:
         return TaskResult(task.index, partial, sums, joined)
 
     def close(self) -> None:
+        """Let go of the files, and end the thread of the checksums."""
         self._beside.shutdown()
         self._reader.close()
 
