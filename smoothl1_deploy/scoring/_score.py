@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from .._artefact import ModelSource
 from .._dlpack import as_array
-from .._files import check_apart
+from .._files import check_apart, refusal_told
 from .._records import Record
 from .._spec import LossSpec
 from ..errors import InvalidInputError, OutputError, SpecError
@@ -213,7 +213,9 @@ def score_files(
                 journal = default_journal(job, plan, output, batch)
             except OutputError as exc:
                 forgotten = f"an interrupted run begins again: {exc}"
-                journal = Path(stack.enter_context(tempfile.TemporaryDirectory()), "journal")
+                with refusal_told("can't keep a journal anywhere", "give a file with --journal"):
+                    own = stack.enter_context(tempfile.TemporaryDirectory())
+                journal = Path(own, "journal")
         log = stack.enter_context(Journal(journal, job, plan, output, restart))
         scores = None if output is None else ScoreFile(output, plan, job.spec.dtype, log)
         if scores is not None and log.done and not scores.kept:

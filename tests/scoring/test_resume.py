@@ -272,12 +272,12 @@ def test_a_journal_of_another_run_is_refused(cli: Cli, options: list[str], messa
         ("x" * 300, ": File name too long; give another place with --journal"),
     ],
 )
-def test_a_journal_that_can_not_be(cli: Cli, path: str, message: str) -> None:
+def test_a_journal_that_can_not_be_is_refused(cli: Cli, path: str, message: str) -> None:
     done = cli("score", *FILES, "--journal", path)
     assert done.code == 2 and message in done.err
 
 
-def test_two_runs_at_once_are_refused(cli: Cli) -> None:
+def test_two_runs_at_once_on_one_journal_are_refused(cli: Cli) -> None:
     with open("j", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = cli("score", *OPTIONS)

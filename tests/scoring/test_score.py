@@ -86,7 +86,7 @@ def test_the_size_and_order_of_batches_do_not_matter(size: int, backwards: bool)
     )
 
 
-def test_text_for_people(cli: Cli, saved: Pair) -> None:
+def test_people_read_the_exact_loss_and_the_number_of_elements(cli: Cli, saved: Pair) -> None:
     done = cli("score", *FILES)
     assert done.err == ""  # no bar where there is no terminal
     assert f"loss      {float(elements(*saved) / 300)}" in done.out
@@ -124,7 +124,7 @@ def test_a_spec_with_gradients_is_scored_by_its_loss(saved: Pair) -> None:
     assert loss_over([saved], spec).loss == loss_over([saved], LossSpec(0.5)).loss
 
 
-def test_no_rows_at_all(score: Report) -> None:
+def test_no_rows_at_all_have_a_mean_of_nan_and_a_sum_of_zero(score: Report) -> None:
     for name in ("p", "t"):
         np.save(f"{name}.npy", np.zeros((0, 3), np.float32))
     assert score()["loss"] == "nan"
@@ -135,7 +135,9 @@ def test_no_rows_at_all(score: Report) -> None:
 
 @pytest.mark.parametrize("normalizer", ["count", "weights"])
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_weights(score: Report, saved: Pair, normalizer: str, per_sample: bool) -> None:
+def test_weighted_losses_are_combined_as_the_spec_says(
+    score: Report, saved: Pair, normalizer: str, per_sample: bool
+) -> None:
     weight = np.random.default_rng(1).random((100, 1)).astype(np.float32)
     np.save("w.npy", weight)
     options = ["--per-sample", "-o", "s.npy"] if per_sample else []
@@ -175,7 +177,7 @@ def test_an_artefact_with_a_fixed_number_of_rows(cli: Cli, score: Report, saved:
     assert "shard p.npy, rows 20 to 30: input has the shape (10, 3)" in done.err
 
 
-def test_beta_at_run_time(cli: Cli, score: Report, saved: Pair) -> None:
+def test_an_artefact_gets_its_beta_at_run_time(cli: Cli, score: Report, saved: Pair) -> None:
     Path("loss.onnx").write_bytes(export(LossSpec(runtime_beta=True)).SerializeToString())
     found = score("--model", "loss.onnx", "--beta", "0.5")
     assert found["loss"] == pytest.approx(float(elements(*saved, 0.5) / 300), rel=1e-7)
@@ -234,7 +236,9 @@ def test_loss_over_takes_mappings_and_says_which_batch_is_wrong() -> None:
         (["--target", "."], "p.npy is a file beside a folder; give folders, or files"),
     ],
 )
-def test_bad_usage(cli: Cli, saved: Pair, options: list[str], message: str) -> None:
+def test_bad_usage_is_told_and_leaves_no_file(
+    cli: Cli, saved: Pair, options: list[str], message: str
+) -> None:
     done = cli("score", *FILES, *options)
     assert done.code == 2 and message in done.err
     assert {path.name for path in Path().iterdir()} <= {"p.npy", "t.npy", "user-cache"}
@@ -252,7 +256,7 @@ def test_bad_usage(cli: Cli, saved: Pair, options: list[str], message: str) -> N
         ),
     ],
 )
-def test_what_is_missing_is_said_with_its_command(
+def test_a_missing_package_is_said_with_its_command(
     saved: Pair, without: str, options: list[str], message: str
 ) -> None:
     done = spawn("score", *FILES, *options, without=without)

@@ -51,7 +51,9 @@ def write(path: str, rows: np.ndarray) -> None:
 
 @pytest.mark.parametrize("path", ["a.npy", "a.npz", "a.parquet"])
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:, 0].copy()], ids=["lists", "numbers"])
-def test_rows_in_any_order(path: str, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_read_in_any_order(
+    path: str, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "_DECODED", 4)
     write(path, rows)
     source = open_source(Location(Path(path), "input"))
@@ -62,7 +64,7 @@ def test_rows_in_any_order(path: str, rows: np.ndarray, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("path", ["a.npy", "a.npz"])
-def test_elements_as_rows(path: str) -> None:
+def test_elements_are_read_as_rows(path: str) -> None:
     write(path, ROWS)
     source = open_source(Location(Path(path), "input"))
     assert source.can_flatten
@@ -237,7 +239,7 @@ def test_every_format_gives_the_same_result(cli: Cli, folders: None, suffix: str
     }
 
 
-def test_scores_in_parquet(cli: Cli, folders: None) -> None:
+def test_scores_in_parquet_are_those_in_npy(cli: Cli, folders: None) -> None:
     parquet_file = pytest.importorskip("pyarrow.parquet")
     for name in ("s.npy", "s.parquet"):
         assert cli("score", *FOLDERS, "--per-sample", "-o", name).code == 0
@@ -290,7 +292,7 @@ def test_shards_that_do_not_fit_are_named(cli: Cli, folders: None, what: str) ->
     assert done.code == 2 and message in done.err
 
 
-def test_a_folder_without_shards(cli: Cli) -> None:
+def test_a_folder_without_shards_is_refused(cli: Cli) -> None:
     for name in ("p", "t"):
         Path(name).mkdir()
     assert "error: p holds no file of .npy, .npz, .parquet" in cli("score", *FOLDERS).err

@@ -39,7 +39,7 @@ def edit(path, **entries):
     sidecar_path(path).write_text(json.dumps(content))
 
 
-def test_round_trip(built, pair):
+def test_a_written_engine_is_read_as_it_was(built, pair):
     engine = read_engine(pair)
     assert (engine.data, engine.sidecar, engine.sha256) == (built.data, built.sidecar, built.sha256)
     assert Sidecar.from_dict(built.sidecar.to_dict()) == built.sidecar
@@ -56,14 +56,14 @@ def refused(path, message, **kwargs):
     return caught.value
 
 
-def test_no_engine_or_no_sidecar(tmp_path, pair):
+def test_a_missing_engine_or_sidecar_is_refused(tmp_path, pair):
     refused(tmp_path / "none.engine", r"can't be read as an engine \(No such file")
     refused(tmp_path, r"can't be read as an engine \(it is a folder, a pipe or a device\)")
     sidecar_path(pair).unlink()
     refused(pair, r"sidecar, can't be read.*executable code: build it again")
 
 
-def test_an_engine_that_was_changed(pair, built):
+def test_an_engine_that_was_changed_is_refused(pair, built):
     for data, problem in (
         (b"", r"is empty; build the engine again"),
         (built.data[:1000], f"is truncated, or not .*: it has 1000 bytes, not {len(built.data)}"),
@@ -74,7 +74,7 @@ def test_an_engine_that_was_changed(pair, built):
         refused(pair, problem)
 
 
-def test_a_sidecar_that_is_no_json(pair):
+def test_a_sidecar_that_is_no_json_is_refused(pair):
     for text in ("{", "[" * 100_000, "[]"):
         sidecar_path(pair).write_text(text)
         refused(pair, r"engine\.json (is no JSON|holds no JSON object)")
@@ -107,14 +107,14 @@ NONSENSE = {
 }
 
 
-def test_a_sidecar_that_makes_no_sense(pair, built):
+def test_a_sidecar_that_makes_no_sense_is_refused(pair, built):
     for message, entries in NONSENSE.items():
         sidecar_path(pair).write_bytes(built.sidecar.dumps())
         edit(pair, **entries)
         refused(pair, message)
 
 
-def test_a_sidecar_that_lacks_an_entry(built):
+def test_a_sidecar_that_lacks_an_entry_is_refused(built):
     for name in built.sidecar.to_dict():
         fields = built.sidecar.to_dict()
         del fields[name]
@@ -122,7 +122,9 @@ def test_a_sidecar_that_lacks_an_entry(built):
             Sidecar.from_dict(fields)
 
 
-def test_a_crash_between_the_two_files(pair, built, mean_model, rtx, monkeypatch):
+def test_a_crash_between_the_two_files_leaves_nothing_to_be_taken_for_sound(
+    pair, built, mean_model, rtx, monkeypatch
+):
     """Whichever write fails, what is left is refused or is the old pair."""
     new = build_engine(mean_model, flavour=rtx, profile={"input": (1, 2, 3)})
     for fails in (pair, sidecar_path(pair)):
@@ -151,12 +153,12 @@ def test_engines_run_on_the_version_that_built_them(pair, rtx):
     assert read_engine(pair).data
 
 
-def test_another_flavour(pair, fake):
+def test_another_flavour_does_not_run_it(pair, fake):
     full = fake("10.16.1")
     refused(pair, r"built with tensorrt_rtx .*, and tensorrt 10\.16\.1 can't run it", flavour=full)
 
 
-def test_a_flavour_that_is_not_installed(pair, monkeypatch):
+def test_a_flavour_that_is_not_installed_is_named_with_its_extra(pair, monkeypatch):
     edit(pair, flavour="tensorrt", version="10.16.1")
     monkeypatch.setattr(flavour_module, "_usable", {})
     monkeypatch.setitem(sys.modules, "tensorrt", None)
@@ -167,7 +169,9 @@ def test_a_flavour_that_is_not_installed(pair, monkeypatch):
         read_engine(pair)
 
 
-def test_the_runtime_s_diagnostics(fake, mean_model, tmp_path):
+def test_diagnostics_of_the_file_refuse_it_and_those_of_the_machine_do_not(
+    fake, mean_model, tmp_path
+):
     flavour = fake("rtx-1.7.1")
     path = tmp_path / "loss.engine"
     data = build_engine(mean_model, path, flavour).data

@@ -183,7 +183,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_refused(message):
+def test_what_tensorrt_would_misread_is_refused(message):
     made = model(REFUSED[message])
     if "unknown rank" in message:
         made.graph.input[0].type.tensor_type.ClearField("shape")
@@ -204,13 +204,13 @@ def test_sparse_constants_of_float64_are_refused():
         prepare(made)
 
 
-def test_a_function_called_without_its_attribute():
+def test_a_function_called_without_its_attribute_is_refused():
     made = model("(float[N] x) => (float[N] y) { y = f.As(x) }" + AS)
     with pytest.raises(ArtefactError, match=r"'y' calls As without the attribute\(s\) to"):
         prepare(made)
 
 
-def test_an_empty_model():
+def test_an_empty_model_is_refused():
     with pytest.raises(ArtefactError, match="has no outputs"):
         prepare(onnx.ModelProto())
 
@@ -219,7 +219,7 @@ def test_an_empty_model():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_parsed_as_declared(rtx, dtype):
+def test_a_network_has_the_ports_that_the_graph_declares(rtx, dtype):
     shapes = ((), ("N",), (0,), (2, 3, 4, 5))
     for reduction, shape in itertools.product(("none", "mean", "sum"), shapes):
         made = export(LossSpec(beta=0.5, reduction=reduction, dtype=dtype), shape=shape)
@@ -235,7 +235,7 @@ def test_parsed_as_declared(rtx, dtype):
 ABS = "(float[N] x) => (float[N] y) { y = Abs(x) }"
 
 
-def test_names_of_networks_and_axes(rtx):
+def test_a_network_has_the_same_name_each_time_and_axes_keep_theirs(rtx):
     made = model(ABS)
     made.graph.name = ""
     name = parse(made, rtx).network.name

@@ -120,7 +120,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case):
+def test_a_profile_that_makes_no_sense_is_refused(case):
     request, message = REFUSED[case]
     with pytest.raises(SpecError) as caught:
         resolve_profile(request, SAME)

@@ -69,7 +69,7 @@ def runner(backend):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_runs_on(backend, version):
+def test_an_engine_runs_by_the_names_of_every_version(backend, version):
     """Fails where a call has a name that the version lacks."""
     for spec in (
         SPEC,
@@ -113,7 +113,7 @@ def test_a_view_that_begins_between_is_copied():
     assert torch.equal(_aligned(between), between)
 
 
-def test_promotion_and_refusals_on_the_device(backend):
+def test_tensors_are_promoted_and_refused_as_arrays_are(backend):
     runner = backend().load(export(LossSpec(0.5), shape=("N", 4)))
     x = torch.ones(2, 4)
     whole = torch.zeros(2, 4, dtype=torch.int64)
@@ -133,7 +133,7 @@ def test_promotion_and_refusals_on_the_device(backend):
         runner.run(x, whole, beta=0.5)
 
 
-def test_beta_at_run_time(backend):
+def test_an_engine_takes_beta_at_run_time(backend):
     spec = LossSpec(reduction="none", runtime_beta=True)
     runner = backend().load(export(spec, shape=("N", 4)))
     a, b = pair(LossSpec(0.25, "none"), (5, 4))
@@ -141,7 +141,7 @@ def test_beta_at_run_time(backend):
     assert_right(LossSpec(0.25, "none"), loss.numpy(), a, b)
 
 
-def test_shapes_outside_the_profile(backend):
+def test_shapes_outside_the_profile_are_refused_with_both_shapes(backend):
     runner = backend(profile={"input": (1, 2, 8)}).load(export(SPEC, shape=("N", 4)))
     with pytest.raises(InvalidInputError) as caught:
         runner.run(*pair(SPEC, (9, 4)))
@@ -250,7 +250,7 @@ def test_kernels_that_do_not_fit_are_compiled_again_and_the_other_flavour_keeps_
     assert not (tmp_path / "x").exists()
 
 
-def test_a_folder_that_kernels_cannot_be_kept_in(program, tmp_path):
+def test_a_folder_that_kernels_cannot_be_kept_in_is_told(program, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="can't keep compiled kernels in .*; choose a folder"):
         program(tmp_path / "file" / "one.cache").run(on(3))
@@ -259,7 +259,9 @@ def test_a_folder_that_kernels_cannot_be_kept_in(program, tmp_path):
 # --- what is refused --------------------------------------------------------------------------
 
 
-def test_why_an_engine_does_not_run(fake, mean_model, tmp_path):
+def test_an_engine_that_does_not_run_is_refused_with_the_reason_of_tensorrt(
+    fake, mean_model, tmp_path
+):
     refusing = TrtBackend(fake("10.16.1"), cache_dir=tmp_path, device=HostDevice())
     with pytest.raises(BackendUnavailableError) as caught:
         refusing.load(mean_model)
@@ -276,7 +278,7 @@ def card(capability):
     return device
 
 
-def test_a_card_that_the_flavour_has_no_name_for(fake, tmp_path):
+def test_a_card_that_the_flavour_has_no_name_for_is_refused_before_a_build(fake, tmp_path):
     """It builds there and does not run, so doctor had better say it first (seen on an H200)."""
     for capability in ("7.0", "9.0", "10.0"):
         with pytest.raises(BackendUnavailableError) as caught:
@@ -336,7 +338,7 @@ def test_an_engine_that_is_no_loss_is_refused_before_it_is_deserialised(written,
 # --- the engine inspector ---------------------------------------------------------------------
 
 
-def test_the_layers_of_an_engine(running, mean_model, monkeypatch):
+def test_the_layers_of_an_engine_are_those_of_its_inspector(running, mean_model, monkeypatch):
     for version in VERSIONS:
         flavour = running(version)
         engine = build_engine(mean_model, flavour=flavour)

@@ -21,7 +21,7 @@ VERSIONS = ("10.0.1", "10.4.0", "10.9.0", "10.16.1", "11.4.0", "rtx-1.7.1")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_it_builds_on(fake, mean_model, version):
+def test_an_engine_is_built_by_the_names_of_every_version(fake, mean_model, version):
     """Fails where the adapter touches a name that the version lacks."""
     flavour = fake(version)
     options = BuildOptions(["8.6"] if version.startswith("rtx") else [])
@@ -36,7 +36,7 @@ def test_it_builds_on(fake, mean_model, version):
         build_engine(broken, flavour=flavour)
 
 
-def test_the_names_of_the_installed_rtx(rtx, fake_trt):
+def test_the_recorded_names_are_those_of_the_installed_rtx(rtx, fake_trt):
     if not rtx.version.startswith("1.7.1"):
         pytest.skip(f"api/ describes 1.7.1, installed is {rtx.version}")
     for cls, names in fake_trt.FakeTensorRT("rtx-1.7.1").api.items():
