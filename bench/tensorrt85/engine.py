@@ -145,6 +145,7 @@ class Tensorrt85(Backend):
     name = "tensorrt-8.5"
     any_rank = False
     accumulator = "float32"
+    layouts = ("matrix", "no-rows", "2^20", "2^24")  # one engine a loss: a build takes seconds
 
     def __init__(self) -> None:
         self.worker = _worker()

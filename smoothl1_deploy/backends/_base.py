@@ -2,13 +2,14 @@
 
 A backend module is imported only when its backend is asked for, because what it lives on may
 not be installed. To add one: subclass `Runner` and `Backend` in a module of its own and enter
-it in `BACKENDS`.
+it in `BACKENDS`. One of somebody else's needs no entry: it is called `module:Class`.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,10 +57,15 @@ class Backend(ABC):
     """Something that runs artefacts.
 
     Attributes:
-        name: its key in `BACKENDS`.
+        name: what it is asked for by: its key in `BACKENDS`, or `module:Class`.
         any_rank: whether it runs an artefact exported without a shape.
         accumulator: the dtype it adds up in where an artefact asks for float64; None where it
             does not run the artefact's own operators.
+        of_the_spec: whether it computes what an artefact says it computes, and not its graph.
+        over_the_wire: whether each artefact takes a process, and half a second.
+        layouts: those of the matrix that it is fed, where an artefact for the axes of another
+            takes long; None for every one.
+        large: whether it can be fed 2^24 elements without taking minutes or gigabytes.
         threads: how many a call uses; 0 leaves the number to the backend. Set before `load`.
         slow: what it runs on, where a million elements take it many seconds; None elsewhere.
 
@@ -73,6 +79,10 @@ class Backend(ABC):
     name: str
     any_rank: bool = True
     accumulator: str | None = "float64"
+    of_the_spec: bool = False
+    over_the_wire: bool = False
+    layouts: tuple[str, ...] | None = None
+    large: bool = True
     threads: int = 0
     slow: str | None = None
 
@@ -112,8 +122,45 @@ class OfTensorrt(Backend):
         return refuses(spec)
 
 
+def backend_class(name: str) -> type[Backend]:
+    """The class of a backend, which tells what it is like without anything it needs.
+
+    Raises:
+        SpecError: for an unknown name, and for a `module:Class` that isn't there or no backend.
+    """
+    module, colon, cls = name.partition(":")
+    if not colon:
+        if name not in BACKENDS:
+            raise SpecError(
+                f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}, or give one of "
+                "your own as module:Class"
+            )
+        module, cls = BACKENDS[name]
+        known: type[Backend] = getattr(importlib.import_module(f".{module}", __package__), cls)
+        return known
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script looks in its own folder instead
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise SpecError(
+            f"there is no backend {name!r} ({exc}); give module:Class, the module one that Python "
+            "finds from the current folder"
+        ) from exc
+    if not (isinstance(found, type) and issubclass(found, Backend)):
+        raise SpecError(
+            f"{name!r} is no backend; subclass smoothl1_deploy.backends.Backend, as CONTRIBUTING "
+            "says"
+        )
+    return found
+
+
 def get_backend(name: str, threads: int = 0) -> Backend:
     """The backend called `name`, to use `threads` threads a call (0: as many as it thinks fit).
+
+    Args:
+        name: one of `BACKENDS`, or `module:Class` of anyone's own.
+        threads: of each call.
 
     Raises:
         SpecError: for an unknown name, or a number of threads that no machine has.
@@ -122,15 +169,13 @@ def get_backend(name: str, threads: int = 0) -> Backend:
     >>> get_backend("onnx-reference").refuses(LossSpec()) is None
     True
     """
-    if name not in BACKENDS:
-        raise SpecError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    cls = backend_class(name)
     if not 0 <= threads <= _MOST_THREADS:
         raise SpecError(
             f"threads must be 1 to {_MOST_THREADS}, or 0 for the default, got {threads}"
         )
-    module, cls = BACKENDS[name]
-    backend: Backend = getattr(importlib.import_module(f".{module}", __package__), cls)()
-    backend.threads = threads
+    backend = cls()
+    backend.name, backend.threads = name, threads
     return backend
 
 

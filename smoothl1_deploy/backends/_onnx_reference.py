@@ -81,6 +81,7 @@ class ReferenceBackend(Backend):
     """`onnx.reference.ReferenceEvaluator`."""
 
     name = "onnx-reference"
+    large = False
 
     def load(self, model: onnx.ModelProto) -> Runner:
         """Prepare `model` for evaluation in numpy."""

@@ -40,6 +40,8 @@ class TorchBackend(Backend):
 
     name = "torch"
     accumulator = None
+    of_the_spec = True
+    large = False
 
     def __init__(self) -> None:
         require("torch", "torch", "the torch backend")
@@ -71,6 +73,7 @@ class TorchCudaBackend(GpuBackend):
 
     name = "torch-cuda"
     accumulator = None
+    of_the_spec = True
 
     def load(self, model: onnx.ModelProto) -> TorchCudaRunner:
         """Read the spec that `model` carries."""

@@ -121,6 +121,7 @@ class TorchTritonBackend(GpuBackend):
     # The operations of the graphs, and sums as exact: what is proved of those holds here. Four
     # half losses added in float32 move the bound by 2^-10 ULP.
     accumulator = "float64"
+    of_the_spec = True
 
     def __init__(self, device: Device | None = None) -> None:
         what = f"the {self.name} backend"

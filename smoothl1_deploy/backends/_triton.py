@@ -128,6 +128,9 @@ class TritonRunner(Runner):
 
 class _TritonBackend(Backend):
     any_rank = False
+    over_the_wire = True
+    layouts = ("matrix", "no-rows")
+    large = False
     protocol: str
 
     def __init__(self) -> None:

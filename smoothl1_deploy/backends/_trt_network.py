@@ -45,6 +45,7 @@ class TrtNetworkBackend(OfTensorrt):
     """
 
     name = "trt-network"
+    large = False
 
     def __init__(self, flavour: str | Flavour = "auto", clip_drops_nan: bool = True) -> None:
         self._flavour = get_flavour(flavour)

@@ -137,8 +137,7 @@ def _checked_part(**options: list[Any] | None) -> dict[str, Any]:
 
 def _backends(asked: list[str] | None, quick: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Those asked for, or every one but PyTorch; and why others are left out, said aloud."""
-    from ..backends._base import BACKENDS, REFERENCES, get_backend, missing
-    from ..parity._matrix import OVER_THE_WIRE
+    from ..backends._base import BACKENDS, REFERENCES, backend_class, get_backend, missing
 
     if asked is not None:
         for name in asked:
@@ -149,7 +148,7 @@ def _backends(asked: list[str] | None, quick: bool) -> tuple[tuple[str, ...], tu
     for line in absent:
         print_note(line)
     usable = [name for name, reason in reasons.items() if not reason]
-    wire = [name for name in usable if name in OVER_THE_WIRE]
+    wire = [name for name in usable if backend_class(name).over_the_wire]
     if quick and wire:  # a server takes longer to start than all the rest
         usable = [name for name in usable if name not in wire]
         absent.append(f"quick: no {' and no '.join(wire)}; --backend asks for it")
@@ -174,14 +173,14 @@ def _measured(report: Report, backends: tuple[str, ...]) -> Report:
     """The report with what takes some seconds more: the drift by size, and the contract's edges."""
     from dataclasses import replace
 
+    from ..backends._base import backend_class
     from ..parity._contract import probe_contract
     from ..parity._drift import measure_drift
-    from ..parity._matrix import OVER_THE_WIRE
 
     with _bar() as progress:
         drift = measure_drift(progress=progress)
     with _bar() as progress:
-        local = [name for name in backends if name not in OVER_THE_WIRE]
+        local = [name for name in backends if not backend_class(name).over_the_wire]
         contract = probe_contract(local, progress=progress)
     return replace(report, drift=drift, contract=contract)
 

@@ -23,7 +23,7 @@ import onnx
 from .._environment import environment
 from .._shapes import Shape as Axes
 from .._spec import DTYPES, REDUCTIONS, LossSpec
-from ..backends._base import REFERENCES, Backend, get_backend, missing
+from ..backends._base import Backend, backend_class, get_backend, missing
 from ..backends._runner import Runner
 from ..errors import SmoothL1DeployError, UnsupportedError, require
 from ..graph._export import ROUTES, export
@@ -81,18 +81,6 @@ _TORCH_LAYOUTS = ("matrix", "no-rows", "2^20")
 #: The route whose files are one node, which `ort-cpu` runs by an operator; it has none for others.
 _PROVEN_ROUTE = "function"
 _BARE = "ort-cpu-bare"
-#: Backends whose accumulators are float32; `Backend.accumulator` of each says so.
-_NO_FLOAT64 = ("trt-network", "ort-tensorrt", "ort-tensorrt-rtx", "trt")
-#: A process for each artefact, half a second of time: a sample of the matrix goes this way.
-OVER_THE_WIRE = ("triton-http", "triton-grpc")
-_WIRE_LAYOUTS = ("matrix", "no-rows")
-#: Backends that compute what an artefact says it computes, and not its graph: one route is all.
-_OF_THE_SPEC = (*REFERENCES, "torch-triton")
-#: Backends that are fed 2^24 elements; the others take minutes or gigabytes for them.
-HUGE_BACKENDS = (
-    *("ort-cpu", _BARE, "torch-cuda", "torch-triton"),
-    *("ort-cuda", "ort-tensorrt", "ort-tensorrt-rtx", "trt"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +152,7 @@ class Matrix:
         yield f"torch route: exported for (N, 16) only, layouts {layouts}{also}"
         if self.draws:
             yield f"{self.draws} random combinations of spec, shapes and data, none over the wire"
-        narrow = [name for name in _NO_FLOAT64 if name in self.backends]
+        narrow = self._names(lambda backend: backend.accumulator == "float32")
         without = ", ".join(narrow)
         if narrow and self.extensions:
             yield f"{without}: no gradient of a broadcast input, summed back in float32"
@@ -183,16 +171,24 @@ class Matrix:
             if self.samples_inlined:
                 yield "extensions by the inlined route: beta 0, 1 and inf only"
 
+    def _names(self, are: Callable[[type[Backend]], bool]) -> list[str]:
+        return [name for name in self.backends if are(backend_class(name))]
+
     def _notes_on_backends(self) -> Iterator[str]:
-        if {*OVER_THE_WIRE} & {*self.backends}:
+        wired = self._names(lambda backend: backend.over_the_wire)
+        if wired:
             yield (
-                "triton-http, triton-grpc: beta 1, inlined route (or the first of what is asked "
-                f"for), layouts {', '.join(_WIRE_LAYOUTS)}, extensions in float32 only"
+                f"{', '.join(wired)}: beta 1, inlined route (or the first of what is asked "
+                "for), extensions in float32 only"
             )
+        for name in self.backends:
+            layouts = backend_class(name).layouts
+            if layouts is not None:
+                yield f"{name}: layouts {', '.join(layouts)}"
         if _BARE in self.backends:
             nodes = "ort-cpu has no operator for the nodes of the others"
             yield f"{_BARE}: the {_PROVEN_ROUTE} route; {nodes}"
-        of_the_spec = [name for name in _OF_THE_SPEC if name in self.backends]
+        of_the_spec = self._names(lambda backend: backend.of_the_spec)
         if of_the_spec:
             yield (
                 f"{', '.join(of_the_spec)}: no graph is run, the spec is computed; the function "
@@ -271,7 +267,7 @@ class Task:
             left_out.add("inlined")
         return [route for route in self.matrix.routes if route not in left_out]
 
-    def samples(self, spec: LossSpec, route: str, backend: str) -> bool:
+    def samples(self, spec: LossSpec, route: str, backend: Backend | type[Backend]) -> bool:
         """Whether a combination is run at all; see `Matrix.notes`."""
         matrix = self.matrix
 
@@ -279,11 +275,11 @@ class Task:
             """Whether `value` is the usual one, or the first of what is asked for without it."""
             return value == (usual if usual in asked else asked[0])
 
-        if backend == _BARE:
+        if backend.name == _BARE:
             return route == _PROVEN_ROUTE
-        if backend in _OF_THE_SPEC:
+        if backend.of_the_spec:  # one route is all
             return is_one(route, _PROVEN_ROUTE, matrix.routes)
-        if backend not in OVER_THE_WIRE:
+        if not backend.over_the_wire:
             return True
         if is_extended(spec) and self.dtype != "float32" and len(matrix.dtypes) > 1:
             return False
@@ -314,11 +310,11 @@ class DrawTask:
         ]
 
     @staticmethod
-    def samples(draw: Draw, backend: str) -> bool:
+    def samples(draw: Draw, backend: Backend) -> bool:
         """Whether a backend meets a draw at all; see `Matrix.notes`."""
-        if backend == _BARE:
+        if backend.name == _BARE:
             return draw.route == _PROVEN_ROUTE
-        return backend not in OVER_THE_WIRE
+        return not backend.over_the_wire
 
 
 def artefact_axes(
@@ -338,15 +334,15 @@ def artefact_axes(
     return axes
 
 
-def is_run(case: Case, route: str, backend: str) -> bool:
+def is_run(case: Case, route: str, backend: Backend | type[Backend]) -> bool:
     """Whether a route and backend are sampled at the layout of a case; see `Matrix.notes`."""
-    if backend in OVER_THE_WIRE:
-        return case.layout in _WIRE_LAYOUTS
+    if backend.layouts is not None and case.layout not in backend.layouts:
+        return False
     if case.layout == "broadcast-10^6":
-        return route == "function" and backend in HUGE_BACKENDS
+        return route == "function" and backend.large
     if case.layout == "2^24":
-        return backend in HUGE_BACKENDS
-    if case.layout == "2^20" and backend != "ort-cpu":
+        return backend.large
+    if case.layout == "2^20" and backend.name != "ort-cpu":
         return route == "function"
     return route != "torch" or case.layout in _TORCH_LAYOUTS
 
@@ -381,7 +377,7 @@ def _draws(task: DrawTask) -> Iterator[Cell]:
         references = [draw.references(case) for case in draw.cases]
         make = cache(draw.model)
         for backend in backends:
-            if not task.samples(draw, backend.name):
+            if not task.samples(draw, backend):
                 continue
             key = (draw.spec, draw.beta, draw.route, backend.name)
             reason = backend.refuses(draw.spec)
@@ -414,7 +410,7 @@ def _grid(task: Task) -> Iterator[Cell | Build]:
     for spec in task.specs():
         found: dict[tuple[str, Backend], list[CaseResult]] = {}
         for route, backend in product(task.routes(spec), backends):
-            if task.samples(spec, route, backend.name):
+            if task.samples(spec, route, backend):
                 reason = backend.refuses(spec)
                 if reason:
                     yield Cell(spec, task.beta, route, backend.name, refused=reason)
@@ -424,7 +420,7 @@ def _grid(task: Task) -> Iterator[Cell | Build]:
             meeting = [
                 (route, backend)
                 for route, backend in found
-                if is_run(case, route, backend.name) and not is_spared(spec, case, backend)
+                if is_run(case, route, backend) and not is_spared(spec, case, backend)
             ]
             if not meeting:
                 continue

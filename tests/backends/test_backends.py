@@ -57,7 +57,44 @@ def test_the_backends_of_the_table_load_by_name() -> None:
 def test_an_unknown_backend() -> None:
     with pytest.raises(SpecError) as caught:
         load(export(LossSpec()), "ort")
-    assert str(caught.value) == f"unknown backend 'ort'; choose one of {', '.join(BACKENDS)}"
+    known = f"unknown backend 'ort'; choose one of {', '.join(BACKENDS)}, or give"
+    assert str(caught.value).startswith(known)
+
+
+OWN = """
+from smoothl1_deploy.backends import Backend, get_backend
+
+class Own(Backend):
+    def load(self, model):
+        return get_backend("onnx-reference").load(model)
+
+class Other:
+    pass
+"""
+
+
+def test_anyone_s_backend_is_called_module_and_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smoothl1_deploy.parity._matrix import Matrix, run_matrix
+
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_runtime.py").write_text(OWN)
+    one = np.ones(3, np.float32)
+    assert load(export(LossSpec()), "own_runtime:Own").run(one, 0 * one)["loss"] == 0.5
+    for name, problem in (
+        ("own_runtime:Missing", "has no attribute 'Missing'"),
+        ("no_such_module:Own", "No module named 'no_such_module'"),
+        ("own_runtime:Other", "is no backend; subclass"),
+        (":Own", "Empty module name"),
+    ):
+        with pytest.raises(SpecError, match=problem):
+            get_backend(name)
+    part = Matrix(("own_runtime:Own",), betas=(1.0,), dtypes=("float32",), reductions=("sum",),
+                  routes=("function",), extensions=False, quick=True)  # fmt: skip
+    (cell,) = run_matrix(part).cells
+    assert cell.ok and cell.backend == "own_runtime:Own"
 
 
 def test_a_backend_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ from embedded import embedded_triton
 from smoothl1_deploy import LossSpec, export, load
 from smoothl1_deploy.backends._base import missing
 from smoothl1_deploy.errors import ArtefactError, InvalidInputError
-from smoothl1_deploy.parity._matrix import OVER_THE_WIRE, Matrix, run_matrix
+from smoothl1_deploy.parity._matrix import Matrix, run_matrix
+
+OVER_THE_WIRE = ("triton-http", "triton-grpc")
 
 
 @pytest.fixture(scope="module", autouse=True)
