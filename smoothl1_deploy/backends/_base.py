@@ -13,10 +13,12 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from .._artefact import ModelSource, read_model, select_ports
+from .._model import read_attached
 from .._spec import LossSpec
 from ..errors import (
     BackendUnavailableError,
@@ -26,6 +28,7 @@ from ..errors import (
 )
 from ..graph._metadata import warn_if_changed
 from ._runner import Runner
+from ._whole import ModelRunner, Session
 
 _MOST_THREADS = 4096  # more than any machine has
 
@@ -100,6 +103,13 @@ class Backend(ABC):
         None where the runner of `load` does.
         """
         return None
+
+    def open(self, model: onnx.ModelProto) -> Session:
+        """Prepare the whole of a model, whatever else it computes, to be run by its own names."""
+        raise UnsupportedError(
+            f"the backend {self.name} runs losses alone, and not the model that one is attached "
+            "to; use backend='ort-cpu'"
+        )
 
     def load_engine(self, path: Path) -> Runner:
         """Prepare a TensorRT engine to be run, where the backend runs engines."""
@@ -187,7 +197,7 @@ def load(
     input_name: str | None = None,
     target_name: str | None = None,
     output_name: str | None = None,
-) -> Runner:
+) -> Any:
     """Load an artefact into a backend.
 
     One that something else has changed since it was exported runs as it is, with a
@@ -204,6 +214,11 @@ def load(
         target_name: the graph input to feed `target` to, likewise.
         output_name: the output that is the loss, where the model has several and none is called
             `loss`.
+
+    Returns:
+        A `Runner`, whose `run` takes input and target. Of a model with losses attached, where no
+        names are given, a `ModelRunner`, whose `run` takes every input by its own name and gives
+        every output.
 
     Raises:
         ArtefactError: when `model` is no loss artefact.
@@ -222,7 +237,10 @@ def load(
         return chosen.load_engine(Path(model))
     read = read_model(model)
     warn_if_changed(read)
-    return chosen.load(select_ports(read, input_name, target_name, output_name))
+    named = (input_name, target_name, output_name)
+    if read_attached(read) and named == (None, None, None):
+        return ModelRunner(read, chosen.open)
+    return chosen.load(select_ports(read, *named))
 
 
 def missing(name: str) -> str | None:

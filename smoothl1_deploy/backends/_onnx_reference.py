@@ -15,6 +15,7 @@ from .._floats import NUMPY_DTYPE, Array
 from ..errors import UnsupportedError
 from ._base import Backend
 from ._runner import Runner
+from ._whole import Session
 
 
 class _ReduceSum(ReduceSum_13):
@@ -54,22 +55,30 @@ class _Evaluator(ReferenceEvaluator):
         super().__init__(proto, **{**arguments, "new_ops": [_ReduceSum, _Flatten]})
 
 
+def _evaluator(model: onnx.ModelProto) -> _Evaluator:
+    try:
+        return _Evaluator(model)
+    except Exception as exc:  # damage comes to light in numpy, or in operators it doesn't know
+        raise UnsupportedError(f"the ONNX reference evaluator can't load it: {exc}") from exc
+
+
+def _evaluated(evaluator: _Evaluator, feeds: dict[str, Array]) -> list[Any]:
+    try:
+        with np.errstate(all="ignore"):  # overflow and NaN are results here, not accidents
+            return list(evaluator.run(None, feeds))
+    except Exception as exc:  # numpy's and the evaluator's own, of any class
+        raise UnsupportedError(f"the ONNX reference evaluator failed: {exc}") from exc
+
+
 class ReferenceRunner(Runner):
     """Evaluates the graph node by node."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         super().__init__(model)
-        try:
-            self._evaluator = _Evaluator(model)
-        except Exception as exc:  # damage comes to light in numpy, or in operators it doesn't know
-            raise UnsupportedError(f"the ONNX reference evaluator can't load it: {exc}") from exc
+        self._evaluator = _evaluator(model)
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
-        try:
-            with np.errstate(all="ignore"):  # overflow and NaN are results here, not accidents
-                values = self._evaluator.run(None, self._named(feeds))
-        except Exception as exc:  # numpy's and the evaluator's own, of any class
-            raise UnsupportedError(f"the ONNX reference evaluator failed: {exc}") from exc
+        values = _evaluated(self._evaluator, self._named(feeds))
         ports = self.signature.outputs
         return {
             port.name: np.asarray(value, NUMPY_DTYPE[port.dtype])
@@ -86,3 +95,9 @@ class ReferenceBackend(Backend):
     def load(self, model: onnx.ModelProto) -> Runner:
         """Prepare `model` for evaluation in numpy."""
         return ReferenceRunner(model)
+
+    def open(self, model: onnx.ModelProto) -> Session:
+        """Prepare the whole of `model` for evaluation in numpy."""
+        evaluator = _evaluator(model)
+        names = [value.name for value in model.graph.output]
+        return lambda feeds: dict(zip(names, _evaluated(evaluator, feeds), strict=True))

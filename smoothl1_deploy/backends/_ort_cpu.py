@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ from .._model import ELEMENT_TYPE
 from ..errors import InvalidInputError, UnsupportedError, require
 from ._base import Backend
 from ._runner import Runner
+from ._whole import Session
 
 #: ONNX Runtime's logging level of sessions: fatal only. What else a session would write to the
 #: process's stderr, it raises as well, and probes of anyone's model fail on purpose.
@@ -30,6 +33,61 @@ def default_threads() -> int:
     except AttributeError:  # not every system has affinities
         found = os.cpu_count() or 1
     return min(found, _MOST_THREADS)
+
+
+def open_session(
+    model: onnx.ModelProto, ort: Any, threads: int, prepare: Callable[[Any], None] | None = None
+) -> Any:
+    """A session on the CPU.
+
+    Args:
+        model: what it runs.
+        ort: the module onnxruntime.
+        threads: for one call.
+        prepare: what is done to its options before it is opened.
+
+    Raises:
+        UnsupportedError: with ONNX Runtime's words, where it can't load the model.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = SILENT
+    # Idle threads sleep: others have work for the cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if prepare is not None:
+        prepare(options)
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    except Exception as exc:  # pybind raises a class of its own for each status code
+        raise UnsupportedError(f"ONNX Runtime can't load the model: {exc}") from exc
+
+
+def whole_session(session: Any, ort: Any) -> Session:
+    """A session by names; bfloat16 too, which ONNX Runtime's Python interface takes as bits."""
+    names = [port.name for port in session.get_outputs()]
+    bfloat16, element = NUMPY_DTYPE["bfloat16"], ELEMENT_TYPE["bfloat16"]
+
+    def given(array: Array) -> Any:
+        if array.dtype == bfloat16:
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.int16), element)
+        return ort.OrtValue.ortvalue_from_numpy(array)
+
+    def made(value: Any) -> Array:
+        if value.element_type() != element:
+            return np.asarray(value.numpy())
+        size = math.prod(value.shape())
+        bits = (ctypes.c_uint16 * size).from_address(value.data_ptr()) if size else ()
+        return np.array(bits, np.uint16).view(bfloat16).reshape(value.shape())
+
+    def run(feeds: dict[str, Array]) -> dict[str, Array]:
+        values = {name: given(array) for name, array in feeds.items()}
+        try:
+            outputs = session.run_with_ort_values(names, values)
+        except Exception as exc:  # pybind raises a class of its own for each status code
+            raise InvalidInputError(f"ONNX Runtime refused the inputs: {exc}") from exc
+        return {name: made(value) for name, value in zip(names, outputs, strict=True)}
+
+    return run
 
 
 class OrtRunner(Runner):
@@ -50,18 +108,7 @@ class OrtRunner(Runner):
         prepare: Callable[[Any], None] | None = None,
     ) -> None:
         super().__init__(model)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = SILENT
-        # Idle threads sleep: others have work for the cores.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if prepare is not None:
-            prepare(options)
-        providers = ["CPUExecutionProvider"]
-        try:
-            self._session = ort.InferenceSession(model.SerializeToString(), options, providers)
-        except Exception as exc:  # pybind raises a class of its own for each status code
-            raise UnsupportedError(f"ONNX Runtime can't load the model: {exc}") from exc
+        self._session = open_session(model, ort, threads, prepare)
         ports = (*self.signature.inputs.values(), *self.signature.outputs)
         # numpy has no bfloat16 that ONNX Runtime's Python interface would take.
         self._by_address = any(port.dtype == "bfloat16" for port in ports)
@@ -102,7 +149,16 @@ class OrtBareBackend(Backend):
 
     def load(self, model: onnx.ModelProto) -> Runner:
         """Open an inference session on `model`."""
-        return self._open(model)
+        return self._open(model, self._prepare())
+
+    def open(self, model: onnx.ModelProto) -> Session:
+        """Open an inference session on the whole of `model`."""
+        session = open_session(model, self._ort, self.threads or default_threads(), self._prepare())
+        return whole_session(session, self._ort)
+
+    def _prepare(self) -> Callable[[Any], None] | None:
+        """What is done to the options of a session."""
+        return None
 
     def _open(
         self, model: onnx.ModelProto, prepare: Callable[[Any], None] | None = None
@@ -115,9 +171,8 @@ class OrtCpuBackend(OrtBareBackend):
 
     name = "ort-cpu"
 
-    def load(self, model: onnx.ModelProto) -> Runner:
-        """Open an inference session on `model`."""
-        return self._open(model, ops.register if ops.is_built() else None)
+    def _prepare(self) -> Callable[[Any], None] | None:
+        return ops.register if ops.is_built() else None
 
     def load_body(self, model: onnx.ModelProto) -> Runner | None:
         """Open a session without the operators, where one with them may run other code."""

@@ -135,6 +135,18 @@ def check_interpreter() -> None:
         )
 
 
+def not_picklable() -> NoReturn:
+    """Refuse to pickle or copy what is loaded.
+
+    Raises:
+        UnsupportedError: always; it says what to do instead.
+    """
+    raise UnsupportedError(
+        "a loaded artefact holds sessions and memory of its process, so it can't be pickled or "
+        "copied; send the model (its path or its bytes), and load() it in each process"
+    )
+
+
 class Runner(ABC):
     """A loaded artefact.
 
@@ -232,10 +244,7 @@ class Runner(ABC):
         Raises:
             UnsupportedError: always; it says what to do instead.
         """
-        raise UnsupportedError(
-            "a loaded artefact holds sessions and memory of its process, so it can't be pickled or "
-            "copied; send the model (its path or its bytes), and load() it in each process"
-        )
+        not_picklable()
 
     def _beta_port(self, beta: Any) -> Any:
         """beta, of rank 0, in the shape of the graph's input."""
