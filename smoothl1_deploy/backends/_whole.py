@@ -26,13 +26,15 @@ class ModelRunner:
         losses: what was attached, and by which tensors.
         inputs: the name of each input, and how it reads in a message: `images: float32[N,3,32,32]`.
         outputs: the names of the outputs, in the order of the graph.
+        axes: the declared shape of each input, as `_model.axes_of` tells it.
+        dtypes: of each input.
     """
 
     def __init__(self, model: onnx.ModelProto, open: Callable[[onnx.ModelProto], Session]) -> None:
         self.losses: tuple[Loss, ...] = read_attached(model)
-        self._axes = {value.name: axes_of(value) for value in inputs_of(model)}
-        self._dtypes = {value.name: _dtype(value) for value in inputs_of(model)}
-        self.inputs: Mapping[str, str] = {name: self._told(name) for name in self._axes}
+        self.axes = {value.name: axes_of(value) for value in inputs_of(model)}
+        self.dtypes = {value.name: _dtype(value) for value in inputs_of(model)}
+        self.inputs: Mapping[str, str] = {name: self._told(name) for name in self.axes}
         self.outputs = tuple(value.name for value in model.graph.output)
         self._session = open(model)
 
@@ -51,14 +53,14 @@ class ModelRunner:
             UnsupportedError: in a `__del__` that runs when the interpreter has shut down.
         """
         check_interpreter()
-        unknown, missing = ({*a} - {*b} for a, b in ((arrays, self._axes), (self._axes, arrays)))
+        unknown, missing = ({*a} - {*b} for a, b in ((arrays, self.axes), (self.axes, arrays)))
         if unknown or missing:
             wrong = [f"no input {name!r}" for name in sorted(unknown)]
-            wrong += [f"{name} is missing" for name in self._axes if name in missing]
+            wrong += [f"{name} is missing" for name in self.axes if name in missing]
             raise InvalidInputError(
                 f"{', '.join(wrong)}; the model takes {', '.join(self.inputs.values())}"
             )
-        feeds = {name: as_array(arrays[name], name) for name in self._axes}
+        feeds = {name: as_array(arrays[name], name) for name in self.axes}
         sizes: dict[str, tuple[str, int]] = {}
         for name, array in feeds.items():
             self._check(name, array, sizes)
@@ -73,19 +75,19 @@ class ModelRunner:
         not_picklable()
 
     def _told(self, name: str) -> str:
-        axes, dtype = self._axes[name], self._dtypes[name]
+        axes, dtype = self.axes[name], self.dtypes[name]
         if axes is None:
             return f"{name}: {dtype}"
         return f"{name}: {dtype}[{','.join('?' if axis is None else str(axis) for axis in axes)}]"
 
     def _check(self, name: str, array: Array, sizes: dict[str, tuple[str, int]]) -> None:
         """Hold an array against its input, and each named axis against those of other inputs."""
-        if array.dtype != self._dtypes[name]:
+        if array.dtype != self.dtypes[name]:
             raise InvalidInputError(
                 f"{name} is {array.dtype}, and the model takes {self.inputs[name]}; convert it: "
-                f"{name}.astype({str(self._dtypes[name])!r})"
+                f"{name}.astype({str(self.dtypes[name])!r})"
             )
-        axes = self._axes[name]
+        axes = self.axes[name]
         if axes is None:
             return
         fits = len(axes) == array.ndim and all(

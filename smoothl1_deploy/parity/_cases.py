@@ -247,7 +247,7 @@ _ENOUGH = 1024
 
 
 @lru_cache(maxsize=512)
-def _torch_alike(family: str, beta: float, dtype: str) -> Mapping[str, int]:
+def torch_alike(family: str, beta: float, dtype: str) -> Mapping[str, int]:
     """PyTorch's own largest distance over elements of a family, by the output."""
     spec = LossSpec(beta, "none", dtype, gradient=True)
     refs = References.of(spec, Case(family, "alike", (_ENOUGH,), (_ENOUGH,)))
@@ -382,7 +382,7 @@ def judge(
     except SmoothL1DeployError as exc:
         return unanswered(refs, exc)
     few = 0 < math.prod(shape) < _ENOUGH
-    alike = _torch_alike(case.family, spec.effective_beta, spec.dtype) if few else {}
+    alike = torch_alike(case.family, spec.effective_beta, spec.dtype) if few else {}
     # Weights may be of more axes than the pair: a verdict counts what everything broadcasts to.
     pair = np.broadcast_to(refs.input, shape), refs.target
     answers = {}

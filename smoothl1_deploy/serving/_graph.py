@@ -304,6 +304,9 @@ def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
         if tensor.element
     )
     names = [loss.inputs[role] for role in loss.spec.inputs]
+    others = [tensor for tensor in typed.graph.initializer if tensor.name not in names]
+    del typed.graph.initializer[:]  # a constant target is an input of the part too
+    typed.graph.initializer.extend(others)
     try:
         part = onnx.utils.Extractor(typed).extract_model(names, list(loss.outputs.values()))
         del part.graph.value_info[:]

@@ -1,0 +1,245 @@
+"""`verify` of a model with losses attached: each loss by itself, then the whole model's answers.
+
+1. Each loss, from prediction and target to its outputs, is cut out and held against PyTorch and the
+   oracle as an artefact is, on every input family (`verify`).
+2. The whole model runs on data, and each loss is held against both references' loss of the
+   prediction that the model made in that same run.
+3. Where the model is given that the losses were attached to, both run on that data, and what both
+   give has to be equal in every bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+
+from .._artefact import ModelSource, read_model, sha256
+from .._environment import environment
+from .._floats import NUMPY_DTYPE, Array
+from .._model import Loss, inputs_of, main_tensors, read_attached
+from .._records import Record
+from ..backends._base import get_backend
+from ..backends._whole import ModelRunner
+from ..errors import ArtefactError, InvalidInputError
+from ..reference._oracle import oracle, oracle_gradient
+from ..serving._graph import loss_part
+from ._cases import torch_alike, with_beta
+from ._compare import Verdict, compare
+from ._verify import Verification, verify
+
+_ROWS = 3  # of every axis whose size the model leaves open
+_BETA = np.asarray(0.5)  # where a loss takes beta as an input
+
+
+@dataclass(frozen=True, slots=True)
+class Run(Record):
+    """The whole model on some data.
+
+    Attributes:
+        data: what it was: `given`, or what was made up for the model's inputs.
+        losses: for each output of a loss, the verdict on it beside PyTorch's loss of the very
+            prediction that the model made.
+        same: of each output that the model had before, whether its bits are the same; empty where
+            that model was not given.
+    """
+
+    data: str
+    losses: Mapping[str, Verdict]
+    same: Mapping[str, bool]
+    derived: ClassVar = ("ok",)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every loss is green, and what was there before is as it was."""
+        return all(verdict.ok for verdict in self.losses.values()) and all(self.same.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelVerification(Record):
+    """What `verify` found of a model with losses attached. True where all of it is green.
+
+    Attributes:
+        name: of the graph.
+        sha256: of the model as it was read.
+        backend: what ran it.
+        losses: the verification of each loss alone, by the name of its output.
+        runs: of the whole model.
+        environment: versions and hardware.
+    """
+
+    name: str
+    sha256: str
+    backend: str
+    losses: Mapping[str, Verification]
+    runs: tuple[Run, ...]
+    environment: Mapping[str, Any]
+    derived: ClassVar = ("ok",)
+
+    def __bool__(self) -> bool:
+        return all(self.losses.values()) and all(run.ok for run in self.runs)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all of it is green."""
+        return bool(self)
+
+
+def verify_model(
+    model: ModelSource,
+    backend: str = "ort-cpu",
+    *,
+    against: ModelSource | None = None,
+    data: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    drift: bool = True,
+    large: bool = False,
+) -> ModelVerification:
+    """Hold a model with losses attached against PyTorch, the oracle, and what it was before.
+
+    Args:
+        model: as `verify` takes it.
+        backend: what runs it.
+        against: the model that the losses were attached to; None compares nothing with it.
+        data: an array for each input of the model; None makes some up, of both normal and large
+            numbers, in the shapes that the inputs declare.
+        seed: of the inputs.
+        drift: as of `verify`, for each loss.
+        large: likewise.
+
+    Raises:
+        ArtefactError: where nothing is attached, and where the made-up data can't be run: give
+            data of the model's own then.
+        UnsupportedError: when the backend can't run the model.
+        MissingDependencyError: when torch or the backend is not installed.
+    """
+    read = read_model(model)
+    found = read_attached(read)
+    if not found:
+        raise ArtefactError("no loss was attached to the model; attach one, or verify it as it is")
+    losses = {
+        loss.outputs["loss"]: verify(
+            loss_part(read, loss), backend, seed=seed, drift=drift, large=large
+        )
+        for loss in found
+    }
+    chosen = get_backend(backend)
+    runner = ModelRunner(_showing(read, found), chosen.open)
+    before = None if against is None else ModelRunner(read_model(against), chosen.open)
+    given = {"given": data} if data is not None else dict(_made_up(read, seed))
+    roles = {tensor for loss in found for tensor in loss.inputs.values()}
+    constants = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in read.graph.initializer
+        if tensor.name in roles
+    }
+    runs = tuple(
+        _run(runner, before, found, constants, name, arrays) for name, arrays in given.items()
+    )
+    digest = sha256(read.SerializeToString(deterministic=True))
+    return ModelVerification(read.graph.name, digest, backend, losses, runs, environment())
+
+
+def _showing(model: onnx.ModelProto, losses: tuple[Loss, ...]) -> onnx.ModelProto:
+    """The model with what its losses are computed from among its outputs."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    there = {value.name for value in (*inputs_of(model), *model.graph.output)}
+    constant = {tensor.name for tensor in model.graph.initializer}
+    known = main_tensors(model)
+    for name in {name: None for loss in losses for name in loss.inputs.values()}:
+        if name in there or name in constant:
+            continue
+        tensor = known.get(name)
+        if tensor is None or not tensor.element:
+            raise ArtefactError(f"the metadata tell of a tensor {name!r}, and the model has none")
+        shape = tensor.shape
+        value = onnx.helper.make_tensor_value_info(name, tensor.element, shape)
+        copy.graph.output.append(value)
+    return copy
+
+
+def _made_up(model: onnx.ModelProto, seed: int) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Arrays for the inputs of a model: of usual numbers, and of some so large that losses split.
+
+    Integers are 0, which is an index of everything.
+    """
+    runner = ModelRunner(model, lambda _: lambda feeds: feeds)
+    betas = {loss.inputs.get("beta") for loss in runner.losses}
+    for name, scale in (("normal", 1.0), ("normal, a hundred times as large", 100.0)):
+        random = np.random.default_rng(seed)
+        arrays = {}
+        for port, axes in runner.axes.items():
+            if axes is None:
+                raise ArtefactError(
+                    f"the input {port} may have any shape; give data of the model's own (data=, on "
+                    "the command line --data)"
+                )
+            shape = [axis if isinstance(axis, int) else _ROWS for axis in axes]
+            numbers = random.normal(size=shape) * scale
+            dtype = runner.dtypes[port]
+            is_float = dtype in NUMPY_DTYPE.values()
+            numbers = numbers if is_float else np.zeros(shape)
+            arrays[port] = (_BETA if port in betas else np.asarray(numbers)).astype(dtype)
+        yield name, arrays
+
+
+def _run(
+    runner: ModelRunner,
+    before: ModelRunner | None,
+    losses: tuple[Loss, ...],
+    constants: Mapping[str, Array],
+    name: str,
+    arrays: Mapping[str, Any],
+) -> Run:
+    try:
+        outputs = runner.run(**arrays)
+        old = {} if before is None else before.run(**{n: arrays[n] for n in before.inputs})
+    except (InvalidInputError, KeyError) as exc:
+        if name == "given":
+            raise
+        raise ArtefactError(
+            f"the model can't be run on what was made up for its inputs ({exc}); give data of its "
+            "own (data=, on the command line --data)"
+        ) from exc
+    tensors = {**constants, **arrays, **outputs}
+    verdicts: dict[str, Verdict] = {}
+    for loss in losses:
+        verdicts |= _judged(loss, tensors)
+    same = {n: _equal(array, outputs[n]) for n, array in old.items() if n in outputs}
+    return Run(name, verdicts, same)
+
+
+def _judged(loss: Loss, tensors: Mapping[str, Array]) -> dict[str, Verdict]:
+    """The verdict on each output of a loss, beside the references' loss of what went in."""
+    from ..reference._module import eager_outputs
+
+    spec, dtype = loss.spec, NUMPY_DTYPE[loss.spec.dtype]
+    roles = {role: tensors[tensor] for role, tensor in loss.inputs.items()}
+    if spec.runtime_beta:
+        spec = with_beta(spec, float(roles["beta"]))
+    given = [
+        None if role not in roles else np.ascontiguousarray(roles[role], dtype)
+        for role in ("input", "target", "weight", "grad_output")
+    ]
+    x, t, weight, upstream = given
+    assert x is not None and t is not None
+    exact = {"loss": oracle(spec, x, t, weight)}
+    if spec.gradient:
+        exact["grad_input"] = oracle_gradient(spec, x, t, weight, upstream)
+    torch = eager_outputs(spec, x, t, weight, None, upstream)
+    alike = torch_alike("normal", spec.beta, spec.dtype)
+    return {
+        tensor: compare(
+            spec, tensors[tensor], torch[role], exact[role], x, t, role, torch_alike=alike[role]
+        )
+        for role, tensor in loss.outputs.items()
+    }
+
+
+def _equal(a: Array, b: Array) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
