@@ -19,6 +19,7 @@ from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._model import ATTACHED, Loss, inputs_of, metadata_of, value_names
 from smoothl1_deploy.backends._base import BACKENDS, missing
 from smoothl1_deploy.cli._inspect import inspect_model
+from smoothl1_deploy.graph._attach import loss_part, read_losses
 from smoothl1_deploy.graph._metadata import (
     HASH,
     ROUTE,
@@ -30,7 +31,7 @@ from smoothl1_deploy.graph._metadata import (
     read_spec,
 )
 from smoothl1_deploy.scoring._scorer import make_job
-from smoothl1_deploy.serving._graph import loss_part, read_losses, serve
+from smoothl1_deploy.serving._graph import serve
 from smoothl1_deploy.serving._lint import unguarded
 from smoothl1_deploy.serving._repository import only_loss
 from smoothl1_deploy.serving._supervise import make_canary

@@ -7,7 +7,7 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -100,19 +100,38 @@ def read_archive(path: Path, dtype: str) -> dict[str, Array]:
     Raises:
         InvalidInputError: as for `read_array`, and where one of the first two is missing.
     """
-    check_file(path, b"PK", f"an .npz file; {ARCHIVE_REMEDY}")
-    with damage_told(str(path), ARCHIVE_REMEDY), np.load(path, allow_pickle=False) as archive:
-        absent = [name for name in _REQUIRED if name not in archive.files]
+    required, optional = (dict.fromkeys(names, dtype) for names in (_REQUIRED, _OPTIONAL))
+    return read_named(path, required, optional, ARCHIVE_REMEDY)
+
+
+def read_named(
+    path: Path, required: Mapping[str, str], optional: Mapping[str, str], remedy: str
+) -> dict[str, Array]:
+    """Arrays of an .npz file, by their names; others in it are left alone.
+
+    Args:
+        path: the file.
+        required: name -> dtype, by which bfloat16 is recognised.
+        optional: likewise, of those that may be missing.
+        remedy: what to give instead, where one is missing or can't be read.
+
+    Raises:
+        InvalidInputError: as for `read_array`, and where one is missing.
+    """
+    check_file(path, b"PK", f"an .npz file; {remedy}")
+    with damage_told(str(path), remedy), np.load(path, allow_pickle=False) as archive:
+        absent = [name for name in required if name not in archive.files]
         if absent:
             raise InvalidInputError(
                 f"{path} has no array called {' or '.join(absent)}, only "
-                f"{', '.join(archive.files) or 'nothing'}; {ARCHIVE_REMEDY}"
+                f"{', '.join(archive.files) or 'nothing'}; {remedy}"
             )
-        names = [*_REQUIRED, *(name for name in _OPTIONAL if name in archive.files)]
+        names = [*required, *(name for name in optional if name in archive.files)]
         for name in names:
             check_member(archive.zip, name, path)
         arrays = {name: archive[name] for name in names}
-    return {name: as_bfloat16(array, f"{name} in {path}", dtype) for name, array in arrays.items()}
+    dtypes = {**optional, **required}
+    return {n: as_bfloat16(array, f"{n} in {path}", dtypes[n]) for n, array in arrays.items()}
 
 
 def _read_header(file: IO[bytes], what: str) -> Header:

@@ -23,8 +23,9 @@ from smoothl1_deploy.backends._ort_gpu import host_nodes
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.cli._inspect import graph_ports, inspect_model
 from smoothl1_deploy.errors import ArtefactError, SpecError
+from smoothl1_deploy.graph._attach import read_losses
 from smoothl1_deploy.serving._config import onnx_ports
-from smoothl1_deploy.serving._graph import read_losses, serve
+from smoothl1_deploy.serving._graph import serve
 from smoothl1_deploy.serving._lint import unguarded
 from smoothl1_deploy.serving._supervise import make_canary
 from smoothl1_deploy.tensorrt._profile import input_shapes

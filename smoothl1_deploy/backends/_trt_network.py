@@ -14,6 +14,7 @@ from ..tensorrt._network import plan
 from ..tensorrt._parse import parse
 from ._base import OfTensorrt
 from ._runner import Runner
+from ._whole import Session
 
 
 class TrtNetworkRunner(Runner):
@@ -59,3 +60,7 @@ class TrtNetworkBackend(OfTensorrt):
             BuildError: when TensorRT's parser refuses the model.
         """
         return TrtNetworkRunner(model, self._flavour, self._clip_drops_nan)
+
+    def open(self, model: onnx.ModelProto) -> Session:
+        """Parse the whole of `model` and read the network."""
+        return plan(parse(model, self._flavour), clip_drops_nan=self._clip_drops_nan).run

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import onnx
 
     from .._spec import LossSpec
+    from ..parity._verify import Verification
+    from ..parity._whole import ModelVerification
 
 EXAMPLE = "smoothl1-deploy verify loss.onnx --backend ort-cpu"
 
@@ -30,6 +32,8 @@ def verify(
     drift: bool = True,
     large: bool = False,
     certificate: bool = False,
+    against: Path | None = None,
+    data: Path | None = None,
     seed: Count = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -37,7 +41,8 @@ def verify(
 
     Exits with 1 where a case is red, and names the likeliest fault. What the artefact computes is
     read from its metadata, though something else may have changed it since; a model of other origin
-    needs --beta and --reduction, and an option for whatever else it computes.
+    needs --beta and --reduction, and an option for whatever else it computes. Of a model with
+    losses attached, each loss is held by itself, and the whole model is run.
 
     Options:
         model: An ONNX file.
@@ -47,6 +52,10 @@ def verify(
         certificate: Write what was found beside the model.
         seed: Which inputs are made.
 
+    A model with losses attached:
+        against: The model that they were attached to: what both give must have the same bits.
+        data: An .npz file with an array for each input, by its name, to run the whole model on.
+
     A model of other origin:
         input_name: Which input is the prediction.
         target_name: Which input is the target.
@@ -55,30 +64,61 @@ def verify(
     from .._artefact import read_model, select_ports
     from ..parity._certificate import certify
     from ..parity._verify import verify as hold_against_references
-    from ..parity.views import _tables as tables
 
     proto = read_model(model)
     names = {"input_name": input_name, "target_name": target_name, "output_name": output_name}
     spec = _completed(given, select_ports(proto, **names)) if given else None
     result = hold_against_references(
-        proto, backend, spec=spec, seed=seed, drift=drift, large=large, **names
+        proto,
+        backend,
+        spec=spec,
+        seed=seed,
+        drift=drift,
+        large=large,
+        against=None if against is None else str(against),
+        data=None if data is None else _data(data, proto),
+        input_name=input_name,
+        target_name=target_name,
+        output_name=output_name,
     )
     written = certify(result, model) if certificate else None
     if as_json:
         print_json(result.to_dict())
     else:
-        console = open_console()
-        console.print(tables.verification(result).rich())
-        if result.drift:
-            console.print(tables.artefact_drift(result.drift).rich())
-        if result.diagnoses:
-            console.print(tables.diagnoses(result).rich())
-        red, cases = len(result.failures), len(result.results) + len(result.drift)
-        print_lines([f"{cases - red} of {cases} cases equal to PyTorch, or nearer to the truth"])
+        _show(result)
         if written is not None:
             print_lines([f"wrote {written}"])
     if not result:
         raise typer.Exit(1)
+
+
+def _data(path: Path, proto: onnx.ModelProto) -> dict[str, Any]:
+    """An array for each input of a model with losses attached."""
+    from ..backends._whole import ModelRunner
+    from ._run import read_data
+
+    return read_data(path, ModelRunner(proto, lambda _: lambda feeds: feeds))
+
+
+def _show(result: Verification | ModelVerification) -> None:
+    from ..parity._whole import ModelVerification
+    from ..parity.views import _tables as tables
+
+    console = open_console()
+    losses = [*result.losses.values()] if isinstance(result, ModelVerification) else [result]
+    for loss in losses:
+        console.print(tables.verification(loss).rich())
+        if loss.drift:
+            console.print(tables.artefact_drift(loss.drift).rich())
+        if loss.diagnoses:
+            console.print(tables.diagnoses(loss).rich())
+    cases = [verified for loss in losses for verified in loss.every_result]
+    red = sum(not verified.verdict.ok for verified in cases)
+    print_lines(
+        [f"{len(cases) - red} of {len(cases)} cases equal to PyTorch, or nearer to the truth"]
+    )
+    if isinstance(result, ModelVerification):
+        console.print(tables.whole_runs(result).rich())
 
 
 def _completed(given: dict[str, Any], proto: onnx.ModelProto) -> LossSpec:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
+import onnx.utils
 import onnx.version_converter
 from onnx import TensorProto, helper, numpy_helper
 
@@ -31,13 +32,14 @@ from .._model import (
     main_tensors,
     note_attached,
     opset_of,
+    read_attached,
     subgraphs,
     value_names,
 )
 from .._shapes import Dim, Shape, broadcast, check_shape, summed_axes
 from .._spec import LossSpec
 from ..errors import ArtefactError, ModelWarning, SpecError
-from ._metadata import forget_spec
+from ._metadata import forget_spec, read_spec, stamp
 
 _SHOWN = 20  # candidate tensors in an error
 _OLDEST_OPSET = 13  # the first that our functions can be called in
@@ -562,3 +564,72 @@ def prune(graph: onnx.GraphProto) -> None:
         chosen = list(items)
         del field[:]
         field.extend(chosen)
+
+
+# What was attached, found again
+
+
+def read_losses(model: onnx.ModelProto) -> tuple[Loss, ...]:
+    """The losses that `model` says it computes: that of its spec, or those attached to it.
+
+    Raises:
+        ArtefactError: when the metadata are damaged.
+    """
+    spec = read_spec(model)
+    return read_attached(model) if spec is None else (Loss.of(spec),)
+
+
+def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
+    """The part of a served graph from prediction and target to the loss, as an artefact.
+
+    `load` and `verify` understand it. A model that is a loss by itself comes back as it is.
+
+    Raises:
+        ArtefactError: when the metadata name tensors that the model doesn't have.
+    """
+    if read_spec(model) is not None:
+        return model
+    typed = onnx.ModelProto()
+    typed.CopyFrom(model)
+    del typed.graph.value_info[:]
+    typed.graph.value_info.extend(  # any tensor may become an input
+        helper.make_tensor_value_info(tensor.name, tensor.element, tensor.shape)
+        for tensor in main_tensors(model).values()
+        if tensor.element
+    )
+    names = [loss.inputs[role] for role in loss.spec.inputs]
+    others = [tensor for tensor in typed.graph.initializer if tensor.name not in names]
+    del typed.graph.initializer[:]  # a constant target is an input of the part too
+    typed.graph.initializer.extend(others)
+    try:
+        part = onnx.utils.Extractor(typed).extract_model(names, list(loss.outputs.values()))
+        del part.graph.value_info[:]
+        for role, tensor in {**loss.inputs, **loss.outputs}.items():
+            rename(part.graph.node, tensor, role)
+            for value in (*part.graph.input, *part.graph.output):
+                if value.name == tensor:
+                    value.name = role
+        onnx.checker.check_model(part, full_check=True)
+    except (*MODEL_ERRORS, ValueError) as exc:
+        raise ArtefactError(
+            f"the loss that the metadata tell of can't be cut out of the model: {exc}"
+        ) from exc
+    stamp(part, loss.spec, "attached", "served", served=True)
+    return part
+
+
+def rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    """Let every node that reads the tensor `old` read `new`, in subgraphs too."""
+    for node in every_node(nodes):
+        for i, name in enumerate(node.input):
+            if name == old:
+                node.input[i] = new
+
+
+def rename(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    """Give a tensor of a graph another name, where it is made and where it is read."""
+    rename_uses(nodes, old, new)
+    for node in nodes:
+        for i, name in enumerate(node.output):
+            if name == old:  # another name may be no UTF-8, which can't be written
+                node.output[i] = new

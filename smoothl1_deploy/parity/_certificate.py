@@ -22,8 +22,10 @@ from .. import __version__
 from .._artefact import read_model, sha256
 from .._files import read_file, write_atomic
 from .._model import external_locations
+from .._records import plain
 from ..errors import ArtefactError, reason_of
 from ._verify import Verification
+from ._whole import ModelVerification
 
 FORMAT = 1  # raised when a reader would have to change
 _SUFFIX = ".certificate.json"
@@ -53,7 +55,9 @@ def _file_bytes(path: Path) -> bytes:
         ) from exc
 
 
-def _check_is_the_verified(path: Path, data: bytes, verification: Verification) -> None:
+def _check_is_the_verified(
+    path: Path, data: bytes, verification: Verification | ModelVerification
+) -> None:
     """The file may have changed since it was verified, or be another one."""
     if sha256(data) == verification.sha256:  # an engine, or a model that was verified as a file
         return
@@ -73,27 +77,44 @@ def _check_is_the_verified(path: Path, data: bytes, verification: Verification) 
         )
 
 
-def _content(verification: Verification, artefact: Path, data: bytes) -> dict[str, Any]:
-    found = verification.to_dict()
-    results = [*verification.results, *(point.result for point in verification.drift)]
+def _content(
+    verification: Verification | ModelVerification, artefact: Path, data: bytes
+) -> dict[str, Any]:
+    losses: Mapping[str, Verification] = (
+        verification.losses
+        if isinstance(verification, ModelVerification)
+        else {"loss": verification}
+    )
+    results = [r for loss in losses.values() for r in loss.every_result]
     worst = sorted(results, key=lambda result: result.verdict.badness, reverse=True)
-    return {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "verdict": "green" if verification else "red",
         "artefact": {"file": artefact.name, "sha256": sha256(data), "bytes": len(data)},
         "graph": verification.name,
-        "families": list(dict.fromkeys(r.case.family for r in verification.results)),
-        "seeds": [verification.seed],
+        "families": list(dict.fromkeys(r.case.family for r in results)),
+        "seeds": sorted({loss.seed for loss in losses.values()}),
         "cases": len(results),
-        "red_cases": len(verification.failures),
+        "red_cases": sum(len(loss.failures) for loss in losses.values()),
         "worst": [result.to_dict() for result in worst[:_WORST]],
-        **{key: found[key] for key in ("spec", "backend", "drift", "diagnoses", "environment")},
+        "backend": verification.backend,
+        "environment": plain(verification.environment),
         "tool": {"name": "smoothl1-deploy", "version": __version__},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if isinstance(verification, ModelVerification):
+        content["losses"] = {
+            name: {"spec": loss.spec.to_dict(), "verdict": "green" if loss else "red"}
+            for name, loss in losses.items()
+        }
+        content["runs"] = plain(verification.runs)
+    if len(losses) == 1:
+        (found,) = (loss.to_dict() for loss in losses.values())
+        content |= {key: found[key] for key in ("spec", "drift", "diagnoses")}
+    return content
 
 
-def certify(verification: Verification, path: str | os.PathLike[str]) -> Path:
+def certify(verification: Verification | ModelVerification, path: str | os.PathLike[str]) -> Path:
     """Write the certificate of the artefact at `path`, green or red as the verification is.
 
     Args:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._artefact import ModelSource, Signature, check_spec, read_model, select_ports, sha256
 from .._environment import environment
+from .._model import read_attached
 from .._records import plain
 from .._spec import LossSpec
 from ..backends._base import get_backend
-from ..errors import ArtefactError, UnsupportedError, require
+from ..errors import ArtefactError, SpecError, UnsupportedError, require
 from ..graph._metadata import is_changed, warn_if_changed
 from ._cases import LAYOUTS, Case, CaseResult, References, check, is_for, needs_wider
 from ._diagnose import diagnose
@@ -19,6 +20,9 @@ from ._drift import DriftPoint, artefact_drift
 from ._families import FAMILIES
 from ._faults import Diagnosis
 from ._shapes import ShapePlan, elements
+
+if TYPE_CHECKING:
+    from ._whole import ModelVerification
 
 _MOST = 1 << 27  # elements of fixed shapes: some GB of references in float64
 _LARGE = 1 << 20  # elements of the largest case of a loss that isn't reduced
@@ -61,10 +65,14 @@ class Verification:
         return not self.failures
 
     @property
+    def every_result(self) -> tuple[CaseResult, ...]:
+        """Every case, those of the drift among them."""
+        return (*self.results, *(point.result for point in self.drift))
+
+    @property
     def failures(self) -> tuple[CaseResult, ...]:
         """The red cases, those of the drift among them."""
-        results = (*self.results, *(point.result for point in self.drift))
-        return tuple(result for result in results if not result.verdict.ok)
+        return tuple(result for result in self.every_result if not result.verdict.ok)
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON."""
@@ -111,7 +119,9 @@ def verify(
     output_name: str | None = None,
     drift: bool = True,
     large: bool = False,
-) -> Verification:
+    against: ModelSource | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> Verification | ModelVerification:
     """Hold one artefact against PyTorch and the oracle, and say what is wrong where it is red.
 
     One that something else has changed since it was exported is held against the spec in its
@@ -130,13 +140,19 @@ def verify(
         drift: measure the error of what adds up, losses and gradients, at 2^10 to 2^22 elements.
         large: at 2^24 as well: up to 1.6 GB of memory, 2.7 GB for float64 with weights; with a
             gradient 2.6 and 4.7 GB.
+        against: of a model with losses attached, the model that it was before: what both give must
+            be equal in every bit.
+        data: of such a model, an array for each input by its name; by default some are made up.
 
     Returns:
-        A `Verification`: true where every case is green; `to_dict()` for JSON.
+        A `Verification`, or, of a model with losses attached where neither a spec nor names are
+        given, a `ModelVerification`: each loss by itself, and the whole model. Either is true
+        where all is green, and has `to_dict()` for JSON.
 
     Raises:
         ArtefactError: when the model carries no spec and none is given; when it can't be told
             which of its inputs and outputs to compare.
+        SpecError: for `against` or `data` of a model that nothing was attached to.
         UnsupportedError: when the backend can't carry out the spec faithfully.
         MissingDependencyError: when torch or the backend is not installed.
 
@@ -145,6 +161,39 @@ def verify(
     >>> bool(report), report.failures
     (True, ())
     """
+    read = read_model(model)
+    options: dict[str, Any] = {"seed": seed, "drift": drift, "large": large}
+    said: dict[str, Any] = {
+        "spec": spec,
+        "input_name": input_name,
+        "target_name": target_name,
+        "output_name": output_name,
+    }
+    if read_attached(read) and not any(value is not None for value in said.values()):
+        from ._whole import verify_model
+
+        return verify_model(read, backend, against=against, data=data, **options)
+    if against is not None or data is not None:
+        raise SpecError(
+            "against and data are for a model that a loss was attached to, and this is a loss of "
+            "its own; leave them out"
+        )
+    return verify_loss(read, backend, **said, **options)
+
+
+def verify_loss(
+    model: ModelSource,
+    backend: str = "ort-cpu",
+    *,
+    spec: LossSpec | None = None,
+    seed: int = 0,
+    input_name: str | None = None,
+    target_name: str | None = None,
+    output_name: str | None = None,
+    drift: bool = True,
+    large: bool = False,
+) -> Verification:
+    """Hold one loss against PyTorch and the oracle; see `verify`."""
     original = read_model(model)
     warn_if_changed(original)
     require("torch", "torch", "verify, which compares with PyTorch,")

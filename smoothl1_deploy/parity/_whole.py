@@ -1,7 +1,7 @@
 """`verify` of a model with losses attached: each loss by itself, then the whole model's answers.
 
 1. Each loss, from prediction and target to its outputs, is cut out and held against PyTorch and the
-   oracle as an artefact is, on every input family (`verify`).
+   oracle as an artefact is, on every input family (`verify_loss`).
 2. The whole model runs on data, and each loss is held against both references' loss of the
    prediction that the model made in that same run.
 3. Where the model is given that the losses were attached to, both run on that data, and what both
@@ -26,11 +26,11 @@ from .._records import Record
 from ..backends._base import get_backend
 from ..backends._whole import ModelRunner
 from ..errors import ArtefactError, InvalidInputError
+from ..graph._attach import loss_part
 from ..reference._oracle import oracle, oracle_gradient
-from ..serving._graph import loss_part
 from ._cases import torch_alike, with_beta
 from ._compare import Verdict, compare
-from ._verify import Verification, verify
+from ._verify import Verification, verify_loss
 
 _ROWS = 3  # of every axis whose size the model leaves open
 _BETA = np.asarray(0.5)  # where a loss takes beta as an input
@@ -122,7 +122,7 @@ def verify_model(
     if not found:
         raise ArtefactError("no loss was attached to the model; attach one, or verify it as it is")
     losses = {
-        loss.outputs["loss"]: verify(
+        loss.outputs["loss"]: verify_loss(
             loss_part(read, loss), backend, seed=seed, drift=drift, large=large
         )
         for loss in found

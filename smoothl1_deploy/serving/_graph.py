@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
-import onnx.utils
 from onnx import TensorProto, helper
 
 from .._model import (
@@ -26,16 +25,15 @@ from .._model import (
     Loss,
     check_engines,
     correct,
-    every_node,
     inputs_of,
     main_tensors,
     metadata_of,
     opset_of,
-    read_attached,
     restate,
 )
 from .._shapes import Shape, describe
 from ..errors import ArtefactError, ModelWarning, UnsupportedError
+from ..graph._attach import read_losses, rename, rename_uses
 from ..graph._metadata import SERVED, is_changed, is_served, read_route, read_spec, stamp
 from ._config import ModelPorts, onnx_ports
 
@@ -121,16 +119,6 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     return ServedGraph(copy, losses, unbatched)
 
 
-def read_losses(model: onnx.ModelProto) -> tuple[Loss, ...]:
-    """The losses that `model` says it computes: that of its spec, or those attached to it.
-
-    Raises:
-        ArtefactError: when the metadata are damaged.
-    """
-    spec = read_spec(model)
-    return read_attached(model) if spec is None else (Loss.of(spec),)
-
-
 def why_unbatched(losses: Iterable[Loss], ports: ModelPorts) -> str | None:
     """Why the rows of two requests must not go into one batch; None where they may."""
     for loss in losses:
@@ -214,7 +202,7 @@ class _Editor:
             shape = added[-1].output[0]
         zero: dict[str, Any] = {"allowzero": 1} if self._opset >= _ALLOWZERO else {}
         added.append(_node("Reshape", [tensor, shape], guarded, **zero))
-        _rename_uses(users, tensor, guarded)
+        rename_uses(users, tensor, guarded)
         del nodes[start:]
         nodes.extend([*added, *users])
 
@@ -236,7 +224,7 @@ class _Editor:
         """Have an input of rank 0 take a tensor of the shape [1]."""
         scalar, axes = f"{value.name}/scalar", self._axes(value.name, 0)
         nodes = list(self.model.graph.node)
-        _rename_uses(nodes, value.name, scalar)
+        rename_uses(nodes, value.name, scalar)
         del self.model.graph.node[:]
         self.model.graph.node.extend([_node("Squeeze", [value.name, axes], scalar), *nodes])
         restate(value, [1])
@@ -245,7 +233,7 @@ class _Editor:
         """Give an output of rank 0 in the shape [1], and one of [N] in [N, 1]."""
         narrow, axes = f"{value.name}/narrow", self._axes(value.name, len(dims))
         nodes = self.model.graph.node
-        _rename(nodes, value.name, narrow)
+        rename(nodes, value.name, narrow)
         # A node may be called after its output; two nodes of one name are refused.
         for node in nodes:
             if node.name == value.name:  # another name may be no UTF-8, which can't be written
@@ -266,59 +254,3 @@ def _node(operator: str, inputs: list[str], output: str, **attributes: Any) -> o
 
 def _sizes(dims: Shape) -> list[int]:
     return [-1 if isinstance(dim, str) else dim for dim in dims]
-
-
-def _rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
-    """Let every node that reads the tensor `old` read `new`, in subgraphs too."""
-    for node in every_node(nodes):
-        for i, name in enumerate(node.input):
-            if name == old:
-                node.input[i] = new
-
-
-def _rename(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
-    """Give a tensor of a graph another name, where it is made and where it is read."""
-    _rename_uses(nodes, old, new)
-    for node in nodes:
-        for i, name in enumerate(node.output):
-            if name == old:  # another name may be no UTF-8, which can't be written
-                node.output[i] = new
-
-
-def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
-    """The part of a served graph from prediction and target to the loss, as an artefact.
-
-    `load` and `verify` understand it. A model that is a loss by itself comes back as it is.
-
-    Raises:
-        ArtefactError: when the metadata name tensors that the model doesn't have.
-    """
-    if read_spec(model) is not None:
-        return model
-    typed = onnx.ModelProto()
-    typed.CopyFrom(model)
-    del typed.graph.value_info[:]
-    typed.graph.value_info.extend(  # any tensor may become an input
-        helper.make_tensor_value_info(tensor.name, tensor.element, tensor.shape)
-        for tensor in main_tensors(model).values()
-        if tensor.element
-    )
-    names = [loss.inputs[role] for role in loss.spec.inputs]
-    others = [tensor for tensor in typed.graph.initializer if tensor.name not in names]
-    del typed.graph.initializer[:]  # a constant target is an input of the part too
-    typed.graph.initializer.extend(others)
-    try:
-        part = onnx.utils.Extractor(typed).extract_model(names, list(loss.outputs.values()))
-        del part.graph.value_info[:]
-        for role, tensor in {**loss.inputs, **loss.outputs}.items():
-            _rename(part.graph.node, tensor, role)
-            for value in (*part.graph.input, *part.graph.output):
-                if value.name == tensor:
-                    value.name = role
-        onnx.checker.check_model(part, full_check=True)
-    except (*MODEL_ERRORS, ValueError) as exc:
-        raise ArtefactError(
-            f"the loss that the metadata tell of can't be cut out of the model: {exc}"
-        ) from exc
-    stamp(part, loss.spec, "attached", "served", served=True)
-    return part

@@ -20,6 +20,7 @@ from .._files import read_file
 from .._model import Loss, engines_in, inlined, inputs_of, main_tensors
 from .._records import Record
 from ..errors import ArtefactError, CarriedEngineError, reason_of
+from ..graph._attach import read_losses
 from ..graph._metadata import CHANGED, is_changed
 from ..ops import is_library
 from ..parity._certificate import CertificateStatus, read_certificate
@@ -34,7 +35,7 @@ from ._config import (
     onnx_ports,
     read_config,
 )
-from ._graph import read_losses, why_unbatched
+from ._graph import why_unbatched
 from ._lint_server import refusals
 
 #: Rule -> what to do; docs/serving-repository.md says what each rule is about.

@@ -26,12 +26,13 @@ from .._records import Record
 from .._shapes import Dim
 from .._spec import LossSpec
 from ..errors import ArtefactError, OutputError, SpecError, UnsupportedError
+from ..graph._attach import loss_part, read_losses
 from ..graph._export import export
 from ..graph._functions import DOMAIN
 from ..graph._metadata import warn_if_changed
 from ..ops import library
 from ..parity._certificate import certify
-from ..parity._verify import Verification, verify
+from ..parity._verify import Verification, verify_loss
 from ..tensorrt._engine import Engine, read_verified
 from ._config import (
     CONFIG_FILE,
@@ -44,7 +45,7 @@ from ._config import (
     make_config,
     onnx_ports,
 )
-from ._graph import ServedGraph, loss_part, read_losses, serve
+from ._graph import ServedGraph, serve
 
 #: How many rows Triton may put into one batch where nothing else is said.
 MAX_BATCH_SIZE = 64
@@ -341,7 +342,7 @@ def certify_model(path: str | os.PathLike[str], *, drift: bool = True) -> tuple[
     model = read_model(path)
     loss = only_loss(model)
     part = loss_part(model, loss)
-    found = verify(part, drift=drift)
+    found = verify_loss(part, drift=drift)
     if part is not model:
         name = f"{model.graph.name}: the loss {loss.outputs['loss']}"
         digest = sha256(model.SerializeToString(deterministic=True))

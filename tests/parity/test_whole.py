@@ -7,9 +7,9 @@ import onnx
 import onnx.parser
 import pytest
 
-from smoothl1_deploy import LossSpec, attach
-from smoothl1_deploy.errors import ArtefactError, InvalidInputError
-from smoothl1_deploy.parity._whole import verify_model
+from smoothl1_deploy import LossSpec, attach, export, verify
+from smoothl1_deploy.errors import ArtefactError, InvalidInputError, SpecError
+from smoothl1_deploy.parity._whole import ModelVerification, verify_model
 
 DETECTOR = """<ir_version: 8, opset_import: ["": 18]>
 g (float[N, 3, 8, 8] images) => (float[N, 4] boxes) {
@@ -37,8 +37,8 @@ def scored() -> onnx.ModelProto:
 def test_every_loss_the_whole_model_and_what_it_was_before_are_green(
     scored: onnx.ModelProto,
 ) -> None:
-    found = verify_model(scored, against=detector(), drift=False)
-    assert found and found.to_dict()["ok"]
+    found = verify(scored, against=detector(), drift=False)
+    assert isinstance(found, ModelVerification) and found and found.to_dict()["ok"]
     assert [*found.losses] == ["loss", "scores"] and all(
         len(v.results) > 8 for v in found.losses.values()
     )
@@ -52,7 +52,7 @@ def test_of_data_that_is_given_that_alone_is_run(scored: onnx.ModelProto) -> Non
         "boxes_gt": np.zeros((5, 4), "f4"),
         "beta": np.float32(2),
     }
-    (run,) = verify_model(scored, data=data, drift=False).runs
+    (run,) = verify(scored, data=data, drift=False).runs
     assert run.ok and run.data == "given" and run.losses["scores"].elements == 5
     with pytest.raises(InvalidInputError, match="beta is missing; the model takes images"):
         verify_model(
@@ -64,14 +64,14 @@ def test_another_beta_in_the_file_is_red_alone_and_in_the_whole() -> None:
     model = attach(detector(), "boxes", "boxes_gt", LossSpec(0.25))
     for entry in model.metadata_props:
         entry.value = entry.value.replace('"beta": 0.25', '"beta": 0.5')
-    found = verify_model(model, drift=False)
+    found = verify(model, drift=False)
     assert not found and not found.losses["loss"]
     assert not any(run.ok for run in found.runs)
 
 
 def test_an_old_output_with_other_bits_is_red(scored: onnx.ModelProto) -> None:
     other = detector(DETECTOR.replace("Tanh", "Sigmoid"))
-    found = verify_model(scored, against=other, drift=False)
+    found = verify(scored, against=other, drift=False)
     assert not found and all(found.losses.values())
     assert found.runs[0].same == {"boxes": False} and all(
         v.ok for v in found.runs[0].losses.values()
@@ -85,4 +85,6 @@ def test_what_can_not_be_made_up_is_asked_for() -> None:
     g (float[N, 4] table, float[M, K] size) => (float[N, 4] y) { y = Add(table, size) }"""
     model = attach(detector(gather), "y", "t", LossSpec())
     with pytest.raises(ArtefactError, match=r"(?s)can't be run on what was made up .* give data"):
-        verify_model(model, drift=False)
+        verify(model, drift=False)
+    with pytest.raises(SpecError, match="a loss of its own; leave them out"):
+        verify(export(LossSpec()), against=detector())

@@ -15,9 +15,10 @@ from smoothl1_deploy import LossSpec, attach, export, load, verify
 from smoothl1_deploy._artefact import signature
 from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy.errors import ArtefactError, UnsupportedError
+from smoothl1_deploy.graph._attach import read_losses
 from smoothl1_deploy.graph._metadata import is_served, read_spec, stamp
 from smoothl1_deploy.serving import _graph as graph_module
-from smoothl1_deploy.serving._graph import read_losses, serve
+from smoothl1_deploy.serving._graph import serve
 from smoothl1_deploy.serving._lint import unguarded
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from .._verify import Verification
+    from .._whole import ModelVerification
 
 # XML 1.0 has no place for these, and a browser drops or replaces them.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -439,6 +440,22 @@ def verification(found: Verification) -> Table:
         "llrrrrrrl",
         below=f"most likely: {likely}" if likely else "",
     )
+
+
+def whole_runs(found: ModelVerification) -> Table:
+    """One row an output of the whole model: a loss of what it predicted, or one it had before."""
+    rows = []
+    for run in found.runs:
+        for name, verdict in run.losses.items():
+            word = "better than PyTorch" if verdict.better else "equal"
+            said = Entry(word if verdict.ok else verdict.detail, verdict.ok)
+            numbers = (verdict.ulp, verdict.torch_ulp, verdict.allowed)
+            rows.append(_row(run.data, name, *numbers, said))
+        for name, same in run.same.items():
+            said = Entry("the same bits" if same else "OTHER BITS than before", same)
+            rows.append(_row(run.data, name, "", "", "", said))
+    columns = ("data", "output", "ULP", "PyTorch's", "allowed", "verdict")
+    return Table(f"{found.name}, the whole model on {found.backend}", columns, rows, "llrrrl")
 
 
 def diagnoses(found: Verification) -> Table:
