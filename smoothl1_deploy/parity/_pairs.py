@@ -1,0 +1,379 @@
+"""Every pair of a half format: 2^32 inputs and targets, each answer against the exact one.
+
+The exact loss of an element, and the size of its slope, grow with the exact distance |d|. So for
+each number of the format there is one threshold of |d| from which on the correctly rounded answer
+is at least that number, and the answer to a pair is the number of thresholds that its |d| reaches.
+
+A distance is compared with a threshold exactly, each as two float64 numbers: `high`, the exact
+value rounded, and `low`, what that leaves, rounded. Rounding is monotone: the larger of two exact
+values has no smaller `high`, and where those are equal no smaller `low`. Where both are equal, what
+counts was decided in rational arithmetic when the threshold was made. The difference of two numbers
+of a half format is the sum of two float64 numbers (Knuth's TwoSum; Higham, section 4.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+
+from .._floats import CLASS_NAMES, NUMPY_DTYPE, Array, ieee_class
+from .._records import Record
+from .._spec import LossSpec
+from ..backends._base import get_backend
+from ..backends._runner import Runner
+from ..errors import SpecError, UnsupportedError
+from ..graph._export import export
+from ..reference._oracle import oracle, oracle_gradient
+from ._compare import _torch_lost_it
+from ._pool import each
+
+#: The formats of which every pair can be tried.
+DTYPES = ("float16", "bfloat16")
+CODES = 1 << 16
+PAIRS = CODES * CODES
+_SIGN = 1 << 15
+_NAN = CLASS_NAMES.index("nan")
+_ROWS = 1024  # inputs of a task; each meets every target
+_AT_ONCE = 32  # inputs of a call: 2^21 pairs need little memory, and a call costs nothing beside
+
+
+@dataclass(frozen=True, slots=True)
+class Distances(Record):
+    """How far answers are from the correctly rounded ones, in ULP.
+
+    Attributes:
+        counts: of the pairs at 0, 1, 2, and 3 or more. Those of another class (another sign of
+            zero, or NaN or an infinity on one side alone) are in none of them.
+        largest: of all.
+    """
+
+    counts: tuple[int, int, int, int] = (0, 0, 0, 0)
+    largest: int = 0
+
+    def __add__(self, other: Distances) -> Distances:
+        first, *rest = (a + b for a, b in zip(self.counts, other.counts, strict=True))
+        return Distances((first, *rest), max(self.largest, other.largest))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Tally(Record):
+    """One output of a file over some pairs, or all.
+
+    Attributes:
+        pairs: how many.
+        ours: the file's distances from the correctly rounded answer.
+        torch: PyTorch's.
+        wrong_class: pairs whose IEEE class is neither PyTorch's nor, where PyTorch lost it, the
+            exact one.
+        better: pairs whose class is the exact one where PyTorch's isn't.
+        worst: a pair with what came out: of a wrong class if there is one, else the furthest.
+    """
+
+    pairs: int = 0
+    ours: Distances = Distances()
+    torch: Distances = Distances()
+    wrong_class: int = 0
+    better: int = 0
+    worst: dict[str, str] | None = None
+    derived: ClassVar = ("ok", "allowed")
+
+    @property
+    def allowed(self) -> int:
+        """ULP, by the rules of the matrix: PyTorch's largest and one more."""
+        return max(self.torch.largest + 1, 2 if self.better else 0)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every pair is what the matrix calls green."""
+        return not self.wrong_class and self.ours.largest <= self.allowed
+
+    def __add__(self, other: Tally) -> Tally:
+        mine = (self.wrong_class > 0, self.ours.largest) >= (
+            other.wrong_class > 0,
+            other.ours.largest,
+        )
+        return Tally(
+            self.pairs + other.pairs,
+            self.ours + other.ours,
+            self.torch + other.torch,
+            self.wrong_class + other.wrong_class,
+            self.better + other.better,
+            (self.worst or other.worst) if mine else (other.worst or self.worst),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Claim(Record):
+    """What is to be shown of every pair: `none` and its gradient, for one beta and one backend."""
+
+    dtype: str
+    beta: float
+    backend: str = "ort-cpu"
+    route: str = "function"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SpecError(
+                f"every pair can be tried of {' and '.join(DTYPES)}, which have 2^32; of "
+                f"{self.dtype} there are too many: give one of those, or run parity"
+            )
+
+    @property
+    def spec(self) -> LossSpec:
+        """Both outputs in one graph, where the backend has gradients."""
+        spec = LossSpec(self.beta, "none", self.dtype, gradient=True)
+        return spec if get_backend(self.backend).refuses(spec) is None else spec.without_gradient()
+
+
+class Thresholds:
+    """The exact distances at which a correctly rounded answer becomes the next number.
+
+    Args:
+        values: the distance (or, where `squared`, its square) of each threshold, in order.
+        squared: how many of the first are squares.
+    """
+
+    def __init__(self, values: Sequence[Fraction], squared: int = 0) -> None:
+        made = [_threshold(v, is_square=i < squared, ties=i % 2 == 1) for i, v in enumerate(values)]
+        self._high = np.array([high for high, _, _ in made] + [math.inf])
+        self._low = np.array([low for _, low, _ in made])
+        self._reached = np.array([reached for _, _, reached in made], bool)
+        if not (np.diff(self._high) > 0).all():
+            raise UnsupportedError("two thresholds are nearer to each other than float64 can tell")
+
+    def reached(self, a: Array, b: Array) -> Array:
+        """How many of them |a - b| reaches, exactly; float64 numbers of a half format."""
+        distance = np.abs(a - b)
+        found: Array = np.searchsorted(self._high, distance).astype(np.uint16)
+        (at,) = np.nonzero(self._high[found].ravel() == distance.ravel())
+        if at.size:
+            x, y = (np.broadcast_to(side, distance.shape).ravel()[at] for side in (a, b))
+            d = x - y
+            back = d - x  # Knuth's TwoSum: d + rest is x - y
+            rest = ((x - (d - back)) + (-y - back)) * np.where(d < 0, -1.0, 1.0)
+            flat = found.reshape(-1)
+            low, reached = self._low[flat[at]], self._reached[flat[at]]
+            flat[at] += (rest > low) | ((rest == low) & reached)
+        return found
+
+
+def _threshold(value: Fraction, *, is_square: bool, ties: bool) -> tuple[float, float, bool]:
+    """`high` and `low` of one, and whether a distance of exactly their sum reaches it.
+
+    `ties` says whether the threshold itself, where the answer lies in the middle of two numbers,
+    goes to the upper one.
+    """
+    if is_square:
+        bits = max(0, 240 + value.denominator.bit_length() - value.numerator.bit_length()) // 2 * 2
+        scaled = (value.numerator << bits) // value.denominator
+        root = Fraction(math.isqrt(scaled), 1 << bits // 2)
+    else:
+        root = value
+    high = float(root)
+    low = float(root - Fraction(high))
+    both = Fraction(high) + Fraction(low)
+    exact = both * both if is_square else both
+    return high, low, exact > value or (exact == value and ties)
+
+
+class Exact:
+    """The correctly rounded answers for one dtype and beta, to any inputs and every target.
+
+    Attributes:
+        targets: every number of the format, those that are finite in order, then the others.
+        finite: how many are.
+    """
+
+    def __init__(self, spec: LossSpec) -> None:
+        self.spec = spec
+        dtype = NUMPY_DTYPE[spec.dtype]
+        every = np.arange(CODES, dtype=np.uint16).view(dtype)
+        with np.errstate(invalid="ignore"):  # ml_dtypes tells of NaN that it converts
+            wide = every.astype(np.float64)
+        finite = np.isfinite(wide)
+        order = np.argsort(wide[finite], kind="stable")
+        self.targets = np.concatenate([every[finite][order], every[~finite]])
+        self.finite = int(finite.sum())
+        self._wide = np.concatenate([wide[finite][order], wide[~finite]])
+        # One of each kind of what isn't finite, and for each such target its kind.
+        self._odd = np.array([np.inf, -np.inf, np.nan]).astype(dtype)
+        self._kind = np.where(np.isnan(self._wide), 2, self._wide < 0)[self.finite :].astype(int)
+        self._one = int(np.ones(1, dtype).view(np.uint16)[0])
+        self._loss, self._slope = self._tables(wide)
+        self._rows: dict[int, dict[str, Array]] = {}
+
+    def _tables(self, values: Array) -> tuple[Thresholds, Thresholds]:
+        """Of the loss and of the size of the slope, for the numbers above 0 of the format."""
+        beta = self.spec.effective_beta
+        if math.isinf(beta):
+            return Thresholds(()), Thresholds(())
+        infinite = int(np.argmax(np.isinf(values)))
+        exact = [Fraction(float(v)) for v in values[:infinite]]
+        exact.append(2 * exact[-1] - exact[-2])  # what would follow the largest
+        middles = [(a + b) / 2 for a, b in pairwise(exact)]
+        b = Fraction(beta)
+        below = [middle for middle in middles if middle < b / 2]
+        above = middles[len(below) :]
+        losses = Thresholds([2 * b * m for m in below] + [m + b / 2 for m in above], len(below))
+        if beta == 0:
+            return losses, Thresholds(())
+        return losses, Thresholds([middle * b for middle in middles[: self._one]])
+
+    def answers(self, inputs: Array) -> dict[str, Array]:
+        """The bits of the loss and of the gradient: uint16 of shape [inputs, 2^16]."""
+        if np.isfinite(inputs.astype(np.float64)).all():
+            return self._ordinary(inputs)
+        rows = [self._row(value) for value in inputs]
+        return {name: np.stack([row[name] for row in rows]) for name in ("loss", "grad_input")}
+
+    def _ordinary(self, inputs: Array) -> dict[str, Array]:
+        x, targets = inputs.astype(np.float64)[:, None], self._wide[: self.finite]
+        if self.spec.effective_beta == 0:  # the sign of the difference, which of -0 is 0
+            slope = np.where(x == targets, 0, np.where(x < targets, self._one | _SIGN, self._one))
+        else:
+            slope = self._slope.reached(x, targets) + np.uint16(_SIGN) * np.signbit(x - targets)
+        slope = slope.astype(np.uint16)
+        odd = self._by_oracle(inputs[:, None], self._odd[None])
+        return {
+            name: np.concatenate([known, odd[name][:, self._kind]], axis=1)
+            for name, known in (("loss", self._loss.reached(x, targets)), ("grad_input", slope))
+        }
+
+    def _row(self, value: Array) -> dict[str, Array]:
+        """The answers to one input; of one that isn't finite, by its kind."""
+        wide = float(value)
+        if math.isfinite(wide):
+            return {name: found[0] for name, found in self._ordinary(value[None]).items()}
+        kind = 2 if math.isnan(wide) else int(wide < 0)
+        if kind not in self._rows:
+            self._rows[kind] = self._by_oracle(self._odd[kind : kind + 1], self.targets)
+        return self._rows[kind]
+
+    def _by_oracle(self, inputs: Array, targets: Array) -> dict[str, Array]:
+        x, t = (np.ascontiguousarray(a) for a in np.broadcast_arrays(inputs, targets))
+        made = {"loss": oracle(self.spec, x, t), "grad_input": oracle_gradient(self.spec, x, t)}
+        return {name: answer.view(np.uint16) for name, answer in made.items()}
+
+
+@cache
+def _codes(dtype: str) -> tuple[Array, Array]:
+    """Of every number of a format, by its bits: its class, and its rank among the numbers."""
+    values = np.arange(CODES, dtype=np.uint16).view(NUMPY_DTYPE[dtype])
+    magnitude = (np.arange(CODES) & (_SIGN - 1)).astype(np.int32)
+    return ieee_class(values), np.where(np.signbit(values), -magnitude, magnitude)
+
+
+@dataclass(frozen=True, slots=True)
+class _Apart:
+    """How answers differ from the exact ones.
+
+    Attributes:
+        distances: of those in the right class.
+        lost: the indices of the others.
+        furthest: the index of the one that is furthest off.
+    """
+
+    distances: Distances
+    lost: Array
+    furthest: int
+
+
+def _apart(dtype: str, got: Array, exact: Array) -> _Apart:
+    classes, order = _codes(dtype)
+    differs = np.flatnonzero(got != exact)
+    ours, truth = got[differs], exact[differs]
+    lost = classes[ours] != classes[truth]
+    ulp = np.abs(order[ours] - order[truth])
+    ulp[lost | (classes[truth] == _NAN)] = 0
+    one, two, some = (int(np.count_nonzero(found)) for found in (ulp == 1, ulp == 2, ulp))
+    same = int(got.size - np.count_nonzero(lost)) - some
+    furthest = int(np.argmax(ulp)) if ulp.size else 0
+    return _Apart(
+        Distances((same, one, two, some - one - two), int(ulp[furthest]) if ulp.size else 0),
+        differs[lost],
+        int(differs[furthest]) if ulp.size else 0,
+    )
+
+
+def tally(
+    spec: LossSpec, output: str, got: Array, torch: Array, exact: Array, *pair: Array
+) -> Tally:
+    """Judge the answers to some pairs by the rules 1 and 2 of the matrix.
+
+    `got`, `torch` and `exact` are their bits, `pair` the inputs and targets; all of them flat.
+    """
+    classes, _ = _codes(spec.dtype)
+    ours, theirs = (_apart(spec.dtype, answer, exact) for answer in (got, torch))
+    at = np.union1d(ours.lost, theirs.lost)
+    mine, their, truth = (classes[bits[at]] for bits in (got, torch, exact))
+    x, y = (side[at] for side in pair)
+    lost = _torch_lost_it(spec, their, x, y, output)
+    healed = np.asarray((mine == truth) & (their != truth) & lost)
+    wrong = at[~((mine == their) | healed)]
+    worst = None
+    if wrong.size or ours.distances.largest:
+        index = int(wrong[0]) if wrong.size else ours.furthest
+        answers = {"got": got, "exact": exact, "torch": torch}
+        numbers = {name: bits.view(pair[0].dtype) for name, bits in answers.items()}
+        shown = {"input": pair[0], "target": pair[1], **numbers}
+        worst = {name: str(array[index]) for name, array in shown.items()}
+    return Tally(
+        got.size, ours.distances, theirs.distances, int(wrong.size), int(healed.sum()), worst
+    )
+
+
+@cache
+def _prepared(claim: Claim) -> tuple[Exact, Runner]:
+    model = export(claim.spec, claim.route, ("N", CODES))
+    return Exact(claim.spec), get_backend(claim.backend, threads=1).load(model)
+
+
+def _try_rows(task: tuple[Claim, int]) -> dict[str, Tally]:
+    """The tallies of `_ROWS` inputs, from the one with that number on, with every target."""
+    from ..reference._module import eager_outputs
+
+    claim, first = task
+    spec, (exact, runner) = claim.spec, _prepared(claim)
+    found: dict[str, Tally] = {}
+    targets = np.tile(exact.targets, (_AT_ONCE, 1))
+    for start in range(first, first + _ROWS, _AT_ONCE):
+        inputs = exact.targets[start : start + _AT_ONCE]
+        x = np.repeat(inputs, CODES).reshape(_AT_ONCE, CODES)
+        got, torch = runner.run(x, targets), eager_outputs(spec, x, targets)
+        right = exact.answers(inputs)
+        for name in got:
+            bits = (got[name].view(np.uint16), torch[name].view(np.uint16), right[name])
+            made = tally(spec, name, *(array.reshape(-1) for array in (*bits, x, targets)))
+            found[name] = found.get(name, Tally()) + made
+    return found
+
+
+def prove(
+    claim: Claim,
+    done: dict[int, dict[str, Tally]] | None = None,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[tuple[int, dict[str, Tally]]]:
+    """Try every pair, some rows after others; yields each task's number and tallies by output.
+
+    Args:
+        claim: what.
+        done: tasks that are not to be repeated.
+        workers: processes.
+        progress: called with the tasks done and their number.
+    """
+    total = CODES // _ROWS
+    numbers = [n for n in range(total) if n not in (done or {})]
+    progress(total - len(numbers), total)
+    tasks = [(claim, n * _ROWS) for n in numbers]
+    for count, ((_, first), found) in enumerate(each(_try_rows, tasks, workers), 1):
+        yield first // _ROWS, found
+        progress(total - len(numbers) + count, total)
