@@ -30,6 +30,7 @@ COMMANDS = {
     "score": "Compute the loss of data larger than memory.",
     "verify": "Hold one artefact against PyTorch and the exact loss.",
     "parity": "Check a whole matrix of specs, routes and backends.",
+    "prove": "Try all 2^32 pairs of a half format.",
     "bench": "Time the loss beside what people would run instead.",
     "serve": "Serve a model repository with a real Triton.",
     "inspect": "Show what is inside an ONNX file or an engine.",

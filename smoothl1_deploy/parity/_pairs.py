@@ -14,15 +14,17 @@ of a half format is the sum of two float64 numbers (Knuth's TwoSum; Higham, sect
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
+from .._environment import environment
 from .._floats import CLASS_NAMES, NUMPY_DTYPE, Array, ieee_class
 from .._records import Record
 from .._spec import LossSpec
@@ -93,6 +95,16 @@ class Tally(Record):
     def ok(self) -> bool:
         """Whether every pair is what the matrix calls green."""
         return not self.wrong_class and self.ours.largest <= self.allowed
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Tally:
+        """The inverse of `to_dict`, for whole numbers and texts; raises as `Proof.from_dict`."""
+        ours, torch = (
+            Distances(tuple(int(n) for n in entry[side]["counts"]), int(entry[side]["largest"]))  # type: ignore[arg-type]
+            for side in ("ours", "torch")
+        )
+        pairs, wrong, better = (int(entry[name]) for name in ("pairs", "wrong_class", "better"))
+        return cls(pairs, ours, torch, wrong, better, entry["worst"])
 
     def __add__(self, other: Tally) -> Tally:
         mine = (self.wrong_class > 0, self.ours.largest) >= (
@@ -355,25 +367,78 @@ def _try_rows(task: tuple[Claim, int]) -> dict[str, Tally]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Proof(Record):
+    """What was found of a claim, so far.
+
+    Attributes:
+        claim: what is to be shown.
+        outputs: the tally of each output, `loss` and `grad_input`.
+        left: numbers of the tasks that are still to be done; none where every pair was tried.
+        seconds: that it took.
+        environment: the versions that it holds for.
+    """
+
+    claim: Claim
+    outputs: dict[str, Tally]
+    left: tuple[int, ...]
+    seconds: float
+    environment: dict[str, Any]
+    derived: ClassVar = ("pairs", "ok")
+
+    @classmethod
+    def begun(cls, claim: Claim) -> Proof:
+        """Of no pair yet."""
+        return cls(claim, {}, tuple(range(CODES // _ROWS)), 0.0, environment())
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Proof:
+        """The inverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError, SpecError: on what is no such entry.
+        """
+        claim = {**entry["claim"], "beta": float(entry["claim"]["beta"])}
+        outputs = {str(name): Tally.from_dict(found) for name, found in entry["outputs"].items()}
+        left = tuple(int(number) for number in entry["left"])
+        if any(made.pairs != PAIRS - len(left) * _ROWS * CODES for made in outputs.values()):
+            raise ValueError("the pairs and what is left don't add up to all")
+        return cls(
+            Claim(**claim), outputs, left, float(entry["seconds"]), dict(entry["environment"])
+        )
+
+    @property
+    def pairs(self) -> int:
+        """How many were tried."""
+        return PAIRS - len(self.left) * _ROWS * CODES
+
+    @property
+    def ok(self) -> bool:
+        """Whether every pair was tried, and every output is green."""
+        return not self.left and all(made.ok for made in self.outputs.values())
+
+
 def prove(
-    claim: Claim,
-    done: dict[int, dict[str, Tally]] | None = None,
+    proof: Proof,
     *,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[tuple[int, dict[str, Tally]]]:
-    """Try every pair, some rows after others; yields each task's number and tallies by output.
+) -> Iterator[Proof]:
+    """Try the pairs that are left, some inputs after others; yields what is known after each step.
 
     Args:
-        claim: what.
-        done: tasks that are not to be repeated.
-        workers: processes.
-        progress: called with the tasks done and their number.
+        proof: what is known already; `Proof.begun` of a claim where nothing is.
+        workers: processes; 1 works in this one.
+        progress: called with the steps done and their number, at the start and after each.
     """
-    total = CODES // _ROWS
-    numbers = [n for n in range(total) if n not in (done or {})]
-    progress(total - len(numbers), total)
-    tasks = [(claim, n * _ROWS) for n in numbers]
-    for count, ((_, first), found) in enumerate(each(_try_rows, tasks, workers), 1):
-        yield first // _ROWS, found
-        progress(total - len(numbers) + count, total)
+    total, started = CODES // _ROWS, time.monotonic()
+    progress(total - len(proof.left), total)
+    tasks = [(proof.claim, number * _ROWS) for number in proof.left]
+    before = proof.seconds
+    for (_, first), found in each(_try_rows, tasks, workers):
+        outputs = {name: proof.outputs.get(name, Tally()) + made for name, made in found.items()}
+        left = tuple(number for number in proof.left if number != first // _ROWS)
+        seconds = round(before + time.monotonic() - started, 1)
+        proof = replace(proof, outputs=outputs, left=left, seconds=seconds)
+        progress(total - len(left), total)
+        yield proof

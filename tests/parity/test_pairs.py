@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from fractions import Fraction
 from functools import cache
 
@@ -12,7 +14,7 @@ from smoothl1_deploy import LossSpec
 from smoothl1_deploy._floats import NUMPY_DTYPE, Array
 from smoothl1_deploy.errors import SpecError
 from smoothl1_deploy.parity import _pairs as module
-from smoothl1_deploy.parity._pairs import CODES, PAIRS, Claim, Exact, Tally, prove, tally
+from smoothl1_deploy.parity._pairs import CODES, PAIRS, Claim, Exact, Proof, Tally, prove, tally
 
 
 @cache
@@ -112,16 +114,23 @@ def test_pairs_are_judged_by_class_and_by_pytorch_s_own_distance() -> None:
     assert (near + same).pairs == 8 and (near + same).ours.counts == (7, 1, 0, 0)
 
 
-def test_every_row_of_a_task_meets_every_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ROWS", 1 << 13)
-    monkeypatch.setattr(module, "_AT_ONCE", 4)
-    tasks = PAIRS // CODES >> 13
+def test_what_is_left_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    each = PAIRS // (CODES // module._ROWS)
+    worst = {"input": "1.0"}
+    monkeypatch.setattr(module, "_try_rows", lambda _: {"loss": Tally(pairs=each, worst=worst)})
     steps: list[tuple[int, int]] = []
-    monkeypatch.setattr(module, "_try_rows", lambda task: {"loss": Tally(pairs=task[1])})
-    claim = Claim("float16", 1.0)
-    found = dict(prove(claim, {0: {}, 3: {}}, progress=lambda *step: steps.append(step)))
-    assert [*found] == [1, 2, 4, 5, 6, 7] and found[4]["loss"].pairs == 4 << 13
-    assert steps == [(done, tasks) for done in range(2, 9)]
+    found = prove(
+        Proof.begun(Claim("float16", math.inf)), progress=lambda *step: steps.append(step)
+    )
+    first, second = next(found), next(found)
+    assert (first.pairs, second.pairs) == (each, 2 * each) and not second.ok
+    known = Proof.from_dict(json.loads(json.dumps(second.to_dict())))
+    assert known == second and known.claim.beta == math.inf
+    *_, last = prove(known)
+    assert last.ok and last.pairs == last.outputs["loss"].pairs == PAIRS and last.left == ()
+    assert steps == [(0, 64), (1, 64), (2, 64)]
+    with pytest.raises(ValueError, match="don't add up"):
+        Proof.from_dict({**second.to_dict(), "left": [1, 2]})
 
 
 @pytest.mark.parametrize("backend", ["ort-cpu", "ort-cpu-bare", "trt-network"])

@@ -1,0 +1,127 @@
+"""`smoothl1-deploy prove`: every pair of input and target of a half format."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import ArtefactError, SmoothL1DeployError
+from ._console import INTERRUPTED, print_lines, print_note, print_table
+from ._options import BackendName
+from ._parity import _bar
+
+if TYPE_CHECKING:
+    from ..parity._pairs import Proof
+
+EXAMPLE = "smoothl1-deploy prove --dtype float16 --beta 1 -o pairs-float16.json"
+
+_SAVED = 10.0  # seconds between two writes of what is known
+
+
+def prove(
+    *,
+    dtype: str = "float16",
+    beta: list[float] | None = None,
+    backend: BackendName = "ort-cpu",
+    route: str = "function",
+    output: Path = Path("pairs.json"),
+    workers: Annotated[int, typer.Option(min=0, max=4096)] = 0,
+) -> None:
+    """Hold all 2^32 pairs of a half format against the exact loss and PyTorch: none, its gradient.
+
+    Exits with 1 where a pair is red. Takes minutes a beta; after Ctrl-C, or whatever else ended it,
+    the same command goes on where it was.
+
+    Options:
+        dtype: float16 or bfloat16.
+        beta: 1 by default. Repeat for more.
+        route: How the file is made: function or inlined.
+        output: The file of what is known, JSON, with which the next run goes on.
+        workers: Processes; 0: one a core, at most 8.
+    """
+    from ..parity._pairs import Claim, Proof
+    from ..parity._pairs import prove as try_pairs
+
+    known = _read(output)
+    proofs = [Proof.begun(Claim(dtype, number, backend, route)) for number in beta or [1.0]]
+    for proof in proofs:
+        found = known.get(proof.claim)
+        if found and found.environment != proof.environment:
+            print_note(f"beta {proof.claim.beta:g} is begun again: it was made by other versions")
+        elif found:
+            proof = found
+        known[proof.claim] = proof
+        saved = time.monotonic()
+        try:
+            with _bar() as progress:
+                cores = workers or min(os.cpu_count() or 1, 8)
+                for step in try_pairs(proof, workers=cores, progress=progress):
+                    known[proof.claim] = step
+                    if time.monotonic() > saved + _SAVED:
+                        _write(output, known)
+                        saved = time.monotonic()
+        except KeyboardInterrupt:
+            _write(output, known)
+            print_lines([f"wrote {output}; the same command goes on"])
+            raise typer.Exit(INTERRUPTED) from None
+        _write(output, known)
+    shown = [known[proof.claim] for proof in proofs]
+    _show(shown)
+    print_lines([f"wrote {output}"])
+    if not all(proof.ok for proof in shown):
+        raise typer.Exit(1)
+
+
+def _read(path: Path) -> dict[object, Proof]:
+    """What an earlier run left, by its claims."""
+    from .._files import read_file
+    from ..parity._pairs import Proof
+
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(read_file(path))["entries"]
+        found = [Proof.from_dict(entry) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError, SmoothL1DeployError) as exc:
+        raise ArtefactError(
+            f"{path} is no file of smoothl1-deploy prove ({exc}); give another with -o, or move it"
+        ) from exc
+    return {proof.claim: proof for proof in found}
+
+
+def _write(path: Path, known: dict[object, Proof]) -> None:
+    from .._files import write_atomic
+
+    entries = [proof.to_dict() for proof in known.values()]
+    text = json.dumps({"command": EXAMPLE.rpartition(" -o")[0], "entries": entries}, indent=1)
+    write_atomic(path, text.encode())
+
+
+def _show(proofs: list[Proof]) -> None:
+    rows = []
+    for proof in proofs:
+        for name, made in proof.outputs.items():
+            for whose, found in ((proof.claim.backend, made.ours), ("PyTorch", made.torch)):
+                exact, *off = found.counts
+                rows.append(
+                    [
+                        f"{proof.claim.beta:g}",
+                        name,
+                        whose,
+                        f"{exact / made.pairs:.6%}",
+                        *(f"{count:,}" for count in off),
+                        f"{found.largest}",
+                        f"{made.pairs - sum(found.counts):,}",
+                    ]
+                )
+    columns = ("beta", "output", "", "correctly rounded", "1 ULP", "2", "more", "most", "class")
+    print_table(columns, rows, f"{proofs[0].claim.dtype}, {proofs[0].pairs:,} pairs a beta")
+    for proof in proofs:
+        for name, made in proof.outputs.items():
+            if not made.ok:
+                print_lines([f"red: {name} at beta {proof.claim.beta:g}: {json.dumps(made.worst)}"])
