@@ -323,7 +323,9 @@ def tally(
     """
     classes, _ = _codes(spec.dtype)
     ours, theirs = (_apart(spec.dtype, answer, exact) for answer in (got, torch))
-    at = np.union1d(ours.lost, theirs.lost)
+    is_lost = np.zeros(got.shape, bool)
+    is_lost[ours.lost] = is_lost[theirs.lost] = True
+    at = np.flatnonzero(is_lost)
     mine, their, truth = (classes[bits[at]] for bits in (got, torch, exact))
     x, y = (side[at] for side in pair)
     lost = _torch_lost_it(spec, their, x, y, output)
