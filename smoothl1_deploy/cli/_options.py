@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, get_args, get_origin
@@ -36,6 +37,7 @@ SPEC_OPTIONS: dict[str, tuple[Any, str]] = {
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Count = Annotated[int, typer.Option(min=0)]
+Workers = Annotated[int, typer.Option(min=0, max=4096)]
 #: A backend, of which 17 are known: `--help` leaves the list to `doctor`.
 BackendName = Annotated[str, typer.Option(help="What runs it; smoothl1-deploy doctor lists them.")]
 
@@ -174,3 +176,8 @@ def parse_shape(text: str | None, what: str = "--shape") -> tuple[int | str, ...
             commas = axis.replace("x", ",")
             raise SpecError(f"{what} {text!r}: separate the axes by commas, as in {commas}")
     return tuple(int(axis) if re.fullmatch(r"-?\d+", axis) else axis for axis in axes)
+
+
+def processes(workers: int) -> int:
+    """How many `--workers` asks for: where it is 0 one a core, 8 at most."""
+    return workers or min(os.cpu_count() or 1, 8)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +9,8 @@ import typer
 
 from .._files import make_folder
 from ..errors import SpecError
-from ._console import INTERRUPTED, open_console, print_lines, print_note
-from ._options import Count
+from ._console import INTERRUPTED, open_console, print_lines, print_note, progress_bar
+from ._options import Count, Workers, processes
 
 if TYPE_CHECKING:
     from ..parity._report import Report
@@ -31,7 +28,7 @@ def parity(
     seed: Count = 0,
     draws: Annotated[int | None, typer.Option(min=0, max=1_000_000_000)] = None,
     draw: Annotated[list[int] | None, typer.Option(min=0)] = None,
-    workers: Annotated[int, typer.Option(min=0, max=4096)] = 0,
+    workers: Workers = 0,
     beta: list[float] | None = None,
     reduction: list[str] | None = None,
     dtype: list[str] | None = None,
@@ -86,10 +83,8 @@ def parity(
     )
     report, interrupted = None, False
     try:
-        with _bar() as progress:
-            report = run_matrix(
-                matrix, workers=workers or min(os.cpu_count() or 1, 8), progress=progress
-            )
+        with progress_bar("parity") as progress:
+            report = run_matrix(matrix, workers=processes(workers), progress=progress)
         _show(report)
         # Beside a part of the matrix, drift and contract would say little.
         if not (quick or is_part or backend or draw):
@@ -106,19 +101,6 @@ def parity(
         raise typer.Exit(INTERRUPTED)
     if not report:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A live progress bar on stderr; nothing where stderr is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    console = open_console(stderr=True)
-    columns = (TextColumn("parity"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, Remaining(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("parity", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _checked_part(**options: list[Any] | None) -> dict[str, Any]:
@@ -177,9 +159,9 @@ def _measured(report: Report, backends: tuple[str, ...]) -> Report:
     from ..parity._contract import probe_contract
     from ..parity._drift import measure_drift
 
-    with _bar() as progress:
+    with progress_bar("parity") as progress:
         drift = measure_drift(progress=progress)
-    with _bar() as progress:
+    with progress_bar("parity") as progress:
         local = [name for name in backends if not backend_class(name).over_the_wire]
         contract = probe_contract(local, progress=progress)
     return replace(report, drift=drift, contract=contract)

@@ -4,7 +4,8 @@ Notation: `u` is the unit roundoff of a format (2^-24 for float32), `gamma(n, u)
 a product of n factors `1 + delta`, |delta| <= u, is within `1 +- gamma(n, u)` (Higham, Accuracy and
 Stability of Numerical Algorithms, 2nd edition, 2002, Lemma 3.1).
 
-Each element, in the compute dtype: gamma(4, u). `d` is rounded once, and because the elasticity
+Each element, in the compute dtype: gamma(4, u), as Gappa proves too (`scripts/prove_bounds`). `d`
+is rounded once, and because the elasticity
 `d l'(d) / l(d)` is 2 below beta and at most 2 above it, `l` moves by at most (1 + u)^2. Below
 beta the rest is one division and one product (halving is exact, and 0 is added exactly). Above it
 `core / beta` is exactly 1, and the rest is one subtraction and one addition of positive numbers, or

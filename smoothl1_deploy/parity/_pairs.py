@@ -42,7 +42,8 @@ CODES = 1 << 16
 PAIRS = CODES * CODES
 _SIGN = 1 << 15
 _NAN = CLASS_NAMES.index("nan")
-_ROWS = 1024  # inputs of a task; each meets every target
+#: Tasks: each has every 64th input, which meets every target, so that one is a sample of all.
+_TASKS = 64
 _AT_ONCE = 32  # inputs of a call: 2^21 pairs need little memory, and a call costs nothing beside
 
 
@@ -349,16 +350,17 @@ def _prepared(claim: Claim) -> tuple[Exact, Runner]:
     return Exact(claim.spec), get_backend(claim.backend, threads=1).load(model)
 
 
-def _try_rows(task: tuple[Claim, int]) -> dict[str, Tally]:
-    """The tallies of `_ROWS` inputs, from the one with that number on, with every target."""
+def _try_task(task: tuple[Claim, int]) -> dict[str, Tally]:
+    """The tallies of the inputs of a task, by its number, with every target."""
     from ..reference._module import eager_outputs
 
-    claim, first = task
+    claim, number = task
     spec, (exact, runner) = claim.spec, _prepared(claim)
     found: dict[str, Tally] = {}
     targets = np.tile(exact.targets, (_AT_ONCE, 1))
-    for start in range(first, first + _ROWS, _AT_ONCE):
-        inputs = exact.targets[start : start + _AT_ONCE]
+    mine = exact.targets[number::_TASKS]
+    for start in range(0, len(mine), _AT_ONCE):
+        inputs = mine[start : start + _AT_ONCE]
         x = np.repeat(inputs, CODES).reshape(_AT_ONCE, CODES)
         got, torch = runner.run(x, targets), eager_outputs(spec, x, targets)
         right = exact.answers(inputs)
@@ -386,12 +388,12 @@ class Proof(Record):
     left: tuple[int, ...]
     seconds: float
     environment: dict[str, Any]
-    derived: ClassVar = ("pairs", "ok")
+    derived: ClassVar = ("pairs", "ok", "command")
 
     @classmethod
     def begun(cls, claim: Claim) -> Proof:
         """Of no pair yet."""
-        return cls(claim, {}, tuple(range(CODES // _ROWS)), 0.0, environment())
+        return cls(claim, {}, tuple(range(_TASKS)), 0.0, environment())
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> Proof:
@@ -403,16 +405,25 @@ class Proof(Record):
         claim = {**entry["claim"], "beta": float(entry["claim"]["beta"])}
         outputs = {str(name): Tally.from_dict(found) for name, found in entry["outputs"].items()}
         left = tuple(int(number) for number in entry["left"])
-        if any(made.pairs != PAIRS - len(left) * _ROWS * CODES for made in outputs.values()):
+        if any(made.pairs != PAIRS * (_TASKS - len(left)) // _TASKS for made in outputs.values()):
             raise ValueError("the pairs and what is left don't add up to all")
         return cls(
             Claim(**claim), outputs, left, float(entry["seconds"]), dict(entry["environment"])
         )
 
     @property
+    def command(self) -> str:
+        """What repeats it."""
+        claim = self.claim
+        return (
+            f"smoothl1-deploy prove --dtype {claim.dtype} --beta {claim.beta:g} "
+            f"--backend {claim.backend} --route {claim.route}"
+        )
+
+    @property
     def pairs(self) -> int:
         """How many were tried."""
-        return PAIRS - len(self.left) * _ROWS * CODES
+        return PAIRS * (_TASKS - len(self.left)) // _TASKS
 
     @property
     def ok(self) -> bool:
@@ -424,6 +435,7 @@ def prove(
     proof: Proof,
     *,
     workers: int = 1,
+    most: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Proof]:
     """Try the pairs that are left, some inputs after others; yields what is known after each step.
@@ -431,16 +443,16 @@ def prove(
     Args:
         proof: what is known already; `Proof.begun` of a claim where nothing is.
         workers: processes; 1 works in this one.
+        most: how many of the 64 steps to take; None for all that are left.
         progress: called with the steps done and their number, at the start and after each.
     """
-    total, started = CODES // _ROWS, time.monotonic()
-    progress(total - len(proof.left), total)
-    tasks = [(proof.claim, number * _ROWS) for number in proof.left]
-    before = proof.seconds
-    for (_, first), found in each(_try_rows, tasks, workers):
+    started, before = time.monotonic(), proof.seconds
+    progress(_TASKS - len(proof.left), _TASKS)
+    tasks = [(proof.claim, number) for number in proof.left[:most]]
+    for (_, number), found in each(_try_task, tasks, workers):
         outputs = {name: proof.outputs.get(name, Tally()) + made for name, made in found.items()}
-        left = tuple(number for number in proof.left if number != first // _ROWS)
+        left = tuple(other for other in proof.left if other != number)
         seconds = round(before + time.monotonic() - started, 1)
         proof = replace(proof, outputs=outputs, left=left, seconds=seconds)
-        progress(total - len(left), total)
+        progress(_TASKS - len(left), _TASKS)
         yield proof

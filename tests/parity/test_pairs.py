@@ -115,9 +115,9 @@ def test_pairs_are_judged_by_class_and_by_pytorch_s_own_distance() -> None:
 
 
 def test_what_is_left_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    each = PAIRS // (CODES // module._ROWS)
+    each = PAIRS // module._TASKS
     worst = {"input": "1.0"}
-    monkeypatch.setattr(module, "_try_rows", lambda _: {"loss": Tally(pairs=each, worst=worst)})
+    monkeypatch.setattr(module, "_try_task", lambda _: {"loss": Tally(pairs=each, worst=worst)})
     steps: list[tuple[int, int]] = []
     found = prove(
         Proof.begun(Claim("float16", math.inf)), progress=lambda *step: steps.append(step)
@@ -126,6 +126,7 @@ def test_what_is_left_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first.pairs, second.pairs) == (each, 2 * each) and not second.ok
     known = Proof.from_dict(json.loads(json.dumps(second.to_dict())))
     assert known == second and known.claim.beta == math.inf
+    assert [step.pairs for step in prove(known, most=1)] == [3 * each]
     *_, last = prove(known)
     assert last.ok and last.pairs == last.outputs["loss"].pairs == PAIRS and last.left == ()
     assert steps == [(0, 64), (1, 64), (2, 64)]
@@ -137,10 +138,10 @@ def test_what_is_left_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_task_is_green_and_red_where_the_answers_are_moved(
     monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    monkeypatch.setattr(module, "_ROWS", 4)
+    monkeypatch.setattr(module, "_TASKS", 1 << 14)
     monkeypatch.setattr(module, "_AT_ONCE", 2)
     claim = Claim("float16", 1.0, backend)
-    found = module._try_rows((claim, 40_000))
+    found = module._try_task((claim, 9_999))
     assert set(found) >= {"loss"} and all(made.ok for made in found.values())
     assert found["loss"].pairs == 4 * CODES
     runner = module._prepared(claim)[1]
@@ -150,7 +151,7 @@ def test_a_task_is_green_and_red_where_the_answers_are_moved(
         return {name: np.nextafter(a, a.dtype.type(9)) for name, a in real(*arrays).items()}
 
     monkeypatch.setattr(runner, "run", moved)
-    wrong = module._try_rows((claim, 40_000))
+    wrong = module._try_task((claim, 9_999))
     assert wrong["loss"].ours.counts[0] < wrong["loss"].pairs // 2
 
 
