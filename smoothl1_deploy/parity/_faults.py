@@ -230,7 +230,7 @@ _MASKED_MEANS: tuple[tuple[str, str, float | None], ...] = (
 _INSTEAD = "compute it by torch.nn.SmoothL1Loss instead"
 _BY_ABS = "compute |d| by Abs, which is exact"
 
-#: In the order in which one that explains as much as another is preferred.
+#: What a formula may be; of two that explain as much, the earlier one is named.
 FORMS: tuple[Step, ...] = (
     Step(None, "the formula is right", smooth_l1),
     Step(Fault.MISSING_HALF, "below beta the loss is d^2 / beta, twice what it should be",
@@ -345,7 +345,8 @@ def _excess(d: float, loss: float, beta: float) -> float:
     return size * size - d * d
 
 
-#: In the order in which one that explains as much with a number as round is preferred.
+#: Formulas with a number to be found; of two that explain as much with numbers as round, the
+#: earlier one is named.
 FITS: tuple[Fit, ...] = (
     Fit(Fault.WRONG_BETA, _beta_text,
         lambda a, b, _, beta: smooth_l1(a, b, beta),

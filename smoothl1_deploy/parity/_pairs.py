@@ -223,7 +223,7 @@ class Exact:
         self._rows: dict[int, dict[str, Array]] = {}
 
     def _tables(self, values: Array) -> tuple[Thresholds, Thresholds]:
-        """Of the loss and of the size of the slope, for the numbers above 0 of the format."""
+        """The thresholds of the loss, and of the size of the slope, at the format's numbers above 0."""
         beta = self.spec.effective_beta
         if math.isinf(beta):
             return Thresholds(()), Thresholds(())
@@ -277,7 +277,7 @@ class Exact:
 
 @cache
 def _codes(dtype: str) -> tuple[Array, Array]:
-    """Of every number of a format, by its bits: its class, and its rank among the numbers."""
+    """The class of every number of a format, by its bits, and its rank among the numbers."""
     values = np.arange(CODES, dtype=np.uint16).view(NUMPY_DTYPE[dtype])
     magnitude = (np.arange(CODES) & (_SIGN - 1)).astype(np.int32)
     return ieee_class(values), np.where(np.signbit(values), -magnitude, magnitude)
@@ -392,7 +392,7 @@ class Proof(Record):
 
     @classmethod
     def begun(cls, claim: Claim) -> Proof:
-        """Of no pair yet."""
+        """A proof that has tried no pair yet."""
         return cls(claim, {}, tuple(range(_TASKS)), 0.0, environment())
 
     @classmethod
