@@ -223,7 +223,7 @@ class Exact:
         self._rows: dict[int, dict[str, Array]] = {}
 
     def _tables(self, values: Array) -> tuple[Thresholds, Thresholds]:
-        """The thresholds of the loss, and of the size of the slope, at the format's numbers above 0."""
+        """The thresholds of the loss and of the slope's size, at the format's numbers above 0."""
         beta = self.spec.effective_beta
         if math.isinf(beta):
             return Thresholds(()), Thresholds(())
