@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .._files import make_folder
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, require
 from ._console import print_fields, print_lines, print_note, print_table
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def serve(
         raise InvalidInputError(
             "say which model repository to serve: smoothl1-deploy serve REPOSITORY"
         )
+
+    require("psutil", "serve", "serving")  # before anything is said of the repository
 
     from platformdirs import user_log_path
 

@@ -119,6 +119,7 @@ def test_a_missing_package_exits_with_3_and_says_what_to_install(pair: object) -
     for package, command, install in (
         ("onnxruntime", run, "pip install 'smoothl1-deploy[cpu]'"),
         ("tensorrt,tensorrt_rtx", "build loss.onnx", "pip install 'smoothl1-deploy[rtx]'"),
+        ("psutil", "serve .", "pip install 'smoothl1-deploy[serve]'"),
         ("onnx", "export", again),
         ("typer", "cache list", again),
         ("rich", "cache list", again),
