@@ -24,6 +24,7 @@ from .target import Target
 #: The commands that are left out, and why: a case takes too long, or doesn't end.
 SLOW = {
     "parity": "seconds a cell",
+    "prove": "minutes a beta, in processes of its own",
     "bench": "measures for seconds",
     "serve": "serves until it is stopped",
     "doctor": "has no arguments worth the time",

@@ -18,6 +18,7 @@ from smoothl1_deploy._artefact import read_model, select_ports
 from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._model import ATTACHED, Loss, inputs_of, metadata_of, value_names
 from smoothl1_deploy.backends._base import BACKENDS, missing
+from smoothl1_deploy.backends._whole import ModelRunner
 from smoothl1_deploy.cli._inspect import inspect_model
 from smoothl1_deploy.graph._attach import loss_part, read_losses
 from smoothl1_deploy.graph._metadata import (
@@ -100,13 +101,18 @@ def _damaged(case: tuple[Any, str], folder: Path) -> None:
     runner = load(model, backend)
     read = onnx.load_model_from_string(model) if isinstance(model, bytes) else model
     assert not carries_engine(read), "an engine was passed on"
+    if isinstance(runner, ModelRunner):
+        asked = {n: (axes, runner.dtypes[n]) for n, axes in runner.axes.items()}
+    else:
+        ports = runner.signature.inputs.items()
+        asked = {role: (port.shape, NUMPY_DTYPE[port.dtype]) for role, port in ports}
     arrays = {}
-    for role, port in runner.signature.inputs.items():
-        shape = [dim if isinstance(dim, int) else 3 for dim in port.shape or ()]
+    for name, (axes, dtype) in asked.items():
+        shape = [dim if isinstance(dim, int) else 3 for dim in axes or ()]
         if any(not 0 <= dim <= 64 for dim in shape) or len(shape) > 6:
             return  # what it asks for can't be given
-        arrays[role] = np.ones(shape, NUMPY_DTYPE[port.dtype])
-    if "beta" in arrays:
+        arrays[name] = np.ones(shape, dtype)
+    if "beta" in arrays and not isinstance(runner, ModelRunner):
         arrays["beta"] = 1.0
     runner.run(**arrays)
 
