@@ -25,6 +25,7 @@ from ._options import as_command, help_of
 COMMANDS = {
     "export": "Write a Smooth L1 loss as an ONNX file.",
     "attach": "Graft the loss onto a model that has the prediction.",
+    "deploy": "Attach, verify, build and serve in one go.",
     "build": "Build a TensorRT engine from an ONNX file.",
     "run": "Compute the loss of two arrays with an artefact.",
     "score": "Compute the loss of data larger than memory.",

@@ -10,8 +10,11 @@ import onnx
 import pytest
 from conftest_cli import Cli, assert_refused
 from handmade import model_of
+from planted import planted
 
-from smoothl1_deploy import load
+from smoothl1_deploy import LossSpec, load
+from smoothl1_deploy._floats import Array
+from smoothl1_deploy.errors import BuildError
 
 DETECTOR = """
 g (float[N, 3, 8, 8] images) => (float[N, 192] boxes) {
@@ -86,3 +89,43 @@ def test_other_bits_than_before_end_with_1_and_a_red_certificate(cli: Cli) -> No
     assert done.code == 1 and "OTHER BITS" in done.out
     certificate = json.loads(Path("scored.onnx.certificate.json").read_text())
     assert certificate["verdict"] == "red" and certificate["red_cases"] == 0
+
+
+DEPLOY = ("deploy", "detector.onnx", "--prediction", "boxes", "--target", "boxes_gt", "-o", "out")
+
+
+def test_deploy_is_the_other_commands_and_repeats_no_proof(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = cli(*DEPLOY, "--per-sample", "--beta", 0.5, "--data", "pair.npz")
+    assert done.code == 0, done.err
+    said = [line for line in done.out.splitlines() if line.startswith("$ smoothl1-deploy ")]
+    assert [line.split()[2] for line in said] == ["attach", "verify", "build", "repository"]
+    assert "--beta 0.5 --per-sample -o out/scored.onnx" in said[0]
+    assert "tritonserver --model-repository=/models" in done.out
+    assert Path("out/models/detector/1/model.onnx.certificate.json").is_file()
+
+    def build(model: Path, *, profile: list[str] | None = None) -> None:
+        """Stands in for one that fails."""
+        raise BuildError("there is no tactic")
+
+    monkeypatch.setattr("smoothl1_deploy.cli._build.build", build)
+    again = cli(*DEPLOY, "--per-sample", "--beta", 0.5)
+    assert again.code == 0 and "it is not proved again" in again.err
+    assert "no engine: there is no tactic" in again.err
+    changed = cli(*DEPLOY, "--per-sample", "--beta", 0.25, "--name", "other")
+    assert changed.code == 0 and "not proved again" not in changed.err
+    assert Path("out/models/other/config.pbtxt").is_file()
+
+
+def test_deploy_stops_at_a_step_that_fails(cli: Cli) -> None:
+    missing = cli(*DEPLOY, "--data", "no.npz")
+    assert missing.code == 2 and "error: no.npz can't be read" in missing.err
+
+    def doubled(spec: LossSpec, input: Array, right: dict[str, Array]) -> dict[str, Array]:
+        return {name: 2 * array for name, array in right.items()}
+
+    with planted(doubled):
+        done = cli(*DEPLOY)
+    assert done.code == 1 and "$ smoothl1-deploy build" not in done.out
+    assert not Path("out/models").exists()

@@ -1,0 +1,110 @@
+"""`smoothl1-deploy deploy`: from a model to a served one with a loss, by the other commands."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .._files import make_folder
+from ..errors import (
+    ArtefactError,
+    BackendUnavailableError,
+    BuildError,
+    MissingDependencyError,
+    UnsupportedError,
+)
+from ._console import print_lines, print_note
+from ._options import takes_spec
+
+EXAMPLE = "smoothl1-deploy deploy detector.onnx --prediction boxes --target boxes_gt -o out/deploy"
+
+
+#: What leaves out the engine, and nothing else.
+_NO_ENGINE = (
+    ArtefactError,
+    BackendUnavailableError,
+    BuildError,
+    MissingDependencyError,
+    UnsupportedError,
+)
+
+
+@takes_spec("weight")
+def deploy(
+    model: Path,
+    given: dict[str, Any],
+    *,
+    prediction: str,
+    target: str,
+    output: Path = Path("out/deploy"),
+    name: str | None = None,
+    data: Path | None = None,
+    profile: list[str] | None = None,
+) -> None:
+    """Attach a loss to a model, prove it, build an engine, and write a Triton repository.
+
+    Each step is one of the other commands, and is shown as it would be typed. Run again, a step
+    whose result is there is not repeated. Where TensorRT can't be used, or can't build the model,
+    the engine is left out, and the reason is said.
+
+    Options:
+        model: An ONNX file of opset 13 or newer.
+        prediction: A tensor of it: an output, an input, or one in between.
+        target: Another tensor, a new input's name, or a .npy file (a constant).
+        output: Folder for scored.onnx, its certificate, its engine, and the repository models.
+        name: What the served model is called; by default as the file.
+        data: An .npz file with an array for each input, to run the whole model on.
+        profile: As of build, for the engine: NAME=MIN,OPT,MAX. Repeat for more inputs.
+    """
+    from ..parity._certificate import read_certificate
+
+    make_folder(output)
+    scored, models = output / "scored.onnx", output / "models"
+    called = name or model.stem
+    spec = [part for key, value in given.items() for part in _option(key, value)]
+    words = ["attach", model, "--prediction", prediction, "--target", target, *spec, "-o", scored]
+    _step(words)
+    known = read_certificate(scored)
+    if known and any(run["same"] for run in known.content.get("runs", ())):
+        print_note(f"the certificate of {scored} matches it: it is not proved again")
+    else:
+        chosen = [] if data is None else ["--data", data]
+        _step(["verify", scored, "--against", model, *chosen, "--certificate"])
+    ranges = [part for text in profile or () for part in ("--profile", text)]
+    try:
+        _step(["build", scored, *ranges])
+    except _NO_ENGINE as exc:
+        print_note(f"no engine: {exc}")
+    words = ["repository", models, "--model", scored, "--name", called, "--certify", "--overwrite"]
+    _step(words)
+    mounted = shlex.quote(f"{models.resolve()}:/models")
+    print_lines(
+        [
+            "",
+            "What comes next, here or in a container of Triton's (YY.MM: its release):",
+            f"  smoothl1-deploy serve {shlex.quote(str(models))}",
+            f"  docker run --rm -p 8000-8002:8000-8002 -v {mounted} "
+            "nvcr.io/nvidia/tritonserver:YY.MM-py3 tritonserver --model-repository=/models",
+            f"  smoothl1-deploy repository --lint {shlex.quote(str(models))}",
+        ]
+    )
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """An option of a loss as it is typed."""
+    flag = f"--{name.replace('_', '-')}"
+    return [flag] if value is True else [flag, str(value)]
+
+
+def _step(words: list[Any]) -> None:
+    """Show a command and call it; one that ends with another code than 0 ends this one."""
+    from ._registry import root_command
+
+    typed = [str(word) for word in words]
+    print_lines(["", f"$ smoothl1-deploy {shlex.join(typed)}"])
+    code = root_command().main(typed, prog_name="smoothl1-deploy", standalone_mode=False)
+    if code:
+        raise typer.Exit(code)
