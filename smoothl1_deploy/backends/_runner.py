@@ -172,6 +172,11 @@ class Runner(ABC):
         self._takes_a_pair = list(self.signature.inputs) == ["input", "target"] and not self.served
         self._good_shape: tuple[int, ...] | None = None
 
+    def __repr__(self) -> str:
+        ports = ", ".join(map(str, self.signature.inputs.values()))
+        outputs = ", ".join(map(str, self.signature.outputs))
+        return f"<{type(self).__name__}: {ports} -> {outputs}>"
+
     def run(
         self,
         input: Any,

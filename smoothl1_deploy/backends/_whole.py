@@ -38,6 +38,9 @@ class ModelRunner:
         self.outputs = tuple(value.name for value in model.graph.output)
         self._session = open(model)
 
+    def __repr__(self) -> str:
+        return f"<ModelRunner: {', '.join(self.inputs.values())} -> {', '.join(self.outputs)}>"
+
     def run(self, **arrays: Any) -> dict[str, Array]:
         """Every output of the model, the losses among them.
 

@@ -35,6 +35,13 @@ SPEC_OPTIONS: dict[str, tuple[Any, str]] = {
     ),
 }
 
+#: dtype as other tools spell it -> as PyTorch and numpy do.
+_DTYPES = {
+    "half": "float16", "fp16": "float16", "f16": "float16", "bf16": "bfloat16",
+    "float": "float32", "fp32": "float32", "f32": "float32",
+    "double": "float64", "fp64": "float64", "f64": "float64",
+}  # fmt: skip
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Count = Annotated[int, typer.Option(min=0)]
 Workers = Annotated[int, typer.Option(min=0, max=4096)]
@@ -72,7 +79,8 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
 
     What can be given by position is an argument, what stands behind the `*` an option. `output` is
     -o too, and a flag that is off by default has no opposite. An annotation with a `typer.Option`
-    adds what is special, such as a least number.
+    adds what is special, such as a least number. A dtype and a reduction may be spelled as other
+    tools spell them.
     """
     _, texts = help_of(function)
 
@@ -96,6 +104,11 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(**arguments: Any) -> None:
+        for name in ("dtype", "reduction"):
+            if isinstance(given := arguments.get(name), str):
+                arguments[name] = spelled(given)
+            elif given:
+                arguments[name] = [spelled(each) for each in given]
         function(**arguments)
 
     own = inspect.signature(function, eval_str=True)
@@ -150,6 +163,15 @@ def takes_spec(
         )
 
     return decorate
+
+
+def spelled(value: str) -> str:
+    """A dtype or a reduction as `LossSpec` spells it, whatever its case and the tool it is from.
+
+    >>> spelled("FP16"), spelled("Mean"), spelled("int8")
+    ('float16', 'mean', 'int8')
+    """
+    return _DTYPES.get(value.lower(), value.lower())
 
 
 def options_of(given: dict[str, Any]) -> list[str]:

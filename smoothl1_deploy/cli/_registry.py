@@ -41,6 +41,9 @@ COMMANDS = {
 }
 
 
+_HELP = {"help_option_names": ["--help", "-h"]}
+
+
 def _load(name: str) -> Any:
     """The command of that name: a function, or sub-commands by their names."""
     module = importlib.import_module(f"._{name}", __package__)
@@ -48,7 +51,7 @@ def _load(name: str) -> Any:
     epilog = f"Example:  {module.EXAMPLE}"
     app = typer.Typer(
         rich_markup_mode="rich", add_completion=False, help=COMMANDS[name], epilog=epilog,
-        no_args_is_help=isinstance(found, dict),
+        no_args_is_help=isinstance(found, dict), context_settings=_HELP,
     )  # fmt: skip
     for own, function in found.items() if isinstance(found, dict) else [(name, found)]:
         text, _ = help_of(function)
@@ -100,6 +103,7 @@ def root_command() -> Any:
         cls=LazyGroup,
         rich_markup_mode="rich",
         no_args_is_help=True,
+        context_settings=_HELP,
         pretty_exceptions_enable=False,
         epilog="Exit codes: 0 done, 1 a check failed, 2 bad usage or bad input, "
         "3 something needed is not installed, 70 a bug.",

@@ -64,6 +64,11 @@ class Verification:
     def __bool__(self) -> bool:
         return not self.failures
 
+    def __repr__(self) -> str:
+        cases = len(self.every_result)
+        green = f"{cases - len(self.failures)} of {cases} cases green"
+        return f"<Verification of {self.name} on {self.backend}: {green}>"
+
     @property
     def every_result(self) -> tuple[CaseResult, ...]:
         """Every case, those of the drift among them."""

@@ -80,6 +80,11 @@ class ModelVerification(Record):
     environment: Mapping[str, Any]
     derived: ClassVar = ("ok",)
 
+    def __repr__(self) -> str:
+        said = ", ".join(f"{n} {'green' if v else 'red'}" for n, v in self.losses.items())
+        runs = f"{sum(run.ok for run in self.runs)} of {len(self.runs)} runs of the whole green"
+        return f"<ModelVerification of {self.name} on {self.backend}: {said}; {runs}>"
+
     def __bool__(self) -> bool:
         return all(self.losses.values()) and all(run.ok for run in self.runs)
 

@@ -247,6 +247,12 @@ class Engine:
     cached: bool = False
     changed: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        where = "" if self.path is None else f" in {self.path}"
+        of = self.sidecar
+        built = f"{of.flavour} {of.version}, {len(self.data):,} bytes"
+        return f"<Engine of {of.graph_name}{where}: {built}>"
+
     @property
     def sha256(self) -> str:
         """The sha256 of `data`, in hex."""

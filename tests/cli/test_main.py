@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shlex
 import signal
@@ -111,6 +112,16 @@ def test_usage_errors_exit_with_2(cli: Cli) -> None:
         assert (done.code, done.out) == (2, "")
         assert message in done.err
         assert "--help' for help" in done.err
+
+
+def test_help_is_h_too_and_dtypes_are_spelled_as_others_do(cli: Cli) -> None:
+    assert cli("-h").out == cli("--help").out and "--beta" in cli("export", "-h").out
+    words = ("export", "--shape", "N,4", "--json", "--dtype")
+    for spelled, dtype in (("half", "float16"), ("FP16", "float16"), ("bf16", "bfloat16"),
+                           ("Float32", "float32"), ("double", "float64")):  # fmt: skip
+        made = json.loads(cli(*words, spelled, "--reduction", "SUM").out)
+        assert f"_sum_{dtype}" in made["path"]
+    assert "unknown dtype 'int8'" in cli("parity", "--dtype", "int8").err
 
 
 def test_a_missing_package_exits_with_3_and_says_what_to_install(pair: object) -> None:

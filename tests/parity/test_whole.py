@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx.parser
 import pytest
 
-from smoothl1_deploy import LossSpec, attach, export, verify
+from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
 from smoothl1_deploy.errors import ArtefactError, InvalidInputError, SpecError
 from smoothl1_deploy.parity._whole import ModelVerification, verify_model
 
@@ -44,6 +46,23 @@ def test_every_loss_the_whole_model_and_what_it_was_before_are_green(
     )
     assert [run.same for run in found.runs] == [{"boxes": True}, {"boxes": True}]
     assert {*found.runs[0].losses} == {"loss", "scores", "grad_input"}
+
+
+def test_what_a_notebook_shows_is_one_line(scored: onnx.ModelProto, tmp_path: Path) -> None:
+    loss = export(LossSpec(0.5), "inlined", ("N", 4))
+    shown = [
+        repr(found)
+        for found in (
+            verify(loss, drift=False),
+            verify(scored, drift=False),
+            load(loss),
+            load(scored),
+            build_engine(loss, tmp_path / "loss.engine"),
+        )
+    ]
+    assert all(len(text) < 300 and text.startswith("<") and "\n" not in text for text in shown)
+    assert "13 of 13 cases green" in shown[0] and "scores green" in shown[1]
+    assert "input: float32[Nx4]" in shown[2] and "-> boxes, loss, scores" in shown[3]
 
 
 def test_of_data_that_is_given_that_alone_is_run(scored: onnx.ModelProto) -> None:
