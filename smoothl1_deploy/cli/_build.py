@@ -60,7 +60,8 @@ def build(
         embed_mode: With epcontext: 1 puts the engine inside, 0 into a file beside. Default: 1.
         profile: NAME=MIN,OPT,MAX: shapes of an input with dynamic axes, as in
             input=1x16,64x16,4096x16; one shape stands for all three. Repeat for more inputs; target
-            follows input. Default: 1, 64, 4096 for every dynamic axis.
+            follows input. Default: 1, 64, 4096 for every dynamic axis, or less where an input would
+            have more than 2^28 elements (1 GiB of float32).
 
     GPU and flavour:
         flavour: tensorrt, tensorrt_rtx, or auto for the first that can be used.

@@ -68,7 +68,8 @@ def build_engine(
         path: where to write the engine; its sidecar goes to `<path>.json`. None writes nothing
             outside the cache.
         flavour: `"tensorrt"`, `"tensorrt_rtx"`, or `"auto"` for the first that can be used.
-        profile: the range of every dynamic axis, in a form of `_profile`. Default: 1, 64, 4096.
+        profile: the range of every dynamic axis, in a form of `_profile`. Default: 1, 64, 4096, or
+            less where an input would have more than 2^28 elements.
         options: see `BuildOptions`.
         cache_dir: folder of an engine cache (`default_cache_dir()` for the user's), or an
             `EngineCache`; None builds without.

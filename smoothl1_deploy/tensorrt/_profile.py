@@ -4,11 +4,13 @@ A request takes one of these forms, each checked before TensorRT sees it:
 
     "input=1x16,64x16,4096x16"                      min, opt, max; a list of such strings
     "input=64x16"                                   one shape for all three
+    "input:64x16"                                   the same, as Polygraphy and trtexec write it
     {"input": (1, 64, 4096)}                        values of the only dynamic axis
     {"input": ((1, 16), (64, 16), (4096, 16))}      three shapes
 
 What the request leaves open is filled in: `target` follows `input` where their shapes are the
-same, an axis follows another of the same name, and what remains takes `DEFAULT_RANGE`.
+same, an axis follows another of the same name, and what remains takes `DEFAULT_RANGE`, or less
+where an input would have more than 2^28 elements.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from ..errors import ArtefactError, SpecError
 #: The sizes min, opt and max of a dynamic axis that no request mentions.
 DEFAULT_RANGE = (1, 64, 4096)
 
+_MOST_BY_DEFAULT = 1 << 28  # elements of an input that no request mentions: 1 GiB of float32
 _WIDEST = 1 << 26  # the number of elements of an input up to which `wide_profile` reaches
 
 Sizes = tuple[int, ...]
@@ -97,19 +100,32 @@ def input_shapes(model: onnx.ModelProto) -> tuple[InputShape, ...]:
     return tuple(found)
 
 
-def wide_profile(inputs: Sequence[InputShape]) -> dict[str, Range]:
-    """Ranges of the dynamic axes from empty to 2^26 elements an input, tuned for 64 rows."""
+def _label(shape: InputShape, axis: int) -> str:
+    """A dynamic axis by its name, which others may share, or by its place."""
+    dim = shape.dims[axis]
+    return f"{shape.name}[{axis}]" if dim is None else str(dim)
+
+
+def _highest(inputs: Sequence[InputShape], elements: int) -> dict[str, int]:
+    """The largest size of each dynamic axis with which no input has more elements."""
     highest: dict[str, int] = {}
     for shape in inputs:
         fixed = math.prod(dim for dim in shape.dims if isinstance(dim, int))
         for axis in shape.dynamic:
-            size = max(1, int((_WIDEST // max(fixed, 1)) ** (1 / len(shape.dynamic)) + 1e-9))
-            key = str(shape.dims[axis])
-            highest[key] = min(size, highest.get(key, size))
+            size = max(1, int((elements // max(fixed, 1)) ** (1 / len(shape.dynamic)) + 1e-9))
+            label = _label(shape, axis)
+            highest[label] = min(size, highest.get(label, size))
+    return highest
+
+
+def wide_profile(inputs: Sequence[InputShape]) -> dict[str, Range]:
+    """Ranges of the dynamic axes from empty to 2^26 elements an input, tuned for 64 rows."""
+    highest = _highest(inputs, _WIDEST)
 
     def sizes(shape: InputShape, limit: int) -> Sizes:
         return tuple(
-            dim if isinstance(dim, int) else min(limit, highest[str(dim)]) for dim in shape.dims
+            dim if isinstance(dim, int) else min(limit, highest[_label(shape, axis)])
+            for axis, dim in enumerate(shape.dims)
         )
 
     return {
@@ -154,9 +170,9 @@ def resolve_profile(request: ProfileRequest, inputs: Sequence[InputShape]) -> Pr
                 )
 
     defaults: list[str] = []
-    for shape in inputs:
-        if not shape.dynamic or shape.name in given:
-            continue
+    open_inputs = [shape for shape in inputs if shape.dynamic and shape.name not in given]
+    highest = _highest(open_inputs, _MOST_BY_DEFAULT)
+    for shape in open_inputs:
         axes: list[Sizes] = []
         for axis, dim in enumerate(shape.dims):
             if isinstance(dim, int):
@@ -164,8 +180,10 @@ def resolve_profile(request: ProfileRequest, inputs: Sequence[InputShape]) -> Pr
             elif dim is not None and dim in named:
                 axes.append(named[dim][1])
             else:
-                axes.append(DEFAULT_RANGE)
-                defaults.append(dim or f"{shape.name}[{axis}]")
+                label = _label(shape, axis)
+                low, usual, high = (min(size, highest[label]) for size in DEFAULT_RANGE)
+                axes.append((low, usual, high))
+                defaults.append(label)
         given[shape.name] = _range(zip(*axes, strict=True))
     ranges = {shape.name: given[shape.name] for shape in inputs if shape.dynamic}
     return Profile(ranges, tuple(dict.fromkeys(defaults)))
@@ -180,7 +198,7 @@ def _parsed(request: ProfileRequest) -> dict[str, Any]:
         raise SpecError(f"can't read the profile {request!r}; {_FORMS}")
     found: dict[str, Any] = {}
     for text in texts:
-        name, _, shapes = text.partition("=") if isinstance(text, str) else ("", "", "")
+        name, _, shapes = _split(text) if isinstance(text, str) else ("", "", "")
         if not (name and shapes):
             raise SpecError(f"can't read the profile {text!r}; {_FORMS}")
         if name in found:
@@ -193,6 +211,11 @@ def _parsed(request: ProfileRequest) -> dict[str, Any]:
             raise SpecError(f"the profile {text!r} has {len(sizes)} shapes, not 1 or 3; {_FORMS}")
         found[name.strip()] = sizes * 3 if len(sizes) == 1 else sizes
     return found
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    """Name and shapes, between them `=`, or `:` as Polygraphy and trtexec write profiles."""
+    return text.partition("=") if "=" in text else text.rpartition(":")
 
 
 def _is_size(value: object) -> bool:

@@ -27,6 +27,7 @@ def test_the_forms_mean_the_same():
     for request in (
         "input=1x16,64x16,4096x16",
         ["input=1x16,64x16,4096x16"],
+        "input:1x16,64x16,4096x16",
         {"input": (1, 64, 4096)},
         {"input": [1, 64, 4096]},
         {"input": ROWS},
@@ -66,6 +67,12 @@ FILLED = {
         {"input": (2, 4, 8)},
         shapes(input=("N", 16), x=(None, "M")),
         "input=2x16,4x16,8x16 x=1x1,64x64,4096x4096 (default 1, 64, 4096 for x[0], M)",
+    ),
+    "no default asks for more than a gibibyte of float32, nor does what shares an axis's name": (
+        None,
+        shapes(images=("N", 3, 640, 640), boxes=("N", 4)),
+        "boxes=1x4,64x4,218x4 images=1x3x640x640,64x3x640x640,218x3x640x640 "
+        "(default 1, 64, 4096 for N)",
     ),
     "an empty axis is a size": (
         {"x": (0, 0, 8)},
