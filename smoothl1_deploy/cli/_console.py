@@ -193,8 +193,11 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import TimeRemainingColumn as Remaining
 
     console = open_console(stderr=True)
+    if not console.is_terminal:  # where it is disabled, rich 13 ends it with a blank line
+        yield lambda done, total: None
+        return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, Remaining(), console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, Remaining(), console=console) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

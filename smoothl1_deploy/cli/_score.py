@@ -176,6 +176,9 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
     from rich import progress as bars
 
     console = open_console(stderr=True)
+    if not console.is_terminal:  # where it is disabled, rich 13 ends it with a blank line
+        yield lambda progress: None
+        return
     columns = (
         bars.BarColumn(),
         bars.TaskProgressColumn(),
@@ -183,8 +186,7 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
         bars.TimeRemainingColumn(),
         bars.TextColumn("{task.fields[shard]}"),
     )
-    quiet = not console.is_terminal
-    with bars.Progress(*columns, console=console, transient=True, disable=quiet) as bar:
+    with bars.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("score", total=None, rate="", shard="")
 
         def show(progress: Progress) -> None:
