@@ -208,6 +208,10 @@ class NpzSource(NpySource):
         return file
 
 
+#: Arrow's name of a float type -> numpy's; others are called alike.
+_FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}
+
+
 class ParquetSource(Source):
     """A column of numbers, or of lists of one length, which become rows of numbers."""
 
@@ -254,7 +258,8 @@ class ParquetSource(Source):
                 f"{self._what} holds {whole}; a loss needs numbers, or lists of numbers: make a "
                 "column of them by cast, struct_field or list_flatten of pyarrow.compute"
             )
-        return np.dtype(kind.to_pandas_dtype()), width
+        # Not by to_pandas_dtype, which imports pandas (pyarrow 17).
+        return np.dtype(_FLOATS.get(str(kind), str(kind))), width
 
     def _decode_from(self, row: int) -> Iterator[Array]:
         """What follows `row`, some rows at a time, from the row group on that holds it."""

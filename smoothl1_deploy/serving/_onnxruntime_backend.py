@@ -150,7 +150,8 @@ class TritonPythonModel:
             )
             return self._pb.InferenceResponse(error=error)
         make = self._pb.Tensor.from_dlpack
-        return self._pb.InferenceResponse([make(*item) for item in answer.items()])
+        outputs = [make(name, _dense(value)) for name, value in answer.items()]
+        return self._pb.InferenceResponse(outputs)
 
     def _stacked(self, feeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The outputs of several requests, computed as one batch."""
@@ -168,6 +169,22 @@ class TritonPythonModel:
             {name: load(array[end - n : end].copy()) for name, array in outputs.items()}
             for n, end in zip(counts, ends, strict=True)
         ]
+
+
+def _dense(value: Any) -> Any:
+    """The DLPack capsule of an output as Triton takes it.
+
+    ONNX Runtime 1.32 writes strides of 0 for a tensor without elements, which Triton takes for one
+    that isn't contiguous; without strides it is. They stand behind data, device, number of axes,
+    dtype and shape (DLTensor of dlpack.h, with pointers of 64 bits).
+    """
+    capsule = value.__dlpack__()
+    if 0 in value.shape():
+        pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+            ("PyCapsule_GetPointer", ctypes.pythonapi)
+        )
+        ctypes.c_void_p.from_address(pointer_of(capsule, b"dltensor") + 32).value = None
+    return capsule
 
 
 class LossMetrics:
