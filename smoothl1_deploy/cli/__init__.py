@@ -78,6 +78,10 @@ def _ended(argv: Sequence[str] | None) -> int:
             3,
         )
     except Exception as exc:
+        if isinstance(exc.__cause__, KeyboardInterrupt):
+            # Python 3.11 makes a RuntimeError of an interrupt that comes in a `__set_name__`, as
+            # dataclasses have while the module that they are in is imported.
+            return _interrupted(argv)
         if is_shortage(exc):
             return _fail(_lack(exc), 2)
         return _report_bug(exc)  # whatever is left is one, and users get no traceback

@@ -171,6 +171,7 @@ def test_every_other_end_has_its_code(boom: Callable[[str], Done]) -> None:
     memory = "error: not enough memory for this"
     for body, code, message in (
         ("raise KeyboardInterrupt", 130, ""),
+        ("raise RuntimeError('of __set_name__') from KeyboardInterrupt()", 130, ""),
         ("raise MemoryError('8 EiB')", 2, f"{memory} (8 EiB)"),
         ("raise MemoryError", 2, f"{memory} (MemoryError)"),
         ("raise OSError(12, 'Cannot allocate memory')", 2, memory),
