@@ -30,7 +30,7 @@ from .._records import Record
 from .._spec import LossSpec
 from ..backends._base import get_backend
 from ..backends._runner import Runner
-from ..errors import SpecError, UnsupportedError
+from ..errors import SpecError, UnsupportedError, require
 from ..graph._export import export
 from ..reference._oracle import oracle, oracle_gradient
 from ._compare import _torch_lost_it
@@ -445,7 +445,12 @@ def prove(
         workers: processes; 1 works in this one.
         most: how many of the 64 steps to take; None for all that are left.
         progress: called with the steps done and their number, at the start and after each.
+
+    Raises:
+        MissingDependencyError: when torch or the backend is not installed.
     """
+    require("torch", "torch", "prove, which compares with PyTorch,")
+    get_backend(proof.claim.backend)  # what is missing is said here, and not by each process
     started, before = time.monotonic(), proof.seconds
     progress(_TASKS - len(proof.left), _TASKS)
     tasks = [(proof.claim, number) for number in proof.left[:most]]

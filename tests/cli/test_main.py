@@ -131,6 +131,8 @@ def test_a_missing_package_exits_with_3_and_says_what_to_install(pair: object) -
         ("onnxruntime", run, "pip install 'smoothl1-deploy[cpu]'"),
         ("tensorrt,tensorrt_rtx", "build loss.onnx", "pip install 'smoothl1-deploy[rtx]'"),
         ("psutil", "serve .", "pip install 'smoothl1-deploy[serve]'"),
+        ("torch", "prove --quick", "pip install torch==2.13.0"),
+        ("onnxruntime", "prove --quick", "pip install 'smoothl1-deploy[cpu]'"),
         ("onnx", "export", again),
         ("typer", "cache list", again),
         ("rich", "cache list", again),
