@@ -39,7 +39,7 @@ from .._model import (
 from .._shapes import Dim, Shape, broadcast, check_shape, summed_axes
 from .._spec import LossSpec
 from ..errors import ArtefactError, ModelWarning, SpecError
-from ._metadata import forget_spec, read_spec, stamp
+from ._metadata import forget_spec, is_served, read_spec, stamp
 
 _SHOWN = 20  # candidate tensors in an error
 _OLDEST_OPSET = 13  # the first that our functions can be called in
@@ -580,7 +580,7 @@ def read_losses(model: onnx.ModelProto) -> tuple[Loss, ...]:
 
 
 def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
-    """The part of a served graph from prediction and target to the loss, as an artefact.
+    """The part of a model from prediction and target to the loss, as an artefact.
 
     `load` and `verify` understand it. A model that is a loss by itself comes back as it is.
 
@@ -614,7 +614,8 @@ def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
         raise ArtefactError(
             f"the loss that the metadata tell of can't be cut out of the model: {exc}"
         ) from exc
-    stamp(part, loss.spec, "attached", "served", served=True)
+    served = is_served(model)
+    stamp(part, loss.spec, "attached", "served" if served else "part", served=served)
     return part
 
 

@@ -19,6 +19,7 @@ import onnx
 import onnx.numpy_helper
 
 from .._artefact import ModelSource, read_model, sha256
+from .._dlpack import as_array
 from .._environment import environment
 from .._floats import NUMPY_DTYPE, Array
 from .._model import Loss, inputs_of, main_tensors, read_attached
@@ -135,7 +136,13 @@ def verify_model(
     chosen = get_backend(backend)
     runner = ModelRunner(_showing(read, found), chosen.open)
     before = None if against is None else ModelRunner(read_model(against), chosen.open)
-    given = {"given": data} if data is not None else dict(_made_up(read, seed))
+    if before is not None:
+        _check_comparable(before, runner)
+    made = dict(_made_up(read, seed)) if data is None else {"given": data}
+    given = {
+        name: {port: as_array(array, port) for port, array in arrays.items()}
+        for name, arrays in made.items()
+    }
     roles = {tensor for loss in found for tensor in loss.inputs.values()}
     constants = {
         tensor.name: onnx.numpy_helper.to_array(tensor)
@@ -147,6 +154,25 @@ def verify_model(
     )
     digest = sha256(read.SerializeToString(deterministic=True))
     return ModelVerification(read.graph.name, digest, backend, losses, runs, environment())
+
+
+def _check_comparable(before: ModelRunner, now: ModelRunner) -> None:
+    """Refuse a model whose outputs could not all be compared: nothing of it would be proved.
+
+    Raises:
+        ArtefactError: where it takes or gives what the model with the losses doesn't.
+    """
+    for kind, old, new in (
+        ("input", before.inputs, now.inputs),
+        ("output", before.outputs, now.outputs),
+    ):
+        lacking = [name for name in old if name not in new]
+        if lacking:
+            raise ArtefactError(
+                f"the model has no {kind} {', '.join(lacking)}, which the one that it is held "
+                "against has; give the model that the losses were attached to, or leave it out "
+                "(against=, on the command line --against)"
+            )
 
 
 def _showing(model: onnx.ModelProto, losses: tuple[Loss, ...]) -> onnx.ModelProto:
@@ -199,12 +225,12 @@ def _run(
     losses: tuple[Loss, ...],
     constants: Mapping[str, Array],
     name: str,
-    arrays: Mapping[str, Any],
+    arrays: Mapping[str, Array],
 ) -> Run:
     try:
         outputs = runner.run(**arrays)
         old = {} if before is None else before.run(**{n: arrays[n] for n in before.inputs})
-    except (InvalidInputError, KeyError) as exc:
+    except InvalidInputError as exc:
         if name == "given":
             raise
         raise ArtefactError(
@@ -215,7 +241,7 @@ def _run(
     verdicts: dict[str, Verdict] = {}
     for loss in losses:
         verdicts |= _judged(loss, tensors)
-    same = {n: _equal(array, outputs[n]) for n, array in old.items() if n in outputs}
+    same = {n: _equal(array, outputs[n]) for n, array in old.items()}
     return Run(name, verdicts, same)
 
 
@@ -228,7 +254,7 @@ def _judged(loss: Loss, tensors: Mapping[str, Array]) -> dict[str, Verdict]:
     if spec.runtime_beta:
         spec = with_beta(spec, float(roles["beta"]))
     given = [
-        None if role not in roles else np.ascontiguousarray(roles[role], dtype)
+        None if role not in roles else np.asarray(roles[role], dtype, order="C")
         for role in ("input", "target", "weight", "grad_output")
     ]
     x, t, weight, upstream = given

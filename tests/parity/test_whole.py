@@ -24,6 +24,9 @@ g (float[N, 3, 8, 8] images) => (float[N, 4] boxes) {
 }"""
 
 
+IMAGES = np.ones((5, 3, 8, 8), "f4")
+
+
 def detector(text: str = DETECTOR) -> onnx.ModelProto:
     return onnx.parser.parse_model(text)
 
@@ -95,6 +98,23 @@ def test_an_old_output_with_other_bits_is_red(scored: onnx.ModelProto) -> None:
     assert found.runs[0].same == {"boxes": False} and all(
         v.ok for v in found.runs[0].losses.values()
     )
+
+
+def test_a_model_that_could_not_be_compared_is_refused(scored: onnx.ModelProto) -> None:
+    """Nothing in common would be nothing to differ in, and green."""
+    for old, new, kind in (("images", "other", "input"), ("boxes", "others", "output")):
+        unlike = detector(DETECTOR.replace(old, new))
+        for data in (
+            None,
+            {"images": IMAGES, "boxes_gt": IMAGES[:, 0, 0, :4], "beta": IMAGES[0, 0, 0, 0]},
+        ):
+            with pytest.raises(ArtefactError, match=f"the model has no {kind} {new}, which"):
+                verify(scored, against=unlike, data=data, drift=False)
+
+
+def test_an_upstream_gradient_of_rank_0_stays_so() -> None:
+    model = attach(detector(), "boxes", "boxes_gt", LossSpec(gradient=True, upstream=True))
+    assert verify(model, drift=False)
 
 
 def test_what_can_not_be_made_up_is_asked_for() -> None:
