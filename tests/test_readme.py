@@ -1,9 +1,9 @@
 """Every command and every line of Python in the README and in docs/ is run as it stands there.
 
 A page is followed by a reader: its `console` and `python` blocks run in their order, in one empty
-folder. What a reader has already stands in a comment of the page that begins with `<!-- before`.
-Blocks of another kind (`text`, `yaml`) are only shown. Where a page's commands need a shell, as
-those of a server in the background, the whole page is a script.
+folder, and nothing else is there. A block that is to fail says so behind its kind: `console exits
+with 1`. Blocks of another kind (`text`, `yaml`) are only shown. Where a page's commands need a
+shell, as those of a server in the background, the whole page is a script.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from smoothl1_deploy.ops import library
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-BLOCK = re.compile(r"<!-- before\n(.*?)-->|```(console|python)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"```(console|python)(?: exits with (\d))?\n(.*?)```", re.DOTALL)
 #: What a page needs beyond the core, told by what stands on it.
 NEEDS = {
     "smoothl1-deploy build": "tensorrt_rtx",
@@ -37,24 +37,24 @@ NEEDS = {
 
 def _script(page: str) -> str:
     parts = ["set -euo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"]
-    for before, kind, text in BLOCK.findall(page):
-        code = before or text
-        parts.append(f"python - <<'PAGE'\n{code}PAGE" if kind == "python" else code)
+    for kind, fails, text in BLOCK.findall(page):
+        assert not fails, "a page that is one script has no block that fails"
+        parts.append(f"python - <<'PAGE'\n{text}PAGE" if kind == "python" else text)
     return "\n".join(parts) + "\n"
 
 
-def _steps(page: str) -> list[tuple[str, str]]:
-    """What to do, and how: a shell's script, lines of Python, or a command's words."""
-    steps: list[tuple[str, str]] = []
-    for before, kind, text in BLOCK.findall(page):
-        if kind == "console":
-            for line in text.splitlines():
-                program, _, words = line.partition(" ")
-                if program != "smoothl1-deploy" or set("$|&;<>()`\\") & {*words}:
-                    return [("shell", _script(page))]
-                steps.append(("command", words))
-        else:
-            steps.append((kind or "shell", before or text))
+def _steps(page: str) -> list[tuple[str, str, int]]:
+    """What to do, how, and with which exit code it ends."""
+    steps: list[tuple[str, str, int]] = []
+    for kind, fails, text in BLOCK.findall(page):
+        if kind == "python":
+            steps.append((kind, text, 0))
+            continue
+        for line in text.splitlines():
+            program, _, words = line.partition(" ")
+            if program != "smoothl1-deploy" or set("$|&;<>()`\\") & {*words}:
+                return [("shell", _script(page), 0)]
+            steps.append(("command", words, int(fails or 0)))
     return steps
 
 
@@ -87,7 +87,7 @@ def test_the_page_runs(page: Path, tmp_path: Path, environment: dict[str, str]) 
     folder = tmp_path / "reader"
     folder.mkdir()
     log = tmp_path / "log"
-    for kind, step in _steps(text):
+    for kind, step, expected in _steps(text):
         if kind == "shell":
             with open(log, "ab") as out:
                 shell = ["bash", "-euo", "pipefail", "-c", step]
@@ -95,15 +95,16 @@ def test_the_page_runs(page: Path, tmp_path: Path, environment: dict[str, str]) 
                 status = code.returncode
         else:
             status = follow(kind, step, folder, environment, log)
-        assert status == 0, f"{step}\n{log.read_text()[-3000:]}"
+        assert status == expected, f"{step}\n{log.read_text()[-3000:]}"
 
 
 def test_every_command_is_run_by_a_page_in_a_process_of_its_own() -> None:
     """What one process imported, another command would find there and miss elsewhere."""
     from smoothl1_deploy.cli._registry import COMMANDS
 
-    text = "\n".join(_script(page.read_text(encoding="utf-8")) for page in PAGES)
-    assert {*COMMANDS} <= set(re.findall(r"^ *smoothl1-deploy ([a-z]+)", text, re.MULTILINE))
+    blocks = [block for page in PAGES for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
+    text = "\n".join(text for kind, _, text in blocks if kind == "console")
+    assert {*COMMANDS} <= set(re.findall(r"^smoothl1-deploy ([a-z]+)", text, re.MULTILINE))
 
 
 def test_every_option_of_a_command_stands_on_a_page() -> None:
@@ -122,7 +123,7 @@ def test_every_option_of_a_command_stands_on_a_page() -> None:
 
 
 def test_the_readme_has_commands_and_python() -> None:
-    kinds = [kind for _, kind, _ in BLOCK.findall(README)]
+    kinds = [kind for kind, _, _ in BLOCK.findall(README)]
     assert kinds.count("console") >= 1 and kinds.count("python") >= 2
     assert len(re.findall(r"^smoothl1-deploy ", README, re.MULTILINE)) >= 8
 

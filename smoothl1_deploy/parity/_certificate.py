@@ -3,6 +3,7 @@
 A certificate is strict JSON in `<artefact>.certificate.json`. It names the artefact by the sha256
 of its file, so that a changed file is seen, and carries a hash of its own content, so that an edit
 by hand is seen. It is no signature: whoever can write the files can write a new certificate.
+Weights in other files, where torch.onnx.export leaves those of a model, are named by theirs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,28 +58,37 @@ def _file_bytes(path: Path) -> bytes:
 
 def _check_is_the_verified(
     path: Path, data: bytes, verification: Verification | ModelVerification
-) -> None:
-    """The file may have changed since it was verified, or be another one."""
+) -> list[str]:
+    """The files of its weights. The artefact may have changed since, or be another one."""
     if sha256(data) == verification.sha256:  # an engine, or a model that was verified as a file
-        return
+        return []
     try:
         shallow = onnx.load_model_from_string(data)
     except Exception as exc:  # protobuf has many
         raise ArtefactError(f"{path} can't be read as an ONNX model: {exc}") from exc
-    if external_locations(shallow):
-        raise ArtefactError(
-            f"{path} keeps tensors in other files, which a certificate of one file can't vouch "
-            "for; save it whole (onnx.save_model(..., save_as_external_data=False))"
-        )
-    if sha256(read_model(data).SerializeToString(deterministic=True)) != verification.sha256:
+    weights = external_locations(shallow)
+    read = read_model(path if weights else data)
+    if sha256(read.SerializeToString(deterministic=True)) != verification.sha256:
         raise ArtefactError(
             f"{path} is not the model that was verified ({verification.name}); it changed since, "
             "or is another file: verify it, then certify"
         )
+    return weights
+
+
+def _sha256_of(path: Path) -> str | None:
+    """Of a file of any size; None where there is none."""
+    if not path.is_file():  # neither a pipe, which would wait for a writer, nor a device
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _content(
-    verification: Verification | ModelVerification, artefact: Path, data: bytes
+    verification: Verification | ModelVerification,
+    artefact: Path,
+    data: bytes,
+    weights: Sequence[str],
 ) -> dict[str, Any]:
     losses: Mapping[str, Verification] = (
         verification.losses
@@ -102,6 +112,9 @@ def _content(
         "tool": {"name": "smoothl1-deploy", "version": __version__},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if weights:
+        hashes = {name: _sha256_of(artefact.parent / name) for name in weights}
+        content["artefact"]["weights"] = hashes
     if isinstance(verification, ModelVerification):
         content["losses"] = {
             name: {"spec": loss.spec.to_dict(), "verdict": "green" if loss else "red"}
@@ -130,8 +143,8 @@ def certify(verification: Verification | ModelVerification, path: str | os.PathL
     """
     artefact = Path(path)
     data = _file_bytes(artefact)
-    _check_is_the_verified(artefact, data, verification)
-    content = _content(verification, artefact, data)
+    weights = _check_is_the_verified(artefact, data, verification)
+    content = _content(verification, artefact, data, weights)
     content["content_sha256"] = _content_hash(content)
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     return write_atomic(certificate_path(artefact), text.encode())
@@ -192,12 +205,14 @@ def read_certificate(artefact: str | os.PathLike[str]) -> CertificateStatus:
             return status("damaged", why)
         intact = content["content_sha256"] == _content_hash(content)
         certified, verdict = content["artefact"]["sha256"], content["verdict"]
+        weights = content["artefact"].get("weights", {}).items()
         date, red, cases = content["date"], content["red_cases"], content["cases"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
         return status("damaged", f"{path.name} can't be read ({type(exc).__name__}: {exc})")
     if not intact:
         return status("damaged", f"{path.name} was edited: its content does not match its hash")
-    if certified != sha256(data):
+    folder = Path(artefact).parent
+    if certified != sha256(data) or any(_sha256_of(folder / n) != known for n, known in weights):
         why = f"the artefact changed since it was certified on {date}; verify it again"
         return status("stale", why, content)
     if verdict != "green" or red:

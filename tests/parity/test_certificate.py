@@ -14,7 +14,7 @@ import onnx.numpy_helper
 import pytest
 
 from smoothl1_deploy import LossSpec, __version__, export, ops, verify
-from smoothl1_deploy.errors import ArtefactError, BackendUnavailableError, OutputError
+from smoothl1_deploy.errors import ArtefactError, BackendUnavailableError, ModelWarning, OutputError
 from smoothl1_deploy.parity._certificate import (
     CertificateStatus,
     certificate_path,
@@ -153,14 +153,24 @@ def test_a_file_that_was_not_verified_is_not_certified(tmp_path: Path, green: Ve
     assert not certificate_path(path).exists()
 
 
-def test_tensors_in_other_files_are_refused(tmp_path: Path, green: Verification) -> None:
+def test_weights_in_another_file_are_certified_with_the_model(tmp_path: Path) -> None:
+    """As torch.onnx.export writes every model that has some."""
     model = export(SPEC, shape=("N",))
     tensor = onnx.numpy_helper.from_array(np.zeros(2000, np.float32), "big")
     model.graph.initializer.append(tensor)
     path = tmp_path / "loss.onnx"
-    onnx.save_model(model, path, save_as_external_data=True, size_threshold=0)
-    with pytest.raises(ArtefactError, match="keeps tensors in other files"):
-        certify(green, path)
+    onnx.save_model(
+        model, path, save_as_external_data=True, location="loss.onnx.data", size_threshold=0
+    )
+    with pytest.warns(ModelWarning, match="changed by something else"):  # the tensor was added
+        found = verify(path, drift=False)
+    certify(found, path)
+    assert read_certificate(path).state == "matches"
+    weights = tmp_path / "loss.onnx.data"
+    weights.write_bytes(b"\x01" + weights.read_bytes()[1:])
+    assert read_certificate(path).state == "stale"
+    weights.unlink()
+    assert read_certificate(path).state == "stale"
 
 
 def test_a_missing_artefact(tmp_path: Path, green: Verification) -> None:
