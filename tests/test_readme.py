@@ -128,10 +128,20 @@ def test_the_readme_has_commands_and_python() -> None:
     assert len(re.findall(r"^smoothl1-deploy ", README, re.MULTILINE)) >= 8
 
 
+def _anchors(page: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_what_it_links_to_exists() -> None:
-    for page in PAGES:
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), (page.name, link)
+    texts = {page.resolve(): page.read_text(encoding="utf-8") for page in PAGES}
+    for page, text in texts.items():
+        for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", text):
+            target = (page.parent / link).resolve() if link else page
+            assert target.exists(), (page.name, link)
+            assert not anchor or anchor in _anchors(texts[target]), (page.name, link, anchor)
 
 
 def test_the_routes_and_backends_it_names_are_the_routes_and_backends() -> None:
