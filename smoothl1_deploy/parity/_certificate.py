@@ -68,7 +68,7 @@ def _check_is_the_verified(
     if external_locations(shallow):
         raise ArtefactError(
             f"{path} keeps tensors in other files, which a certificate of one file can't vouch "
-            "for; save it whole (onnx.save_model(..., save_as_external_data=False))"
+            "for; save it as one file"
         )
     if sha256(read_model(data).SerializeToString(deterministic=True)) != verification.sha256:
         raise ArtefactError(
