@@ -247,7 +247,7 @@ def print_note(message: str) -> None:
 def typed(*words: object) -> str:
     """A command of this program as it is typed.
 
-    >>> typed("verify", Path("my loss.onnx"))
+    >>> typed("verify", "my loss.onnx")
     "smoothl1-deploy verify 'my loss.onnx'"
     """
     return shlex.join(["smoothl1-deploy", *map(str, words)])

@@ -79,7 +79,6 @@ def deploy(
     words = ["repository", models, "--model", scored, "--name", called, "--certify", "--overwrite"]
     _step(words)
     mounted = shlex.quote(f"{models.resolve()}:/models")
-    print_lines([""])
     return [
         typed("serve", models),
         f"docker run --rm -p 8000-8002:8000-8002 -v {mounted} "  # YY.MM: a release of Triton

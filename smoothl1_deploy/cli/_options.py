@@ -162,7 +162,8 @@ def _options_named(*names: str) -> Iterator[None]:
     grad_output, which is an array first.
     """
     words = [name for name in names if "_" in name and name != "grad_output"]
-    pattern = rf"(?<![-\w])({'|'.join(words) or '(?!)'})(?![-\w])"
+    # Not within a path, a quoted name or an option.
+    pattern = rf"(?<![-\w./'])({'|'.join(words) or '(?!)'})(?![-\w/']|\.\w)"
     try:
         yield
     except SmoothL1DeployError as exc:

@@ -70,7 +70,7 @@ def test_bad_usage_is_a_sentence(cli: Cli) -> None:
         ("--prediction bxes --target gt", "no tensor 'bxes' to be the prediction"),
         ("--prediction boxes --target no.npy", "no.npy"),
         ("--prediction boxes --target gt --reduction max", "unknown reduction"),
-        ("--prediction x --target g --per-sample --reduction=none", "per_sample"),
+        ("--prediction x --target g --per-sample --reduction=none", "--per-sample reduces every"),
         ("--prediction x --target g --normalizer count", "without --weight"),
     ):
         assert_refused(cli("attach", "detector.onnx", *words.split(), "-o", "out.onnx"), text)

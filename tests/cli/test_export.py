@@ -88,6 +88,7 @@ def test_a_signature_and_a_docstring_say_what_the_options_of_a_command_are() -> 
         (["-o", "--output"], None, None),
         (["--quick"], "Faster.", "A panel"),
         (["--drift", "--no-drift"], None, None),
+        (["-q", "--quiet"], "No notes, no progress, and not what comes next.", None),
     ]
 
 
