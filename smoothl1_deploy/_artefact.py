@@ -291,8 +291,8 @@ def _roles(names: Iterable[str]) -> dict[str, str]:
     if len(known) != 2:
         raise ArtefactError(
             f"the model has {len(known)} inputs ({_listed(known)}); a loss artefact has two, or "
-            f"inputs called {', '.join(ROLES)}. Say which of them are compared with input_name= "
-            "and target_name=, on the command line --input-name and --target-name"
+            f"inputs called {', '.join(ROLES)}. verify can be told which are compared "
+            "(input_name, target_name)"
         )
     return dict(zip(ROLES, known, strict=False))
 
@@ -327,7 +327,7 @@ def check_spec(signature: Signature, spec: LossSpec) -> None:
     if signature.input.dtype != spec.dtype:
         raise ArtefactError(
             f"the model takes {signature.input.dtype}, the spec says {spec.dtype}; give the spec "
-            f"of what the model computes, on the command line --dtype {signature.input.dtype}"
+            f"of what the model computes, with the dtype {signature.input.dtype}"
         )
     if set(signature.inputs) != set(spec.inputs):
         raise ArtefactError(
@@ -371,7 +371,7 @@ def select_ports(
         if name is not None and name not in known:
             kind = "output" if known is given else "input"
             raise ArtefactError(
-                f"{option}={name!r} is no {kind} of the model; it has {_listed(known)}"
+                f"{option} {name!r} is no {kind} of the model; it has {_listed(known)}"
             )
     if read_spec(model) is not None and not is_changed(model):
         named = (input_name or "input", target_name or "target", output_name or "loss")
@@ -409,7 +409,7 @@ def _choose_pair(names: list[str], input_name: str | None, target_name: str | No
         if len(others) != 1:
             raise ArtefactError(
                 f"besides {input_name or target_name!r} the model has {len(others)} inputs "
-                f"({_listed(others)}); give input_name= and target_name= both"
+                f"({_listed(others)}); give input_name and target_name both"
             )
         return [input_name or others[0], target_name or others[0]]
     if (input_name, target_name) == ("target", "input"):
@@ -430,7 +430,7 @@ def _choose_outputs(names: list[str], output_name: str | None) -> list[str]:
         return [output_name]
     if len(names) > 1 and "loss" not in names:
         raise ArtefactError(
-            f"the model has {len(names)} outputs ({_listed(names)}); say which one is the loss "
-            "with output_name=, on the command line --output-name"
+            f"the model has {len(names)} outputs ({_listed(names)}); verify can be told which "
+            "one is the loss (output_name)"
         )
     return [name for name in names if name in _OUTPUT_NAMES] if len(names) > 1 else names

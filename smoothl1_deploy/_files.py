@@ -2,6 +2,7 @@
 
 * A link is followed, and stays a link. A file that is replaced keeps its permissions.
 * What is no file (a pipe, a terminal, `/dev/stdout`) is written to, and never replaced.
+* Folders that are missing on the way to a file are made, and go again where it is not written.
 * An unfinished file stands beside its target under a name that nobody can guess and that is no
   longer than 114 bytes. It is made anew: nothing that somebody planted there is opened.
 """
@@ -28,7 +29,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write beside the target, then rename: the file is there whole, or as it was before.
 
     Raises:
-        OutputError: when the folder is missing or can't be written, and for a folder or a disk.
+        OutputError: when it can't be written, and for a folder or a disk.
     """
     with replacing(path) as file:
         file.write(data)
@@ -58,23 +59,64 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OutputError: as `write_atomic`.
     """
     path = Path(path)
-    remedy = "choose a file in a folder that exists and that you may write to"
-    with refusal_told(f"can't write {path}", remedy):
+    with _refusal_of(path):
         target = resolve(path)
         if target is None:
             with _stream(path) as file:
                 yield file
             return
         part = unfinished(target)
-        handle = create(part, target)
-        try:
-            with open(handle, "wb") as file:
-                yield file
-            put(part, target)
-        except BaseException:
+        with folders_made(target.parent):
+            handle = create(part, target)
+            try:
+                with open(handle, "wb") as file:
+                    yield file
+                put(part, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
+                raise
+
+
+def _refusal_of(path: Path) -> contextlib.AbstractContextManager[None]:
+    return refusal_told(f"can't write {path}", "choose a file in a folder that you may write to")
+
+
+class _TriedError(Exception):
+    """Ends the trial of a file."""
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that can't be written, before the work whose result it is to hold.
+
+    An unfinished one is made and removed, so that the system itself says what it refuses.
+
+    Raises:
+        OutputError: as `write_atomic`.
+    """
+    path = Path(path)
+    with _refusal_of(path):
+        if resolve(path) is None:  # whoever reads a pipe would take the trial for its end
+            return
+    with contextlib.suppress(_TriedError), replacing(path):
+        raise _TriedError
+
+
+@contextlib.contextmanager
+def folders_made(folder: Path) -> Iterator[None]:
+    """The folder and those above it are there within; what was made and is empty then goes again.
+
+    Raises:
+        OSError: when one can't be made.
+    """
+    made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for each in made:
             with contextlib.suppress(OSError):
-                os.unlink(part)
-            raise
+                each.rmdir()
 
 
 def make_folder(folder: Path, option: str = "-o") -> Path:

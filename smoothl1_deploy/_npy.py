@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ._files import open_file, write_atomic
+from ._files import check_writable, open_file, write_atomic
 from ._floats import NUMPY_DTYPE, Array
 from .errors import InvalidInputError, OutputError, is_shortage, reason_of
 
@@ -29,8 +29,8 @@ _HEADERS = {
 }
 _LARGE = 1 << 30  # bytes; an array that unpacks to no more is no bomb
 _MOST_TIMES = 100  # deflate reaches 1,032 on zeros, random floats 1.1
-_REMEDY = "write it with numpy.save(path, array)"
-ARCHIVE_REMEDY = "write it with numpy.savez(path, input=..., target=...)"
+_REMEDY = "write it with numpy.save"
+ARCHIVE_REMEDY = "write it with numpy.savez, the arrays by the names input and target"
 
 
 def read_array(path: Path, dtype: str) -> Array:
@@ -212,7 +212,7 @@ def as_bfloat16(array: Any, what: str, dtype: str) -> Array:
     if dtype != "bfloat16":
         raise InvalidInputError(
             f"{what} holds raw items of two bytes, which is how numpy writes bfloat16, but the "
-            f"artefact is {dtype}; convert it: numpy.save(path, array.astype({dtype!r}))"
+            f"artefact is {dtype}; convert it to {dtype}"
         )
     return array.view(NUMPY_DTYPE["bfloat16"])
 
@@ -221,12 +221,13 @@ def check_output(path: Path, outputs: int) -> None:
     """Refuse, before anything is computed, a file name that `write_arrays` can't serve.
 
     Raises:
-        OutputError: on another suffix, or .npy for more than one output.
+        OutputError: on another suffix, or .npy for more than one output, or as `write_arrays`.
     """
     if path.suffix not in (".npy", ".npz"):
         raise OutputError(f"can't write {path}: choose a name that ends in .npy or .npz")
     if path.suffix == ".npy" and outputs != 1:
         raise OutputError(f"can't write {outputs} outputs to {path}; choose a name with .npz")
+    check_writable(path)
 
 
 def write_arrays(path: Path, arrays: dict[str, Array]) -> Path:

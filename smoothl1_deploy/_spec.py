@@ -21,6 +21,9 @@ _Shape = TypeVar("_Shape", tuple[int, ...], tuple[int | str, ...] | None)
 
 REDUCTIONS = ("none", "mean", "sum")
 
+#: How a spec becomes ONNX.
+ROUTES = ("function", "inlined", "torch")
+
 #: What a weighted mean is divided by.
 NORMALIZERS = ("count", "weights")
 
@@ -62,7 +65,7 @@ def resolve_reduction(
 
 
 def _valid_beta(beta: object) -> float:
-    remedy = "give a number >= 0, for instance beta=1.0 (0 is the L1 loss, inf the zero loss)"
+    remedy = "give a number >= 0, for instance 1.0 (0 is the L1 loss, inf the zero loss)"
     if isinstance(beta, bool) or not isinstance(beta, numbers.Real):
         raise SpecError(
             f"beta must be a real number, got {beta!r} ({type(beta).__name__}); {remedy}"
@@ -157,22 +160,22 @@ class LossSpec:
             object.__setattr__(self, "weight", _valid_choice("weight", self.weight, NORMALIZERS))
         if self.per_sample and self.reduction == "none":
             raise SpecError(
-                "per_sample reduces every axis but 0, and reduction='none' reduces nothing; "
-                "use reduction='mean' or 'sum' with it"
+                "per_sample reduces every axis but 0, and the reduction none reduces nothing; use "
+                "mean or sum with it"
             )
         if self.weight == "weights" and self.reduction != "mean":
             raise SpecError(
-                f"weight='weights' divides a mean by the sum of the weights, and reduction="
-                f"{self.reduction!r} is no mean; use weight='count' or reduction='mean'"
+                "the weight 'weights' divides a mean by the sum of the weights, and the reduction "
+                f"{self.reduction} is no mean; use the weight 'count', or the reduction mean"
             )
         if self.upstream and not self.gradient:
             raise SpecError(
-                "upstream is the gradient that flows into grad_input, and without gradient=True "
-                "there is no such output; use gradient=True with it"
+                "upstream is the gradient that flows into grad_input, and without gradient there "
+                "is no such output; ask for gradient too"
             )
         if self.runtime_beta and self.beta != 1.0:
             raise SpecError(
-                f"runtime_beta takes beta as an input at run time, so beta={self.beta!r} would be "
+                f"runtime_beta takes beta as an input at run time, so beta {self.beta!r} would be "
                 "ignored; leave beta at its default"
             )
 

@@ -36,13 +36,19 @@ _LONGEST = 4000  # characters of a message
 
 
 class SmoothL1DeployError(Exception):
-    """Base class of every error this package raises on purpose."""
+    """Base class of every error this package raises on purpose.
+
+    Attributes:
+        exit_code: of the command that ends with it.
+        told: the message in the words of the command line, once that has found them.
+    """
 
     exit_code = 2
+    told: str | None = None
 
     def __str__(self) -> str:
         """The message; the middle is left out where a name in it has millions of letters."""
-        text = super().__str__()
+        text = self.told or super().__str__()
         if len(text) <= _LONGEST:
             return text
         left_out = len(text) - _LONGEST

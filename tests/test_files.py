@@ -12,7 +12,13 @@ import child
 import pytest
 
 from smoothl1_deploy import _files as files
-from smoothl1_deploy._files import check_apart, is_unfinished, replacing, write_atomic
+from smoothl1_deploy._files import (
+    check_apart,
+    check_writable,
+    is_unfinished,
+    replacing,
+    write_atomic,
+)
 from smoothl1_deploy.errors import OutputError
 
 
@@ -154,15 +160,36 @@ def test_writers_at_once_leave_one_content_whole_and_nothing_beside_it() -> None
 def test_a_place_where_no_file_can_be_is_refused() -> None:
     Path("file").touch()
     os.mkdir("folder")
-    where = "choose a file in a folder that exists and that you may write to"
+    where = "choose a file in a folder that you may write to"
     for path, reason in (
-        ("no/a", f"No such file or directory; {where}"),
         ("file/a", f"Not a directory; {where}"),
+        ("file/no/a", f"Not a directory; {where}"),
         ("folder", "it is a folder or a disk"),
     ):
-        with pytest.raises(OutputError, match=f"^can't write {path}: {reason}"):
-            write_atomic(path, b"one")
+        for trial in (check_writable, lambda path: write_atomic(path, b"one")):
+            with pytest.raises(OutputError, match=f"^can't write {path}: {reason}"):
+                trial(path)
     assert sorted(os.listdir()) == ["file", "folder"]
+
+
+def test_folders_on_the_way_are_made_and_go_again_with_a_file_that_is_not_written() -> None:
+    with pytest.raises(ZeroDivisionError), replacing("a/b/c") as file:
+        assert file.write(b"data") and os.listdir("a") == ["b"]
+        raise ZeroDivisionError
+    check_writable("a/b/c")
+    assert os.listdir() == []
+    write_atomic("a/b/c", b"data")
+    with pytest.raises(ZeroDivisionError), replacing("a/b/d/e"):
+        raise ZeroDivisionError
+    assert os.listdir("a/b") == ["c"]
+
+
+def test_a_trial_leaves_a_file_as_it_is_and_sends_nothing_into_a_pipe() -> None:
+    write_atomic("a", b"old")
+    check_writable("a")
+    assert Path("a").read_bytes() == b"old" and os.listdir() == ["a"]
+    os.mkfifo("pipe")
+    check_writable("pipe")  # it would wait for a reader
 
 
 def test_a_reader_that_has_stopped_is_told_as_that() -> None:

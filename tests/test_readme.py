@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from reader import follow
 
-from smoothl1_deploy.backends._base import BACKENDS, REFERENCES
+from smoothl1_deploy.backends._names import BACKENDS, REFERENCES
 from smoothl1_deploy.errors import BackendUnavailableError
 from smoothl1_deploy.graph._export import ROUTES
 from smoothl1_deploy.ops import library

@@ -85,7 +85,7 @@ def test_a_beta_that_is_none_is_refused() -> None:
     for beta in (-1, -math.inf, -5e-324, np.float32(-1), Fraction(-1, 2), Fraction(-1, 10**400)):
         assert refusal(beta=beta).startswith("beta must not be negative, got -")
     assert refusal(beta=-1) == (
-        "beta must not be negative, got -1.0; give a number >= 0, for instance beta=1.0 (0 is the "
+        "beta must not be negative, got -1.0; give a number >= 0, for instance 1.0 (0 is the "
         "L1 loss, inf the zero loss)"
     )
     for beta in (math.nan, np.float32("nan")):

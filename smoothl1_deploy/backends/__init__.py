@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from .._face import face
 
 if TYPE_CHECKING:
-    from ._base import BACKENDS as BACKENDS
     from ._base import Backend as Backend
     from ._base import get_backend as get_backend
+    from ._names import BACKENDS as BACKENDS
     from ._trt import TrtBackend as TrtBackend
 
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "BACKENDS": "._base",
+        "BACKENDS": "._names",
         "Backend": "._base",
         "TrtBackend": "._trt",
         "get_backend": "._base",

@@ -2,7 +2,7 @@
 
 A backend module is imported only when its backend is asked for, because what it lives on may
 not be installed. To add one: subclass `Runner` and `Backend` in a module of its own and enter
-it in `BACKENDS`. One of somebody else's needs no entry: it is called `module:Class`.
+it in `_names.BACKENDS`. One of somebody else's needs no entry: it is called `module:Class`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +26,14 @@ from ..errors import (
     UnsupportedError,
 )
 from ..graph._metadata import warn_if_changed
+from ._names import BACKENDS
 from ._runner import Runner
 from ._whole import ModelRunner, Session
 
 _MOST_THREADS = 4096  # more than any machine has
 
-#: name -> (module of this package that holds it, its class).
-BACKENDS: Mapping[str, tuple[str, str]] = {
-    "torch": ("_torch", "TorchBackend"),
-    "onnx-reference": ("_onnx_reference", "ReferenceBackend"),
-    "ort-cpu": ("_ort_cpu", "OrtCpuBackend"),
-    "ort-cpu-bare": ("_ort_cpu", "OrtBareBackend"),
-    "trt-network": ("_trt_network", "TrtNetworkBackend"),
-    "torch-cuda": ("_torch", "TorchCudaBackend"),
-    "torch-triton": ("_torch_triton", "TorchTritonBackend"),
-    "ort-cuda": ("_ort_gpu", "OrtCudaBackend"),
-    "ort-tensorrt": ("_ort_tensorrt", "OrtTensorrtBackend"),
-    "ort-tensorrt-rtx": ("_ort_tensorrt", "OrtTensorrtRtxBackend"),
-    "trt": ("_trt", "TrtBackend"),
-    "triton-http": ("_triton", "TritonHttpBackend"),
-    "triton-grpc": ("_triton", "TritonGrpcBackend"),
-}
-
 #: The suffixes of files that `load` takes for TensorRT engines.
 ENGINE_SUFFIXES = (".engine", ".plan")
-
-#: Backends that are PyTorch itself: what the others are compared with.
-REFERENCES = ("torch", "torch-cuda")
 
 
 class Backend(ABC):
@@ -108,14 +88,14 @@ class Backend(ABC):
         """Prepare the whole of a model, whatever else it computes, to be run by its own names."""
         raise UnsupportedError(
             f"the backend {self.name} runs losses alone, and not the model that one is attached "
-            "to; use backend='ort-cpu'"
+            "to; use the backend ort-cpu"
         )
 
     def load_engine(self, path: Path) -> Runner:
         """Prepare a TensorRT engine to be run, where the backend runs engines."""
         raise UnsupportedError(
             f"{path} is a TensorRT engine, and the backend {self.name} runs ONNX models; "
-            "use backend='trt', or give the model it was built from"
+            "use the backend trt, or give the model it was built from"
         )
 
 

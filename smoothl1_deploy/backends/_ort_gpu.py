@@ -128,7 +128,7 @@ class OrtGpuRunner(GpuRunner):
         if port.shape is None or None in found:
             raise UnsupportedError(
                 f"the model carries no spec and doesn't say the shape of its output {port.name!r}; "
-                "name its axes as the inputs' are named, or use backend='ort-cpu'"
+                "name its axes as the inputs' are named, or use the backend ort-cpu"
             )
         return tuple(size for size in found if size is not None)
 

@@ -73,7 +73,7 @@ def check_promotion(given: Mapping[str, str], dtype: str) -> None:
         listed = " and ".join(f"{name} {each}" for name, each in given.items())
         raise InvalidInputError(
             f"{listed} promote to {result}, but the artefact is {dtype}; convert them, or export "
-            f"with dtype={result!r}"
+            f"in {result}"
         )
 
 
@@ -109,11 +109,11 @@ def check_shapes(arrays: Mapping[str, Any], ports: Mapping[str, Port]) -> tuple[
             fits &= (sizes.setdefault(dim, size) if isinstance(dim, str) else dim) == size
         if not fits:
             known = {name: size for name, size in sizes.items() if name in port.shape}
-            where = f" with {', '.join(f'{k}={v}' for k, v in known.items())}" if known else ""
+            where = f" where {', '.join(f'{k} is {v}' for k, v in known.items())}" if known else ""
             raise InvalidInputError(
                 f"{key} has the shape {shape}, but the artefact takes "
                 f"({', '.join(map(str, port.shape))}){where}; reshape it, or export with another "
-                "shape (target_shape= for a target that broadcasts)"
+                "shape (a target that broadcasts has one of its own)"
             )
     try:
         return np.broadcast_shapes(*shapes.values())
@@ -295,7 +295,7 @@ class Runner(ABC):
         if self.spec is not None and self.spec.per_sample and not shape:
             raise InvalidInputError(
                 "the artefact gives one loss per sample, and input and target have no axis of "
-                "samples; give them one, as in input[None]"
+                "samples; give them one"
             )
         if "grad_output" in arrays:
             given = tuple(arrays["grad_output"].shape)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._device import Device, find_device
 from .._environment import environment, silence
-from .._files import make_folder, write_atomic
+from .._files import check_writable, write_atomic
 from .._records import Record
 from ..errors import SmoothL1DeployError
 from ..tensorrt._flavour import current_gpu
@@ -215,7 +215,7 @@ def report_into(
         OutputError: when a file can't be written.
     """
     device = find_device("the GPU report")
-    make_folder(folder)
+    check_writable(folder / "gpu.json")
     report = measure(device, seconds, parity)
     name = re.sub(r"[^a-z0-9]+", "-", report.gpu["name"].lower()).strip("-")
     stem = f"gpu-{name}-{report.date[:10]}"

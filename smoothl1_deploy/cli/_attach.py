@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtefactError, OutputError, SpecError, reason_of
-from ._console import human_size, print_fields, print_note
-from ._options import parse_shape, takes_spec
+from ._console import human_size, print_note, typed
+from ._options import AsJson, Next, Normalizer, PlainRoute, parse_shape, takes_spec
 
 if TYPE_CHECKING:
     import onnx
@@ -33,14 +33,15 @@ def attach(
     target: str,
     output: Path,
     weight: str | None = None,
-    normalizer: str | None = None,
+    normalizer: Normalizer = None,
     target_shape: str | None = None,
     loss_name: str = "loss",
     only_loss: bool = False,
-    route: str = "function",
+    route: PlainRoute = "function",
     convert_opset: bool = False,
     overwrite: bool = False,
-) -> None:
+    as_json: AsJson = False,
+) -> Next:
     """Graft the loss onto any ONNX model, after its own nodes.
 
     Weights beside the model stay beside it: their files are copied to where the result goes. Run
@@ -52,11 +53,11 @@ def attach(
         target: Another tensor, a new input's name, or a .npy file (a constant).
         output: The model to write.
         weight: Weights of the elements; like --target.
-        normalizer: What a weighted mean is divided by: count (by default) or weights.
+        normalizer: What a weighted mean is divided by; count by default.
         target_shape: The axes of a new target, where they aren't the prediction's: N,4.
         loss_name: The name of the output.
         only_loss: Drop the other outputs and what only they need.
-        route: function or inlined.
+        route: One node with its body in the file, or plain ONNX operators.
         convert_opset: Convert a model that is too old to the lowest opset that does.
         overwrite: Let -o be the model itself.
     """
@@ -64,9 +65,10 @@ def attach(
         raise SpecError("--normalizer without --weight; say what the weights are with --weight")
 
     from .._files import write_atomic
-    from .._model import float_dtype_of, inputs_of
+    from .._model import float_dtype_of
     from .._spec import LossSpec
     from ..graph._attach import attach as graft
+    from ._inspect import show_written
 
     proto = _read(model)
     operands = {"target": target, "weight": weight}
@@ -93,17 +95,14 @@ def attach(
             "model's weights in a file beside it"
         )
     _carry(grafted, model.parent, output.parent)
-    write_atomic(output, grafted.SerializeToString(deterministic=True))
+    data = grafted.SerializeToString(deterministic=True)
+    write_atomic(output, data)
     for role, name in operands.items():
         if name is not None:
             _note_near_miss(role, name, proto, grafted)
-    print_fields(
-        {
-            "wrote": f"{output}, {human_size(output.stat().st_size)}",
-            "inputs": ", ".join(value.name for value in inputs_of(grafted)),
-            "outputs": ", ".join(value.name for value in grafted.graph.output),
-        }
-    )
+    show_written(output, data, grafted, spec, route, as_json)
+    origin = [] if overwrite else ["--against", model]
+    return [typed("verify", output, *origin, "--certificate")]
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -130,12 +129,9 @@ def _check_output(
     overwrite: bool,
 ) -> None:
     """Refuse, before any weights are copied, where the model can't be written or would harm."""
-    from .._files import check_apart
+    from .._files import check_apart, check_writable
     from .._model import external_locations
 
-    if os.path.isdir(path) or not os.path.isdir(path.parent):
-        problem = "is a folder" if os.path.isdir(path) else "lies in a folder that doesn't exist"
-        raise OutputError(f"can't write the model: {path} {problem}; give a file name")
     folders = (source.parent, path.parent)
     read = [
         ("the model, which --overwrite gives up,", None if overwrite else source),
@@ -143,6 +139,7 @@ def _check_output(
         *((f"--{role}", Path(name)) for role, name in operands.items() if name and _is_array(name)),
     ]
     check_apart([("-o", path)], read)
+    check_writable(path)
 
 
 def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
@@ -164,7 +161,6 @@ def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
             raise ArtefactError(f"the model's weights are in {old}, which does not exist")
         try:
             if old != new and not new.exists():
-                new.parent.mkdir(parents=True, exist_ok=True)
                 with old.open("rb") as file, replacing(new) as copy:
                     shutil.copyfileobj(file, copy)
             elif not filecmp.cmp(old, new, shallow=False):  # as those of an earlier run are

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._files import make_folder
 from ..errors import MissingDependencyError, SpecError
-from ._console import open_console, print_lines, print_note
-from ._options import Count
+from ._console import open_console, print_lines, print_note, typed
+from ._options import Count, Dtypes, Next, Reductions
 
 if TYPE_CHECKING:
     from ..bench._rows import Row
@@ -29,8 +29,8 @@ def bench(
     output: Path = Path("out/bench"),
     size: list[int] | None = None,
     per_sample: list[str] | None = None,
-    reduction: list[str] | None = None,
-    dtype: list[str] | None = None,
+    reduction: Reductions = None,
+    dtype: Dtypes = None,
     beta: float = 1.0,
     constant: bool = False,
     threads: Count = 0,
@@ -38,7 +38,7 @@ def bench(
     once: bool = True,
     quick: bool = False,
     gpu: bool = False,
-) -> None:
+) -> Next:
     """Time this tool's artefacts beside the plain export, PyTorch and OpenVINO, in one process.
 
     Medians of interleaved turns, as ratios; rows with their provenance are appended to bench.jsonl.
@@ -59,12 +59,11 @@ def bench(
     """
     if gpu:
         given = {"--size": size, "--per-sample": per_sample, "--reduction": reduction}
-        _bench_gpu(output, {**given, "--dtype": dtype, "--quick": quick})
-        return
+        return _bench_gpu(output, {**given, "--dtype": dtype, "--quick": quick})
     # Threads that others leave spinning would be on the next one's cores: read when they load.
     os.environ |= {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
     from .._environment import environment
-    from .._files import write_atomic
+    from .._files import check_writable, write_atomic
     from .._spec import LossSpec
     from ..bench import _cpu as cpu
     from ..bench._rows import COMPILED, append_rows, once_table, plot_png, row_tables
@@ -82,7 +81,7 @@ def bench(
         for kind in dtype or ["float32"]
         for text in shapes
     ]
-    make_folder(output)
+    check_writable(output / "bench.jsonl")
     date = datetime.now(UTC).isoformat(timespec="seconds")
     origin = {"date": date, "environment": environment()}
     load = os.getloadavg()[0]
@@ -109,13 +108,15 @@ def bench(
         rows += measured
     if once and not quick:
         _print([once_table(cpu.once())])
+    plot = None
     try:
-        write_atomic(output / "bench.png", plot_png(rows))
+        plot = write_atomic(output / "bench.png", plot_png(rows))
     except MissingDependencyError as exc:
         print_note(f"no plot: {exc}")
     if load > 1:
         print_note(f"the load was {load:.1f} at the start: others took part in what was measured")
     print_lines([f"wrote {output / 'bench.jsonl'}"])
+    return None if plot is None else [shlex.join(["xdg-open", str(plot)])]
 
 
 def _print(parts: Sequence[str]) -> None:
@@ -127,7 +128,7 @@ def _print(parts: Sequence[str]) -> None:
     console.print(Markdown("\n".join(parts)))
 
 
-def _bench_gpu(output: Path, given: dict[str, object]) -> None:
+def _bench_gpu(output: Path, given: dict[str, object]) -> Next:
     """PyTorch eager and compiled, and every GPU backend there is, by CUDA events."""
     for option, value in given.items():
         if value:
@@ -137,6 +138,7 @@ def _bench_gpu(output: Path, given: dict[str, object]) -> None:
     report, paths = report_into(output, parity=False)
     _print([markdown(report)])
     print_lines([f"wrote {', '.join(map(str, paths))}"])
+    return [typed("parity", "--backend", "ort-cuda", "--backend", "torch-triton")]
 
 
 def _matrix_shape(size: int) -> tuple[int, int]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import SpecError
-from ._console import human_size, open_console, print_fields, print_json, print_note
-from ._options import AsJson
+from ..tensorrt._flavour import FLAVOURS
+from ._console import human_size, print_fields, print_json, print_note, progress_console, typed
+from ._options import AsJson, Next, one_of
 
 if TYPE_CHECKING:
     from ..tensorrt._engine import Engine
@@ -22,8 +23,8 @@ EXAMPLE = "smoothl1-deploy build loss.onnx -o loss.engine --profile input=1x16,6
 @contextlib.contextmanager
 def _spinner(name: str) -> Iterator[Callable[[float, str | None], None] | None]:
     """Elapsed time beside a spinner, on a terminal; TensorRT reports next to no progress."""
-    console = open_console(stderr=True)
-    if not console.is_terminal:
+    console = progress_console()
+    if console is None:
         yield None
         return
     with console.status(f"building {name}") as status:
@@ -38,15 +39,15 @@ def build(
     model: Path,
     *,
     output: Path | None = None,
-    format: str = "engine",
+    format: Annotated[str, one_of("engine", "epcontext")] = "engine",
     embed_mode: Annotated[int | None, typer.Option(min=0, max=1)] = None,
     profile: list[str] | None = None,
-    flavour: str = "auto",
+    flavour: Annotated[str, one_of("auto", *FLAVOURS)] = "auto",
     compute_capability: list[str] | None = None,
     cache_dir: Path | None = None,
     no_cache: bool = False,
     as_json: AsJson = False,
-) -> None:
+) -> Next:
     """Build a TensorRT engine from an ONNX file.
 
     The sidecar, NAME.engine.json, ties the engine to its model; the two belong together. An equal
@@ -55,8 +56,8 @@ def build(
     Options:
         model: An ONNX file, exported with --shape.
         output: The file to write; by default the model's name with .engine or _ctx.onnx.
-        format: engine, or epcontext: an ONNX file that carries the engine, for ONNX Runtime's
-            providers for TensorRT.
+        format: epcontext is an ONNX file that carries the engine, for ONNX Runtime's providers for
+            TensorRT.
         embed_mode: With epcontext: 1 puts the engine inside, 0 into a file beside. Default: 1.
         profile: NAME=MIN,OPT,MAX: shapes of an input with dynamic axes, as in
             input=1x16,64x16,4096x16; one shape stands for all three. Repeat for more inputs; target
@@ -64,7 +65,7 @@ def build(
             have more than 2^28 elements (1 GiB of float32).
 
     GPU and flavour:
-        flavour: tensorrt, tensorrt_rtx, or auto for the first that can be used.
+        flavour: Which of the two TensorRTs; auto is the first that can be used.
         compute_capability: GPU to build for, as in 8.6, or current; repeat for more (tensorrt_rtx
             only).
 
@@ -101,6 +102,7 @@ def build(
         print_json(engine.to_dict())
     else:
         _show(engine)
+    return [typed("inspect", path)]
 
 
 def _show(engine: Engine) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError
-from ._console import human_size, print_json, print_lines, print_table
-from ._options import AsJson
+from ._console import human_size, print_json, print_lines, print_table, typed
+from ._options import AsJson, Next
 
 if TYPE_CHECKING:
     from ..tensorrt._cache import CacheEntry, EngineCache
@@ -54,7 +54,7 @@ def _show(root: Path, key: str, entries: tuple[CacheEntry, ...], as_json: bool) 
     print_lines([f"{root}: {removed}{len(entries)} engines, {size}"])
 
 
-def list_engines(*, cache_dir: Path | None = None, as_json: AsJson = False) -> None:
+def list_engines(*, cache_dir: Path | None = None, as_json: AsJson = False) -> Next:
     """Show the engines in the cache, the most recently used first.
 
     Options:
@@ -62,9 +62,10 @@ def list_engines(*, cache_dir: Path | None = None, as_json: AsJson = False) -> N
     """
     found = _open(cache_dir)
     _show(found.root, "entries", found.list(), as_json)
+    return [typed("cache", "prune", "--max-mb", 100, *_of(cache_dir))]
 
 
-def prune(*, max_mb: int, cache_dir: Path | None = None, as_json: AsJson = False) -> None:
+def prune(*, max_mb: int, cache_dir: Path | None = None, as_json: AsJson = False) -> Next:
     """Remove the least recently used engines until the rest fits.
 
     Options:
@@ -74,6 +75,11 @@ def prune(*, max_mb: int, cache_dir: Path | None = None, as_json: AsJson = False
     found = _open(cache_dir)
     # A negative size stays negative: `EngineCache.prune` refuses it by name.
     _show(found.root, "removed", found.prune(max_mb * 2**20), as_json)
+    return [typed("cache", "list", *_of(cache_dir))]
+
+
+def _of(cache_dir: Path | None) -> list[object]:
+    return [] if cache_dir is None else ["--cache-dir", cache_dir]
 
 
 cache = {"list": list_engines, "prune": prune}

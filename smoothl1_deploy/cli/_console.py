@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from .._files import descriptors_written
@@ -186,14 +188,35 @@ def open_console(stderr: bool = False) -> Console:
     )
 
 
+#: Of each command that runs, the outermost first (`deploy` calls others): whether -q was given.
+_running: list[bool] = []
+
+
+@contextmanager
+def command_running(quiet: bool) -> Iterator[None]:
+    """A command runs within; where it is `quiet` there are neither notes nor progress."""
+    _running.append(quiet)
+    try:
+        yield
+    finally:
+        _running.pop()
+
+
+def progress_console() -> Console | None:
+    """Where progress is shown: on stderr if that is a terminal, unless -q was given."""
+    console = open_console(stderr=True)
+    # Where a bar of rich 13 is disabled instead, it ends with a blank line.
+    return console if console.is_terminal and not any(_running) else None
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A live progress bar on stderr; nothing where stderr is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
-    console = open_console(stderr=True)
-    if not console.is_terminal:  # where it is disabled, rich 13 ends it with a blank line
+    console = progress_console()
+    if console is None:
         yield lambda done, total: None
         return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -214,10 +237,33 @@ def print_error(message: str) -> None:
 
 
 def print_note(message: str) -> None:
-    """A remark on stderr."""
+    """A remark on stderr, unless -q was given."""
     from rich.text import Text
 
-    open_console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), message))
+    if not any(_running):
+        open_console(stderr=True).print(Text.assemble(("note: ", "bold yellow"), message))
+
+
+def typed(*words: object) -> str:
+    """A command of this program as it is typed.
+
+    >>> typed("verify", "my loss.onnx")
+    "smoothl1-deploy verify 'my loss.onnx'"
+    """
+    return shlex.join(["smoothl1-deploy", *map(str, words)])
+
+
+def print_next(*commands: str) -> None:
+    """What can be typed next, for who reads the result of a command on a terminal.
+
+    Not after a command that another one calls, and not with -q.
+    """
+    from rich.text import Text
+
+    if len(_running) > 1 or any(_running) or not sys.stdout.isatty():
+        return
+    for word, command in zip_longest(("next",), commands, fillvalue="  or"):
+        open_console().print(Text.assemble((f"{word}: ", "bold green"), command))
 
 
 @contextmanager

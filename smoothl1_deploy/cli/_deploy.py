@@ -8,7 +8,6 @@ from typing import Any
 
 import typer
 
-from .._files import make_folder
 from ..errors import (
     ArtefactError,
     BackendUnavailableError,
@@ -16,8 +15,8 @@ from ..errors import (
     MissingDependencyError,
     UnsupportedError,
 )
-from ._console import print_lines, print_note
-from ._options import takes_spec
+from ._console import print_lines, print_note, typed
+from ._options import Next, takes_spec, typed_options
 
 EXAMPLE = "smoothl1-deploy deploy detector.onnx --prediction boxes --target boxes_gt -o out/deploy"
 
@@ -43,7 +42,7 @@ def deploy(
     name: str | None = None,
     data: Path | None = None,
     profile: list[str] | None = None,
-) -> None:
+) -> Next:
     """Attach a loss to a model, prove it, build an engine, and write a Triton repository.
 
     Each step is one of the other commands, and is shown as it would be typed. Run again, a step
@@ -61,11 +60,10 @@ def deploy(
     """
     from ..parity._certificate import read_certificate
 
-    make_folder(output)
     scored, models = output / "scored.onnx", output / "models"
     called = name or model.stem
-    spec = [part for key, value in given.items() for part in _option(key, value)]
-    words = ["attach", model, "--prediction", prediction, "--target", target, *spec, "-o", scored]
+    words = ["attach", model, "--prediction", prediction, "--target", target]
+    words += [*typed_options(given), "-o", scored]
     _step(words)
     known = read_certificate(scored)
     if known and any(run["same"] for run in known.content.get("runs", ())):
@@ -81,30 +79,21 @@ def deploy(
     words = ["repository", models, "--model", scored, "--name", called, "--certify", "--overwrite"]
     _step(words)
     mounted = shlex.quote(f"{models.resolve()}:/models")
-    print_lines(
-        [
-            "",
-            "What comes next, here or in a container of Triton's (YY.MM: its release):",
-            f"  smoothl1-deploy serve {shlex.quote(str(models))}",
-            f"  docker run --rm -p 8000-8002:8000-8002 -v {mounted} "
-            "nvcr.io/nvidia/tritonserver:YY.MM-py3 tritonserver --model-repository=/models",
-            f"  smoothl1-deploy repository --lint {shlex.quote(str(models))}",
-        ]
-    )
-
-
-def _option(name: str, value: Any) -> list[str]:
-    """An option of a loss as it is typed."""
-    flag = f"--{name.replace('_', '-')}"
-    return [flag] if value is True else [flag, str(value)]
+    return [
+        typed("serve", models),
+        f"docker run --rm -p 8000-8002:8000-8002 -v {mounted} "  # YY.MM: a release of Triton
+        "nvcr.io/nvidia/tritonserver:YY.MM-py3 tritonserver --model-repository=/models",
+        typed("repository", "--lint", models),
+    ]
 
 
 def _step(words: list[Any]) -> None:
     """Show a command and call it; one that ends with another code than 0 ends this one."""
     from ._registry import root_command
 
-    typed = [str(word) for word in words]
-    print_lines(["", f"$ smoothl1-deploy {shlex.join(typed)}"])
-    code = root_command().main(typed, prog_name="smoothl1-deploy", standalone_mode=False)
+    print_lines(["", f"$ {typed(*words)}"])
+    code = root_command().main(
+        [*map(str, words)], prog_name="smoothl1-deploy", standalone_mode=False
+    )
     if code:
         raise typer.Exit(code)

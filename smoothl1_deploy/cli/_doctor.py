@@ -10,7 +10,8 @@ from typing import ClassVar
 from .._records import Record
 from ..errors import SmoothL1DeployError
 from ._console import print_fields, print_json, print_lines, print_table
-from ._options import AsJson
+from ._export import EXAMPLE as EXPORT
+from ._options import AsJson, Next
 
 EXAMPLE = "smoothl1-deploy doctor --json"
 
@@ -37,7 +38,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _parts() -> list[Part]:
     """Each is tried by importing what it lives on."""
-    from ..backends._base import BACKENDS, get_backend
+    from ..backends._base import get_backend
+    from ..backends._names import BACKENDS
     from ..ops import library
     from ..tensorrt._flavour import FLAVOURS, get_flavour
 
@@ -96,7 +98,7 @@ def _telemetry(found: dict[str, bool] | None) -> dict[str, str]:
     return {"onnxruntime's telemetry": said}
 
 
-def doctor(*, as_json: AsJson = False) -> None:
+def doctor(*, as_json: AsJson = False) -> Next:
     """Show what is installed, what can run here, and what to install.
 
     Ends with 0 whatever it finds.
@@ -119,7 +121,7 @@ def doctor(*, as_json: AsJson = False) -> None:
                 "warnings": warnings,
             }
         )
-        return
+        return None
     print_fields(
         {
             "smoothl1-deploy": facts["smoothl1_deploy"],
@@ -149,3 +151,4 @@ def doctor(*, as_json: AsJson = False) -> None:
     # Below the table and not in it: an install command must not be cut by a column.
     print_lines([f"{p.name} not available: {p.reason}" for p in parts if p.reason])
     print_lines([f"warning: {warning}" for warning in warnings])
+    return [EXPORT]

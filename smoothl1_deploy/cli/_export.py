@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .._spec import LossSpec
-from ._console import human_size, print_fields, print_json, print_note
-from ._options import AsJson, parse_shape, takes_spec
+from ._console import print_note, typed
+from ._options import AsJson, Next, Route, parse_shape, takes_spec
 
 EXAMPLE = "smoothl1-deploy export --beta 0.5 --reduction mean --shape N,16 -o loss.onnx"
 
@@ -16,13 +16,13 @@ EXAMPLE = "smoothl1-deploy export --beta 0.5 --reduction mean --shape N,16 -o lo
 def export(
     given: dict[str, Any],
     *,
-    route: str = "function",
+    route: Route = "function",
     shape: str | None = None,
     target_shape: str | None = None,
     weight_shape: str | None = None,
     output: Path | None = None,
     as_json: AsJson = False,
-) -> None:
+) -> Next:
     """Write a Smooth L1 loss as an ONNX file.
 
     The graph takes input and target and gives loss. The same arguments give the same bytes.
@@ -41,38 +41,14 @@ def export(
     target_axes = parse_shape(target_shape, "--target-shape")
     weight_axes = parse_shape(weight_shape, "--weight-shape")
 
-    from .._artefact import sha256
     from .._files import write_atomic
     from ..graph._export import export as export_model
-    from ._inspect import graph_ports, show_ports
+    from ._inspect import show_written
 
     model = export_model(spec, route, axes, target_shape=target_axes, weight_shape=weight_axes)
     data = model.SerializeToString(deterministic=True)
     path = write_atomic(output or Path(f"{spec.name}.onnx"), data)
-    inputs, outputs = graph_ports(model)
-    digest = sha256(data)
-    if as_json:
-        print_json(
-            {
-                "path": str(path),
-                "bytes": len(data),
-                "sha256": digest,
-                "route": route,
-                "spec": spec.to_dict(),
-                "inputs": inputs,
-                "outputs": outputs,
-            }
-        )
-        return
-    print_fields(
-        {
-            "wrote": f"{path}, {human_size(len(data))}",
-            "spec": ", ".join(f"{name}={value}" for name, value in spec.to_dict().items()),
-            "route": route,
-            "inputs": show_ports(inputs),
-            "outputs": show_ports(outputs),
-            "sha256": digest,
-        }
-    )
-    if axes is None:
+    show_written(path, data, model, spec, route, as_json)
+    if axes is None and not as_json:
         print_note("no --shape: any rank is taken, by ONNX Runtime but not by TensorRT")
+    return [typed("verify", path, "--certificate")]

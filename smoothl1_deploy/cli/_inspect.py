@@ -19,12 +19,13 @@ from ..errors import (
     SmoothL1DeployError,
     reason_of,
 )
-from ._console import human_size, print_fields, print_json, print_lines, print_table
-from ._options import AsJson
+from ._console import human_size, print_fields, print_json, print_lines, print_table, typed
+from ._options import AsJson, Next
 
 if TYPE_CHECKING:
     import onnx
 
+    from .._spec import LossSpec
     from ..tensorrt._engine import Sidecar
 
 EXAMPLE = "smoothl1-deploy inspect loss.onnx"
@@ -33,7 +34,7 @@ EXAMPLE = "smoothl1-deploy inspect loss.onnx"
 _ENGINE_MAGIC = (b"ftrt", b"vtrt")
 
 
-def inspect(file: Path, *, as_json: AsJson = False) -> None:
+def inspect(file: Path, *, as_json: AsJson = False) -> Next:
     """Show what is inside an ONNX file or an engine, and whether this machine can run it.
 
     An engine is executable code: only one that fits its sidecar and this machine's GPU is
@@ -45,7 +46,7 @@ def inspect(file: Path, *, as_json: AsJson = False) -> None:
     found = inspect_engine(file) if _is_engine(file) else inspect_model(file)
     if as_json:
         print_json(found)
-        return
+        return None
     facts = {name: _text(name, value) for name, value in found.facts.items() if name != "options"}
     print_fields(
         {"file": f"{file} ({found.kind})", **{name: text for name, text in facts.items() if text}}
@@ -62,6 +63,7 @@ def inspect(file: Path, *, as_json: AsJson = False) -> None:
         can = "yes" if name.startswith("build") else "can run it here"
         print_lines([f"{name}: {can if reason is None else reason}"])
     print_lines([f"problem: {problem}" for problem in found.problems])
+    return None if found.kind == "engine" else [typed("verify", file, "--certificate")]
 
 
 def _is_engine(path: Path) -> bool:
@@ -223,7 +225,8 @@ def inspect_model(path: Path) -> Inspection:
 
 def _backends(model: onnx.ModelProto | str) -> dict[str, str | None]:
     """Load the model into every backend of this machine."""
-    from ..backends._base import BACKENDS, load
+    from ..backends._base import load
+    from ..backends._names import BACKENDS
 
     runs: dict[str, str | None] = {}
     for name in BACKENDS:
@@ -326,6 +329,22 @@ def _layers(path: Path, sidecar: Sidecar) -> tuple[list[str], str | None]:
         return engine_layers(engine, flavour), None
     except SmoothL1DeployError as exc:
         return [], str(exc)
+
+
+def show_written(
+    path: Path, data: bytes, model: onnx.ModelProto, spec: LossSpec, route: str, as_json: bool
+) -> None:
+    """Say what a command has just written: a model whose loss is of `spec`."""
+    from .._artefact import sha256
+
+    inputs, outputs = graph_ports(model)
+    facts = {"route": route, "spec": spec.to_dict(), "inputs": inputs, "outputs": outputs}
+    digest = sha256(data)
+    if as_json:
+        print_json({"path": path, "bytes": len(data), "sha256": digest, **facts})
+        return
+    told = {name: _text(name, facts[name]) for name in ("spec", "route", "inputs", "outputs")}
+    print_fields({"wrote": f"{path}, {human_size(len(data))}", **told, "sha256": digest})
 
 
 def graph_ports(model: onnx.ModelProto) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from typer.models import OptionInfo
 
 from .._environment import docstring
-from .._spec import DTYPES, NORMALIZERS, REDUCTIONS
-from ..errors import SpecError
+from .._spec import DTYPES, NORMALIZERS, REDUCTIONS, ROUTES
+from ..backends._names import BACKENDS
+from ..errors import SmoothL1DeployError, SpecError
+from ._console import command_running, print_next
 
 _EXTENSIONS = "Beyond PyTorch's arguments"
 
-#: Field of a `LossSpec` -> the type of its option, and what `--help` says.
-SPEC_OPTIONS: dict[str, tuple[Any, str]] = {
-    "beta": (float, "Where the quadratic part ends, >= 0; 0 is the L1 loss. 1 by default."),
-    "reduction": (str, f"One of {', '.join(REDUCTIONS)}; mean by default."),
-    "dtype": (str, f"The dtype of input, target and loss: {', '.join(DTYPES)}."),
-    "per_sample": (bool, "Reduce every axis but the first: one score per row."),
-    "gradient": (bool, "A second output grad_input, the gradient with respect to input."),
-    "upstream": (bool, "Multiply the gradient by an input grad_output, of the loss's shape."),
-    "runtime_beta": (bool, "beta is an input of the graph: one file for every beta."),
+#: What a command gives: what may be typed next, the likeliest first.
+Next = list[str] | None
+Command = Callable[..., Next]
+
+#: Field of a `LossSpec` -> the type of its option, what `--help` says, and the choices.
+SPEC_OPTIONS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
+    "beta": (float, "Where the quadratic part ends, >= 0; 0 is the L1 loss. 1 by default.", ()),
+    "reduction": (str, "Over the losses of the elements; mean by default.", REDUCTIONS),
+    "dtype": (str, "The dtype of input, target and loss.", DTYPES),
+    "per_sample": (bool, "Reduce every axis but the first: one score per row.", ()),
+    "gradient": (bool, "A second output grad_input, the gradient with respect to input.", ()),
+    "upstream": (bool, "Multiply the gradient by an input grad_output, of the loss's shape.", ()),
+    "runtime_beta": (bool, "beta is an input of the graph: one file for every beta.", ()),
     "weight": (
         str,
-        "An input weight multiplies the losses of the elements; a mean divides by: "
-        f"{' or '.join(NORMALIZERS)} (the number of elements or the sum of weights).",
+        "An input weight multiplies the losses of the elements; a mean divides by the count of "
+        "elements or by the sum of the weights.",
+        NORMALIZERS,
     ),
 }
 
@@ -42,14 +50,33 @@ _DTYPES = {
     "double": "float64", "fp64": "float64", "f64": "float64",
 }  # fmt: skip
 
+
+def one_of(*names: str, **settings: Any) -> Any:
+    """An option with choices: `--help` lists them, and a shell completes them.
+
+    The function itself refuses other values, in the words that a caller from Python reads too.
+    """
+    return typer.Option(autocompletion=lambda: names, **settings)
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Count = Annotated[int, typer.Option(min=0)]
 Workers = Annotated[int, typer.Option(min=0, max=4096)]
-#: A backend, of which 17 are known: `--help` leaves the list to `doctor`.
-BackendName = Annotated[str, typer.Option(help="What runs it; smoothl1-deploy doctor lists them.")]
+Route = Annotated[str, one_of(*ROUTES)]
+PlainRoute = Annotated[str, one_of(*ROUTES[:2])]  # what needs no torch
+Normalizer = Annotated[str | None, one_of(*NORMALIZERS)]
+#: The backends are many, and others' are module:Class: `--help` leaves the list to `doctor`.
+_Backend = one_of(
+    *BACKENDS, show_choices=False, help="What runs it; smoothl1-deploy doctor lists them."
+)
+BackendName = Annotated[str, _Backend]
+BackendNames = Annotated[list[str] | None, _Backend]
+Dtypes = Annotated[list[str] | None, one_of(*DTYPES)]
+Reductions = Annotated[list[str] | None, one_of(*REDUCTIONS)]
+_Quiet = typer.Option("-q", "--quiet", help="No notes, no progress, and not what comes next.")
 
 
-def help_of(command: Callable[..., None]) -> tuple[str, dict[str, tuple[str, str | None]]]:
+def help_of(command: Command) -> tuple[str, dict[str, tuple[str, str | None]]]:
     """What a command's docstring says: of itself, and of each option, with the panel it is in.
 
     The options stand at the end, under the title `Options:` or that of a panel of theirs:
@@ -61,6 +88,7 @@ def help_of(command: Callable[..., None]) -> tuple[str, dict[str, tuple[str, str
             cache_dir: Folder of an engine cache. Default: one in your cache folder.
     """
     text, _, listed = docstring(command).partition("\n\nOptions:\n")
+    text = re.sub(r"(?<!\n)\n(?!\n)", " ", text)  # a paragraph is as wide as the terminal
     options: dict[str, tuple[str, str | None]] = {}
     name, panel = "", None
     for line in filter(None, listed.splitlines()):
@@ -74,13 +102,13 @@ def help_of(command: Callable[..., None]) -> tuple[str, dict[str, tuple[str, str
     return text, options
 
 
-def as_command(function: Callable[..., None]) -> Callable[..., None]:
+def as_command(function: Command) -> Callable[..., None]:
     """`function` as typer takes it, its arguments and options told by its signature and docstring.
 
     What can be given by position is an argument, what stands behind the `*` an option. `output` is
     -o too, and a flag that is off by default has no opposite. An annotation with a `typer.Option`
     adds what is special, such as a least number. A dtype and a reduction may be spelled as other
-    tools spell them.
+    tools spell them. Every command takes -q, and ends with what comes next, as it returns it.
     """
     _, texts = help_of(function)
 
@@ -93,34 +121,63 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
             special = typer.Option() if named else typer.Argument()
         info = copy.copy(special)
         if isinstance(info, OptionInfo) and not info.param_decls and info.default is ...:
-            flag = f"--{parameter.name.replace('_', '-')}"
+            flag = _flag(parameter.name)
             if parameter.name == "output":
                 info.param_decls = ("-o", flag)
             elif parameter.default is False:
                 info.param_decls = (flag,)
         if parameter.name in texts:
             info.help, info.rich_help_panel = texts[parameter.name]
+        if info.autocompletion and info.show_choices:
+            info.help = f"{info.help or ''} One of {', '.join(info.autocompletion())}."
         return parameter.replace(annotation=Annotated[kind, info])
 
     @functools.wraps(function)
-    def command(**arguments: Any) -> None:
+    def command(quiet: bool, **arguments: Any) -> None:
         for name in ("dtype", "reduction"):
             if isinstance(given := arguments.get(name), str):
                 arguments[name] = spelled(given)
             elif given:
                 arguments[name] = [spelled(each) for each in given]
-        function(**arguments)
+        with command_running(quiet), _options_named(*own.parameters):
+            following = function(**arguments)
+            if following and not arguments.get("as_json"):
+                print_next(*following)
 
     own = inspect.signature(function, eval_str=True)
+    last = inspect.Parameter(
+        "quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _Quiet]
+    )
     command.__signature__ = own.replace(  # type: ignore[attr-defined]
-        parameters=[told(parameter) for parameter in own.parameters.values()]
+        parameters=[*map(told, own.parameters.values()), last]
     )
     return command
 
 
+@contextlib.contextmanager
+def _options_named(*names: str) -> Iterator[None]:
+    """An error that names an argument of Python's, as target_shape, names its option instead.
+
+    Of one word (beta, shape) the two are told by the same word, and are left as they are; so is
+    grad_output, which is an array first.
+    """
+    words = [name for name in names if "_" in name and name != "grad_output"]
+    # Not within a path, a quoted name or an option.
+    pattern = rf"(?<![-\w./'])({'|'.join(words) or '(?!)'})(?![-\w/']|\.\w)"
+    try:
+        yield
+    except SmoothL1DeployError as exc:
+        exc.told = re.sub(pattern, lambda found: _flag(found[1]), str(exc))
+        raise
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def takes_spec(
-    *without: str, panel: str | None = None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    *without: str, panel: str | None = None, **fewer: tuple[str, ...]
+) -> Callable[[Command], Command]:
     """Give a command the options of a loss in the place of its parameter `given`.
 
     The command gets those that the user gave, by the names of `LossSpec`'s fields.
@@ -128,16 +185,17 @@ def takes_spec(
     Args:
         without: fields that it has no option for, or one of its own.
         panel: of `--help`; None puts the extensions of PyTorch's arguments into one of their own.
+        fewer: field -> the choices that the command takes, where those are not all.
     """
     names = [name for name in SPEC_OPTIONS if name not in without]
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Command:
         @functools.wraps(command)
-        def wrapper(**arguments: Any) -> None:
+        def wrapper(**arguments: Any) -> Next:
             said = {name: arguments.pop(name) for name in names}
             # A beta of 0 is given, and equals False.
             given = {k: v for k, v in said.items() if v is not None and v is not False}
-            command(given=given, **arguments)
+            return command(given=given, **arguments)
 
         own = inspect.signature(command, eval_str=True)
         parameters: list[inspect.Parameter] = []
@@ -149,12 +207,15 @@ def takes_spec(
         return wrapper
 
     def option(name: str) -> inspect.Parameter:
-        kind, text = SPEC_OPTIONS[name]
+        kind, text, names = SPEC_OPTIONS[name]
         is_plain = name in ("beta", "reduction", "dtype")
-        flag = f"--{name.replace('_', '-')}"  # alone: typer would add its negation
         said = typer.Option(
-            flag, help=text, rich_help_panel=panel or (None if is_plain else _EXTENSIONS)
+            _flag(name),  # alone: typer would add its negation
+            help=text,
+            rich_help_panel=panel or (None if is_plain else _EXTENSIONS),
         )
+        if chosen := fewer.get(name, names):
+            said.autocompletion = lambda: chosen
         return inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -176,7 +237,17 @@ def spelled(value: str) -> str:
 
 def options_of(given: dict[str, Any]) -> list[str]:
     """What the user wrote for what is `given`: `["--per-sample"]`."""
-    return [f"--{name.replace('_', '-')}" for name in given]
+    return [_flag(name) for name in given]
+
+
+def typed_options(given: dict[str, Any]) -> list[str]:
+    """The options of a loss as they are typed.
+
+    >>> typed_options({"beta": 0.5, "per_sample": True})
+    ['--beta', '0.5', '--per-sample']
+    """
+    words = ([_flag(k)] if value is True else [_flag(k), str(value)] for k, value in given.items())
+    return [word for option in words for word in option]
 
 
 def parse_shape(text: str | None, what: str = "--shape") -> tuple[int | str, ...] | None:

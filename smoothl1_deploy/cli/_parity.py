@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._files import make_folder
+from .._files import check_writable, make_folder
+from .._spec import ROUTES
 from ..errors import SpecError
 from ._console import INTERRUPTED, open_console, print_lines, print_note, progress_bar
-from ._options import Count, Workers, processes
+from ._options import (
+    BackendNames,
+    Count,
+    Dtypes,
+    Next,
+    Reductions,
+    Workers,
+    one_of,
+    processes,
+)
 
 if TYPE_CHECKING:
     from ..parity._report import Report
@@ -30,13 +41,13 @@ def parity(
     draw: Annotated[list[int] | None, typer.Option(min=0)] = None,
     workers: Workers = 0,
     beta: list[float] | None = None,
-    reduction: list[str] | None = None,
-    dtype: list[str] | None = None,
-    route: list[str] | None = None,
-    backend: list[str] | None = None,
+    reduction: Reductions = None,
+    dtype: Dtypes = None,
+    route: Annotated[list[str] | None, one_of(*ROUTES)] = None,
+    backend: BackendNames = None,
     extensions: bool = True,
     extensions_only: bool = False,
-) -> None:
+) -> Next:
     """Check every beta, reduction, dtype, route and backend against PyTorch and the exact loss.
 
     Exits with 1 where a cell is red, and prints the command that repeats it. After Ctrl-C the
@@ -64,7 +75,7 @@ def parity(
 
     from ..parity._matrix import DRAWS, QUICK_DRAWS, Matrix, MatrixInterrupted, run_matrix
 
-    make_folder(output)
+    check_writable(output / "report.json")
     part = _checked_part(beta=beta, reduction=reduction, dtype=dtype, route=route)
     backends, absent = _backends(backend, quick)
     is_part = bool(part or extensions_only or not extensions)
@@ -96,17 +107,17 @@ def parity(
         if report is None:
             raise
         interrupted = True
-    _write(report, output)
+    shown = _write(report, output)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     if not report:
         raise typer.Exit(1)
+    return [shlex.join(["xdg-open", str(shown)])]
 
 
 def _checked_part(**options: list[Any] | None) -> dict[str, Any]:
     """The fields of the matrix that are given; a bad name is an error here, not in a cell."""
     from .._spec import LossSpec
-    from ..graph._export import ROUTES
 
     for name, values in options.items():
         for value in values or ():
@@ -119,7 +130,8 @@ def _checked_part(**options: list[Any] | None) -> dict[str, Any]:
 
 def _backends(asked: list[str] | None, quick: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Those asked for, or every one but PyTorch; and why others are left out, said aloud."""
-    from ..backends._base import BACKENDS, REFERENCES, backend_class, get_backend, missing
+    from ..backends._base import backend_class, get_backend, missing
+    from ..backends._names import BACKENDS, REFERENCES
 
     if asked is not None:
         for name in asked:
@@ -147,8 +159,7 @@ def _engine_folder(output: Path) -> Path | None:
     except (MissingDependencyError, BackendUnavailableError) as exc:
         print_note(f"no engines are built: {exc}")
         return None
-    make_folder(output / "engines")
-    return output / "engines"
+    return make_folder(output / "engines")
 
 
 def _measured(report: Report, backends: tuple[str, ...]) -> Report:
@@ -195,8 +206,8 @@ def _show(report: Report) -> None:
     print_lines(lines)
 
 
-def _write(report: Report, folder: Path) -> None:
-    """The views of the report: JSON, JUnit XML, Markdown, and HTML where it can be made."""
+def _write(report: Report, folder: Path) -> Path:
+    """Write the report as JSON, JUnit XML, Markdown, and HTML where it can be made; the last."""
     from .._files import write_atomic
     from ..errors import MissingDependencyError
     from ..parity.views import _junit as junit
@@ -219,3 +230,4 @@ def _write(report: Report, folder: Path) -> None:
         f"{summary['seconds']:.0f} s: {summary['red']} red{built if report.builds else ''}"
     )
     print_lines(["", counts, f"wrote {', '.join(map(str, paths))}"])
+    return paths[-1]

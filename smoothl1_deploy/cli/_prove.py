@@ -5,48 +5,51 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ArtefactError, SmoothL1DeployError
-from ._console import INTERRUPTED, print_lines, print_note, progress_bar
-from ._options import BackendName, Workers, processes
+from ._console import INTERRUPTED, print_lines, print_note, progress_bar, typed
+from ._options import BackendName, Next, PlainRoute, Workers, one_of, processes
 
 if TYPE_CHECKING:
     from ..parity._pairs import Distances, Proof
 
 EXAMPLE = "smoothl1-deploy prove --dtype float16 --beta 1 -o pairs-float16.json"
 
+_HALF = ("float16", "bfloat16")
 _SAVED = 10.0  # seconds between two writes of what is known
 
 
 def prove(
     *,
-    dtype: str = "float16",
+    dtype: Annotated[str, one_of(*_HALF)] = "float16",
     beta: list[float] | None = None,
     backend: BackendName = "ort-cpu",
-    route: str = "function",
+    route: PlainRoute = "function",
     output: Path = Path("pairs.json"),
     workers: Workers = 0,
     quick: bool = False,
-) -> None:
+) -> Next:
     """Hold all 2^32 pairs of a half format against the exact loss and PyTorch: none, its gradient.
 
     Exits with 1 where a pair is red. Takes minutes a beta; after Ctrl-C, or whatever else ended it,
     the same command goes on where it was.
 
     Options:
-        dtype: float16 or bfloat16.
+        dtype: Of input, target and loss.
         beta: 1 by default. Repeat for more.
-        route: How the file is made: function or inlined.
+        route: How the file is made.
         output: The file of what is known, JSON, with which the next run goes on.
         workers: Processes; 0: one a core, at most 8.
         quick: Only every 64th input: does it run?
     """
+    from .._files import check_writable
     from ..parity._pairs import Claim, Proof
     from ..parity._pairs import prove as try_pairs
 
+    check_writable(output)
     known = _read(output)
     proofs = [Proof.begun(Claim(dtype, number, backend, route)) for number in beta or [1.0]]
     for proof in proofs:
@@ -80,6 +83,10 @@ def prove(
     print_lines([f"wrote {output}"])
     if not all(made.ok for proof in shown for made in proof.outputs.values()):
         raise typer.Exit(1)
+    other = dtype if quick else _HALF[1 - _HALF.index(dtype)]
+    betas = [word for number in beta or () for word in ("--beta", number)]
+    words = ("prove", "--dtype", other, *betas, "--backend", backend, "--route", route)
+    return [typed(*words, "-o", output)]
 
 
 def _read(path: Path) -> dict[object, Proof]:

@@ -3,12 +3,15 @@
 To add one: write `cli/_<name>.py` with a function of that name, as `_options.as_command` takes it,
 and an `EXAMPLE` line that a user can paste, and enter it in `COMMANDS`. The function imports what
 it works with in its body, raises this package's errors for bad input, and `typer.Exit(1)` for a
-check that failed.
+check that failed. It returns what may be typed next, which tests/cli/test_typed.py wants to know.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
+import shutil
+import textwrap
 from typing import Annotated, Any
 
 import typer
@@ -44,22 +47,47 @@ COMMANDS = {
 _HELP = {"help_option_names": ["--help", "-h"]}
 
 
+class _PlainFlags:
+    """A flag takes no value, and `--help` shows no type of one."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The parameters, that of `--help` among them."""
+        found = super().get_params(ctx)  # type: ignore[misc]
+        for flag in (each for each in found if getattr(each, "is_flag", False)):
+            flag.metavar = ""
+        return found
+
+
+class _Command(_PlainFlags, TyperCommand): ...
+
+
+class _Group(_PlainFlags, TyperGroup): ...
+
+
 def _load(name: str) -> Any:
     """The command of that name: a function, or sub-commands by their names."""
     module = importlib.import_module(f"._{name}", __package__)
     found: Any = getattr(module, name)
-    epilog = f"Example:  {module.EXAMPLE}"
+    epilog = f"Example:\n{_in_lines(module.EXAMPLE)}"
     app = typer.Typer(
-        rich_markup_mode="rich", add_completion=False, help=COMMANDS[name], epilog=epilog,
-        no_args_is_help=isinstance(found, dict), context_settings=_HELP,
+        cls=_Group, rich_markup_mode="rich", add_completion=False, help=COMMANDS[name],
+        epilog=epilog, no_args_is_help=isinstance(found, dict), context_settings=_HELP,
     )  # fmt: skip
     for own, function in found.items() if isinstance(found, dict) else [(name, found)]:
         text, _ = help_of(function)
-        app.command(own, help=text, epilog=epilog)(as_command(function))
+        app.command(own, cls=_Command, help=text, epilog=epilog)(as_command(function))
     return typer.main.get_command(app)
 
 
-class LazyGroup(TyperGroup):
+def _in_lines(command: str) -> str:
+    """A command in lines that fit the terminal and can be pasted; an option keeps its value."""
+    words = re.sub(r" (?!-)", "\0", command)
+    width = shutil.get_terminal_size().columns - len("  \\")
+    lines = textwrap.wrap(words, width, break_long_words=False, break_on_hyphens=False)
+    return " \\\n".join(lines).replace("\0", " ")
+
+
+class LazyGroup(_Group):
     """Lists every command by its entry alone, and loads the one that is called."""
 
     def __init__(self, **settings: Any) -> None:

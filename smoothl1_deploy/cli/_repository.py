@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._files import write_atomic
-from .._spec import LossSpec
+from .._files import check_writable, write_atomic
+from .._spec import ROUTES, LossSpec
 from ..errors import SpecError, require
-from ._console import print_fields, print_json, print_lines, print_table
-from ._options import AsJson, options_of, parse_shape, takes_spec
+from ._console import print_fields, print_json, print_lines, print_table, typed
+from ._options import AsJson, Next, one_of, options_of, parse_shape, takes_spec
 
 if TYPE_CHECKING:
     from ..serving._repository import ServedModel
@@ -37,11 +37,11 @@ def repository(
     overwrite: bool = False,
     tensorrt_version: str | None = None,
     shape: str | None = None,
-    route: str | None = None,
+    route: Annotated[str | None, one_of(*ROUTES)] = None,
     kserve: Path | None = None,
     storage_uri: str | None = None,
     as_json: AsJson = False,
-) -> None:
+) -> Next:
     """Write a model into a Triton model repository, or check one with --lint.
 
     The graph is made fit for a server: the loss in the shape [1], or [N,1] for a score a row, and
@@ -74,7 +74,7 @@ def repository(
         if loss or any((folder, model, name, engine, kserve, ops)):
             raise SpecError("--lint writes nothing; give the folder to check alone")
         _lint(lint, tensorrt_version, as_json)
-        return
+        return [typed("serve", lint)]
     if folder is None:
         raise SpecError("give the folder to write into, or --lint FOLDER to check one")
     if model is not None and loss:
@@ -97,6 +97,7 @@ def repository(
 
     service = ""
     if kserve is not None:  # before anything is written
+        check_writable(kserve)
         called = folder.resolve().name
         name_of_service = re.sub("[^a-z0-9]+", "-", called.lower()).strip("-")
         service = inference_service(
@@ -124,6 +125,7 @@ def repository(
     _show(written, kserve, as_json)
     if not green:
         raise typer.Exit(1)
+    return [typed("serve", folder)]
 
 
 def _show(written: tuple[ServedModel, ...], kserve: Path | None, as_json: bool) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
-from ._console import print_fields, print_json, print_note
-from ._options import AsJson, BackendName, Count
+from ._console import print_fields, print_json, print_note, typed
+from ._options import AsJson, BackendName, Count, Next
 
 if TYPE_CHECKING:
     from .._floats import Array
@@ -52,7 +52,7 @@ def run(
     url: str | None = None,
     output: Path | None = None,
     as_json: AsJson = False,
-) -> None:
+) -> Next:
     """Compute the loss of two arrays with an artefact, or with a model of a server (--url).
 
     A model with losses attached runs whole, and gives every output. A loss of rank 0 is printed as
@@ -107,7 +107,7 @@ def run(
                 check_output(output, len(runner.outputs))
             arrays = _arrays_of(runner, named, data, beta)
             _give(runner.run(**arrays), output, as_json)
-            return
+            return [typed("verify", model, "--certificate")]
         dtype, outputs = runner.signature.input.dtype, len(runner.signature.outputs)
     else:
         from ..serving import Client
@@ -125,6 +125,11 @@ def run(
     else:
         arrays = {name: read_array(path, dtype) for name, path in files.items() if path is not None}
     _give(runner.run(**arrays, beta=beta), output, as_json)
+    if url is not None:
+        return None
+    if backend == "trt":  # what is verified is the model that the engine was built from
+        return [typed("inspect", model)]
+    return [typed("verify", model, "--certificate")]
 
 
 def _arrays_of(
@@ -164,8 +169,8 @@ def _give(results: dict[str, Array], output: Path | None, as_json: bool) -> None
         write_arrays(output, results)
         if any(array.dtype.name == "bfloat16" for array in results.values()):
             print_note(
-                f"numpy writes bfloat16 without its name; read {output} with "
-                "numpy.load(path).view(ml_dtypes.bfloat16)"
+                f"numpy writes bfloat16 without its name; view what is read from {output} as "
+                "ml_dtypes.bfloat16"
             )
     _show({name: _summarise(array) for name, array in results.items()}, output, as_json)
 

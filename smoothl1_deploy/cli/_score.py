@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._spec import LossSpec
+from .._spec import NORMALIZERS, REDUCTIONS, LossSpec
 from ..errors import OutputError, SpecError, require
-from ._console import on_interrupt, open_console, print_fields, print_json, print_note
-from ._options import AsJson, BackendName, Count, takes_spec
+from ._console import on_interrupt, print_fields, print_json, print_note, progress_console, typed
+from ._options import AsJson, BackendName, Count, Next, one_of, takes_spec, typed_options
 
 if TYPE_CHECKING:
     from ..scoring._score import Engine, Progress, Score
@@ -21,15 +21,17 @@ if TYPE_CHECKING:
 
 EXAMPLE = "smoothl1-deploy score --input predictions.npy --target targets.npy --beta 0.5"
 
+_ENGINES = ("local", "ray")
 
-@takes_spec("gradient", "upstream", "runtime_beta", "weight")
+
+@takes_spec("gradient", "upstream", "runtime_beta", "weight", reduction=REDUCTIONS[1:])
 def score(
     given: dict[str, Any],
     *,
     input: Path,
     target: Path,
     weight: Path | None = None,
-    normalizer: str = "count",
+    normalizer: Annotated[str, one_of(*NORMALIZERS)] = "count",
     model: Path | None = None,
     backend: BackendName = "ort-cpu",
     output: Path | None = None,
@@ -39,12 +41,12 @@ def score(
     weight_name: str | None = None,
     journal: Path | None = None,
     restart: bool = False,
-    engine: str = "local",
+    engine: Annotated[str, one_of(*_ENGINES)] = "local",
     ray_address: str | None = None,
     workers: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
     threads: Count = 0,
     as_json: AsJson = False,
-) -> None:
+) -> Next:
     """Compute the loss of data larger than memory.
 
     Files are read a part at a time, and the parts are added without rounding: their size and order
@@ -55,9 +57,8 @@ def score(
         input: A .npy, .npz or Parquet file, or a folder of such shards.
         target: Likewise; in a folder, shards of the same names as of --input.
         weight: Weights of the elements, in a file or folder likewise.
-        normalizer: What a weighted mean divides by: count or weights.
-        reduction: mean or sum; mean by default.
-        dtype: To compute in: float32, float16, bfloat16 or float64; by default that of the files.
+        normalizer: What a weighted mean divides by.
+        dtype: To compute in; by default that of the files.
         per_sample: One score for each row, to be written to -o.
         model: Run this ONNX file instead of a loss of these options.
         output: File for the scores, .npy or .parquet.
@@ -73,7 +74,7 @@ def score(
         restart: Throw away what an interrupted run has done.
 
     Engines:
-        engine: local, or ray for many machines.
+        engine: ray is for many machines.
         ray_address: The address of a Ray cluster; 'auto' finds one. Default: one is started on this
             machine.
         workers: Actors of the ray engine. Default: every CPU.
@@ -131,6 +132,10 @@ def score(
     if job.spec.per_sample and output is None:
         print_note("no scores were written; -o scores.npy writes them")
     _show(result, as_json)
+    if model is not None:
+        return [typed("verify", model, "--certificate")]
+    made = {**given, "weight": normalizer} if weight else given
+    return [typed("export", *typed_options(made), "-o", "loss.onnx")]
 
 
 def _job_of_model(model: Path, given: dict[str, Any], backend: str, threads: int) -> Job:
@@ -163,7 +168,7 @@ def _engine(name: str, address: str | None, workers: int | None) -> Engine:
 
         return score_locally
     if name != "ray":
-        raise SpecError(f"unknown engine {name!r}; choose one of local, ray")
+        raise SpecError(f"unknown engine {name!r}; choose one of {', '.join(_ENGINES)}")
     from ..scoring._ray_engine import RayEngine
 
     require("ray", "ray", "--engine ray")
@@ -175,8 +180,8 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
     """A bar with rate and time left on a terminal; nothing elsewhere."""
     from rich import progress as bars
 
-    console = open_console(stderr=True)
-    if not console.is_terminal:  # where it is disabled, rich 13 ends it with a blank line
+    console = progress_console()
+    if console is None:
         yield lambda progress: None
         return
     columns = (

@@ -14,7 +14,8 @@ import typer
 
 from .._files import make_folder
 from ..errors import InvalidInputError, require
-from ._console import print_fields, print_lines, print_note, print_table
+from ._console import print_fields, print_lines, print_next, print_note, print_table, typed
+from ._options import Next
 
 if TYPE_CHECKING:
     from ..serving._supervise import Supervisor
@@ -40,7 +41,7 @@ def serve(
     grpc_port: _Port = 0,
     metrics_port: _Port = 0,
     host: str = "127.0.0.1",
-) -> None:
+) -> Next:
     """Serve a model repository with the tritonserver on PATH, or else the embedded one.
 
     It is ready when every model answered a request with the right number. Ctrl-C or SIGTERM ends
@@ -69,7 +70,7 @@ def serve(
 
         print_lines([f"the embedded Triton is in {set_up().home}"])
         if repository is None:
-            return
+            return [typed("repository", "models", "--per-sample", "--name", "score")]
     if repository is None:
         raise InvalidInputError(
             "say which model repository to serve: smoothl1-deploy serve REPOSITORY"
@@ -98,11 +99,16 @@ def serve(
         for text in server.warnings():
             print_note(text)
         with service(server, logs, model is not None, ready_file, print_note) as supervisor:
-            _show({**server.addresses.to_dict(), "logs": str(logs)}, supervisor)
+            addresses = server.addresses.to_dict()
+            _show({**addresses, "logs": str(logs)}, supervisor)
+            served = next(iter(supervisor.models))
+            words = ("--url", addresses["http"], "--data", "pair.npz")
+            print_next(typed("run", served, *words))
             while True:
                 time.sleep(interval)
                 supervisor.check()
     print_lines(["stopped"])
+    return None
 
 
 @contextlib.contextmanager

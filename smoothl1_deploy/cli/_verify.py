@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ._console import open_console, print_json, print_lines
-from ._options import AsJson, BackendName, Count, takes_spec
+from ._console import open_console, print_json, print_lines, typed
+from ._options import AsJson, BackendName, Count, Next, takes_spec
 
 if TYPE_CHECKING:
     import onnx
@@ -36,7 +36,7 @@ def verify(
     data: Path | None = None,
     seed: Count = 0,
     as_json: AsJson = False,
-) -> None:
+) -> Next:
     """Hold one artefact against PyTorch and the exact loss, on every input family.
 
     Exits with 1 where a case is red, and names the likeliest fault. What the artefact computes is
@@ -62,10 +62,14 @@ def verify(
         output_name: Which output is the loss.
     """
     from .._artefact import read_model, select_ports
-    from ..parity._certificate import certify
+    from .._files import check_writable
+    from .._model import Port
+    from ..parity._certificate import certificate_path, certify
     from ..parity._verify import verify as hold_against_references
 
     proto = read_model(model)
+    if certificate:
+        check_writable(certificate_path(model))
     names = {"input_name": input_name, "target_name": target_name, "output_name": output_name}
     spec = _completed(given, select_ports(proto, **names)) if given else None
     result = hold_against_references(
@@ -90,6 +94,9 @@ def verify(
             print_lines([f"wrote {written}"])
     if not result:
         raise typer.Exit(1)
+    if Port.of(proto.graph.input[0]).axes is None:  # of any rank, which no server takes
+        return [typed("inspect", model)]
+    return [typed("repository", "models", "--model", model)]
 
 
 def _data(path: Path, proto: onnx.ModelProto) -> dict[str, Any]:

@@ -179,8 +179,8 @@ class _Graft:
             raise SpecError(f"the prediction {prediction!r} is {kind}; a loss needs a float tensor")
         if spec is None and dtype is None:
             raise SpecError(
-                f"the element type of {prediction!r} can't be inferred; say it with spec="
-                "LossSpec(dtype=...) (--dtype)"
+                f"the element type of {prediction!r} can't be inferred; say it by the "
+                "dtype of the loss"
             )
         self.spec = spec if spec is not None else LossSpec(dtype=str(dtype))
         self._prediction = found
@@ -199,12 +199,10 @@ class _Graft:
         roles = {"input": self.prediction, "target": self._operand("target", target, target_shape)}
         if self.spec.weight:
             if weight is None:
-                raise SpecError(
-                    "the spec has a weight; say which tensor or array it is with weight="
-                )
+                raise SpecError("the spec has a weight; say which tensor or array it is")
             roles["weight"] = self._operand("weight", weight)
         elif weight is not None:
-            raise SpecError("weight= for a spec without one; write LossSpec(weight='count')")
+            raise SpecError("a weight for a spec without one; give the spec a weight too")
         return roles
 
     def _known(self, what: str, name: str) -> Tensor:
@@ -284,8 +282,8 @@ class _Graft:
         """
         if shape is not None and (not isinstance(given, str) or given in self._tensors):
             raise SpecError(
-                f"{what}_shape={shape} for a {what} that has its own; leave {what}_shape out "
-                f"(--{what}-shape), or name a new input"
+                f"{what}_shape {shape} for a {what} that has its own; leave {what}_shape out, or "
+                "name a new input"
             )
         if isinstance(given, str):
             if given in self._tensors:
@@ -331,7 +329,7 @@ class _Graft:
         if dtype is not None and (dtype, wanted) not in _WIDENS:
             raise SpecError(
                 f"the {what} {tensor.name!r} is {dtype}, and {wanted} would lose some of it; "
-                f"use LossSpec(dtype={dtype!r}) (--dtype {dtype})"
+                f"attach a loss of the dtype {dtype}"
             )
         if dtype is None and (
             what == "prediction" or kind in ("STRING", "COMPLEX64", "COMPLEX128")
@@ -437,7 +435,7 @@ class OldOpsetError(ArtefactError):
     def __init__(self, opset: int, needed: int) -> None:
         super().__init__(
             f"the model is of opset {opset}, and this loss needs {needed}; convert it with "
-            "convert_opset=True (--convert-opset), or onnx.version_converter"
+            "convert_opset, or onnx.version_converter"
         )
         self.needed = needed
 
@@ -539,8 +537,8 @@ def check_parsed(model: onnx.ModelProto, step: str) -> None:
     if size > _PARSED:
         raise ArtefactError(
             f"the model holds {size} bytes in memory, and {step} takes {_PARSED} at most "
-            "(protobuf's limit); leave its weights in a file beside it with "
-            "onnx.load(path, load_external_data=False)"
+            "(protobuf's limit); leave its weights in a file beside it "
+            "(onnx.load without external data)"
         )
 
 

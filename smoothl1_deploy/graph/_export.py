@@ -10,12 +10,10 @@ from onnx import TensorProto, helper
 
 from .._model import ELEMENT_TYPE, axes_of, inlined
 from .._shapes import Dim, Shape, broadcast, check_shape, check_size, describe, summed_axes
-from .._spec import LossSpec
+from .._spec import ROUTES, LossSpec
 from ..errors import SpecError, require
 from ._assemble import IR_VERSION
 from ._metadata import stamp
-
-ROUTES = ("function", "inlined", "torch")
 
 
 def export(
@@ -96,7 +94,7 @@ def _shapes(
             raise SpecError(f"{name}_shape without shape: an export of any rank takes any {name}")
         shapes[name] = own if other is None else other
     if weight_shape is not None and not spec.weight:
-        raise SpecError("weight_shape for a spec without weight; write LossSpec(weight='count')")
+        raise SpecError("weight_shape for a spec without weight; give the spec a weight too")
     losses = own
     for name in ("target", "weight") if spec.weight else ("target",):
         if losses is not None and (other := shapes[name]) is not None:

@@ -96,18 +96,17 @@ def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None)
     if spec != LossSpec(spec.beta, spec.reduction, spec.dtype):
         raise UnsupportedError(
             "the torch route exports torch.nn.SmoothL1Loss as it is, which knows no per_sample, "
-            "gradient, runtime_beta or weight; use route='function' or 'inlined'"
+            "gradient, runtime_beta or weight; use the route function or inlined"
         )
     if shape is None or target_shape is None:
         raise SpecError(
-            "the torch route can't export any rank; give a shape such as ('N', 16), "
-            "or use route='function'"
+            "the torch route can't export any rank; give a shape, or use the route function"
         )
     for x, y in zip(reversed(shape), reversed(target_shape), strict=False):
         if x != y and 1 not in (x, y) and (isinstance(x, str) or isinstance(y, str)):
             raise SpecError(
                 f"the torch route can't broadcast the axis {x!r} with {y!r}; give both the same "
-                "name, or one of them the size 1, or use route='function'"
+                "name, or one of them the size 1, or use the route function"
             )
     names = sorted({d for d in (*shape, *target_shape) if isinstance(d, str)})
     # Distinct sizes above 1, and no fixed axis's: the exporter specialises on 0 and 1, and on axes

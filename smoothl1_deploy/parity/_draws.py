@@ -15,8 +15,8 @@ import onnx
 
 from .._shapes import Dim, describe
 from .._shapes import Shape as Axes
-from .._spec import DTYPES, NORMALIZERS, REDUCTIONS, LossSpec
-from ..graph._export import ROUTES, export
+from .._spec import DTYPES, NORMALIZERS, REDUCTIONS, ROUTES, LossSpec
+from ..graph._export import export
 from ._cases import Case, References, with_beta
 from ._families import ADVERSARIAL, FAMILIES, WEIGHTS
 from ._report import is_extended

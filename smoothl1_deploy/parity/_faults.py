@@ -274,7 +274,7 @@ FORMS: tuple[Step, ...] = (
     *(
         Step(Fault.WEIGHTED,
              f"elements whose target is {which} {are}; give the mask as weights of 0 and 1, which "
-             f"LossSpec(weight={weight!r}) takes",
+             f"a spec with the weight {weight!r} takes",
              _masked(keep, of_none))
         for which, keep in _MASKS
         for are, weight, of_none in _MASKED_MEANS

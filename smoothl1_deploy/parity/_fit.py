@@ -129,7 +129,7 @@ def weighted(
         more = ", ..." if len(factors) > 8 else ""
         why = (
             f"the elements of a row count {listed}{more} times each; give these factors as "
-            "weights, which LossSpec(weight='count') takes"
+            "weights, which a spec with the weight 'count' takes"
         )
         hypothesis = Hypothesis(Step(Fault.WEIGHTED, why, losses), reductions(spec)[0])
         if len(set(factors)) > 1 and hypothesis.explains_all(replies):

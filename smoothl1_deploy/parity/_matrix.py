@@ -22,11 +22,11 @@ import onnx
 
 from .._environment import environment
 from .._shapes import Shape as Axes
-from .._spec import DTYPES, REDUCTIONS, LossSpec
+from .._spec import DTYPES, REDUCTIONS, ROUTES, LossSpec
 from ..backends._base import Backend, backend_class, get_backend, missing
 from ..backends._runner import Runner
 from ..errors import SmoothL1DeployError, UnsupportedError, require
-from ..graph._export import ROUTES, export
+from ..graph._export import export
 from ._cases import (
     LAYOUTS,
     Case,

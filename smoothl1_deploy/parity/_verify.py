@@ -209,7 +209,7 @@ def verify_loss(
     if expected is None:
         raise ArtefactError(
             "the model does not say what it computes (it was not exported by smoothl1-deploy); "
-            "say it with spec=LossSpec(...), on the command line --beta and --reduction"
+            "say it by a spec: beta, reduction, and whatever else it computes"
         )
     check_spec(runner.signature, expected)
     reason = chosen.refuses(expected)

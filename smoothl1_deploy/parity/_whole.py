@@ -170,8 +170,7 @@ def _check_comparable(before: ModelRunner, now: ModelRunner) -> None:
         if lacking:
             raise ArtefactError(
                 f"the model has no {kind} {', '.join(lacking)}, which the one that it is held "
-                "against has; give the model that the losses were attached to, or leave it out "
-                "(against=, on the command line --against)"
+                "against has; give the model that the losses were attached to, or leave it out"
             )
 
 
@@ -207,8 +206,7 @@ def _made_up(model: onnx.ModelProto, seed: int) -> Iterator[tuple[str, dict[str,
         for port, axes in runner.axes.items():
             if axes is None:
                 raise ArtefactError(
-                    f"the input {port} may have any shape; give data of the model's own (data=, on "
-                    "the command line --data)"
+                    f"the input {port} may have any shape; give data of the model's own"
                 )
             shape = [axis if isinstance(axis, int) else _ROWS for axis in axes]
             numbers = random.normal(size=shape) * scale
@@ -234,8 +232,7 @@ def _run(
         if name == "given":
             raise
         raise ArtefactError(
-            f"the model can't be run on what was made up for its inputs ({exc}); give data of its "
-            "own (data=, on the command line --data)"
+            f"the model can't be run on what was made up for its inputs ({exc}); give its own"
         ) from exc
     tensors = {**constants, **arrays, **outputs}
     verdicts: dict[str, Verdict] = {}

@@ -104,6 +104,7 @@ def _locked(path: Path) -> FileIO:
             "--journal"
         )
     with refusal_told(f"can't write the journal {path}", _ELSEWHERE), contextlib.ExitStack() as own:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
         file = own.enter_context(FileIO(handle, "r+"))
         try:

@@ -55,6 +55,7 @@ class ScoreFile:
         self._first = header.tell()
         with self._refusal_told():
             self.part = unfinished(resolve(path) or journal.path, journal.part)
+            self.part.parent.mkdir(parents=True, exist_ok=True)
             self.kept = self._open(header.getvalue())
 
     def _open(self, header: bytes) -> bool:
@@ -83,7 +84,7 @@ class ScoreFile:
     def _refusal_told(self) -> contextlib.AbstractContextManager[None]:
         return refusal_told(
             f"can't write {self.path}",
-            "choose a file in a folder that exists, that you may write to and that has room",
+            "choose a file in a folder that you may write to and that has room",
         )
 
     def _write_at(self, offset: int, data: bytes) -> None:

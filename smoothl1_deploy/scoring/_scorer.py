@@ -111,8 +111,7 @@ def make_job(
     known = own or spec
     if known is None:
         raise SpecError(
-            "the model doesn't say what it computes; give spec=LossSpec(beta, reduction), on the "
-            "command line --beta and --reduction"
+            "the model doesn't say what it computes; give the spec, its beta and its reduction"
         )
     if own is not None and own.reduction == "none":
         known = replace(own, reduction=spec.reduction if spec else "mean")
@@ -137,7 +136,7 @@ def _job_of_spec(spec: LossSpec, backend: str, threads: int) -> Job:
 
     _check_combined(spec)
     if spec.runtime_beta:
-        raise SpecError("runtime_beta leaves beta open; give beta as a number: LossSpec(beta=0.5)")
+        raise SpecError("runtime_beta leaves beta open; give beta as a number")
     spec = spec.without_gradient()
     runs = spec
     if not spec.per_sample:
@@ -149,7 +148,7 @@ def _job_of_spec(spec: LossSpec, backend: str, threads: int) -> Job:
 def _check_combined(spec: LossSpec) -> None:
     if spec.reduction == "none":
         raise SpecError(
-            "reduction='none' combines nothing; use 'mean' or 'sum', per_sample for one score a "
+            "the reduction none combines nothing; use mean or sum, per_sample for one score a "
             "row, or smoothl1-deploy run for the loss of every element"
         )
 

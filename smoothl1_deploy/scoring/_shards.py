@@ -175,7 +175,7 @@ def float_dtype(located: Mapping[str, Roles]) -> str:
     if not floats:
         raise InvalidInputError(
             f"the shard {name} holds {' and '.join(found)}; a loss needs floating-point numbers: "
-            "convert one of them, as in numpy.save(path, array.astype('float32'))"
+            "convert one of them to float32"
         )
     return max(floats, key=lambda d: NUMPY_DTYPE[d].itemsize)
 

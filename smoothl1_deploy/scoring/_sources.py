@@ -291,8 +291,8 @@ class ParquetSource(Source):
         if nulls:
             raise InvalidInputError(
                 f"{self._what} has {nulls} null(s), which is also what pandas makes of NaN, and a "
-                "loss knows no missing number; drop these rows, or write NaN as it is with "
-                "pyarrow.array(frame[column].to_numpy())"
+                "loss knows no missing number; drop these rows, or write NaN as it is, from an "
+                "array of numpy"
             )
         return np.asarray(column.to_numpy(zero_copy_only=False)).reshape(rows, *self.shape[1:])
 

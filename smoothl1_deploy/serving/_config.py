@@ -164,7 +164,7 @@ def _dims(port: TensorPort, max_batch_size: int) -> tuple[int, ...]:
     if max_batch_size and port.without_rows:
         raise SpecError(
             f"{port.name!r} has the dims {list(port.dims)} and no axis of rows to batch along; "
-            "use max_batch_size=0"
+            "use max_batch_size 0"
         )
     dims = port.dims[1:] if max_batch_size else port.dims
     if not dims:

@@ -10,7 +10,6 @@ A model is a folder, which appears whole or not at all:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .._artefact import ModelSource, read_model, sha256, sidecar_path
+from .._files import folders_made
 from .._model import Loss, every_node
 from .._records import Record
 from .._shapes import Dim
@@ -150,7 +150,7 @@ def served_loss(spec: LossSpec, shape: Sequence[Dim], route: str = "inlined") ->
     if not shape or not isinstance(shape[0], str):
         raise SpecError(
             f"a served loss takes any number of rows, got the shape {tuple(shape)!r}; give a name "
-            "for the first axis, as in ('N', 16), on the command line N,16"
+            "for the first axis, such as N"
         )
     return serve(export(spec, route, shape))
 
@@ -186,7 +186,7 @@ def write_model(
     if ops and all(node.domain != DOMAIN for node in every_node(served.model.graph.node)):
         raise SpecError(
             f"the operators compute nodes of the domain {DOMAIN}, and the model has none; export "
-            "or attach its loss by the route 'function', or leave ops (--ops) out"
+            "or attach its loss by the route 'function', or leave ops out"
         )
     name = _checked_name(name or (Path(given).stem if given else served.model.graph.name))
     batch = _batch_size(served, max_batch_size)
@@ -228,8 +228,8 @@ def _batch_size(served: ServedGraph, asked: int | None) -> int:
         return MAX_BATCH_SIZE if asked is None else asked
     if asked:
         raise SpecError(
-            f"max_batch_size={asked}, but requests must not be batched together: "
-            f"{served.unbatched}. Leave it out, or use per_sample=True (--per-sample)"
+            f"max_batch_size {asked}, but requests must not be batched together: "
+            f"{served.unbatched}. Leave it out, or serve a loss with per_sample"
         )
     return 0
 
@@ -262,24 +262,22 @@ def _write_folders(root: Path, folders: dict[str, dict[str, bytes]], overwrite: 
             )
     token = secrets.token_hex(8)
     staging = root / f".{token}"
-    made = [folder for folder in (root, *root.parents) if not os.path.exists(folder)]
     try:
-        for name, files in folders.items():
-            for file, data in files.items():
-                path = staging / name / file
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
-        for name in folders:
-            _swap(staging / name, root / name)
+        with folders_made(root):
+            try:
+                for name, files in folders.items():
+                    for file, data in files.items():
+                        path = staging / name / file
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        path.write_bytes(data)
+                for name in folders:
+                    _swap(staging / name, root / name)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     except OSError as exc:
         raise OutputError(
             f"can't write into {root}: {exc.strerror or exc}; choose a folder that you may write to"
         ) from exc
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in made:  # only those of a write that failed are empty
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
 
 def _swap(new: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 
 from .._artefact import check_spec, read_model, signature
-from .._files import write_atomic
+from .._files import check_writable, write_atomic
 from .._floats import NUMPY_DTYPE, Array, dtype_name, ulp_distance
 from .._model import axes_of, inputs_of
 from .._spec import LossSpec
@@ -427,9 +427,7 @@ def claim_ready_file(path: Path) -> None:
                 f"{facts['http']}); end that one, or name another file"
             )
         _remove(path)
-    # That it can't be written is found out now, before the models are loaded. The trial is another
-    # file, because one at this path would mean that the server is ready.
-    write_atomic(path.with_name(f"{path.name}.claim-{os.getpid()}"), b"").unlink()
+    check_writable(path)  # before the models are loaded
 
 
 def withdraw_ready_file(path: Path, written: bytes) -> None:

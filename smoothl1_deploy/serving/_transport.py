@@ -208,7 +208,7 @@ class Transport(ABC):
     def _late(self) -> ServerError:
         return ServerError(
             f"{self.address} gave no answer within {self.timeout:g} s; it was not asked again, "
-            "since it may still be at work. Raise timeout="
+            "since it may still be at work. Raise the timeout"
         )
 
     def _senseless(self, reason: object) -> ServerError:

@@ -25,7 +25,7 @@ import onnx
 
 from .. import __version__
 from .._artefact import ModelSource, read_model, sha256
-from .._files import is_same
+from .._files import check_writable, is_same
 from ..errors import BuildError, OutputError, SpecError, UnsupportedError
 from ..graph._metadata import CHANGED, is_changed, read_spec, warn_if_changed
 from ._cache import EngineCache
@@ -157,14 +157,11 @@ def _checked_path(path: str | Path | None, model: ModelSource) -> Path | None:
     if path is None:
         return None
     target = Path(path)
-    # os.path, because Path.is_dir raises for a name that no file can have.
-    if os.path.isdir(target) or not os.path.isdir(target.parent):
-        problem = "is a folder" if os.path.isdir(target) else "lies in a folder that doesn't exist"
-        raise OutputError(f"can't write the engine: {target} {problem}; give a file name")
     if isinstance(model, (str, os.PathLike)) and is_same(target, model):
         raise OutputError(
             f"can't write the engine: {target} is the model it is built from; give another name"
         )
+    check_writable(target)
     return target
 
 

@@ -405,7 +405,7 @@ def write_context(
     elif len(content) > _PROTOBUF_LIMIT:
         raise UnsupportedError(
             f"the engine has {len(content)} bytes, and an ONNX file holds 2 GiB at most; leave the "
-            "engine beside it with embed_mode=0, on the command line --embed-mode 0"
+            "engine beside it with embed_mode 0"
         )
     node = helper.make_node(
         ENGINE_OPERATOR,

@@ -41,7 +41,7 @@ PROVIDERS = {
 
 #: What helps on a card that tensorrt_rtx does not know.
 ELSEWHERE = (
-    "Hopper (9.0) runs engines of flavour='tensorrt', and the backends torch-triton and ort-cuda "
+    "Hopper (9.0) runs engines of the flavour tensorrt, and the backends torch-triton and ort-cuda "
     "need no engine"
 )
 
@@ -201,7 +201,7 @@ class Flavour:
                 problem = f"; {exc}"
         if builder is None:
             hint = (
-                "it needs a GPU and its driver even to build; flavour='tensorrt_rtx' builds without"
+                "it needs a GPU and its driver even to build; tensorrt_rtx builds without"
                 if self.name == "tensorrt"
                 else "reinstall it with: pip install --force-reinstall 'smoothl1-deploy[rtx]'"
             )

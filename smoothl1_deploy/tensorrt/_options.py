@@ -109,8 +109,8 @@ def configure(config: Any, options: BuildOptions, flavour: Flavour) -> tuple[str
 def _set_capabilities(config: Any, flavour: Flavour, wanted: tuple[str, ...]) -> None:
     if flavour.member("IBuilderConfig", "set_compute_capability") is None:
         raise UnsupportedError(
-            f"compute_capabilities is not supported by {flavour}, which builds for the GPU of this "
-            "machine; leave them out, or use flavour='tensorrt_rtx'"
+            f"{flavour} takes no compute capabilities: it builds for this machine's GPU; leave "
+            "them out, or use the flavour tensorrt_rtx"
         )
     members = []
     for capability in wanted:
@@ -118,7 +118,7 @@ def _set_capabilities(config: Any, flavour: Flavour, wanted: tuple[str, ...]) ->
         member = flavour.member("ComputeCapability", name)
         if member is None:
             hopper = capability == "9.0"
-            hint = "; Hopper (9.0) runs engines of flavour='tensorrt'" if hopper else ""
+            hint = "; Hopper (9.0) runs engines of the flavour tensorrt" if hopper else ""
             raise UnsupportedError(
                 f"{flavour} can't build for compute capability {capability}; "
                 f"it knows {', '.join(flavour.capabilities)}{hint}"

@@ -162,7 +162,7 @@ def _check_types(inputs: list[onnx.ValueInfoProto]) -> None:
             raise UnsupportedError(
                 f"the graph input {value.name!r} is {element_name(element)}, which TensorRT has "
                 "no tensors of; cast it before the model, or run the model on ONNX Runtime "
-                "(backend='ort-cpu')"
+                "(the backend ort-cpu)"
             )
 
 
@@ -205,7 +205,7 @@ def _parser_error(parser: Any, flavour: Flavour, logged: str) -> BuildError:
         )
     return BuildError(
         f"{flavour} can't parse the model: {'; '.join(dict.fromkeys(parts))}. {remedy}, "
-        "or run the model on ONNX Runtime (backend='ort-cpu')"
+        "or run the model on ONNX Runtime (the backend ort-cpu)"
     )
 
 

@@ -32,8 +32,8 @@ from ..graph._metadata import HASH, ROUTE, SERVED, SPEC, VERSION
 
 _DOUBLE = TensorProto.DOUBLE
 _REMEDY = (
-    "TensorRT has no float64 and would silently compute in float32. Export with "
-    "dtype='float32', or run this model on ONNX Runtime (backend='ort-cpu')"
+    "TensorRT has no float64 and would silently compute in float32. Export in "
+    "float32, or run this model on ONNX Runtime (the backend ort-cpu)"
 )
 _OF_THE_EXPORT = frozenset({SPEC, ROUTE, VERSION, HASH, SERVED})
 #: Attributes of standard operators that hold the element type of an output.
@@ -214,8 +214,7 @@ def _check_ports(model: onnx.ModelProto) -> None:
         if axes_of(value) is None:
             raise UnsupportedError(
                 f"the graph input {value.name!r} has an unknown rank, which TensorRT would take "
-                "for rank 0. Export with a shape, as in shape=('N', 16): a name makes an axis "
-                "dynamic"
+                "for rank 0. Export with a shape: a name makes an axis dynamic"
             )
 
 

@@ -39,8 +39,8 @@ Range = tuple[Sizes, Sizes, Sizes]
 ProfileRequest = str | Sequence[str] | Mapping[str, Any] | None
 
 _FORMS = (
-    "write 'input=1x16,64x16,4096x16' (min, opt, max), {'input': (1, 64, 4096)} for its only "
-    "dynamic axis, or {'input': ((1, 16), (64, 16), (4096, 16))}"
+    "write input=1x16,64x16,4096x16 (min, opt, max), or a mapping of input to these shapes, or to "
+    "three sizes of its only dynamic axis"
 )
 
 

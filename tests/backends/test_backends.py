@@ -162,7 +162,7 @@ def test_onnx_runtime_refuses_an_operator_it_does_not_know_and_an_engine(tmp_pat
         load(engine)
     assert str(caught.value) == (
         f"{engine} is a TensorRT engine, and the backend ort-cpu runs ONNX models; use "
-        "backend='trt', or give the model it was built from"
+        "the backend trt, or give the model it was built from"
     )
 
 
@@ -221,7 +221,7 @@ def test_the_refusals(backend: str) -> None:
         (good, good.astype(object), "target has the dtype object, which is not a number format"),
         (good.astype(int), good.astype(int), "input and target are both integral (int64, int64)"),
         (good, good.astype(float), "input float32 and target float64 promote to float64, but the"),
-        (good, good[:1], "target has the shape (1, 4), but the artefact takes (N, 4) with N=3"),
+        (good, good[:1], "target has the shape (1, 4), but the artefact takes (N, 4) where N is 3"),
     ):
         with pytest.raises(InvalidInputError) as caught:
             runner.run(a, b)

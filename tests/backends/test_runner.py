@@ -117,23 +117,23 @@ def test_shapes_that_fit() -> None:
 def test_shapes_that_do_not_fit() -> None:
     n4 = ("N", 4)
     for input, target, a, b, text in (
-        ((5, 3), (5, 4), n4, n4, "input has the shape (5, 3), but the artefact takes (N, 4) with "
-         "N=5;"),
+        ((5, 3), (5, 4), n4, n4, "input has the shape (5, 3), but the artefact takes (N, 4) where "
+         "N is 5;"),
         ((5,), (5,), n4, n4, "input has the shape (5,), but the artefact takes (N, 4)"),
         ((5, 4, 1), (5, 4), n4, n4, "input has the shape (5, 4, 1), but"),
         ((), (), (1,), (1,), "input has the shape (), but the artefact takes (1); reshape it"),
-        ((5, 4), (6, 4), n4, n4, "target has the shape (6, 4), but the artefact takes (N, 4) with "
-         "N=5; reshape it"),
-        ((5, 4), (1, 4), n4, n4, "target has the shape (1, 4), but the artefact takes (N, 4) with"),
+        ((5, 4), (6, 4), n4, n4, "target has the shape (6, 4), but the artefact takes (N, 4) where "
+         "N is 5; reshape it"),
+        ((5, 4), (1, 4), n4, n4, "target has the shape (1, 4), but the artefact takes (N, 4)"),
         ((3, 4), (3, 4), ("N", "N"), ("N", "N"), "input has the shape (3, 4), but the artefact "
-         "takes (N, N) with N=3;"),
+         "takes (N, N) where N is 3;"),
         ((0,), (0,), (3,), (3,), "input has the shape (0,), but the artefact takes (3);"),
     ):  # fmt: skip
         with pytest.raises(InvalidInputError) as caught:
             check(input, target, a, b)
         assert str(caught.value).startswith(text)
         assert str(caught.value).endswith(
-            "reshape it, or export with another shape (target_shape= for a target that broadcasts)"
+            "reshape it, or export with another shape (a target that broadcasts has one of its own)"
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +14,8 @@ import pytest
 from conftest_cli import Cli, assert_refused
 from handmade import model_of, run
 from onnx import numpy_helper
+
+from smoothl1_deploy import LossSpec
 
 RELU = "g (float[N, 4] x) => (float[N, 4] boxes) { boxes = Relu(x) }"
 ONES = np.ones((3, 4), np.float32)
@@ -35,10 +39,22 @@ def files() -> dict[Path, bytes]:
 
 def test_a_new_input_and_a_score_per_row(cli: Cli) -> None:
     done = cli(*WORDS, "--per-sample", "-o", "scored.onnx")
-    assert done.code == 0 and "outputs  boxes, loss" in done.out
+    assert done.code == 0 and "outputs  boxes: float32[N, 4], loss: float32[N]" in done.out
     outputs = run(Path("scored.onnx"), {"x": ONES, "gt": 0 * ONES})
     assert outputs["boxes"].tobytes() == ONES.tobytes()
     assert outputs["loss"].tolist() == [0.5, 0.5, 0.5]
+
+
+def test_json_is_what_a_person_reads(cli: Cli) -> None:
+    done = cli(*WORDS, "--beta", "0.5", "-o", "scored.onnx", "--json")
+    found = json.loads(done.out)
+    data = Path("scored.onnx").read_bytes()
+    assert (found["path"], found["bytes"]) == ("scored.onnx", len(data))
+    assert found["sha256"] == hashlib.sha256(data).hexdigest() and found["route"] == "function"
+    assert found["spec"] == LossSpec(0.5).to_dict()
+    assert [port["name"] for port in found["inputs"]] == ["x", "gt"]
+    assert found["outputs"][1] == {"name": "loss", "dtype": "float32", "shape": []}
+    assert f"sha256   {found['sha256']}" in cli(*WORDS, "--beta", "0.5", "-o", "scored.onnx").out
 
 
 def test_a_constant_target_and_only_the_loss(cli: Cli) -> None:
@@ -54,7 +70,7 @@ def test_bad_usage_is_a_sentence(cli: Cli) -> None:
         ("--prediction bxes --target gt", "no tensor 'bxes' to be the prediction"),
         ("--prediction boxes --target no.npy", "no.npy"),
         ("--prediction boxes --target gt --reduction max", "unknown reduction"),
-        ("--prediction x --target g --per-sample --reduction=none", "per_sample"),
+        ("--prediction x --target g --per-sample --reduction=none", "--per-sample reduces every"),
         ("--prediction x --target g --normalizer count", "without --weight"),
     ):
         assert_refused(cli("attach", "detector.onnx", *words.split(), "-o", "out.onnx"), text)
@@ -96,8 +112,8 @@ def test_an_output_that_can_t_be_is_refused_before_anything_is_copied(cli: Cli) 
     for output, text in (
         ("model/w.bin", "and its weights model/w.bin are one file, which is left as it is"),
         ("other/w.bin", "and its weights other/w.bin are one file, which is left as it is"),
-        ("other", "is a folder"),
-        ("nowhere/scored.onnx", "lies in a folder that doesn't exist"),
+        ("other", "it is a folder"),
+        ("detector.onnx/scored.onnx", "Not a directory"),
     ):
         assert_refused(cli("attach", "model/detector.onnx", *WORDS[2:], "-o", output), text)
         assert files() == before

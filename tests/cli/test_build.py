@@ -115,8 +115,8 @@ def test_bad_input_exits_with_2_and_writes_nothing(cli: Cli) -> None:
         ("loss.onnx --format plan", "unknown format 'plan'; choose one of engine, epcontext"),
         ("loss.onnx --format epcontext -o l.engine", "name it *.onnx, not l.engine"),
         ("loss.onnx --format epcontext -o loss.onnx", "is the model it is built from"),
-        ("loss.onnx -o loss.onnx/l.engine", "can't write the engine: loss.onnx/l.engine"),
-        ("loss.onnx -o .", "can't write the engine: . is a folder"),
+        ("loss.onnx -o loss.onnx/l.engine", "can't write loss.onnx/l.engine: Not a directory"),
+        ("loss.onnx -o .", "can't write .: it is a folder"),
         ("loss.onnx -o loss.onnx", is_model),
         ("loss.onnx -o ./loss.onnx", is_model),
     ):

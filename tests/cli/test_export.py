@@ -88,6 +88,7 @@ def test_a_signature_and_a_docstring_say_what_the_options_of_a_command_are() -> 
         (["-o", "--output"], None, None),
         (["--quick"], "Faster.", "A panel"),
         (["--drift", "--no-drift"], None, None),
+        (["-q", "--quiet"], "No notes, no progress, and not what comes next.", None),
     ]
 
 
@@ -142,10 +143,10 @@ def test_bad_input_exits_with_2_and_writes_nothing(cli: Cli, tmp_path: Path) -> 
         ("--shape Nx16", "--shape 'Nx16': separate the axes by commas, as in N,16"),
         ("--shape N,-1", "has the axis -1"),
         ("--shape N,,3", "has the axis ''"),
-        ("--target-shape 3", "target_shape without shape"),
+        ("--target-shape 3", "error: --target-shape without shape"),
         ("--shape 4 --target-shape 3", "can't be broadcast"),
         ("--weight heavy", "unknown weight 'heavy'"),
-        ("--runtime-beta --beta 2", "beta=2.0 would be ignored"),
+        ("--runtime-beta --beta 2", "so beta 2.0 would be ignored"),
     ):
         assert_refused(cli("export", *arguments.split()), message)
     assert list(tmp_path.iterdir()) == []
@@ -153,10 +154,10 @@ def test_bad_input_exits_with_2_and_writes_nothing(cli: Cli, tmp_path: Path) -> 
 
 def test_an_output_that_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
     Path("a-file").write_text("the old one")
-    for output in ("a-file/loss.onnx", "nowhere/loss.onnx", "."):
+    for output in ("a-file/loss.onnx", "a-file/nowhere/loss.onnx", "."):
         done = cli("export", "--shape", "3", "-o", output)
         assert_refused(done, f"error: can't write {output}")
-        assert ("it is a folder" if output == "." else "a folder that exists") in done.err
+        assert ("it is a folder" if output == "." else "a folder that you may write to") in done.err
     assert cli("export", "--beta", "-1", "-o", "a-file").code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["a-file"]
     assert Path("a-file").read_text() == "the old one"

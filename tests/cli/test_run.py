@@ -172,7 +172,7 @@ def test_bad_arrays(cli: Cli, pair: Pair) -> None:
     for content, message in (
         (_GOOD[:200], "bad.npy is truncated or damaged (72 bytes where its header says 320)"),
         (_GOOD[:20], "bad.npy is truncated or damaged (EOF: reading array header"),
-        (b"1.0 2.0\n", "bad.npy is not a .npy file; write it with numpy.save(path, array)"),
+        (b"1.0 2.0\n", "bad.npy is not a .npy file; write it with numpy.save"),
         (_npy(np.zeros((5, 16), "V2")), "which is how numpy writes bfloat16, but the artefact is"),
         (_npy(np.zeros((5, 16), "U3")), "input has the dtype <U3"),
         (_npy(np.zeros((5, 16), np.float64)), "promote to float64, but the artefact is float32"),
@@ -233,6 +233,5 @@ def test_no_such_backend_no_such_model_and_an_output_that_cannot_be_written(
     for output, message in (
         ("out.txt", "can't write out.txt: choose a name that ends in .npy or .npz"),
         ("input.npy/out.npy", "can't write input.npy/out.npy: Not a directory"),
-        ("nowhere/out.npz", "can't write nowhere/out.npz: No such file or directory"),
     ):
         assert_refused(cli("run", path, *FILES, "-o", output), message)

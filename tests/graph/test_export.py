@@ -304,7 +304,9 @@ def test_shapes_that_are_refused(route: str) -> None:
         for reduction in REDUCTIONS:
             with pytest.raises(SpecError, match=text):
                 export(LossSpec(reduction=reduction), route, shape, target_shape=target_shape)
-    with pytest.raises(SpecError, match="^weight_shape for a spec without weight; write LossSpec"):
+    with pytest.raises(
+        SpecError, match="^weight_shape for a spec without weight; give the spec a weight too"
+    ):
         export(LossSpec(), route, (4,), weight_shape=(1,))
 
 

@@ -84,13 +84,12 @@ def test_axes_that_meet_unknown_and_any_rank_are_refused() -> None:
             export(LossSpec(), "torch", shape, target_shape=target_shape)
         assert str(caught.value) == (
             f"the torch route can't broadcast the axis {axes}; give both the same name, or one of "
-            "them the size 1, or use route='function'"
+            "them the size 1, or use the route function"
         )
     with pytest.raises(SpecError) as caught:
         export(LossSpec(), "torch")
     assert str(caught.value) == (
-        "the torch route can't export any rank; give a shape such as ('N', 16), "
-        "or use route='function'"
+        "the torch route can't export any rank; give a shape, or use the route function"
     )
 
 

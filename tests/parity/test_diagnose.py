@@ -168,14 +168,14 @@ FAULTS: dict[str, tuple[Fault, str, dict[str, Any], str]] = {
         "raw = Where(inside, quadratic, linear) nought = Sub(one, one) known = Greater(gt, nought) "
         "mask = Cast<to=1>(known) each = Mul(raw, mask)", {},
         "whose target is 0 or less count as 0; give the mask as weights of 0 and 1, which "
-        "LossSpec(weight='count') takes"),
+        "a spec with the weight 'count' takes"),
     "mask of the target, in the count as well": (
         Fault.WEIGHTED,
         "nought = Sub(one, one) none = Equal(gt, nought) known = Not(none) "
         "shape = Constant<value_ints=[-1]>() flat = Reshape(known, shape) "
         "p = Compress(pred, flat) g = Compress(gt, flat) d = Sub(p, g)", {},
         "whose target is 0 are left out, of the mean's count as well; give the mask as weights of "
-        "0 and 1, which LossSpec(weight='weights') takes"),
+        "0 and 1, which a spec with the weight 'weights' takes"),
     "mask of a constant": (
         Fault.WEIGHTED,
         "raw = Where(inside, quadratic, linear) "

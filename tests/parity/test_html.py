@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from smoothl1_deploy.backends._base import BACKENDS, REFERENCES
+from smoothl1_deploy.backends._names import BACKENDS, REFERENCES
 from smoothl1_deploy.graph._export import ROUTES
 from smoothl1_deploy.parity._cases import LAYOUTS
 from smoothl1_deploy.parity._contract import Contract

@@ -239,7 +239,7 @@ def test_what_can_t_be_compared_is_refused() -> None:
         (many, {}, r"3 outputs \('number', 'out', 'each'\).*--output-name"),
         (many, {"output_name": "number"}, "'number' has the element type INT64"),
         (theirs(), {"input_name": "x"}, "'x' is no input of the model; it has 'y_hat', 'y'"),
-        (theirs(), {"target_name": "x"}, "target_name='x' is no input of the model"),
+        (theirs(), {"target_name": "x"}, "target_name 'x' is no input of the model"),
         (theirs(), {"output_name": "x"}, "'x' is no output of the model; it has 'out'"),
         (theirs(), {"input_name": "y", "target_name": "y"}, "are both 'y'; give two inputs"),
         (mixed, {}, "'y_hat' as float32 and 'y' as float64"),

@@ -224,10 +224,10 @@ def test_loss_over_takes_mappings_and_says_which_batch_is_wrong() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reduction", "none"], "reduction='none' combines nothing"),
+        (["--reduction", "none"], "the reduction none combines nothing"),
         (["-o", "s.npy"], "s.npy is for one score a row; give --per-sample"),
         (["--per-sample", "-o", "s.csv"], "choose a name that ends in .npy or .parquet"),
-        (["--per-sample", "-o", "no/s.npy"], "can't write no/s.npy: No such file"),
+        (["--per-sample", "-o", "p.npy/s.npy"], "can't write p.npy/s.npy: Not a directory"),
         (["--engine", "spark"], "unknown engine 'spark'; choose one of local, ray"),
         (["--workers", "2"], "--ray-address and --workers are for --engine ray; give that too"),
         (["--batch", "0"], "a batch of 0 rows; give at least one"),

@@ -74,8 +74,9 @@ def test_a_file_that_is_something_else_is_kept(tmp_path: Path) -> None:
 def test_a_path_that_can_hold_no_file_is_refused_before_the_start(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="Is a directory; name another file"):
         claim_ready_file(tmp_path)
-    with pytest.raises(OutputError, match="choose a file in a folder that exists"):
-        claim_ready_file(tmp_path / "none" / "ready.json")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="choose a file in a folder that you may write to"):
+        claim_ready_file(tmp_path / "file" / "ready.json")
 
 
 def test_it_is_removed_unless_another_server_has_put_its_own_there(tmp_path: Path) -> None:

@@ -122,7 +122,8 @@ def test_float64_is_refused_and_nothing_is_written(rtx, tmp_path):
 
 def test_a_bad_path_is_refused_before_the_build(rtx, mean_model, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "_build", lambda *args: pytest.fail("it was built"))
-    for name, problem in (("", "is a folder"), ("no/l.engine", "in a folder that doesn't exist")):
+    (tmp_path / "file").touch()
+    for name, problem in (("", "it is a folder"), ("file/l.engine", "Not a directory")):
         with pytest.raises(OutputError, match=problem):
             build_engine(mean_model, tmp_path / name, rtx)
 
