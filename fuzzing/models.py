@@ -102,7 +102,7 @@ def _damaged(case: tuple[Any, str], folder: Path) -> None:
     read = onnx.load_model_from_string(model) if isinstance(model, bytes) else model
     assert not carries_engine(read), "an engine was passed on"
     if isinstance(runner, ModelRunner):
-        asked = {n: (axes, runner.dtypes[n]) for n, axes in runner.axes.items()}
+        asked = {n: (port.axes, np.dtype(port.dtype)) for n, port in runner.inputs.items()}
     else:
         ports = runner.signature.inputs.items()
         asked = {role: (port.shape, NUMPY_DTYPE[port.dtype]) for role, port in ports}

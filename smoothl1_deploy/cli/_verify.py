@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ._arrays import read_data
 from ._console import open_console, print_json, print_lines
 from ._options import AsJson, BackendName, Count, takes_spec
 
@@ -62,6 +63,7 @@ def verify(
         output_name: Which output is the loss.
     """
     from .._artefact import read_model, select_ports
+    from ..backends._whole import takes
     from ..parity._certificate import certify
     from ..parity._verify import verify as hold_against_references
 
@@ -76,7 +78,7 @@ def verify(
         drift=drift,
         large=large,
         against=None if against is None else str(against),
-        data=None if data is None else _data(data, proto),
+        data=None if data is None else read_data(data, takes(proto)),
         input_name=input_name,
         target_name=target_name,
         output_name=output_name,
@@ -90,14 +92,6 @@ def verify(
             print_lines([f"wrote {written}"])
     if not result:
         raise typer.Exit(1)
-
-
-def _data(path: Path, proto: onnx.ModelProto) -> dict[str, Any]:
-    """An array for each input of a model with losses attached."""
-    from ..backends._whole import ModelRunner
-    from ._run import read_data
-
-    return read_data(path, ModelRunner(proto, lambda _: lambda feeds: feeds))
 
 
 def _show(result: Verification | ModelVerification) -> None:
