@@ -38,7 +38,7 @@ def compare(
     another IEEE class (NaN, +inf, -inf, finite, +0, -0), or further than --ulp.
 
     Options:
-        first: An ONNX file, anyone's, or an .engine of a loss, which is run on the GPU.
+        first: An ONNX file, anyone's, or an .engine, which is run on the GPU.
         second: Likewise.
         input: A .npy file, or NAME=FILE for each input.
         target: A .npy file.

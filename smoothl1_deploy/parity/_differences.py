@@ -13,10 +13,9 @@ import numpy as np
 from .._artefact import ModelSource, read_model
 from .._dlpack import as_array
 from .._floats import CLASS_NAMES, NUMPY_DTYPE, Array, ieee_class, round_to
-from .._model import inputs_of, read_attached
+from .._model import Port, inputs_of, read_attached
 from .._records import Record
 from ..backends._base import ENGINE_SUFFIXES, get_backend, load
-from ..backends._runner import Runner
 from ..backends._whole import ModelRunner
 from ..errors import ArtefactError, SpecError
 from ..graph._metadata import read_spec
@@ -100,7 +99,7 @@ def compare(
 
     Args:
         first: an `onnx.ModelProto`, its bytes, or a path: a loss, a model with losses attached, or
-            any model of anyone's; an `.engine` of a loss, which `trt` runs.
+            any model of anyone's; an `.engine`, which `trt` runs.
         second: likewise.
         data: an array for each input, by its name; for a loss `input`, `target` and what else it
             takes. Each artefact takes of it what it has an input for, and floats in the format of
@@ -142,28 +141,27 @@ def compare(
 
 
 def _outputs(source: ModelSource, backend: str, data: Mapping[str, Array]) -> dict[str, Array]:
-    """What an artefact gives for what it takes of the data."""
-    is_path = isinstance(source, (str, os.PathLike))
-    if is_path and Path(source).suffix in ENGINE_SUFFIXES:  # type: ignore[arg-type]
-        return _of_loss(load(source, "trt"), data)
-    model = read_model(source)
-    names = [value.name for value in inputs_of(model)]
-    pair = {"input", "target"} <= {*data}
-    of_ours = read_spec(model) is not None
-    if of_ours or (pair and not read_attached(model) and not {*names} <= {*data}):
-        return _of_loss(load(model, backend), data)
-    runner = ModelRunner(model, get_backend(backend).open)
-    ports = runner.inputs
+    """What an artefact gives for what it takes of the data; its loss is called so."""
+    runner = _runner(source, backend, {*data})
+    whole = isinstance(runner, ModelRunner)
+    ports: Mapping[str, Port] = runner.inputs if whole else runner.signature.inputs
     given = {name: _rounded(data[name], port.dtype) for name, port in ports.items() if name in data}
-    return runner.run(**given)
-
-
-def _of_loss(runner: Runner, data: Mapping[str, Array]) -> dict[str, Array]:
-    ports = runner.signature.inputs
-    given: dict[str, Any] = {"input": None, "target": None}
-    given |= {role: _rounded(data[role], ports[role].dtype) for role in ports if role in data}
+    if whole:
+        return dict(runner.run(**given))
+    outputs = runner.run(**{"input": None, "target": None, **given})
     loss = runner.signature.loss.name
-    return {"loss" if name == loss else name: x for name, x in runner.run(**given).items()}
+    return {"loss" if name == loss else name: array for name, array in outputs.items()}
+
+
+def _runner(source: ModelSource, backend: str, names: set[str]) -> Any:
+    """A `ModelRunner`, or the `Runner` of what has to be a loss to take arrays of these names."""
+    if isinstance(source, (str, os.PathLike)) and Path(source).suffix in ENGINE_SUFFIXES:
+        return load(source, "trt")
+    model = read_model(source)
+    unnamed = {"input", "target"} <= names and not {v.name for v in inputs_of(model)} <= names
+    if read_spec(model) is not None or (unnamed and not read_attached(model)):
+        return load(model, backend)
+    return ModelRunner(model, get_backend(backend).open)
 
 
 def _rounded(array: Array, dtype: str) -> Array:

@@ -68,6 +68,9 @@ def test_what_is_not_given_rightly_is_told(cli: Cli, pair: tuple[np.ndarray, np.
     ):
         assert_refused(cli(*words, *given), text)
     assert_refused(cli("compare", "loss.onnx", "no.onnx", *FILES), "no.onnx does not exist")
+    onnx.save(model_of("g (float[N, 16] x) => (float[N, 16] y) {y = Abs(x)}"), "whole.onnx")
+    second = ("whole.onnx", "--input", "x=input.npy", "--backend", "ort-cpu", "--backend", "torch")
+    assert_refused(cli("compare", "whole.onnx", *second), "the backend torch runs losses alone")
 
 
 def test_an_engine_is_run_by_trt_whatever_the_backend(
