@@ -34,7 +34,7 @@ from smoothl1_deploy.graph._metadata import (
 from smoothl1_deploy.scoring._scorer import make_job
 from smoothl1_deploy.serving._graph import serve
 from smoothl1_deploy.serving._lint import unguarded
-from smoothl1_deploy.serving._repository import only_loss
+from smoothl1_deploy.serving._repository import losses_of
 from smoothl1_deploy.serving._supervise import make_canary
 from smoothl1_deploy.tensorrt._options import BuildOptions
 
@@ -102,7 +102,7 @@ def _damaged(case: tuple[Any, str], folder: Path) -> None:
     read = onnx.load_model_from_string(model) if isinstance(model, bytes) else model
     assert not carries_engine(read), "an engine was passed on"
     if isinstance(runner, ModelRunner):
-        asked = {n: (axes, runner.dtypes[n]) for n, axes in runner.axes.items()}
+        asked = {n: (port.axes, np.dtype(port.dtype)) for n, port in runner.inputs.items()}
     else:
         ports = runner.signature.inputs.items()
         asked = {role: (port.shape, NUMPY_DTYPE[port.dtype]) for role, port in ports}
@@ -157,7 +157,9 @@ _OTHER_ENTRIES = (ROUTE, VERSION, HASH, SERVED)
 _READERS: dict[str, Callable[[onnx.ModelProto, Path], object]] = {
     "inspect": lambda model, file: json.dumps(inspect_model(file).to_dict()),
     "serve": lambda model, file: make_canary(file, "m", "1"),
-    "certify": lambda model, file: loss_part(serve(model).model, only_loss(model)),
+    "certify": lambda model, file: [
+        loss_part(serve(model).model, loss) for loss in losses_of(model)
+    ],
     "attach": lambda model, file: attach(model, model.graph.output[0].name, "another"),
     "score": lambda model, file: make_job(artefact=model),
     "lint": lambda model, file: [*unguarded(model, read_losses(model))],

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .graph._torchscript import (
         register_torchscript_symbolic as register_torchscript_symbolic,
     )
+    from .parity._differences import Comparison as Comparison
+    from .parity._differences import compare as compare
     from .parity._verify import Verification as Verification
     from .parity._verify import verify as verify
     from .reference._module import SmoothL1Loss as SmoothL1Loss
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, _lazy = face(
     __name__,
     {
+        "Comparison": ".parity._differences",
         "Engine": ".tensorrt._engine",
         "Runner": ".backends._runner",
         "Score": ".scoring._score",
@@ -40,6 +43,7 @@ __getattr__, __dir__, _lazy = face(
         "Verification": ".parity._verify",
         "attach": ".graph._attach",
         "build_engine": ".tensorrt._build",
+        "compare": ".parity._differences",
         "export": ".graph._export",
         "load": ".backends._base",
         "loss_over": ".scoring._score",

@@ -32,7 +32,7 @@ import onnx.shape_inference
 from onnx import TensorProto, helper
 
 from ._records import Record
-from ._shapes import Shape, describe
+from ._shapes import Shape
 from ._spec import LossSpec
 from .errors import ArtefactError, CarriedEngineError
 
@@ -118,7 +118,10 @@ class Port:
         return _named(self.name, self.axes)
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.dtype}[{describe(self.shape)}]"
+        if self.axes is None:
+            return f"{self.name}: {self.dtype} of any rank"
+        axes = ("?" if axis is None else str(axis) for axis in self.axes)
+        return f"{self.name}: {self.dtype}[{','.join(axes)}]"
 
 
 def _named(

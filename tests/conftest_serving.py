@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from embedded import embedded_triton
+from handmade import detector, model_of
 
-from smoothl1_deploy import LossSpec
+from smoothl1_deploy import LossSpec, attach
 from smoothl1_deploy.serving._embedded import Triton
 from smoothl1_deploy.serving._server import Server
 
@@ -24,6 +25,13 @@ SPECS = {
     "weighted": LossSpec(weight="weights", gradient=True),
 }
 
+_HEAD = model_of("g (float[N, 3, 8, 8] images) => (float[N, 192] boxes) {boxes = Flatten(images)}")
+#: name on the server -> a whole model: with two losses, and with one whose rows may be batched.
+WHOLE = {
+    "detector": detector(),
+    "head": attach(_HEAD, "boxes", "boxes_gt", LossSpec(0.5, per_sample=True)),
+}
+
 
 @pytest.fixture(scope="session")
 def triton() -> Triton:
@@ -34,17 +42,19 @@ def triton() -> Triton:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory, triton: Triton) -> Path:
-    from smoothl1_deploy.serving._repository import write_loss
+    from smoothl1_deploy.serving._repository import write_loss, write_model
 
     folder = tmp_path_factory.mktemp("repository")
     for name, spec in SPECS.items():
         write_loss(folder, spec, name=name)
+    for name, model in WHOLE.items():
+        write_model(folder, model, name=name)
     return folder
 
 
 @pytest.fixture(scope="module")
 def server(repository: Path, triton: Triton) -> Iterator[Server]:
-    """All of SPECS, loaded; it must be left as it was found."""
+    """All of SPECS and WHOLE, loaded; it must be left as it was found."""
     server = Server(repository, triton, admin_key="of the tests", loss_metrics=True)
     server.start()
     yield server

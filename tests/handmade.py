@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, parser
 
+from smoothl1_deploy import LossSpec, attach
 from smoothl1_deploy._floats import ulp_distance
 
 Array = NDArray[Any]
@@ -28,6 +29,22 @@ def model_of(
     model = parser.parse_model(f"{head} {text}")
     model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in constants.items())
     return model
+
+
+def detector(dtype: str = "float", reduction: str = "mean") -> onnx.ModelProto:
+    """The first `wide` numbers of each image for boxes, with two losses: all in one, and scores."""
+    model = model_of(
+        """g (TYPE[N, 3, 8, 8] images, int64[1] wide) => (TYPE[N, boxes] boxes) {
+            flat = Flatten(images)
+            start = Constant<value_ints=[0]>()
+            axis = Constant<value_ints=[1]>()
+            boxes = Slice(flat, start, wide, axis)
+        }""".replace("TYPE", dtype)
+    )
+    spec = LossSpec(0.5, reduction, {"float": "float32"}.get(dtype, dtype))
+    scored = attach(model, "boxes", "boxes_gt", spec)
+    scores = LossSpec(0.5, per_sample=True, dtype=spec.dtype)
+    return attach(scored, "boxes", "boxes_gt", scores, loss_name="scores")
 
 
 def opened(

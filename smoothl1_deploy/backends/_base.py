@@ -91,7 +91,7 @@ class Backend(ABC):
             "to; use the backend ort-cpu"
         )
 
-    def load_engine(self, path: Path) -> Runner:
+    def load_engine(self, path: Path) -> Runner | ModelRunner:
         """Prepare a TensorRT engine to be run, where the backend runs engines."""
         raise UnsupportedError(
             f"{path} is a TensorRT engine, and the backend {self.name} runs ONNX models; "

@@ -160,7 +160,7 @@ class Runner(ABC):
     >>> from smoothl1_deploy import export, load
     >>> runner = load(export(LossSpec(0.5), shape=("N", 4)), "onnx-reference")
     >>> str(runner.signature.input), runner.spec == LossSpec(0.5)
-    ('input: float32[Nx4]', True)
+    ('input: float32[N,4]', True)
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:

@@ -12,6 +12,7 @@ import onnx
 from onnx import helper
 
 from .._device import Device
+from .._floats import Array
 from .._model import ELEMENT_TYPE
 from ..errors import ArtefactError, BackendUnavailableError
 from ..tensorrt._build import build_engine
@@ -23,6 +24,7 @@ from ..tensorrt._profile import ProfileRequest, input_shapes, wide_profile
 from ..tensorrt._run import Program
 from ._base import OfTensorrt
 from ._gpu import Compute, GpuBackend, GpuRunner
+from ._whole import ModelRunner, Session
 
 
 class TrtRunner(GpuRunner):
@@ -100,41 +102,62 @@ class TrtBackend(OfTensorrt, GpuBackend):
             UnsupportedError, BuildError, SpecError: as `build_engine` does.
             BackendUnavailableError: when the engine doesn't run on this GPU.
         """
+        return TrtRunner(model, self._program(self._built(model), self._flavour))
+
+    def open(self, model: onnx.ModelProto) -> Session:
+        """Build the engine of the whole of `model`, as `load` does."""
+        return _session(self._program(self._built(model), self._flavour))
+
+    def _built(self, model: onnx.ModelProto) -> Engine:
         profile = wide_profile(input_shapes(model)) if self._profile is None else self._profile
-        engine = build_engine(
+        return build_engine(
             model,
             flavour=self._flavour,
             profile=profile,
             options=self._options,
             cache_dir=EngineCache(self._root),
         )
-        return TrtRunner(model, self._program(engine, self._flavour))
 
-    def load_engine(self, path: Path) -> TrtRunner:
+    def load_engine(self, path: Path) -> TrtRunner | ModelRunner:
         """Deserialise an engine file whose sidecar fits it.
+
+        One whose sidecar tells of no loss is a whole model, which runs by its own names.
 
         Raises:
             ArtefactError: as `read_engine` does.
             BackendUnavailableError: when the engine doesn't run on this GPU.
         """
         engine = read_engine(path)
-        model = _skeleton(engine)
-        return TrtRunner(model, self._program(engine, get_flavour(engine.sidecar.flavour)))
+        model, flavour = _skeleton(engine), get_flavour(engine.sidecar.flavour)
+        if engine.sidecar.spec is None:
+            return ModelRunner(model, lambda _: _session(self._program(engine, flavour)))
+        return TrtRunner(model, self._program(engine, flavour))
 
     def _program(self, engine: Engine, flavour: Flavour) -> Program:
         kernels = self._root / "kernels" / f"{engine.sha256}.cache"
         return Program(engine, flavour, self._device, contexts=self._contexts, kernels=kernels)
 
 
+def _session(program: Program) -> Session:
+    """A program by the names of its engine, from arrays to arrays."""
+    device = program.device
+
+    def run(feeds: dict[str, Array]) -> dict[str, Array]:
+        outputs = program.run({name: device.upload(array) for name, array in feeds.items()})
+        return {name: device.download(tensor) for name, tensor in outputs.items()}
+
+    return run
+
+
 def _skeleton(engine: Engine) -> onnx.ModelProto:
     """A model with the engine's inputs and outputs and nothing in between.
 
     Raises:
-        ArtefactError: for an engine that is no loss's.
+        ArtefactError: for an engine of a loss whose ports are no loss's.
     """
     sidecar = engine.sidecar
     for port in (*sidecar.inputs, *sidecar.outputs):
-        if port.dtype not in ELEMENT_TYPE:
+        if sidecar.spec is not None and port.dtype not in ELEMENT_TYPE:
             raise ArtefactError(
                 f"the engine's {port.name!r} has the dtype {port.dtype}; a loss artefact takes and "
                 f"gives {', '.join(ELEMENT_TYPE)}"

@@ -1,17 +1,17 @@
-"""`ModelRunner`: a model with losses attached, run as a whole, by its own names."""
+"""`ModelRunner`: a whole model, such as one with losses attached, run by its own names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
+from onnx.numpy_helper import to_array
 
 from .._dlpack import as_array
-from .._floats import NUMPY_DTYPE, Array
-from .._model import DTYPE_OF_ELEMENT, Loss, axes_of, element_name, inputs_of, read_attached
+from .._floats import Array
+from .._model import Loss, Port, element_name, inputs_of, main_tensors, read_attached
 from ..errors import ArtefactError, InvalidInputError
 from ._runner import check_interpreter, not_picklable
 
@@ -19,27 +19,136 @@ from ._runner import check_interpreter, not_picklable
 Session = Callable[[dict[str, Array]], dict[str, Array]]
 
 
+def takes(model: onnx.ModelProto) -> dict[str, Port]:
+    """What a caller must give, by name.
+
+    Raises:
+        ArtefactError: for an input of anything but numbers.
+    """
+    for value in inputs_of(model):
+        element = value.type.tensor_type.elem_type
+        if not element or element == TensorProto.STRING:
+            raise ArtefactError(
+                f"the model's input {value.name!r} is {element_name(element)}, and only tensors of "
+                "numbers can be given; run it with ONNX Runtime's own interface"
+            )
+    return {value.name: Port.of(value) for value in inputs_of(model)}
+
+
+def listed(ports: Mapping[str, Port]) -> str:
+    """`"images: float32[N,3,8,8], boxes_gt: float32[N,4]"`."""
+    return ", ".join(map(str, ports.values()))
+
+
+def check_names(ports: Mapping[str, Port], given: Iterable[str]) -> None:
+    """Refuse names that aren't those of the inputs, and inputs that no name is given for.
+
+    Raises:
+        InvalidInputError: naming them, and what the model takes.
+    """
+    unknown, missing = {*given} - {*ports}, {*ports} - {*given}
+    if unknown or missing:
+        wrong = [f"no input {name!r}" for name in sorted(unknown)]
+        wrong += [f"{name} is missing" for name in ports if name in missing]
+        raise InvalidInputError(f"{', '.join(wrong)}; the model takes {listed(ports)}")
+
+
+def checked(ports: Mapping[str, Port], arrays: Mapping[str, Any]) -> dict[str, Array]:
+    """An array for each input, in the order of the inputs.
+
+    Args:
+        ports: what the model takes, on this machine or on a server.
+        arrays: by name, as `ModelRunner.run` takes them.
+
+    Raises:
+        InvalidInputError: on a name, a dtype, a rank, a fixed axis or a repeated axis name that
+            doesn't fit.
+    """
+    check_names(ports, arrays)
+    feeds = {name: as_array(arrays[name], name) for name in ports}
+    sizes: dict[str, tuple[Port, int]] = {}
+    for name, array in feeds.items():
+        _check(ports[name], array, sizes)
+    return feeds
+
+
+def _check(port: Port, array: Array, sizes: dict[str, tuple[Port, int]]) -> None:
+    """Hold an array against its input, and each named axis against those of other inputs."""
+    name = port.name
+    if array.dtype.name != port.dtype:
+        raise InvalidInputError(
+            f"{name} is {array.dtype}, and the model takes {port}; convert it: "
+            f"{name}.astype({port.dtype!r})"
+        )
+    if port.axes is None:
+        return
+    fits = len(port.axes) == array.ndim and all(
+        not isinstance(axis, int) or axis == size
+        for axis, size in zip(port.axes, array.shape, strict=True)
+    )
+    if not fits:
+        raise InvalidInputError(f"{name} has the shape {array.shape}, and the model takes {port}")
+    for axis, size in zip(port.axes, array.shape, strict=True):
+        if isinstance(axis, str):
+            other, there = sizes.setdefault(axis, (port, size))
+            if there != size:
+                raise InvalidInputError(
+                    f"{axis} is {there} in {other.name} and {size} in {name}, and the model takes "
+                    f"{other} and {port}"
+                )
+
+
+def showing(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with what its losses are computed from among its outputs.
+
+    Inputs and constants, which a caller has, are left out.
+
+    Raises:
+        ArtefactError: where the metadata tell of a tensor that isn't there.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    there = {value.name for value in (*inputs_of(model), *model.graph.output)}
+    there |= {tensor.name for tensor in model.graph.initializer}
+    known = main_tensors(model)
+    for name in _operands(model):
+        if name in there:
+            continue
+        tensor = known.get(name)
+        if tensor is None or not tensor.element:
+            raise ArtefactError(f"the metadata tell of a tensor {name!r}, and the model has none")
+        value = onnx.helper.make_tensor_value_info(name, tensor.element, tensor.shape)
+        copy.graph.output.append(value)
+    return copy
+
+
+def constant_operands(model: onnx.ModelProto) -> dict[str, Array]:
+    """What of the losses' operands is constant, by the names of the tensors."""
+    names = _operands(model)
+    return {t.name: to_array(t) for t in model.graph.initializer if t.name in names}
+
+
+def _operands(model: onnx.ModelProto) -> dict[str, None]:
+    return {name: None for loss in read_attached(model) for name in loss.inputs.values()}
+
+
 class ModelRunner:
-    """A model with losses attached; `run` may be called from many threads at once.
+    """A whole model; `run` may be called from many threads at once.
 
     Attributes:
         losses: what was attached, and by which tensors.
-        inputs: the name of each input, and how it reads in a message: `images: float32[N,3,32,32]`.
+        inputs: what it takes, by name.
         outputs: the names of the outputs, in the order of the graph.
-        axes: the declared shape of each input, as `_model.axes_of` tells it.
-        dtypes: of each input.
     """
 
     def __init__(self, model: onnx.ModelProto, open: Callable[[onnx.ModelProto], Session]) -> None:
         self.losses: tuple[Loss, ...] = read_attached(model)
-        self.axes = {value.name: axes_of(value) for value in inputs_of(model)}
-        self.dtypes = {value.name: _dtype(value) for value in inputs_of(model)}
-        self.inputs: Mapping[str, str] = {name: self._told(name) for name in self.axes}
+        self.inputs: Mapping[str, Port] = takes(model)
         self.outputs = tuple(value.name for value in model.graph.output)
         self._session = open(model)
 
     def __repr__(self) -> str:
-        return f"<ModelRunner: {', '.join(self.inputs.values())} -> {', '.join(self.outputs)}>"
+        return f"<ModelRunner: {listed(self.inputs)} -> {', '.join(self.outputs)}>"
 
     def run(self, **arrays: Any) -> dict[str, Array]:
         """Every output of the model, the losses among them.
@@ -56,18 +165,7 @@ class ModelRunner:
             UnsupportedError: in a `__del__` that runs when the interpreter has shut down.
         """
         check_interpreter()
-        unknown, missing = ({*a} - {*b} for a, b in ((arrays, self.axes), (self.axes, arrays)))
-        if unknown or missing:
-            wrong = [f"no input {name!r}" for name in sorted(unknown)]
-            wrong += [f"{name} is missing" for name in self.axes if name in missing]
-            raise InvalidInputError(
-                f"{', '.join(wrong)}; the model takes {', '.join(self.inputs.values())}"
-            )
-        feeds = {name: as_array(arrays[name], name) for name in self.axes}
-        sizes: dict[str, tuple[str, int]] = {}
-        for name, array in feeds.items():
-            self._check(name, array, sizes)
-        return self._session(feeds)
+        return self._session(checked(self.inputs, arrays))
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled or copied.
@@ -76,48 +174,3 @@ class ModelRunner:
             UnsupportedError: always; it says what to do instead.
         """
         not_picklable()
-
-    def _told(self, name: str) -> str:
-        axes, dtype = self.axes[name], self.dtypes[name]
-        if axes is None:
-            return f"{name}: {dtype}"
-        return f"{name}: {dtype}[{','.join('?' if axis is None else str(axis) for axis in axes)}]"
-
-    def _check(self, name: str, array: Array, sizes: dict[str, tuple[str, int]]) -> None:
-        """Hold an array against its input, and each named axis against those of other inputs."""
-        if array.dtype != self.dtypes[name]:
-            raise InvalidInputError(
-                f"{name} is {array.dtype}, and the model takes {self.inputs[name]}; convert it: "
-                f"{name}.astype({str(self.dtypes[name])!r})"
-            )
-        axes = self.axes[name]
-        if axes is None:
-            return
-        fits = len(axes) == array.ndim and all(
-            not isinstance(axis, int) or axis == size
-            for axis, size in zip(axes, array.shape, strict=True)
-        )
-        if not fits:
-            raise InvalidInputError(
-                f"{name} has the shape {array.shape}, and the model takes {self.inputs[name]}"
-            )
-        for axis, size in zip(axes, array.shape, strict=True):
-            if isinstance(axis, str):
-                other, there = sizes.setdefault(axis, (name, size))
-                if there != size:
-                    raise InvalidInputError(
-                        f"{axis} is {there} in {other} and {size} in {name}, and the model takes "
-                        f"{self.inputs[other]} and {self.inputs[name]}"
-                    )
-
-
-def _dtype(value: onnx.ValueInfoProto) -> np.dtype[Any]:
-    element = value.type.tensor_type.elem_type
-    if element in DTYPE_OF_ELEMENT:
-        return NUMPY_DTYPE[DTYPE_OF_ELEMENT[element]]
-    if not element or element == TensorProto.STRING:
-        raise ArtefactError(
-            f"the model's input {value.name!r} is {element_name(element)}, and only tensors of "
-            "numbers can be given; run it with ONNX Runtime's own interface"
-        )
-    return np.dtype(helper.tensor_dtype_to_np_dtype(element))

@@ -33,6 +33,7 @@ COMMANDS = {
     "run": "Compute the loss of two arrays with an artefact.",
     "score": "Compute the loss of data larger than memory.",
     "verify": "Hold one artefact against PyTorch and the exact loss.",
+    "compare": "Compare the answers of two artefacts on your own data.",
     "parity": "Check a whole matrix of specs, routes and backends.",
     "prove": "Try all 2^32 pairs of a half format.",
     "bench": "Time the loss beside what people would run instead.",

@@ -55,7 +55,7 @@ def repository(
         max_batch_size: Rows of different requests that may be computed together; by default 64
             where rows are independent, else 0.
         engine: A TensorRT engine of the served graph, for a second model NAME_trt.
-        certify: Verify the loss of the model, and write the certificate beside it; needs torch.
+        certify: Verify each loss of the model, and write the certificate beside it; needs torch.
         ops: Have the server load this installation's operators, which compute the loss in one pass
             on the CPU.
         overwrite: Replace a model of that name.
@@ -90,7 +90,7 @@ def repository(
     from ..serving._repository import (
         certify_model,
         inference_service,
-        only_loss,
+        losses_of,
         write_loss,
         write_model,
     )
@@ -106,7 +106,7 @@ def repository(
     if certify:
         require("torch", "torch", "--certify, which compares with PyTorch,")
         if model is not None:
-            only_loss(str(model))
+            losses_of(str(model))
     common: dict[str, Any] = {
         "name": name,
         "max_batch_size": max_batch_size,

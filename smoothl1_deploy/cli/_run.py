@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
+from ._arrays import named_files, read_data, read_files
 from ._console import print_fields, print_json, print_note, typed
 from ._options import AsJson, BackendName, Count, Next
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .._floats import Array
-    from ..backends._whole import ModelRunner
+    from .._model import Port
 
 EXAMPLE = "smoothl1-deploy run loss.onnx --input input.npy --target target.npy"
 
@@ -55,16 +57,17 @@ def run(
 ) -> Next:
     """Compute the loss of two arrays with an artefact, or with a model of a server (--url).
 
-    A model with losses attached runs whole, and gives every output. A loss of rank 0 is printed as
-    a bare number in full precision, anything else as a summary. bfloat16, which numpy writes as raw
-    items of two bytes, is recognised by the artefact's dtype.
+    A model with losses attached, or one of a server that is no loss, runs whole, and gives every
+    output. A loss of rank 0 is printed as a bare number in full precision, anything else as a
+    summary. bfloat16, which numpy writes as raw items of two bytes, is recognised by the artefact's
+    dtype.
 
     Options:
         model: A .onnx file, or an .engine with --backend trt; with --url a model's name.
-        input: A .npy file; of a model with losses attached NAME=FILE, for each of its inputs.
+        input: A .npy file; of a whole model NAME=FILE, for each of its inputs.
         target: A .npy file.
         data: An .npz file with arrays called input, target (and weight, grad_output), or as the
-            inputs of a model with losses attached.
+            inputs of a whole model.
         weight: A .npy file, for an artefact that takes a weight.
         grad_output: A .npy file, for an artefact with an upstream.
         beta: For an artefact that takes beta at run time.
@@ -72,15 +75,12 @@ def run(
         url: Ask a server instead: http://HOST:PORT or grpc://HOST:PORT.
         output: Write the result to a .npy or .npz file.
     """
-    given = list(input or ())
-    named = dict(
-        entry.split("=", 1) for entry in given if "=" in entry and not Path(entry).exists()
-    )
+    given, named = named_files(input)
     if data is not None:
-        complete = not any((given, target, weight, grad_output))
+        complete = not any((given, named, target, weight, grad_output))
     else:
         complete = bool(named) or (len(given) == 1 and target is not None)
-    if not complete or (named and (len(named) < len(given) or target or weight or grad_output)):
+    if not complete or (named and any((given, target, weight, grad_output))):
         raise InvalidInputError(
             "give the arrays by --input A.npy --target B.npy or --data PAIR.npz; those of a model "
             "with losses attached by --input NAME=A.npy for each of its inputs, or --data"
@@ -89,42 +89,41 @@ def run(
     from .._files import check_apart
     from .._npy import check_output, read_archive, read_array
 
-    first = Path(given[0]) if given and not named else None
+    first = given[0] if given else None
     files = {"input": first, "target": target, "weight": weight, "grad_output": grad_output}
     read = {"MODEL": model if url is None else None, "--data": data}
     read |= {f"--{name}": path for name, path in files.items()}
-    read |= {f"--input {name}": Path(path) for name, path in named.items()}
+    read |= {f"--input {name}": path for name, path in named.items()}
     check_apart([("-o", output)], read.items())
     runner: Any
-    arrays: dict[str, Any]
     if url is None:
         from ..backends._base import load
         from ..backends._whole import ModelRunner
 
         runner = load(str(model), backend, threads=threads)
-        if isinstance(runner, ModelRunner):
-            if output is not None:
-                check_output(output, len(runner.outputs))
-            arrays = _arrays_of(runner, named, data, beta)
-            _give(runner.run(**arrays), output, as_json)
-            return [typed("verify", model, "--certificate")]
-        dtype, outputs = runner.signature.input.dtype, len(runner.signature.outputs)
+        whole = isinstance(runner, ModelRunner)
+        outputs = runner.outputs if whole else runner.signature.outputs
+        dtype = "" if whole else runner.signature.input.dtype
     else:
         from ..serving import Client
 
         runner = Client(url, str(model))
-        dtype, outputs = runner.dtype, len(runner.metadata()["outputs"])
-    if named:
+        whole, outputs = not runner.is_loss, runner.metadata()["outputs"]
+        dtype = "" if whole else runner.dtype
+    if output is not None:
+        check_output(output, len(outputs))
+    if whole:
+        arrays = _arrays_of(runner.inputs, named, data, beta)
+    elif named:
         raise InvalidInputError(
             f"{model} is a loss of its own; give its arrays by --input A.npy --target B.npy"
         )
-    if output is not None:
-        check_output(output, outputs)
-    if data is not None:
-        arrays = read_archive(data, dtype)
+    elif data is not None:
+        arrays = {**read_archive(data, dtype), "beta": beta}
     else:
-        arrays = {name: read_array(path, dtype) for name, path in files.items() if path is not None}
-    _give(runner.run(**arrays, beta=beta), output, as_json)
+        own = {name: path for name, path in files.items() if path is not None}
+        arrays = {name: read_array(path, dtype) for name, path in own.items()} | {"beta": beta}
+    _give(runner.run(**arrays), output, as_json)
     if url is not None:
         return None
     if backend == "trt":  # what is verified is the model that the engine was built from
@@ -133,32 +132,21 @@ def run(
 
 
 def _arrays_of(
-    runner: ModelRunner, files: dict[str, str], data: Path | None, beta: float | None
+    ports: Mapping[str, Port], files: dict[str, Path], data: Path | None, beta: float | None
 ) -> dict[str, Array]:
     """An array for each input of a model, of files by their names or of one archive."""
     import numpy as np
 
-    from .._npy import read_array
+    from ..backends._whole import check_names
 
-    arrays: dict[str, Array] = {} if beta is None else {"beta": np.array(beta, np.float32)}
+    arrays: dict[str, Array] = {}
+    if beta is not None:  # of a served graph it is [1]
+        shape = (1,) if "beta" in ports and ports["beta"].axes == (1,) else ()
+        arrays["beta"] = np.full(shape, beta, np.float32)
     if data is not None:
-        return {**read_data(data, runner, without=arrays), **arrays}
-    unknown = [name for name in files if name not in runner.inputs]
-    if unknown:
-        raise InvalidInputError(
-            f"no input {', '.join(unknown)}; the model takes {', '.join(runner.inputs.values())}"
-        )
-    dtypes = runner.dtypes
-    return {n: read_array(Path(f), dtypes[n].name) for n, f in files.items()} | arrays
-
-
-def read_data(path: Path, runner: ModelRunner, without: Container[str] = ()) -> dict[str, Array]:
-    """The arrays of an .npz file for the inputs of a model, less those that are had otherwise."""
-    from .._npy import read_named
-
-    wanted = {n: dtype.name for n, dtype in runner.dtypes.items() if n not in without}
-    remedy = f"the model takes {', '.join(runner.inputs.values())}"
-    return read_named(path, wanted, {}, remedy)
+        return {**read_data(data, ports, without=arrays), **arrays}
+    check_names(ports, [*files, *arrays])
+    return {**read_files(files, ports), **arrays}
 
 
 def _give(results: dict[str, Array], output: Path | None, as_json: bool) -> None:

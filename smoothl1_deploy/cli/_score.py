@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._spec import NORMALIZERS, REDUCTIONS, LossSpec
-from ..errors import OutputError, SpecError, require
+from ..errors import InvalidInputError, OutputError, SpecError, require
+from ._arrays import named_files
 from ._console import on_interrupt, print_fields, print_json, print_note, progress_console, typed
 from ._options import AsJson, BackendName, Count, Next, one_of, takes_spec, typed_options
 
@@ -28,11 +29,12 @@ _ENGINES = ("local", "ray")
 def score(
     given: dict[str, Any],
     *,
-    input: Path,
-    target: Path,
+    input: list[str],
+    target: Path | None = None,
     weight: Path | None = None,
     normalizer: Annotated[str, one_of(*NORMALIZERS)] = "count",
     model: Path | None = None,
+    loss: str | None = None,
     backend: BackendName = "ort-cpu",
     output: Path | None = None,
     batch: int | None = None,
@@ -54,13 +56,16 @@ def score(
     same command is given again.
 
     Options:
-        input: A .npy, .npz or Parquet file, or a folder of such shards.
+        input: A .npy, .npz or Parquet file, or a folder of such shards; for a --model with a loss
+            attached NAME=FILE, for each of its inputs.
         target: Likewise; in a folder, shards of the same names as of --input.
         weight: Weights of the elements, in a file or folder likewise.
         normalizer: What a weighted mean divides by.
         dtype: To compute in; by default that of the files.
         per_sample: One score for each row, to be written to -o.
-        model: Run this ONNX file instead of a loss of these options.
+        model: Run this ONNX file instead of a loss of these options: a loss, or a model with one
+            attached.
+        loss: Of a model with several losses, the output that is scored.
         output: File for the scores, .npy or .parquet.
         batch: Rows at a time. Default: 2^18 elements.
 
@@ -80,22 +85,42 @@ def score(
         workers: Actors of the ray engine. Default: every CPU.
         threads: The threads of a session. Default: every core; with ray, one.
     """
+    from ..backends._whole import check_names, listed
     from ..scoring._score import Progress, score_files
     from ..scoring._scorer import make_job
     from ..scoring._shards import float_dtype, locate
 
     chosen = _engine(engine, ray_address, workers)
-    paths = {"input": input, "target": target, "weight": weight}
-    files = {role: path for role, path in paths.items() if path is not None}
+    alone, named = named_files(input)
     names = {"input": input_name, "target": target_name, "weight": weight_name}
-    if model is None:
-        located = locate(files, names, given.get("dtype", "float32"))
+    job = None if model is None else _job_of_model(model, given, backend, threads, loss)
+    files: dict[str, Path | None]
+    if job is not None and job.inputs:
+        if alone or target or weight or any(names.values()):
+            raise InvalidInputError(
+                f"give the arrays of {model} by --input NAME=FILE for each of its inputs; it takes "
+                f"{listed(job.inputs)}"
+            )
+        check_names(job.inputs, named)
+        files = {**named}
+    else:
+        if named or len(alone) != 1 or target is None:
+            raise InvalidInputError(
+                "give the arrays of a loss by --input FILE --target FILE; those of a model with a "
+                "loss attached (--model) by --input NAME=FILE for each of its inputs"
+            )
+        files = {"input": alone[0], "target": target, "weight": weight}
+    paths = {role: path for role, path in files.items() if path is not None}
+    if job is None:
+        if loss is not None:
+            raise SpecError("--loss is for a --model with several losses; leave it out")
+        located = locate(paths, names, given.get("dtype", "float32"))
         given.setdefault("dtype", float_dtype(located))
         spec = LossSpec(**given, weight=normalizer if weight else None)
         job = make_job(spec, backend=backend, threads=threads)
     else:
-        job = _job_of_model(model, given, backend, threads)
-        located = locate(files, names, job.spec.dtype)
+        dtypes = {name: port.dtype for name, port in job.inputs.items()}
+        located = locate(paths, names, dtypes or job.spec.dtype)
     last = Progress(0, 0)
     on_interrupt(
         lambda: (
@@ -138,16 +163,19 @@ def score(
     return [typed("export", *typed_options(made), "-o", "loss.onnx")]
 
 
-def _job_of_model(model: Path, given: dict[str, Any], backend: str, threads: int) -> Job:
+def _job_of_model(
+    model: Path, given: dict[str, Any], backend: str, threads: int, loss: str | None
+) -> Job:
     """The job of a model that says what it computes, or of one that the options describe."""
     from .._artefact import read_model
     from ..graph._metadata import read_spec
-    from ..scoring._scorer import make_job
+    from ..scoring._scorer import attached_loss, make_job
 
     if "dtype" in given:
         raise SpecError("--dtype is the model's own; leave it out")
     proto = read_model(str(model))
-    own, beta, spec = read_spec(proto), None, None
+    attached = attached_loss(proto, loss)
+    own, beta, spec = attached.spec if attached else read_spec(proto), None, None
     if own is None:
         if given.keys() & {"beta", "reduction"}:
             spec = LossSpec(**given)
@@ -157,7 +185,7 @@ def _job_of_model(model: Path, given: dict[str, Any], backend: str, threads: int
         if own.reduction == "none":  # its losses can be combined in two ways
             given.setdefault("reduction", "mean")
         spec = replace(own, **given)
-    return make_job(spec, proto, backend=backend, beta=beta, threads=threads)
+    return make_job(spec, proto, backend=backend, beta=beta, threads=threads, loss=loss)
 
 
 def _engine(name: str, address: str | None, workers: int | None) -> Engine:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ._arrays import read_data
 from ._console import open_console, print_json, print_lines, typed
 from ._options import AsJson, BackendName, Count, Next, takes_spec
 
@@ -64,6 +65,7 @@ def verify(
     from .._artefact import read_model, select_ports
     from .._files import check_writable
     from .._model import Port
+    from ..backends._whole import takes
     from ..parity._certificate import certificate_path, certify
     from ..parity._verify import verify as hold_against_references
 
@@ -80,7 +82,7 @@ def verify(
         drift=drift,
         large=large,
         against=None if against is None else str(against),
-        data=None if data is None else _data(data, proto),
+        data=None if data is None else read_data(data, takes(proto)),
         input_name=input_name,
         target_name=target_name,
         output_name=output_name,
@@ -97,14 +99,6 @@ def verify(
     if Port.of(proto.graph.input[0]).axes is None:  # of any rank, which no server takes
         return [typed("inspect", model)]
     return [typed("repository", "models", "--model", model)]
-
-
-def _data(path: Path, proto: onnx.ModelProto) -> dict[str, Any]:
-    """An array for each input of a model with losses attached."""
-    from ..backends._whole import ModelRunner
-    from ._run import read_data
-
-    return read_data(path, ModelRunner(proto, lambda _: lambda feeds: feeds))
 
 
 def _show(result: Verification | ModelVerification) -> None:

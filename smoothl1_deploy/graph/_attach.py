@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from .._dlpack import as_array
 from .._model import (
+    ATTACHED,
     DTYPE_OF_ELEMENT,
     ELEMENT_TYPE,
     MODEL_ERRORS,
@@ -30,6 +31,7 @@ from .._model import (
     every_node,
     inputs_of,
     main_tensors,
+    metadata_of,
     note_attached,
     opset_of,
     read_attached,
@@ -615,6 +617,24 @@ def loss_part(model: onnx.ModelProto, loss: Loss) -> onnx.ModelProto:
     served = is_served(model)
     stamp(part, loss.spec, "attached", "served" if served else "part", served=served)
     return part
+
+
+def attached_anew(model: onnx.ModelProto, loss: Loss, spec: LossSpec) -> onnx.ModelProto:
+    """The model with one loss of what `loss` compares, computed by `spec`, and nothing beside it.
+
+    Raises:
+        ArtefactError: when the metadata name tensors that the model doesn't have.
+    """
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    kept = {key: text for key, text in metadata_of(model).items() if key != ATTACHED}
+    helper.set_model_props(bare, kept)
+    known = main_tensors(bare)
+    prediction, target, weight = (loss.inputs.get(role) for role in ("input", "target", "weight"))
+    lacking = [name for name in (prediction, target, weight) if name and name not in known]
+    if lacking or not (prediction and target):
+        raise ArtefactError(f"the metadata tell of tensors that the model lacks: {lacking}")
+    return attach(bare, prediction, target, spec, weight=weight, only_loss=True)
 
 
 def rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:

@@ -115,7 +115,7 @@ def _overflowed_rows(spec: LossSpec, input: Array, target: Array) -> Array:
     return np.asarray(overflowed.any(axis=axes, keepdims=True))
 
 
-def _distances(values: Array, oracle: Array, comparable: Array) -> Array:
+def distances(values: Array, oracle: Array, comparable: Array) -> Array:
     """ULP to the oracle where `comparable`, else 0; most elements are equal and cost nothing."""
     distances = np.zeros(values.shape, np.uint64)
     differs = comparable & (values != oracle)
@@ -156,8 +156,8 @@ def compare(
     wrong = int(allowed_class.size - allowed_class.sum())
 
     finite = np.isfinite(oracle)
-    ours_at = _distances(result, oracle, finite & (ours == truth))
-    torch_at = _distances(torch, oracle, finite & (theirs == truth))
+    ours_at = distances(result, oracle, finite & (ours == truth))
+    torch_at = distances(torch, oracle, finite & (theirs == truth))
     torch_ulp = max(int(torch_at.max()), torch_alike)
     allowed = torch_ulp + 1
     if not per_element or better:

@@ -16,16 +16,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx
-import onnx.numpy_helper
 
 from .._artefact import ModelSource, read_model, sha256
 from .._dlpack import as_array
 from .._environment import environment
 from .._floats import NUMPY_DTYPE, Array
-from .._model import Loss, inputs_of, main_tensors, read_attached
+from .._model import Loss, read_attached
 from .._records import Record
 from ..backends._base import get_backend
-from ..backends._whole import ModelRunner
+from ..backends._whole import ModelRunner, constant_operands, showing, takes
 from ..errors import ArtefactError, InvalidInputError
 from ..graph._attach import loss_part
 from ..reference._oracle import oracle, oracle_gradient
@@ -134,7 +133,7 @@ def verify_model(
         for loss in found
     }
     chosen = get_backend(backend)
-    runner = ModelRunner(_showing(read, found), chosen.open)
+    runner = ModelRunner(showing(read), chosen.open)
     before = None if against is None else ModelRunner(read_model(against), chosen.open)
     if before is not None:
         _check_comparable(before, runner)
@@ -143,12 +142,7 @@ def verify_model(
         name: {port: as_array(array, port) for port, array in arrays.items()}
         for name, arrays in made.items()
     }
-    roles = {tensor for loss in found for tensor in loss.inputs.values()}
-    constants = {
-        tensor.name: onnx.numpy_helper.to_array(tensor)
-        for tensor in read.graph.initializer
-        if tensor.name in roles
-    }
+    constants = constant_operands(read)
     runs = tuple(
         _run(runner, before, found, constants, name, arrays) for name, arrays in given.items()
     )
@@ -174,47 +168,25 @@ def _check_comparable(before: ModelRunner, now: ModelRunner) -> None:
             )
 
 
-def _showing(model: onnx.ModelProto, losses: tuple[Loss, ...]) -> onnx.ModelProto:
-    """The model with what its losses are computed from among its outputs."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    there = {value.name for value in (*inputs_of(model), *model.graph.output)}
-    constant = {tensor.name for tensor in model.graph.initializer}
-    known = main_tensors(model)
-    for name in {name: None for loss in losses for name in loss.inputs.values()}:
-        if name in there or name in constant:
-            continue
-        tensor = known.get(name)
-        if tensor is None or not tensor.element:
-            raise ArtefactError(f"the metadata tell of a tensor {name!r}, and the model has none")
-        shape = tensor.shape
-        value = onnx.helper.make_tensor_value_info(name, tensor.element, shape)
-        copy.graph.output.append(value)
-    return copy
-
-
 def _made_up(model: onnx.ModelProto, seed: int) -> Iterator[tuple[str, dict[str, Array]]]:
     """Arrays for the inputs of a model: of usual numbers, and of some so large that losses split.
 
     Integers are 0, which is an index of everything.
     """
-    runner = ModelRunner(model, lambda _: lambda feeds: feeds)
-    betas = {loss.inputs.get("beta") for loss in runner.losses}
-    for name, scale in (("normal", 1.0), ("normal, a hundred times as large", 100.0)):
+    betas = {loss.inputs.get("beta") for loss in read_attached(model)}
+    for data, scale in (("normal", 1.0), ("normal, a hundred times as large", 100.0)):
         random = np.random.default_rng(seed)
         arrays = {}
-        for port, axes in runner.axes.items():
-            if axes is None:
+        for name, port in takes(model).items():
+            if port.axes is None:
                 raise ArtefactError(
-                    f"the input {port} may have any shape; give data of the model's own"
+                    f"the input {name} may have any shape; give data of the model's own"
                 )
-            shape = [axis if isinstance(axis, int) else _ROWS for axis in axes]
+            shape = [axis if isinstance(axis, int) else _ROWS for axis in port.axes]
             numbers = random.normal(size=shape) * scale
-            dtype = runner.dtypes[port]
-            is_float = dtype in NUMPY_DTYPE.values()
-            numbers = numbers if is_float else np.zeros(shape)
-            arrays[port] = (_BETA if port in betas else np.asarray(numbers)).astype(dtype)
-        yield name, arrays
+            numbers = numbers if port.dtype in NUMPY_DTYPE else np.zeros(shape)
+            arrays[name] = (_BETA if name in betas else np.asarray(numbers)).astype(port.dtype)
+        yield data, arrays
 
 
 def _run(

@@ -6,7 +6,7 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -90,6 +90,7 @@ def loss_over(
     backend: str = "ort-cpu",
     beta: float | None = None,
     threads: int = 0,
+    loss: str | None = None,
 ) -> Score:
     """The loss of all batches together, of which one at a time is in memory.
 
@@ -100,12 +101,14 @@ def loss_over(
 
     Args:
         batches: pairs `(input, target)`, triples with a `weight`, or mappings of these names;
-            each array as `run` takes it.
+            each array as `run` takes it. For a model with a loss attached, mappings of the names of
+            its inputs.
         spec: what is computed; its reduction is `mean` or `sum`.
         artefact: instead of a spec, or beside one that says how its losses are combined.
         backend: what runs it.
         beta: for an artefact that takes it at run time.
         threads: how many one call may use; 0 means every core.
+        loss: of a model with several losses attached, the output that is meant.
 
     Raises:
         SpecError: on a reduction that combines nothing.
@@ -118,12 +121,12 @@ def loss_over(
     1.75
     """
     start = time.monotonic()
-    job = make_job(spec, artefact, backend=backend, beta=beta, threads=threads)
+    job = make_job(spec, artefact, backend=backend, beta=beta, threads=threads, loss=loss)
     scorer = Scorer(job)
     partial, number = Partial(), 0
     for number, batch in enumerate(batches, 1):
         try:
-            partial += scorer.score(_arrays(batch))[0]
+            partial += scorer.score(_arrays(batch, job.inputs))[0]
         except InvalidInputError as exc:
             raise InvalidInputError(f"batch {number}: {exc}") from exc
     return _result(job, partial, number, start)
@@ -135,7 +138,14 @@ def _result(job: Job, partial: Partial, shards: int, start: float, **more: Any) 
     return Score(loss, partial.sum, partial.count, job.spec, shards, seconds, **more)
 
 
-def _arrays(batch: Any) -> dict[str, Any]:
+def _arrays(batch: Any, inputs: Collection[str]) -> dict[str, Any]:
+    if inputs:
+        if not isinstance(batch, Mapping):
+            raise InvalidInputError(
+                f"a {type(batch).__name__} is no batch of this model; give a mapping of "
+                f"{', '.join(inputs)}"
+            )
+        return {name: as_array(value, name) for name, value in batch.items()}
     if isinstance(batch, Mapping):
         unknown = sorted(str(key) for key in {*batch} - {*_ROLES})
         if unknown:
@@ -201,11 +211,13 @@ def score_files(
         raise SpecError(f"a batch of {batch} rows; give at least one")
     if job.rows is not None and batch not in (None, job.rows):
         raise SpecError(f"the artefact takes {job.rows} rows at a time, not {batch}")
-    read = [(f"--{role}", at.path) for files in located.values() for role, at in files.items()]
+    read = [
+        (f"the file of {role}", at.path) for files in located.values() for role, at in files.items()
+    ]
     check_apart([("-o", output), ("--journal", journal)], read)
     start = time.monotonic()
     flat = job.elementwise and job.any_rank
-    plan = make_plan(located, flat=flat, rows=job.rows or batch)
+    plan = make_plan(located, flat=flat, rows=job.rows or batch, compared=not job.inputs)
     forgotten = None
     with contextlib.ExitStack() as stack:
         if journal is None:

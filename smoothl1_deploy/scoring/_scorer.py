@@ -12,6 +12,9 @@ Case 2, a spec with `per_sample`, or an artefact that has it: the scores, in the
 the loss is combined exactly from the scores.
 Case 3, any other artefact: what it gives for each batch, combined exactly; a batch is then rounded
 by the artefact, and the size of the batches shows in the last digits.
+
+Of a model with losses attached, one is computed anew of what the model makes of a batch: that is
+case 1, or, for a loss of one score a row, case 2.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import math
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -30,9 +33,13 @@ import onnx
 
 from .._artefact import ModelSource, read_model, select_ports, sha256, signature
 from .._floats import Array
+from .._model import Loss, Port, read_attached
 from .._spec import LossSpec
 from ..backends._base import get_backend
-from ..errors import InvalidInputError, SmoothL1DeployError, SpecError
+from ..backends._runner import as_beta
+from ..backends._whole import ModelRunner, constant_operands, listed, showing, takes
+from ..errors import ArtefactError, InvalidInputError, SmoothL1DeployError, SpecError
+from ..graph._attach import attached_anew
 from ..graph._metadata import read_spec, warn_if_changed
 from ._partial import ExactSum, Partial, exact_sum
 from ._shards import Plan, Shard, Task
@@ -52,6 +59,7 @@ class Job:
         threads: for one call; 0 means every core.
         rows: the fixed length of the artefact's first axis, None where it is dynamic.
         any_rank: whether the artefact takes arrays of any shape.
+        inputs: what a whole model takes, by name; empty for a loss of its own.
     """
 
     model: bytes
@@ -62,6 +70,7 @@ class Job:
     threads: int = 0
     rows: int | None = None
     any_rank: bool = True
+    inputs: Mapping[str, Port] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """What the result depends on, JSON-ready."""
@@ -80,6 +89,7 @@ def make_job(
     backend: str = "ort-cpu",
     beta: float | None = None,
     threads: int = 0,
+    loss: str | None = None,
 ) -> Job:
     """The job of a spec, of an artefact, or of an artefact of other origin that a spec describes.
 
@@ -90,9 +100,11 @@ def make_job(
         backend: one of `backends.BACKENDS`.
         beta: for an artefact with `runtime_beta`.
         threads: for one call; 0 means every core.
+        loss: of a model with several losses attached, the output that is scored.
 
     Raises:
-        SpecError: where neither is given, or nothing can be combined.
+        SpecError: where neither is given, or nothing can be combined, and where it can't be told
+            which loss of a model is meant.
         ArtefactError: when `artefact` is no loss artefact.
 
     >>> from smoothl1_deploy import LossSpec
@@ -106,8 +118,9 @@ def make_job(
         return _job_of_spec(spec, backend, threads)
     read = read_model(artefact)
     warn_if_changed(read)
-    model = select_ports(read)
-    own = read_spec(model)
+    attached = attached_loss(read, loss)
+    model = read if attached else select_ports(read)
+    own = attached.spec if attached else read_spec(model)
     known = own or spec
     if known is None:
         raise SpecError(
@@ -121,10 +134,12 @@ def make_job(
             "computes, or leave the artefact out"
         )
     _check_combined(known)
+    if attached:
+        return _job_of_attached(read, attached, known, backend, beta, threads)
     ports = signature(model)
     known = replace(known, dtype=ports.input.dtype)
-    loss = ports.loss.shape
-    elementwise = own.reduction == "none" if own else bool(loss) and not known.per_sample
+    many = bool(ports.loss.shape)
+    elementwise = own.reduction == "none" if own else many and not known.per_sample
     shape = ports.input.shape
     rows = shape[0] if shape and isinstance(shape[0], int) else None
     data = model.SerializeToString(deterministic=True)
@@ -138,11 +153,73 @@ def _job_of_spec(spec: LossSpec, backend: str, threads: int) -> Job:
     if spec.runtime_beta:
         raise SpecError("runtime_beta leaves beta open; give beta as a number")
     spec = spec.without_gradient()
-    runs = spec
-    if not spec.per_sample:
-        runs = replace(spec, reduction="none", weight="count" if spec.weight else None)
-    data = export(runs).SerializeToString(deterministic=True)
+    data = export(_added_up(spec)).SerializeToString(deterministic=True)
     return Job(data, spec, not spec.per_sample, backend, None, threads)
+
+
+def _added_up(spec: LossSpec) -> LossSpec:
+    """What runs, so that nothing is rounded between an element, or a score, and the result."""
+    if spec.per_sample:
+        return spec
+    return replace(spec, reduction="none", weight="count" if spec.weight else None)
+
+
+def attached_loss(model: onnx.ModelProto, name: str | None = None) -> Loss | None:
+    """The loss of that name among those attached to a model; None where nothing was attached.
+
+    Raises:
+        SpecError: where there is none of that name, and where there are several and no name.
+    """
+    losses = {loss.outputs["loss"]: loss for loss in read_attached(model)}
+    if name is None and len(losses) < 2:
+        return next(iter(losses.values()), None)
+    if name not in losses:
+        asked = "several losses" if name is None else f"no loss {name!r} attached"
+        raise SpecError(
+            f"the model has {asked}; choose one of {', '.join(losses) or 'none'} with loss= "
+            "(--loss)"
+        )
+    return losses[name]
+
+
+def _job_of_attached(
+    model: onnx.ModelProto,
+    loss: Loss,
+    spec: LossSpec,
+    backend: str,
+    beta: float | None,
+    threads: int,
+) -> Job:
+    """The job of one loss of a model."""
+    runs = _added_up(spec.without_gradient())
+    if spec.runtime_beta != (beta is not None):
+        raise SpecError(
+            f"beta is {'missing' if spec.runtime_beta else 'fixed'} in the loss "
+            f"{loss.outputs['loss']}; " + ("give it" if spec.runtime_beta else "leave it out")
+        )
+    if beta is not None:  # the input of such a loss is float32
+        runs = replace(runs, runtime_beta=False, beta=float(as_beta(beta)))
+    alone = attached_anew(model, loss, runs)
+    inputs = takes(alone)
+    rows = {port.axes[:1] if port.axes is not None else (None,) for port in inputs.values()}
+    sizes = {axis if isinstance(axis, int) else None for axes in rows for axis in axes}
+    if () in rows or len(sizes) != 1:
+        raise ArtefactError(
+            f"the model takes {listed(inputs)}, and score gives each input some rows of its file, "
+            "as many to each: their first axes have to be dynamic, or of one size. Make a constant "
+            "of what has no rows"
+        )
+    return Job(
+        alone.SerializeToString(deterministic=True),
+        spec,
+        not spec.per_sample,
+        backend,
+        beta,
+        threads,
+        sizes.pop(),
+        any_rank=False,
+        inputs=inputs,
+    )
 
 
 def _check_combined(spec: LossSpec) -> None:
@@ -163,13 +240,20 @@ class Scorer:
     def __init__(self, job: Job) -> None:
         self.job = job
         model = onnx.load_model_from_string(job.model)  # which `make_job` has read without trust
-        self._runner = get_backend(job.backend, job.threads).load(model)
+        backend = get_backend(job.backend, job.threads)
+        self._runner: Any
+        if job.inputs:
+            self._runner = ModelRunner(showing(model), backend.open)
+            self._constants = constant_operands(model)
+        else:
+            self._runner = backend.load(model)
 
     def score(self, arrays: Mapping[str, Array]) -> tuple[Partial, Array | None]:
         """What one batch adds, and the score of each of its rows where there are scores.
 
         Args:
-            arrays: `input`, `target` and, where the artefact takes it, `weight`.
+            arrays: `input`, `target` and, where the artefact takes it, `weight`; of a whole model
+                an array for each input.
 
         Raises:
             InvalidInputError: on arrays that don't fit the artefact.
@@ -177,8 +261,11 @@ class Scorer:
         spec = self.job.spec
         if not spec.per_sample and not all(array.size for array in arrays.values()):
             return Partial(), None  # an artefact's mean of no elements would be NaN
-        outputs = self._runner.run(**arrays, beta=self.job.beta)
-        losses = outputs[self._runner.signature.loss.name]
+        if self.job.inputs:
+            arrays, losses = self._of_the_model(arrays)
+        else:
+            outputs = self._runner.run(**arrays, beta=self.job.beta)
+            losses = outputs[self._runner.signature.loss.name]
         shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
         expected = shape if self.job.elementwise else shape[:1] if spec.per_sample else ()
         if losses.shape != expected:
@@ -188,6 +275,20 @@ class Scorer:
             )
         partial = self._partial(losses, arrays.get("weight"), math.prod(shape))
         return partial, losses if spec.per_sample else None
+
+    def _of_the_model(self, arrays: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
+        """What a model makes of a batch: the operands of its loss by role, and their losses."""
+        outputs = self._runner.run(**arrays)
+        (loss,) = self._runner.losses
+        tensors = {**self._constants, **arrays, **outputs}
+        losses = outputs[loss.outputs["loss"]]
+        rows = len(next(iter(arrays.values())))
+        if self.job.spec.per_sample and len(losses) != rows:
+            raise InvalidInputError(
+                f"the model gave {len(losses)} scores for {rows} rows; its loss is not one score a "
+                "row of its inputs"
+            )
+        return {role: tensors[name] for role, name in loss.inputs.items()}, losses
 
     def _partial(self, losses: Array, weight: Array | None, count: int) -> Partial:
         spec = self.job.spec

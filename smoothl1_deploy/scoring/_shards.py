@@ -87,21 +87,24 @@ class Plan:
         return sum(shard.rows for shard in self.shards)
 
     def elements(self, task: Task) -> int:
-        """How many elements of input a task has: the measure of progress."""
+        """How many elements of its first input a task has: the measure of progress."""
         shard = self.shards[task.shard]
-        width = 1 if shard.flat else math.prod(shard.shapes["input"][1:])
+        width = 1 if shard.flat else math.prod(next(iter(shard.shapes.values()))[1:])
         return (task.stop - task.start) * width
 
 
 def locate(
-    paths: Mapping[str, Path], names: Mapping[str, str | None], dtype: str = "float32"
+    paths: Mapping[str, Path],
+    names: Mapping[str, str | None],
+    dtype: str | Mapping[str, str] = "float32",
 ) -> dict[str, dict[str, Location]]:
     """Name of a shard -> role -> location, in the order of the names.
 
     Args:
-        paths: role -> a file, or a folder of shards; all the same kind.
+        paths: role, of a whole model an input's name -> a file, or a folder of shards; all the
+            same kind.
         names: role -> of the array in an .npz or Parquet file.
-        dtype: see `Location`.
+        dtype: see `Location`; of all, or by role.
 
     Raises:
         InvalidInputError: when a path is missing, folders and files are mixed, or a shard has no
@@ -114,25 +117,33 @@ def locate(
     >>> sorted(locate({"input": Path("shard.npy"), "target": Path("shard.npy")}, {}))
     ['shard.npy']
     """
+    dtypes = dict.fromkeys(paths, dtype) if isinstance(dtype, str) else dtype
+
+    def located(folder: str | None = None) -> dict[str, Location]:
+        return {
+            role: Location(path / folder if folder else path, role, names.get(role), dtypes[role])
+            for role, path in paths.items()
+        }
+
     folders = {role for role, path in paths.items() if os.path.isdir(path)}
     for role, path in paths.items():
         if not os.path.exists(path):  # unlike Path.exists, for names that no file can have
             if re.match(r"\w[\w+.-]+:/", str(path)):
                 raise InvalidInputError(
-                    f"--{role} {path} is an address, and score reads files; copy what is there to "
+                    f"{role}: {path} is an address, and score reads files; copy what is there to "
                     "this machine, or mount it"
                 )
-            raise InvalidInputError(f"--{role} {path} does not exist; give a file or a folder")
+            raise InvalidInputError(f"{role}: {path} does not exist; give a file or a folder")
     if folders and folders != set(paths):
         files = ", ".join(str(path) for role, path in paths.items() if role not in folders)
         raise InvalidInputError(f"{files} is a file beside a folder; give folders, or files")
+    first = next(iter(paths.values()))
     if not folders:
-        name = paths["input"].name
-        return {name: {r: Location(p, r, names.get(r), dtype) for r, p in paths.items()}}
+        return {first.name: located()}
     found = {role: _shard_names(path) for role, path in paths.items()}
     every = sorted(set().union(*found.values()))
     if not every:
-        raise InvalidInputError(f"{paths['input']} holds no file of {', '.join(SUFFIXES)}")
+        raise InvalidInputError(f"{first} holds no file of {', '.join(SUFFIXES)}")
     for name in every:
         for role, path in paths.items():
             if name not in found[role]:
@@ -145,10 +156,7 @@ def locate(
                     f"the shard {path / name} is a link to {os.path.realpath(path / name)}, which "
                     "does not exist; restore that, or remove the link"
                 )
-    return {
-        name: {r: Location(p / name, r, names.get(r), dtype) for r, p in paths.items()}
-        for name in every
-    }
+    return {name: located(name) for name in every}
 
 
 def _shard_names(folder: Path) -> set[str]:
@@ -180,13 +188,16 @@ def float_dtype(located: Mapping[str, Roles]) -> str:
     return max(floats, key=lambda d: NUMPY_DTYPE[d].itemsize)
 
 
-def make_plan(located: Mapping[str, Roles], *, flat: bool, rows: int | None = None) -> Plan:
+def make_plan(
+    located: Mapping[str, Roles], *, flat: bool, rows: int | None = None, compared: bool = True
+) -> Plan:
     """Look at every shard, check that they fit together, and cut them into tasks.
 
     Args:
         located: as `locate` gives it.
         flat: whether only the elements matter, so that rows may be cut too.
         rows: the number of rows of a batch: None takes about `BATCH_ELEMENTS` elements.
+        compared: whether the arrays are compared with one another, and so have axes in common.
 
     Raises:
         InvalidInputError: on shapes or dtypes that differ; the message names the shard.
@@ -195,7 +206,7 @@ def make_plan(located: Mapping[str, Roles], *, flat: bool, rows: int | None = No
     tasks: list[Task] = []
     first = 0
     for name, files in located.items():
-        shard = _inspect(name, files, flat and rows is None, first)
+        shard = _inspect(name, files, flat and rows is None, first, compared)
         if shards:
             _check_alike(shards[0], shard)
         tasks.extend(_cut(shard, len(shards), len(tasks), rows))
@@ -204,22 +215,23 @@ def make_plan(located: Mapping[str, Roles], *, flat: bool, rows: int | None = No
     return Plan(tuple(shards), tuple(tasks))
 
 
-def _inspect(name: str, files: Roles, flat: bool, first: int) -> Shard:
+def _inspect(name: str, files: Roles, flat: bool, first: int, compared: bool) -> Shard:
     with contextlib.ExitStack() as stack:
         sources = {
             role: stack.enter_context(contextlib.closing(open_source(location)))
             for role, location in files.items()
         }
         shapes = {role: source.shape for role, source in sources.items()}
-        if len({(len(shape), shape[0]) for shape in shapes.values()}) != 1:
+        if len({(len(shape) if compared else 0, shape[0]) for shape in shapes.values()}) != 1:
             given = ", ".join(f"{role} {shape}" for role, shape in shapes.items())
             raise InvalidInputError(
-                f"the shard {name} has {given}; row by row, they need the same number of rows and "
-                "of axes"
+                f"the shard {name} has {given}; row by row, they need the same number of rows"
+                + (" and of axes" if compared else "")
             )
         alike = len(set(shapes.values())) == 1
         flat = flat and alike and all(source.can_flatten for source in sources.values())
-        rows = math.prod(shapes["input"]) if flat else shapes["input"][0]
+        shape = next(iter(shapes.values()))
+        rows = math.prod(shape) if flat else shape[0]
         dtypes = {role: dtype_name(source.dtype) for role, source in sources.items()}
         return Shard(name, files, shapes, dtypes, flat, first, rows)
 

@@ -43,7 +43,8 @@ class Location:
 
     Attributes:
         path: the file.
-        role: `input`, `target` or `weight`: the name it is looked for by, where it has no other.
+        role: `input`, `target`, `weight`, or an input of a whole model: the name it is looked for
+            by, where it has no other.
         name: that of the array in an .npz file, or of the column of a Parquet file; None takes the
             one called like the role, or the only one.
         dtype: what raw items of two bytes are taken for: numpy writes bfloat16 without its name.
@@ -78,7 +79,7 @@ class Location:
             problem += ", and more or less than one to choose"
         raise InvalidInputError(
             f"{self.path} {problem}; it has {', '.join(map(repr, names)) or 'none'}. Name it with "
-            f"--{self.role}-name"
+            f"--{self.role}-name, or, for a whole model, call it as the input"
         )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .._artefact import ROLES
 from .._dlpack import as_array
 from .._floats import Array
+from .._model import Port
 from ..backends._runner import as_beta, promote
+from ..backends._whole import checked
 from ..errors import ArtefactError, InvalidInputError
 from ._transport import Declared, open_transport
 
@@ -77,14 +79,48 @@ class Client:
         return self._known
 
     @property
-    def dtype(self) -> str:
-        """The dtype of the model's input, such as `"bfloat16"`.
+    def inputs(self) -> dict[str, Port]:
+        """What the model takes, by name.
 
         Raises:
-            ArtefactError: for a model that takes no `input` and `target`, and as `metadata`.
+            ArtefactError: for an input of anything but numbers, and as `metadata`.
             ServerError: when there is no answer.
         """
-        kind = self._inputs()["input"]
+        ports = {}
+        for port in self.metadata()["inputs"]:
+            name, kind = port["name"], port["datatype"]
+            if kind == "BYTES":
+                raise ArtefactError(
+                    f"the model {self.model!r} takes {name} as BYTES, and only tensors of numbers "
+                    "can be given here; ask it with infer()"
+                )
+            axes = tuple(None if dim < 0 else dim for dim in port["shape"])
+            ports[name] = Port(name, self._transport.dtype(kind).name, axes)
+        return ports
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether the model takes what a loss takes, and nothing else.
+
+        Raises:
+            ArtefactError, ServerError: as `metadata`.
+        """
+        return {"input", "target"} <= {*self._kinds()} <= {*ROLES}
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of a loss's input, such as `"bfloat16"`.
+
+        Raises:
+            ArtefactError: for a model that is no loss, and as `metadata`.
+            ServerError: when there is no answer.
+        """
+        kinds = self._kinds()
+        if not self.is_loss:
+            raise ArtefactError(
+                f"the model {self.model!r} takes {', '.join(kinds)}; a loss takes input and target"
+            )
+        kind = kinds["input"]
         if kind not in _DTYPES:
             raise ArtefactError(
                 f"the model {self.model!r} takes {kind}, which is no number format of a loss"
@@ -98,22 +134,23 @@ class Client:
         outputs = self.run(input, target, weight=weight, beta=beta)
         return outputs["loss"] if "loss" in outputs else next(iter(outputs.values()))
 
-    def run(
-        self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
-    ) -> dict[str, Array]:
-        """Every output of a model that takes `input` and `target`.
+    def run(self, input: Any = None, target: Any = None, **arrays: Any) -> dict[str, Array]:
+        """Every output of a model: of a loss, or of a whole one by the names of its inputs.
+
+            client.run(images=images, boxes_gt=boxes)["loss"]
 
         Args:
-            input: a numpy array or anything with `__dlpack__`, of the model's dtype or of one
-                that promotes to it.
+            input: of a loss, a numpy array or anything with `__dlpack__`, of the model's dtype or
+                of one that promotes to it.
             target: likewise, in the same shape.
-            weight: likewise, where the model takes a weight.
-            beta: a number, where the model takes a beta.
+            arrays: of a loss `weight` and `beta`, a number, where it takes them. Of any other
+                model an array for each input, by its name, of the input's dtype and a shape that
+                fits.
 
         Returns:
-            Name -> array of the model's dtype. A loss that the server gives as [1] has rank 0
-            here; scores of rows, which it gives as [N, 1], have the shape [N], unless the input is
-            [N, 1] too.
+            Name -> array. A loss that the server gives as [1] has rank 0 here; scores of rows,
+            which it gives as [N, 1], have the shape [N], unless the input is [N, 1] too. What a
+            whole model gives has the shapes of the server.
 
         Raises:
             InvalidInputError: for arrays that don't fit; where the server refused them, the message
@@ -121,14 +158,13 @@ class Client:
             ArtefactError: when the server has no such model, or it takes something else.
             ServerError: when there is no answer, or the model failed.
         """
-        given = {"input": input, "target": target, "weight": weight, "beta": beta}
+        given = {"input": input, "target": target, **arrays}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not self.is_loss:
+            return self.infer(checked(self.inputs, given))
         self._check_given(given)
-        arrays = {
-            name: as_array(value, name)
-            for name, value in given.items()
-            if value is not None and name != "beta"
-        }
-        feeds = promote(arrays, self.dtype)
+        beta = given.pop("beta", None)
+        feeds = promote({name: as_array(value, name) for name, value in given.items()}, self.dtype)
         if beta is not None:
             feeds["beta"] = as_beta(beta).reshape(1)
         outputs = self._transport.infer(
@@ -150,15 +186,9 @@ class Client:
         """Give the connections back."""
         self._transport.close()
 
-    def _inputs(self) -> dict[str, str]:
-        """Name -> data type of the inputs of a model that takes what a loss takes."""
-        inputs = {port["name"]: port["datatype"] for port in self.metadata()["inputs"]}
-        if not {"input", "target"} <= set(inputs) <= set(ROLES):
-            raise ArtefactError(
-                f"the model {self.model!r} takes {', '.join(inputs)}; a loss takes input and "
-                "target. Send the arrays by these names, with infer()"
-            )
-        return inputs
+    def _kinds(self) -> dict[str, str]:
+        """Name -> data type of each input."""
+        return {port["name"]: port["datatype"] for port in self.metadata()["inputs"]}
 
     def _declared(self, target: tuple[int, ...] | None = None) -> dict[str, Declared]:
         """Name -> data type and shape of each output, where an axis of -1 can have any length.
@@ -182,15 +212,15 @@ class Client:
             declared[name] = kind, dims
         return declared
 
-    def _check_given(self, given: Mapping[str, Any]) -> None:
-        ports = self._inputs()
-        for name, value in given.items():
-            if value is None and name in ports:
-                raise InvalidInputError(f"{name} is missing; the model takes {', '.join(ports)}")
-            if value is not None and name not in ports:
-                raise InvalidInputError(
-                    f"the model takes {', '.join(ports)}, and no {name}; leave it out"
-                )
+    def _check_given(self, given: Collection[str]) -> None:
+        ports = self._kinds()
+        takes = ", ".join(ports)
+        for name in ports:
+            if name not in given:
+                raise InvalidInputError(f"{name} is missing; the model takes {takes}")
+        for name in given:
+            if name not in ports:
+                raise InvalidInputError(f"the model takes {takes}, and no {name}; leave it out")
 
     def _narrowed(self, name: str, array: Array) -> Array:
         """An output without the axis that a server needs and a loss doesn't have."""

@@ -33,6 +33,7 @@ from ..graph._metadata import warn_if_changed
 from ..ops import library
 from ..parity._certificate import certify
 from ..parity._verify import Verification, verify_loss
+from ..parity._whole import ModelVerification
 from ..tensorrt._engine import Engine, read_verified
 from ._config import (
     CONFIG_FILE,
@@ -296,26 +297,28 @@ def _swap(new: Path, target: Path) -> None:
 # Certificates
 
 
-def only_loss(model: ModelSource) -> Loss:
-    """The one loss of a model.
+def losses_of(model: ModelSource) -> tuple[Loss, ...]:
+    """The losses of a model.
 
     Raises:
-        ArtefactError: when it has no loss, or several, for which no one certificate can vouch.
+        ArtefactError: when it has none, for which no certificate can vouch.
     """
     losses = read_losses(read_model(model))
-    if len(losses) != 1:
+    if not losses:
         raise ArtefactError(
-            f"the model says of {len(losses)} losses that it computes them, and a certificate is "
-            "of one; attach one loss, or leave the certificate out"
+            "the model says of no loss that it computes it, and a certificate is of losses; attach "
+            "one, or leave the certificate out"
         )
-    return losses[0]
+    return losses
 
 
-def certify_model(path: str | os.PathLike[str], *, drift: bool = True) -> tuple[Verification, Path]:
+def certify_model(
+    path: str | os.PathLike[str], *, drift: bool = True
+) -> tuple[Verification | ModelVerification, Path]:
     """Verify a served model and write its certificate beside it, green or red.
 
-    Of a model with a loss attached, the loss is verified, from prediction and target to its
-    output: nothing here can judge what the rest of the model computes.
+    Of a model with losses attached, each is verified, from prediction and target to its output:
+    nothing here can judge what the rest of the model computes.
 
     Args:
         path: the model file.
@@ -325,7 +328,7 @@ def certify_model(path: str | os.PathLike[str], *, drift: bool = True) -> tuple[
         What was found, and the path of the certificate.
 
     Raises:
-        ArtefactError: when the file is no model with one loss.
+        ArtefactError: when the file is no model with a loss.
         MissingDependencyError: without torch or ONNX Runtime.
 
     Example:
@@ -338,13 +341,18 @@ def certify_model(path: str | os.PathLike[str], *, drift: bool = True) -> tuple[
         (True, 'model.onnx.certificate.json')
     """
     model = read_model(path)
-    loss = only_loss(model)
-    part = loss_part(model, loss)
-    found = verify_loss(part, drift=drift)
-    if part is not model:
-        name = f"{model.graph.name}: the loss {loss.outputs['loss']}"
-        digest = sha256(model.SerializeToString(deterministic=True))
-        found = replace(found, name=name, sha256=digest)
+    digest = sha256(model.SerializeToString(deterministic=True))
+    verified: dict[str, Verification] = {}
+    for loss in losses_of(model):
+        part, output = loss_part(model, loss), loss.outputs["loss"]
+        verified[output] = verify_loss(part, drift=drift)
+        if part is not model:
+            name = f"{model.graph.name}: the loss {output}"
+            verified[output] = replace(verified[output], name=name, sha256=digest)
+    found: Verification | ModelVerification = next(iter(verified.values()))
+    if len(verified) > 1:
+        whole = model.graph.name, digest, found.backend, verified, ()
+        found = ModelVerification(*whole, found.environment)
     return found, certify(found, path)
 
 

@@ -176,10 +176,15 @@ class Transport(ABC):
         for datatype, shape in declared.values():
             if datatype == "BYTES" or min(shape, default=0) < 0:
                 return math.inf
-            most += math.prod(shape) * self._dtype(datatype).itemsize
+            most += math.prod(shape) * self.dtype(datatype).itemsize
         return most
 
-    def _dtype(self, datatype: str) -> np.dtype[Any]:
+    def dtype(self, datatype: str) -> np.dtype[Any]:
+        """numpy's dtype of a data type of the protocol.
+
+        Raises:
+            ServerError: for one that the protocol doesn't have.
+        """
         found = self._utils.triton_to_np_dtype(datatype)
         if found is None:
             raise self._senseless(f"the data type {datatype!r}")
@@ -203,7 +208,7 @@ class Transport(ABC):
             raise ValueError(f"{name} has the shape {list(shape)}")
         if datatype == "BYTES":
             return np.asarray(self._utils.deserialize_bytes_tensor(bytes(data))).reshape(shape)
-        return np.frombuffer(data, self._dtype(datatype)).reshape(shape)
+        return np.frombuffer(data, self.dtype(datatype)).reshape(shape)
 
     def _late(self) -> ServerError:
         return ServerError(

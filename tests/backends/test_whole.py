@@ -9,27 +9,11 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from handmade import detector
 
 from smoothl1_deploy import LossSpec, attach, load
 from smoothl1_deploy.errors import ArtefactError, InvalidInputError, UnsupportedError
 from smoothl1_deploy.reference import oracle
-
-DETECTOR = """<ir_version: 8, opset_import: ["": 18]>
-g (TYPE[N, 3, 8, 8] images, int64[1] wide) => (TYPE[N, boxes] boxes) {
-  flat = Flatten(images)
-  start = Constant<value_ints=[0]>()
-  axis = Constant<value_ints=[1]>()
-  boxes = Slice(flat, start, wide, axis)
-}"""
-
-
-def detector(dtype: str = "float", reduction: str = "mean") -> onnx.ModelProto:
-    model = onnx.parser.parse_model(DETECTOR.replace("TYPE", dtype))
-    spec = LossSpec(0.5, reduction, {"float": "float32"}.get(dtype, dtype))
-    scored = attach(model, "boxes", "boxes_gt", spec)
-    scores = LossSpec(0.5, per_sample=True, dtype=spec.dtype)
-    return attach(scored, "boxes", "boxes_gt", scores, loss_name="scores")
-
 
 FOUR = np.array([4])
 

@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import yaml
 from conftest_cli import Done, model, spawn
+from handmade import model_of
 
 from smoothl1_deploy.errors import BackendUnavailableError
 from smoothl1_deploy.ops import library
@@ -102,9 +104,16 @@ def test_certified_as_it_is_written(cli: Callable[..., Done]) -> None:
 
     assert cli("attach", "attached.onnx", "--prediction", "gt", "--target", "loss",
                "-o", "two.onnx").code == 0  # fmt: skip
-    done = cli("repository", "b", "--model", "two.onnx", "--certify")
-    assert (done.code, Path("b").exists()) == (2, False)
-    assert "the model says of 2 losses that it computes them" in done.err
+    assert cli("repository", "b", "--model", "two.onnx", "--certify").code == 0
+    certificate = json.loads(Path("b/two/1/model.onnx.certificate.json").read_text())
+    assert {name: each["verdict"] for name, each in certificate["losses"].items()} == {
+        "loss_1": "green",
+        "loss_2": "green",
+    }
+    onnx.save(model_of("g (float[N, 4] x) => (float[N, 4] y) {y = Abs(x)}"), "none.onnx")
+    done = cli("repository", "c", "--model", "none.onnx", "--certify")
+    assert (done.code, Path("c").exists()) == (2, False)
+    assert "the model says of no loss that it computes it" in done.err
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,10 @@ TYPED = {
         "new/loss.onnx --input input.npy --target target.npy -o new/out/loss.npy",
         "verify new/loss.onnx --certificate",
     ),
+    "compare": (
+        "new/loss.onnx new/loss.onnx --input input.npy --target target.npy",
+        "verify new/loss.onnx --certificate",
+    ),
     "score": (
         "--input input.npy --target target.npy --per-sample -o new/s.npy --journal new/j/j",
         "export --per-sample --dtype float32 -o loss.onnx",

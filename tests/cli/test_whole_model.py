@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_told_of_by_name(cli: Cli) -> None:
     takes = "the model takes images: float32[N,3,8,8], boxes_gt: float32[N,192]"
     for words, text in (
         (("--input", "im.npy", "--target", "gt.npy"), f"boxes_gt is missing; {takes}"),
-        (("--input", "image=im.npy"), f"no input image; {takes}"),
+        (("--input", "image=im.npy"), f"images is missing, boxes_gt is missing; {takes}"),
         (("--input", "images=im.npy"), f"boxes_gt is missing; {takes}"),
         ((*NAMED, "--target", "gt.npy"), "by --input NAME=A.npy for each of its inputs"),
         ((*NAMED[:2], "--input", "gt.npy"), "by --input NAME=A.npy for each of its inputs"),

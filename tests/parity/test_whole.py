@@ -65,7 +65,7 @@ def test_what_a_notebook_shows_is_one_line(scored: onnx.ModelProto, tmp_path: Pa
     ]
     assert all(len(text) < 300 and text.startswith("<") and "\n" not in text for text in shown)
     assert "13 of 13 cases green" in shown[0] and "scores green" in shown[1]
-    assert "input: float32[Nx4]" in shown[2] and "-> boxes, loss, scores" in shown[3]
+    assert "input: float32[N,4]" in shown[2] and "-> boxes, loss, scores" in shown[3]
 
 
 def test_of_data_that_is_given_that_alone_is_run(scored: onnx.ModelProto) -> None:

@@ -232,7 +232,7 @@ def test_loss_over_takes_mappings_and_says_which_batch_is_wrong() -> None:
         (["--workers", "2"], "--ray-address and --workers are for --engine ray; give that too"),
         (["--batch", "0"], "a batch of 0 rows; give at least one"),
         (["--dtype", "float16"], "promote to float32, but the artefact is float16"),
-        (["--target", "none.npy"], "--target none.npy does not exist; give a file or a folder"),
+        (["--target", "none.npy"], "target: none.npy does not exist; give a file or a folder"),
         (["--target", "."], "p.npy is a file beside a folder; give folders, or files"),
     ],
 )

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest_serving import SPECS
+from conftest_serving import SPECS, WHOLE
 
 from fuzzing.answers import METADATA, OUTPUT, FakeServer, answer, inferred
-from smoothl1_deploy import LossSpec
+from smoothl1_deploy import LossSpec, load
 from smoothl1_deploy._floats import NUMPY_DTYPE, ulp_distance
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.errors import ArtefactError, InvalidInputError, ServerError, SpecError
@@ -117,6 +117,53 @@ def test_what_does_not_fit_is_refused_before_it_is_sent(ask: Callable[[str], Cli
         ask("weighted").loss(x, y)
     with pytest.raises(InvalidInputError, match="promote to float64"):
         ask("mean").loss(x, y.astype("f8"))
+
+
+@both
+@pytest.mark.parametrize("name", [*WHOLE])
+def test_a_whole_model_gives_the_bits_that_the_file_gives_here_by_its_own_names(
+    ask: Callable[[str], Client], server: Server, protocol: str, name: str,
+    tmp_path: Path, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    images = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype("f4")
+    images[0, 0, 0, :3] = np.nan, np.inf, -0.0
+    given = {"images": images, "boxes_gt": np.zeros((5, 4 if name == "detector" else 192), "f4")}
+    if name == "detector":
+        given["wide"] = np.array([4])
+    # The server has none of our operators: it runs what the file carries.
+    expected = load(WHOLE[name], "ort-cpu-bare").run(**given)
+    found = ask(name).run(**given)
+    assert [*found] == [*expected]
+    assert all(found[n].tobytes() == array.tobytes() for n, array in expected.items())
+
+    files = []
+    for port, array in given.items():
+        np.save(tmp_path / f"{port}.npy", array)
+        files += ["--input", f"{port}={tmp_path / port}.npy"]
+    np.savez(tmp_path / "all.npz", **given)
+    url = server.addresses.to_dict()[protocol]
+    for words in (files, ["--data", str(tmp_path / "all.npz")]):
+        out = tmp_path / "out.npz"
+        assert main(["run", name, "--url", url, *words, "-o", str(out)]) == 0
+        with np.load(out) as written:
+            assert all(written[n].tobytes() == a.tobytes() for n, a in expected.items())
+    capfd.readouterr()
+
+
+@both
+def test_what_does_not_fit_a_whole_model_is_told_in_the_words_of_load(
+    ask: Callable[[str], Client],
+) -> None:
+    images, boxes = np.zeros((2, 3, 8, 8), "f4"), np.zeros((2, 192), "f4")
+    takes = r"the model takes images: float32\[\?,3,8,8\], boxes_gt: float32\[\?,192\]"
+    for given, words in (
+        ({"images": images}, f"boxes_gt is missing; {takes}"),
+        ({"input": images, "target": boxes}, f"no input 'input', no input 'target', .*{takes}"),
+        ({"images": images[0], "boxes_gt": boxes}, r"images has the shape \(3, 8, 8\), and the m"),
+        ({"images": images.astype("f8"), "boxes_gt": boxes}, r"convert it: images.astype\('float"),
+    ):
+        with pytest.raises(InvalidInputError, match=words):
+            ask("head").run(**given)
 
 
 @both

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from agreement import assert_right, pair
+from handmade import model_of
 from host_device import HostDevice, on_host_device
 
-from smoothl1_deploy import LossSpec, build_engine, export
+from smoothl1_deploy import LossSpec, attach, build_engine, export, load
 from smoothl1_deploy.backends import _gpu as gpu
 from smoothl1_deploy.backends._trt import TrtBackend
+from smoothl1_deploy.backends._whole import ModelRunner
 from smoothl1_deploy.errors import (
     ArtefactError,
     BackendUnavailableError,
@@ -320,7 +322,7 @@ def test_an_engine_file_runs(written):
     backend, path = written
     runner = backend.load_engine(path)
     assert runner.spec == LossSpec(0.5)
-    assert str(runner.signature.input) == "input: float32[Nx16]"
+    assert str(runner.signature.input) == "input: float32[N,16]"
     a, b = pair(LossSpec(0.5), (3, 16))
     assert_right(LossSpec(0.5), runner.run(a, b)["loss"], a, b)
 
@@ -333,6 +335,27 @@ def test_an_engine_that_is_no_loss_is_refused_before_it_is_deserialised(written,
     monkeypatch.setattr(backend, "_program", lambda *_: pytest.fail("deserialised"))
     with pytest.raises(ArtefactError, match="'input' has the dtype int64; a loss artefact takes"):
         backend.load_engine(path)
+
+
+def test_an_engine_of_a_whole_model_runs_by_its_own_names(running, tmp_path, monkeypatch):
+    flavour = running("11.4.0")
+    text = "g (float[N, 2, 3] images) => (float[N, 6] boxes) {boxes = Flatten(images)}"
+    scored = attach(model_of(text), "boxes", "boxes_gt", LossSpec(0.5, per_sample=True))
+    backend = TrtBackend(flavour, cache_dir=tmp_path, device=HostDevice())
+    data = {"images": np.ones((4, 2, 3), "f4"), "boxes_gt": np.zeros((4, 6), "f4")}
+    expected = load(scored, "onnx-reference").run(**data)
+    engine = build_engine(scored, flavour=flavour)
+    write_engine(tmp_path / "scored.engine", engine.data, engine.sidecar)
+    from smoothl1_deploy.tensorrt import _flavour as module
+
+    monkeypatch.setitem(module._usable, "tensorrt", flavour)
+    for runner in (
+        backend.load_engine(tmp_path / "scored.engine"),
+        ModelRunner(scored, backend.open),
+    ):
+        found = runner.run(**data)
+        assert [*found] == ["boxes", "loss"]
+        assert all(np.array_equal(found[name], array) for name, array in expected.items())
 
 
 # --- the engine inspector ---------------------------------------------------------------------
