@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,11 +79,7 @@ def _check_is_the_verified(
 def _content(
     verification: Verification | ModelVerification, artefact: Path, data: bytes
 ) -> dict[str, Any]:
-    losses: Mapping[str, Verification] = (
-        verification.losses
-        if isinstance(verification, ModelVerification)
-        else {"loss": verification}
-    )
+    losses = verification.losses
     results = [r for loss in losses.values() for r in loss.every_result]
     worst = sorted(results, key=lambda result: result.verdict.badness, reverse=True)
     content: dict[str, Any] = {
@@ -100,7 +95,7 @@ def _content(
         "backend": verification.backend,
         "environment": plain(verification.environment),
         "tool": {"name": "smoothl1-deploy", "version": __version__},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": verification.date,
     }
     if isinstance(verification, ModelVerification):
         content["losses"] = {
