@@ -69,9 +69,13 @@ class Table:
                 box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0)
             )
             spare = max(0, room - sum(widths[at][0] + _GAP for at in part) + _GAP)
+            fits = sum(whole - least for least, whole in (widths[at] for at in part)) <= spare
             for at in part:
-                least, whole = widths[at]
-                width = min(whole, least + spare)
+                least, width = widths[at]
+                if (
+                    not fits
+                ):  # then the names of numbers take two lines, and text takes what is left
+                    width = min(width, least + spare) if self.align[at] == "l" else least
                 spare -= width - least
                 justify: Literal["left", "right"] = "right" if self.align[at] == "r" else "left"
                 table.add_column(

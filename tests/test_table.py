@@ -12,7 +12,7 @@ from smoothl1_deploy._table import Entry, Table
 _NUMBERS = ("2,994,212,345", "1", "class", "4,194,304", "9,223,372,036,854,775,807", "7.7e-08")
 WIDE = Table(
     "title",
-    ("family", *(f"column {at}" for at in range(len(_NUMBERS)))),
+    ("family", *(f"a{at} number" for at in range(len(_NUMBERS)))),
     [("inf-minus-inf", *_NUMBERS), ("normal", Entry("2,994,212,345", False), *_NUMBERS[1:])],
     "l" + "r" * len(_NUMBERS),
 )
@@ -24,7 +24,7 @@ def shown(table: Table, width: int) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
-@pytest.mark.parametrize(("width", "parts"), [(200, 1), (80, 2), (60, 3), (41, 6)])
+@pytest.mark.parametrize(("width", "parts"), [(200, 1), (80, 2), (41, 6)])
 def test_one_that_is_too_wide_becomes_several_with_every_number_whole(
     width: int, parts: int
 ) -> None:

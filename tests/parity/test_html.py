@@ -309,8 +309,8 @@ def test_environment_and_engines(red_page: str, red: Report) -> None:
     for package, version in red.environment["packages"].items():
         assert f"{package} {version or 'not installed'}" in text
     tables = Document(red_page).all("table", "plain")
-    engines = next(text for _, text in tables if text.startswith("routebuiltfailed"))
-    assert "function1✕ 10.25 s20 kBtensorrt_rtx1: no float64" in engines
+    engines = next(text for _, text in tables if text.startswith("engines by route"))
+    assert "functiontensorrt_rtx1✕ 110.25 s20 kB" in engines
     assert "engines built" in red_page
     none = html.render(dataclasses.replace(red, builds=()))
     assert "engines built" not in none and 'class="tiles four"' in none
