@@ -11,6 +11,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -96,6 +97,11 @@ def environment() -> dict[str, Any]:
         "operators": digest(),
         "packages": {package: _version(package) for package in PACKAGES},
     }
+
+
+def now() -> str:
+    """The date and the time, ISO 8601, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def lowest_versions() -> dict[str, str]:

@@ -94,7 +94,7 @@ def parity(
     )
     report, interrupted = None, False
     try:
-        with progress_bar("parity") as progress:
+        with progress_bar("matrix") as progress:
             report = run_matrix(matrix, workers=processes(workers), progress=progress)
         _show(report)
         # Beside a part of the matrix, drift and contract would say little.
@@ -170,9 +170,9 @@ def _measured(report: Report, backends: tuple[str, ...]) -> Report:
     from ..parity._contract import probe_contract
     from ..parity._drift import measure_drift
 
-    with progress_bar("parity") as progress:
+    with progress_bar("error by size") as progress:
         drift = measure_drift(progress=progress)
-    with progress_bar("parity") as progress:
+    with progress_bar("contract") as progress:
         local = [name for name in backends if not backend_class(name).over_the_wire]
         contract = probe_contract(local, progress=progress)
     return replace(report, drift=drift, contract=contract)
@@ -186,7 +186,7 @@ def _show(report: Report) -> None:
     shown = (tables.backends(report), tables.draws(report), tables.branches(report))
     for table in (*tables.matrix(report), *shown):
         if table.rows:
-            console.print(table.rich())
+            console.print(table)
             console.print()
     lines = [f"sampled: {note}" for note in report.notes if " not available: " not in note]
     for cell in report.red[:_SHOWN]:

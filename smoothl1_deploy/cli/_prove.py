@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .._table import Table
 from ..errors import ArtefactError, SmoothL1DeployError
-from ._console import INTERRUPTED, print_lines, print_note, progress_bar, typed
+from ._console import INTERRUPTED, open_console, print_lines, print_note, progress_bar, typed
 from ._options import BackendName, Next, PlainRoute, Workers, one_of, processes
 
 if TYPE_CHECKING:
-    from ..parity._pairs import Distances, Proof
+    from ..parity._pairs import Proof
 
 EXAMPLE = "smoothl1-deploy prove --dtype float16 --beta 1 -o pairs-float16.json"
 
@@ -114,20 +115,22 @@ def _write(path: Path, known: dict[object, Proof]) -> None:
 
 
 def _show(proofs: list[Proof]) -> None:
+    console = open_console()
+    distances = ("1 ULP off", "2 ULP off", "further off", "of another class", "largest ULP")
+    columns = ("output", "answers of", "correctly rounded", *distances)
     for proof in proofs:
-        print_lines([f"{proof.claim.dtype}, beta {proof.claim.beta:g}, {proof.pairs:,} pairs"])
-        for name, made in proof.outputs.items():
-            for whose, found in ((proof.claim.backend, made.ours), ("PyTorch", made.torch)):
-                print_lines([f"  {name}, {whose}: {_told(made.pairs, found)}"])
-            if not made.ok:
-                print_lines([f"  red: {json.dumps(made.worst)}"])
-
-
-def _told(pairs: int, found: Distances) -> str:
-    """How many answers are correctly rounded, and how the others differ."""
-    exact, *off = found.counts
-    counts = [*zip(("1 ULP off", "2 ULP off", "further off"), off, strict=True)]
-    counts.append(("of another class", pairs - sum(found.counts)))
-    told = [f"{count:,} {what}" for what, count in counts if count]
-    most = f" ({found.largest} ULP at most)" if off[-1] else ""
-    return ", ".join([f"{exact / pairs:.6%} correctly rounded", *told]) + most
+        claim = proof.claim
+        rows = [
+            (name, whose, f"{found.counts[0] / made.pairs:.6%}", *(f"{n:,}" for n in off))
+            for name, made in proof.outputs.items()
+            for whose, found in ((claim.backend, made.ours), ("PyTorch", made.torch))
+            for off in [(*found.counts[1:], made.pairs - sum(found.counts), found.largest)]
+        ]
+        red = [
+            f"{n}, red: {json.dumps(made.worst)}"
+            for n, made in proof.outputs.items()
+            if not made.ok
+        ]
+        title = f"{claim.dtype}, beta {claim.beta:g}, {proof.pairs:,} pairs"
+        console.print(Table(title, columns, rows, "llrrrrrr", tuple(red), keys=2))
+        console.print()

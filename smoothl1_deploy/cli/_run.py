@@ -96,6 +96,7 @@ def run(
     read |= {f"--input {name}": path for name, path in named.items()}
     check_apart([("-o", output)], read.items())
     runner: Any
+    arrays: dict[str, Any]
     if url is None:
         from ..backends._base import load
         from ..backends._whole import ModelRunner

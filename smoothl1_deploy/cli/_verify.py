@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .._files import check_writable, write_atomic
+from ..errors import require
 from ._arrays import read_data
 from ._console import open_console, print_json, print_lines, typed
 from ._options import AsJson, BackendName, Count, Next, takes_spec
@@ -33,6 +35,8 @@ def verify(
     drift: bool = True,
     large: bool = False,
     certificate: bool = False,
+    html: Path | None = None,
+    md: Path | None = None,
     against: Path | None = None,
     data: Path | None = None,
     seed: Count = 0,
@@ -51,6 +55,8 @@ def verify(
         large: At 2^24 as well; takes up to 1.6 GB of memory, 2.7 GB for float64 with weights; with
             a gradient 2.6 and 4.7 GB.
         certificate: Write what was found beside the model.
+        html: Write what was found as one page, which opens from disk.
+        md: Write what was found as Markdown.
         seed: Which inputs are made.
 
     A model with losses attached:
@@ -63,15 +69,19 @@ def verify(
         output_name: Which output is the loss.
     """
     from .._artefact import read_model, select_ports
-    from .._files import check_writable
     from .._model import Port
     from ..backends._whole import takes
     from ..parity._certificate import certificate_path, certify
     from ..parity._verify import verify as hold_against_references
+    from ..parity.views import _html, _markdown
 
+    pages = [(at, view.render) for at, view in ((html, _html), (md, _markdown)) if at is not None]
+    if html is not None:
+        require("jinja2", "report", "the HTML page")
     proto = read_model(model)
-    if certificate:
-        check_writable(certificate_path(model))
+    for path in (certificate_path(model) if certificate else None, html, md):
+        if path is not None:
+            check_writable(path)
     names = {"input_name": input_name, "target_name": target_name, "output_name": output_name}
     spec = _completed(given, select_ports(proto, **names)) if given else None
     result = hold_against_references(
@@ -87,13 +97,14 @@ def verify(
         target_name=target_name,
         output_name=output_name,
     )
-    written = certify(result, model) if certificate else None
+    written = [certify(result, model)] if certificate else []
+    written += [write_atomic(path, render(result).encode()) for path, render in pages]
     if as_json:
         print_json(result.to_dict())
     else:
         _show(result)
-        if written is not None:
-            print_lines([f"wrote {written}"])
+        if written:
+            print_lines([f"wrote {', '.join(map(str, written))}"])
     if not result:
         raise typer.Exit(1)
     if Port.of(proto.graph.input[0]).axes is None:  # of any rank, which no server takes
@@ -102,24 +113,13 @@ def verify(
 
 
 def _show(result: Verification | ModelVerification) -> None:
-    from ..parity._whole import ModelVerification
-    from ..parity.views import _tables as tables
+    from ..parity.views._tables import equal_text, verified
 
     console = open_console()
-    losses = [*result.losses.values()] if isinstance(result, ModelVerification) else [result]
-    for loss in losses:
-        console.print(tables.verification(loss).rich())
-        if loss.drift:
-            console.print(tables.artefact_drift(loss.drift).rich())
-        if loss.diagnoses:
-            console.print(tables.diagnoses(loss).rich())
-    cases = [verified for loss in losses for verified in loss.every_result]
-    red = sum(not verified.verdict.ok for verified in cases)
-    print_lines(
-        [f"{len(cases) - red} of {len(cases)} cases equal to PyTorch, or nearer to the truth"]
-    )
-    if isinstance(result, ModelVerification):
-        console.print(tables.whole_runs(result).rich())
+    for table in verified(result):
+        console.print(table)
+        console.print()
+    print_lines([equal_text(result)])
 
 
 def _completed(given: dict[str, Any], proto: onnx.ModelProto) -> LossSpec:

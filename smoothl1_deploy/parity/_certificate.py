@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,11 +89,7 @@ def _content(
     data: bytes,
     weights: Sequence[str],
 ) -> dict[str, Any]:
-    losses: Mapping[str, Verification] = (
-        verification.losses
-        if isinstance(verification, ModelVerification)
-        else {"loss": verification}
-    )
+    losses = verification.losses
     results = [r for loss in losses.values() for r in loss.every_result]
     worst = sorted(results, key=lambda result: result.verdict.badness, reverse=True)
     content: dict[str, Any] = {
@@ -110,7 +105,7 @@ def _content(
         "backend": verification.backend,
         "environment": plain(verification.environment),
         "tool": {"name": "smoothl1-deploy", "version": __version__},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": verification.date,
     }
     if weights:
         hashes = {name: _sha256_of(artefact.parent / name) for name in weights}

@@ -113,6 +113,14 @@ class Matrix:
     engines: Path | None = None
     absent: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        counts = ", ".join(
+            f"{len(getattr(self, name))} {name}"
+            for name in ("betas", "reductions", "dtypes", "routes")
+        )
+        draws = len(self.draw) or self.draws
+        return f"<Matrix of {counts}, {draws} draws, on {', '.join(self.backends)}>"
+
     @classmethod
     def quickly(cls, backends: tuple[str, ...], seed: int = 0) -> Matrix:
         """The part that takes about half a minute on two cores."""

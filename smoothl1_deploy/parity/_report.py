@@ -6,9 +6,11 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .._environment import now
 from .._records import Record, plain
 from .._spec import LossSpec
 from ._cases import CaseResult
@@ -163,6 +165,7 @@ class Report:
     Attributes:
         cells: of the grid.
         draws: of the random combinations beside it.
+        date: when it was made, ISO 8601, UTC.
     """
 
     cells: tuple[Cell, ...]
@@ -174,6 +177,18 @@ class Report:
     drift: Drift | None = None
     contract: Contract | None = None
     draws: tuple[Draws, ...] = ()
+    date: str = field(default_factory=now)
+
+    def __repr__(self) -> str:
+        counts = self.summary
+        red = f"{counts['red']} red, {counts['refused']} not run, {counts['red_builds']} failed"
+        return f"<Report of {counts['cells']} cells, {counts['draws']} draws: {red} engines>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict, and the matrix."""
+        from .views._tables import matrix
+
+        return "".join([f"<p>{escape(repr(self))}</p>", *(t.html() for t in matrix(self))])
 
     def __bool__(self) -> bool:
         return not self.red and not self.red_builds
@@ -206,12 +221,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, and as `views/schema.json` says."""
-        parts = ("seed", "notes", "environment", "cells", "draws", "builds", "drift", "contract")
+        parts = ("date", "seed", "notes", "environment", "cells", "draws", "builds")
         return {
             "format": FORMAT,
             "ok": bool(self),
             "summary": self.summary,
-            **{name: plain(getattr(self, name)) for name in parts},
+            **{name: plain(getattr(self, name)) for name in (*parts, "drift", "contract")},
         }
 
     def to_json(self) -> str:

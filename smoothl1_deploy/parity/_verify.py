@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from .._artefact import ModelSource, Signature, check_spec, read_model, select_ports, sha256
-from .._environment import environment
+from .._environment import environment, now
 from .._model import read_attached
 from .._records import plain
 from .._spec import LossSpec
@@ -22,10 +23,17 @@ from ._faults import Diagnosis
 from ._shapes import ShapePlan, elements
 
 if TYPE_CHECKING:
-    from ._whole import ModelVerification
+    from ._whole import ModelVerification, Run
 
 _MOST = 1 << 27  # elements of fixed shapes: some GB of references in float64
 _LARGE = 1 << 20  # elements of the largest case of a loss that isn't reduced
+
+
+def _shown(found: Verification | ModelVerification) -> str:
+    """What a notebook shows: the verdict in a line, and every table."""
+    from .views._tables import verified
+
+    return "".join([f"<p>{escape(repr(found))}</p>", *(table.html() for table in verified(found))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,7 @@ class Verification:
         drift: the error of what adds up, by size; empty where nothing does, and for fixed shapes.
         diagnoses: what is wrong, the likeliest first; empty where every case is green.
         changed: whether something else has changed the model since it was exported.
+        date: when it was found, ISO 8601, UTC.
 
     >>> from smoothl1_deploy import LossSpec, export, verify
     >>> found = verify(export(LossSpec(), shape=("N", 16)), drift=False)
@@ -60,6 +69,7 @@ class Verification:
     drift: tuple[DriftPoint, ...] = ()
     diagnoses: tuple[Diagnosis, ...] = ()
     changed: bool = False
+    date: str = field(default_factory=now, compare=False)
 
     def __bool__(self) -> bool:
         return not self.failures
@@ -68,6 +78,18 @@ class Verification:
         cases = len(self.every_result)
         green = f"{cases - len(self.failures)} of {cases} cases green"
         return f"<Verification of {self.name} on {self.backend}: {green}>"
+
+    _repr_html_ = _shown
+
+    @property
+    def losses(self) -> Mapping[str, Verification]:
+        """Itself, as a `ModelVerification` has those of its losses."""
+        return {"loss": self}
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """None: there is no more than the loss."""
+        return ()
 
     @property
     def every_result(self) -> tuple[CaseResult, ...]:
@@ -81,7 +103,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON."""
-        found = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+        found = {each.name: plain(getattr(self, each.name)) for each in fields(self)}
         found["cases"] = found.pop("results")
         return {"ok": bool(self), **found}
 

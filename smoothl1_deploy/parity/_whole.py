@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +19,7 @@ import onnx
 
 from .._artefact import ModelSource, read_model, sha256
 from .._dlpack import as_array
-from .._environment import environment
+from .._environment import environment, now
 from .._floats import NUMPY_DTYPE, Array
 from .._model import Loss, read_attached
 from .._records import Record
@@ -30,7 +30,7 @@ from ..graph._attach import loss_part
 from ..reference._oracle import oracle, oracle_gradient
 from ._cases import torch_alike, with_beta
 from ._compare import Verdict, compare
-from ._verify import Verification, verify_loss
+from ._verify import Verification, _shown, verify_loss
 
 _ROWS = 3  # of every axis whose size the model leaves open
 _BETA = np.asarray(0.5)  # where a loss takes beta as an input
@@ -70,6 +70,7 @@ class ModelVerification(Record):
         losses: the verification of each loss alone, by the name of its output.
         runs: of the whole model.
         environment: versions and hardware.
+        date: when it was found, ISO 8601, UTC.
     """
 
     name: str
@@ -78,12 +79,15 @@ class ModelVerification(Record):
     losses: Mapping[str, Verification]
     runs: tuple[Run, ...]
     environment: Mapping[str, Any]
+    date: str = field(default_factory=now, compare=False)
     derived: ClassVar = ("ok",)
 
     def __repr__(self) -> str:
         said = ", ".join(f"{n} {'green' if v else 'red'}" for n, v in self.losses.items())
         runs = f"{sum(run.ok for run in self.runs)} of {len(self.runs)} runs of the whole green"
         return f"<ModelVerification of {self.name} on {self.backend}: {said}; {runs}>"
+
+    _repr_html_ = _shown
 
     def __bool__(self) -> bool:
         return all(self.losses.values()) and all(run.ok for run in self.runs)

@@ -58,6 +58,11 @@ class Score(Record):
     output: Path | None = None
     derived: ClassVar[tuple[str, ...]] = ("rate",)
 
+    def __repr__(self) -> str:
+        of = f"{self.spec.reduction} of {self.count:,} elements, {self.shards:,} shards"
+        where = "" if self.output is None else f", rows in {self.output}"
+        return f"<Score {self.loss!r}: {of} in {self.seconds:.1f} s{where}>"
+
     @property
     def rate(self) -> float:
         """Elements scored a second, in this run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -51,8 +52,13 @@ class Client:
         retries: int = 3,
     ) -> None:
         self.model, self.version = model, str(version)
+        self._url = url
         self._transport = open_transport(url, timeout, retries)
         self._known: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        version = f", version {self.version}" if self.version else ""
+        return f"<Client of {self.model}{version} at {re.sub('//[^/]*@', '//', self._url)}>"
 
     def __enter__(self) -> Client:
         return self

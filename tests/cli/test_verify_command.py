@@ -33,6 +33,16 @@ def test_a_good_model_and_its_certificate(cli: Cli) -> None:
     assert json.loads(Path("loss.onnx.certificate.json").read_text())["verdict"] == "green"
 
 
+def test_what_was_found_is_a_page_and_markdown_too(cli: Cli) -> None:
+    done = cli("verify", model(beta=0.5), "--no-drift", "--html", "a.html", "--md", "a.md")
+    assert done.code == 0 and done.out.endswith("wrote a.html, a.md\n")
+    for name in ("a.html", "a.md"):
+        text = Path(name).read_text()
+        assert "13 of 13 cases equal" in text and "inf-minus-inf" in text and "GPU kernels" in text
+    done = spawn("verify", model(), "--html", "b.html", without="jinja2")
+    assert done.code == 3 and "[report]" in done.err and not Path("b.html").exists()
+
+
 def test_a_wrong_beta_is_red_and_named(cli: Cli) -> None:
     done = cli("verify", model(beta=0.5), "--beta", "0.25", *QUICK)
     found = json.loads(done.out)

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from smoothl1_deploy import LossSpec, export, verify
 from smoothl1_deploy.parity._drift import Drift
 from smoothl1_deploy.parity._report import Report
 from smoothl1_deploy.parity.views import _html as html
@@ -211,7 +212,7 @@ def saved(text: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def red_page(red: Report, drift: Drift, tmp_path_factory: pytest.TempPathFactory) -> str:
-    text = html.render(dataclasses.replace(red, drift=drift))
+    text = html.render(dataclasses.replace(red, drift=drift)).replace("<details", "<details open")
     return saved(text, tmp_path_factory.mktemp("red"))
 
 
@@ -220,6 +221,13 @@ def green_page(green: Report, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A page with maps of the extensions and the glossary, all of it unfolded."""
     text = html.render(green).replace("<details", "<details open")
     return saved(text, tmp_path_factory.mktemp("green"))
+
+
+@pytest.fixture(scope="module")
+def verified_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """That of a red verification, with a name as long as ours are."""
+    found = verify(export(LossSpec(0.5), shape=("N", 4)), spec=LossSpec())
+    return saved(html.render(found), tmp_path_factory.mktemp("verified"))
 
 
 @pytest.fixture
@@ -289,15 +297,21 @@ def test_an_address_with_a_cell_opens_it_and_hostile_text_stays_text(
 
 
 def test_it_fits_and_reads_at_every_width_in_both_themes(
-    browser: Browser, red_page: str, green_page: str
+    browser: Browser, red_page: str, green_page: str, verified_page: str
 ) -> None:
-    pages = {"red": red_page, "green": green_page}
+    pages = {"red": red_page, "green": green_page, "verified": verified_page}
     for (name, url), width, dark in product(pages.items(), (1280, 390), (False, True)):
         with Page(browser, url, width, 844, dark) as page:
             assert page.run("document.documentElement.scrollWidth") == width, (name, dark)
             assert page.run(CLIPPED) == [], (name, width, dark)
             assert page.run(CONTRASTS) == [], (name, width, dark)
+            assert page.run(SMALL) == [], (name, width, dark)
 
+
+#: Links and folds of less than 24 pixels (WCAG 2.2's target size), but those inside a sentence.
+SMALL = """[...document.querySelectorAll("nav a, summary, .close")]
+  .filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 24)
+  .map((e) => e.innerText)"""
 
 #: Texts that stick out of their cell or tile, where they would be cut off.
 CLIPPED = """(() => {

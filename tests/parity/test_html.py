@@ -10,6 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from smoothl1_deploy import LossSpec, export, verify
+from smoothl1_deploy._table import clean
 from smoothl1_deploy.backends._names import BACKENDS, REFERENCES
 from smoothl1_deploy.graph._export import ROUTES
 from smoothl1_deploy.parity._cases import LAYOUTS
@@ -17,9 +19,10 @@ from smoothl1_deploy.parity._contract import Contract
 from smoothl1_deploy.parity._drift import Curve, Drift
 from smoothl1_deploy.parity._families import FAMILIES
 from smoothl1_deploy.parity._report import Cell, Report, repeat_command
+from smoothl1_deploy.parity._verify import Verification
 from smoothl1_deploy.parity.views import _html as html
 from smoothl1_deploy.parity.views._html import STEPS, anchors, maps, step
-from smoothl1_deploy.parity.views._tables import clean, overviews
+from smoothl1_deploy.parity.views._tables import overviews
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -169,8 +172,49 @@ def test_the_headline_is_the_verdict(full: str, red_page: str, green: Report, re
     assert len(red.red) == len(re.findall(r"\d+ of \d+ cases", " ".join(listed)))
 
 
-def test_one_file_and_no_network(full: str, red_page: str) -> None:
+@pytest.fixture(scope="module")
+def verified(hostile: str) -> str:
+    """The page of a red verification of a model with a hostile name."""
+    found = verify(export(LossSpec(0.5), shape=("N", 4)), spec=LossSpec(), drift=False)
+    assert isinstance(found, Verification) and not found
+    return html.render(dataclasses.replace(found, name=hostile))
+
+
+def test_a_verification_is_a_page_too(verified: str, hostile: str) -> None:
+    document = Document(verified)
+    ((attributes, text),) = document.all("h1")
+    assert attributes["class"] == "bad"
+    assert re.fullmatch(r"✕ \d+ of 13 cases equal to PyTorch, or nearer to the truth", text)
+    assert clean(" ".join(hostile.split())) in " ".join(t for _, t in document.all("code"))
+    assert not document.all("script")
+    assert "wrong beta" in " ".join(text for _, text in document.all("td"))
+    assert "GPU kernels" in [text for _, text in document.all("dt")]
+
+
+def test_what_was_not_run_stands_at_the_top(full: str, red_page: str, red: Report) -> None:
     for page in (full, red_page):
+        head = page[: page.index("<main")]
+        assert "<time>" in head and "onnxruntime" in head
+        document = Document(f"{head}</body></html>")
+        terms = ([text for _, text in document.all(tag)] for tag in ("dt", "dd"))
+        told = dict(zip(*terms, strict=True))
+        assert told["GPU kernels"] == "torch-triton, ort-cuda, ort-tensorrt, ort-tensorrt-rtx, trt"
+        assert told["served by Triton"] == "triton-http, triton-grpc"
+    assert told["TensorRT engines"] == "1 built, none executed"
+    assert told["12 cells"].startswith("no float64 here")
+
+
+def test_maps_without_a_red_cell_are_folded(red_page: str) -> None:
+    folded = "".join(re.findall(r"<details>.*?</details>", red_page, re.DOTALL))
+    outside = red_page
+    for part in re.findall(r"<details>.*?</details>", red_page, re.DOTALL):
+        outside = outside.replace(part, "")
+    assert len(Document(folded).all("table", "small")) == 1  # float64, which is not run
+    assert len(Document(outside).all("table", "small")) == 1
+
+
+def test_one_file_and_no_network(full: str, red_page: str, verified: str) -> None:
+    for page in (full, red_page, verified):
         document = Document(page)
         names = {tag for tag, _, _ in document.elements}
         assert not names & {"link", "img", "iframe", "object", "base"}
@@ -265,8 +309,8 @@ def test_environment_and_engines(red_page: str, red: Report) -> None:
     for package, version in red.environment["packages"].items():
         assert f"{package} {version or 'not installed'}" in text
     tables = Document(red_page).all("table", "plain")
-    engines = next(text for _, text in tables if text.startswith("routebuiltfailed"))
-    assert "function1✕ 10.25 s20 kBtensorrt_rtx1: no float64" in engines
+    engines = next(text for _, text in tables if text.startswith("engines by route"))
+    assert "functiontensorrt_rtx1✕ 110.25 s20 kB" in engines
     assert "engines built" in red_page
     none = html.render(dataclasses.replace(red, builds=()))
     assert "engines built" not in none and 'class="tiles four"' in none

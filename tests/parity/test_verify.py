@@ -22,6 +22,7 @@ from theirs import their_loss
 from smoothl1_deploy import LossSpec, export, verify
 from smoothl1_deploy._artefact import select_ports, signature
 from smoothl1_deploy._floats import Array
+from smoothl1_deploy._table import Table
 from smoothl1_deploy.backends._base import load
 from smoothl1_deploy.errors import ArtefactError, ModelWarning
 from smoothl1_deploy.ops import is_built as library_is_built
@@ -36,9 +37,9 @@ from smoothl1_deploy.parity.views import _tables as tables
 Axes = tuple[int | str, ...]
 
 
-def shown(table: tables.Table) -> str:
+def shown(table: Table) -> str:
     console = Console(file=StringIO(), width=200)
-    console.print(table.rich())
+    console.print(table)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
@@ -77,7 +78,7 @@ def test_the_extensions_are_green(few_sizes: None) -> None:
         assert result, (spec, result.failures)
         assert bool(result.drift) is not (spec.per_sample or spec.reduction == "none")
         assert {point.output for point in result.drift} <= {*spec.outputs}
-        assert tables.verification(result).rich().row_count
+        assert tables.verification(result).rows
         assert len(tables.artefact_drift(result.drift).rows) == len(result.drift)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import re
 import sys
 import tomllib
@@ -13,18 +14,23 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+from rich.console import Console
 
 import smoothl1_deploy
-from smoothl1_deploy import LossSpec
+from smoothl1_deploy import LossSpec, export, verify
+from smoothl1_deploy._spec import DTYPES, REDUCTIONS
+from smoothl1_deploy._table import Entry, Table, clean
 from smoothl1_deploy.errors import MissingDependencyError
 from smoothl1_deploy.parity._contract import Contract
 from smoothl1_deploy.parity._drift import Drift
 from smoothl1_deploy.parity._report import Report, is_extended, repeat_command
+from smoothl1_deploy.parity._verify import Verification
+from smoothl1_deploy.parity._whole import ModelVerification, Run
 from smoothl1_deploy.parity.views import _html as html
 from smoothl1_deploy.parity.views import _junit as junit
 from smoothl1_deploy.parity.views import _markdown as markdown
 from smoothl1_deploy.parity.views import _tables as tables
-from smoothl1_deploy.parity.views._tables import beta_text, clean, distance_text, finding, variant
+from smoothl1_deploy.parity.views._tables import beta_text, distance_text, finding, variant
 
 # --- what the views share
 
@@ -59,15 +65,15 @@ def test_what_stands_for_several_has_the_largest_distance_of_them(green: Report)
     cells = [dataclasses.replace(green.cells[0], spec=spec, ulp=u, allowed=a) for u, a in numbers]
     report = dataclasses.replace(green, cells=tuple(cells))
     (table,) = tables.matrix(report)
-    assert table.rows[0][1] == tables.Entry("3/4", True)
+    assert table.rows[0][1] == Entry("3/4", True)
 
 
 def test_what_could_be_markup_is_code_in_a_markdown_table() -> None:
     for text in ("0.5", "3/4★", "mean per sample", "1.2e-08", "–"):
-        assert f"| {text} |" in tables.Table("", ("a",), [(text,)], "l").markdown()
+        assert f"| {text} |" in Table("", ("a",), [(text,)], "l").markdown()
     for text in ("a*b*", "<b>", "@someone", "www.example.org", "https://x", "a~b", "a[b](c)"):
-        assert f"| `{text}` |" in tables.Table("", ("a",), [(text,)], "l").markdown()
-    assert r"| `a\|b` |" in tables.Table("", ("a",), [("a|b",)], "l").markdown()
+        assert f"| `{text}` |" in Table("", ("a",), [(text,)], "l").markdown()
+    assert r"| `a\|b` |" in Table("", ("a",), [("a|b",)], "l").markdown()
 
 
 # --- JSON
@@ -217,6 +223,9 @@ def test_markdown_tables_are_rectangular(
 def test_markdown_says_green_or_red(green: Report, red: Report) -> None:
     text = markdown.render(green)
     assert text.startswith("## ✅") and "❌" not in text
+    # A reader has not gone far before it is said what is not proved.
+    assert green.date in text.splitlines()[2] and text.splitlines()[4] == "Not run:"
+    assert "- GPU kernels: torch-triton, ort-cuda" in text
     text = markdown.render(red)
     assert text.startswith(f"## ❌ Smooth L1 parity: {len(red.red)} red cells and 1 failed engine")
     assert all(repeat_command(cell, 7) in text for cell in red.red)
@@ -241,17 +250,66 @@ def test_markdown_of_many_red_cells_stays_short(red: Report) -> None:
 
 
 def test_the_terminal_shows_every_table(green: Report, red: Report) -> None:
-    from rich.console import Console
-
     for report in (green, red):
         console = Console(width=200, record=True, file=io.StringIO())
         shown = [*tables.matrix(report), tables.backends(report), tables.branches(report)]
         assert len(shown) == (4 if report is green else 3)  # the extensions have one of their own
         for table in shown:
-            console.print(table.rich())
+            console.print(table)
         text = console.export_text()
         assert "float32" in text and "quadratic" in text
         assert ("error/" in text) == ("class/" in text) == (report is red)
+
+
+HUGE = 2_994_212_345
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_number_is_cut_in_a_terminal(
+    width: int, green: Report, red: Report, contract: Contract, drift: Drift
+) -> None:
+    """Every dtype and reduction, and distances as a wrong graph has them."""
+    specs = [LossSpec(1.0, r, d) for d in DTYPES for r in REDUCTIONS]
+    every = tuple(
+        dataclasses.replace(green.cells[0], spec=spec, beta=beta, ulp=HUGE, allowed=HUGE)
+        for spec in specs
+        for beta in (0.0, 1e-3, 0.1 + 0.2, math.inf)
+    )
+    found = verify(export(LossSpec(), shape=("N", 16)))
+    assert isinstance(found, Verification)
+    wrong = [
+        dataclasses.replace(
+            result,
+            verdict=dataclasses.replace(result.verdict, ok=False, ulp=HUGE, detail=f"{HUGE} off"),
+        )
+        for result in found.results
+    ]
+    points = [
+        dataclasses.replace(p, result=dataclasses.replace(p.result, verdict=wrong[0].verdict))
+        for p in found.drift
+    ]
+    bad = dataclasses.replace(found, results=tuple(wrong), drift=tuple(points))
+    whole = ModelVerification(
+        "model", "0" * 64, "ort-cpu", {}, (Run("normal", {"loss": wrong[0].verdict}, {}),), {}
+    )
+    shown = [
+        *tables.matrix(dataclasses.replace(green, cells=every)),
+        *(each for r in (green, red) for each in (*tables.matrix(r), tables.backends(r))),
+        *(tables.branches(green), tables.engines(red.builds), tables.drift(drift)),
+        *(each for v in (found, bad) for each in tables.verified(v)),
+        tables.whole_runs(whole),
+    ]
+    assert len(shown) > 12
+    for table in shown:
+        console = Console(width=width, file=io.StringIO(), soft_wrap=True)
+        console.print(table)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert max(map(len, text.splitlines())) <= width, table.title
+        words = text.split()
+        for row in table.rows:
+            entries = [entry if isinstance(entry, str) else entry.text for entry in row]
+            assert {word for entry in entries for word in entry.split()} <= {*words}, table.title
+        assert {word for name in table.columns for word in name.split()} <= {*words}
 
 
 # --- packaging

@@ -9,9 +9,12 @@ import onnx
 import onnx.parser
 import pytest
 
-from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
+from smoothl1_deploy import LossSpec, attach, build_engine, export, load, loss_over, verify
+from smoothl1_deploy.backends import BACKENDS
 from smoothl1_deploy.errors import ArtefactError, InvalidInputError, SpecError
+from smoothl1_deploy.parity._matrix import Matrix
 from smoothl1_deploy.parity._whole import ModelVerification, verify_model
+from smoothl1_deploy.serving import Client
 
 DETECTOR = """<ir_version: 8, opset_import: ["": 18]>
 g (float[N, 3, 8, 8] images) => (float[N, 4] boxes) {
@@ -61,11 +64,22 @@ def test_what_a_notebook_shows_is_one_line(scored: onnx.ModelProto, tmp_path: Pa
             load(loss),
             load(scored),
             build_engine(loss, tmp_path / "loss.engine"),
+            Matrix(tuple(BACKENDS)),
+            loss_over([(IMAGES, IMAGES)]),
+            Client("http://user:secret@127.0.0.1:8000", "mean"),
         )
     ]
+    assert "secret" not in shown[-1] and shown[-1].endswith("mean at http://127.0.0.1:8000>")
     assert all(len(text) < 300 and text.startswith("<") and "\n" not in text for text in shown)
     assert "13 of 13 cases green" in shown[0] and "scores green" in shown[1]
     assert "input: float32[N,4]" in shown[2] and "-> boxes, loss, scores" in shown[3]
+
+
+def test_a_notebook_shows_every_table_of_a_verification(scored: onnx.ModelProto) -> None:
+    page = verify(scored, drift=False)._repr_html_()
+    assert page.startswith("<p>&lt;ModelVerification of g on ort-cpu")
+    assert page.count("<table") == 3 and page.count("inf-minus-inf") == 2
+    assert verify(export(LossSpec()), drift=False)._repr_html_().count("<table") == 1
 
 
 def test_of_data_that_is_given_that_alone_is_run(scored: onnx.ModelProto) -> None:

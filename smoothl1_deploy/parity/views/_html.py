@@ -1,4 +1,4 @@
-"""The report as one HTML file: no network, no other file, readable without a script.
+"""A report or a verification as one HTML file: no network, nothing beside it, no script needed.
 
 Everything that comes from a run (names, details of failures, versions) is escaped by jinja2;
 the style sheet and the script are this package's own.
@@ -12,9 +12,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..._environment import docstring
+from ..._table import clean
 from ...errors import require
 from .._cases import LAYOUTS
 from .._compare import REDUCTION_FLOOR
@@ -24,6 +25,10 @@ from .._families import BRANCHES, FAMILIES
 from .._report import Cell, Report, repeat_command
 from . import _tables as tables
 from ._tables import Grid, beta_of, beta_text, finding, representative, variant, variant_of
+
+if TYPE_CHECKING:
+    from .._verify import Verification
+    from .._whole import ModelVerification
 
 _FAILURES_SHOWN = 30  # a panel; all of them are in the JSON
 _RED_SHOWN = 10  # at the top of the page; the others are folded away
@@ -196,7 +201,7 @@ def _asset(name: str) -> str:
     return files(__package__).joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _template() -> Any:
+def _template(name: str) -> Any:
     jinja2 = require("jinja2", "report", "the HTML report")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset),
@@ -205,9 +210,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=lambda value: (
-            tables.clean(value)
-            if isinstance(value, str) and not hasattr(value, "__html__")
-            else value
+            clean(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
         ),
     )
     environment.filters |= {
@@ -217,26 +220,40 @@ def _template() -> Any:
         "measured": tables.measured_text,
         "step": step,
     }
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
-def render(report: Report) -> str:
+def render(found: Report | Verification | ModelVerification) -> str:
     """The whole document.
 
     Raises:
         MissingDependencyError: without jinja2.
     """
-    template = _template()
+    name = "report" if isinstance(found, Report) else "verification"
+    template = _template(f"{name}.html.j2")
     import markupsafe  # jinja2's own dependency
+
+    document: str = template.render(
+        found=found,
+        tables=tables,
+        versions=tables.versions(found.environment),
+        floor=REDUCTION_FLOOR,
+        style=markupsafe.Markup(_asset("report.css")),
+        **(_of_report(found) if isinstance(found, Report) else {"script": ""}),
+    )
+    return document.lstrip() + "\n"
+
+
+def _of_report(report: Report) -> dict[str, Any]:
+    """What the page of a report shows beside it, and the script that makes it easier to use."""
+    import markupsafe
 
     # A panel is of a cell of the grid, or of a draw that is red.
     paneled = [*report.cells, *(cell for row in report.draws for cell in row.red)]
     ids = anchors(paneled)
     script = _asset("report.js")
-    document: str = template.render(
-        report=report,
+    return dict(
         summary=report.summary,
-        tables=tables,
         cells=paneled,
         anchor=lambda cell: ids[id(cell)],
         shown=_shown,
@@ -249,12 +266,9 @@ def render(report: Report) -> str:
         family_meaning=family_meaning,
         plots=plots(report.drift) if report.drift else {},
         kinds=KINDS,
-        floor=REDUCTION_FLOOR,
         worst=max((cell.ulp for cell in report.cells if cell.ok), default=0),
         failures_shown=_FAILURES_SHOWN,
         red_shown=_RED_SHOWN,
-        style=markupsafe.Markup(_asset("report.css")),
         script=markupsafe.Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    return document.lstrip() + "\n"

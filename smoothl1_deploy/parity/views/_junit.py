@@ -15,8 +15,9 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 from ..._spec import LossSpec
+from ..._table import clean
 from .._report import Build, Cell, Report, repeat_command
-from ._tables import beta_text, clean, finding, plural, variant
+from ._tables import beta_text, finding, plural, variant
 
 _TOTALS = {"tests": "testcase", "failures": "failure", "errors": "error", "skipped": "skipped"}
 

@@ -1,12 +1,18 @@
-"""The report as GitHub-flavoured Markdown, short enough for a comment on a pull request."""
+"""A report or a verification as GitHub-flavoured Markdown, short enough for a pull request."""
 
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
+from ..._table import Table, code, harmless, longest_backticks
 from .._report import Report, repeat_command
 from . import _tables as tables
-from ._tables import beta_text, code, cut, plural, variant
+from ._tables import cut, plural, spec_text
+
+if TYPE_CHECKING:
+    from .._verify import Verification
+    from .._whole import ModelVerification
 
 #: GitHub refuses a comment of more than 65,536 characters.
 _RED_SHOWN = 20
@@ -28,8 +34,7 @@ def _red(report: Report) -> list[str]:
     if report.red:
         lines.append("### Red cells")
     for cell in report.red[:_RED_SHOWN]:
-        spec, first = cell.spec, cell.failures[0]
-        where = f"{spec.dtype}, beta {beta_text(cell.beta)}, {variant(spec)}"
+        first, where = cell.failures[0], spec_text(cell.spec, cell.beta)
         lines += [
             f"- {code(f'{where}; {cell.route} on {cell.backend}')}: "
             f"{plural(len(cell.failures), 'red case')} of {cell.cases}. "
@@ -49,14 +54,35 @@ def _red(report: Report) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _section(table: tables.Table) -> list[str]:
+def _section(table: Table) -> list[str]:
     """A table under its title; nothing of one without rows."""
     return [table.title, *table.markdown()] if table.rows else []
 
 
-def render(report: Report) -> str:
-    """Headline, red cells and tables; the rest folded away."""
-    lines = [_headline(report), "", *_red(report)]
+def _not_run(found: Report | Verification | ModelVerification) -> list[str]:
+    """When and with what, and what this says nothing of."""
+    lines = [f"- {what}: {harmless(why)}" for what, why in tables.not_run(found)]
+    versions = ", ".join(tables.versions(found.environment))
+    return ["", f"{code(found.date)}, {code(versions)}", "", "Not run:", "", *lines, ""]
+
+
+def render(found: Report | Verification | ModelVerification) -> str:
+    """Headline, what was not run, what is red, and tables; the rest folded away."""
+    return _of_report(found) if isinstance(found, Report) else _of_verification(found)
+
+
+def _of_verification(found: Verification | ModelVerification) -> str:
+    lines = [f"## {'✅' if found else '❌'} {tables.equal_text(found)}", ""]
+    lines.append(f"{code(found.name)} on {code(found.backend)}, sha256 {found.sha256}")
+    lines += ["", *(f"- {code(f'{n}: {spec_text(v.spec)}')}" for n, v in found.losses.items())]
+    lines += _not_run(found)
+    for table in tables.verified(found):
+        lines += ["", f"### {harmless(table.title)}", *table.markdown()]
+    return "\n".join(lines)
+
+
+def _of_report(report: Report) -> str:
+    lines = [_headline(report), *_not_run(report), *_red(report)]
     shown = [*tables.matrix(report), tables.backends(report), tables.draws(report)]
     for table in shown:
         lines += _section(table)
@@ -65,7 +91,7 @@ def render(report: Report) -> str:
     if report.contract:
         lines += ["### Contract differences", *_section(tables.contract(report.contract))]
     environment = json.dumps(dict(report.environment), indent=1, ensure_ascii=True)
-    fence = "`" * (3 + tables.longest_backticks(environment))
+    fence = "`" * (3 + longest_backticks(environment))
     lines += [
         f"<details><summary>Seed {report.seed}, {report.seconds:.0f} s; environment</summary>",
         "",

@@ -1,42 +1,25 @@
-"""What every view shows: the report's numbers in words, and in tables.
-
-A `Table` is text in rows; it is written for the terminal and as Markdown here, and as HTML by the
-template.
-"""
+"""What every view shows: numbers in words, and in tables; of a report, and of a verification."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..._records import markdown_table
 from ..._spec import LossSpec
+from ..._table import Entry, Table
 from .._contract import Contract
 from .._drift import DATA, Drift, DriftPoint
 from .._families import BRANCHES
 from .._report import Build, Cell, Report, is_extended, mean_shares
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
+    from .._compare import Verdict
     from .._verify import Verification
     from .._whole import ModelVerification
-
-# XML 1.0 has no place for these, and a browser drops or replaces them.
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-# What no Markdown can be made of, nor a link: a point stands between digits alone.
-_HARMLESS = re.compile(r"(?:[\w ,/%=^+–★-]|(?<=\d)\.(?=\d))*")
-
-
-def clean(text: str) -> str:
-    """`text` with every character that XML or UTF-8 can't hold replaced by U+FFFD."""
-    return _CONTROL.sub("\ufffd", text)
 
 
 def plural(count: int, noun: str) -> str:
@@ -66,6 +49,21 @@ def variant(spec: LossSpec) -> str:
         else:
             words.append(field.name.replace("_", " "))
     return " ".join(words)
+
+
+def spec_text(spec: LossSpec, beta: float | None = None) -> str:
+    """`"float32, beta 0.5, mean per sample"`; the beta that was fed, where one was."""
+    return f"{spec.dtype}, beta {beta_text(spec.beta if beta is None else beta)}, {variant(spec)}"
+
+
+def versions(environment: Mapping[str, Any]) -> list[str]:
+    """What it ran on, and the versions that are installed, for a line."""
+    packages = {name: version for name, version in environment["packages"].items() if version}
+    return [
+        *(f"{name} {version}" for name, version in packages.items()),
+        f"Python {environment['python']}",
+        f"{environment['processor']}, {environment['cores']} cores",
+    ]
 
 
 def distance_text(ulp: int) -> str:
@@ -128,6 +126,36 @@ def by_backend(cells: Iterable[Cell]) -> list[tuple[str, str, list[Cell]]]:
     ]
 
 
+# --- what was not run
+
+
+def not_run(found: Report | Verification | ModelVerification) -> Iterator[tuple[str, str]]:
+    """What this says nothing of, as (what, why): kernels, engines, servers, cells."""
+    from ...backends._names import BACKENDS, REFERENCES, backend_class
+    from ...backends._gpu import GpuBackend
+
+    ran = {found.backend} if not isinstance(found, Report) else {c.backend for c in found.cells}
+    groups: dict[str, list[str]] = {"GPU kernels": [], "served by Triton": [], "other backends": []}
+    on_gpu, served, others = groups.values()
+    for name in BACKENDS:
+        if name not in REFERENCES and name not in ran:
+            cls = backend_class(name)
+            wire = served if cls.over_the_wire else others
+            (on_gpu if issubclass(cls, GpuBackend) else wire).append(name)
+    yield from ((what, ", ".join(names)) for what, names in groups.items() if names)
+    if not isinstance(found, Report):
+        if not any(loss.drift for loss in found.losses.values()):
+            yield "the error by size", "not measured"
+        return
+    if "trt" not in ran:
+        built = found.summary["builds"] - found.summary["red_builds"]
+        yield "TensorRT engines", f"{built or 'none'} built, none executed"
+    reasons = [cell.refused for cell in found.cells if cell.refused is not None]
+    if reasons:
+        yield plural(len(reasons), "cell"), "; ".join(dict.fromkeys(reasons))
+    yield from (("left out", note) for note in found.notes if note.startswith("left out"))
+
+
 # --- cells in rows and columns
 
 
@@ -185,7 +213,9 @@ class Grid:
         """The worst of each entry's cells, as distance to the oracle / allowed."""
         columns = (f"{group} {name}".strip() for group, name in self.columns)
         rows = [(name, *map(_limit_entry, row)) for name, row in self.rows]
-        return Table(title, (self.corner, *columns), rows, "l" + "r" * len(self.columns))
+        starred = any(c.better_than_pytorch for _, row in self.rows for cells in row for c in cells)
+        below = (_STAR,) if starred else ()
+        return Table(title, (self.corner, *columns), rows, "l" + "r" * len(self.columns), below)
 
 
 def split(cells: Iterable[Cell]) -> tuple[list[Cell], list[Cell]]:
@@ -217,80 +247,11 @@ def overviews(report: Report) -> list[Grid]:
     return [grid for grid in grids if grid.rows]
 
 
-# --- tables of text
+# --- tables
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An entry of a table that is good or bad."""
-
-    text: str
-    ok: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows of text, under a title; `align` has a letter a column, `l` or `r`.
-
-    What stands below, and the lines between rows, are the terminal's alone.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[Entry | str, ...]]
-    align: str
-    below: str = ""
-    ruled: bool = False
-
-    def rich(self) -> RichTable:
-        """For the terminal."""
-        from rich.table import Table as RichTable
-
-        table = RichTable(
-            title=_rich_entry(self.title),
-            title_justify="left",
-            caption=_rich_entry(self.below) if self.below else None,
-            caption_justify="left",
-            show_lines=self.ruled,
-        )
-        for name, letter in zip(self.columns, self.align, strict=True):
-            table.add_column(_rich_entry(name), justify="right" if letter == "r" else "left")
-        for row in self.rows:
-            table.add_row(*map(_rich_entry, row))
-        return table
-
-    def markdown(self) -> list[str]:
-        """The lines of GitHub-flavoured Markdown, a blank one at either end."""
-        header, *rows = ([*map(_markdown_entry, row)] for row in (self.columns, *self.rows))
-        return ["", *markdown_table(header, rows, self.align), ""]
-
-
-def _rich_entry(entry: Entry | str) -> Text:
-    from rich.text import Text
-
-    if isinstance(entry, str):
-        return Text(entry)
-    return Text(entry.text, style="green" if entry.ok else "bold white on red")
-
-
-def _markdown_entry(entry: Entry | str) -> str:
-    if isinstance(entry, Entry) and not entry.ok:
-        return f"❌ **{entry.text}**"
-    text = entry if isinstance(entry, str) else entry.text
-    return text if _HARMLESS.fullmatch(text) else code(text)
-
-
-def code(text: str) -> str:
-    """A code span of Markdown: nothing in it is markup, a mention or a link."""
-    text = " ".join(clean(text).split())
-    fence = "`" * (1 + longest_backticks(text))
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
-
-
-def longest_backticks(text: str) -> int:
-    """The length of the longest run of backticks: a longer one is not closed from inside."""
-    return max(map(len, re.findall("`+", text)), default=0)
+_STAR = "★ right where PyTorch itself overflows, underflows or makes NaN"
+_BETTER = _STAR.replace("★", "better:")
 
 
 def _limit_entry(cells: Sequence[Cell]) -> Entry | str:
@@ -304,10 +265,7 @@ def _limit_entry(cells: Sequence[Cell]) -> Entry | str:
 
 def matrix(report: Report) -> list[Table]:
     """The overviews, in text."""
-    title = (
-        "ULP to the oracle / allowed, the worst of every route and backend "
-        "(★ right where PyTorch itself overflows, underflows or makes NaN)"
-    )
+    title = "ULP to the oracle / allowed, the worst of every route and backend"
     titles = (title, "the extensions, likewise")
     return [grid.table(text) for grid, text in zip(overviews(report), titles, strict=False)]
 
@@ -322,23 +280,19 @@ def _none_wanted(count: int) -> Entry:
     return Entry(f"{count:,}", not count)
 
 
-def _refusals(reasons: Sequence[str]) -> str:
-    """How many there are, and each reason once."""
-    return f"{len(reasons):,}: {'; '.join(dict.fromkeys(reasons))}" if reasons else ""
-
-
 def backends(report: Report) -> Table:
-    """One row a backend and route."""
+    """One row a backend and route; below, why cells were not run."""
     rows = []
     for backend, route, cells in by_backend(report.cells):
         run = [cell for cell in cells if cell.refused is None]
         red = _none_wanted(sum(not cell.ok for cell in run))
         largest = max((cell.ulp for cell in run), default=0)
-        refused = _refusals([cell.refused for cell in cells if cell.refused is not None])
         cases = sum(cell.cases for cell in run)
-        rows.append(_row(backend, route, len(run), cases, red, largest, refused))
-    columns = ("backend", "route", "cells", "cases", "red", "largest ULP", "not run")
-    return Table("backends and routes", columns, rows, "llrrrrl")
+        rows.append(_row(backend, route, len(run), cases, red, len(cells) - len(run), largest))
+    refused = [f"{c.backend}: {c.refused}" for c in report.cells if c.refused is not None]
+    columns = ("backend", "route", "cells", "cases", "red", "not run", "largest ULP")
+    below = tuple(dict.fromkeys(refused))
+    return Table("backends and routes", columns, rows, "llrrrrr", below, keys=2)
 
 
 def draws(report: Report) -> Table:
@@ -350,7 +304,7 @@ def draws(report: Report) -> Table:
         rows.append(_row(row.backend, row.route, row.draws, row.cases, red, row.refused, limit))
     columns = ("backend", "route", "draws", "cases", "red", "not run", "nearest to its limit")
     title = "random combinations; the nearest to its limit as ULP / allowed, number"
-    return Table(title, columns, rows, "llrrrrr")
+    return Table(title, columns, rows, "llrrrrr", keys=2)
 
 
 def branches(report: Report) -> Table:
@@ -374,10 +328,11 @@ def engines(builds: Sequence[Build]) -> Table:
         seconds = f"{median([build.seconds for build in built] or [0.0]):.2f} s"
         largest = bytes_text(max((build.bytes for build in built), default=0))
         flavours = ", ".join(dict.fromkeys(build.flavour for build in built or group))
-        refused = _refusals([build.refused for build in group if build.refused is not None])
-        rows.append(_row(route, len(built), failed, seconds, largest, flavours, refused))
-    columns = ("route", "built", "failed", "median time", "largest", "flavour", "refused")
-    return Table("engines", columns, rows, "lrrrrll")
+        refused = sum(build.refused is not None for build in group)
+        rows.append(_row(route, flavours, len(built), failed, refused, seconds, largest))
+    columns = ("route", "flavour", "built", "failed", "refused", "median time", "largest")
+    below = tuple(dict.fromkeys(build.refused for build in builds if build.refused is not None))
+    return Table("engines by route", columns, rows, "llrrrrr", below)
 
 
 def bytes_text(count: int) -> str:
@@ -396,29 +351,52 @@ def drift(measured: Drift) -> Table:
     return Table(title, ("way", "data", "relative error", "ULP"), rows, "llrr")
 
 
+def _judged(verdict: Verdict) -> tuple[Entry | str, ...]:
+    """Distance to the oracle, PyTorch's own and what is allowed; and the verdict in a word."""
+    word = "better" if verdict.better else "equal"
+    measured = "class" if verdict.wrong_class else f"{verdict.ulp:,}"
+    said = Entry(word if verdict.ok else "red", verdict.ok)
+    return _row(measured, verdict.torch_ulp, verdict.allowed, said)
+
+
+def _below(judged: Iterable[tuple[str, Verdict]]) -> tuple[str, ...]:
+    """What stands below verdicts: the words' meanings, and what is wrong with the red ones."""
+    judged = [*judged]
+    better = any(verdict.ok and verdict.better for _, verdict in judged)
+    return (
+        *((_BETTER,) if better else ()),
+        *(f"{what}: {verdict.detail}" for what, verdict in judged if not verdict.ok),
+    )
+
+
 def artefact_drift(points: Sequence[DriftPoint]) -> Table:
-    """One row a size and family: error and ULP, measured, PyTorch's, allowed, bound."""
+    """One row a size and family: ULP and error, measured, PyTorch's, allowed, bound."""
+    ordered = sorted(points, key=lambda p: (p.output, DATA.index(p.family), p.elements))
     rows = []
-    for point in sorted(points, key=lambda p: (p.output, DATA.index(p.family), p.elements)):
-        verdict = point.result.verdict
-        errors = (point.relative, point.torch_relative)
-        bound = math.inf if point.bound is None else point.bound
+    for point in ordered:
+        verdict, bound = point.result.verdict, point.bound
         rows.append(
             _row(
                 *(point.elements, point.family, point.output),
-                *("-" if error is None else f"{error:.1e}" for error in errors),
-                Entry("class" if verdict.wrong_class else f"{verdict.ulp:,}", point.ok),
-                *(verdict.torch_ulp, verdict.allowed),
-                f"{bound:,.1f}" if math.isfinite(bound) else "-",
+                *_judged(verdict),
+                f"{bound:,.1f}" if bound is not None and math.isfinite(bound) else "-",
+                *(
+                    "-" if error is None else f"{error:.1e}"
+                    for error in (point.relative, point.torch_relative)
+                ),
             )
         )
-    numbers = ("error", "PyTorch's", "ULP", "PyTorch's", "allowed", "bound")
+    below = ["bound: what is proved of the graphs that smoothl1-deploy makes, in ULP"]
+    if any(point.result.verdict.better for point in ordered):
+        below.append(_BETTER)
+    numbers = ("ULP", "PyTorch's", "allowed", "verdict", "bound", "error", "PyTorch's error")
     return Table(
         "error of the reduction by size",
         ("elements", "inputs", "output", *numbers),
         rows,
-        "rllrrrrrr",
-        below="bound: what is proved of the graphs that smoothl1-deploy makes, in ULP",
+        "rllrrrlrrr",
+        tuple(below),
+        keys=3,
     )
 
 
@@ -426,46 +404,66 @@ def verification(found: Verification) -> Table:
     """One row a case: distance to the oracle, PyTorch's own, what is allowed, branches reached."""
     rows = []
     for result in found.results:
-        verdict, case = result.verdict, result.case
-        word = "better than PyTorch" if verdict.better else "equal"
-        numbers = (verdict.ulp, verdict.torch_ulp, verdict.allowed)
         shares = (f"{result.shares[branch]:.0%}" for branch in BRANCHES)
-        said = Entry(word if verdict.ok else verdict.detail, verdict.ok)
-        rows.append(_row(case.family, case.layout, *numbers, *shares, said))
+        rows.append((result.case.family, result.case.layout, *_judged(result.verdict), *shares))
     likely = ", ".join(item.fault.value for item in found.diagnoses)
+    red = _below((f"{r.case.family}, {r.case.layout}", r.verdict) for r in found.results)
     return Table(
         f"{found.name} on {found.backend}",
-        ("family", "shape", "ULP", "PyTorch's", "allowed", *BRANCHES, "verdict"),
+        ("family", "shape", "ULP", "PyTorch's", "allowed", "verdict", *BRANCHES),
         rows,
-        "llrrrrrrl",
-        below=f"most likely: {likely}" if likely else "",
+        "llrrrlrrr",
+        (*red, *([f"most likely: {likely}"] if likely else [])),
+        keys=2,
     )
 
 
-def whole_runs(found: ModelVerification) -> Table:
+def whole_runs(found: Verification | ModelVerification) -> Table:
     """One row an output of the whole model: a loss of what it predicted, or one it had before."""
-    rows = []
+    rows: list[tuple[Entry | str, ...]] = []
     for run in found.runs:
-        for name, verdict in run.losses.items():
-            word = "better than PyTorch" if verdict.better else "equal"
-            said = Entry(word if verdict.ok else verdict.detail, verdict.ok)
-            numbers = (verdict.ulp, verdict.torch_ulp, verdict.allowed)
-            rows.append(_row(run.data, name, *numbers, said))
-        for name, same in run.same.items():
-            said = Entry("the same bits" if same else "OTHER BITS than before", same)
-            rows.append(_row(run.data, name, "", "", "", said))
-    columns = ("data", "output", "ULP", "PyTorch's", "allowed", "verdict")
-    return Table(f"{found.name}, the whole model on {found.backend}", columns, rows, "llrrrl")
+        rows += [(run.data, name, *_judged(verdict)) for name, verdict in run.losses.items()]
+        rows += [
+            (run.data, name, "", "", "", Entry("the same bits" if same else "OTHER BITS", same))
+            for name, same in run.same.items()
+        ]
+    return Table(
+        f"{found.name}, the whole model on {found.backend}",
+        ("data", "output", "ULP", "PyTorch's", "allowed", "verdict"),
+        rows,
+        "llrrrl",
+        _below((f"{run.data}, {n}", v) for run in found.runs for n, v in run.losses.items()),
+        keys=2,
+    )
 
 
 def diagnoses(found: Verification) -> Table:
-    """One row a fault: its name, what it does, and the answers that speak for it."""
-    rows = [
-        (Entry(item.fault.value, False), item.explanation, "\n".join(map(str, item.evidence)))
-        for item in found.diagnoses
-    ]
-    columns = ("fault", "why", "evidence")
-    return Table("most likely what is wrong", columns, rows, "lll", ruled=True)
+    """One row a fault: its name and what it does; below, the answers that speak for it."""
+    rows = [(Entry(item.fault.value, False), item.explanation) for item in found.diagnoses]
+    evidence = tuple(f"{item.fault.value}: {e}" for item in found.diagnoses for e in item.evidence)
+    return Table("most likely what is wrong", ("fault", "why"), rows, "ll", evidence)
+
+
+def equal_text(found: Verification | ModelVerification) -> str:
+    """How much of it is green, in a line."""
+    losses = found.losses.values()
+    cases = sum(len(loss.every_result) for loss in losses)
+    red = sum(len(loss.failures) for loss in losses)
+    runs = f"{sum(run.ok for run in found.runs)} of {plural(len(found.runs), 'run')} of the whole"
+    text = f"{cases - red} of {plural(cases, 'case')} equal to PyTorch, or nearer to the truth"
+    return f"{text}; {runs} green" if found.runs else text
+
+
+def verified(found: Verification | ModelVerification) -> Iterator[Table]:
+    """Every table of what `verify` found: of each loss, then of the whole model."""
+    for loss in found.losses.values():
+        yield verification(loss)
+        if loss.drift:
+            yield artefact_drift(loss.drift)
+        if loss.diagnoses:
+            yield diagnoses(loss)
+    if found.runs:
+        yield whole_runs(found)
 
 
 #: What stands before an answer, by its kind.
