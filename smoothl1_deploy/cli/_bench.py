@@ -137,8 +137,8 @@ def _bench_gpu(output: Path, given: dict[str, object]) -> None:
     report, paths = report_into(output, parity=False)
     print_lines([f"{report.gpu['name']}, {report.date[:10]}", card(report), ""])
     _print(tables(report))
-    print_lines(f"{name} not available: {why}" for name, why in report.absent.items())
-    print_lines([*(f"no time for {what}" for what in report.dropped)])
+    print_lines([f"{name} not available: {why}" for name, why in report.absent.items()])
+    print_lines([f"no time for {what}" for what in report.dropped])
     print_lines([f"wrote {', '.join(map(str, paths))}"])
 
 
