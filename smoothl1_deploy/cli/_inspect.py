@@ -62,13 +62,15 @@ def inspect(file: Path, *, as_json: AsJson = False) -> None:
                 for where, counts in found.operators.items()
             ],
         )
+    print_lines([""])
     said: dict[str, list[str]] = {}
     for name, reason in found.runs.items():
         told = reason or ("yes" if name.startswith("build") else "can run it here")
         if name in found.absent:
             told = "not on this machine; smoothl1-deploy doctor says why"
         said.setdefault(told, []).append(name)
-    print_lines(["", *(f"{', '.join(names)}: {told}" for told, names in said.items())])
+    for told, names in said.items():
+        print_prose(f"{', '.join(names)}: {told}")
     print_lines([f"problem: {problem}" for problem in found.problems])
     if found.facts.get("attached"):
         print_lines(["", *_commands(str(file), found.facts["inputs"])])
