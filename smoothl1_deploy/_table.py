@@ -60,7 +60,7 @@ class Table:
         from rich.text import Text
 
         room = options.max_width
-        yield Text(self.title, "bold", no_wrap=False)
+        yield Text(self.title, "bold", no_wrap=False, overflow="fold")
         widths = [self._widths(at, (room - _GAP) // 2) for at in range(len(self.columns))]
         for number, part in enumerate(_parts([least for least, _ in widths], self.keys, room)):
             if number:

@@ -139,6 +139,17 @@ def shortage(exc: BaseException) -> str:
     return (str(exc).strip() or type(exc).__name__).splitlines()[-1]
 
 
+def install_command(*extras: str) -> str:
+    """What installs what the extras of this package name; of torch there are builds to choose from.
+
+    >>> install_command("cpu", "torch")
+    "pip install torch==2.13.0 'smoothl1-deploy[cpu]'"
+    """
+    ours = ",".join(extra for extra in extras if extra != "torch")
+    words = ["torch==2.13.0"] if "torch" in extras else []
+    return " ".join(["pip install", *words, *([f"'smoothl1-deploy[{ours}]'"] if ours else [])])
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import `module`, or say which extra of this package brings it.
 
@@ -155,8 +166,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
                 f"{purpose} needs the package {module!r}, for which this process gets too little "
                 f"memory or too few files ({shortage(exc)}); raise its limits (see ulimit -a)"
             ) from exc
-        command = "torch==2.13.0" if extra == "torch" else f"'smoothl1-deploy[{extra}]'"
         raise MissingDependencyError(
             f"{purpose} needs the package {module!r}, which can't be imported ({exc}). "
-            f"Install it with: pip install {command}"
+            f"Install it with: {install_command(extra)}"
         ) from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,22 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
         out, err = capfd.readouterr()
         assert "Traceback" not in out + err
         return Done(code, out, err)
+
+    return call
+
+
+#: What the command line shows on a terminal of so many columns, without its colours.
+Shown = Callable[..., str]
+
+
+@pytest.fixture
+def shown(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """Call the command line as on a terminal of a width."""
+
+    def call(width: int, *arguments: object) -> str:
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich's word for a terminal
+        return re.sub(r"\x1b\[[0-9;]*m", "", cli(*arguments).out)
 
     return call
 

@@ -22,6 +22,7 @@ from .._device import Device, find_device
 from .._environment import environment, silence
 from .._files import check_writable, write_atomic
 from .._records import Record
+from .._table import Table
 from ..errors import SmoothL1DeployError
 from ..tensorrt._flavour import current_gpu
 from ._gpu import BACKENDS, TORCH, plan, run, timed, usable_backends
@@ -179,20 +180,32 @@ def _entry(cell: Cell, seed: int) -> dict[str, Any]:
     }
 
 
-def markdown(report: GpuReport) -> str:
-    """The report for people."""
+def tables(report: GpuReport) -> list[Table]:
+    """The speed: one a spec and way."""
+    return row_tables(report.rows, report.copy_bandwidth_bytes_per_s)
+
+
+def card(report: GpuReport) -> str:
+    """What was measured on, in two sentences."""
     gpu, bandwidth = report.gpu, report.copy_bandwidth_bytes_per_s
     torch = report.environment.get("packages", {}).get("torch")
-    parts = [
-        f"# {gpu['name']}, {report.date[:10]}\n",
+    return (
         f"Compute capability {gpu['compute_capability']}, driver {gpu['driver']}, torch {torch}; "
         f"{report.seconds:.0f} s. A copy on the device moves {bandwidth / 1e9:,.0f} GB/s, read "
-        "plus written.\n",
+        "plus written."
+    )
+
+
+def markdown(report: GpuReport) -> str:
+    """The report for people."""
+    parts = [
+        f"# {report.gpu['name']}, {report.date[:10]}\n",
+        f"{card(report)}\n",
         report.parity._text or f"## Parity\n\nNot run: {report.parity.problem}\n",
         "## Speed\n",
         "Times are between CUDA events. `x` says how many times faster, and GB/s count each input "
         "read and each output written once.\n",
-        *row_tables(report.rows, bandwidth),
+        *(line for table in tables(report) for line in (f"### {table.title}", *table.markdown())),
         *_listed("Not available", [f"`{name}`: {why}" for name, why in report.absent.items()]),
         *_listed("No time for", report.dropped),
     ]

@@ -1,17 +1,21 @@
-"""The rows of a benchmark, whatever it ran on; their table in Markdown, their file, their plot."""
+"""The rows of a benchmark, whatever it ran on; their tables, their file, their plot."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from .._files import read_file, write_atomic
-from .._records import Record, markdown_table
+from .._records import Record
 from .._spec import LossSpec
+from .._table import Table
 from ..errors import OutputError, reason_of, require
 from ._timing import Timing
 
@@ -72,13 +76,7 @@ class Row(Record):
         return (2 * self.elements + written) * _BYTES[self.spec.dtype]
 
 
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, under its title, with an empty line at the end."""
-    lines = markdown_table(header, rows, "l" + "r" * (len(header) - 1))
-    return "\n".join([f"### {title}", "", *lines, ""])
-
-
-def row_tables(rows: Sequence[Row], copy: float | None = None) -> list[str]:
+def row_tables(rows: Sequence[Row], copy: float | None = None) -> list[Table]:
     """A table for each spec and way: times, ratios to others, GB/s, errors.
 
     Args:
@@ -91,19 +89,18 @@ def row_tables(rows: Sequence[Row], copy: float | None = None) -> list[str]:
     return [_row_table(group, copy) for group in groups.values()]
 
 
-def _row_table(rows: Sequence[Row], copy: float | None) -> str:
+def _row_table(rows: Sequence[Row], copy: float | None) -> Table:
     times = {(row.contestant, row.shape): row.timing.median for row in rows if row.timing}
-    against = [name for name in _AGAINST if any(who == name for who, _ in times)]
-    header = ["contestant", "elements", "time", "quartiles", "p99", *(f"x {n}" for n in against)]
+    header = ["contestant", "elements", "time", "quartiles", "p99", *(f"x {n}" for n in _AGAINST)]
     header += ["GB/s", "of a copy" if copy else "of the read", "error", "peak"]
 
     def cells(row: Row) -> list[str]:
         found = [row.contestant, _power(row.elements)]
         if row.timing is None:
-            return [*found, f"error: {row.problem}"[:80], *[""] * (len(header) - 3)]
+            return [*found, "error", *[""] * (len(header) - 3)]
         median, rate = row.timing.median, row.bytes / row.timing.median
         found += [seconds(median), _quartiles(row.timing), seconds(row.timing.p99)]
-        for name in against:
+        for name in _AGAINST:
             other = times.get((name, row.shape))
             found.append(f"{other / median:.2f}" if other and name != row.contestant else "")
         reading = times.get((READ, row.shape))
@@ -116,21 +113,40 @@ def _row_table(rows: Sequence[Row], copy: float | None) -> str:
             "" if row.peak is None else f"{row.peak:.2f}x",
         ]
 
+    lines = [*map(cells, rows)]
+    filled = [at for at in range(len(header)) if any(line[at] for line in lines)]
     title = f"{rows[0].spec.name}, {rows[0].way}"
+    if len({row.elements for row in rows}) == 1:  # as everywhere on a CPU
+        title += f", {lines[0][1]} elements"
+        filled.remove(1)
     if rows[0].threads is not None:
         title += f", {rows[0].threads} thread(s), load {rows[0].load:.1f}"
-    return table(title, header, map(cells, rows))
+    problems = (
+        f"{row.contestant}, {line[1]} elements: {' '.join(row.problem.split())}"
+        for row, line in zip(rows, lines, strict=True)
+        if row.problem
+    )
+    keys = 1 + (1 in filled)
+    return Table(
+        title,
+        tuple(header[at] for at in filled),
+        [tuple(line[at] for at in filled) for line in lines],
+        "l" * keys + "r" * (len(filled) - keys),
+        tuple(problems),
+        keys,
+    )
 
 
-def once_table(found: Mapping[str, Timing | str]) -> str:
+def once_table(found: Mapping[str, Timing | str]) -> Table:
     """What is paid once; a text says why a step was left out."""
-    rows = [
-        [name, timing, ""]
-        if isinstance(timing, str)
-        else [name, seconds(timing.median), _quartiles(timing)]
-        for name, timing in found.items()
-    ]
-    return table("paid once", ["what", "median", "quartiles"], rows)
+    measured = {name: timing for name, timing in found.items() if isinstance(timing, Timing)}
+    return Table(
+        "paid once",
+        ("what", "median", "quartiles"),
+        [(name, seconds(t.median), _quartiles(t)) for name, t in measured.items()],
+        "lrr",
+        tuple(f"{name}: {why}" for name, why in found.items() if isinstance(why, str)),
+    )
 
 
 def seconds(value: float) -> str:
@@ -165,8 +181,15 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomic(path, kept + lines.encode())
 
 
-def plot_png(rows: Sequence[Row]) -> bytes:
-    """Nanoseconds an element over the number of elements, a line a contestant, log scales.
+def plot_png(rows: Sequence[Row], date: str, environment: Mapping[str, Any]) -> bytes:
+    """Nanoseconds an element over the number of elements: a panel a spec, a line a contestant.
+
+    A point is the median, its bar goes from the first to the third quartile.
+
+    Args:
+        rows: measured on a CPU.
+        date: ISO 8601, of the start.
+        environment: as `_environment.environment` tells it.
 
     Raises:
         MissingDependencyError: without matplotlib.
@@ -174,19 +197,64 @@ def plot_png(rows: Sequence[Row]) -> bytes:
     require("matplotlib", "bench", "the plot of a benchmark")
     from matplotlib.figure import Figure
 
-    lines: dict[str, list[tuple[int, float]]] = {}
+    groups: dict[LossSpec, dict[str, list[tuple[int, Timing]]]] = {}
     for row in rows:
         if row.timing is not None:
-            label = f"{row.contestant} ({row.spec.reduction}, {row.spec.dtype})"
-            point = (row.elements, row.timing.median / row.elements * 1e9)
-            lines.setdefault(label, []).append(point)
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot()
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="ns an element, median")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+            lines = groups.setdefault(row.spec, {})
+            lines.setdefault(row.contestant, []).append((row.elements, row.timing))
+    names = [*dict.fromkeys(row.contestant for row in rows)]
+    columns = max(1, min(3, len(groups)))
+    high = max(1, math.ceil(len(groups) / columns))
+    figure = Figure(figsize=(max(8, 5 * columns), 4 * high + 2), layout="constrained")
+    panels = figure.subplots(high, columns, squeeze=False, sharey=True).flat
+    for panel in panels[len(groups) :]:
+        panel.remove()
+    handles = {}
+    for panel, (spec, lines) in zip(panels, groups.items(), strict=False):
+        for name, found in lines.items():
+            points = [
+                (elements, *(1e9 * t / elements for t in (each.q1, each.median, each.q3)))
+                for elements, each in sorted(found)
+            ]
+            elements, first, middle, third = np.array(points).T
+            is_limit = name == READ
+            handles[name] = panel.errorbar(
+                elements,
+                middle,
+                (middle - first, third - middle),
+                color="0.5" if is_limit else f"C{names.index(name)}",
+                linestyle="--" if is_limit else "-",
+                linewidth=2.5 if name == names[0] else 1.2,  # ours, and on top
+                zorder=3 if name == names[0] else 2,
+                marker="o",
+                markersize=4,
+                capsize=3,
+            )
+        kind = " per sample" if spec.per_sample else ""
+        panel.set_title(f"{spec.reduction}{kind}, {spec.dtype}, beta {spec.beta:g}")
+        panel.set_xscale("log", base=2)
+        panel.set(yscale="log", xlabel="elements")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.grid(alpha=0.3)
+    figure.supylabel("ns an element")
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns + 1)
+    figure.suptitle(_caption(rows, date, environment))
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=120)
     return out.getvalue()
+
+
+def _caption(rows: Sequence[Row], date: str, environment: Mapping[str, Any]) -> str:
+    """What is shown, and on what it was measured."""
+    loads = [row.load for row in rows if row.load is not None] or [0.0]
+    threads = "/".join(sorted({str(row.threads) for row in rows}))
+    packages = environment["packages"]
+    versions = [f"{name} {packages[name]}" for name in ("onnxruntime", "torch") if packages[name]]
+    return "\n".join(
+        [
+            "Smooth L1 loss: medians and quartiles of interleaved turns in one process",
+            f"{environment['processor']}, {environment['cores']} cores; {threads} threads each; "
+            f"load {min(loads):.1f} to {max(loads):.1f}; {date[:10]}",
+            ", ".join([f"smoothl1-deploy {environment['smoothl1_deploy']}", *versions]),
+        ]
+    )

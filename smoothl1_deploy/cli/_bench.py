@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingDependencyError, SpecError
 from ._console import open_console, print_lines, print_note, typed
 from ._options import Count, Dtypes, Next, Reductions
 
 if TYPE_CHECKING:
+    from .._table import Table
     from ..bench._rows import Row
 
 EXAMPLE = "smoothl1-deploy bench --size 1024 --size 1048576 -o out/bench"
@@ -21,7 +22,6 @@ EXAMPLE = "smoothl1-deploy bench --size 1024 --size 1048576 -o out/bench"
 _SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 20, 1 << 24)
 _ROWS = ("1x16", "64x16", "4096x256", "65536x256")
 _COLUMNS = 16
-_WIDTH = 160  # letters, in which a table of all contestants fits
 
 
 def bench(
@@ -58,8 +58,12 @@ def bench(
         gpu: The CUDA GPU instead: the speed part of scripts/gpu_report.
     """
     if gpu:
-        given = {"--size": size, "--per-sample": per_sample, "--reduction": reduction}
-        return _bench_gpu(output, {**given, "--dtype": dtype, "--quick": quick})
+        given: dict[str, object] = {
+            "--size": size, "--per-sample": per_sample, "--reduction": reduction, "--dtype": dtype,
+            "--beta": beta != 1, "--constant": constant, "--threads": threads, "--memory": memory,
+            "--no-once": not once, "--quick": quick,
+        }  # fmt: skip
+        return _bench_gpu(output, given)
     # Threads that others leave spinning would be on the next one's cores: read when they load.
     os.environ |= {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
     from .._environment import environment
@@ -83,7 +87,7 @@ def bench(
     ]
     check_writable(output / "bench.jsonl")
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    origin = {"date": date, "environment": environment()}
+    origin: dict[str, Any] = {"date": date, "environment": environment()}
     load = os.getloadavg()[0]
     rows: list[Row] = []
     said: set[str] = set()
@@ -110,7 +114,7 @@ def bench(
         _print([once_table(cpu.once())])
     plot = None
     try:
-        plot = write_atomic(output / "bench.png", plot_png(rows))
+        plot = write_atomic(output / "bench.png", plot_png(rows, **origin))
     except MissingDependencyError as exc:
         print_note(f"no plot: {exc}")
     if load > 1:
@@ -119,24 +123,23 @@ def bench(
     return None if plot is None else [shlex.join(["xdg-open", str(plot)])]
 
 
-def _print(parts: Sequence[str]) -> None:
-    """Markdown as a terminal shows it; one that is too narrow breaks lines and loses no number."""
-    from rich.markdown import Markdown
-
-    console = open_console()
-    console.width = max(console.width, _WIDTH)
-    console.print(Markdown("\n".join(parts)))
+def _print(tables: Iterable[Table]) -> None:
+    for table in tables:
+        open_console().print(table, "")
 
 
 def _bench_gpu(output: Path, given: dict[str, object]) -> Next:
     """PyTorch eager and compiled, and every GPU backend there is, by CUDA events."""
     for option, value in given.items():
         if value:
-            raise SpecError(f"--gpu measures sizes and dtypes of its own; leave {option} out")
-    from ..bench._gpu_report import markdown, report_into
+            raise SpecError(f"--gpu measures a plan of its own, with beta 1; leave {option} out")
+    from ..bench._gpu_report import card, report_into, tables
 
     report, paths = report_into(output, parity=False)
-    _print([markdown(report)])
+    print_lines([f"{report.gpu['name']}, {report.date[:10]}", card(report), ""])
+    _print(tables(report))
+    print_lines([f"{name} not available: {why}" for name, why in report.absent.items()])
+    print_lines([f"no time for {what}" for what in report.dropped])
     print_lines([f"wrote {', '.join(map(str, paths))}"])
     return [typed("parity", "--backend", "ort-cuda", "--backend", "torch-triton")]
 

@@ -24,7 +24,7 @@ def _rows(entries: tuple[CacheEntry, ...]) -> list[tuple[str, ...]]:
         sidecar = entry.sidecar
         name = "damaged" if sidecar is None else sidecar.graph_name
         flavour = "" if sidecar is None else f"{sidecar.flavour} {sidecar.version}"
-        rows.append((entry.key[:12], name, flavour, f"{entry.bytes:,}", used))
+        rows.append((entry.key[:12], used, flavour, f"{entry.bytes:,}", name))
     return rows
 
 
@@ -40,7 +40,7 @@ def _open(folder: Path | None) -> EngineCache:
     return EngineCache(folder)
 
 
-_COLUMNS = ("key", "graph", "flavour", "bytes", "last used")
+_COLUMNS = ("key", "last used", "flavour", "bytes", "graph")
 
 
 def _show(root: Path, key: str, entries: tuple[CacheEntry, ...], as_json: bool) -> None:

@@ -8,15 +8,17 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from .._files import descriptors_written
 from .._records import plain
+from .._table import Table
 from ..errors import ModelWarning, OutputError, reason_of
 
 if TYPE_CHECKING:
@@ -292,29 +294,30 @@ def print_lines(lines: Iterable[str]) -> None:
         console.print(line)
 
 
+def print_prose(text: str) -> None:
+    """Sentences without a command in them, which a terminal shows between words."""
+    console = open_console()
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
 def print_fields(fields: Mapping[str, object]) -> None:
-    """One `name  value` line each."""
+    """One `name  value` line each; on a terminal a long value goes on below, between its words."""
     from rich.text import Text
 
     console = open_console()
     width = max(map(len, fields))
+    room = max(1, console.width - width - 2) if console.is_terminal else sys.maxsize
     for name, value in fields.items():
         text = str(value).replace("\n", "\u240a")  # a second line would pass for another field
+        if len(text) > room:  # a path or a hash stays whole, to be copied
+            lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+            text = f"\n{'':{width}}  ".join(lines)
         console.print(Text.assemble((f"{name:<{width}}  ", "bold"), text))
 
 
-def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str = "") -> None:
-    """A table; keep its cells short, since they wrap on a narrow terminal."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    open_console().print(table)
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table without a title."""
+    open_console().print(Table("", tuple(columns), [*map(tuple, rows)], "l" * len(columns)))
 
 
 def print_json(value: object) -> None:

@@ -2,18 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from .._records import Record
-from ..errors import SmoothL1DeployError
+from ..errors import SmoothL1DeployError, install_command
 from ._console import print_fields, print_json, print_lines, print_table
 from ._export import EXAMPLE as EXPORT
 from ._options import AsJson, Next
 
 EXAMPLE = "smoothl1-deploy doctor --json"
+
+
+#: extra -> the module by which one sees that it is there.
+_MODULES = {
+    "cpu": "onnxruntime",
+    "gpu": "tensorrt",
+    "rtx": "tensorrt_rtx",
+    "ort-rtx": "onnxruntime_ep_nv_tensorrt_rtx",
+    "torch": "torch",
+    "triton": "triton",
+    "report": "jinja2",
+    "serve": "tritonclient",
+    "score": "pyarrow",
+    "ray": "ray",
+    "bench": "matplotlib",
+}
+#: What no extra brings.
+_SERVER, _GPU = "smoothl1-deploy serve --install", "with an NVIDIA GPU: "
+_WORKS = "works here"
+
+#: What a backend, a flavour or a command does not do without.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "torch": ("torch",),
+    "ort-cpu": ("cpu",),
+    "ort-cpu-bare": ("cpu",),
+    "trt-network": ("rtx",),
+    "torch-cuda": (_GPU, "torch"),
+    "torch-triton": (_GPU, "torch", "triton"),
+    "ort-cuda": (_GPU, "torch", "gpu"),
+    "ort-tensorrt": (_GPU, "torch", "gpu"),
+    "ort-tensorrt-rtx": (_GPU, "torch", "cpu", "ort-rtx"),
+    "trt": (_GPU, "torch", "gpu"),
+    "triton-http": ("serve", _SERVER),
+    "triton-grpc": ("serve", _SERVER),
+    "tensorrt": (_GPU, "torch", "gpu"),
+    "tensorrt_rtx": ("rtx",),
+    "export": (),
+    "attach": (),
+    "inspect": (),
+    "run": ("cpu",),
+    "score": ("cpu",),
+    "export --route torch": ("torch",),
+    "parity": ("torch",),
+    "verify": ("cpu", "torch"),
+    "prove": ("cpu", "torch"),
+    "bench": (),
+    "build": ("rtx",),
+    "repository": ("serve",),
+    "run --url": ("serve",),
+    "deploy": ("cpu", "torch", "serve"),
+    "serve": ("serve", _SERVER),
+    "parity's report.html": ("report",),
+    "score of Parquet": ("score",),
+    "score --engine ray": ("ray",),
+    "bench's plot": ("bench",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +117,54 @@ def _parts() -> list[Part]:
             reason = f"importing it fails ({type(exc).__name__}: {exc}); reinstall it"
         parts.append(Part(kind, name, reason))
     return parts
+
+
+def _here(parts: Iterable[Part], gpu: object) -> set[str]:
+    """What is there of what is needed."""
+    from ..serving._embedded import find_triton
+
+    found = {extra for extra, module in _MODULES.items() if _is_found(module)}
+    if any(part.kind == "flavour" and part.available for part in parts):
+        found.add("rtx")  # the other flavour does as well
+    if gpu is not None:
+        found.add(_GPU)
+    with contextlib.suppress(SmoothL1DeployError):
+        find_triton()
+        found.add(_SERVER)
+    return found
+
+
+def _is_found(module: str) -> bool:
+    """Whether it is installed; to import all of them takes ten seconds."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _groups(parts: Iterable[Part], here: set[str]) -> dict[str, dict[str, list[str]]]:
+    """What gives what, as heading -> kind -> names: what works, then installations, then a GPU."""
+    tried = {p.name: (f"{p.kind}s", p.available) for p in parts if p.kind != "operators"}
+    groups: dict[str, dict[str, list[str]]] = {_WORKS: {}}
+    for name, needs in ((name, NEEDS.get(name, ())) for name in {**tried, **NEEDS}):
+        missing = [need for need in needs if need not in here]
+        kind, available = tried.get(name, ("commands", not missing))
+        if available:
+            heading = _WORKS
+        elif missing:
+            heading = _remedy(needs if _GPU in missing else missing)  # a GPU is on another machine
+        else:
+            continue  # what is wrong with it is said below
+        groups.setdefault(heading, {}).setdefault(kind, []).append(name)
+    return dict(sorted(groups.items(), key=lambda group: group[0].startswith(_GPU)))
+
+
+def _remedy(needs: Iterable[str]) -> str:
+    """`pip install 'smoothl1-deploy[serve]' && smoothl1-deploy serve --install`."""
+    extras = [need for need in needs if need in _MODULES]
+    steps = [install_command(*extras)] if extras else []
+    steps += [_SERVER] if _SERVER in needs else []
+    return (_GPU if _GPU in needs else "") + " && ".join(steps)
 
 
 def _warnings(
@@ -137,6 +243,14 @@ def doctor(*, as_json: AsJson = False) -> Next:
         }
         | _telemetry(told)
     )
+    here = _here(parts, gpu)
+    for heading, found in _groups(parts, here).items():
+        print_lines(["", heading])
+        print_fields({f"  {kind}": ", ".join(names) for kind, names in found.items()})
+    for part in parts:
+        missing = {*NEEDS.get(part.name, ())} - here
+        if not part.available and not missing:
+            print_lines([f"{part.name} not available: {part.reason}"])
     print_table(
         ("package", "version", "lowest that passes"),
         [
@@ -144,11 +258,5 @@ def doctor(*, as_json: AsJson = False) -> Next:
             for name, version in facts["packages"].items()
         ],
     )
-    print_table(
-        ("part", "kind", "here"),
-        [(p.name, p.kind, "available" if p.available else "not available") for p in parts],
-    )
-    # Below the table and not in it: an install command must not be cut by a column.
-    print_lines([f"{p.name} not available: {p.reason}" for p in parts if p.reason])
     print_lines([f"warning: {warning}" for warning in warnings])
     return [EXPORT]

@@ -14,17 +14,28 @@ from .._files import open_file
 from .._records import plain
 from ..errors import (
     ArtefactError,
+    BackendUnavailableError,
     InvalidInputError,
+    MissingDependencyError,
     ModelWarning,
     SmoothL1DeployError,
     reason_of,
 )
-from ._console import human_size, print_fields, print_json, print_lines, print_table, typed
+from ._console import (
+    human_size,
+    print_fields,
+    print_json,
+    print_lines,
+    print_prose,
+    print_table,
+    typed,
+)
 from ._options import AsJson, Next
 
 if TYPE_CHECKING:
     import onnx
 
+    from .._model import CarriedEngine, Loss
     from .._spec import LossSpec
     from ..tensorrt._engine import Sidecar
 
@@ -47,23 +58,42 @@ def inspect(file: Path, *, as_json: AsJson = False) -> Next:
     if as_json:
         print_json(found)
         return None
+    print_prose(f"{file} is {found.summary}")
     facts = {name: _text(name, value) for name, value in found.facts.items() if name != "options"}
-    print_fields(
-        {"file": f"{file} ({found.kind})", **{name: text for name, text in facts.items() if text}}
-    )
+    print_fields({name: text for name, text in facts.items() if text})
     if found.operators:
         print_table(
             ("where", "operators"),
             [
-                (where, ", ".join(f"{n} {op}" if n > 1 else op for op, n in counts.items()))
+                (where, ", ".join(f"{op}×{n}" if n > 1 else op for op, n in counts.items()))
                 for where, counts in found.operators.items()
             ],
         )
+    print_lines([""])
+    said: dict[str, list[str]] = {}
     for name, reason in found.runs.items():
-        can = "yes" if name.startswith("build") else "can run it here"
-        print_lines([f"{name}: {can if reason is None else reason}"])
+        told = reason or ("yes" if name.startswith("build") else "can run it here")
+        if name in found.absent:
+            told = "not on this machine; smoothl1-deploy doctor says why"
+        said.setdefault(told, []).append(name)
+    for told, names in said.items():
+        print_prose(f"{', '.join(names)}: {told}")
     print_lines([f"problem: {problem}" for problem in found.problems])
+    if found.facts.get("attached"):
+        return _commands(file, found.facts["inputs"])
     return None if found.kind == "engine" else [typed("verify", file, "--certificate")]
+
+
+def _commands(file: Path, inputs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What a model with losses attached is for."""
+    names = [port["name"] for port in inputs]
+    arrays = [word for name in names for word in ("--input", f"{name}={name}.npy")]
+    return [
+        typed("verify", file, "--certificate"),
+        typed("run", file, *arrays),
+        typed("build", file),
+        typed("repository", "models", "--model", file),
+    ]
 
 
 def _is_engine(path: Path) -> bool:
@@ -124,27 +154,33 @@ class Inspection:
     Attributes:
         path: of the file.
         kind: `"onnx"` or `"engine"`.
+        summary: what it is, to stand behind "it is".
         facts: name -> what to show, in order; JSON-ready.
         operators: operator or layer type -> how many, by what contains them.
         runs: backend or flavour -> None where it can run the file here, else why not.
+        absent: those of them that this machine lacks.
         problems: reasons not to trust the file.
     """
 
     path: Path
     kind: str
+    summary: str
     facts: dict[str, Any]
     operators: dict[str, dict[str, int]] = field(default_factory=dict)
     runs: dict[str, str | None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, the facts among the rest."""
         return {
             "path": str(self.path),
             "kind": self.kind,
+            "summary": self.summary,
             **self.facts,
             "operators": self.operators,
             "runs": self.runs,
+            "absent": self.absent,
             "problems": self.problems,
         }
 
@@ -217,47 +253,103 @@ def inspect_model(path: Path) -> Inspection:
             *((function.name, function.node) for function in model.functions),
         ]
     }
-    runs = _backends(str(path) if engines else model) if trusted else {}
+    summary = _summary(model, spec, attached, engines)
+    found = Inspection(path, "onnx", summary, plain(facts), operators, {}, problems)
+    if trusted:
+        _load(str(path) if engines else model, found)
     if not engines:
-        runs |= _flavours(model, operators)
-    return Inspection(path, "onnx", plain(facts), operators, runs, problems)
+        _parse(model, found)
+    return found
 
 
-def _backends(model: onnx.ModelProto | str) -> dict[str, str | None]:
-    """Load the model into every backend of this machine."""
-    from ..backends._base import load
+def _summary(
+    model: onnx.ModelProto,
+    spec: LossSpec | None,
+    attached: Sequence[Loss],
+    engines: Sequence[CarriedEngine],
+) -> str:
+    """What an ONNX model is."""
+    from .._model import ATTACHED, metadata_of
+    from ..graph._functions import DOMAIN
+    from ..graph._metadata import SPEC, is_changed, is_served, read_route
+
+    if engines:
+        providers = ", ".join(dict.fromkeys(engine.provider for engine in engines))
+        carried = "an engine" if len(engines) == 1 else f"{len(engines)} engines"
+        said = f"an ONNX model that carries {carried} for {providers}"
+        said += f", of a Smooth L1 loss: {_told(spec)}" if spec else ""
+    elif attached:
+        count = "a loss" if len(attached) == 1 else f"{len(attached)} losses"
+        said = f"a model with {count} attached: " + "; ".join(
+            f"{loss.outputs['loss']}, of {loss.inputs['input']} and {loss.inputs['target']} "
+            f"({_told(loss.spec)})"
+            for loss in attached
+        )
+    elif spec is None:
+        damaged = {SPEC, ATTACHED} & metadata_of(model).keys()
+        said = "an ONNX model " + (
+            "whose loss is not known, since its metadata are damaged"
+            if damaged
+            else "without a loss of smoothl1-deploy's"
+        )
+    else:
+        said = f"a Smooth L1 loss ({_told(spec)}), by the route {read_route(model)}"
+        if is_served(model):
+            said += " with the shapes of a server"
+        if [node.domain for node in model.graph.node] == [DOMAIN] and not spec.has_subnormal_beta:
+            said += "; computed in one pass where our operators are registered"
+    return said + ("; something else has changed it since" if is_changed(model) else "")
+
+
+def _told(spec: LossSpec) -> str:
+    """`mean per sample, beta 0.5, float32, with its gradient`."""
+    return ", ".join(
+        [
+            spec.reduction + " per sample" * spec.per_sample,
+            "beta at run time" if spec.runtime_beta else f"beta {spec.beta}",
+            spec.dtype,
+            *["with weights"] * bool(spec.weight),
+            *["with its gradient"] * spec.gradient,
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _tried(name: str, found: Inspection) -> Iterator[None]:
+    """Note under a name whether what is done within can be done with the file."""
+    try:
+        yield
+        found.runs[name] = None
+    except SmoothL1DeployError as exc:
+        found.runs[name] = str(exc)
+        if isinstance(exc, (MissingDependencyError, BackendUnavailableError)):
+            found.absent.append(name)
+
+
+def _load(model: onnx.ModelProto | str, found: Inspection) -> None:
+    """Load the model into every backend, or where it is more than a loss, those that run it all."""
+    from ..backends._base import Backend, backend_class, load
     from ..backends._names import BACKENDS
 
-    runs: dict[str, str | None] = {}
     for name in BACKENDS:
-        try:
-            with warnings.catch_warnings():
+        if not found.facts["attached"] or backend_class(name).open is not Backend.open:
+            with _tried(name, found), warnings.catch_warnings():
                 warnings.simplefilter("ignore", ModelWarning)  # it is among notes and problems
                 load(model, name)
-            runs[name] = None
-        except SmoothL1DeployError as exc:
-            runs[name] = str(exc)
-    return runs
+    if found.facts["attached"] and found.runs["trt-network"]:
+        del found.runs["trt-network"]  # it knows the layers of losses; that others build is below
 
 
-def _flavours(
-    model: onnx.ModelProto, operators: dict[str, dict[str, int]]
-) -> dict[str, str | None]:
-    """Parse the model with every flavour; the layers of the network go into `operators`."""
+def _parse(model: onnx.ModelProto, found: Inspection) -> None:
+    """Parse the model with every flavour; the layers of the network are among the operators."""
     from ..tensorrt._flavour import FLAVOURS, get_flavour
     from ..tensorrt._parse import parse
 
-    runs: dict[str, str | None] = {}
     for name in FLAVOURS:
-        key = f"build with {name}"
-        try:
+        with _tried(f"build with {name}", found):
             network = parse(model, get_flavour(name)).network
             layers = (network.get_layer(i) for i in range(network.num_layers))
-            operators[f"{name} network"] = dict(Counter(layer.type.name for layer in layers))
-            runs[key] = None
-        except SmoothL1DeployError as exc:
-            runs[key] = str(exc)
-    return runs
+            found.operators[f"{name} network"] = dict(Counter(layer.type.name for layer in layers))
 
 
 def inspect_engine(path: Path) -> Inspection:
@@ -272,6 +364,7 @@ def inspect_engine(path: Path) -> Inspection:
     problems: list[str] = []
     with _listed(problems):
         read_verified(path)
+    fits = not problems
     data = path.read_bytes()
     facts: dict[str, Any] = {
         "bytes": len(data),
@@ -281,7 +374,8 @@ def inspect_engine(path: Path) -> Inspection:
     try:
         sidecar = Sidecar.read(sidecar_path(path))
     except ArtefactError:
-        return Inspection(path, "engine", facts, problems=problems)
+        summary = "a TensorRT engine that no sidecar vouches for; it is not used"
+        return Inspection(path, "engine", summary, facts, problems=problems)
     layers, reason = _layers(path, sidecar)
     facts = {
         "spec": sidecar.spec,
@@ -304,7 +398,12 @@ def inspect_engine(path: Path) -> Inspection:
         "notes": sidecar.notes,
         "layers": layers,
     }
-    return Inspection(path, "engine", plain(facts), {}, {sidecar.flavour: reason}, problems)
+    of = f"a Smooth L1 loss ({_told(sidecar.spec)})" if sidecar.spec else sidecar.graph_name
+    summary = f"a TensorRT engine ({sidecar.flavour} {sidecar.version}) of {of}"
+    if not fits:
+        summary += ", says its sidecar, which doesn't fit it"
+    runs = {sidecar.flavour: reason}
+    return Inspection(path, "engine", summary, plain(facts), {}, runs, problems)
 
 
 def _layers(path: Path, sidecar: Sidecar) -> tuple[list[str], str | None]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
 import pytest
-from conftest_cli import _WITHOUT, Cli, spawn
+from conftest_cli import _WITHOUT, Cli, Shown, spawn
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import smoothl1_deploy._environment as environment
 import smoothl1_deploy.backends._base as base
+import smoothl1_deploy.cli._doctor as doctor
 from smoothl1_deploy.backends._base import BACKENDS
 from smoothl1_deploy.tensorrt._flavour import FLAVOURS
 
@@ -59,9 +61,58 @@ def test_what_is_missing_comes_with_its_install_command() -> None:
     assert "pip install 'smoothl1-deploy[gpu]'" in reasons["tensorrt"]
     assert "pip install 'smoothl1-deploy[rtx]'" in reasons["tensorrt_rtx"]
     assert reasons["onnx-reference"] is None
-    text = spawn("doctor", without=blocked).out
-    # On a line of its own: a table would cut it.
-    assert any(line.endswith("pip install 'smoothl1-deploy[cpu]'") for line in text.splitlines())
+
+
+def _groups(text: str) -> dict[str, dict[str, list[str]]]:
+    """Heading -> kind -> names, of what `doctor` prints."""
+    blocks = (block.splitlines() for block in text.split("\n\n"))
+    return {
+        heading: {
+            kind: names.split(", ") for kind, names in (line.split(None, 1) for line in lines)
+        }
+        for heading, *lines in blocks
+        if lines and lines[0].startswith("  ")
+    }
+
+
+def test_an_installation_is_named_once_with_all_that_it_gives_and_a_gpu_comes_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    blocked = "onnxruntime,torch,tensorrt,tensorrt_rtx,tritonclient,jinja2"
+    groups = _groups(spawn("doctor", without=blocked).out)
+    headings = [*groups]
+    assert headings[0] == "works here"
+    assert groups["works here"]["backends"] == ["onnx-reference"]
+    assert "export" in groups["works here"]["commands"]
+    cpu = {"backends": ["ort-cpu", "ort-cpu-bare"], "commands": ["run", "score"]}
+    assert groups["pip install 'smoothl1-deploy[cpu]'"] == cpu
+    both = groups["pip install torch==2.13.0 'smoothl1-deploy[cpu]'"]
+    assert both == {"commands": ["verify", "prove"]}
+    gpu = [
+        heading for heading in headings if heading.startswith("with an NVIDIA GPU: pip install ")
+    ]
+    assert len(gpu) == 4 and headings[-4:] == gpu
+    named = [name for group in groups.values() for names in group.values() for name in names]
+    assert len(named) == len({*named}) and {*BACKENDS, *FLAVOURS, *doctor.NEEDS} <= {*named}
+
+
+def test_what_a_command_needs_is_what_scripts_compat_tries_it_with() -> None:
+    probes = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "compat"))["PROBES"]
+    needs = {name: {*of} & {*doctor._MODULES} for name, of in doctor.NEEDS.items()}
+    for probe, extras in probes.items():
+        words = probe.split()
+        if "--backend" not in words:
+            known = [name for name in needs if {*name.split()} <= {*words} and name != "torch"]
+            assert needs.get(max(known, key=len, default=""), set()) == {*extras}, probe
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_cuts_no_line_of_it(shown: Shown, width: int) -> None:
+    lines = shown(width, "doctor").splitlines()
+    assert max(map(len, lines)) <= width
+    assert any("ORT_DISABLE_TELEMETRY=1 ends it" in line for line in lines)
+    assert any(re.match("onnxruntime-ep-nv-tensorrt-rtx +(not installed|[0-9])", x) for x in lines)
 
 
 def test_a_broken_package_is_reported_not_raised(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

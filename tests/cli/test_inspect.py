@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest_cli import Cli, assert_refused, model
+from conftest_cli import Cli, Shown, assert_refused, model
 from handmade import model_of
 
 from fuzzing.damage import carrying
@@ -49,7 +49,11 @@ def test_an_artefact(cli: Cli) -> None:
     text = cli("inspect", path).out
     assert "beta=0.5, reduction=mean, dtype=float16" in text
     assert "input: float16[N, 16], target: float16[N, 16]" in text
-    assert "ort-cpu: can run it here" in text
+    assert re.search("^torch, onnx-reference, ort-cpu,.*: can run it here$", text, re.MULTILINE)
+    assert text.startswith(
+        "loss.onnx is a Smooth L1 loss (mean, beta 0.5, float16), by the route function; computed "
+        "in one pass where our operators are registered\n"
+    )
 
 
 def test_the_layers_of_the_network_tensorrt_makes_of_it(cli: Cli) -> None:
@@ -88,6 +92,7 @@ def test_a_model_that_was_changed_since(cli: Cli) -> None:
     assert found["spec"]["beta"] == 1.0
     assert found["problems"] == []
     assert "the model was changed by something else after" in found["notes"][0]
+    assert found["summary"].endswith("; something else has changed it since")
     done = cli("inspect", path)
     assert (done.out + done.err).count("the model was changed by something else") == 1
 
@@ -102,6 +107,9 @@ def test_a_model_of_other_origin(cli: Cli) -> None:
     assert found["inputs"] == [{"name": "a", "dtype": "int64", "shape": ["N", -1]}]
     assert found["operators"]["graph"] == {"Max": 1}
     assert found["runs"]["ort-cpu"] is not None
+    assert found["summary"] == "an ONNX model without a loss of smoothl1-deploy's"
+    text = cli("inspect", "other.onnx").out  # what holds for several is said once
+    assert text.count("the model has 1 inputs") == 1
 
 
 def test_losses_attached_to_a_model(cli: Cli) -> None:
@@ -111,12 +119,43 @@ def test_losses_attached_to_a_model(cli: Cli) -> None:
     assert cli(*attach, "--per-sample").code == cli(*attach, "--beta", 0.5).code == 0
     found = _json(cli, "m.onnx")
     assert [loss["outputs"] for loss in found["attached"]] == [{"loss": "loss"}, {"loss": "loss_1"}]
-    second = "; input=y, target=x, loss=loss_1, beta=0.5, reduction=mean, dtype=float32"
-    assert second in cli("inspect", "m.onnx").out
+    text = cli("inspect", "m.onnx").out
+    assert "; input=y, target=x, loss=loss_1, beta=0.5, reduction=mean, dtype=float32" in text
+    assert text.startswith(
+        "m.onnx is a model with 2 losses attached: loss, of y and x (mean per sample, beta 1.0, "
+        "float32); loss_1, of y and x (mean, beta 0.5, float32)\n"
+    )
+    run, *others = re.findall("^smoothl1-deploy (.*)", text, re.MULTILINE)
+    assert run == "run m.onnx --input x=x.npy" and len(others) == 3
+    np.save("x.npy", np.ones((2, 4), np.float32))
+    assert cli(*run.split()).code == 0
     damaged = onnx.load("m.onnx")
     damaged.metadata_props[0].value = "[1"
     onnx.save(damaged, "m.onnx")
-    assert "entry smoothl1_deploy.attached is damaged" in _json(cli, "m.onnx")["problems"][0]
+    found = _json(cli, "m.onnx")
+    assert "entry smoothl1_deploy.attached is damaged" in found["problems"][0]
+    assert found["summary"].endswith("whose loss is not known, since its metadata are damaged")
+
+
+def test_of_a_model_with_a_loss_is_shown_who_runs_the_whole_of_it(cli: Cli) -> None:
+    onnx.save(model_of("g (float[N, 4] x) => (float[N, 4] y) { y = Erf(x) }"), "m.onnx")
+    attach = ("attach", "m.onnx", "--prediction", "y", "--target", "t", "-o", "scored.onnx")
+    assert cli(*attach).code == 0
+    found = _json(cli, "scored.onnx")
+    # The evaluator of networks knows the layers of losses alone, and PyTorch the loss alone.
+    runs = {name for name in found["runs"] if not name.startswith("build")}
+    assert {"ort-cpu", "onnx-reference"} <= runs <= {*BACKENDS} - {"torch", "triton-http"}
+    assert found["runs"].get("trt-network") is None
+    assert "loss, of y and t (mean, beta 1.0, float32)" in found["summary"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_breaks_it_between_words_and_no_hash(shown: Shown, width: int) -> None:
+    path = model(beta=0.5, gradient=True, per_sample=True)
+    lines = shown(width, "inspect", path).splitlines()
+    assert max(map(len, lines[: lines.index("")])) <= width
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert any(line.endswith(f" {digest}") for line in lines)
 
 
 def test_a_stranger_s_engine_is_shown_and_nothing_is_loaded(
@@ -131,7 +170,9 @@ def test_a_stranger_s_engine_is_shown_and_nothing_is_loaded(
     assert "for QNNExecutionProvider in the node 'e/engine', and an engine" in str(
         found["problems"]
     )
-    assert "engines         node=e/engine, provider=QNN" in cli("inspect", "m.onnx").out
+    text = cli("inspect", "m.onnx").out
+    assert "engines         node=e/engine, provider=QNN" in text
+    assert text.startswith("m.onnx is an ONNX model that carries 2 engines for QNNExecutionP")
 
 
 def test_our_engine_inside_is_shown_with_who_can_run_it(cli: Cli) -> None:
@@ -171,6 +212,8 @@ def test_an_engine_is_not_deserialised(
     assert found["flavour"] == f"tensorrt_rtx {trt.__version__}"
     assert found["inputs"][0] == {"name": "input", "dtype": "float32", "shape": ["N", 16]}
     assert found["problems"] == []
+    told = f"a TensorRT engine (tensorrt_rtx {trt.__version__}) of a Smooth L1 loss (mean, beta 1.0"
+    assert found["summary"].startswith(told)
     text = cli("inspect", "loss.engine").out
     assert "input=1x16,64x16,4096x16" in text
     assert re.search("^flags +STRICT_NANS", text, re.MULTILINE)
@@ -216,6 +259,7 @@ def test_what_speaks_against_an_engine(cli: Cli, engine: Path) -> None:
             assert problem in found["problems"][0]
             assert all(reason is not None for reason in found["runs"].values())
             assert f"problem: {problem}" in cli("inspect", "loss.engine").out
+            assert re.search("doesn't fit it|no sidecar vouches for", found["summary"])
 
 
 def test_files_that_are_neither(cli: Cli) -> None:

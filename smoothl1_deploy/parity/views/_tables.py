@@ -131,8 +131,9 @@ def by_backend(cells: Iterable[Cell]) -> list[tuple[str, str, list[Cell]]]:
 
 def not_run(found: Report | Verification | ModelVerification) -> Iterator[tuple[str, str]]:
     """What this says nothing of, as (what, why): kernels, engines, servers, cells."""
-    from ...backends._names import BACKENDS, REFERENCES, backend_class
+    from ...backends._base import backend_class
     from ...backends._gpu import GpuBackend
+    from ...backends._names import BACKENDS, REFERENCES
 
     ran = {found.backend} if not isinstance(found, Report) else {c.backend for c in found.cells}
     groups: dict[str, list[str]] = {"GPU kernels": [], "served by Triton": [], "other backends": []}
