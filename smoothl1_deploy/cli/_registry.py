@@ -48,8 +48,18 @@ COMMANDS = {
 _HELP = {"help_option_names": ["--help", "-h"]}
 
 
-class _PlainFlags:
-    """A flag takes no value, and `--help` shows no type of one."""
+class _Help:
+    """What typer's `--help` shows, but for the type of a flag, which takes no value; an example."""
+
+    example = ""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The example stands below all that rich prints, whose lines end in blanks.
+
+        One behind the sign that joins two lines would part them where they are pasted.
+        """
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+        formatter.write(self.example)
 
     def get_params(self, ctx: Any) -> Any:
         """The parameters, that of `--help` among them."""
@@ -59,25 +69,27 @@ class _PlainFlags:
         return found
 
 
-class _Command(_PlainFlags, TyperCommand): ...
+class _Command(_Help, TyperCommand): ...
 
 
-class _Group(_PlainFlags, TyperGroup): ...
+class _Group(_Help, TyperGroup): ...
 
 
 def _load(name: str) -> Any:
     """The command of that name: a function, or sub-commands by their names."""
     module = importlib.import_module(f"._{name}", __package__)
     found: Any = getattr(module, name)
-    epilog = f"Example:\n{_in_lines(module.EXAMPLE)}"
     app = typer.Typer(
         cls=_Group, rich_markup_mode="rich", add_completion=False, help=COMMANDS[name],
-        epilog=epilog, no_args_is_help=isinstance(found, dict), context_settings=_HELP,
+        no_args_is_help=isinstance(found, dict), context_settings=_HELP,
     )  # fmt: skip
     for own, function in found.items() if isinstance(found, dict) else [(name, found)]:
         text, _ = help_of(function)
-        app.command(own, cls=_Command, help=text, epilog=epilog)(as_command(function))
-    return typer.main.get_command(app)
+        app.command(own, cls=_Command, help=text)(as_command(function))
+    command: Any = typer.main.get_command(app)
+    for each in (command, *getattr(command, "commands", {}).values()):
+        each.example = f"\nExample:\n{_in_lines(module.EXAMPLE)}\n"
+    return command
 
 
 def _in_lines(command: str) -> str:
