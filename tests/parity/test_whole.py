@@ -65,7 +65,7 @@ def test_what_a_notebook_shows_is_one_line(scored: onnx.ModelProto, tmp_path: Pa
             load(scored),
             build_engine(loss, tmp_path / "loss.engine"),
             Matrix(tuple(BACKENDS)),
-            loss_over([(IMAGES, IMAGES)]),
+            loss_over([(IMAGES, IMAGES)], LossSpec()),
             Client("http://user:secret@127.0.0.1:8000", "mean"),
         )
     ]
