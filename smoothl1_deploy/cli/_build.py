@@ -44,6 +44,8 @@ def build(
     profile: list[str] | None = None,
     flavour: Annotated[str, one_of("auto", *FLAVOURS)] = "auto",
     compute_capability: list[str] | None = None,
+    fp16: bool = False,
+    bf16: bool = False,
     cache_dir: Path | None = None,
     no_cache: bool = False,
     as_json: AsJson = False,
@@ -69,6 +71,11 @@ def build(
         compute_capability: GPU to build for, as in 8.6, or current; repeat for more (tensorrt_rtx
             only).
 
+    Precision, which TensorRT takes from the graph:
+        fp16: Put the nodes of a model with a loss attached in float16 before it is built (needs
+            onnxruntime). Its inputs and outputs stay float32, and its loss is computed as it was.
+        bf16: Says how to get there in bfloat16, into which nothing here converts a model.
+
     Cache:
         cache_dir: Folder of an engine cache. Default: one in your cache folder.
         no_cache: Build without a cache.
@@ -77,6 +84,8 @@ def build(
         raise SpecError("--no-cache and --cache-dir exclude each other; give one of them")
     if embed_mode is not None and format == "engine":
         raise SpecError("--embed-mode goes with --format epcontext; leave it out, or give both")
+    if fp16 and bf16:
+        raise SpecError("--fp16 and --bf16 exclude each other; give one of them")
 
     from ..tensorrt._build import build_engine
     from ..tensorrt._cache import EngineCache
@@ -96,6 +105,7 @@ def build(
             cache_dir=None if no_cache else EngineCache(cache_dir),
             format=format,
             embed_mode=1 if embed_mode is None else embed_mode,
+            precision="float16" if fp16 else "bfloat16" if bf16 else None,
             on_progress=on_progress,
         )
     if as_json:

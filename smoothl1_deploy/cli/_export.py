@@ -20,6 +20,7 @@ def export(
     shape: str | None = None,
     target_shape: str | None = None,
     weight_shape: str | None = None,
+    opset: int | None = None,
     output: Path | None = None,
     as_json: AsJson = False,
 ) -> Next:
@@ -34,6 +35,7 @@ def export(
             for rank 0. Without it any rank is taken, by ONNX Runtime but not by TensorRT.
         target_shape: The axes of target where it differs and broadcasts.
         weight_shape: The axes of weight where it differs and broadcasts.
+        opset: The ONNX opset of the graph, 13 to 26; some losses begin at 14 or 15. Default: 18.
         output: The file to write; the spec's name by default.
     """
     spec = LossSpec(**given)
@@ -45,7 +47,9 @@ def export(
     from ..graph._export import export as export_model
     from ._inspect import show_written
 
-    model = export_model(spec, route, axes, target_shape=target_axes, weight_shape=weight_axes)
+    model = export_model(
+        spec, route, axes, target_shape=target_axes, weight_shape=weight_axes, opset=opset
+    )
     data = model.SerializeToString(deterministic=True)
     path = write_atomic(output or Path(f"{spec.name}.onnx"), data)
     show_written(path, data, model, spec, route, as_json)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -23,6 +23,10 @@ from . import _functions as f
 from ._functions import loss_scalars, slope_scalars
 
 IR_VERSION = 10  # ONNX 1.16: the oldest runtime we test reads it
+OLDEST_IR = 8  # the first with functions
+#: The opsets in which the bodies of `_functions` mean the same: from the first whose ReduceSum
+#: takes its axes as an input, to the last that ONNX Runtime 1.31 doesn't call unfinished.
+OPSETS = range(13, 27)
 _OPSETS = [helper.make_opsetid("", f.OPSET), helper.make_opsetid(f.DOMAIN, f.DOMAIN_VERSION)]
 
 
@@ -533,6 +537,24 @@ def function_closure(names: list[str]) -> list[onnx.FunctionProto]:
     for name in names:
         visit(name)
     return list(found.values())
+
+
+def oldest_opset(nodes: Iterable[onnx.NodeProto]) -> int:
+    """The first of OPSETS in which ONNX's operators have the attributes that `nodes` give them."""
+
+    def knows(opset: int, node: onnx.NodeProto) -> bool:
+        known = onnx.defs.get_schema(node.op_type, opset, "").attributes
+        return all(attribute.name in known for attribute in node.attribute)
+
+    plain = [node for node in nodes if not node.domain]
+    return next(opset for opset in OPSETS if all(knows(opset, node) for node in plain))
+
+
+def set_opset(holder: onnx.ModelProto | onnx.FunctionProto, opset: int) -> None:
+    """Let the nodes of `holder` be read as operators of that opset."""
+    for entry in holder.opset_import:
+        if not entry.domain:
+            entry.version = opset
 
 
 def model_of(graph: onnx.GraphProto, functions: list[onnx.FunctionProto]) -> onnx.ModelProto:

@@ -44,8 +44,6 @@ from ..errors import ArtefactError, ModelWarning, SpecError
 from ._metadata import forget_spec, is_served, read_spec, stamp
 
 _SHOWN = 20  # candidate tensors in an error
-_OLDEST_OPSET = 13  # the first that our functions can be called in
-_OLDEST_IR = 8  # the first with functions
 _PARSED = 2**31 - 1  # bytes that protobuf reads in one message
 _WIDENS = {("float16", "float32"), ("bfloat16", "float32")} | {
     (narrow, "float64") for narrow in ("float16", "bfloat16", "float32")
@@ -355,7 +353,7 @@ class _Graft:
         self, roles: dict[str, Tensor], loss_name: str, only_loss: bool, inlined: bool
     ) -> list[onnx.FunctionProto]:
         """Append nodes, functions, inputs and outputs; gives the functions."""
-        from ._assemble import nodes_of  # onnxscript takes most of a second
+        from ._assemble import nodes_of, oldest_opset  # onnxscript takes most of a second
 
         spec, graph = self.spec, self.model.graph
         losses = _broadcast(roles)
@@ -380,7 +378,9 @@ class _Graft:
             inlined=inlined,
         )
         graph.initializer.extend(constants)
-        check_opset(self.model, functions, nodes)
+        needed = oldest_opset([*nodes, *(node for f in functions for node in f.node)])
+        if opset_of(self.model) < needed:
+            raise OldOpsetError(opset_of(self.model), needed)
         _add_functions(self.model, functions)
         graph.node.extend([*self._nodes, *nodes])
         if only_loss:
@@ -442,27 +442,14 @@ class OldOpsetError(ArtefactError):
         self.needed = needed
 
 
-def check_opset(
-    model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto], nodes: Iterable[onnx.NodeProto]
-) -> None:
-    """Refuse a model whose opset lacks what `functions` and `nodes` are made of.
-
-    Raises:
-        OldOpsetError: for one that is too old; says how to convert the model.
-    """
-    every = [*nodes, *(node for function in functions for node in function.node)]
-    reshapes = any(attribute.name == "allowzero" for n in every for attribute in n.attribute)
-    opset, needed = opset_of(model), 14 if reshapes else _OLDEST_OPSET
-    if opset < needed:
-        raise OldOpsetError(opset, needed)
-
-
 def _raise_ir(model: onnx.ModelProto) -> None:
     """Make `model` one that may have functions, its constants as constant as they were.
 
     Before IR 4 every initialiser had to be listed among the inputs. From IR 4 on one that is
     listed may be overridden by the caller, so that no runtime folds it into anything.
     """
+    from ._assemble import OLDEST_IR
+
     if model.ir_version < 4:
         held = (graph for node in every_node(model.graph.node) for graph in subgraphs(node))
         for graph in (model.graph, *held):
@@ -470,7 +457,7 @@ def _raise_ir(model: onnx.ModelProto) -> None:
             fed = [value for value in graph.input if value.name not in constants]
             del graph.input[:]
             graph.input.extend(fed)
-    model.ir_version = max(model.ir_version, _OLDEST_IR)
+    model.ir_version = max(model.ir_version, OLDEST_IR)
 
 
 def _add_functions(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProto]) -> None:
@@ -481,6 +468,7 @@ def _add_functions(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProt
     Raises:
         ArtefactError: when a function of that name is there and computes something else.
     """
+    from ._assemble import set_opset
     from ._functions import DOMAIN, DOMAIN_VERSION
 
     _raise_ir(model)
@@ -493,9 +481,7 @@ def _add_functions(model: onnx.ModelProto, functions: Iterable[onnx.FunctionProt
         if other is None:
             copy = model.functions.add()
             copy.CopyFrom(function)
-            for entry in copy.opset_import:
-                if entry.domain == "":
-                    entry.version = opset
+            set_opset(copy, opset)
         elif _body(other) != _body(function):
             raise ArtefactError(
                 f"the model has a function {function.domain}.{function.name} that computes "

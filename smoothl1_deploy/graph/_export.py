@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +13,8 @@ from .._model import ELEMENT_TYPE, axes_of, inlined
 from .._shapes import Dim, Shape, broadcast, check_shape, check_size, describe, summed_axes
 from .._spec import ROUTES, LossSpec
 from ..errors import SpecError, require
-from ._assemble import IR_VERSION
+from . import _functions as f
+from ._assemble import IR_VERSION, OLDEST_IR, OPSETS, oldest_opset, set_opset
 from ._metadata import stamp
 
 
@@ -23,6 +25,7 @@ def export(
     *,
     target_shape: Sequence[Dim] | None = None,
     weight_shape: Sequence[Dim] | None = None,
+    opset: int | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of a spec: inputs `input` and `target`, output `loss`.
 
@@ -42,10 +45,14 @@ def export(
             which ONNX Runtime takes and TensorRT doesn't.
         target_shape: the shape of `target` where it differs; it must broadcast with `shape`.
         weight_shape: the shape of `weight` where it differs, likewise.
+        opset: that of the graph, 13 to 26; some losses begin at 14 or 15. None means 18. The
+            answers are the same in every bit. Below 18 the IR version is 8 instead of 10, which
+            the runtimes that such a file is for don't read.
 
     Raises:
-        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`); by the
-            `torch` route also when a dynamic axis would have to broadcast with anything but 1.
+        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`), and on an
+            opset that the route doesn't go to; by the `torch` route also when a dynamic axis would
+            have to broadcast with anything but 1.
         MissingDependencyError: for the `torch` route without torch.
 
     >>> model = export(LossSpec(0.5), shape=("N", 16))
@@ -71,6 +78,8 @@ def export(
             model = fold_scalars(inlined(model))
 
     model.ir_version = IR_VERSION
+    if opset is not None:
+        _move(model, opset, route)
     different = [name for name in ("target", "weight") if name in spec.inputs]
     different = [name for name in different if shapes[name] != shapes["input"]]
     described = [describe(shapes["input"]), *(f"{n}_{describe(shapes[n])}" for n in different)]
@@ -131,6 +140,25 @@ def _function_model(
         initializer=constants,
     )
     return model_of(graph, functions)
+
+
+def _move(model: onnx.ModelProto, opset: Any, route: str) -> None:
+    """Let `model`, which was made in the opset of `_functions`, be one of `opset`.
+
+    Raises:
+        SpecError: where its nodes don't mean the same in that opset.
+    """
+    holders = (model.graph, *model.functions)
+    known = range(oldest_opset(n for holder in holders for n in holder.node), OPSETS.stop)
+    if not isinstance(opset, int) or opset not in known:
+        raise SpecError(
+            f"opset {opset!r}: the route {route!r} writes this loss in the opsets {known[0]} to "
+            f"{known[-1]}; choose one of them, or leave it out for {f.OPSET}"
+        )
+    if opset < f.OPSET:
+        model.ir_version = OLDEST_IR
+    for each in (model, *model.functions):
+        set_opset(each, opset)
 
 
 def _with_any_rank_hidden(model: onnx.ModelProto) -> onnx.ModelProto:

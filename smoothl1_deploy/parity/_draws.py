@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 import onnx
 
@@ -124,7 +125,8 @@ class Draw:
         if axes is None:
             return export(self.spec, self.route)
         names = ("shape", "target_shape", "weight_shape")
-        return export(self.spec, self.route, **dict(zip(names, axes, strict=False)))
+        shapes: dict[str, Any] = dict(zip(names, axes, strict=False))
+        return export(self.spec, self.route, **shapes)
 
     def references(self, case: Case) -> References:
         """What is right for one of the cases."""

@@ -31,6 +31,7 @@ from ..graph._metadata import CHANGED, is_changed, read_spec, warn_if_changed
 from ._cache import EngineCache
 from ._engine import BuildKey, Engine, Sidecar, context_engine, write_context, write_engine
 from ._flavour import Flavour, current_gpu, get_flavour
+from ._half import halved
 from ._options import BuildOptions, configure
 from ._parse import ParsedNetwork, network_name, parse, serialized
 from ._prepare import prepare
@@ -56,6 +57,7 @@ def build_engine(
     cache_dir: str | Path | EngineCache | None = None,
     format: str = "engine",
     embed_mode: int = 1,
+    precision: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Engine:
     """Build an engine, or take it from a cache.
@@ -77,6 +79,9 @@ def build_engine(
             Runtime's providers for TensorRT read and write it.
         embed_mode: 1 puts the engine inside that file; 0 leaves it beside, in
             `context_engine(path)`.
+        precision: `"float16"` puts the nodes of a model with losses attached in it, before it is
+            built; inputs, outputs and losses stay as they are. None builds what the graph says,
+            which is where TensorRT takes its types from.
         on_progress: called in this thread about 20 times a second while a build runs, with the
             seconds since it began and TensorRT's name for what it does, None before it says so.
 
@@ -121,6 +126,9 @@ def build_engine(
         raise SpecError(f"options must be BuildOptions, got {type(options).__name__}")
     chosen = get_flavour(flavour)
     prepare(loaded)  # what can't be built is refused before a cache is asked or a thread started
+    notes: tuple[str, ...] = ()
+    if precision is not None:
+        loaded, notes = halved(loaded, precision)
     wanted = resolve_profile(profile, input_shapes(loaded))
     # An engine of tensorrt_rtx depends on the compute capabilities it is told, and on no GPU.
     local = chosen.name == "tensorrt" or "current" in options.compute_capabilities
@@ -136,7 +144,7 @@ def build_engine(
 
     def build() -> tuple[bytes, Sidecar]:
         watch = BuildWatch()
-        return run_watched(lambda: _build(loaded, chosen, key, watch), watch, on_progress)
+        return run_watched(lambda: _build(loaded, chosen, key, watch, notes), watch, on_progress)
 
     if cache_dir is None:
         data, sidecar = build()
@@ -166,9 +174,13 @@ def _checked_path(path: str | Path | None, model: ModelSource) -> Path | None:
 
 
 def _build(
-    model: onnx.ModelProto, flavour: Flavour, key: BuildKey, watch: BuildWatch
+    model: onnx.ModelProto,
+    flavour: Flavour,
+    key: BuildKey,
+    watch: BuildWatch,
+    before: tuple[str, ...],
 ) -> tuple[bytes, Sidecar]:
-    """Parse, configure, build; the work of the building thread."""
+    """Parse, configure, build; the work of the building thread. `before` are notes on the model."""
     start = time.monotonic()
     parsed = parse(model, flavour)
     config = parsed.builder.create_builder_config()
@@ -183,7 +195,7 @@ def _build(
             hint = "; compute capability 'current' needs a GPU: name one, as in '8.6'"
         raise BuildError(f"{flavour} can't build {key.graph_name!r}: {log.reason()}{hint}")
     data = bytes(memory)
-    notes = list(parsed.notes)
+    notes = [*before, *parsed.notes]
     if is_changed(model):
         notes.append(CHANGED)
     if "STRICT_NANS" not in flags:

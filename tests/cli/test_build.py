@@ -6,6 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import onnx
+import onnx.parser
 import pytest
 from conftest_cli import Cli, assert_refused, model
 
@@ -16,6 +18,8 @@ from smoothl1_deploy.tensorrt._options import BuildOptions
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx builds without a GPU")
 
 RTX = ("--flavour", "tensorrt_rtx")
+DETECTOR = """<ir_version: 8, opset_import: ["" : 18]>
+g (float[N, 4] x) => (float[N, 4] y) { y = Sigmoid(x) }"""
 
 
 def test_the_engine_and_its_sidecar(cli: Cli) -> None:
@@ -62,6 +66,21 @@ def test_an_onnx_file_that_carries_the_engine_or_names_it(cli: Cli) -> None:
     assert (done.code, "Plugin not found" in done.err) == (2, True)
 
 
+def test_half_precision_is_told_and_is_another_engine(cli: Cli) -> None:
+    onnx.save(onnx.parser.parse_model(DETECTOR), "detector.onnx")
+    cli("attach", "detector.onnx", *["--prediction", "y", "--target", "t", "-o", "scored.onnx"])
+    plain = json.loads(cli("build", "scored.onnx", *RTX, "--json").out)
+    done = cli("build", "scored.onnx", *RTX, "--fp16")
+    assert "note: changed since the last build: onnx_sha256: " in done.err
+    digest = plain["sidecar"]["onnx_sha256"]
+    assert "own nodes were put in float16 by onnxruntime.transformers.float16 (" in done.err
+    assert f"had the sha256 {digest}, and its losses (loss) are computed as they were" in done.err
+    half = json.loads(cli("build", "scored.onnx", *RTX, "--fp16", "--json").out)
+    assert half["cached"] and half["sha256"] != plain["sha256"]
+    assert half["sidecar"]["inputs"] == plain["sidecar"]["inputs"]  # float32, as before
+    assert half["sidecar"]["outputs"] == plain["sidecar"]["outputs"]
+
+
 def test_every_option_reaches_the_build(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     import smoothl1_deploy.tensorrt._build as module
     from smoothl1_deploy.errors import BuildError
@@ -76,7 +95,7 @@ def test_every_option_reaches_the_build(cli: Cli, monkeypatch: pytest.MonkeyPatc
     done = cli(
         "build", "a.onnx", "-o", "b.engine", "--flavour", "tensorrt", "--profile", "x=1,2,3",
         "--profile", "y=1", "--compute-capability", "8.9", "--compute-capability", "SM86",
-        "--cache-dir", "engines", "--format", "epcontext", "--embed-mode", "0",
+        "--cache-dir", "engines", "--format", "epcontext", "--embed-mode", "0", "--fp16",
     )  # fmt: skip
     assert done.err == "error: enough seen\n"
     assert seen.pop("options") == BuildOptions(("8.6", "8.9"))
@@ -88,6 +107,7 @@ def test_every_option_reaches_the_build(cli: Cli, monkeypatch: pytest.MonkeyPatc
         "profile": ["x=1,2,3", "y=1"],
         "format": "epcontext",
         "embed_mode": 0,
+        "precision": "float16",
         "on_progress": None,  # no terminal, no spinner
     }
 
@@ -95,6 +115,9 @@ def test_every_option_reaches_the_build(cli: Cli, monkeypatch: pytest.MonkeyPatc
 def test_bad_input_exits_with_2_and_writes_nothing(cli: Cli) -> None:
     model()
     model("f64.onnx", dtype="float64")
+    model("f16.onnx", dtype="float16")
+    onnx.save(onnx.parser.parse_model(DETECTOR), "detector.onnx")
+    cli("attach", "detector.onnx", *["--prediction", "y", "--target", "t", "-o", "scored.onnx"])
     cli("export", "-o", "any.onnx")
     Path("text.onnx").write_text("not a model")
     before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
@@ -109,6 +132,13 @@ def test_bad_input_exits_with_2_and_writes_nothing(cli: Cli) -> None:
         ("loss.onnx --profile input=4x16,2x16,1x16", "0 <= min <= opt <= max must hold"),
         ("loss.onnx --profile x=1x16", "names the input 'x'; the model's inputs are input"),
         ("loss.onnx --compute-capability new", "can't read the compute capability 'new'"),
+        ("loss.onnx --fp16", "here float32; type smoothl1-deploy export --dtype float16 with"),
+        ("loss.onnx --bf16", "here float32; type smoothl1-deploy export --dtype bfloat16 with"),
+        ("f16.onnx --fp16", "its spec, here float16; build it as it is"),
+        ("f64.onnx --fp16", "the graph input 'input' is float64"),
+        ("detector.onnx --fp16", "the model says of no node that it is a loss"),
+        ("scored.onnx --bf16", "export the model in it (module.bfloat16(), and torch.onnx.export"),
+        ("scored.onnx --bf16 --fp16", "--fp16 and --bf16 exclude each other"),
         ("loss.onnx --no-cache --cache-dir x", "--no-cache and --cache-dir exclude each other"),
         ("loss.onnx --cache-dir loss.onnx", "can't use loss.onnx as an engine cache"),
         ("loss.onnx --embed-mode 0", "--embed-mode goes with --format epcontext"),

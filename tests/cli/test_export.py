@@ -115,6 +115,16 @@ def test_what_a_person_reads(cli: Cli) -> None:
     assert lines["sha256"] == hashlib.sha256(data).hexdigest()
 
 
+def test_an_opset_is_chosen_and_one_beyond_is_told_the_range(cli: Cli) -> None:
+    assert cli("export", "--shape", "N,16", "--opset", 13, "-o", "loss.onnx").code == 0
+    assert Path("loss.onnx").read_bytes() == export(
+        LossSpec(), shape=("N", 16), opset=13
+    ).SerializeToString(deterministic=True)
+    done = cli("export", "--opset", 12, "-o", "old.onnx")
+    assert_refused(done, "the route 'function' writes this loss in the opsets 13 to 26")
+    assert not Path("old.onnx").exists()
+
+
 def test_the_extensions_reach_the_graph(cli: Cli) -> None:
     done = cli(
         "export", "--shape", "N,16", "--per-sample", "--gradient", "--runtime-beta",

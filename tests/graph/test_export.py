@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import child
 import numpy as np
@@ -273,6 +274,51 @@ def test_an_export_holds_no_path_of_this_machine(route: str) -> None:
         assert str(folder).encode() not in data
     for note in (b"pkg.torch", b"stack_trace", b".py"):
         assert note not in data
+
+
+MATRIX = {"shape": ("N", 16)}
+COLUMN = {"shape": ("N", 1), "target_shape": ("N", 16)}
+#: A route and a loss, and the first opset that has what it is made of.
+OPSETS_FROM = [
+    ("function", LossSpec(0.5), MATRIX, 13),
+    ("inlined", LossSpec(0.5, "none", "bfloat16"), {}, 13),
+    # A Reshape to a size of 0: of a gradient summed back, of weights of rows, of PyTorch's own sum.
+    ("function", LossSpec(0.5, gradient=True), {}, 14),
+    ("inlined", LossSpec(0.5, gradient=True, dtype="float64"), COLUMN, 14),
+    ("function", LossSpec(0.5, dtype="float64", weight="weights", per_sample=True), MATRIX, 14),
+    ("torch", LossSpec(0.5), MATRIX, 14),
+    ("torch", LossSpec(0.5, "sum"), COLUMN, 15),  # PyTorch asks for a part of a Shape
+]
+
+
+@pytest.mark.parametrize(("route", "spec", "shapes", "first"), OPSETS_FROM)
+def test_an_opset_is_for_another_runtime_and_changes_no_bit(
+    route: str, spec: LossSpec, shapes: dict[str, Any], first: int
+) -> None:
+    usual = export(spec, route, **shapes)
+    a, b = pair(spec, (5, 16))
+    a = a[:, :1] if shapes == COLUMN else a
+    feeds = {"weight": np.abs(b)} if spec.weight else {}
+    for opset in (first, 26):
+        model = export(spec, route, **shapes, opset=opset)
+        holders = (model, *model.functions)
+        assert {e.version for h in holders for e in h.opset_import if not e.domain} == {opset}
+        assert model.ir_version == (8 if opset < 18 else 10)  # ONNX Runtime 1.17 reads no 10
+        for runtime in ("ort-cpu", "ort-cpu-bare", "onnx-reference"):
+            before, after = (load(m, runtime).run(a, b, **feeds) for m in (usual, model))
+            for name, value in before.items():
+                assert after[name].tobytes() == value.tobytes(), (opset, runtime)
+    for opset in (first - 1, 27):
+        with pytest.raises(SpecError, match=rf"opset .*: the route '{route}' .* {first} to 26; ch"):
+            export(spec, route, **shapes, opset=opset)
+
+
+def test_an_opset_is_a_number_and_18_is_the_usual_one() -> None:
+    assert export(LossSpec(), opset=18) == export(LossSpec())
+    assert export(LossSpec(), opset=17).ir_version == 8
+    for opset in ("18", True, 18.5, np.zeros(2)):
+        with pytest.raises(SpecError, match="opset .* in the opsets 13 to 26; choose one of them"):
+            export(LossSpec(), opset=opset)  # type: ignore[arg-type]
 
 
 # Refusals
