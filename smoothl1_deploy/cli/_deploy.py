@@ -59,6 +59,7 @@ def deploy(
         profile: As of build, for the engine: NAME=MIN,OPT,MAX. Repeat for more inputs.
     """
     from ..parity._certificate import read_certificate
+    from ..serving._repository import CONTAINER
 
     scored, models = output / "scored.onnx", output / "models"
     called = name or model.stem
@@ -81,8 +82,8 @@ def deploy(
     mounted = shlex.quote(f"{models.resolve()}:/models")
     return [
         typed("serve", models),
-        f"docker run --rm -p 8000-8002:8000-8002 -v {mounted} "  # YY.MM: a release of Triton
-        "nvcr.io/nvidia/tritonserver:YY.MM-py3 tritonserver --model-repository=/models",
+        f"docker run --rm -p 8000-8002:8000-8002 -v {mounted} "
+        f"nvcr.io/nvidia/tritonserver:{CONTAINER} tritonserver --model-repository=/models",
         typed("repository", "--lint", models),
     ]
 

@@ -356,7 +356,10 @@ def certify_model(
     return found, certify(found, path)
 
 
-# On a cluster
+# In a container
+
+#: Triton's: the runtime that KServe ships by itself, 23.05, has CVE-2025-23319.
+CONTAINER = "25.07-py3"
 
 #: The autoscaler measures use against what is requested. Source of the fields: the v1beta1 types
 #: and the webhook's checks of kserve/kserve, `pkg/apis/serving/v1beta1`.
@@ -377,8 +380,7 @@ spec:
     model:
       modelFormat: {{name: triton}}
       runtime: kserve-tritonserver
-      # The runtime's own, 23.05, has CVE-2025-23319.
-      runtimeVersion: 25.07-py3
+      runtimeVersion: {container}
       protocolVersion: v2
       storageUri: {storage_uri}
       resources:
@@ -413,6 +415,7 @@ def inference_service(name: str, storage_uri: str, gpus: int = 0) -> str:
         )
     return _INFERENCE_SERVICE.format(
         name=json.dumps(name),  # a string of JSON is one of YAML
+        container=CONTAINER,
         storage_uri=json.dumps(storage_uri),
         gpus=f', nvidia.com/gpu: "{gpus}"' if gpus else "",
     )
