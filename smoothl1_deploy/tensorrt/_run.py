@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .._device import Device
-from .._files import write_atomic
+from .._files import refusal_told, write_atomic
 from ..errors import (
     BackendUnavailableError,
     InvalidInputError,
@@ -186,6 +186,9 @@ class _Kernels:
         Raises:
             OutputError: when the file can't be written.
         """
+        remedy = "choose a folder that you may write to"
+        with refusal_told(f"can't keep compiled kernels in {self._path}", remedy):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self._path, bytes(self._cache.serialize()))
 
 

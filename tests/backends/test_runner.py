@@ -40,7 +40,7 @@ def test_promotion_is_that_of_torch() -> None:
         with pytest.raises(InvalidInputError) as caught:
             both(x, y, dtype)
         text = f"input {a} and target {b} promote to {expected}, but the artefact is {dtype}; "
-        text += f"convert them, or export with dtype={expected!r}"
+        text += f"convert them, or export in {expected}"
         if expected not in DTYPES:
             text = f"input and target are both integral ({a}, {b}); PyTorch refuses that too. "
             text += f"Convert one of them: input.astype({dtype!r})"

@@ -69,7 +69,7 @@ def test_arrays_that_do_not_fit_are_told_of_by_the_model_s_names(
 
 
 def test_what_can_not_be_run_whole_is_refused_with_what_can() -> None:
-    with pytest.raises(UnsupportedError, match=r"losses alone.*use backend='ort-cpu'"):
+    with pytest.raises(UnsupportedError, match=r"losses alone.*use the backend ort-cpu"):
         load(detector(), "torch")
     with pytest.raises(UnsupportedError, match="can't be pickled"):
         copy.copy(load(detector()))

@@ -98,7 +98,7 @@ def test_bfloat16_in_and_out(cli: Cli, pair: Pair) -> None:
         done = cli("run", path, *arguments, "-o", "out.npy", "--json")
         assert done.code == 0
         assert json.loads(done.out)["outputs"]["loss"]["dtype"] == "bfloat16"
-        assert "numpy.load(path).view(ml_dtypes.bfloat16)" in done.err
+        assert "view what is read from out.npy as ml_dtypes.bfloat16" in done.err
         np.testing.assert_array_equal(np.load("out.npy").view(np.uint16), expected)
 
 

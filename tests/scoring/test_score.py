@@ -217,7 +217,7 @@ def test_loss_over_takes_mappings_and_says_which_batch_is_wrong() -> None:
         loss_over([{"input": p}], LossSpec())
     with pytest.raises(SpecError, match="^give spec=LossSpec"):
         loss_over([(p, t)])
-    with pytest.raises(SpecError, match="reduction='none' combines nothing; use 'mean'"):
+    with pytest.raises(SpecError, match="the reduction none combines nothing; use mean"):
         loss_over([(p, t)], LossSpec(reduction="none"))
 
 

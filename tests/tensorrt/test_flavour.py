@@ -56,7 +56,7 @@ def test_auto_takes_rtx_where_tensorrt_has_no_gpu(installed, fake_trt):
     text = str(caught.value)
     assert "tensorrt 10.16.1 is installed but can't be used here" in text
     assert "CUDA initialization failure; pybind11" in text
-    assert "needs a GPU and its driver even to build; flavour='tensorrt_rtx' builds without" in text
+    assert "needs a GPU and its driver even to build; tensorrt_rtx builds without" in text
     assert caught.value.exit_code == 3
 
 

@@ -144,7 +144,7 @@ def test_float64_losses_are_refused_with_reason_and_remedy():
         text = str(caught.value)
         assert text.startswith("the graph input 'input' is float64. TensorRT has no float64")
         assert "silently compute in float32" in text
-        assert "Export with dtype='float32', or run this model on ONNX Runtime" in text
+        assert "Export in float32, or run this model on ONNX Runtime" in text
 
 
 WIDE = "(float[N] x) => (float[N] y) %s { d = Cast<to=11>(x) e = Mul(d, s) y = Cast<to=1>(e) }"

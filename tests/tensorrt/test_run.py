@@ -288,7 +288,7 @@ def test_a_card_that_the_flavour_has_no_name_for_is_refused_before_a_build(fake,
         assert str(caught.value) == (
             "tensorrt_rtx 1.7.1 runs no engine on a host, which has compute capability "
             f"{capability}; it knows 7.5, 8.0, 8.6, 8.9, 12.0, 12.1. Hopper (9.0) runs engines of "
-            "flavour='tensorrt', and the backends torch-triton and ort-cuda need no engine"
+            "the flavour tensorrt, and the backends torch-triton and ort-cuda need no engine"
         )
     for capability in ("8.9", "12.0", "13.0"):
         TrtBackend(fake("rtx-1.7.1"), cache_dir=tmp_path, device=card(capability))
