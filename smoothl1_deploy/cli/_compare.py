@@ -106,7 +106,8 @@ def _arrays(
 
 def _show(found: Comparison, first: Path, second: Path) -> None:
     rows = []
-    for name, each in found.outputs.items():
+    outputs = found.outputs.items()
+    for name, each in outputs:
         where = each.problem
         if each.at is not None and each.values is not None:
             where = f"{list(each.at)}: {' and '.join(each.values)}"
@@ -116,7 +117,7 @@ def _show(found: Comparison, first: Path, second: Path) -> None:
     for path, names in zip((first, second), found.alone, strict=True):
         if names:
             print_note(f"{path} alone gives {', '.join(names)}")
-    red = [name for name, each in found.outputs.items() if not each.within(found.limit)]
+    red = [f"{name} ({each})" for name, each in outputs if not each.within(found.limit)]
     furthest = max(each.ulp for each in found.outputs.values())
     if found.same_bits:
         print_lines(["the same bits"])

@@ -50,6 +50,11 @@ class Difference(Record):
     values: tuple[str, str] | None = None
     problem: str = ""
 
+    def __str__(self) -> str:
+        if self.problem or self.other_class:
+            return self.problem or f"{self.other_class:,} of another class"
+        return f"{self.ulp:,} ULP apart" if self.other_bits else "the same bits"
+
     def within(self, limit: int | None) -> bool:
         """Whether every class is the same, and no distance above `limit`, where that is given."""
         return not (self.problem or self.other_class) and (limit is None or self.ulp <= limit)
@@ -63,12 +68,21 @@ class Comparison(Record):
         outputs: by name, of what both artefacts give.
         alone: the outputs that one of them gives, and the other doesn't.
         limit: the largest distance in ULP that was allowed; None for any.
+
+    >>> import numpy as np
+    >>> from smoothl1_deploy import LossSpec, compare, export
+    >>> data = {"input": np.ones(3, "f4"), "target": np.zeros(3, "f4")}
+    >>> compare(export(LossSpec()), export(LossSpec(beta=2.0)), data)
+    <Comparison: loss 8,388,608 ULP apart>
     """
 
     outputs: Mapping[str, Difference]
     alone: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     limit: int | None = None
     derived: ClassVar = ("ok", "same_bits")
+
+    def __repr__(self) -> str:
+        return f"<Comparison: {', '.join(f'{name} {each}' for name, each in self.outputs.items())}>"
 
     def __bool__(self) -> bool:
         return all(each.within(self.limit) for each in self.outputs.values())
@@ -117,8 +131,8 @@ def compare(
     >>> data = {"input": np.ones((2, 4), "f4"), "target": np.zeros((2, 4), "f4")}
     >>> here, there = export(LossSpec(), shape=("N", 4)), export(LossSpec(), "inlined")
     >>> found = compare(here, there, data, backend=("ort-cpu", "onnx-reference"), ulp=0)
-    >>> bool(found), found.same_bits, found.outputs["loss"].elements
-    (True, True, 1)
+    >>> bool(found), found
+    (True, <Comparison: loss the same bits>)
     """
     backends = (backend, backend) if isinstance(backend, str) else tuple(backend)
     if len(backends) != 2:
