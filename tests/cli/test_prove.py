@@ -56,7 +56,7 @@ def test_an_interrupt_keeps_what_is_known_and_the_same_command_goes_on(
     assert steps.left == [64, 32, 64]
     out = capsys.readouterr().out
     assert "float16, beta 0, 4,294,967,296 pairs" in out
-    words = ["loss", "ort-cpu", "100.000000%", "3", "0", "0", "0", "0"]
+    words = ["loss", "ort-cpu", "100.000000%", "3", "0", "0", "0", "1"]
     assert words in [line.split() for line in out.splitlines()]
     entries = json.loads(Path("p.json").read_text())["entries"]
     assert [(e["claim"]["beta"], e["pairs"], e["ok"]) for e in entries] == [

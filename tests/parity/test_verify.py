@@ -114,7 +114,7 @@ def test_the_plain_exporter_s_drift_and_its_empty_mean_are_found(
     assert all((point.torch_relative or 0.0) < 1e-6 for point in curve.values())
     assert set(result.to_dict()) == {
         "ok", "name", "sha256", "changed", "spec", "backend", "seed", "cases", "drift",
-        "diagnoses", "environment",
+        "diagnoses", "environment", "date",
     }  # fmt: skip
     last = result.to_dict()["drift"][-2]
     assert last["elements"] == 1 << 22 and last["case"]["family"] == "constant"

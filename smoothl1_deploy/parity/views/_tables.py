@@ -146,7 +146,7 @@ def not_run(found: Report | Verification | ModelVerification) -> Iterator[tuple[
     yield from ((what, ", ".join(names)) for what, names in groups.items() if names)
     if not isinstance(found, Report):
         if not any(loss.drift for loss in found.losses.values()):
-            yield "the error by size", "not measured"
+            yield "error by size", "not measured"
         return
     if "trt" not in ran:
         built = found.summary["builds"] - found.summary["red_builds"]
