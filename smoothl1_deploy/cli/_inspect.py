@@ -274,7 +274,7 @@ def _summary(
     from ..graph._metadata import SPEC, is_changed, is_served, read_route
 
     if engines:
-        providers = ", ".join(dict.fromkeys(engine.provider for engine in engines))
+        providers = ", ".join(dict.fromkeys(e.provider or "any provider" for e in engines))
         carried = "an engine" if len(engines) == 1 else f"{len(engines)} engines"
         said = f"an ONNX model that carries {carried} for {providers}"
         said += f", of a Smooth L1 loss: {_told(spec)}" if spec else ""

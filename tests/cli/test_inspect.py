@@ -151,7 +151,7 @@ def test_of_a_model_with_a_loss_is_shown_who_runs_the_whole_of_it(cli: Cli) -> N
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_breaks_it_between_words_and_no_hash(shown: Shown, width: int) -> None:
-    path = model(beta=0.5, gradient=True, per_sample=True)
+    path = model(beta=0.5, gradient=True)
     lines = shown(width, "inspect", path).splitlines()
     assert max(map(len, lines[: lines.index("")])) <= width
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
