@@ -57,6 +57,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "inspect": (),
     "run": ("cpu",),
     "score": ("cpu",),
+    "compare": ("cpu",),
     "export --route torch": ("torch",),
     "parity": ("torch",),
     "verify": ("cpu", "torch"),

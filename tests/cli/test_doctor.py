@@ -85,7 +85,7 @@ def test_an_installation_is_named_once_with_all_that_it_gives_and_a_gpu_comes_la
     assert headings[0] == "works here"
     assert groups["works here"]["backends"] == ["onnx-reference"]
     assert "export" in groups["works here"]["commands"]
-    cpu = {"backends": ["ort-cpu", "ort-cpu-bare"], "commands": ["run", "score"]}
+    cpu = {"backends": ["ort-cpu", "ort-cpu-bare"], "commands": ["run", "score", "compare"]}
     assert groups["pip install 'smoothl1-deploy[cpu]'"] == cpu
     both = groups["pip install torch==2.13.0 'smoothl1-deploy[cpu]'"]
     assert both == {"commands": ["verify", "prove"]}
