@@ -81,7 +81,8 @@ def inspect(file: Path, *, as_json: AsJson = False) -> Next:
     print_lines([f"problem: {problem}" for problem in found.problems])
     if found.facts.get("attached"):
         return _commands(file, found.facts["inputs"])
-    return None if found.kind == "engine" else [typed("verify", file, "--certificate")]
+    is_loss = found.kind == "onnx" and found.facts["spec"] is not None
+    return [typed("verify", file, "--certificate")] if is_loss else None
 
 
 def _commands(file: Path, inputs: Iterable[Mapping[str, Any]]) -> list[str]:
