@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -55,17 +55,3 @@ def plain(value: Any) -> Any:
     if is_dataclass(value):
         return {name: plain(getattr(value, name)) for name in _public(value)}
     return value
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> list[str]:
-    r"""The lines of a table of GitHub-flavoured Markdown; `align` has `l` or `r` for each column.
-
-    >>> print("\n".join(markdown_table(("name", "ULP"), [("a|b", "2")], "lr")))
-    | name | ULP |
-    | --- | ---: |
-    | a\|b | 2 |
-    """
-    rule = ["---:" if letter == "r" else "---" for letter in align]
-    # A pipe ends a cell, inside a code span too.
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in (header, rule, *cells)]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Literal
-
-from ._records import markdown_table
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -72,9 +70,7 @@ class Table:
             fits = sum(whole - least for least, whole in (widths[at] for at in part)) <= spare
             for at in part:
                 least, width = widths[at]
-                if (
-                    not fits
-                ):  # then the names of numbers take two lines, and text takes what is left
+                if not fits:  # names of numbers take two lines then, and text what is left
                     width = min(width, least + spare) if self.align[at] == "l" else least
                 spare -= width - least
                 justify: Literal["left", "right"] = "right" if self.align[at] == "r" else "left"
@@ -131,6 +127,20 @@ class Table:
     def _side(self, at: int) -> str:
         """The attributes of a column: a notebook sets everything flush right by itself."""
         return ' class="n"' if self.align[at] == "r" else ' style="text-align: left"'
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> list[str]:
+    r"""The lines of a table of GitHub-flavoured Markdown; `align` has `l` or `r` for each column.
+
+    >>> print("\n".join(markdown_table(("name", "ULP"), [("a|b", "2")], "lr")))
+    | name | ULP |
+    | --- | ---: |
+    | a\|b | 2 |
+    """
+    rule = ["---:" if letter == "r" else "---" for letter in align]
+    # A pipe ends a cell, inside a code span too.
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (header, rule, *cells)]
 
 
 def _text(entry: Entry | str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +65,7 @@ def bench(
         return _bench_gpu(output, given)
     # Threads that others leave spinning would be on the next one's cores: read when they load.
     os.environ |= {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "4"}
-    from .._environment import environment
+    from .._environment import environment, now
     from .._files import check_writable, write_atomic
     from .._spec import LossSpec
     from ..bench import _cpu as cpu
@@ -86,7 +85,7 @@ def bench(
         for text in shapes
     ]
     check_writable(output / "bench.jsonl")
-    date = datetime.now(UTC).isoformat(timespec="seconds")
+    date = now()
     origin: dict[str, Any] = {"date": date, "environment": environment()}
     load = os.getloadavg()[0]
     rows: list[Row] = []

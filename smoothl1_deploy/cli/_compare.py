@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .._table import Table
 from ..errors import InvalidInputError, SpecError
 from ._arrays import named_files
-from ._console import print_json, print_lines, print_note, print_table, typed
+from ._console import open_console, print_json, print_lines, print_note, typed
 from ._options import AsJson, BackendNames, Next
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _arrays(
 
 
 def _show(found: Comparison, first: Path, second: Path) -> None:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     outputs = found.outputs.items()
     for name, each in outputs:
         where = each.problem
@@ -113,7 +114,8 @@ def _show(found: Comparison, first: Path, second: Path) -> None:
             where = f"{list(each.at)}: {' and '.join(each.values)}"
         counts = (each.elements, each.other_bits, each.other_class, each.ulp)
         rows.append((name, *(f"{count:,}" for count in counts), where))
-    print_table(("output", "elements", "other bits", "other class", "ULP", "the worst"), rows)
+    columns = ("output", "elements", "other bits", "other class", "ULP", "the worst")
+    open_console().print(Table("", columns, rows, "lrrrrl"))
     for path, names in zip((first, second), found.alone, strict=True):
         if names:
             print_note(f"{path} alone gives {', '.join(names)}")
