@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tomllib
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def test_what_the_scripts_install_is_pinned_to_an_exact_version_that_fits() -> N
     for requirement in map(Requirement, [*PROJECT["dependencies"], *wanted]):
         version = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} against {version}"
+    # And each other: the build of torch with CUDA depends on one triton.
+    for package in distributions():
+        if pins.get(canonicalize_name(package.name)) != package.version.partition("+")[0]:
+            continue
+        for requirement in map(Requirement, package.requires or ()):
+            pin = pins.get(canonicalize_name(requirement.name))
+            if pin and (not requirement.marker or requirement.marker.evaluate({"extra": ""})):
+                assert requirement.specifier.contains(pin), f"{package.name} needs {requirement}"
 
 
 def test_runtimes_that_exclude_each_other_are_in_extras_of_their_own() -> None:
