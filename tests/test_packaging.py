@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tomllib
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def test_what_the_scripts_install_is_pinned_to_an_exact_version_that_fits() -> N
     for requirement in map(Requirement, [*PROJECT["dependencies"], *wanted]):
         version = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} against {version}"
+    # And each other: the build of torch with CUDA depends on one triton.
+    for package in distributions():
+        if pins.get(canonicalize_name(package.name)) != package.version.partition("+")[0]:
+            continue
+        for requirement in map(Requirement, package.requires or ()):
+            pin = pins.get(canonicalize_name(requirement.name))
+            if pin and (not requirement.marker or requirement.marker.evaluate({"extra": ""})):
+                assert requirement.specifier.contains(pin), f"{package.name} needs {requirement}"
 
 
 def test_runtimes_that_exclude_each_other_are_in_extras_of_their_own() -> None:
@@ -168,5 +177,27 @@ def test_the_lowest_versions_are_those_of_pyproject() -> None:
     assert "onnxruntime==1.31.*" in lowest and "numpy==2.0.*" in lowest
     extras = PROJECT["optional-dependencies"]
     wanted = [*PROJECT["dependencies"], *(r for e in extras if e != "gpu" for r in extras[e])]
-    names = {Requirement(text).name for text in wanted} - {"torch"}
+    names = {Requirement(text).name for text in wanted}
     assert {pin.partition("==")[0] for pin in lowest} == names
+
+
+def test_a_run_of_some_replaces_their_lines_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = _compat()["_write"]
+    page = tmp_path / "compat.md"
+    monkeypatch.setitem(write.__globals__, "PAGE", page)
+    shutil.copy(ROOT / "docs" / "compat.md", page)
+    before = page.read_text()
+    write("", [])
+    assert page.read_text() == before
+    write("", ["| `newest` | 3.99.0 | 9.9 | today | 1 failed |"])
+    *kept, _ = re.split(r"(?m)^(?=\| `newest`)", before)
+    assert page.read_text().startswith(*kept) and "| 1 failed |" in page.read_text()
+    assert page.read_text().count("\n") == before.count("\n")
+
+
+def test_a_python_that_is_not_there_is_said_to_be() -> None:
+    done = child.run(str(ROOT / "scripts" / "compat"), "/nowhere/python3.13")
+    assert done.returncode == 1
+    assert "/nowhere/python3.13 is left out: it is no Python that runs here" in done.stdout
