@@ -121,7 +121,7 @@ def test_signature_of_an_export() -> None:
         assert found.input == Port("input", dtype, ("N", 3))
         assert found.target == Port("target", dtype, (1, 3))
         assert found.outputs == (Port("loss", dtype, ("N", 3)),)
-        assert str(found.input) == f"input: {dtype}[Nx3]"
+        assert str(found.input) == f"input: {dtype}[N,3]"
     found = signature(export(LossSpec()))
     assert (found.input.shape, found.target.shape, found.outputs[0].shape) == (None, None, ())
     assert str(found.input) == "input: float32[any]"

@@ -208,7 +208,8 @@ def _run(
         if name == "given":
             raise
         raise ArtefactError(
-            f"the model can't be run on what was made up for its inputs ({exc}); give its own"
+            f"the model can't be run on what was made up for its inputs ({exc}); give data of its "
+            "own"
         ) from exc
     tensors = {**constants, **arrays, **outputs}
     verdicts: dict[str, Verdict] = {}

@@ -292,7 +292,7 @@ def test_red_cells_end_with_1_and_what_goes_wrong_in_a_sentence(
     (tmp_path / "file").write_text("")
     # It is told before eight minutes of measuring, and not after.
     assert gpu_report.main(["-o", str(tmp_path / "file" / "results")]) == 2
-    assert "error: can't make the folder" in capsys.readouterr().out
+    assert "/file/results/gpu.json: Not a directory" in capsys.readouterr().out
 
 
 def test_without_a_gpu(

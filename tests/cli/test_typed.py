@@ -113,7 +113,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch, pair: object) -> None:
     monkeypatch.setattr(_deploy, "_step", step)
     monkeypatch.setattr(_pairs, "prove", lambda proof, **options: iter(()))
     monkeypatch.setattr(_cpu, "measure", lambda *given, **options: ([], {}))
-    monkeypatch.setattr(_rows, "plot_png", lambda rows: b"")
+    monkeypatch.setattr(_rows, "plot_png", lambda rows, **origin: b"")
     monkeypatch.setattr(_server, "Server", _Served)
     monkeypatch.setattr(_supervise, "service", _service)
     monkeypatch.setattr(time, "sleep", interrupt)

@@ -233,7 +233,11 @@ def test_what_can_t_be_compared_is_refused() -> None:
     mixed = theirs("float[N] y_hat, double[N] y")
     float64, weighs = LossSpec(dtype="float64"), LossSpec(weight="count")
     refused: list[tuple[onnx.ModelProto, dict[str, Any], str]] = [
-        (theirs(), {"spec": None}, r"does not say what it computes.*--beta and --reduction"),
+        (
+            theirs(),
+            {"spec": None},
+            r"does not say what it computes.*say it by a spec: beta, reduction",
+        ),
         (weighted, {}, r"3 inputs \('gt', 'boxes', 'weights'\).*--input-name"),
         (weighted, {"input_name": "boxes"}, r"besides 'boxes' the model has 2 inputs"),
         (weighted, {"input_name": "boxes", "target_name": "gt"}, "takes 'weights', which nothing"),

@@ -100,7 +100,7 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(
     add, shown = Journal.add, io.StringIO()
     monkeypatch.setattr(Journal, "add", lambda *given: (time.sleep(0.02), add(*given)))
     terminal = Console(file=shown, force_terminal=True, width=100)
-    monkeypatch.setattr("smoothl1_deploy.cli._score.open_console", lambda **_: terminal)
+    monkeypatch.setattr("smoothl1_deploy.cli._score.progress_console", lambda: terminal)
     assert cli("score", *FILES, "--json").code == 0
     text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.getvalue())  # without colours
     assert re.search(r"\d+%.* [\d.]+ [kM]? ?elements/s.* 0:00:0\d.* p\.npy", text), text

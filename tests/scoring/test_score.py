@@ -271,7 +271,7 @@ def test_a_model_of_other_origin(cli: Cli, score: Report, saved: Pair) -> None:
     => (float l) { d = Sub(y, y_true) a = Abs(d) l = ReduceMean<keepdims=0>(a) }"""
     onnx.save(onnx.parser.parse_model(text), "l1.onnx")
     done = cli("score", *FILES, "--model", "l1.onnx")
-    assert done.code == 2 and "the model doesn't say what it computes; give spec=" in done.err
+    assert done.code == 2 and "the model doesn't say what it computes; give the spec" in done.err
     found = score("--model", "l1.onnx", "--beta", "0", "--reduction", "mean")
     assert found["loss"] == pytest.approx(np.abs(saved[0] - saved[1]).mean(dtype=float), rel=1e-6)
     done = cli("score", *FILES, "--model", "l1.onnx", "--reduction", "sum", "--per-sample")

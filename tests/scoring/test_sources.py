@@ -122,7 +122,7 @@ REFUSED = {
     "no.npy": "no.npy can't be read",
     "a.csv": "a.csv is none of .npy, .npz, .parquet",
     "text.npy": "text.npy is not a .npy file",
-    "text.npz": "text.npz is not an .npz file; write it with numpy.savez(",
+    "text.npz": "text.npz is not an .npz file; write it with numpy.savez, the arrays",
     "text.parquet": "text.parquet is not a Parquet file; write it with pyarrow",
     "scalar.npy": "scalar.npy has no axis",
     "scalar.npz": "input in scalar.npz has no axis",
