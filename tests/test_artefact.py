@@ -124,7 +124,7 @@ def test_signature_of_an_export() -> None:
         assert str(found.input) == f"input: {dtype}[N,3]"
     found = signature(export(LossSpec()))
     assert (found.input.shape, found.target.shape, found.outputs[0].shape) == (None, None, ())
-    assert str(found.input) == "input: float32[any]"
+    assert str(found.input) == "input: float32 of any rank"
     assert str(found.outputs[0]) == "loss: float32[scalar]"
 
 

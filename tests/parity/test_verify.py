@@ -238,7 +238,7 @@ def test_what_can_t_be_compared_is_refused() -> None:
             {"spec": None},
             r"does not say what it computes.*say it by a spec: beta, reduction",
         ),
-        (weighted, {}, r"3 inputs \('gt', 'boxes', 'weights'\).*--input-name"),
+        (weighted, {}, r"3 inputs \('gt', 'boxes', 'weights'\).*input_name, target_name"),
         (weighted, {"input_name": "boxes"}, r"besides 'boxes' the model has 2 inputs"),
         (weighted, {"input_name": "boxes", "target_name": "gt"}, "takes 'weights', which nothing"),
         (many, {}, r"3 outputs \('number', 'out', 'each'\).*--output-name"),
