@@ -125,7 +125,7 @@ def test_signature_of_an_export() -> None:
     found = signature(export(LossSpec()))
     assert (found.input.shape, found.target.shape, found.outputs[0].shape) == (None, None, ())
     assert str(found.input) == "input: float32 of any rank"
-    assert str(found.outputs[0]) == "loss: float32[scalar]"
+    assert str(found.outputs[0]) == "loss: float32[]"
 
 
 def test_signature_finds_input_and_target_by_name_or_in_their_order() -> None:

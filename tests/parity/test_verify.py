@@ -241,7 +241,7 @@ def test_what_can_t_be_compared_is_refused() -> None:
         (weighted, {}, r"3 inputs \('gt', 'boxes', 'weights'\).*input_name, target_name"),
         (weighted, {"input_name": "boxes"}, r"besides 'boxes' the model has 2 inputs"),
         (weighted, {"input_name": "boxes", "target_name": "gt"}, "takes 'weights', which nothing"),
-        (many, {}, r"3 outputs \('number', 'out', 'each'\).*--output-name"),
+        (many, {}, r"3 outputs \('number', 'out', 'each'\).*output_name"),
         (many, {"output_name": "number"}, "'number' has the element type INT64"),
         (theirs(), {"input_name": "x"}, "'x' is no input of the model; it has 'y_hat', 'y'"),
         (theirs(), {"target_name": "x"}, "target_name 'x' is no input of the model"),
