@@ -70,6 +70,8 @@ def test_the_version_is_that_of_the_package_and_the_licence_whole() -> None:
     assert PROJECT["dynamic"] == ["version"]
     assert setuptools["dynamic"]["version"]["attr"] == "smoothl1_deploy.__version__"
     assert re.fullmatch(r"\d+\.\d+\.\d+", smoothl1_deploy.__version__)
+    versions = re.findall(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == smoothl1_deploy.__version__
     text = (ROOT / "LICENSE").read_text()
     assert "Version 2.0, January 2004" in text
     assert "9. Accepting Warranty or Additional Liability." in text
