@@ -32,6 +32,7 @@ NEEDS = {
     "smoothl1-deploy repository": "tritonclient",
     "smoothl1-deploy serve": "tritonclient",
     "table.parquet": "pyarrow",
+    "--engine ray": "ray",
 }
 
 
