@@ -8,6 +8,7 @@ Weights in other files, where torch.onnx.export leaves those of a model, are nam
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -76,11 +77,13 @@ def _check_is_the_verified(
 
 
 def _sha256_of(path: Path) -> str | None:
-    """Of a file of any size; None where there is none."""
-    if not path.is_file():  # neither a pipe, which would wait for a writer, nor a device
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a file of any size; None where there is none that can be read."""
+    # Neither of a pipe, which would wait for a writer, nor of a device.
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
 
 
 def _content(

@@ -153,7 +153,9 @@ def test_a_file_that_was_not_verified_is_not_certified(tmp_path: Path, green: Ve
     assert not certificate_path(path).exists()
 
 
-def test_weights_in_another_file_are_certified_with_the_model(tmp_path: Path) -> None:
+def test_weights_in_another_file_are_certified_with_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As torch.onnx.export writes every model that has some."""
     model = export(SPEC, shape=("N",))
     tensor = onnx.numpy_helper.from_array(np.zeros(2000, np.float32), "big")
@@ -166,6 +168,13 @@ def test_weights_in_another_file_are_certified_with_the_model(tmp_path: Path) ->
         found = verify(path, drift=False)
     certify(found, path)
     assert read_certificate(path).state == "matches"
+
+    def refuse(*given: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smoothl1_deploy.parity._certificate.open", refuse, raising=False)
+        assert read_certificate(path).state == "stale"
     weights = tmp_path / "loss.onnx.data"
     weights.write_bytes(b"\x01" + weights.read_bytes()[1:])
     assert read_certificate(path).state == "stale"
