@@ -148,7 +148,7 @@ def _read_header(file: IO[bytes], what: str) -> Header:
     if dtype.hasobject:
         raise InvalidInputError(
             f"{what} holds Python objects, which are not loaded (a pickle can run any code); "
-            "convert it: array.astype('float32')"
+            "convert it to float32"
         )
     if not all(type(size) is int for size in shape):  # to numpy True is one, but not everywhere
         raise ValueError(f"no array has the shape {shape}")

@@ -63,8 +63,7 @@ def check_promotion(given: Mapping[str, str], dtype: str) -> None:
     if floats.isdisjoint((given["input"], given["target"])):
         raise InvalidInputError(
             f"input and target are both integral ({given['input']}, "
-            f"{given['target']}); PyTorch refuses that too. Convert one of them: "
-            f"input.astype({dtype!r})"
+            f"{given['target']}); PyTorch refuses that too. Convert one of them to {dtype}"
         )
     result = max(floats, key=lambda name: NUMPY_DTYPE[name].itemsize)
     if {"float16", "bfloat16"} <= floats and NUMPY_DTYPE[result].itemsize == 2:

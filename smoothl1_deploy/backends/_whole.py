@@ -77,8 +77,7 @@ def _check(port: Port, array: Array, sizes: dict[str, tuple[Port, int]]) -> None
     name = port.name
     if array.dtype.name != port.dtype:
         raise InvalidInputError(
-            f"{name} is {array.dtype}, and the model takes {port}; convert it: "
-            f"{name}.astype({port.dtype!r})"
+            f"{name} is {array.dtype}, and the model takes {port}; convert it to {port.dtype}"
         )
     if port.axes is None:
         return
