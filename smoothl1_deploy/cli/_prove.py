@@ -12,7 +12,7 @@ import typer
 from .._table import Table
 from ..errors import ArtefactError, SmoothL1DeployError
 from ._console import INTERRUPTED, open_console, print_lines, print_note, progress_bar, typed
-from ._options import BackendName, Next, PlainRoute, Workers, one_of, processes
+from ._options import BackendNames, Next, PlainRoute, Workers, one_of, processes
 
 if TYPE_CHECKING:
     from ..parity._pairs import Proof
@@ -27,7 +27,7 @@ def prove(
     *,
     dtype: Annotated[str, one_of(*_HALF)] = "float16",
     beta: list[float] | None = None,
-    backend: BackendName = "ort-cpu",
+    backend: BackendNames = None,
     route: PlainRoute = "function",
     output: Path = Path("pairs.json"),
     workers: Workers = 0,
@@ -41,18 +41,20 @@ def prove(
     Options:
         dtype: Of input, target and loss.
         beta: 1 by default. Repeat for more.
+        backend: By default ort-cpu and ort-cpu-bare: with our operators, and the file alone.
         route: How the file is made.
         output: The file of what is known, JSON, with which the next run goes on.
         workers: Processes; 0: one a core, at most 8.
         quick: Only every 64th input: does it run?
     """
     from .._files import check_writable
-    from ..parity._pairs import Claim, Proof
+    from ..parity._pairs import BACKENDS, Claim, Proof
     from ..parity._pairs import prove as try_pairs
 
     check_writable(output)
     known = _read(output)
-    proofs = [Proof.begun(Claim(dtype, number, backend, route)) for number in beta or [1.0]]
+    backends = tuple(backend or BACKENDS)
+    proofs = [Proof.begun(Claim(dtype, number, backends, route)) for number in beta or [1.0]]
     for proof in proofs:
         found = known.get(proof.claim)
         if found and found.environment != proof.environment:
@@ -82,11 +84,12 @@ def prove(
     shown = [known[proof.claim] for proof in proofs]
     _show(shown)
     print_lines([f"wrote {output}"])
-    if not all(made.ok for proof in shown for made in proof.outputs.values()):
+    if not all(made.ok for proof in shown for made in proof.tallies):
         raise typer.Exit(1)
     other = dtype if quick else _HALF[1 - _HALF.index(dtype)]
     betas = [word for number in beta or () for word in ("--beta", number)]
-    words = ("prove", "--dtype", other, *betas, "--backend", backend, "--route", route)
+    named = [word for name in backend or () for word in ("--backend", name)]
+    words = ("prove", "--dtype", other, *betas, *named, "--route", route)
     return [typed(*words, "-o", output)]
 
 
@@ -122,15 +125,18 @@ def _show(proofs: list[Proof]) -> None:
         claim = proof.claim
         rows = [
             (name, whose, f"{found.counts[0] / made.pairs:.6%}", *(f"{n:,}" for n in off))
-            for name, made in proof.outputs.items()
-            for whose, found in ((claim.backend, made.ours), ("PyTorch", made.torch))
+            for backend, outputs in proof.outputs.items()
+            for name, made in outputs.items()
+            for whose, found in ((backend, made.ours), ("PyTorch", made.torch))
             for off in [(*found.counts[1:], made.pairs - sum(found.counts), found.largest)]
         ]
         red = [
-            f"{n}, red: {json.dumps(made.worst)}"
-            for n, made in proof.outputs.items()
+            f"{backend}, {name}, red: {json.dumps(made.worst)}"
+            for backend, outputs in proof.outputs.items()
+            for name, made in outputs.items()
             if not made.ok
         ]
         title = f"{claim.dtype}, beta {claim.beta:g}, {proof.pairs:,} pairs"
-        console.print(Table(title, columns, rows, "llrrrrrr", tuple(red), keys=2))
+        shown = dict.fromkeys(sorted(rows))  # PyTorch's are the same beside each backend's
+        console.print(Table(title, columns, list(shown), "llrrrrrr", tuple(red), keys=2))
         console.print()

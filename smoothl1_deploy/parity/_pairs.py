@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -38,13 +38,15 @@ from ._pool import each
 
 #: The formats of which every pair can be tried.
 DTYPES = ("float16", "bfloat16")
+#: A file with our operators, and bare.
+BACKENDS = ("ort-cpu", "ort-cpu-bare")
 CODES = 1 << 16
 PAIRS = CODES * CODES
 _SIGN = 1 << 15
 _NAN = CLASS_NAMES.index("nan")
 #: Tasks: each has every 64th input, which meets every target, so that one is a sample of all.
 _TASKS = 64
-_AT_ONCE = 32  # inputs of a call: 2^21 pairs need little memory, and a call costs nothing beside
+_AT_ONCE = 4  # inputs of a call: what 2^18 pairs are computed with stays in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +126,11 @@ class Tally(Record):
 
 @dataclass(frozen=True, slots=True)
 class Claim(Record):
-    """What is to be shown of every pair: `none` and its gradient, for one beta and one backend."""
+    """What is to be shown of every pair: `none` and its gradient, of one beta, by some backends."""
 
     dtype: str
     beta: float
-    backend: str = "ort-cpu"
+    backends: tuple[str, ...] = BACKENDS
     route: str = "function"
 
     def __post_init__(self) -> None:
@@ -140,9 +142,14 @@ class Claim(Record):
 
     @property
     def spec(self) -> LossSpec:
-        """Both outputs in one graph, where the backend has gradients."""
-        spec = LossSpec(self.beta, "none", self.dtype, gradient=True)
-        return spec if get_backend(self.backend).refuses(spec) is None else spec.without_gradient()
+        """Both outputs in one graph."""
+        return LossSpec(self.beta, "none", self.dtype, gradient=True)
+
+    def runner(self, backend: str) -> Runner:
+        """The file by one of the backends; without its gradient where that has none."""
+        made, spec = get_backend(backend, threads=1), self.spec
+        spec = spec if made.refuses(spec) is None else spec.without_gradient()
+        return made.load(export(spec, self.route, ("N", CODES)))
 
 
 class Thresholds:
@@ -156,24 +163,39 @@ class Thresholds:
     def __init__(self, values: Sequence[Fraction], squared: int = 0) -> None:
         made = [_threshold(v, is_square=i < squared, ties=i % 2 == 1) for i, v in enumerate(values)]
         self._high = np.array([high for high, _, _ in made] + [math.inf])
+        self._before = np.append(-math.inf, self._high[:-1])
         self._low = np.array([low for _, low, _ in made])
         self._reached = np.array([reached for _, _, reached in made], bool)
         if not (np.diff(self._high) > 0).all():
             raise UnsupportedError("two thresholds are nearer to each other than float64 can tell")
 
-    def reached(self, a: Array, b: Array) -> Array:
-        """How many of them |a - b| reaches, exactly; float64 numbers of a half format."""
+    def reached(self, a: Array, b: Array, guess: Array) -> Array:
+        """How many of them |a - b| reaches, exactly, of each a with every b.
+
+        Both are float64 numbers of a half format, of shapes [inputs, 1] and [targets]. A `guess`,
+        the answers' codes with any sign, saves the search where it proves right.
+        """
         distance = np.abs(a - b)
-        found: Array = np.searchsorted(self._high, distance).astype(np.uint16)
-        (at,) = np.nonzero(self._high[found].ravel() == distance.ravel())
-        if at.size:
-            x, y = (np.broadcast_to(side, distance.shape).ravel()[at] for side in (a, b))
-            d = x - y
-            back = d - x  # Knuth's TwoSum: d + rest is x - y
-            rest = ((x - (d - back)) + (-y - back)) * np.where(d < 0, -1.0, 1.0)
-            flat = found.reshape(-1)
-            low, reached = self._low[flat[at]], self._reached[flat[at]]
-            flat[at] += (rest > low) | ((rest == low) & reached)
+        found = np.minimum(guess & (_SIGN - 1), len(self._low)).astype(np.intp)
+        is_right = (self._before[found] < distance) & (distance < self._high[found])
+        at = np.flatnonzero(~is_right)  # several times as fast as np.nonzero
+        x, y = a[at // b.size, 0], b[at % b.size]
+        found.flat[at] = self._search(x, y, found.flat[at])
+        narrow: Array = found.astype(np.uint16)
+        return narrow
+
+    def _search(self, x: Array, y: Array, guess: Array) -> Array:
+        d = x - y
+        distance = np.abs(d)
+        found: Array = guess - (distance == self._before[guess])
+        is_other = self._high[found] != distance
+        found[is_other] = np.searchsorted(self._high, distance[is_other])
+        (at,) = np.nonzero(self._high[found] == distance)
+        x, y, d, equal = x[at], y[at], d[at], found[at]
+        back = d - x  # Knuth's TwoSum: d + rest is x - y
+        rest = ((x - (d - back)) + (-y - back)) * np.where(d < 0, -1.0, 1.0)
+        low = self._low[equal]
+        found[at] += (rest > low) | ((rest == low) & self._reached[equal])
         return found
 
 
@@ -218,6 +240,7 @@ class Exact:
         # One of each kind of what isn't finite, and for each such target its kind.
         self._odd = np.array([np.inf, -np.inf, np.nan]).astype(dtype)
         self._kind = np.where(np.isnan(self._wide), 2, self._wide < 0)[self.finite :].astype(int)
+        self._met = self._by_oracle(every[:, None], self._odd[None])  # by an input's code, and kind
         self._one = int(np.ones(1, dtype).view(np.uint16)[0])
         self._loss, self._slope = self._tables(wide)
         self._rows: dict[int, dict[str, Array]] = {}
@@ -239,31 +262,43 @@ class Exact:
             return losses, Thresholds(())
         return losses, Thresholds([middle * b for middle in middles[: self._one]])
 
-    def answers(self, inputs: Array) -> dict[str, Array]:
-        """The bits of the loss and of the gradient: uint16 of shape [inputs, 2^16]."""
+    def answers(self, inputs: Array, guess: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """The bits of the loss and of the gradient: uint16 of shape [inputs, 2^16].
+
+        A `guess` in the same form makes it faster where it is right, and changes nothing.
+        """
         if np.isfinite(inputs.astype(np.float64)).all():
-            return self._ordinary(inputs)
+            return self._ordinary(inputs, guess or {})
         rows = [self._row(value) for value in inputs]
         return {name: np.stack([row[name] for row in rows]) for name in ("loss", "grad_input")}
 
-    def _ordinary(self, inputs: Array) -> dict[str, Array]:
+    def _ordinary(self, inputs: Array, guess: Mapping[str, Array]) -> dict[str, Array]:
         x, targets = inputs.astype(np.float64)[:, None], self._wide[: self.finite]
+        none = np.zeros((len(inputs), self.finite), np.uint16)
+        loss, grad = (
+            guess[name][:, : self.finite] if name in guess else none
+            for name in ("loss", "grad_input")
+        )
         if self.spec.effective_beta == 0:  # the sign of the difference, which of -0 is 0
             slope = np.where(x == targets, 0, np.where(x < targets, self._one | _SIGN, self._one))
         else:
-            slope = self._slope.reached(x, targets) + np.uint16(_SIGN) * np.signbit(x - targets)
+            slope = self._slope.reached(x, targets, grad)
+            slope += np.uint16(_SIGN) * np.signbit(x - targets)
         slope = slope.astype(np.uint16)
-        odd = self._by_oracle(inputs[:, None], self._odd[None])
+        odd = {name: met[inputs.view(np.uint16)] for name, met in self._met.items()}
         return {
             name: np.concatenate([known, odd[name][:, self._kind]], axis=1)
-            for name, known in (("loss", self._loss.reached(x, targets)), ("grad_input", slope))
+            for name, known in (
+                ("loss", self._loss.reached(x, targets, loss)),
+                ("grad_input", slope),
+            )
         }
 
     def _row(self, value: Array) -> dict[str, Array]:
         """The answers to one input; of one that isn't finite, by its kind."""
         wide = float(value)
         if math.isfinite(wide):
-            return {name: found[0] for name, found in self._ordinary(value[None]).items()}
+            return {name: found[0] for name, found in self._ordinary(value[None], {}).items()}
         kind = 2 if math.isnan(wide) else int(wide < 0)
         if kind not in self._rows:
             self._rows[kind] = self._by_oracle(self._odd[kind : kind + 1], self.targets)
@@ -280,7 +315,9 @@ def _codes(dtype: str) -> tuple[Array, Array]:
     """The class of every number of a format, by its bits, and its rank among the numbers."""
     values = np.arange(CODES, dtype=np.uint16).view(NUMPY_DTYPE[dtype])
     magnitude = (np.arange(CODES) & (_SIGN - 1)).astype(np.int32)
-    return ieee_class(values), np.where(np.signbit(values), -magnitude, magnitude)
+    with np.errstate(invalid="ignore"):  # of a signalling NaN numpy tells
+        classes = ieee_class(values)
+    return classes, np.where(np.signbit(values), -magnitude, magnitude)
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,29 +382,41 @@ def tally(
 
 
 @cache
-def _prepared(claim: Claim) -> tuple[Exact, Runner]:
-    model = export(claim.spec, claim.route, ("N", CODES))
-    return Exact(claim.spec), get_backend(claim.backend, threads=1).load(model)
+def _prepared(claim: Claim) -> tuple[Exact, dict[str, Runner]]:
+    # glibc gives blocks as large as the arrays here back to the system, which clears them, until it
+    # has seen a larger one: a third of the time.
+    np.empty(31 << 20, np.uint8)
+    return Exact(claim.spec), {backend: claim.runner(backend) for backend in claim.backends}
 
 
-def _try_task(task: tuple[Claim, int]) -> dict[str, Tally]:
+#: Of each backend the tally of each output, `loss` and `grad_input`.
+Tallies = dict[str, dict[str, Tally]]
+
+
+def _codes_of(outputs: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: answer.view(np.uint16) for name, answer in outputs.items()}
+
+
+def _try_task(task: tuple[Claim, int]) -> Tallies:
     """The tallies of the inputs of a task, by its number, with every target."""
     from ..reference._module import eager_outputs
 
     claim, number = task
-    spec, (exact, runner) = claim.spec, _prepared(claim)
-    found: dict[str, Tally] = {}
+    exact, runners = _prepared(claim)
+    found: Tallies = {backend: {} for backend in runners}
     targets = np.tile(exact.targets, (_AT_ONCE, 1))
     mine = exact.targets[number::_TASKS]
     for start in range(0, len(mine), _AT_ONCE):
         inputs = mine[start : start + _AT_ONCE]
         x = np.repeat(inputs, CODES).reshape(_AT_ONCE, CODES)
-        got, torch = runner.run(x, targets), eager_outputs(spec, x, targets)
-        right = exact.answers(inputs)
-        for name in got:
-            bits = (got[name].view(np.uint16), torch[name].view(np.uint16), right[name])
-            made = tally(spec, name, *(array.reshape(-1) for array in (*bits, x, targets)))
-            found[name] = found.get(name, Tally()) + made
+        got = {backend: _codes_of(runner.run(x, targets)) for backend, runner in runners.items()}
+        torch = _codes_of(eager_outputs(claim.spec, x, targets))
+        right = exact.answers(inputs, next(iter(got.values())))
+        for backend, outputs in got.items():
+            for name, bits in outputs.items():
+                given = (bits, torch[name], right[name], x, targets)
+                made = tally(claim.spec, name, *(array.reshape(-1) for array in given))
+                found[backend][name] = found[backend].get(name, Tally()) + made
     return found
 
 
@@ -377,14 +426,14 @@ class Proof(Record):
 
     Attributes:
         claim: what is to be shown.
-        outputs: the tally of each output, `loss` and `grad_input`.
+        outputs: of each backend the tally of each output, `loss` and `grad_input`.
         left: numbers of the tasks that are still to be done; none where every pair was tried.
         seconds: that it took.
         environment: the versions that it holds for.
     """
 
     claim: Claim
-    outputs: dict[str, Tally]
+    outputs: Tallies
     left: tuple[int, ...]
     seconds: float
     environment: dict[str, Any]
@@ -402,23 +451,34 @@ class Proof(Record):
         Raises:
             KeyError, TypeError, ValueError, SpecError: on what is no such entry.
         """
-        claim = {**entry["claim"], "beta": float(entry["claim"]["beta"])}
-        outputs = {str(name): Tally.from_dict(found) for name, found in entry["outputs"].items()}
+        claim = dict(entry["claim"])
+        claim |= {"beta": float(claim["beta"]), "backends": tuple(map(str, claim["backends"]))}
+        outputs = {
+            str(backend): {str(name): Tally.from_dict(made) for name, made in found.items()}
+            for backend, found in entry["outputs"].items()
+        }
         left = tuple(int(number) for number in entry["left"])
-        if any(made.pairs != PAIRS * (_TASKS - len(left)) // _TASKS for made in outputs.values()):
-            raise ValueError("the pairs and what is left don't add up to all")
-        return cls(
+        proof = cls(
             Claim(**claim), outputs, left, float(entry["seconds"]), dict(entry["environment"])
         )
+        if any(made.pairs != proof.pairs for made in proof.tallies):
+            raise ValueError("the pairs and what is left don't add up to all")
+        return proof
 
     @property
     def command(self) -> str:
         """What repeats it."""
         claim = self.claim
+        backends = " ".join(f"--backend {backend}" for backend in claim.backends)
         return (
             f"smoothl1-deploy prove --dtype {claim.dtype} --beta {claim.beta:g} "
-            f"--backend {claim.backend} --route {claim.route}"
+            f"{backends} --route {claim.route}"
         )
+
+    @property
+    def tallies(self) -> list[Tally]:
+        """Those of every output of every backend."""
+        return [made for outputs in self.outputs.values() for made in outputs.values()]
 
     @property
     def pairs(self) -> int:
@@ -428,7 +488,7 @@ class Proof(Record):
     @property
     def ok(self) -> bool:
         """Whether every pair was tried, and every output is green."""
-        return not self.left and all(made.ok for made in self.outputs.values())
+        return not self.left and all(made.ok for made in self.tallies)
 
 
 def prove(
@@ -450,12 +510,19 @@ def prove(
         MissingDependencyError: when torch or the backend is not installed.
     """
     require("torch", "torch", "prove, which compares with PyTorch,")
-    get_backend(proof.claim.backend)  # what is missing is said here, and not by each process
+    for backend in proof.claim.backends:
+        get_backend(backend)  # what is missing is said here, and not by each process
     started, before = time.monotonic(), proof.seconds
     progress(_TASKS - len(proof.left), _TASKS)
     tasks = [(proof.claim, number) for number in proof.left[:most]]
     for (_, number), found in each(_try_task, tasks, workers):
-        outputs = {name: proof.outputs.get(name, Tally()) + made for name, made in found.items()}
+        outputs = {
+            backend: {
+                name: made + proof.outputs.get(backend, {}).get(name, Tally())
+                for name, made in more.items()
+            }
+            for backend, more in found.items()
+        }
         left = tuple(other for other in proof.left if other != number)
         seconds = round(before + time.monotonic() - started, 1)
         proof = replace(proof, outputs=outputs, left=left, seconds=seconds)

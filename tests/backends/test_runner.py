@@ -43,7 +43,7 @@ def test_promotion_is_that_of_torch() -> None:
         text += f"convert them, or export in {expected}"
         if expected not in DTYPES:
             text = f"input and target are both integral ({a}, {b}); PyTorch refuses that too. "
-            text += f"Convert one of them: input.astype({dtype!r})"
+            text += f"Convert one of them to {dtype}"
         assert str(caught.value) == text
     for dtype in INTEGERS:
         x = torch.ones(2, dtype=TORCH[dtype])

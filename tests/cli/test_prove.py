@@ -30,7 +30,7 @@ class Steps:
         for left in (proof.left[:32], ()) if proof.left else ():
             pairs = PAIRS * (64 - len(left)) // 64
             ours = Distances((pairs - 3, 3, 0, 0), self.ulp)
-            yield replace(proof, left=left, outputs={"loss": Tally(pairs, ours)})
+            yield replace(proof, left=left, outputs={"ort-cpu": {"loss": Tally(pairs, ours)}})
             if self.stop:
                 raise KeyboardInterrupt
 

@@ -61,8 +61,7 @@ TYPED = {
     ),
     "prove": (
         "--beta 2 -o new/proofs/pairs.json",
-        "prove --dtype bfloat16 --beta 2.0 --backend ort-cpu --route function "
-        "-o new/proofs/pairs.json",
+        "prove --dtype bfloat16 --beta 2.0 --route function -o new/proofs/pairs.json",
     ),
     "bench": ("--quick -o new/bench", "xdg-open new/bench/bench.png"),
     "repository": (

@@ -29,6 +29,7 @@ from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
 from smoothl1_deploy.errors import BackendUnavailableError, SpecError, UnsupportedError
 from smoothl1_deploy.ops import library, register
+from smoothl1_deploy.parity._pairs import Exact
 
 FOLDER = Path(__file__).parents[2] / "smoothl1_deploy" / "ops" / "c"
 
@@ -135,6 +136,23 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(
                 use(number)
                 found.add(b"".join(map(bits, runner.run(**arguments).values())))
         assert len(found) == 1, spec
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_half_format_is_rounded_once(use: Any, dtype: str) -> None:
+    """From the exact loss; the body rounds to float32 first: 6e-8 against -1947 gives 1946."""
+    for beta in (1.0, 0.1, 0.0, 3e38, np.inf):
+        right = Exact(LossSpec(beta, "none", dtype, gradient=True))
+        inputs = np.append(right.targets[5::4096], right.targets[:: (1 << 15) - 1])
+        x = np.repeat(inputs, 1 << 16).reshape(len(inputs), -1)
+        exact = right.answers(inputs)
+        for spec in (right.spec, right.spec.without_gradient()):
+            runner = load(export(spec, shape=("N", 1 << 16)))
+            for number in range(1, use(0) + 1):
+                use(number)
+                for name, got in runner.run(x, np.tile(right.targets, (len(x), 1))).items():
+                    differs = got.view(np.uint16) != exact[name]
+                    assert np.isnan(got[differs].astype("f4")).all(), (beta, name, number)
 
 
 def test_64_threads_on_one_session_get_the_bits_of_one_alone() -> None:

@@ -72,6 +72,17 @@ def test_the_exact_answers_are_those_of_rational_arithmetic(dtype: str, beta: fl
         assert found == right(spec, x, t), (x, t)
 
 
+def test_a_guess_changes_no_answer() -> None:
+    exact = Exact(LossSpec(0.5, "none", "float16", gradient=True))
+    inputs = exact.targets[[3, 20_000, 31_744, 50_000]]
+    right = exact.answers(inputs)
+    drawn = np.random.default_rng(0).integers(0, CODES, (4, CODES), np.uint16)
+    near = {name: codes + (drawn % 3 - 1) for name, codes in right.items()}
+    for guess in (right, near, {"loss": drawn, "grad_input": drawn}, {"loss": right["loss"]}):
+        made = exact.answers(inputs, guess)
+        assert all((made[name] == codes).all() for name, codes in right.items())
+
+
 def test_what_is_not_finite_and_the_signs_of_zero_are_the_oracle_s() -> None:
     from smoothl1_deploy.reference._oracle import oracle, oracle_gradient
 
@@ -117,7 +128,9 @@ def test_pairs_are_judged_by_class_and_by_pytorch_s_own_distance() -> None:
 def test_what_is_left_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
     each = PAIRS // module._TASKS
     worst = {"input": "1.0"}
-    monkeypatch.setattr(module, "_try_task", lambda _: {"loss": Tally(pairs=each, worst=worst)})
+    monkeypatch.setattr(
+        module, "_try_task", lambda _: {"x": {"loss": Tally(pairs=each, worst=worst)}}
+    )
     steps: list[tuple[int, int]] = []
     found = prove(
         Proof.begun(Claim("float16", math.inf)), progress=lambda *step: steps.append(step)
@@ -128,7 +141,7 @@ def test_what_is_left_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known == second and known.claim.beta == math.inf
     assert [step.pairs for step in prove(known, most=1)] == [3 * each]
     *_, last = prove(known)
-    assert last.ok and last.pairs == last.outputs["loss"].pairs == PAIRS and last.left == ()
+    assert last.ok and last.pairs == last.outputs["x"]["loss"].pairs == PAIRS and last.left == ()
     assert steps == [(0, 64), (1, 64), (2, 64)]
     with pytest.raises(ValueError, match="don't add up"):
         Proof.from_dict({**second.to_dict(), "left": [1, 2]})
@@ -140,18 +153,18 @@ def test_a_task_is_green_and_red_where_the_answers_are_moved(
 ) -> None:
     monkeypatch.setattr(module, "_TASKS", 1 << 14)
     monkeypatch.setattr(module, "_AT_ONCE", 2)
-    claim = Claim("float16", 1.0, backend)
-    found = module._try_task((claim, 9_999))
+    claim = Claim("float16", 1.0, (backend,))
+    found = module._try_task((claim, 9_999))[backend]
     assert set(found) >= {"loss"} and all(made.ok for made in found.values())
     assert found["loss"].pairs == 4 * CODES
-    runner = module._prepared(claim)[1]
+    runner = module._prepared(claim)[1][backend]
     real = runner.run
 
     def moved(*arrays: Array) -> dict[str, Array]:
         return {name: np.nextafter(a, a.dtype.type(9)) for name, a in real(*arrays).items()}
 
     monkeypatch.setattr(runner, "run", moved)
-    wrong = module._try_task((claim, 9_999))
+    wrong = module._try_task((claim, 9_999))[backend]
     assert wrong["loss"].ours.counts[0] < wrong["loss"].pairs // 2
 
 

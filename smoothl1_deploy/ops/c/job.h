@@ -63,7 +63,7 @@ SHARED float half_to_float(uint16_t half) {
 SHARED uint16_t float_to_half(float value) {
     uint32_t bits = bits_of(value), size = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
     if (size > 0x7f800000)
-        return (uint16_t)(sign | 0x7e00);
+        return (uint16_t)(sign | 0x7e00 | (size >> 13 & 0x3ff));
     if (size >= 0x477ff000) /* rounds to more than float16 holds */
         return (uint16_t)(sign | 0x7c00);
     if (size < 0x38800000) /* subnormal: added to a half, its last bit is the sum's */
@@ -94,6 +94,50 @@ SHARED void two_sum(double *sum, double *rest, double term) {
     double whole = *sum + term, added = whole - *sum;
     *rest += (*sum - (whole - added)) + (term - added);
     *sum = whole;
+}
+
+/* The sign of the sum of four numbers, exactly (Shewchuk, 1997: expansions). */
+SHARED int sign_of_sum(const double *terms) {
+    double parts[4];
+    int sign = 0;
+    for (int n = 0; n < 4; n++) {
+        parts[n] = terms[n];
+        for (int i = 0; i < n; i++) {
+            double rest = 0;
+            two_sum(&parts[n], &rest, parts[i]);
+            parts[i] = rest;
+        }
+    }
+    for (int n = 0; n < 4; n++)
+        sign = parts[n] > 0 ? 1 : parts[n] < 0 ? -1 : sign;
+    return sign;
+}
+
+/* Of the two numbers of a half format around `value` the middle, where a rounding to it turns. */
+SHARED float middle_at(float value, bool is_bfloat) {
+    if (is_bfloat)
+        return float_of((bits_of(value) & ~0xffffu) | 0x8000);
+    if (value < 0x1p-14f) /* subnormal */
+        return (floorf(value * 0x1p24f) + 0.5f) * 0x1p-24f;
+    return float_of((bits_of(value) & ~0x1fffu) | 0x1000);
+}
+
+/* The loss of two numbers of a half format, to a float32 that is rounded to that format as the exact
+ * loss is: on the same side of the middle. Products of two such numbers, and of beta and a middle,
+ * are exact in float64. */
+SHARED float settled(double input, double target, const Beta *beta, bool is_bfloat) {
+    double distance = fabs(input - target), b = beta->value, core = distance < b ? distance : b;
+    float near = (float)((distance - core) + 0.5 * core * (core / beta->divisor));
+    if (isinf(b) || !isfinite(near))
+        return near;
+    double middle = middle_at(near, is_bfloat), d = input - target, sign = d < 0 ? -1 : 1;
+    double beyond[] = {sign * input, -sign * target, -0.5 * b, -middle};
+    double within[] = {input * input, target * target, -2 * input * target, -2 * b * middle};
+    bool is_within = distance < b, is_exact = input - d == target && d + target == input;
+    double found = is_within ? d * d + within[3] : distance - middle - 0.5 * b;
+    if (!is_exact || d != (float)d) /* or else their square is exact, or their difference */
+        found = sign_of_sum(is_within ? within : beyond);
+    return float_of(bits_of((float)middle) + (uint32_t)(found > 0) - (uint32_t)(found < 0));
 }
 
 /* An input as the elements of the broadcast shape, in their order. */

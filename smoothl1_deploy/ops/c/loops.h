@@ -1,9 +1,10 @@
 /* The loops over elements, compiled once for each instruction set.
  *
  * `ISA(name)` gives each set names of its own; VECTOR_BYTES is the width of its registers. WIDEN
- * (floats to as many doubles), NARROW (its inverse) and LESSER (`a < b ? a : b`) are what gcc 12 makes long ways of. What is
- * added up goes to 16 lanes, element i of a run to lane i % 16, whatever the width: the bits of a
- * result are those of every set. No product is fused with a sum (-ffp-contract=off).
+ * (floats to as many doubles), NARROW (its inverse), LESSER (`a < b ? a : b`) and BITS (of a mask,
+ * one an element) are what gcc 12 makes long ways of. What is added up goes to 16 lanes, element i of a
+ * run to lane i % 16, whatever the width: the bits of a result are those of every set. No product is
+ * fused with a sum (-ffp-contract=off).
  */
 
 #define LANES 16
@@ -66,6 +67,54 @@ static void ISA(each_f)(const float *input, const float *target, const float *we
         float loss = ISA(loss_f)(input[i] - target[i], b, divisor);
         out[i] = weight ? loss * weight[i] : loss;
     }
+}
+
+/* Losses of a half format in float32, which can be off by 4 units: where within 8 lies a middle,
+ * `settled` ones are put in their place, and where float32 is near the ends of bfloat16's range. Exact
+ * ones stay, as a middle of two numbers often is: nothing was rounded off the difference (of two numbers
+ * the larger less it is exact: Dekker); and beyond beta, less the loss, which is exact too (Sterbenz), it
+ * is half of beta; within, its square is twice beta times the loss, all of few bits and far from the ends. */
+static inline __attribute__((always_inline)) void
+ISA(settle_as)(const float *input, const float *target, size_t count, const Beta *beta, float *losses,
+               bool is_bfloat) {
+    uint32_t middle = is_bfloat ? 1u << 15 : 1u << 12, below = 2 * middle - 1;
+    uint32_t first = is_bfloat ? 27u << 23 : 113u << 23, last = is_bfloat ? 254u << 23 : 255u << 23;
+    float b = (float)beta->value, half = 0.5f * b;
+    float twice = bits_of(b) & 0xfff || b < 0x1p-20f || b > 0x1p20f ? NAN : 2 * b;
+    for (size_t i = 0; i < count; i += FLOATS) {
+        if (count - i < FLOATS) {
+            for (; i < count; i++)
+                losses[i] = settle_one(input[i], target[i], beta, is_bfloat);
+            return;
+        }
+        ISA(vf) x = LOAD(vf, input + i), y = LOAD(vf, target + i), loss = LOAD(vf, losses + i);
+        ISA(vf) d = x - y, size = (ISA(vf))((ISA(vi))d & 0x7fffffff);
+        ISA(vu) bits = (ISA(vu))loss, odd = ((ISA(vu))d & 0xfff) | ((bits & below) ^ middle);
+        ISA(vi) within = (size < b) & (d * d == twice * loss) & (odd == 0);
+        ISA(vi) beyond = (size >= b) & (size - loss == half);
+        ISA(vi) is_exact = (x - d == y) & (d + y == x) & (beyond | within);
+        ISA(vi) is_near = ((bits - (middle - 8)) & below) <= 16, is_edge = (bits - first) >= last - first;
+        if (is_bfloat)
+            is_near = (is_near | is_edge) & (x != y);
+        else { /* whose subnormal numbers are steps from 0 */
+            ISA(vf) steps = loss * 0x1p24f, off = steps - ((steps + 0x1p23f) - 0x1p23f);
+            is_near = (is_near & ~is_edge) | (is_edge & ((off > 0.499f) | (off < -0.499f)));
+        }
+        for (unsigned open = BITS(is_near & ~is_exact); open; open &= open - 1) {
+            size_t at = i + (size_t)__builtin_ctz(open);
+            losses[at] = settle_one(input[at], target[at], beta, is_bfloat);
+        }
+    }
+}
+
+static void ISA(settle_half)(const float *input, const float *target, size_t count, const Beta *beta,
+                             float *losses) {
+    ISA(settle_as)(input, target, count, beta, losses, false);
+}
+
+static void ISA(settle_bfloat)(const float *input, const float *target, size_t count,
+                               const Beta *beta, float *losses) {
+    ISA(settle_as)(input, target, count, beta, losses, true);
 }
 
 static void ISA(each_d)(const double *input, const double *target, const double *weight,
@@ -287,6 +336,9 @@ static void ISA(slopes_d)(const void *const *from, size_t count, const Slope *sl
 static void ISA(widen_half)(const uint16_t *from, size_t count, float *to) {
     size_t i = 0;
     for (; i + FLOATS <= count; i += FLOATS) {
+#ifdef WIDEN_HALF
+        STORE(to + i, WIDEN_HALF(LOAD(vh, from + i)));
+#else
         ISA(vu) half = __builtin_convertvector(LOAD(vh, from + i), ISA(vu));
         ISA(vu) bits = (half & 0x7fff) << 13;
         /* The exponent's bias, 15 against 127; twice for infinities and NaN. */
@@ -295,6 +347,7 @@ static void ISA(widen_half)(const uint16_t *from, size_t count, float *to) {
         ISA(vu) subnormal = (ISA(vu))((ISA(vf))(bits + (113u << 23)) - least);
         ISA(vu) is_tiny = (ISA(vu))(bits < (1u << 23));
         STORE(to + i, (subnormal & is_tiny) | (normal & ~is_tiny) | ((half & 0x8000) << 16));
+#endif
     }
     for (; i < count; i++)
         to[i] = half_to_float(from[i]);
@@ -311,14 +364,18 @@ static void ISA(widen_bfloat)(const uint16_t *from, size_t count, float *to) {
 static void ISA(narrow_half)(const float *from, size_t count, uint16_t *to) {
     size_t i = 0;
     for (; i + FLOATS <= count; i += FLOATS) {
+#ifdef NARROW_HALF
+        STORE(to + i, NARROW_HALF(LOAD(vf, from + i)));
+#else
         ISA(vu) bits = LOAD(vu, from + i), size = bits & 0x7fffffffu;
         ISA(vu) normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
         /* Added to a half, a subnormal's last bit is the sum's, and the sum rounds to it. */
         ISA(vu) tiny = (ISA(vu))((ISA(vf))size + 0.5f) - 0x3f000000u;
         ISA(vu) is_tiny = (ISA(vu))(size < 0x38800000u), is_huge = (ISA(vu))(size >= 0x477ff000u);
-        ISA(vu) huge = 0x7c00u | ((ISA(vu))(size > 0x7f800000u) & 0x200u);
+        ISA(vu) huge = 0x7c00u | ((ISA(vu))(size > 0x7f800000u) & (0x200u | ((size >> 13) & 0x3ffu)));
         ISA(vu) half = (tiny & is_tiny) | (normal & ~is_tiny & ~is_huge) | (huge & is_huge);
         STORE(to + i, __builtin_convertvector(half | ((bits >> 16) & 0x8000u), ISA(vh)));
+#endif
     }
     for (; i < count; i++)
         to[i] = float_to_half(from[i]);
@@ -340,7 +397,7 @@ static void ISA(narrow_bfloat)(const float *from, size_t count, uint16_t *to) {
 static const Loops ISA(loops) = {
     ISA(each_f), ISA(each_d), ISA(sum_f), ISA(sum_d), ISA(total_f), ISA(total_d),
     ISA(widen_half), ISA(widen_bfloat), ISA(slopes_f), ISA(slopes_odd), ISA(slopes_d),
-    ISA(narrow_half), ISA(narrow_bfloat),
+    ISA(narrow_half), ISA(narrow_bfloat), ISA(settle_half), ISA(settle_bfloat),
 };
 
 #undef LANES
@@ -352,5 +409,8 @@ static const Loops ISA(loops) = {
 #undef WIDEN
 #undef NARROW
 #undef LESSER
+#undef BITS
+#undef WIDEN_HALF
+#undef NARROW_HALF
 #undef ISA
 #undef VECTOR_BYTES

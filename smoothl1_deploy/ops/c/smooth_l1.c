@@ -34,7 +34,15 @@ typedef struct {
     void (*slopes_d)(const void *const *, size_t, const Slope *, double *);
     void (*narrow_half)(const float *, size_t, uint16_t *);
     void (*narrow_bfloat)(const float *, size_t, uint16_t *);
+    void (*settle_half)(const float *, const float *, size_t, const Beta *, float *);
+    void (*settle_bfloat)(const float *, const float *, size_t, const Beta *, float *);
 } Loops;
+
+/* Not inline: the loops that ask for it seldom keep their registers. */
+static __attribute__((noinline)) float settle_one(float input, float target, const Beta *beta,
+                                                  bool is_bfloat) {
+    return settled(input, target, beta, is_bfloat);
+}
 
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors wider than registers never leave a file */
 
@@ -47,6 +55,7 @@ typedef struct {
 #define WIDEN(x) (vd_v2){(double)(x)[0], (double)(x)[1]}
 #define NARROW(x) (vg_v2){(float)(x)[0], (float)(x)[1]}
 #define LESSER(a, b) (vd_v2)_mm_min_pd((__m128d)(a), (__m128d)(b))
+#define BITS(x) (unsigned)_mm_movemask_ps((__m128)(x))
 #pragma GCC push_options
 #pragma GCC target("sse4.2")
 #include "loops.h"
@@ -57,8 +66,11 @@ typedef struct {
 #define WIDEN(x) (vd_v3)_mm256_cvtps_pd((__m128)(x))
 #define NARROW(x) (vg_v3)_mm256_cvtpd_ps((__m256d)(x))
 #define LESSER(a, b) (vd_v3)_mm256_min_pd((__m256d)(a), (__m256d)(b))
+#define BITS(x) (unsigned)_mm256_movemask_ps((__m256)(x))
+#define WIDEN_HALF(x) (vf_v3)_mm256_cvtph_ps((__m128i)(x))
+#define NARROW_HALF(x) (vh_v3)_mm256_cvtps_ph((__m256)(x), _MM_FROUND_TO_NEAREST_INT)
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,f16c")
 #include "loops.h"
 #pragma GCC pop_options
 
@@ -67,6 +79,9 @@ typedef struct {
 #define WIDEN(x) (vd_v4)_mm512_cvtps_pd((__m256)(x))
 #define NARROW(x) (vg_v4)_mm512_cvtpd_ps((__m512d)(x))
 #define LESSER(a, b) (vd_v4)_mm512_min_pd((__m512d)(a), (__m512d)(b))
+#define BITS(x) (unsigned)_mm512_movepi32_mask((__m512i)(x))
+#define WIDEN_HALF(x) (vf_v4)_mm512_cvtph_ps((__m256i)(x))
+#define NARROW_HALF(x) (vh_v4)_mm512_cvtps_ph((__m512)(x), _MM_FROUND_TO_NEAREST_INT)
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #include "loops.h"
@@ -77,7 +92,7 @@ static const Loops *const SETS[] = {&loops_v2, &loops_v3, &loops_v4};
 /* The instruction sets that processor and operating system both have: 1, 2 or 3 of SETS. */
 static int best_set(void) {
     unsigned a, b, c, d, low, high;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_AVX))
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_AVX) || !(c & bit_F16C))
         return 1;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if ((low & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2))
@@ -102,6 +117,7 @@ static void end_stream(void) { _mm_sfence(); }
 #define WIDEN(x) (vd_any){(double)(x)[0], (double)(x)[1]}
 #define NARROW(x) (vg_any){(float)(x)[0], (float)(x)[1]}
 #define LESSER(a, b) SELECT((a) < (b), a, b, vd, vl)
+#define BITS(x) (unsigned)(((x)[0] & 1) | ((x)[1] & 2) | ((x)[2] & 4) | ((x)[3] & 8))
 #include "loops.h"
 static const Loops *const SETS[] = {&loops_any};
 static int best_set(void) { return 1; }
@@ -317,6 +333,9 @@ static void losses(const Job *job, size_t start, size_t end) {
         else
             loops->each_f((const void *)at[0], (const void *)at[1], (const void *)at[2], count,
                           &job->beta, results);
+        if (size_of(job->op->type) == 2 && !at[2])
+            (job->op->type == ORT_FLOAT16 ? loops->settle_half : loops->settle_bfloat)(
+                (const void *)at[0], (const void *)at[1], count, &job->beta, results);
         deliver(job, results, count, to);
     }
 }
