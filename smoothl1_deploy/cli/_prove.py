@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .._table import Table
 from ..errors import ArtefactError, SmoothL1DeployError
 from ._console import INTERRUPTED, open_console, print_lines, print_note, progress_bar, typed
 from ._options import BackendNames, Next, PlainRoute, Workers, one_of, processes
@@ -30,6 +29,7 @@ def prove(
     backend: BackendNames = None,
     route: PlainRoute = "function",
     output: Path = Path("pairs.json"),
+    md: Path | None = None,
     workers: Workers = 0,
     quick: bool = False,
 ) -> Next:
@@ -44,14 +44,17 @@ def prove(
         backend: By default ort-cpu and ort-cpu-bare: with our operators, and the file alone.
         route: How the file is made.
         output: The file of what is known, JSON, with which the next run goes on.
+        md: The table as Markdown.
         workers: Processes; 0: one a core, at most 8.
         quick: Only every 64th input: does it run?
     """
-    from .._files import check_writable
-    from ..parity._pairs import BACKENDS, Claim, Proof
+    from .._files import check_writable, write_atomic
+    from ..parity._pairs import BACKENDS, Claim, Proof, table
     from ..parity._pairs import prove as try_pairs
 
-    check_writable(output)
+    for path in (output, md):
+        if path is not None:
+            check_writable(path)
     known = _read(output)
     backends = tuple(backend or BACKENDS)
     proofs = [Proof.begun(Claim(dtype, number, backends, route)) for number in beta or [1.0]]
@@ -82,8 +85,12 @@ def prove(
             raise typer.Exit(INTERRUPTED) from None
         _write(output, known)
     shown = [known[proof.claim] for proof in proofs]
-    _show(shown)
-    print_lines([f"wrote {output}"])
+    distances = table(shown)
+    open_console().print(distances)
+    written = [output]
+    if md is not None:
+        written.append(write_atomic(md, "\n".join(distances.markdown()).encode()))
+    print_lines(["", *(f"wrote {path}" for path in written)])
     if not all(made.ok for proof in shown for made in proof.tallies):
         raise typer.Exit(1)
     other = dtype if quick else _HALF[1 - _HALF.index(dtype)]
@@ -115,28 +122,3 @@ def _write(path: Path, known: dict[object, Proof]) -> None:
 
     entries = [proof.to_dict() for proof in known.values()]
     write_atomic(path, json.dumps({"entries": entries}, indent=1).encode())
-
-
-def _show(proofs: list[Proof]) -> None:
-    console = open_console()
-    distances = ("1 ULP off", "2 ULP off", "further off", "of another class", "largest ULP")
-    columns = ("output", "answers of", "correctly rounded", *distances)
-    for proof in proofs:
-        claim = proof.claim
-        rows = [
-            (name, whose, f"{found.counts[0] / made.pairs:.6%}", *(f"{n:,}" for n in off))
-            for backend, outputs in proof.outputs.items()
-            for name, made in outputs.items()
-            for whose, found in ((backend, made.ours), ("PyTorch", made.torch))
-            for off in [(*found.counts[1:], made.pairs - sum(found.counts), found.largest)]
-        ]
-        red = [
-            f"{backend}, {name}, red: {json.dumps(made.worst)}"
-            for backend, outputs in proof.outputs.items()
-            for name, made in outputs.items()
-            if not made.ok
-        ]
-        title = f"{claim.dtype}, beta {claim.beta:g}, {proof.pairs:,} pairs"
-        shown = dict.fromkeys(sorted(rows))  # PyTorch's are the same beside each backend's
-        console.print(Table(title, columns, list(shown), "llrrrrrr", tuple(red), keys=2))
-        console.print()

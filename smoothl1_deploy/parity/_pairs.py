@@ -13,6 +13,7 @@ of a half format is the sum of two float64 numbers (Knuth's TwoSum; Higham, sect
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from .._environment import environment
 from .._floats import CLASS_NAMES, NUMPY_DTYPE, Array, ieee_class
 from .._records import Record
 from .._spec import LossSpec
+from .._table import Table
 from ..backends._base import get_backend
 from ..backends._runner import Runner
 from ..errors import SpecError, UnsupportedError, require
@@ -489,6 +491,42 @@ class Proof(Record):
     def ok(self) -> bool:
         """Whether every pair was tried, and every output is green."""
         return not self.left and all(made.ok for made in self.tallies)
+
+
+def table(proofs: Sequence[Proof]) -> Table:
+    """Of each beta and output how much is rounded correctly, and how far the rest is off."""
+    whose = dict.fromkeys(("PyTorch", *(name for proof in proofs for name in proof.outputs)))
+    rows = []
+    for proof in proofs:
+        for output in next(iter(proof.outputs.values()), {}):
+            shown = {
+                name: _share(made[output].pairs, made[output].ours)
+                for name, made in proof.outputs.items()
+                if output in made
+            }
+            made = next(iter(proof.outputs.values()))[output]
+            shown["PyTorch"] = _share(made.pairs, made.torch)
+            beta = f"{proof.claim.beta:g}"
+            rows.append((beta, output, f"{proof.pairs:,}", *(shown.get(n, "") for n in whose)))
+    red = tuple(
+        f"beta {proof.claim.beta:g}, {backend}, {output}, red: {json.dumps(made.worst)}"
+        for proof in proofs
+        for backend, outputs in proof.outputs.items()
+        for output, made in outputs.items()
+        if not made.ok
+    )
+    title = f"{proofs[0].claim.dtype}, rounded correctly" if proofs else "no pair was tried"
+    columns = ("beta", "output", "pairs", *whose)
+    return Table(title, columns, rows, "rlr" + "l" * len(whose), red, keys=2)
+
+
+def _share(pairs: int, found: Distances) -> str:
+    """Of them, rounded down; how far the others are off at most; how many are of another class."""
+    if found.counts[0] == pairs:
+        return "all"
+    lost = pairs - sum(found.counts)
+    told = f"{found.counts[0] * 10**6 // pairs / 10**4:.4f}%, {found.largest} ULP"
+    return f"{told}, class {lost:,}" if lost else told
 
 
 def prove(
