@@ -14,7 +14,7 @@ from ._console import INTERRUPTED, open_console, print_lines, print_note, progre
 from ._options import BackendNames, Next, PlainRoute, Workers, one_of, processes
 
 if TYPE_CHECKING:
-    from ..parity._pairs import Proof
+    from ..parity._pairs import Claim, Proof
 
 EXAMPLE = "smoothl1-deploy prove --dtype float16 --beta 1 -o pairs-float16.json"
 
@@ -36,7 +36,8 @@ def prove(
     """Hold all 2^32 pairs of a half format against the exact loss and PyTorch: none, its gradient.
 
     Exits with 1 where a pair is red. Takes minutes a beta; after Ctrl-C, or whatever else ended it,
-    the same command goes on where it was.
+    the same command goes on where it was. The table has all that the file knows of the format and
+    the route.
 
     Options:
         dtype: Of input, target and loss.
@@ -84,14 +85,17 @@ def prove(
             print_lines([f"wrote {output}; the same command goes on"])
             raise typer.Exit(INTERRUPTED) from None
         _write(output, known)
-    shown = [known[proof.claim] for proof in proofs]
+    shown = sorted(
+        (made for made in known.values() if (made.claim.dtype, made.claim.route) == (dtype, route)),
+        key=lambda made: made.claim.beta,
+    )
     distances = table(shown)
     open_console().print(distances)
     written = [output]
     if md is not None:
         written.append(write_atomic(md, "\n".join(distances.markdown()).encode()))
     print_lines(["", *(f"wrote {path}" for path in written)])
-    if not all(made.ok for proof in shown for made in proof.tallies):
+    if not all(made.ok for proof in proofs for made in known[proof.claim].tallies):
         raise typer.Exit(1)
     other = dtype if quick else _HALF[1 - _HALF.index(dtype)]
     betas = [word for number in beta or () for word in ("--beta", number)]
@@ -100,7 +104,7 @@ def prove(
     return [typed(*words, "-o", output)]
 
 
-def _read(path: Path) -> dict[object, Proof]:
+def _read(path: Path) -> dict[Claim, Proof]:
     """What an earlier run left, by its claims."""
     from .._files import read_file
     from ..parity._pairs import Proof
@@ -117,7 +121,7 @@ def _read(path: Path) -> dict[object, Proof]:
     return {proof.claim: proof for proof in found}
 
 
-def _write(path: Path, known: dict[object, Proof]) -> None:
+def _write(path: Path, known: dict[Claim, Proof]) -> None:
     from .._files import write_atomic
 
     entries = [proof.to_dict() for proof in known.values()]
