@@ -58,10 +58,13 @@ def mutations() -> list[Mutation]:
 def survives(mutation: Mutation, copy: Path) -> bool:
     """Whether the tests stay green in `copy`, a copy of the repository, with the change in it."""
     changed = copy / mutation.file
-    before = changed.read_text()
+    libraries = changed.parent.glob("*.so") if changed.suffix in (".c", ".h") else ()
+    before = {path: path.read_bytes() for path in (changed, *libraries)}
     changed.write_text(mutation.text)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
     try:
+        if changed.suffix in (".c", ".h"):
+            _build(copy)
         done = subprocess.run(
             [*command, *mutation.tests.split()],
             cwd=copy,
@@ -73,10 +76,17 @@ def survives(mutation: Mutation, copy: Path) -> bool:
     except subprocess.TimeoutExpired:
         return False
     finally:
-        changed.write_text(before)
+        for path, content in before.items():
+            path.write_bytes(content)
     if done.returncode not in (0, 1):  # no tests, or none that could be collected
         raise RuntimeError(f"{mutation}: {done.stdout.decode()[-2000:]}")
     return done.returncode == 0
+
+
+def _build(copy: Path) -> None:
+    """Compile the operators for the CPU again."""
+    words = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
+    subprocess.run(words, cwd=copy, env={**os.environ, "NVCC": ""}, capture_output=True, check=True)
 
 
 def main(wanted: Iterable[str]) -> int:
@@ -91,8 +101,9 @@ def main(wanted: Iterable[str]) -> int:
             for name in _COPIED:
                 ignored = shutil.ignore_patterns("__pycache__")
                 shutil.copytree(_ROOT / name, copy / name, ignore=ignored)
-            for path in (*_ROOT.glob("*.toml"), *_ROOT.glob("*.md"), *_ROOT.glob("*.txt")):
-                shutil.copy(path, copy)
+            for pattern in ("*.toml", "*.md", "*.txt", "setup.py"):
+                for path in _ROOT.glob(pattern):
+                    shutil.copy(path, copy)
             free.put(copy)
 
         def tried(mutation: Mutation) -> bool:

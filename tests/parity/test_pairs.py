@@ -6,6 +6,7 @@ import json
 import math
 from fractions import Fraction
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from smoothl1_deploy import LossSpec
 from smoothl1_deploy._floats import NUMPY_DTYPE, Array
 from smoothl1_deploy.errors import SpecError
 from smoothl1_deploy.parity import _pairs as module
+from smoothl1_deploy.parity._matrix import BETAS
 from smoothl1_deploy.parity._pairs import CODES, PAIRS, Claim, Exact, Proof, Tally, prove, tally
+
+ROOT = Path(__file__).parents[2]
 
 
 @cache
@@ -166,6 +170,17 @@ def test_a_task_is_green_and_red_where_the_answers_are_moved(
     monkeypatch.setattr(runner, "run", moved)
     wrong = module._try_task((claim, 9_999))[backend]
     assert wrong["loss"].ours.counts[0] < wrong["loss"].pairs // 2
+
+
+@pytest.mark.parametrize("dtype", module.DTYPES)
+def test_the_page_has_what_is_on_record(dtype: str) -> None:
+    entries = json.loads((ROOT / "results" / f"pairs-{dtype}.json").read_text())["entries"]
+    proofs = sorted(map(Proof.from_dict, entries), key=lambda proof: proof.claim.beta)
+    assert [proof.claim.beta for proof in proofs] == list(BETAS)
+    assert all(proof.ok and proof.pairs == PAIRS for proof in proofs)
+    assert all({"ort-cpu", "ort-cpu-bare"} <= set(proof.claim.backends) for proof in proofs)
+    page = (ROOT / "docs" / "every-pair.md").read_text()
+    assert "\n".join(module.table(proofs).markdown()) in page
 
 
 def test_a_dtype_with_more_pairs_is_refused() -> None:
