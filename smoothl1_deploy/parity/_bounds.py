@@ -4,30 +4,29 @@ Notation: `u` is the unit roundoff of a format (2^-24 for float32), `gamma(n, u)
 a product of n factors `1 + delta`, |delta| <= u, is within `1 +- gamma(n, u)` (Higham, Accuracy and
 Stability of Numerical Algorithms, 2nd edition, 2002, Lemma 3.1).
 
-Each element, in the compute dtype: gamma(4, u), as Gappa proves too (`scripts/prove_bounds`). `d`
-is rounded once, and because the elasticity
-`d l'(d) / l(d)` is 2 below beta and at most 2 above it, `l` moves by at most (1 + u)^2. Below
-beta the rest is one division and one product (halving is exact, and 0 is added exactly). Above it
-`core / beta` is exactly 1, and the rest is one subtraction and one addition of positive numbers, or
-one subtraction of half of beta from what is larger than beta.
-Where rounding `d` carries it over the knee nothing is lost: the loss is continuous there.
+Gappa proves the constants below and the steps between them; what stands by hand, and by whose, is
+in the list that `scripts/prove_bounds` prints (proofs/). Where they come from:
+
+Each element, in the compute dtype, sees at most `_ELEMENT` roundings. That of `d` counts twice: the
+elasticity `d l'(d) / l(d)` is 2 below beta and at most 2 above it. Where rounding `d` carries it
+over the knee nothing is lost: the loss is continuous there.
 
 The sum of n elements >= 0:
 
 1. float16, bfloat16, float32: in float64, in whatever order: gamma(n - 1, 2^-53), relative,
    because no term is negative (Higham, section 4.2).
 2. float64, `CompensatedSum`: `u + 8 n^2 u^2` and smaller terms, u = 2^-53. The split makes
-   multiples of `2 u sigma`, whose sum is exact, and n rests of at most `u sigma` each, whose sum
-   is off by at most gamma(n - 1, u) n u sigma; sigma is at most 8 times the naive sum; adding the
-   two is one rounding (Rump, Ogita, Oishi, "Accurate floating-point summation part I", 2008).
+   multiples of `u sigma`, whose sum is exact, and n rests of at most `u sigma` each, whose sum is
+   off by at most gamma(n - 1, u) n u sigma; sigma is at most 8 times the naive sum; adding the two
+   is one rounding (Rump, Ogita, Oishi, "Accurate floating-point summation part I", 2008).
 
 A weight is one product more an element, in the accumulator's dtype where there is a sum; a mean
 that divides by the sum of the weights carries the error of that sum as well. `mean` divides once
-more, in float64. A result that is not yet in the output dtype is rounded to it, by way of float32
-for the half formats.
+more, in the accumulator's dtype. A result that is not yet in the output dtype is rounded to it, by
+way of float32 for the half formats.
 
-From a relative error r to ULP: between x and x (1 + r), each rounded to nearest, lie at most
-`r / (u (1 - r) (1 - 2 u)) + 1` steps of the output format. The oracle's own error is counted too.
+From a relative error r to ULP: between x and x (1 + r) lie at most `r / (u (1 - r))` steps of the
+output format, and each rounding to nearest adds half of one. The oracle's own error is counted too.
 
 What the bound assumes: IEEE arithmetic, weights >= 0, no overflow, and no underflow within the loss
 of an element (a difference whose square, over beta, is subnormal, loses bits that no sum can give
@@ -43,6 +42,7 @@ import numpy as np
 
 from .._floats import Array, ulp_distance
 from .._spec import LossSpec
+from ..reference._oracle import CHUNK, element_losses
 
 #: 2^-p for p bits of significand.
 UNIT_ROUNDOFF: Mapping[str, float] = {
@@ -52,10 +52,20 @@ UNIT_ROUNDOFF: Mapping[str, float] = {
     "bfloat16": 2.0**-8,
 }
 _WIDE = UNIT_ROUNDOFF["float64"]
+_LONG_DOUBLE = float(np.finfo(np.longdouble).epsneg)  # 2^-64 on x86-64
 _ELEMENT = 4  # roundings that reach an element of the loss, as derived above
 _SPLIT_LIMIT = 1 << 26  # elements that one split of CompensatedSum serves
-_ORACLE_CHUNK = 1 << 20  # elements the oracle adds up at a time
+_SIGMA = 8  # times the naive sum: where CompensatedSum splits, at most
+_SUMS = 2  # that a mean over the sum of the weights stands on, as the oracle may
+_LARGEST = 0.5  # relative error, beyond which nothing is said
+_NEAREST = 0.5  # ULP that a rounding to nearest moves a number, at most
 _ORACLE_DEPTH = 256  # additions that an element passes through within a chunk, at most
+_ORACLE_KEEPS = 8  # the oracle's sums are an eighth of their magnitudes, or exact
+_BACK = 4  # roundings of a gradient summed back: three of the graph, one of the oracle
+_ROOM = 1.001  # for the roundings of gradient_bound itself, and products of errors
+_CANCELS = 2  # unit roundoffs, from which on the terms of a gradient cancel
+_UNDERFLOWS = 4  # smallest subnormals that are lost where a gradient is subnormal
+_MARGIN = 4  # from the smallest normal number, and to the largest, for roundings
 
 
 def gamma(count: int, unit: float) -> float:
@@ -79,17 +89,15 @@ def _sum_error(spec: LossSpec, count: int, accumulator: str) -> float:
     if count > _SPLIT_LIMIT:
         return accumulation_error("float64", count) + _WIDE
     naive = accumulation_error("float64", count)
-    return _WIDE + (1 + _WIDE) * naive * count * _WIDE * 8 * (1 + naive)
+    return _WIDE + (1 + _WIDE) * naive * count * _WIDE * _SIGMA * (1 + naive)
 
 
 def _oracle_error(spec: LossSpec, count: int) -> float:
     """It computes elements in float64, or long double for float64, and sums in long double."""
-    long_double = float(np.finfo(np.longdouble).eps) / 2
-    element = gamma(_ELEMENT + 1, long_double if spec.dtype == "float64" else _WIDE)
+    element = gamma(_ELEMENT + 1, _LONG_DOUBLE if spec.dtype == "float64" else _WIDE)
     if spec.reduction == "none":
         return element
-    # Twice: the sum of the weights may be the divisor.
-    return element + 2 * gamma(_ORACLE_DEPTH + count // _ORACLE_CHUNK, long_double)
+    return element + _SUMS * gamma(_ORACLE_DEPTH + count // CHUNK, _LONG_DOUBLE)
 
 
 def bound(spec: LossSpec, count: int, accumulator: str = "float64") -> float:
@@ -117,18 +125,20 @@ def bound(spec: LossSpec, count: int, accumulator: str = "float64") -> float:
         relative += UNIT_ROUNDOFF[product]
     rounded = spec.dtype == spec.compute_dtype  # the last operation is in the output dtype already
     if spec.reduction != "none":
-        relative += _sum_error(spec, count, accumulator) * (2 if spec.weight == "weights" else 1)
+        sums = _SUMS if spec.weight == "weights" else 1
+        relative += sums * _sum_error(spec, count, accumulator)
         if spec.reduction == "mean":
             relative += UNIT_ROUNDOFF[accumulator]
         if spec.compute_dtype != spec.dtype:
             relative += UNIT_ROUNDOFF["float32"]  # a cast may go by way of float32
         rounded = spec.dtype == "float64"
-    relative *= 1 + 2 * relative  # the products of the terms above
-    if relative >= 0.5:
+    relative *= 1 + relative  # the products of the terms above
+    if relative >= _LARGEST:
         return math.inf
     relative += _oracle_error(spec, count)
-    # The oracle rounds once, by half an ULP; the graph's last cast by another half.
-    return relative / (unit * (1 - relative) * (1 - 2 * unit)) + (0.5 if rounded else 1.0)
+    # The oracle rounds once; the graph's last cast is another rounding.
+    steps = relative / (unit * (1 - relative)) + _NEAREST
+    return steps if rounded else steps + _NEAREST
 
 
 def proved_bound(spec: LossSpec, shape: tuple[int, ...], accumulator: str) -> int | None:
@@ -146,8 +156,9 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
     and divide by beta and the count of a mean: with n terms the error is at most
     `(u sum |d| + 8 n^2 u^2 sum |clip(d)|) / (beta count) + 3 u |exact|`, the first sum being of the
     differences below beta (others are clipped to beta exactly), the second term as in 2. above; the
-    oracle's own rounding is one more. 0 for an element whose terms don't cancel: the first sum is
-    at most `u |exact|` then. None where nothing is proved, or nothing is summed back.
+    oracle's own rounding is one more, and what its sum in long double loses about another. 0 for an
+    element whose terms don't cancel: the first sum is at most `u |exact|` then. None where nothing
+    is proved, or nothing is summed back.
     """
     whole = np.broadcast_shapes(input.shape, target.shape)
     beta, terms = spec.effective_beta, math.prod(whole) // max(input.size, 1)
@@ -156,16 +167,18 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
         return None
     with np.errstate(all="ignore"):
         slopes = abs(input - target) / beta
-        below = np.where(slopes < 1 + 8 * _WIDE, slopes, 0)
-        errors = _WIDE * below + 8 * (terms * _WIDE) ** 2 * np.minimum(slopes, 1)
+        below = np.where(slopes <= 1, slopes, 0)
+        errors = below + _SIGMA * terms * terms * _WIDE * np.minimum(slopes, 1)
         extra = len(whole) - input.ndim
         axes = tuple(i for i in range(len(whole)) if i < extra or input.shape[i - extra] == 1)
-        reach = errors.sum(axis=axes).reshape(input.shape)
+        # Multiplied last: the error of a subnormal slope is none of 0.
+        reach = _WIDE * errors.sum(axis=axes).reshape(input.shape)
         if spec.reduction == "mean":
             reach /= math.prod(whole[1:] if spec.per_sample else whole)
-        cancels = reach > 2 * _WIDE * abs(exact)
-        # The roundings of this computation itself, and of what is subnormal.
-        reach = 1.001 * reach + 4 * _WIDE * abs(exact) + 4 * np.finfo("float64").smallest_subnormal
+        cancels = reach > _CANCELS * _WIDE * abs(exact)
+        own = _BACK * _WIDE + _ORACLE_KEEPS * gamma(_ORACLE_DEPTH, _LONG_DOUBLE)
+        lost = _UNDERFLOWS * np.finfo("float64").smallest_subnormal
+        reach = _ROOM * reach + own * abs(exact) + lost
         ends = (ulp_distance(exact, end) for end in (exact - reach, exact + reach))
         return np.where(cancels, np.maximum(*ends), np.uint64(0))
 
@@ -177,27 +190,24 @@ def in_range(spec: LossSpec, input: Array, target: Array, weight: Array | None =
     """
     given = [input, target, *([] if weight is None else [weight])]
     flat = [array.reshape(-1) for array in np.broadcast_arrays(*given)]
-    chunks = range(0, flat[0].size, _ORACLE_CHUNK)
-    return all(
-        _chunk_in_range(spec, *(array[i : i + _ORACLE_CHUNK] for array in flat)) for i in chunks
-    )
+    chunks = range(0, flat[0].size, CHUNK)
+    return all(_chunk_in_range(spec, *(array[i : i + CHUNK] for array in flat)) for i in chunks)
 
 
 def _chunk_in_range(
     spec: LossSpec, input: Array, target: Array, weight: Array | None = None
 ) -> bool:
     limits = np.finfo(spec.compute_dtype)
-    smallest = 4 * float(limits.smallest_normal)  # room for roundings
+    smallest = _MARGIN * float(limits.smallest_normal)  # room for roundings
     beta = spec.effective_beta
     with np.errstate(all="ignore"):
         distance = abs(input.astype(np.float64) - target.astype(np.float64))
         slope = np.minimum(distance, beta) / beta if beta else np.sign(distance)
-        loss = distance - beta / 2
-        loss = np.where(distance < beta, np.minimum(distance, beta) * 0.5 * slope, loss)
+        loss = element_losses(distance, beta)
         if weight is not None and not _weights_in_range(spec, loss, weight.astype(np.float64)):
             return False
     tested = distance[distance != 0]
-    if not (tested <= float(limits.max) / 4).all():  # NaN and infinity too
+    if not (tested <= float(limits.max) / _MARGIN).all():  # NaN and infinity too
         return False
     if math.isinf(beta):  # every loss is exactly 0
         return True
@@ -211,6 +221,5 @@ def _weights_in_range(spec: LossSpec, loss: Array, weight: Array) -> bool:
     narrow = spec.reduction == "none" and spec.dtype != "float64"
     limits = np.finfo(spec.compute_dtype if narrow else "float64")
     product = loss * weight
-    fits = (product == 0) | (product >= 4 * limits.smallest_normal)
-    zero = (loss == 0) | (weight == 0)
-    return bool(((weight >= 0) & fits & (zero | (product > 0)) & (product <= limits.max / 4)).all())
+    fits = (loss == 0) | (weight == 0) | (product >= _MARGIN * limits.smallest_normal)
+    return bool(((weight >= 0) & fits & (product <= limits.max / _MARGIN)).all())

@@ -23,10 +23,10 @@ import numpy as np
 from .._floats import NUMPY_DTYPE, Array, round_to, wide_dtype
 from .._spec import LossSpec
 
-_CHUNK = 1 << 20  # elements a step: keeps the wide temporaries of a 2^24 case at tens of MB
+CHUNK = 1 << 20  # elements a step: keeps the wide temporaries of a 2^24 case at tens of MB
 
 
-def _element_losses(d: Array, beta: float) -> Array:
+def element_losses(d: Array, beta: float) -> Array:
     """The definition, element by element; `d` is wide and is overwritten by its magnitude."""
     d = np.abs(d)
     wide_beta = d.dtype.type(beta)
@@ -75,10 +75,11 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
     losses = np.empty((rows, columns), NUMPY_DTYPE[spec.dtype])
     totals = np.zeros((4, rows), np.longdouble)  # losses, their magnitudes; weights, likewise
     with np.errstate(all="ignore"):
-        for start in range(0, columns, _CHUNK) if rows else ():
-            part = slice(start, start + _CHUNK)
-            a, b, *w = (array[:, part].astype(wide) for array in flat)
-            exact = _element_losses(a - b, spec.effective_beta)
+        for start in range(0, columns, CHUNK) if rows else ():
+            part = slice(start, start + CHUNK)
+            # In rows: down columns, as of a broadcast row, numpy adds up one by one.
+            a, b, *w = (array[:, part].astype(wide, order="C") for array in flat)
+            exact = element_losses(a - b, spec.effective_beta)
             if w:
                 exact *= w[0]
             if spec.reduction == "none":
@@ -296,8 +297,8 @@ def sums_of_products(
     found = [Fraction(0)] * sums
     for factors in products:
         flat = [np.broadcast_to(factor, keys.shape).reshape(-1) for factor in factors]
-        for start in range(0, keys.size, _CHUNK):
-            part = slice(start, start + _CHUNK)
+        for start in range(0, keys.size, CHUNK):
+            part = slice(start, start + CHUNK)
             key, terms = keys.reshape(-1)[part], [factor[part] for factor in flat]
             kept = np.logical_and.reduce([term != 0 for term in terms])
             integer, power = np.ones(int(kept.sum()), object), np.zeros(int(kept.sum()), np.int64)

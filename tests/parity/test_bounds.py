@@ -169,6 +169,9 @@ def test_differences_that_cancel_are_within_the_bound_of_a_gradient_summed_back(
     alike = np.linspace(1.0, 2.0, 8)[:, None]  # nothing cancels: there PyTorch is the measure
     exact = oracle_gradient(spec, alike[:1], -alike)
     assert (gradient_bound(spec, alike[:1], -alike, exact) == 0).all()
+    steep = LossSpec(2.0**1022, "sum", "float64", gradient=True)  # an error of 0.2 subnormals each
+    limits = gradient_bound(steep, np.zeros(1), np.tile([0.4, -0.4], 250), np.zeros(1))
+    assert limits is not None and 100 <= limits <= 106
     assert gradient_bound(LossSpec(gradient=True), input, target, exact) is None
     assert gradient_bound(spec, target, target, target) is None
 
