@@ -47,6 +47,7 @@ def parity(
     backend: BackendNames = None,
     extensions: bool = True,
     extensions_only: bool = False,
+    pairs: list[Path] | None = None,
 ) -> Next:
     """Check every beta, reduction, dtype, route and backend against PyTorch and the exact loss.
 
@@ -61,6 +62,7 @@ def parity(
         draws: Random combinations beside the grid; 240, 36 with --quick, none of a part of it.
         draw: Only this random draw. Repeat for more.
         workers: Processes; 0: one a core, at most 8.
+        pairs: What prove wrote, to stand in the report. Repeat for more.
 
     Which part of the matrix:
         beta: Repeat for more.
@@ -74,8 +76,10 @@ def parity(
     from dataclasses import replace
 
     from ..parity._matrix import DRAWS, QUICK_DRAWS, Matrix, MatrixInterrupted, run_matrix
+    from ..parity._pairs import read_proofs
 
     check_writable(output / "report.json")
+    proofs = tuple(proof for path in pairs or () for proof in read_proofs(path))
     part = _checked_part(beta=beta, reduction=reduction, dtype=dtype, route=route)
     backends, absent = _backends(backend, quick)
     is_part = bool(part or extensions_only or not extensions)
@@ -107,6 +111,7 @@ def parity(
         if report is None:
             raise
         interrupted = True
+    report = replace(report, pairs=proofs)
     shown = _write(report, output)
     if interrupted:
         raise typer.Exit(INTERRUPTED)

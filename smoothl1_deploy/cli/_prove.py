@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ArtefactError, SmoothL1DeployError
 from ._console import INTERRUPTED, open_console, print_lines, print_note, progress_bar, typed
 from ._options import BackendNames, Next, PlainRoute, Workers, one_of, processes
 
@@ -50,13 +49,13 @@ def prove(
         quick: Only every 64th input: does it run?
     """
     from .._files import check_writable, write_atomic
-    from ..parity._pairs import BACKENDS, Claim, Proof, table
+    from ..parity._pairs import BACKENDS, Claim, Proof, read_proofs, table
     from ..parity._pairs import prove as try_pairs
 
     for path in (output, md):
         if path is not None:
             check_writable(path)
-    known = _read(output)
+    known = {made.claim: made for made in (read_proofs(output) if output.exists() else ())}
     backends = tuple(backend or BACKENDS)
     proofs = [Proof.begun(Claim(dtype, number, backends, route)) for number in beta or [1.0]]
     for proof in proofs:
@@ -102,23 +101,6 @@ def prove(
     named = [word for name in backend or () for word in ("--backend", name)]
     words = ("prove", "--dtype", other, *betas, *named, "--route", route)
     return [typed(*words, "-o", output)]
-
-
-def _read(path: Path) -> dict[Claim, Proof]:
-    """What an earlier run left, by its claims."""
-    from .._files import read_file
-    from ..parity._pairs import Proof
-
-    if not path.exists():
-        return {}
-    try:
-        entries = json.loads(read_file(path))["entries"]
-        found = [Proof.from_dict(entry) for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError, SmoothL1DeployError) as exc:
-        raise ArtefactError(
-            f"{path} is no file of smoothl1-deploy prove ({exc}); give another with -o, or move it"
-        ) from exc
-    return {proof.claim: proof for proof in found}
 
 
 def _write(path: Path, known: dict[Claim, Proof]) -> None:

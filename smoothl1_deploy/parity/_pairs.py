@@ -21,18 +21,20 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from .._environment import environment
+from .._files import read_file
 from .._floats import CLASS_NAMES, NUMPY_DTYPE, Array, ieee_class
 from .._records import Record
 from .._spec import LossSpec
 from .._table import Table
 from ..backends._base import get_backend
 from ..backends._runner import Runner
-from ..errors import SpecError, UnsupportedError, require
+from ..errors import ArtefactError, SmoothL1DeployError, SpecError, UnsupportedError, require
 from ..graph._export import export
 from ..reference._oracle import oracle, oracle_gradient
 from ._compare import _torch_lost_it
@@ -491,6 +493,20 @@ class Proof(Record):
     def ok(self) -> bool:
         """Whether every pair was tried, and every output is green."""
         return not self.left and all(made.ok for made in self.tallies)
+
+
+def read_proofs(path: Path) -> list[Proof]:
+    """What a run of `prove` wrote.
+
+    Raises:
+        ArtefactError: when the file is not there, or is none of it.
+    """
+    try:
+        return [Proof.from_dict(entry) for entry in json.loads(read_file(path))["entries"]]
+    except (ValueError, KeyError, TypeError, AttributeError, SmoothL1DeployError) as exc:
+        raise ArtefactError(
+            f"{path} is no file of smoothl1-deploy prove ({exc}); give another, or move it"
+        ) from exc
 
 
 def table(proofs: Sequence[Proof]) -> Table:

@@ -18,6 +18,7 @@ from ._cases import CaseResult
 if TYPE_CHECKING:
     from ._contract import Contract
     from ._drift import Drift
+    from ._pairs import Proof
 
 FORMAT = 1  # is raised when a reader of the JSON would have to change
 
@@ -160,11 +161,12 @@ def draws_of(cells: Iterable[Cell]) -> tuple[Draws, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything one run of the matrix found. True where no cell and no build is red.
+    """Everything one run of the matrix found. True where no cell, build or pair is red.
 
     Attributes:
         cells: of the grid.
         draws: of the random combinations beside it.
+        pairs: what `prove` found of every pair of a half format, as it was handed in.
         date: when it was made, ISO 8601, UTC.
     """
 
@@ -177,6 +179,7 @@ class Report:
     drift: Drift | None = None
     contract: Contract | None = None
     draws: tuple[Draws, ...] = ()
+    pairs: tuple[Proof, ...] = ()
     date: str = field(default_factory=now)
 
     def __repr__(self) -> str:
@@ -191,7 +194,8 @@ class Report:
         return "".join([f"<p>{escape(repr(self))}</p>", *(t.html() for t in matrix(self))])
 
     def __bool__(self) -> bool:
-        return not self.red and not self.red_builds
+        is_red = any(not made.ok for proof in self.pairs for made in proof.tallies)
+        return not (self.red or self.red_builds or is_red)
 
     @property
     def red(self) -> tuple[Cell, ...]:
@@ -221,7 +225,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, and as `views/schema.json` says."""
-        parts = ("date", "seed", "notes", "environment", "cells", "draws", "builds")
+        parts = ("date", "seed", "notes", "environment", "cells", "draws", "builds", "pairs")
         return {
             "format": FORMAT,
             "ok": bool(self),
