@@ -186,7 +186,7 @@ def test_documented_examples_work(
 #: A module imports, when it is imported itself, from its own layer and those before it alone.
 LAYERS = [
     {"", "__version__", "errors", "_face", "_spec", "_records"},
-    {"_environment", "_files", "_floats", "_shapes", "_table"},
+    {"_certainty", "_environment", "_files", "_floats", "_shapes", "_table"},
     {"_dlpack", "reference"},
     {"_model"},
     {"graph"},

@@ -329,7 +329,7 @@ class Runner(ABC):
         if port.name == "grad_input":
             return feeds["input"].shape
         if self.spec is None:
-            return shape if port.shape is None or port.shape else ()
+            return shape if port.shape is None else shape[: len(port.shape)]
         loss = self.spec.loss_shape(shape)
         # A server knows no rank 0, and a batch of scores is [N, 1] to it.
         return (*loss, 1) if self.served and self.spec.reduction != "none" else loss

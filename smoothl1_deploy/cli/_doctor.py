@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .._certainty import Certainty
 from .._records import Record
 from ..errors import SmoothL1DeployError, install_command
 from ._console import print_fields, print_json, print_lines, print_table
@@ -160,6 +161,23 @@ def _groups(parts: Iterable[Part], here: set[str]) -> dict[str, dict[str, list[s
     return dict(sorted(groups.items(), key=lambda group: group[0].startswith(_GPU)))
 
 
+def _certainties(parts: Iterable[Part]) -> dict[str, str]:
+    """How sure one can be here, in the words of the report and the certificate; nothing is run."""
+    from ..backends._base import backend_class
+    from ..backends._names import REFERENCES
+
+    backends = {part.name: part.available for part in parts if part.kind == "backend"}
+    held = [name for name in backends if name not in REFERENCES]
+    here = [name for name in held if backends[name] and backends["torch"]]  # it is compared with
+    local = [name for name in here if not backend_class(name).over_the_wire]
+    return {
+        Certainty.PROVED: "the error bound of the graphs, whatever runs them",
+        Certainty.EVERY_PAIR: f"by prove, half formats: {', '.join(local) or 'none'}",
+        Certainty.SAMPLES: f"by verify and parity: {', '.join(here) or 'none'}",
+        Certainty.NOT_RUN: ", ".join(name for name in held if name not in here) or "none",
+    }
+
+
 def _remedy(needs: Iterable[str]) -> str:
     """`pip install 'smoothl1-deploy[serve]' && smoothl1-deploy serve --install`."""
     extras = [need for need in needs if need in _MODULES]
@@ -225,6 +243,7 @@ def doctor(*, as_json: AsJson = False) -> Next:
                 "telemetry": told,
                 "backends": [part for part in parts if part.kind == "backend"],
                 "flavours": [part for part in parts if part.kind == "flavour"],
+                "certainty": _certainties(parts),
                 "warnings": warnings,
             }
         )
@@ -248,6 +267,8 @@ def doctor(*, as_json: AsJson = False) -> Next:
     for heading, found in _groups(parts, here).items():
         print_lines(["", heading])
         print_fields({f"  {kind}": ", ".join(names) for kind, names in found.items()})
+    print_lines([""])
+    print_table(("how sure one can be here", "of what"), [*_certainties(parts).items()])
     for part in parts:
         missing = {*NEEDS.get(part.name, ())} - here
         if not part.available and not missing:

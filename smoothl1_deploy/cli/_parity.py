@@ -188,8 +188,8 @@ def _show(report: Report) -> None:
     from ..parity.views import _tables as tables
 
     console = open_console()
-    shown = (tables.backends(report), tables.draws(report), tables.branches(report))
-    for table in (*tables.matrix(report), *shown):
+    shown = (tables.certainty, tables.backends, tables.draws, tables.branches)
+    for table in (*tables.matrix(report), *(view(report) for view in shown)):
         if table.rows:
             console.print(table)
             console.print()

@@ -21,6 +21,7 @@ import onnx
 
 from .. import __version__
 from .._artefact import read_model, sha256
+from .._certainty import Certainty
 from .._files import read_file, write_atomic
 from .._model import external_locations
 from .._records import plain
@@ -98,6 +99,7 @@ def _content(
     content: dict[str, Any] = {
         "format": FORMAT,
         "verdict": "green" if verification else "red",
+        "certainty": Certainty.SAMPLES,
         "artefact": {"file": artefact.name, "sha256": sha256(data), "bytes": len(data)},
         "graph": verification.name,
         "families": list(dict.fromkeys(r.case.family for r in results)),
@@ -173,7 +175,7 @@ class CertificateStatus:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the state, the message, and what a listing shows of the content."""
-        shown = ("verdict", "spec", "backend", "date", "tool", "red_cases", "cases")
+        shown = ("verdict", "certainty", "spec", "backend", "date", "tool", "red_cases", "cases")
         return {
             "state": self.state,
             "message": self.message,
@@ -205,6 +207,8 @@ def read_certificate(artefact: str | os.PathLike[str]) -> CertificateStatus:
         certified, verdict = content["artefact"]["sha256"], content["verdict"]
         weights = content["artefact"].get("weights", {}).items()
         date, red, cases = content["date"], content["red_cases"], content["cases"]
+        # One from before the word was in use says the same.
+        certainty = content.get("certainty", Certainty.SAMPLES)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
         return status("damaged", f"{path.name} can't be read ({type(exc).__name__}: {exc})")
     if not intact:
@@ -215,4 +219,4 @@ def read_certificate(artefact: str | os.PathLike[str]) -> CertificateStatus:
         return status("stale", why, content)
     if verdict != "green" or red:
         return status("red", f"{red} of {cases} cases were red on {date}", content)
-    return status("matches", f"{cases} cases green on {date}", content)
+    return status("matches", f"{cases} cases green on {date}, {certainty}", content)

@@ -163,14 +163,15 @@ def _formula(subject: Subject) -> Iterator[Diagnosis]:
 
 
 def _form_of_result(replies: Sequence[Reply]) -> Iterator[Diagnosis]:
-    """A wrong dtype, or else a wrong shape."""
+    """A wrong dtype, or else a wrong shape of the right numbers' count."""
+    judged = all(reply.got.shape == reply.expected.shape for reply in replies)
     for reply in replies:
         got, expected = reply.got, reply.expected
         if got.dtype != expected.dtype:
             why = f"the result is {dtype_name(got.dtype)}, PyTorch's is {reply.spec.dtype}"
             yield _named(Fault.DTYPE, why, [reply])
             return
-        if reply.shape != expected.shape and got.shape == expected.shape:
+        if judged and reply.shape != expected.shape:
             why = (
                 f"the result has the shape {reply.shape}, PyTorch's has {expected.shape}; "
                 "the numbers are judged without regard to it"
@@ -247,18 +248,19 @@ def _can_be_of(spec: LossSpec, point: DriftPoint, dtype: str) -> bool:
 # --- the gradient
 
 
-#: What may be made of a gradient.
-_GRADIENTS: tuple[tuple[Fault, str, Callable[[Array], Array]], ...] = (
+#: What may be made of a gradient, and of the number of elements that a mean is over.
+_GRADIENTS: tuple[tuple[Fault, str, Callable[[Array, int], Array]], ...] = (
     (Fault.SWAPPED_INPUTS, "every gradient has the opposite sign: it is d loss / d target",
-     lambda exact: -exact),
+     lambda exact, count: -exact),
     (Fault.GRADIENT_SCALE,
      "the gradient is not divided by the number of elements, as the mean's is",
-     lambda exact: exact * exact.size),
+     lambda exact, count: exact * count),
     (Fault.GRADIENT_SCALE,
      "the gradient is divided by the number of elements, which only the mean's is",
-     lambda exact: exact / exact.size),
+     lambda exact, count: exact / count),
     (Fault.WRONG_GRADIENT,
-     "the gradient is not clip(d, -beta, beta) / beta, and no known fault explains it", np.copy),
+     "the gradient is not clip(d, -beta, beta) / beta, and no known fault explains it",
+     lambda exact, count: exact),
 )  # fmt: skip
 
 
@@ -275,17 +277,20 @@ def _gradient(subject: Subject) -> Iterator[Diagnosis]:
             exact = oracle_gradient(spec, input, target, *weights).astype(wide)
             asked.append((reply, got.astype(wide), exact))
 
-    def holds(change: Callable[[Array], Array]) -> bool:
+    def holds(change: Callable[[Array, int], Array]) -> bool:
         tolerance = 16 * UNIT_ROUNDOFF[spec.dtype]
-        pairs = [(got, change(exact)) for _, got, exact in asked]
+        pairs = [
+            (got, change(exact, exact[0].size if spec.per_sample else exact.size))
+            for _, got, exact in asked
+        ]
         return all((np.abs(got - it) <= tolerance * np.abs(it)).all() for got, it in pairs)
 
-    if holds(np.copy):
+    *known, unknown = _GRADIENTS
+    if holds(unknown[2]):
         return
     reply, got, exact = asked[0]
     first, truth = float(got.flat[0]), float(exact.flat[0])
     evidence = (Evidence(f"grad_input, {reply.text}", truth, first),)
-    *known, unknown = _GRADIENTS
     fault, why, _ = next((each for each in known if holds(each[2])), unknown)
     ratio = first / truth if fault is Fault.GRADIENT_SCALE else None
     yield Diagnosis(fault, why, evidence, ratio)

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 import smoothl1_deploy._environment as environment
 import smoothl1_deploy.backends._base as base
 import smoothl1_deploy.cli._doctor as doctor
+from smoothl1_deploy._certainty import Certainty
 from smoothl1_deploy.backends._base import BACKENDS
 from smoothl1_deploy.tensorrt._flavour import FLAVOURS
 
@@ -30,8 +31,20 @@ def test_the_report(cli: Cli) -> None:
     assert report["packages"]["numpy"] == importlib.metadata.version("numpy")
     assert all(part["available"] == (part["reason"] is None) for part in report["backends"])
     text = cli("doctor").out
-    for name in (*BACKENDS, *FLAVOURS, *report["packages"]):
+    for name in (*BACKENDS, *FLAVOURS, *report["packages"], *Certainty):
         assert name in text
+
+
+def test_what_can_not_be_run_or_not_be_compared_with_pytorch_is_said_to_be_not_run() -> None:
+    def told(without: str) -> dict[str, str]:
+        report = json.loads(spawn("doctor", "--json", without=without).out)
+        assert [*report["certainty"]] == [*Certainty]
+        return report["certainty"]  # type: ignore[no-any-return]
+
+    without_a_runtime = told("onnxruntime,tensorrt,tensorrt_rtx,tritonclient")
+    assert without_a_runtime["measured on samples"] == "by verify and parity: onnx-reference"
+    assert without_a_runtime["not run"].startswith("ort-cpu, ort-cpu-bare, trt-network, ")
+    assert told("torch")["measured on every pair"] == "by prove, half formats: none"
 
 
 def test_it_says_which_operators_there_are_or_that_files_run_by_their_own_graph(

@@ -17,6 +17,7 @@ from smoothl1_deploy import LossSpec, __version__, export, ops, verify
 from smoothl1_deploy.errors import ArtefactError, BackendUnavailableError, ModelWarning, OutputError
 from smoothl1_deploy.parity._certificate import (
     CertificateStatus,
+    _content_hash,
     certificate_path,
     certify,
     read_certificate,
@@ -73,8 +74,20 @@ def test_a_green_certificate_holds_what_was_found(artefact: Path, green: Verific
     assert content["environment"]["packages"]["onnxruntime"]  # type: ignore[index]
     status = read_certificate(artefact)
     assert status and status.state == "matches"
-    assert f"{content['cases']} cases green on {content['date']}" == status.message
+    message = f"{content['cases']} cases green on {content['date']}, measured on samples"
+    assert status.message == message and content["certainty"] == "measured on samples"
     assert status.to_dict()["verdict"] == "green" and status.content["seeds"] == [7]
+
+
+def test_a_certificate_from_before_the_word_is_read_as_what_it_was(
+    artefact: Path, green: Verification
+) -> None:
+    path = certify(green, artefact)
+    content = {name: value for name, value in strict(path).items() if name != "certainty"}
+    content["content_sha256"] = _content_hash(content)
+    path.write_text(json.dumps(content))
+    status = read_certificate(artefact)
+    assert status and status.message.endswith(", measured on samples")
 
 
 def test_a_certificate_by_the_operators_says_of_which_library(artefact: Path) -> None:

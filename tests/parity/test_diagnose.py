@@ -285,6 +285,12 @@ def test_an_error_of_the_same_size_everywhere_is_no_accumulation() -> None:
     assert found(model, LossSpec(0.5), drift=True) == [Fault.UNKNOWN]
 
 
+def test_a_formula_that_is_the_right_one_at_this_beta_explains_no_wrong_number() -> None:
+    """|d| - beta is |d| where beta is 0; that its difference may cancel is no excuse there."""
+    model = planted("odd = Constant<value_float=1.0000013>() each = Mul(odd, size)", beta=0.0)
+    assert found(model, LossSpec(0.0)) == [Fault.SCALED]
+
+
 def test_float64_accumulation() -> None:
     result = verify(planted(dtype="float64"), spec=LossSpec(0.5, dtype="float64"))
     assert [d.fault for d in result.diagnoses] == [Fault.FLOAT64_ACCUMULATION]

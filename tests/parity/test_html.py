@@ -184,7 +184,9 @@ def test_a_verification_is_a_page_too(verified: str, hostile: str) -> None:
     document = Document(verified)
     ((attributes, text),) = document.all("h1")
     assert attributes["class"] == "bad"
-    assert re.fullmatch(r"✕ \d+ of 13 cases equal to PyTorch, or nearer to the truth", text)
+    assert re.fullmatch(
+        r"✕ \d+ of 13 cases equal to PyTorch, or nearer to the truth, measured on samples", text
+    )
     assert clean(" ".join(hostile.split())) in " ".join(t for _, t in document.all("code"))
     assert not document.all("script")
     assert "wrong beta" in " ".join(text for _, text in document.all("td"))
@@ -299,9 +301,9 @@ def test_the_contract_table_is_whole(full: str, contract: Contract) -> None:
 
 def test_sections_without_content_are_left_out(red_page: str, green: Report) -> None:
     sections = {a["id"] for a, _ in Document(red_page).all("section")}
-    assert sections == {"red", "maps", "branches", "engines", "environment"}
+    assert sections == {"red", "maps", "certainty", "branches", "engines", "environment"}
     sections = {a["id"] for a, _ in Document(html.render(green)).all("section")}
-    assert sections == {"maps", "branches", "environment"}
+    assert sections == {"maps", "certainty", "branches", "environment"}
 
 
 def test_environment_and_engines(red_page: str, red: Report) -> None:

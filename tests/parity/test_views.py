@@ -18,6 +18,7 @@ from rich.console import Console
 
 import smoothl1_deploy
 from smoothl1_deploy import LossSpec, export, verify
+from smoothl1_deploy._certainty import Certainty
 from smoothl1_deploy._spec import DTYPES, REDUCTIONS
 from smoothl1_deploy._table import Entry, Table, clean
 from smoothl1_deploy.errors import MissingDependencyError
@@ -207,8 +208,8 @@ def test_markdown_tables_are_rectangular(
     report: Report = dataclasses.replace(
         request.getfixturevalue(name), drift=drift, contract=contract
     )
-    matrix, *extensions, backends, drifts, edges = tables_in(markdown.render(report))
-    for table in (matrix, *extensions, backends, drifts, edges):
+    matrix, *extensions, sure, backends, drifts, edges = tables_in(markdown.render(report))
+    for table in (matrix, *extensions, sure, backends, drifts, edges):
         assert {len(row) for row in table} == {len(table[0])}
         assert all(re.fullmatch(r"-{3}:?", cell) for cell in table[1])
     betas = {cell.beta for cell in report.cells}
@@ -244,6 +245,24 @@ def test_markdown_of_many_red_cells_stays_short(red: Report) -> None:
     text = markdown.render(many)
     assert len(text) < 60_000  # GitHub's limit for a comment is 65,536
     assert f"and {len(many.red) - 20} more" in text
+
+
+def test_how_sure_each_statement_is_has_one_of_four_words(red: Report) -> None:
+    """`red` has one backend, which refuses float64."""
+    table = tables.certainty(red)
+    told = {
+        name: dict(zip(table.columns[1:], row, strict=True))
+        for names, *row in table.rows
+        for name in str(names).split(", ")
+    }
+    assert {word for row in told.values() for word in row.values()} <= {*Certainty}
+    assert told["ort-cpu"] == dict.fromkeys(DTYPES, "not run") | {"float32": "measured on samples"}
+    assert {*told["trt"].values()} == {"not run"}
+    assert {*told["the error bound of the graphs"].values()} == {"proved"}
+    assert "torch" not in told
+    for text in (markdown.render(red), html.render(red)):
+        assert "measured on samples" in text and "proved" in text
+    assert not tables.certainty(dataclasses.replace(red, cells=())).rows  # draws alone
 
 
 # --- the terminal

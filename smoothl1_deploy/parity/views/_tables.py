@@ -9,7 +9,8 @@ from dataclasses import MISSING, dataclass, fields
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..._spec import LossSpec
+from ..._certainty import Certainty
+from ..._spec import DTYPES, LossSpec
 from ..._table import Entry, Table
 from .._contract import Contract
 from .._drift import DATA, Drift, DriftPoint
@@ -146,7 +147,7 @@ def not_run(found: Report | Verification | ModelVerification) -> Iterator[tuple[
     yield from ((what, ", ".join(names)) for what, names in groups.items() if names)
     if not isinstance(found, Report):
         if not any(loss.drift for loss in found.losses.values()):
-            yield "error by size", "not measured"
+            yield "error by size", Certainty.NOT_RUN
         return
     if "trt" not in ran:
         built = found.summary["builds"] - found.summary["red_builds"]
@@ -155,6 +156,23 @@ def not_run(found: Report | Verification | ModelVerification) -> Iterator[tuple[
     if reasons:
         yield plural(len(reasons), "cell"), "; ".join(dict.fromkeys(reasons))
     yield from (("left out", note) for note in found.notes if note.startswith("left out"))
+
+
+def certainty(report: Report) -> Table:
+    """How sure it is what each backend gives, by dtype; and the error bound of the graphs."""
+    from ...backends._names import BACKENDS, REFERENCES
+
+    run = {(cell.backend, cell.spec.dtype) for cell in report.cells if cell.refused is None}
+    ours = (name for name in BACKENDS if name not in REFERENCES)
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name in dict.fromkeys((*ours, *(cell.backend for cell in report.cells))):
+        words = (Certainty.SAMPLES if (name, d) in run else Certainty.NOT_RUN for d in DTYPES)
+        alike.setdefault(tuple(words), []).append(name)
+    alike[(Certainty.PROVED,) * len(DTYPES)] = ["the error bound of the graphs"]
+    rows = [(", ".join(names), *words) for words, names in alike.items()]
+    below = "samples are families, shapes and draws, and prove tries every pair of a half format"
+    shown = rows if report.cells else []  # draws alone say nothing of a dtype as a whole
+    return Table("how sure each statement is", ("what", *DTYPES), shown, "lllll", (below,))
 
 
 # --- cells in rows and columns
@@ -451,7 +469,8 @@ def equal_text(found: Verification | ModelVerification) -> str:
     cases = sum(len(loss.every_result) for loss in losses)
     red = sum(len(loss.failures) for loss in losses)
     runs = f"{sum(run.ok for run in found.runs)} of {plural(len(found.runs), 'run')} of the whole"
-    text = f"{cases - red} of {plural(cases, 'case')} equal to PyTorch, or nearer to the truth"
+    text = f"{cases - red} of {plural(cases, 'case')} equal to PyTorch, or nearer to the truth, "
+    text += Certainty.SAMPLES
     return f"{text}; {runs} green" if found.runs else text
 
 
