@@ -100,18 +100,18 @@ def parity(
     try:
         with progress_bar("matrix") as progress:
             report = run_matrix(matrix, workers=processes(workers), progress=progress)
+        report = replace(report, pairs=proofs)
         _show(report)
         # Beside a part of the matrix, drift and contract would say little.
         if not (quick or is_part or backend or draw):
             report = _measured(report, backends)
     except MatrixInterrupted as exc:
-        report, interrupted = exc.report, True
+        report, interrupted = replace(exc.report, pairs=proofs), True
         _show(report)
     except KeyboardInterrupt:
         if report is None:
             raise
         interrupted = True
-    report = replace(report, pairs=proofs)
     shown = _write(report, output)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -189,7 +189,8 @@ def _show(report: Report) -> None:
 
     console = open_console()
     shown = (tables.certainty, tables.backends, tables.draws, tables.branches)
-    for table in (*tables.matrix(report), *(view(report) for view in shown)):
+    first = [*tables.matrix(report), *tables.pairs(report)]
+    for table in (*first, *(view(report) for view in shown)):
         if table.rows:
             console.print(table)
             console.print()

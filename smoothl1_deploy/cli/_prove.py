@@ -84,11 +84,8 @@ def prove(
             print_lines([f"wrote {output}; the same command goes on"])
             raise typer.Exit(INTERRUPTED) from None
         _write(output, known)
-    shown = sorted(
-        (made for made in known.values() if (made.claim.dtype, made.claim.route) == (dtype, route)),
-        key=lambda made: made.claim.beta,
-    )
-    distances = table(shown)
+    of_these = (dtype, route)
+    distances = table(p for p in known.values() if (p.claim.dtype, p.claim.route) == of_these)
     open_console().print(distances)
     written = [output]
     if md is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .._certainty import Certainty
 from .._environment import environment
 from .._files import read_file
 from .._floats import CLASS_NAMES, NUMPY_DTYPE, Array, ieee_class
@@ -509,8 +510,9 @@ def read_proofs(path: Path) -> list[Proof]:
         ) from exc
 
 
-def table(proofs: Sequence[Proof]) -> Table:
+def table(proofs: Iterable[Proof]) -> Table:
     """Of each beta and output how much is rounded correctly, and how far the rest is off."""
+    proofs = sorted(proofs, key=lambda proof: proof.claim.beta)
     whose = dict.fromkeys(("PyTorch", *(name for proof in proofs for name in proof.outputs)))
     rows = []
     for proof in proofs:
@@ -524,16 +526,25 @@ def table(proofs: Sequence[Proof]) -> Table:
             shown["PyTorch"] = _share(made.pairs, made.torch)
             beta = f"{proof.claim.beta:g}"
             rows.append((beta, output, f"{proof.pairs:,}", *(shown.get(n, "") for n in whose)))
-    red = tuple(
+    red = [
         f"beta {proof.claim.beta:g}, {backend}, {output}, red: {json.dumps(made.worst)}"
         for proof in proofs
         for backend, outputs in proof.outputs.items()
         for output, made in outputs.items()
         if not made.ok
-    )
-    title = f"{proofs[0].claim.dtype}, rounded correctly" if proofs else "no pair was tried"
+    ]
+    sure = Certainty.SAMPLES if any(proof.left for proof in proofs) else Certainty.EVERY_PAIR
+    dtypes = ", ".join(dict.fromkeys(proof.claim.dtype for proof in proofs))
+    title = f"{dtypes}, rounded correctly: {sure}"
+    below = [*dict.fromkeys(_made_with(proof) for proof in proofs), *red]
     columns = ("beta", "output", "pairs", *whose)
-    return Table(title, columns, rows, "rlr" + "l" * len(whose), red, keys=2)
+    return Table(title, columns, rows, "rlr" + "l" * len(whose), tuple(below), keys=2)
+
+
+def _made_with(proof: Proof) -> str:
+    packages = proof.environment.get("packages", {})
+    known = [f"{name} {packages[name]}" for name in ("onnxruntime", "torch") if packages.get(name)]
+    return f"made with {', '.join([*known, str(proof.environment.get('processor'))])}"
 
 
 def _share(pairs: int, found: Distances) -> str:

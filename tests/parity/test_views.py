@@ -24,6 +24,7 @@ from smoothl1_deploy._table import Entry, Table, clean
 from smoothl1_deploy.errors import MissingDependencyError
 from smoothl1_deploy.parity._contract import Contract
 from smoothl1_deploy.parity._drift import Drift, DriftPoint
+from smoothl1_deploy.parity._pairs import PAIRS, Claim, Distances, Proof, Tally
 from smoothl1_deploy.parity._report import Report, is_extended, repeat_command
 from smoothl1_deploy.parity._verify import Verification
 from smoothl1_deploy.parity._whole import ModelVerification, Run
@@ -263,6 +264,30 @@ def test_how_sure_each_statement_is_has_one_of_four_words(red: Report) -> None:
     for text in (markdown.render(red), html.render(red)):
         assert "measured on samples" in text and "proved" in text
     assert not tables.certainty(dataclasses.replace(red, cells=())).rows  # draws alone
+
+
+def test_every_pair_stands_in_the_report(
+    fits_schema: Callable[[Report], None], green: Report
+) -> None:
+    """And is told apart from what is sampled; one red pair is enough to make it red."""
+    ours, torch = Distances((PAIRS - 1, 1, 0, 0), 1), Distances((PAIRS, 0, 0, 0))
+    tally = Tally(PAIRS, ours, torch, worst={"input": "1.0"})
+    whole = dataclasses.replace(
+        Proof.begun(Claim("float16", math.inf)), outputs={"ort-cpu": {"loss": tally}}, left=()
+    )
+    begun = dataclasses.replace(Proof.begun(Claim("bfloat16", 1.0)), outputs={})
+    report = dataclasses.replace(green, pairs=(whole, begun))
+    assert report
+    fits_schema(report)
+    sure = {str(names): words for names, *words in tables.certainty(report).rows}
+    of_pairs = sure["none and its gradient by ort-cpu, none and its gradient by ort-cpu-bare"]
+    assert [w == "measured on every pair" for w in of_pairs] == [d == "float16" for d in DTYPES]
+    for text in (markdown.render(report), html.render(report)):
+        assert "99.9999%, 1 ULP" in text and "4,294,967,296" in text
+    wrong = dataclasses.replace(tally, wrong_class=1)
+    assert not dataclasses.replace(
+        report, pairs=(dataclasses.replace(whole, outputs={"ort-cpu": {"loss": wrong}}),)
+    )
 
 
 # --- the terminal

@@ -83,7 +83,7 @@ def _of_verification(found: Verification | ModelVerification) -> str:
 
 def _of_report(report: Report) -> str:
     lines = [_headline(report), *_not_run(report), *_red(report)]
-    shown = [*tables.matrix(report), tables.certainty(report)]
+    shown = [*tables.matrix(report), tables.certainty(report), *tables.pairs(report)]
     shown += [tables.backends(report), tables.draws(report)]
     for table in shown:
         lines += _section(table)

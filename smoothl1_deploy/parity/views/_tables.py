@@ -15,6 +15,7 @@ from ..._table import Entry, Table
 from .._contract import Contract
 from .._drift import DATA, Drift, DriftPoint
 from .._families import BRANCHES
+from .._pairs import table as distances
 from .._report import Build, Cell, Report, is_extended, mean_shares
 
 if TYPE_CHECKING:
@@ -168,11 +169,32 @@ def certainty(report: Report) -> Table:
     for name in dict.fromkeys((*ours, *(cell.backend for cell in report.cells))):
         words = (Certainty.SAMPLES if (name, d) in run else Certainty.NOT_RUN for d in DTYPES)
         alike.setdefault(tuple(words), []).append(name)
+    for name, dtypes in _every_pair(report).items():
+        words = (Certainty.EVERY_PAIR if d in dtypes else Certainty.SAMPLES for d in DTYPES)
+        alike.setdefault(tuple(words), []).append(f"none and its gradient by {name}")
     alike[(Certainty.PROVED,) * len(DTYPES)] = ["the error bound of the graphs"]
     rows = [(", ".join(names), *words) for words, names in alike.items()]
     below = "samples are families, shapes and draws, and prove tries every pair of a half format"
     shown = rows if report.cells else []  # draws alone say nothing of a dtype as a whole
     return Table("how sure each statement is", ("what", *DTYPES), shown, "lllll", (below,))
+
+
+def _every_pair(report: Report) -> dict[str, set[str]]:
+    """The formats of which every pair was tried with a backend."""
+    found: dict[str, set[str]] = {}
+    for proof in report.pairs:
+        for backend in proof.claim.backends if not proof.left else ():
+            found.setdefault(backend, set()).add(proof.claim.dtype)
+    return found
+
+
+def pairs(report: Report) -> list[Table]:
+    """What `prove` found, a table for each format."""
+    dtypes = dict.fromkeys(proof.claim.dtype for proof in report.pairs)
+    return [
+        distances([proof for proof in report.pairs if proof.claim.dtype == dtype])
+        for dtype in dtypes
+    ]
 
 
 # --- cells in rows and columns
