@@ -169,23 +169,27 @@ def certainty(report: Report) -> Table:
     for name in dict.fromkeys((*ours, *(cell.backend for cell in report.cells))):
         words = (Certainty.SAMPLES if (name, d) in run else Certainty.NOT_RUN for d in DTYPES)
         alike.setdefault(tuple(words), []).append(name)
-    for name, dtypes in _every_pair(report).items():
-        words = (Certainty.EVERY_PAIR if d in dtypes else Certainty.SAMPLES for d in DTYPES)
-        alike.setdefault(tuple(words), []).append(f"none and its gradient by {name}")
     alike[(Certainty.PROVED,) * len(DTYPES)] = ["the error bound of the graphs"]
     rows = [(", ".join(names), *words) for words, names in alike.items()]
+    for what, dtypes in _every_pair(report):
+        rows.insert(0, (what, *(Certainty.EVERY_PAIR if d in dtypes else "" for d in DTYPES)))
     below = "samples are families, shapes and draws, and prove tries every pair of a half format"
     shown = rows if report.cells else []  # draws alone say nothing of a dtype as a whole
     return Table("how sure each statement is", ("what", *DTYPES), shown, "lllll", (below,))
 
 
-def _every_pair(report: Report) -> dict[str, set[str]]:
-    """The formats of which every pair was tried with a backend."""
-    found: dict[str, set[str]] = {}
+def _every_pair(report: Report) -> Iterator[tuple[str, frozenset[str]]]:
+    """Of what every pair was tried, and in which formats."""
+    betas: dict[str, dict[float, set[str]]] = {}
     for proof in report.pairs:
         for backend in proof.claim.backends if not proof.left else ():
-            found.setdefault(backend, set()).add(proof.claim.dtype)
-    return found
+            known = betas.setdefault(backend, {})
+            known.setdefault(proof.claim.beta, set()).add(proof.claim.dtype)
+    for backend, known in betas.items():
+        for dtypes in {frozenset(each) for each in known.values()}:
+            at = sorted(beta for beta, each in known.items() if each == dtypes)
+            listed = ", ".join(f"{beta:g}" for beta in at)
+            yield f"{backend}: none and its gradient at beta {listed}", dtypes
 
 
 def pairs(report: Report) -> list[Table]:
