@@ -49,7 +49,8 @@ def aot(input: Array, target: Array, *, beta: float, reduction: str) -> Array:
 def _by_torch(spec: LossSpec, ahead: _Shapes | None, input: Array, target: Array) -> Array:
     torch = require("torch", "torch", "a compiler of PyTorch's")
     loss = _made(spec, ahead, torch.get_num_threads())
-    with torch.no_grad():
+    limits = {"recompile_limit": _MOST_SHAPES, "accumulated_recompile_limit": _MOST_SHAPES}
+    with torch.no_grad(), torch._dynamo.config.patch(limits):
         return from_torch(loss(to_torch(input), to_torch(target)))
 
 
@@ -69,8 +70,6 @@ def _made(spec: LossSpec, ahead: _Shapes | None, threads: int) -> Loss:
     need_a_compiler("a compiler of PyTorch's")
     if ahead is None:
         torch.compiler.reset()
-        config = torch._dynamo.config
-        config.recompile_limit = config.accumulated_recompile_limit = _MOST_SHAPES
         compiled: Loss = torch.compile(loss, dynamic=True)
         return compiled
     pair = tuple(torch.zeros(shape, dtype=getattr(torch, spec.dtype)) for shape in ahead)

@@ -20,7 +20,7 @@ from ..errors import SmoothL1DeployError, SpecError, reason_of, require
 if TYPE_CHECKING:
     from ..backends._base import Backend
 
-_SUITE = "smoothl1_deploy.conformance"
+_ASKED = re.compile(r"smoothl1_deploy\.conformance(\._suite)?(::|$)")
 _MODULE = Path(__file__).with_name("_suite.py")
 
 #: Option -> its value, and what `--help` says.
@@ -31,11 +31,6 @@ _OPTIONS = {
     "--xfails-file": ("FILE", "tests that are known to fail, and have to: likewise"),
     "--results": ("FILE", "write what was found as JSON"),
 }
-_MARKERS = (
-    "read_only: arrays that can't be written to",
-    "strided: arrays that are slices of larger ones",
-    "one_core: one core, one thread",
-)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -43,13 +38,11 @@ def pytest_load_initial_conftests(
     early_config: pytest.Config, parser: pytest.Parser, args: list[str]
 ) -> None:
     """Bring the suite's options and hooks, where an argument names the suite."""
-    if not any(word.startswith(_SUITE) for word in args):
+    if not any(_ASKED.match(word) for word in args):
         return
     group = parser.getgroup("conformance", "conformance of a Smooth L1 loss")
     for option, (value, text) in _OPTIONS.items():
         group.addoption(option, metavar=value, help=text)
-    for marker in _MARKERS:
-        early_config.addinivalue_line("markers", marker)
     early_config.pluginmanager.register(_Conformance())
 
 
@@ -95,13 +88,17 @@ class _Conformance:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        """Mark what the files of skips and of expected failures name."""
+        """Say of each test of the suite what it is of; mark what the files name."""
+        ours = [item for item in items if item.path == _MODULE]
+        for item in ours:
+            spec = item.callspec.params["spec"]  # type: ignore[attr-defined]
+            item.user_properties.append(("spec", spec.to_dict()))
         for option, mark in (
             ("skips_file", pytest.mark.skip),
             ("xfails_file", partial(pytest.mark.xfail, strict=True)),
         ):
             for where, pattern, reason in _rules(config.getoption(option)):
-                met = [item for item in items if _is_named(item.name, pattern)]
+                met = [item for item in ours if _is_named(item.name, pattern)]
                 for item in met:
                     item.add_marker(mark(reason=reason))
                 if not met:
@@ -109,8 +106,8 @@ class _Conformance:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep what a test has found."""
-        if report.when == "call" or not report.passed:
-            name, told = report.nodeid.rpartition("::")[2], dict(report.user_properties)
+        name, told = report.nodeid.rpartition("::")[2], dict(report.user_properties)
+        if "spec" in told and (report.when == "call" or not report.passed):
             self.found[name] = {"test": name, "outcome": _outcome(report), "wrong": [], **told}
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

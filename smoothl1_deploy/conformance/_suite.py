@@ -95,15 +95,13 @@ SUBJECT = pytest.StashKey[Callable[[int], Backend]]()
 @pytest.fixture
 def hold(request: pytest.FixtureRequest, spec: LossSpec) -> Hold:
     """Fails the test where what is tried gets a case of its spec wrong; skips what it refuses."""
-    found = request.node.user_properties
-    found.append(("spec", spec.to_dict()))
 
     def held(cases: Sequence[Case], handing: Handing = as_it_is, threads: int = 0) -> None:
         backend = request.config.stash[SUBJECT](threads)
         if reason := backend.refuses(spec):
             pytest.skip(reason)
         red = wrong(backend, spec, cases, handing)
-        found.append(("wrong", plain(red)))
+        request.node.user_properties.append(("wrong", plain(red)))
         if red:
             pytest.fail(told(red, len(cases)), pytrace=False)
 
@@ -128,21 +126,18 @@ def test_sizes(hold: Hold) -> None:
     hold(SIZES)
 
 
-@pytest.mark.read_only
 @at_beta_1
 def test_read_only(hold: Hold) -> None:
     """Arrays that can't be written to."""
     hold(FEW, read_only)
 
 
-@pytest.mark.strided
 @at_beta_1
 def test_strided(hold: Hold) -> None:
     """Arrays that are a slice of larger ones."""
     hold(FEW, strided)
 
 
-@pytest.mark.one_core
 @at_beta_1
 def test_one_core(hold: Hold) -> None:
     """The same sizes on one core with one thread, where a sum has one part alone."""
