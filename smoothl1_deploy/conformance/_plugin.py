@@ -113,7 +113,7 @@ class _Conformance:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the results: once, where several processes have found them."""
         file = session.config.getoption("results")
-        if not file or hasattr(session.config, "workerinput"):
+        if not (file and self.found) or hasattr(session.config, "workerinput"):
             return
         from .._environment import environment, now
         from .._files import write_atomic
