@@ -12,6 +12,7 @@ from typing import Any
 from .._spec import DTYPES
 from .._table import Entry, Table
 
+_NUMBERS = ("class", "ULP")  # kinds of fault in an answer, beside what came instead of one
 _MOST = 4  # names of cases in an entry; the files have all
 
 
@@ -20,7 +21,7 @@ def table_of(results: Iterable[Mapping[str, Any]]) -> Table:
 
     >>> spec = {"dtype": "float64", "beta": 1.0, "reduction": "sum"}
     >>> case = {"family": "normal", "layout": "2^20", "detail": "9 ULP > 2; at ()", "ulp": 9}
-    >>> test = {"test": "test_sizes[...]", "spec": spec, "wrong": [case]}
+    >>> test = {"test": "test_sizes[]", "outcome": "failed", "spec": spec, "wrong": [case]}
     >>> found = {"tried": "mine:loss", "tests": [test], "date": "2026-11-29"}
     >>> table_of([{**found, "packages": {"torch": "2.13.0"}}]).rows[0][-1].text
     '1 of 1: 9 ULP at beta 1: normal 2^20'
@@ -36,21 +37,29 @@ def table_of(results: Iterable[Mapping[str, Any]]) -> Table:
 
 def _entry(tests: Iterable[Mapping[str, Any]], dtype: str) -> Entry:
     """How many tests of a dtype are red, and by what."""
-    mine = [test for test in tests if test["spec"]["dtype"] == dtype]
+    ran = [test for test in tests if test["outcome"] != "skipped"]
+    mine = [test for test in ran if test["spec"]["dtype"] == dtype]
+    if not mine:
+        return Entry("not tried", ok=True)
     red = sum(bool(test["wrong"]) for test in mine)
     betas, names = dict[str, set[float]](), dict[str, dict[str, int]]()
     for kind, beta, name, ulp in _faults(mine):
         betas.setdefault(kind, set()).add(beta)
         known = names.setdefault(kind, {})
         known[name] = max(ulp, known.get(name, 0))
-    said = []
-    for kind, known in names.items():
-        worst = sorted(known, key=lambda name: -known[name])
-        more = [f"{len(worst) - _MOST} more"] if len(worst) > _MOST else []
-        at = ", ".join(f"{beta:g}" for beta in sorted(betas[kind]))
-        what = f"{known[worst[0]]:,} ULP" if kind == "ULP" else kind
-        said.append(f"{what} at beta {at}: {', '.join(worst[:_MOST] + more)}")
+    said = [_fault(kind, sorted(betas[kind]), known) for kind, known in names.items()]
     return Entry(f"{red} of {len(mine)}" + (": " if said else "") + "; ".join(said), not red)
+
+
+def _fault(kind: str, betas: list[float], known: Mapping[str, int]) -> str:
+    """A kind of fault in words: the distance, the betas, the cases, the worst first."""
+    if kind not in _NUMBERS:
+        return kind
+    worst = sorted(known, key=lambda name: -known[name])
+    more = [f"{len(worst) - _MOST} more"] if len(worst) > _MOST else []
+    distance = f"{known[worst[0]]:,} " if kind == "ULP" else ""
+    at = ", ".join(f"{beta:g}" for beta in betas)
+    return f"{distance}{kind} at beta {at}: {', '.join(worst[:_MOST] + more)}"
 
 
 def _faults(tests: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float, str, int]]:

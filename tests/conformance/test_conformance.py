@@ -161,7 +161,7 @@ def test_skips_expected_failures_header_and_results(tmp_path: Path) -> None:
         "float32": "passed", "float16": "skipped", "bfloat16": "xfailed", "float64": "xpassed"
     }  # fmt: skip
     ((name, *entries),) = table_of([found]).rows
-    assert name == "mine:loss" and [entry.ok for entry in entries] == [True, True, False, True]  # type: ignore[union-attr]
+    assert name == "mine:loss" and [entry.text for entry in entries[:2]] == ["0 of 1", "not tried"]  # type: ignore[union-attr]
     assert "AssertionError: no such dtype" in entries[2].text  # type: ignore[union-attr]
 
 
