@@ -53,13 +53,14 @@ def telemetry() -> dict[str, bool] | None:
 
     None where no ONNX Runtime is installed.
     """
-    if not (_version("onnxruntime") or _version("onnxruntime-gpu")):
+    if not (version_of("onnxruntime") or version_of("onnxruntime-gpu")):
         return None
     here = os.environ.get(TELEMETRY, "").lower() not in ("1", "true", "yes", "on")
     return {"process": here, "own_sessions": here or _silenced}
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
     import importlib.metadata
 
     try:
@@ -95,7 +96,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "operators": digest(),
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": {package: version_of(package) for package in PACKAGES},
     }
 
 

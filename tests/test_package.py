@@ -195,7 +195,7 @@ LAYERS = [
     {"tensorrt"},
     {"backends"},
     {"parity", "scoring"},
-    {"bench"},
+    {"bench", "conformance"},
     {"serving"},
     {"cli"},
     {"__main__"},

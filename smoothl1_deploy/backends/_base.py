@@ -2,7 +2,8 @@
 
 A backend module is imported only when its backend is asked for, because what it lives on may
 not be installed. To add one: subclass `Runner` and `Backend` in a module of its own and enter
-it in `_names.BACKENDS`. One of somebody else's needs no entry: it is called `module:Class`.
+it in `_names.BACKENDS`. One of somebody else's needs no entry: it is called `module:Class`, or by
+the name that its package gives it in an entry point of the group `smoothl1_deploy.backends`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..errors import (
     UnsupportedError,
 )
 from ..graph._metadata import warn_if_changed
-from ._names import BACKENDS
+from ._names import BACKENDS, others
 from ._runner import Runner
 from ._whole import ModelRunner, Session
 
@@ -112,31 +113,49 @@ class OfTensorrt(Backend):
         return refuses(spec)
 
 
+def imported(name: str, what: str, as_told: str) -> Any:
+    """What stands at `module:name`, the module one that Python finds from the current folder.
+
+    Args:
+        name: as the user wrote it, or as the entry point of another package says.
+        what: it is, for a message.
+        as_told: how it is written: `module:Class`.
+
+    Raises:
+        SpecError: where it isn't there.
+    """
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script looks in its own folder instead
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise SpecError(
+            f"there is no {what} {name!r} ({exc}); give {as_told}, the module one that Python "
+            "finds from the current folder"
+        ) from exc
+
+
 def backend_class(name: str) -> type[Backend]:
     """The class of a backend, which tells what it is like without anything it needs.
 
     Raises:
         SpecError: for an unknown name, and for a `module:Class` that isn't there or no backend.
     """
-    module, colon, cls = name.partition(":")
-    if not colon:
-        if name not in BACKENDS:
-            raise SpecError(
-                f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}, or give one of "
-                "your own as module:Class"
-            )
+    if name in BACKENDS:
         module, cls = BACKENDS[name]
         known: type[Backend] = getattr(importlib.import_module(f".{module}", __package__), cls)
         return known
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a console script looks in its own folder instead
-    try:
-        found = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError, ValueError) as exc:
-        raise SpecError(
-            f"there is no backend {name!r} ({exc}); give module:Class, the module one that Python "
-            "finds from the current folder"
-        ) from exc
+    place = name
+    if ":" not in name:
+        theirs = others()
+        if name not in theirs:
+            raise SpecError(
+                f"unknown backend {name!r}; choose one of {', '.join([*BACKENDS, *theirs])}, or "
+                "give one of your own as module:Class"
+            )
+        place = theirs[name]
+    found = imported(place, "backend", "module:Class")
     if not (isinstance(found, type) and issubclass(found, Backend)):
         raise SpecError(
             f"{name!r} is no backend; subclass smoothl1_deploy.backends.Backend, as CONTRIBUTING "
@@ -149,7 +168,7 @@ def get_backend(name: str, threads: int = 0) -> Backend:
     """The backend called `name`, to use `threads` threads a call (0: as many as it thinks fit).
 
     Args:
-        name: one of `BACKENDS`, or `module:Class` of anyone's own.
+        name: one of `BACKENDS`, one that another package adds, or `module:Class` of anyone's own.
         threads: of each call.
 
     Raises:

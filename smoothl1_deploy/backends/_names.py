@@ -21,5 +21,19 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "triton-grpc": ("_triton", "TritonGrpcBackend"),
 }
 
+#: The group of entry points by which other packages add theirs: `name = "module:Class"`.
+GROUP = "smoothl1_deploy.backends"
+
 #: Backends that are PyTorch itself: what the others are compared with.
 REFERENCES = ("torch", "torch-cuda")
+
+
+def others() -> dict[str, str]:
+    """The backends of other packages that are installed: name -> `module:Class`.
+
+    None has a name of ours: what an artefact was proved on has to be what its name says.
+    """
+    from importlib.metadata import entry_points
+
+    points = entry_points(group=GROUP)
+    return {point.name: point.value for point in points if point.name not in BACKENDS}

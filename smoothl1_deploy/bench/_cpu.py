@@ -63,8 +63,8 @@ def contestants(
         EAGER: lambda: _torch(torch_loss(spec)),
         COMPILED: lambda: _torch(_compiled(spec)),
         AHEAD: lambda: _ahead(spec, columns),
-        "openvino, ours": lambda: _openvino(export(spec, "inlined", ("N", columns)), threads),
-        "openvino, plain": lambda: _openvino(plain(), threads),
+        "openvino, ours": lambda: on_openvino(export(spec, "inlined", ("N", columns)), threads),
+        "openvino, plain": lambda: on_openvino(plain(), threads),
     }
     found: dict[str, Call] = {}
     missing: dict[str, str] = {}
@@ -125,7 +125,7 @@ def _compiled(spec: LossSpec) -> Callable[[Any, Any], Any]:
     loss = torch_loss(spec)
     import torch
 
-    _need_a_compiler(COMPILED)
+    need_a_compiler(COMPILED)
     compiled: Callable[[Any, Any], Any] = torch.compile(loss, dynamic=False)
     return compiled
 
@@ -136,30 +136,49 @@ def _ahead(spec: LossSpec, columns: int) -> Call:
     loss = torch_loss(spec)
     import torch
 
-    _need_a_compiler(AHEAD)
+    dtype = getattr(torch, spec.dtype)
+    pair = tuple(torch.zeros(32, columns, dtype=dtype) for _ in range(2))
+    return _torch(compiled_ahead(loss, pair, ({0: torch.export.Dim("rows", min=2)},) * 2))
+
+
+def compiled_ahead(loss: Callable[[Any, Any], Any], pair: tuple[Any, ...], axes: Any) -> Any:
+    """A loss of two tensors like `pair` by AOTInductor; `axes` are the dynamic ones of each.
+
+    Raises:
+        MissingDependencyError: where no C++ compiler is.
+    """
+    import torch
+
+    need_a_compiler(AHEAD)
 
     class Module(torch.nn.Module):
         def forward(self, input: Any, target: Any) -> Any:
             return loss(input, target)
 
-    dtype = getattr(torch, spec.dtype)
-    pair = tuple(torch.zeros(32, columns, dtype=dtype) for _ in range(2))
-    rows = {0: torch.export.Dim("rows", min=2)}
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        program = torch.export.export(Module(), pair, dynamic_shapes=(rows, rows))
+        program = torch.export.export(Module(), pair, dynamic_shapes=axes)
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(folder) / "loss.pt2")
         )
-        compiled: Any = torch._inductor.aoti_load_package(path)
-    return _torch(compiled)
+        return torch._inductor.aoti_load_package(path)
 
 
-def _need_a_compiler(name: str) -> None:
+def need_a_compiler(name: str) -> None:
+    """Refuse what compiles C++ where nothing does.
+
+    Raises:
+        MissingDependencyError: it says what to install.
+    """
     if not (shutil.which("g++") or shutil.which("clang++")):
         raise MissingDependencyError(f"{name} needs a C++ compiler: install g++")
 
 
-def _openvino(model: Any, threads: int) -> Call:
+def on_openvino(model: Any, threads: int) -> Call:
+    """OpenVINO on a model of two inputs; its answer's memory is its own: copy what stays.
+
+    Raises:
+        UnsupportedError: where it can't compile the model.
+    """
     openvino = require("openvino", "bench", "OpenVINO as a contestant")
     core = openvino.Core()
     # By itself it may compute in a narrower format than the graph says.
@@ -169,7 +188,7 @@ def _openvino(model: Any, threads: int) -> Call:
     except RuntimeError as exc:
         raise UnsupportedError(f"OpenVINO can't compile the model: {exc}") from exc
     request = compiled.create_infer_request()
-    # By position: not every exporter calls its inputs so. Its memory is reused: copy what stays.
+    # By position: not every exporter calls its inputs so.
     return lambda input, target: request.infer([input, target], share_inputs=True)[0]
 
 

@@ -99,12 +99,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _parts() -> list[Part]:
     """Each is tried by importing what it lives on."""
     from ..backends._base import get_backend
-    from ..backends._names import BACKENDS
+    from ..backends._names import BACKENDS, others
     from ..ops import library
     from ..tensorrt._flavour import FLAVOURS, get_flavour
 
     tries: list[tuple[str, Iterable[str], Callable[[str], object]]] = [
-        ("backend", BACKENDS, get_backend),
+        ("backend", [*BACKENDS, *others()], get_backend),
         ("operators", ("cpu", "cuda"), library),
         ("flavour", FLAVOURS, get_flavour),
     ]
