@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _ASKED = re.compile(r"smoothl1_deploy\.conformance(\._suite)?(::|$)")
 _MODULE = Path(__file__).with_name("_suite.py")
 
+_HOSTILE = ("test_read_only", "test_strided", "test_one_core")
+
 #: Option -> its value, and what `--help` says.
 _OPTIONS = {
     "--loss": ("NAME", "try module:callable, or one of ours: eager, compiled, aot, openvino, ..."),
@@ -51,6 +53,10 @@ class _Conformance:
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, Any]] = {}
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Name the mark of the hostile variants."""
+        config.addinivalue_line("markers", "hostile: arrays or threads that a loss may trip over")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collect_file(
@@ -93,6 +99,8 @@ class _Conformance:
         for item in ours:
             spec = item.callspec.params["spec"]  # type: ignore[attr-defined]
             item.user_properties.append(("spec", spec.to_dict()))
+            if item.name.startswith(_HOSTILE):
+                item.add_marker("hostile")
         for option, mark in (
             ("skips_file", pytest.mark.skip),
             ("xfails_file", partial(pytest.mark.xfail, strict=True)),
