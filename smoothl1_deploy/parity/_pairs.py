@@ -104,6 +104,12 @@ class Tally(Record):
         """Whether every pair is what the matrix calls green."""
         return not self.wrong_class and self.ours.largest <= self.allowed
 
+    @property
+    def red(self) -> str:
+        """What is wrong of one that isn't `ok`."""
+        why = f"of another class, {self.wrong_class:,}" if self.wrong_class else "too far off"
+        return f"red, {why}, as {json.dumps(self.worst)}"
+
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> Tally:
         """The inverse of `to_dict`, for whole numbers and texts; raises as `Proof.from_dict`."""
@@ -527,7 +533,7 @@ def table(proofs: Iterable[Proof]) -> Table:
             beta = f"{proof.claim.beta:g}"
             rows.append((beta, output, f"{proof.pairs:,}", *(shown.get(n, "") for n in whose)))
     red = [
-        f"beta {proof.claim.beta:g}, {backend}, {output}, red: {json.dumps(made.worst)}"
+        f"beta {proof.claim.beta:g}, {backend}, {output}: {made.red}"
         for proof in proofs
         for backend, outputs in proof.outputs.items()
         for output, made in outputs.items()

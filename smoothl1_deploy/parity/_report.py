@@ -161,12 +161,13 @@ def draws_of(cells: Iterable[Cell]) -> tuple[Draws, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything one run of the matrix found. True where no cell, build or pair is red.
+    """Everything one run of the matrix found. True where no cell and no build is red.
 
     Attributes:
         cells: of the grid.
         draws: of the random combinations beside it.
-        pairs: what `prove` found of every pair of a half format, as it was handed in.
+        pairs: what `prove` found of every pair of a half format, as it was handed in; it has a
+            verdict of its own.
         date: when it was made, ISO 8601, UTC.
     """
 
@@ -194,8 +195,7 @@ class Report:
         return "".join([f"<p>{escape(repr(self))}</p>", *(t.html() for t in matrix(self))])
 
     def __bool__(self) -> bool:
-        is_red = any(not made.ok for proof in self.pairs for made in proof.tallies)
-        return not (self.red or self.red_builds or is_red)
+        return not self.red and not self.red_builds
 
     @property
     def red(self) -> tuple[Cell, ...]:

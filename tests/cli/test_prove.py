@@ -87,7 +87,7 @@ def test_a_red_pair_is_shown_and_ends_with_1(
 ) -> None:
     steps.ulp = 2
     assert main(["prove", "-o", "p.json", "--md", "p.md"]) == 1
-    red = "beta 1, ort-cpu, loss, red: null"
+    red = "beta 1, ort-cpu, loss: red, too far off, as null"
     assert red in capsys.readouterr().out and f"- `{red}`" in Path("p.md").read_text()
 
 
