@@ -203,20 +203,21 @@ def test_a_package_adds_backends_by_entry_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     """None under a name of ours, which says what an artefact was proved on."""
-    (tmp_path / "theirs.py").write_text(THEIRS)
+    (tmp_path / "their_backends.py").write_text(THEIRS)
     about = tmp_path / "theirs-1.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
     (about / "entry_points.txt").write_text(
         "[smoothl1_deploy.backends]\n"
-        "theirs = theirs:Theirs\ngone = theirs:Gone\nort-cpu = theirs:Theirs\n"
+        "theirs = their_backends:Theirs\ngone = their_backends:Gone\n"
+        "ort-cpu = their_backends:Theirs\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert others() == {"theirs": "theirs:Theirs", "gone": "theirs:Gone"}
+    assert others() == {"theirs": "their_backends:Theirs", "gone": "their_backends:Gone"}
     backend = get_backend("theirs")
     assert backend.name == "theirs" and wrong(backend, LossSpec(0.1), FEW) == []
     assert backend_class("ort-cpu").__module__.startswith("smoothl1_deploy.")
-    with pytest.raises(SpecError, match="there is no backend 'theirs:Gone'"):
+    with pytest.raises(SpecError, match="there is no backend 'their_backends:Gone'"):
         get_backend("gone")
     with pytest.raises(
         SpecError, match="unknown backend 'their'; choose .*, theirs, gone, or give"
