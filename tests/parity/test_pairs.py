@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smoothl1_deploy import LossSpec
+from smoothl1_deploy import LossSpec, export, load
 from smoothl1_deploy._floats import NUMPY_DTYPE, Array
 from smoothl1_deploy.errors import SpecError
 from smoothl1_deploy.parity import _pairs as module
@@ -194,6 +194,20 @@ def test_the_page_has_what_is_on_record(dtype: str) -> None:
         assert all(made.ours.largest <= 1 for made in bare), proof.command
     page = (ROOT / "docs" / "every-pair.md").read_text()
     assert "\n".join(module.table(proofs).markdown()) in page
+
+
+@pytest.mark.parametrize("backend", module.BACKENDS)
+def test_a_file_without_a_gradient_has_the_losses_of_the_one_that_is_tried(backend: str) -> None:
+    for dtype in module.DTYPES:
+        claim = Claim(dtype, 0.1, (backend,))
+        exact, runners = module._prepared(claim)
+        model = export(claim.spec.without_gradient(), claim.route, ("N", CODES))
+        x = np.repeat(exact.targets[5::4096], CODES).reshape(-1, CODES)
+        t = np.tile(exact.targets, (len(x), 1))
+        both, alone = (
+            runner.run(x, t)["loss"] for runner in (runners[backend], load(model, backend))
+        )
+        assert both.tobytes() == alone.tobytes()
 
 
 def test_a_dtype_with_more_pairs_is_refused() -> None:
