@@ -58,12 +58,13 @@ def mutations() -> list[Mutation]:
 def survives(mutation: Mutation, copy: Path) -> bool:
     """Whether the tests stay green in `copy`, a copy of the repository, with the change in it."""
     changed = copy / mutation.file
-    libraries = changed.parent.glob("*.so") if changed.suffix in (".c", ".h") else ()
+    is_compiled = changed.suffix in (".c", ".h")
+    libraries = changed.parent.glob("*.so") if is_compiled else ()
     before = {path: path.read_bytes() for path in (changed, *libraries)}
     changed.write_text(mutation.text)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
     try:
-        if changed.suffix in (".c", ".h"):
+        if is_compiled:
             _build(copy)
         done = subprocess.run(
             [*command, *mutation.tests.split()],

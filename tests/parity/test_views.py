@@ -285,6 +285,10 @@ def test_every_pair_stands_in_the_report(
     assert not any("at beta 1" in what for what in sure)
     for text in (markdown.render(report), html.render(report)):
         assert "99.9999%, 1 ULP" in text and "4,294,967,296" in text
+    alone = html.render(dataclasses.replace(report, cells=()))  # as of draws
+    assert "99.9999%, 1 ULP" in alone and 'href="#certainty"' in alone
+    inlined = dataclasses.replace(whole, claim=dataclasses.replace(whole.claim, route="inlined"))
+    assert len(tables.pairs(dataclasses.replace(report, pairs=(whole, inlined)))) == 2
     wrong = dataclasses.replace(tally, wrong_class=20)
     shown = dataclasses.replace(whole, outputs={"ort-cpu": {"loss": wrong}})
     told = markdown.render(dataclasses.replace(report, pairs=(shown,)))

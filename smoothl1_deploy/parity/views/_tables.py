@@ -15,6 +15,7 @@ from ..._table import Entry, Table
 from .._contract import Contract
 from .._drift import DATA, Drift, DriftPoint
 from .._families import BRANCHES
+from .._pairs import Proof
 from .._pairs import table as distances
 from .._report import Build, Cell, Report, is_extended, mean_shares
 
@@ -170,9 +171,11 @@ def certainty(report: Report) -> Table:
         words = (Certainty.SAMPLES if (name, d) in run else Certainty.NOT_RUN for d in DTYPES)
         alike.setdefault(tuple(words), []).append(name)
     alike[(Certainty.PROVED,) * len(DTYPES)] = ["the error bound of the graphs"]
-    rows = [(", ".join(names), *words) for words, names in alike.items()]
-    for what, dtypes in _every_pair(report):
-        rows.insert(0, (what, *(Certainty.EVERY_PAIR if d in dtypes else "" for d in DTYPES)))
+    rows = [
+        (what, *(Certainty.EVERY_PAIR if d in dtypes else "" for d in DTYPES))
+        for what, dtypes in _every_pair(report)
+    ]
+    rows += [(", ".join(names), *words) for words, names in alike.items()]
     below = "samples are families, shapes and draws, and prove tries every pair of a half format"
     shown = rows if report.cells else []  # draws alone say nothing of a dtype as a whole
     return Table("how sure each statement is", ("what", *DTYPES), shown, "lllll", (below,))
@@ -180,25 +183,23 @@ def certainty(report: Report) -> Table:
 
 def _every_pair(report: Report) -> Iterator[tuple[str, frozenset[str]]]:
     """Of what every pair was tried, and in which formats."""
-    betas: dict[str, dict[float, set[str]]] = {}
-    for proof in report.pairs:
+    tried: dict[tuple[str, float], set[str]] = {}
+    for proof in sorted(report.pairs, key=lambda proof: proof.claim.beta):
         for backend in proof.claim.backends if not proof.left else ():
-            known = betas.setdefault(backend, {})
-            known.setdefault(proof.claim.beta, set()).add(proof.claim.dtype)
-    for backend, known in betas.items():
-        for dtypes in {frozenset(each) for each in known.values()}:
-            at = sorted(beta for beta, each in known.items() if each == dtypes)
-            listed = ", ".join(f"{beta:g}" for beta in at)
-            yield f"{backend}: none and its gradient at beta {listed}", dtypes
+            tried.setdefault((backend, proof.claim.beta), set()).add(proof.claim.dtype)
+    betas: dict[tuple[str, frozenset[str]], list[str]] = {}
+    for (backend, beta), dtypes in tried.items():
+        betas.setdefault((backend, frozenset(dtypes)), []).append(f"{beta:g}")
+    for (backend, alike), at in betas.items():
+        yield f"{backend}: none and its gradient at beta {', '.join(at)}", alike
 
 
 def pairs(report: Report) -> list[Table]:
-    """What `prove` found, a table for each format."""
-    dtypes = dict.fromkeys(proof.claim.dtype for proof in report.pairs)
-    return [
-        distances([proof for proof in report.pairs if proof.claim.dtype == dtype])
-        for dtype in dtypes
-    ]
+    """What `prove` found, a table for each format and route."""
+    groups: dict[tuple[str, str], list[Proof]] = {}
+    for proof in report.pairs:
+        groups.setdefault((proof.claim.dtype, proof.claim.route), []).append(proof)
+    return [distances(group) for group in groups.values()]
 
 
 # --- cells in rows and columns
