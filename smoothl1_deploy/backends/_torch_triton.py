@@ -103,8 +103,11 @@ def _prepare(
 def _refusal(spec: LossSpec) -> str | None:
     if spec.gradient:
         return "the fused kernel of torch-triton computes the loss, and no gradient"
-    if spec.weight:
-        return "the fused kernel of torch-triton takes no weight"
+    plain = LossSpec(
+        spec.beta, spec.reduction, spec.dtype, spec.per_sample, runtime_beta=spec.runtime_beta
+    )
+    if spec != plain:
+        return "the fused kernel of torch-triton takes no weight, mask or divisor"
     return None
 
 
@@ -151,7 +154,7 @@ class TorchTritonBackend(GpuBackend):
             self.slow = self._device.name
 
     def refuses(self, spec: LossSpec) -> str | None:
-        """Refuse a gradient, and weights."""
+        """Refuse a gradient, weights, a mask and a divisor."""
         return _refusal(spec)
 
     def load(self, model: onnx.ModelProto) -> TorchTritonRunner:
@@ -159,7 +162,7 @@ class TorchTritonBackend(GpuBackend):
 
         Raises:
             ArtefactError: for a model that carries none.
-            UnsupportedError: for a gradient, or weights.
+            UnsupportedError: as `refuses` says.
         """
         return TorchTritonRunner(model, self._device, self._fused)
 

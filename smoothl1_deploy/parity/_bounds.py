@@ -162,7 +162,7 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
     """
     whole = np.broadcast_shapes(input.shape, target.shape)
     beta, terms = spec.effective_beta, math.prod(whole) // max(input.size, 1)
-    is_plain = spec.dtype == "float64" and not spec.weight and not spec.upstream
+    is_plain = spec.dtype == "float64" and not (spec.weight or spec.upstream or spec.mask)
     if not is_plain or not 1 < terms <= _SPLIT_LIMIT or beta == 0 or math.isinf(beta):
         return None
     with np.errstate(all="ignore"):
@@ -173,7 +173,7 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
         axes = tuple(i for i in range(len(whole)) if i < extra or input.shape[i - extra] == 1)
         # Multiplied last: the error of a subnormal slope is none of 0.
         reach = _WIDE * errors.sum(axis=axes).reshape(input.shape)
-        if spec.reduction == "mean":
+        if spec.reduction == "mean" and not spec.divisor:
             reach /= math.prod(whole[1:] if spec.per_sample else whole)
         cancels = reach > _CANCELS * _WIDE * abs(exact)
         own = _BACK * _WIDE + _ORACLE_KEEPS * gamma(_ORACLE_DEPTH, _LONG_DOUBLE)
@@ -183,11 +183,19 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
         return np.where(cancels, np.maximum(*ends), np.uint64(0))
 
 
-def in_range(spec: LossSpec, input: Array, target: Array, weight: Array | None = None) -> bool:
+def in_range(
+    spec: LossSpec,
+    input: Array,
+    target: Array,
+    weight: Array | None = None,
+    mask: Array | None = None,
+) -> bool:
     """Whether what `bound` assumes is so: no element over- or underflows, no weight is negative.
 
     Asked of the exact differences, in the compute dtype.
     """
+    if weight is not None and mask is not None:
+        weight = np.where(mask, weight, weight.dtype.type(0))
     given = [input, target, *([] if weight is None else [weight])]
     flat = [array.reshape(-1) for array in np.broadcast_arrays(*given)]
     chunks = range(0, flat[0].size, CHUNK)

@@ -65,7 +65,19 @@ EXTENSIONS = (
     LossSpec(weight="count"),
     LossSpec(weight="weights"),
     LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
-    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
+    LossSpec(mask=True),
+    LossSpec(reduction="none", mask=True, gradient=True),
+    LossSpec(mask=True, weight="count", per_sample=True, empty="zero"),
+    LossSpec(divisor=True, gradient=True),
+    LossSpec(per_sample=True, mask=True, weight="count", gradient=True, divisor=True, empty="zero"),
+    LossSpec(
+        per_sample=True,
+        gradient=True,
+        runtime_beta=True,
+        weight="weights",
+        upstream=True,
+        mask=True,
+    ),
 )
 
 #: The spec whose gradient is summed back over a million rows.
@@ -336,10 +348,8 @@ def artefact_axes(
         return {"shape": None}
     shapes = LAYOUTS[layout]
     axes: dict[str, Axes | None] = {"shape": shapes.input_axes, "target_shape": shapes.target_axes}
-    if spec.weight:
-        own = shapes.weight_axes
-        axes["weight_shape"] = shapes.target_axes if own is None else own
-    return axes
+    own = shapes.target_axes if shapes.weight_axes is None else shapes.weight_axes
+    return axes | {f"{name}_shape": own for name in spec.operands[2:]}
 
 
 def is_run(case: Case, route: str, backend: Backend | type[Backend]) -> bool:

@@ -36,7 +36,7 @@ from .._floats import Array
 from .._model import Loss, Port, read_attached
 from .._spec import LossSpec
 from ..backends._base import get_backend
-from ..backends._runner import as_beta
+from ..backends._runner import as_number
 from ..backends._whole import ModelRunner, constant_operands, listed, showing, takes
 from ..errors import ArtefactError, InvalidInputError, SmoothL1DeployError, SpecError
 from ..graph._attach import attached_anew
@@ -198,7 +198,7 @@ def _job_of_attached(
             f"{loss.outputs['loss']}; " + ("give it" if spec.runtime_beta else "leave it out")
         )
     if beta is not None:  # the input of such a loss is float32
-        runs = replace(runs, runtime_beta=False, beta=float(as_beta(beta)))
+        runs = replace(runs, runtime_beta=False, beta=float(as_number(beta)))
     alone = attached_anew(model, loss, runs)
     inputs = takes(alone)
     rows = {port.axes[:1] if port.axes is not None else (None,) for port in inputs.values()}
