@@ -129,12 +129,11 @@ class GpuRunner(Runner):
             name: self.device.convert(x, "bool" if name == "mask" else dtype)
             for name, x in tensors.items()
         }
-        return feeds | {name: self._number(name, x) for name, x in numbers.items()}, shape
-
-    def _number(self, name: str, value: Any) -> Any:
-        dtype = self.signature.inputs[name].dtype
-        number = self.device.filled(float(as_number(value, name, dtype)), dtype)
-        return number.reshape((1,) if self.served else ())
+        for name, value in numbers.items():
+            own = self.signature.inputs[name].dtype
+            number = self.device.filled(float(as_number(value, name, own)), own)
+            feeds[name] = number.reshape(self._number_shape)
+        return feeds, shape
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         tensors = {role: self.device.upload(array) for role, array in feeds.items()}

@@ -184,6 +184,7 @@ class Runner(ABC):
         self.exported = self.spec is not None and not is_changed(model)
         self.served = self.spec is not None and is_served(model)
         self._dtype = NUMPY_DTYPE[self.signature.input.dtype]
+        self._number_shape = (1,) if self.served else ()
         self._takes_a_pair = list(self.signature.inputs) == ["input", "target"] and not self.served
         self._good_shape: tuple[int, ...] | None = None
 
@@ -256,7 +257,9 @@ class Runner(ABC):
         arrays = {name: as_array(x, name) for name, x in given.items()}
         shape = self._broadcast(arrays)
         feeds = promote(arrays, self.signature.input.dtype)
-        feeds |= {name: self._number(name, value) for name, value in numbers.items()}
+        for name, value in numbers.items():
+            own = self.signature.inputs[name].dtype
+            feeds[name] = as_number(value, name, own).reshape(self._number_shape)
         if self._takes_a_pair and feeds["input"].shape == feeds["target"].shape:
             self._good_shape = shape
         return self._of_the_spec(self._execute(feeds, shape), shape)
@@ -268,11 +271,6 @@ class Runner(ABC):
             UnsupportedError: always; it says what to do instead.
         """
         not_picklable()
-
-    def _number(self, name: str, value: Any) -> Any:
-        """A number in the dtype and the shape of the graph's input of that name."""
-        number = as_number(value, name, self.signature.inputs[name].dtype)
-        return number.reshape((1,) if self.served else ())
 
     def _of_the_spec(self, outputs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """The outputs of a served graph in the shapes of its spec.

@@ -310,6 +310,9 @@ def _told(spec: LossSpec) -> str:
             "beta at run time" if spec.runtime_beta else f"beta {spec.beta}",
             spec.dtype,
             *["with weights"] * bool(spec.weight),
+            *["of what a mask selects"] * spec.mask,
+            *["divided by an input"] * spec.divisor,
+            *["0 where a mean is over nothing"] * (spec.empty == "zero"),
             *["with its gradient"] * spec.gradient,
         ]
     )

@@ -227,10 +227,9 @@ class Assembly:
             float64, a weight or upstream gradient too. Added up before the division by beta and
             the one number: differences, and products of few bits, cancel exactly, which their
             quotients would not.
-        Case 2: weights or an upstream gradient for each loss in float64, or without a sum; weights
-            whose sum is a divisor, which may be 0; and a mask, whose rows have divisors of their
-            own. In autograd's order, a slope of at most 1 last: nothing over- or underflows that it
-            keeps.
+        Case 2: weights or an upstream gradient for each loss in float64, or without a sum; a
+            divisor that may be 0, as of weights, of what a mask selects, or given. In autograd's
+            order, a slope of at most 1 last: nothing over- or underflows that it keeps.
         """
         spec = self._spec
         beta, shrink, divisor, scale = self._slope_scalars()
@@ -245,8 +244,10 @@ class Assembly:
         for_all = [part for part in upstream if part not in by_loss]
         for_all += ["mean"] * (spec.reduction == "mean")
         is_alone = spec.dtype == "float64" or spec.weight == "weights" or not is_summed
-        if spec.mask or (by_loss and is_alone):
-            slope = self._add("Div", [slope, divisor], "slope")
+        if spec.mask or spec.divisor or (by_loss and is_alone):
+            # Of scalars, ONNX Runtime (1.31) makes an invalid graph where it drops a division by 1.
+            if "beta" in self._tensors or slope_scalars(spec.effective_beta)[-1][1] != 1.0:
+                slope = self._add("Div", [slope, divisor], "slope")
             flowing = self._flowing_in(losses, [*for_all, *by_loss])
             slope = self._add("Mul", [flowing, slope], "slope_weighted") if flowing else slope
             slope = self._selected(slope, TensorProto.DOUBLE)

@@ -101,8 +101,9 @@ def Weighted(losses: T, weight: T) -> T:
 @script(_domain)
 def Selected(values: T, mask: BOOL[...], nothing: T) -> T:
     """The values where the mask is true, and `nothing` elsewhere, whatever they are there."""
-    # The values are the second branch: ONNX Runtime's Where makes 0 of a -0 of its first one.
-    return op.Where(op.Not(mask), nothing, values)
+    # The values are the second branch: ONNX Runtime's Where makes 0 of a -0 of its first one. Not
+    # isn't used: its optimiser (1.31) turns the two branches where it meets one.
+    return op.Where(op.Xor(mask, op.Cast(op.Constant(value_int=1), to=9)), nothing, values)
 
 
 @script(_domain)

@@ -162,7 +162,8 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
     """
     whole = np.broadcast_shapes(input.shape, target.shape)
     beta, terms = spec.effective_beta, math.prod(whole) // max(input.size, 1)
-    is_plain = spec.dtype == "float64" and not (spec.weight or spec.upstream or spec.mask)
+    is_scaled = spec.weight or spec.upstream or spec.mask or spec.divisor
+    is_plain = spec.dtype == "float64" and not is_scaled
     if not is_plain or not 1 < terms <= _SPLIT_LIMIT or beta == 0 or math.isinf(beta):
         return None
     with np.errstate(all="ignore"):
@@ -173,7 +174,7 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
         axes = tuple(i for i in range(len(whole)) if i < extra or input.shape[i - extra] == 1)
         # Multiplied last: the error of a subnormal slope is none of 0.
         reach = _WIDE * errors.sum(axis=axes).reshape(input.shape)
-        if spec.reduction == "mean" and not spec.divisor:
+        if spec.reduction == "mean":
             reach /= math.prod(whole[1:] if spec.per_sample else whole)
         cancels = reach > _CANCELS * _WIDE * abs(exact)
         own = _BACK * _WIDE + _ORACLE_KEEPS * gamma(_ORACLE_DEPTH, _LONG_DOUBLE)

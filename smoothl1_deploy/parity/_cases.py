@@ -186,7 +186,7 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         case: of this spec.
         wide: whether the backend has float64.
     """
-    scaled = spec.weight is not None or spec.upstream or spec.mask
+    scaled = spec.weight is not None or spec.upstream or spec.mask or spec.divisor
     rounds_thrice = spec.gradient and scaled and case.family == "subnormals"
     sums_back = spec.gradient and case.input_shape != case.shape(spec)
     if sums_back and case.family == "overflow":

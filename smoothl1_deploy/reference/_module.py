@@ -61,8 +61,7 @@ def eager_outputs(
 ) -> dict[str, Array]:
     """What PyTorch eager and its autograd compute on the CPU for every output of a spec.
 
-    Per sample, that is a loop over the rows (vectorised above 1024 of them); under a mask, the loss
-    of what it selects.
+    Per sample, that is a loop over the rows (vectorised above 1024 of them).
     """
     given = (weight, mask, beta, divisor, grad_output)
     more = [None if array is None else to_torch(array) for array in given]
@@ -122,18 +121,13 @@ def _eager_loss(
         rows = [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)]
         return torch.stack([_eager_loss(alone, beta, row, divisor) for row in rows])
     mask = tensors.pop("mask", None)
-    if mask is not None:
-        if not spec.per_sample:  # what is not selected isn't looked at, nor is its gradient
-            tensors = {name: tensor[mask] for name, tensor in tensors.items()}
-        else:
-            tensors = {name: tensor.masked_fill(~mask, 0) for name, tensor in tensors.items()}
+    if mask is not None:  # 0 for what isn't selected, whatever it is, and for its gradient
+        tensors = {name: tensor.masked_fill(~mask, 0) for name, tensor in tensors.items()}
     losses = _module("none", beta).forward(tensors["input"], tensors["target"])
     if spec.weight:
         losses = losses * tensors["weight"]
     if spec.reduction == "none":
-        if mask is None:
-            return losses
-        return torch.zeros_like(mask, dtype=losses.dtype).masked_scatter(mask, losses)
+        return losses
     first = 1 if spec.per_sample else 0
     total = _summed(losses, first)
     if spec.reduction == "sum":
