@@ -133,9 +133,13 @@ class TritonPythonModel:
         return [self._response(answer) for answer in answers]
 
     def _value(self, tensor: Any) -> Any:
-        """An input where it lies; booleans, which ONNX Runtime (1.31) takes by no DLPack, copied."""
+        """An input where it lies.
+
+        Booleans go by way of numpy: ONNX Runtime (1.31) refuses their DLPack, and Triton's own
+        as_numpy (2.51) gives True for all of them.
+        """
         if self._inputs[tensor.name()] == "TYPE_BOOL":
-            return self._ort.OrtValue.ortvalue_from_numpy(tensor.as_numpy())
+            return self._ort.OrtValue.ortvalue_from_numpy(np.from_dlpack(tensor))
         return self._ort.OrtValue.from_dlpack(tensor.to_dlpack())
 
     def _run(self, feeds: dict[str, Any]) -> dict[str, Any]:
