@@ -105,6 +105,8 @@ def _refusal(spec: LossSpec) -> str | None:
         return "the fused kernel of torch-triton computes the loss, and no gradient"
     if spec.weight:
         return "the fused kernel of torch-triton takes no weight"
+    if spec.loss == "huber" or spec.loss_weight != 1.0:
+        return "the fused kernel of torch-triton knows neither Huber's loss nor a constant factor"
     return None
 
 
@@ -151,7 +153,7 @@ class TorchTritonBackend(GpuBackend):
             self.slow = self._device.name
 
     def refuses(self, spec: LossSpec) -> str | None:
-        """Refuse a gradient, and weights."""
+        """Refuse a gradient, weights, Huber's loss and a constant factor."""
         return _refusal(spec)
 
     def load(self, model: onnx.ModelProto) -> TorchTritonRunner:
@@ -159,7 +161,7 @@ class TorchTritonBackend(GpuBackend):
 
         Raises:
             ArtefactError: for a model that carries none.
-            UnsupportedError: for a gradient, or weights.
+            UnsupportedError: for what `refuses` names.
         """
         return TorchTritonRunner(model, self._device, self._fused)
 

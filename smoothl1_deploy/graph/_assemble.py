@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from .._model import ELEMENT_TYPE
 from .._spec import LossSpec
 from . import _functions as f
-from ._functions import loss_scalars, slope_scalars
+from ._functions import huber_scalars, loss_scalars, slope_scalars
 
 IR_VERSION = 10  # ONNX 1.16: the oldest runtime we test reads it
 OLDEST_IR = 8  # the first with functions
@@ -83,7 +83,7 @@ class Assembly:
         self._scalars = self._scalar_tensors()
         losses = self._losses()
         if spec.reduction == "none":
-            self._rounded(losses, self._element, "loss")
+            self._rounded(self._times(losses, self._element, "loss"), self._element, "loss")
         else:
             self._reduced(losses)
         if spec.gradient:
@@ -110,8 +110,10 @@ class Assembly:
         return self._add("Constant", [], name, value=tensor)
 
     def _scalar_tensors(self) -> list[str] | None:
-        """The beta, half and divisor of the terms; None where an attribute says it all (case 1)."""
+        """The scalars of the terms; None where an attribute says it all (case 1)."""
         spec = self._spec
+        if spec.loss == "huber":
+            return self._huber_scalars()
         if _is_l1(spec):
             return []
         if self._is_added:
@@ -133,12 +135,31 @@ class Assembly:
             ]
         return None
 
+    def _huber_scalars(self) -> list[str]:
+        """The delta, half, shrink and slope of `HuberLossTerms`."""
+        if "beta" not in self._tensors:
+            known = huber_scalars(self._spec.effective_beta)
+            return [self._constant(name, value, self._element) for name, value in known]
+        delta = self._tensors["beta"]
+        largest = self._constant("largest", float(np.finfo(np.float32).max), TensorProto.FLOAT)
+        scalars = [
+            delta,
+            self._add("DeltaOne", [delta], "delta_one"),
+            self._add("Min", [delta, largest], "huber_slope"),
+        ]
+        if self._element == TensorProto.DOUBLE:
+            scalars = [self._cast(scalar) for scalar in scalars]
+        delta, self._divisor, slope = scalars
+        return [delta, self._constant("half", 0.5, self._element), self._divisor, slope]
+
     def _losses(self) -> str:
         """The element losses, weighted: in the compute dtype, or in float64 to be summed."""
         spec = self._spec
         pair = [self._data["input"], self._data["target"]]
         if _is_l1(spec):
             losses = self._add("L1Loss", pair, "losses")
+        elif spec.loss == "huber":
+            losses = self._add("HuberLossTerms", [*pair, *(self._scalars or ())], "losses")
         elif self._is_added:
             losses = self._add("SmoothL1Addends", [*pair, *(self._scalars or ())], "losses")
         elif self._scalars is None:
@@ -153,6 +174,14 @@ class Assembly:
             losses, weight = self._double(losses), self._double(weight)
         # A function, since quantisers leave those alone and would quantise a Mul of float32.
         return self._add("Weighted", [losses, weight], "weighted")
+
+    def _times(self, result: str, element: int, name: str) -> str:
+        """`result`, which is an `element`, times the constant factor, where that is not 1."""
+        factor = self._spec.effective_loss_weight
+        if factor == 1.0:
+            return result
+        constant = self._constant(f"{name}_factor", factor, element)
+        return self._add("Weighted", [result, constant], f"{name}_times")
 
     def _rounded(self, result: str, element: int, output: str) -> None:
         """`result`, which the last node gives as an `element`, as the output: rounded once."""
@@ -185,6 +214,7 @@ class Assembly:
             total = mean
         if spec.reduction == "sum":
             total = self._unless_no_beta(total)
+        total = self._times(total, TensorProto.DOUBLE, "loss")
         self._rounded(total, TensorProto.DOUBLE, "loss")
 
     def _without_overflow(self, mean: str, total: str, weights: str) -> str:
@@ -218,11 +248,7 @@ class Assembly:
             1 last: nothing over- or underflows that it keeps.
         """
         spec = self._spec
-        beta, shrink, divisor, scale = self._slope_scalars()
-        terms = [self._double(self._data["input"]), self._double(self._data["target"])]
-        if scale:
-            terms = [self._add("Mul", [x, scale], f"{x}_half") for x in terms]
-        slope = self._add("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms")
+        slope, divisor = self._slope_terms()
         is_summed = summed_axes != ()
         upstream = ["upstream"] * spec.upstream
         by_loss = [*upstream] if spec.per_sample or spec.reduction == "none" else []
@@ -249,6 +275,7 @@ class Assembly:
                 scalar = self._of_something(scalar, losses) if is_summed else scalar
                 operator = "Mul" if is_product else "Div"
                 slope = self._add(operator, [slope, scalar], "slope_scaled")
+        slope = self._times(slope, TensorProto.DOUBLE, "grad_input")
         if is_summed:
             slope = self._zero_of_a_sum(slope, summed_axes)
         self._rounded(slope, TensorProto.DOUBLE, "grad_input")
@@ -269,6 +296,21 @@ class Assembly:
             weight = self._double(self._data["weight"])
             factor = self._add("Mul", [weight, factor], "upstream_weighted") if factor else weight
         return factor
+
+    def _slope_terms(self) -> tuple[str, str]:
+        """The slopes of the element losses times a divisor, in float64, and that divisor."""
+        terms = [self._double(self._data["input"]), self._double(self._data["target"])]
+        if self._spec.loss == "huber":
+            if "beta" in self._tensors:
+                delta, divisor = self._cast(self._tensors["beta"]), self._double(self._divisor)
+            else:
+                delta = self._constant("slope_delta", self._spec.effective_beta)
+                divisor = self._constant("slope_divisor", 1.0)
+            return self._add("HuberSlopeTerms", [*terms, delta], "slope_terms"), divisor
+        beta, shrink, divisor, scale = self._slope_scalars()
+        if scale:
+            terms = [self._add("Mul", [x, scale], f"{x}_half") for x in terms]
+        return self._add("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms"), divisor
 
     def _slope_scalars(self) -> tuple[str, str, str, str]:
         """The beta, shrink and divisor of the slopes' terms, in float64, and a factor for operands.
@@ -404,11 +446,16 @@ def function_name(spec: LossSpec) -> str:
 
 def _is_l1(spec: LossSpec) -> bool:
     """Whether the nodes compute |d| in float32 and know of no beta."""
-    return spec.effective_beta == 0 and not _takes_beta(spec)
+    return spec.effective_beta == 0 and spec.loss != "huber" and not _takes_beta(spec)
 
 
 def _has_attribute(spec: LossSpec) -> bool:
-    return not (_takes_beta(spec) or _is_l1(spec))
+    return not (_takes_beta(spec) or _is_l1(spec) or spec.loss == "huber")
+
+
+def _has_a_name(spec: LossSpec) -> bool:
+    """Whether there is a function that is the whole loss; otherwise it is nodes of the graph."""
+    return spec.loss != "huber" and spec.effective_loss_weight == 1.0
 
 
 def _takes_beta(spec: LossSpec) -> bool:
@@ -430,10 +477,10 @@ def nodes_of(
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], list[onnx.FunctionProto]]:
     """The nodes of a loss, the initialisers that they read, and the functions they call.
 
-    One node, but for a gradient that is summed back to an input, or may have to be, and for what is
-    going to be inlined. Takes what `Assembly` takes.
+    One node, but for a loss without a name of its own, for a gradient that is summed back to an
+    input, or may have to be, and for what is going to be inlined. Takes what `Assembly` takes.
     """
-    if inlined or (spec.gradient and summed_axes != ()):
+    if inlined or not _has_a_name(spec) or (spec.gradient and summed_axes != ()):
         assembly = Assembly(spec, tensors, summed_axes=summed_axes, prefix=prefix, inlined=inlined)
         return assembly.nodes, [], function_closure(assembly.used)
     name = function_name(spec)

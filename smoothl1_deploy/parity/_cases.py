@@ -132,7 +132,7 @@ class Case:
 
     def _generator(self, spec: LossSpec, what: str) -> np.random.Generator:
         shapes = f"{self.input_shape} {self.target_shape}"
-        text = f"{self.family} {shapes} {spec.beta!r} {spec.dtype}{what}"
+        text = f"{self.family} {shapes} {spec.knee!r} {spec.dtype}{what}"
         return np.random.default_rng([self.seed, zlib.crc32(text.encode())])
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,7 +161,8 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         wide: whether the backend has float64.
     """
     scaled = spec.weight is not None or spec.upstream
-    rounds_thrice = spec.gradient and scaled and case.family == "subnormals"
+    rounds_thrice = spec.gradient and case.family == "subnormals"
+    rounds_thrice &= scaled or spec.loss_weight != 1.0
     sums_back = spec.gradient and case.input_shape != case.shape(spec)
     if sums_back and case.family == "overflow":
         return True
@@ -219,7 +220,7 @@ class References:
         asked, fed = spec, None
         if beta is not None:
             exact = {name: np.full_like(array, np.nan) for name, array in exact.items()}
-            asked, fed = replace(spec, beta=1.0, runtime_beta=True), np.asarray(beta, np.float32)
+            asked, fed = replace(spec.at(1.0), runtime_beta=True), np.asarray(beta, np.float32)
         return cls(
             spec,
             case,
@@ -237,19 +238,22 @@ class References:
 
 def with_beta(spec: LossSpec, beta: float) -> LossSpec:
     """What an artefact of `spec` computes when it is fed `beta`, which it takes as a float32."""
-    if not spec.runtime_beta:
-        return replace(spec, beta=beta)
-    return replace(spec, beta=LossSpec(beta).effective_beta, runtime_beta=False)
+    return spec.at(LossSpec(beta).effective_beta if spec.runtime_beta else beta)
 
 
 #: Elements from which on the largest distance of PyTorch says something of PyTorch.
 _ENOUGH = 1024
 
 
-@lru_cache(maxsize=512)
-def torch_alike(family: str, beta: float, dtype: str) -> Mapping[str, int]:
+def torch_alike(family: str, spec: LossSpec) -> Mapping[str, int]:
     """PyTorch's own largest distance over elements of a family, by the output."""
-    spec = LossSpec(beta, "none", dtype, gradient=True)
+    loss, factor = spec.loss, spec.loss_weight
+    alone = LossSpec(1.0, "none", spec.dtype, gradient=True, loss=loss, loss_weight=factor)
+    return _alike(family, alone.at(spec.effective_beta or spec.knee))
+
+
+@lru_cache(maxsize=512)
+def _alike(family: str, spec: LossSpec) -> Mapping[str, int]:
     refs = References.of(spec, Case(family, "alike", (_ENOUGH,), (_ENOUGH,)))
     return {
         name: compare(spec, theirs, theirs, refs.oracle[name], refs.input, refs.target, name).ulp
@@ -382,7 +386,7 @@ def judge(
     except SmoothL1DeployError as exc:
         return unanswered(refs, exc)
     few = 0 < math.prod(shape) < _ENOUGH
-    alike = torch_alike(case.family, spec.effective_beta, spec.dtype) if few else {}
+    alike = torch_alike(case.family, spec) if few else {}
     # Weights may be of more axes than the pair: a verdict counts what everything broadcasts to.
     pair = np.broadcast_to(refs.input, shape), refs.target
     answers = {}

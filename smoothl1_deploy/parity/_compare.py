@@ -23,6 +23,7 @@ import numpy as np
 from .._floats import CLASS_NAMES, Array, ieee_class, ulp_distance
 from .._records import Record
 from .._spec import LossSpec
+from ..reference._oracle import element_losses
 
 #: What a reduction may be off, where PyTorch happens to be nearer than that.
 REDUCTION_FLOOR = 2
@@ -104,13 +105,16 @@ def _all_behind(conditions: Array, shape: tuple[int, ...]) -> Array:
 def _overflowed_rows(spec: LossSpec, input: Array, target: Array) -> Array:
     """Where a finite difference's square overflows PyTorch's dtype, the whole row or tensor.
 
-    A weight of 0 makes NaN of that infinity, whatever else there is in the row.
+    So does a Huber loss beyond its knee. A weight of 0 makes NaN of that infinity, whatever else
+    there is in the row.
     """
     with np.errstate(all="ignore"):
         d = np.subtract(input, target, dtype=np.longdouble)
         squares = 0.5 * d * d
+        huber = element_losses(d, spec) if spec.loss == "huber" else np.zeros_like(d)
     largest = float(ml_dtypes.finfo(input.dtype).max)  # type: ignore[no-untyped-call]
-    overflowed = np.isfinite(d) & (squares > largest) & (abs(d) < spec.effective_beta)
+    is_lost = ((squares > largest) & (abs(d) < spec.effective_beta)) | (huber > largest)
+    overflowed = np.isfinite(d) & is_lost
     axes = tuple(range(1 if spec.per_sample else 0, overflowed.ndim))
     return np.asarray(overflowed.any(axis=axes, keepdims=True))
 

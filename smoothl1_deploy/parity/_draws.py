@@ -20,7 +20,6 @@ from .._spec import DTYPES, NORMALIZERS, REDUCTIONS, ROUTES, LossSpec
 from ..graph._export import export
 from ._cases import Case, References, with_beta
 from ._families import ADVERSARIAL, FAMILIES, WEIGHTS
-from ._report import is_extended
 
 _BY_TORCH = 0.15  # is the share of the torch route, whose export takes ten times as long
 _CASES = 3  # are fed to each draw: to export takes longer than to run
@@ -65,15 +64,17 @@ class Draw:
     def of(cls, number: int) -> Draw:
         """The draw of a number."""
         random = Random(number)
-        spec = _spec(random)
-        beta = spec.beta
+        spec = _in_another_loss(_spec(random), number)
+        beta = spec.knee
         if spec.runtime_beta:
             fed = LossSpec(_beta(random))
             # Half of a subnormal one is what an artefact that can't know it rounds.
             beta = 1.0 if fed.has_subnormal_beta else fed.effective_beta
             if random.random() < 0.15:
                 beta = random.choice(_NO_BETAS)
-        by_torch = not is_extended(spec) and random.random() < _BY_TORCH
+            if spec.loss == "huber":
+                beta = beta or 1.0  # a delta is no 0
+        by_torch = spec.is_of_torch and random.random() < _BY_TORCH
         route = "torch" if by_torch else random.choice(ROUTES[:2])
         rank = max(random.choice(_RANKS), int(spec.per_sample))
         arrays = _arrays(random, spec, rank)
@@ -169,6 +170,19 @@ def _spec(random: Random) -> LossSpec:
         weight=random.choice(normalizers),
         upstream=gradient and random.random() < 0.5,
     )
+
+
+def _in_another_loss(spec: LossSpec, number: int) -> LossSpec:
+    """Some specs as Huber's or with a constant factor, by another rule than that of the rest.
+
+    So the arrays of a number are what they were when there was no other loss.
+    """
+    random = Random(f"{number} loss")
+    loss, factor = random.random() < 0.25, random.choice((2.0, 0.3, -1.7, 1e-3))
+    if loss and spec.knee:
+        delta = None if spec.runtime_beta else spec.beta
+        spec = replace(spec, loss="huber", beta=1.0, delta=delta)
+    return replace(spec, loss_weight=factor) if random.random() < 0.2 else spec
 
 
 def _arrays(random: Random, spec: LossSpec, rank: int) -> tuple[_Axes, ...]:

@@ -237,7 +237,7 @@ def _judged(loss: Loss, tensors: Mapping[str, Array]) -> dict[str, Verdict]:
     if spec.gradient:
         exact["grad_input"] = oracle_gradient(spec, x, t, weight, upstream)
     torch = eager_outputs(spec, x, t, weight, None, upstream)
-    alike = torch_alike("normal", spec.beta, spec.dtype)
+    alike = torch_alike("normal", spec)
     return {
         tensor: compare(
             spec, tensors[tensor], torch[role], exact[role], x, t, role, torch_alike=alike[role]

@@ -14,6 +14,7 @@ import torch
 from .._dlpack import from_torch, to_torch
 from .._floats import Array
 from .._spec import LossSpec
+from ..errors import SpecError
 
 
 class SmoothL1Loss(torch.nn.SmoothL1Loss):
@@ -41,8 +42,21 @@ class SmoothL1Loss(torch.nn.SmoothL1Loss):
 
     @classmethod
     def from_spec(cls, spec: LossSpec) -> SmoothL1Loss:
-        """The module that a spec describes."""
+        """The module that a spec describes.
+
+        Raises:
+            SpecError: for a Huber loss, which is a `torch.nn.HuberLoss`.
+        """
+        if spec.loss == "huber":
+            raise SpecError("a Huber loss is no SmoothL1Loss; use torch.nn.HuberLoss")
         return cls(reduction=spec.reduction, beta=spec.beta)
+
+
+def module_of(spec: LossSpec) -> torch.nn.Module:
+    """The module of PyTorch's that computes a spec's loss, but for what only a spec can ask for."""
+    if spec.delta is not None:
+        return torch.nn.HuberLoss(reduction=spec.reduction, delta=spec.delta)
+    return SmoothL1Loss.from_spec(spec)
 
 
 def eager(spec: LossSpec, input: Array, target: Array) -> Array:
@@ -78,18 +92,20 @@ def eager_tensors(
     grad_output: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """`eager_outputs` from tensors to tensors, on whatever device they are on."""
-    if beta is not None and not beta >= 0:
-        # PyTorch raises on a negative beta; an artefact, which can't, answers NaN everywhere.
+    if beta is not None and not (beta > 0 or (beta == 0 and spec.loss != "huber")):
+        # PyTorch raises on such a beta or delta; an artefact, which can't, answers NaN everywhere.
         outputs = eager_tensors(replace(spec, runtime_beta=False), input, target, weight)
         return {name: torch.full_like(tensor, torch.nan) for name, tensor in outputs.items()}
-    number = spec.beta if beta is None else float(beta)
+    spec = spec if beta is None else spec.at(float(beta))
     x = input
     if spec.gradient:
         x = x.detach().clone().requires_grad_()  # a leaf that nobody else holds
     tensors = [x, target, *([] if weight is None else [weight])]
     with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradient):
         warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
-        loss = _eager_loss(spec, number, *tensors)
+        loss = _eager_loss(spec, *tensors)
+        if spec.loss_weight != 1.0:
+            loss = spec.loss_weight * loss
         outputs = {"loss": loss.detach()}
         if spec.gradient:
             upstream = torch.ones_like(loss) if grad_output is None else grad_output
@@ -97,24 +113,24 @@ def eager_tensors(
     return outputs
 
 
-@lru_cache
-def _module(reduction: str, beta: float) -> SmoothL1Loss:
-    """The module, kept: it holds no state, and a loop over rows would make one for each."""
-    return SmoothL1Loss(reduction=reduction, beta=beta)
+#: The modules are kept: they hold no state, and a loop over rows would make one for each.
+_module = lru_cache(module_of)
 
 
-def _eager_loss(spec: LossSpec, beta: float, *tensors: torch.Tensor) -> torch.Tensor:
-    """The loss of input, target and, where the spec has one, weight."""
+def _eager_loss(spec: LossSpec, *tensors: torch.Tensor) -> torch.Tensor:
+    """The loss of input, target and, where the spec has one, weight, before the constant factor."""
     x, t, *weights = tensors
     if not weights and not spec.per_sample:
-        return _module(spec.reduction, beta).forward(x, t)
+        loss: torch.Tensor = _module(spec).forward(x, t)
+        return loss
     if spec.per_sample:
         rows: Sequence[torch.Tensor] = torch.functional.broadcast_tensors(*tensors)  # type: ignore[no-untyped-call]
         if 0 < len(rows[0]) <= 1024:
             alone = replace(spec, per_sample=False)
-            return torch.stack([_eager_loss(alone, beta, *row) for row in zip(*rows, strict=True)])
+            return torch.stack([_eager_loss(alone, *row) for row in zip(*rows, strict=True)])
         x, t, *weights = rows
-    losses = _module("none", beta).forward(x, t)
+    alone = replace(spec, reduction="none", per_sample=False, weight=None)
+    losses: torch.Tensor = _module(alone).forward(x, t)
     for weight in weights:
         losses = losses * weight
     if spec.reduction == "none":
