@@ -83,7 +83,7 @@ class Assembly:
         self._scalars = self._scalar_tensors()
         losses = self._losses()
         if spec.reduction == "none":
-            self._rounded(self._times(losses, self._element, "loss"), self._element, "loss")
+            self._rounded(self._times(losses, self._element), self._element, "loss")
         else:
             self._reduced(losses)
         if spec.gradient:
@@ -175,13 +175,12 @@ class Assembly:
         # A function, since quantisers leave those alone and would quantise a Mul of float32.
         return self._add("Weighted", [losses, weight], "weighted")
 
-    def _times(self, result: str, element: int, name: str) -> str:
-        """`result`, which is an `element`, times the constant factor, where that is not 1."""
+    def _times(self, loss: str, element: int) -> str:
+        """`loss`, which is an `element`, times the constant factor, where that is not 1."""
         factor = self._spec.effective_loss_weight
         if factor == 1.0:
-            return result
-        constant = self._constant(f"{name}_factor", factor, element)
-        return self._add("Weighted", [result, constant], f"{name}_times")
+            return loss
+        return self._add("Weighted", [loss, self._constant("factor", factor, element)], "times")
 
     def _rounded(self, result: str, element: int, output: str) -> None:
         """`result`, which the last node gives as an `element`, as the output: rounded once."""
@@ -214,7 +213,7 @@ class Assembly:
             total = mean
         if spec.reduction == "sum":
             total = self._unless_no_beta(total)
-        total = self._times(total, TensorProto.DOUBLE, "loss")
+        total = self._times(total, TensorProto.DOUBLE)
         self._rounded(total, TensorProto.DOUBLE, "loss")
 
     def _without_overflow(self, mean: str, total: str, weights: str) -> str:
@@ -254,6 +253,7 @@ class Assembly:
         by_loss = [*upstream] if spec.per_sample or spec.reduction == "none" else []
         by_loss += ["weight"] * bool(spec.weight)
         for_all = [part for part in upstream if part not in by_loss]
+        for_all += ["factor"] * (spec.effective_loss_weight != 1.0)
         for_all += ["mean"] * (spec.reduction == "mean")
         if by_loss and (spec.dtype == "float64" or self._weight_total or not is_summed):
             slope = self._add("Div", [slope, divisor], "slope")
@@ -269,13 +269,12 @@ class Assembly:
                 slope = self._summed(slope, summed_axes)
             slope = self._add("Div", [slope, divisor], "slope")
             if for_all:
-                is_product = "upstream" in for_all
+                is_product = for_all != ["mean"]
                 count = self._count(losses)
                 scalar = self._flowing_in(losses, for_all) if is_product else count
                 scalar = self._of_something(scalar, losses) if is_summed else scalar
                 operator = "Mul" if is_product else "Div"
                 slope = self._add(operator, [slope, scalar], "slope_scaled")
-        slope = self._times(slope, TensorProto.DOUBLE, "grad_input")
         if is_summed:
             slope = self._zero_of_a_sum(slope, summed_axes)
         self._rounded(slope, TensorProto.DOUBLE, "grad_input")
@@ -283,9 +282,12 @@ class Assembly:
     def _flowing_in(self, losses: str, parts: list[str]) -> str:
         """What autograd multiplies each slope with, of those `parts` that are asked for.
 
-        They are the upstream gradient, which a mean divides, and the weight.
+        They are the upstream gradient, the constant factor, the divisor of a mean, and the weight.
         """
         factor = self._upstream(losses) if "upstream" in parts else ""
+        if "factor" in parts:
+            own = self._constant("upstream_factor", self._spec.effective_loss_weight)
+            factor = self._add("Mul", [factor, own], "upstream_times") if factor else own
         if "mean" in parts:
             count = self._count(losses)
             if self._weight_total and self._spec.per_sample:  # each row has a divisor of its own

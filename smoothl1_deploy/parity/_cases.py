@@ -147,10 +147,11 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
 
     Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel, which in
     float64 leaves the roundings of products with weights or an upstream gradient, and of numbers
-    near the largest those of the differences; weighted (or multiplied by an upstream gradient) and
-    divided, a subnormal slope is rounded three times. How far PyTorch itself, which computes in the
-    output's format, is off in these cases is a matter of luck, and no measure. (What float64
-    differences alone leave is no such case: `_bounds.gradient_bound` allows for it.)
+    near the largest those of the differences; weighted (or multiplied by an upstream gradient or
+    the constant factor) and divided, a subnormal slope is rounded three times, and so is a
+    subnormal loss of `none` that is multiplied by the factor. How far PyTorch itself, which
+    computes in the output's format, is off in these cases is a matter of luck, and no measure.
+    (What float64 differences alone leave is no such case: `_bounds.gradient_bound` allows for it.)
     Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
     no room for it: a subnormal beta, slopes by a beta near the largest, products with subnormal
     weights.
@@ -161,8 +162,10 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         wide: whether the backend has float64.
     """
     scaled = spec.weight is not None or spec.upstream
-    rounds_thrice = spec.gradient and case.family == "subnormals"
-    rounds_thrice &= scaled or spec.loss_weight != 1.0
+    has_factor = spec.loss_weight != 1.0
+    if has_factor and spec.reduction == "none" and case.family in ("subnormals", "magnitudes"):
+        return True
+    rounds_thrice = spec.gradient and (scaled or has_factor) and case.family == "subnormals"
     sums_back = spec.gradient and case.input_shape != case.shape(spec)
     if sums_back and case.family == "overflow":
         return True

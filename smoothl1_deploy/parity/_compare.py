@@ -78,8 +78,10 @@ def _torch_lost_it(
     """
     with np.errstate(over="ignore"):
         beta = np.asarray(spec.effective_beta).astype(input.dtype)
-    beta_overflowed = bool(np.isinf(beta) != np.isinf(spec.effective_beta))
-    if beta_overflowed or not (torch_class == _NAN).any():
+    # A half format's kernel of Huber's loss rounds delta to that format, to inf or to 0.
+    beta_lost = bool(np.isinf(beta) != np.isinf(spec.effective_beta))
+    beta_lost |= spec.loss == "huber" and bool(beta == 0 < spec.effective_beta)
+    if beta_lost or not (torch_class == _NAN).any():
         return True
     finite: Array = np.isfinite(input) & np.isfinite(target)
     not_nan: Array = torch_class != _NAN

@@ -137,6 +137,7 @@ def _exact_row(spec: LossSpec, input: Array, target: Array, weight: Array) -> Ar
         total /= 2
     elif beta and not math.isinf(beta):
         total /= 2 * Fraction(beta)
+    divisor = Fraction(1)
     if spec.reduction == "mean":
         divisor = Fraction(input.size)
         if spec.weight == "weights":
@@ -147,7 +148,7 @@ def _exact_row(spec: LossSpec, input: Array, target: Array, weight: Array) -> Ar
         total /= divisor
     factor = spec.effective_loss_weight
     if total == 0:  # whose sign no fraction has
-        return round_to(np.asarray(0.0 * factor), spec.dtype)
+        return round_to(np.asarray((-0.0 if divisor < 0 else 0.0) * factor), spec.dtype)
     return round_fraction(total * Fraction(factor), spec.dtype)
 
 
