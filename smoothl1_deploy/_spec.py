@@ -109,7 +109,7 @@ def _valid_loss_weight(loss_weight: Any) -> float:
     value = _valid_number("loss_weight", loss_weight, remedy)
     if math.isinf(value):
         raise SpecError(f"loss_weight must be finite, got {value!r}; {remedy}")
-    return value
+    return value + 0.0  # as beta
 
 
 def _valid_choice(kind: str, value: object, choices: tuple[str, ...]) -> str:
