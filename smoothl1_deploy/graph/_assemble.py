@@ -70,6 +70,7 @@ class Assembly:
         self._prefix = prefix
         self._inlined = inlined
         self._element = ELEMENT_TYPE[spec.compute_dtype]
+        self._has_factor = spec.effective_loss_weight != 1.0
         self._sum = ("Compensated" if spec.dtype == "float64" else "Wide") + (
             "Row" if spec.per_sample else ""
         )
@@ -83,7 +84,8 @@ class Assembly:
         self._scalars = self._scalar_tensors()
         losses = self._losses()
         if spec.reduction == "none":
-            self._rounded(self._times(losses, self._element), self._element, "loss")
+            element = TensorProto.DOUBLE if self._has_factor else self._element
+            self._rounded(self._times_factor(losses), element, "loss")
         else:
             self._reduced(losses)
         if spec.gradient:
@@ -153,7 +155,7 @@ class Assembly:
         return [delta, self._constant("half", 0.5, self._element), self._divisor, slope]
 
     def _losses(self) -> str:
-        """The element losses, weighted: in the compute dtype, or in float64 to be summed."""
+        """The element losses, weighted: in the compute dtype, or in float64 if more is to come."""
         spec = self._spec
         pair = [self._data["input"], self._data["target"]]
         if _is_l1(spec):
@@ -168,19 +170,21 @@ class Assembly:
             losses = self._add("SmoothL1LossTerms", [*pair, *self._scalars], "losses")
         self._unweighted = losses
         if not spec.weight:
-            return losses
+            is_next = self._has_factor and spec.reduction == "none"
+            return self._double(losses) if is_next else losses
         weight = self._data["weight"]
-        if spec.reduction != "none":  # a product may leave the range of float32, and its mean not
+        if spec.reduction != "none" or self._has_factor:
+            # A product may leave the range of float32, and its mean, or a tenth of it, not.
             losses, weight = self._double(losses), self._double(weight)
         # A function, since quantisers leave those alone and would quantise a Mul of float32.
         return self._add("Weighted", [losses, weight], "weighted")
 
-    def _times(self, loss: str, element: int) -> str:
-        """`loss`, which is an `element`, times the constant factor, where that is not 1."""
-        factor = self._spec.effective_loss_weight
-        if factor == 1.0:
+    def _times_factor(self, loss: str) -> str:
+        """`loss`, in float64, times the constant factor, where that is not 1."""
+        if not self._has_factor:
             return loss
-        return self._add("Weighted", [loss, self._constant("factor", factor, element)], "times")
+        factor = self._constant("factor", self._spec.effective_loss_weight)
+        return self._add("Weighted", [loss, factor], "times")
 
     def _rounded(self, result: str, element: int, output: str) -> None:
         """`result`, which the last node gives as an `element`, as the output: rounded once."""
@@ -213,8 +217,7 @@ class Assembly:
             total = mean
         if spec.reduction == "sum":
             total = self._unless_no_beta(total)
-        total = self._times(total, TensorProto.DOUBLE)
-        self._rounded(total, TensorProto.DOUBLE, "loss")
+        self._rounded(self._times_factor(total), TensorProto.DOUBLE, "loss")
 
     def _without_overflow(self, mean: str, total: str, weights: str) -> str:
         """`mean`, or where a sum of it overflows float64 the sum of each weight's share."""
@@ -253,7 +256,7 @@ class Assembly:
         by_loss = [*upstream] if spec.per_sample or spec.reduction == "none" else []
         by_loss += ["weight"] * bool(spec.weight)
         for_all = [part for part in upstream if part not in by_loss]
-        for_all += ["factor"] * (spec.effective_loss_weight != 1.0)
+        for_all += ["factor"] * self._has_factor
         for_all += ["mean"] * (spec.reduction == "mean")
         if by_loss and (spec.dtype == "float64" or self._weight_total or not is_summed):
             slope = self._add("Div", [slope, divisor], "slope")

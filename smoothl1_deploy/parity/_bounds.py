@@ -23,11 +23,10 @@ The sum of n elements >= 0:
    off by at most gamma(n - 1, u) n u sigma; sigma is at most 8 times the naive sum; adding the two
    is one rounding (Rump, Ogita, Oishi, "Accurate floating-point summation part I", 2008).
 
-A weight is one product more an element, in the accumulator's dtype where there is a sum, and so is
-the constant factor, of the sum or mean; a mean that divides by the sum of the weights carries the
-error of that sum as well. `mean` divides once
-more, in the accumulator's dtype. A result that is not yet in the output dtype is rounded to it, by
-way of float32 for the half formats.
+A weight is one product more an element, in the accumulator's dtype where there is a sum or a
+constant factor, and so is that factor; a mean that divides by the sum of the weights carries the
+error of that sum as well. `mean` divides once more, in the accumulator's dtype. A result that is
+not yet in the output dtype is rounded to it, by way of float32 for the half formats.
 
 From a relative error r to ULP: between x and x (1 + r) lie at most `r / (u (1 - r))` steps of the
 output format, and each rounding to nearest adds half of one. The oracle's own error is counted too.
@@ -133,6 +132,7 @@ def bound(spec: LossSpec, count: int, accumulator: str = "float64") -> float:
         relative += sums * _sum_error(spec, count, accumulator)
         if spec.reduction == "mean":
             relative += UNIT_ROUNDOFF[accumulator]
+    if spec.reduction != "none" or spec.loss_weight != 1.0:
         if spec.compute_dtype != spec.dtype:
             relative += UNIT_ROUNDOFF["float32"]  # a cast may go by way of float32
         rounded = spec.dtype == "float64"

@@ -154,7 +154,7 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     (What float64 differences alone leave is no such case: `_bounds.gradient_bound` allows for it.)
     Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
     no room for it: a subnormal beta, slopes by a beta near the largest, products with subnormal
-    weights.
+    weights, and those of a subnormal upstream gradient with Huber's slopes, which may be above 1.
 
     Args:
         spec: beta is a number, also for an artefact that takes it at run time.
@@ -175,7 +175,8 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         return False
     if spec.has_subnormal_beta or (spec.gradient and 1e30 < spec.effective_beta < math.inf):
         return True
-    is_subnormal = spec.weight is not None and case.weighting in ("tiny", "mixed")
+    is_product = spec.weight is not None or (spec.upstream and spec.loss == "huber")
+    is_subnormal = is_product and case.weighting in ("tiny", "mixed")
     return sums_back or rounds_thrice or is_subnormal
 
 

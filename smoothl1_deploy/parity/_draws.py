@@ -112,8 +112,10 @@ class Draw:
         weighs = spec.weight is not None or spec.upstream
         if weighs and random.random() < 0.5:
             case = replace(case, weighting=random.choice([*WEIGHTS]))
-        # Where sums of weights overflow as well, PyTorch's NaN has two causes.
-        overflows = spec.weight and case.family in ("overflow", "inf", "nan", "inf-minus-inf")
+        # Where sums of weights, or what the factor makes of a gradient, overflow as well, PyTorch's
+        # NaN has two causes.
+        multiplies = spec.weight or spec.loss_weight != 1.0
+        overflows = multiplies and case.family in ("overflow", "inf", "nan", "inf-minus-inf")
         # Autograd adds these weights up before the product that underflows to -0.
         is_wider = spec.gradient and -1 in (arrays[-1] or ())
         if overflows or (is_wider and case.weighting in ("tiny", "mixed")):
