@@ -32,7 +32,9 @@ from .errors import ArtefactError, CarriedEngineError, SpecError, is_shortage, r
 from .graph._metadata import HASH, is_changed, read_spec, sign
 
 #: What an input of a loss artefact can be for.
-ROLES = ("input", "target", "weight", "beta", "grad_output")
+ROLES = ("input", "target", "weight", "mask", "beta", "divisor", "grad_output")
+#: Those that are one number.
+NUMBERS: tuple[str, ...] = ("beta", "divisor")
 
 ModelSource = onnx.ModelProto | bytes | str | os.PathLike[str]
 
@@ -262,9 +264,14 @@ class Signature:
         return next((port for port in self.outputs if port.name == "loss"), self.outputs[0])
 
 
-def _port(value: onnx.ValueInfoProto) -> Port:
+def _port(value: onnx.ValueInfoProto, role: str = "") -> Port:
     port, element = Port.of(value), value.type.tensor_type.elem_type
-    if element not in DTYPE_OF_ELEMENT:
+    if role == "mask" and port.dtype != "bool":
+        raise ArtefactError(
+            f"{value.name!r} has the element type {port.dtype}; a mask is boolean, and an input "
+            "of numbers that multiply the losses is called weight"
+        )
+    if element not in DTYPE_OF_ELEMENT and role != "mask":
         named = element_name(element).removeprefix("element type ")
         raise ArtefactError(
             f"{value.name!r} has the element type {named}; "
@@ -308,7 +315,7 @@ def signature(model: onnx.ModelProto) -> Signature:
         ArtefactError: when it can't be told which inputs are which, or they differ in dtype.
     """
     fed = {value.name: value for value in inputs_of(model)}
-    ports = {role: _port(fed[name]) for role, name in _roles(fed).items()}
+    ports = {role: _port(fed[name], role) for role, name in _roles(fed).items()}
     input, target = ports["input"], ports["target"]
     if input.dtype != target.dtype:
         raise ArtefactError(

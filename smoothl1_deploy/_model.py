@@ -33,21 +33,22 @@ from onnx import TensorProto, helper
 
 from ._records import Record
 from ._shapes import Shape
-from ._spec import LossSpec
+from ._spec import DTYPES, LossSpec
 from .errors import ArtefactError, CarriedEngineError
 
 #: What onnx raises for a model that contradicts itself.
 MODEL_ERRORS = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
-#: dtype name of a spec -> ONNX element type.
+#: dtype name of an input or output of a spec -> ONNX element type.
 ELEMENT_TYPE: dict[str, int] = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
     "float64": TensorProto.DOUBLE,
+    "bool": TensorProto.BOOL,
 }
 
-#: The inverse.
-DTYPE_OF_ELEMENT = {element: name for name, element in ELEMENT_TYPE.items()}
+#: The inverse, of the dtypes that a loss has.
+DTYPE_OF_ELEMENT = {ELEMENT_TYPE[name]: name for name in DTYPES}
 
 #: The metadata entry that says which losses were attached to a model, and by which tensors.
 ATTACHED = "smoothl1_deploy.attached"

@@ -35,6 +35,9 @@ ROUTES = ("function", "inlined", "torch")
 #: What a weighted mean is divided by.
 NORMALIZERS = ("count", "weights")
 
+#: What a mean is whose divisor is 0.
+EMPTIES = ("nan", "zero")
+
 #: dtype of input, target and loss -> dtype the arithmetic is done in. The two half formats are
 #: computed in float32 and rounded once at the end, as PyTorch's own decomposition does.
 COMPUTE_DTYPE: Mapping[str, str] = {
@@ -154,6 +157,13 @@ class LossSpec:
         weight: a further input `weight` that broadcasts with the element losses and multiplies
             them before the reduction. `"count"`: a mean divides by the number of elements, as
             without weights. `"weights"`: it divides by the sum of the (broadcast) weights.
+        mask: a further input `mask`, boolean, that broadcasts with the element losses and selects
+            some: the others, whatever their numbers, count for nothing. Their loss without a
+            reduction and their gradient are 0, and a mean divides by those selected.
+        divisor: a mean is divided by a further input `divisor` (rank 0; float32, or float64 where
+            the dtype is), and not by a count: that of the positives of every worker, for instance.
+        empty: a mean whose divisor is 0, as where nothing is selected: `"nan"` is what a division
+            gives, as in PyTorch; `"zero"` is 0, and so is its gradient.
         loss: `"smooth_l1"`; `"huber"`, with `delta` for beta; or `"l1"`, another name for beta 0.
         delta: where the quadratic part of `"huber"` ends, > 0; 1.0 by default, as PyTorch has it.
             None for the other losses. With `runtime_beta` the input `beta` is delta, and 0 gives
@@ -182,6 +192,9 @@ class LossSpec:
     runtime_beta: bool = False
     weight: str | None = None
     upstream: bool = False
+    mask: bool = False
+    divisor: bool = False
+    empty: str = "nan"
     loss: str = "smooth_l1"
     delta: float | None = None
     loss_weight: float = 1.0
@@ -219,11 +232,12 @@ class LossSpec:
             object.__setattr__(self, "beta", 0.0)
 
     def _check_extensions(self) -> None:
-        for name in ("per_sample", "gradient", "runtime_beta", "upstream"):
+        for name in ("per_sample", "gradient", "runtime_beta", "upstream", "mask", "divisor"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.weight is not None:
             object.__setattr__(self, "weight", _valid_choice("weight", self.weight, NORMALIZERS))
+        object.__setattr__(self, "empty", _valid_choice("empty", self.empty, EMPTIES))
         if self.per_sample and self.reduction == "none":
             raise SpecError(
                 "per_sample reduces every axis but 0, and the reduction none reduces nothing; use "
@@ -233,6 +247,17 @@ class LossSpec:
             raise SpecError(
                 "the weight 'weights' divides a mean by the sum of the weights, and the reduction "
                 f"{self.reduction} is no mean; use the weight 'count', or the reduction mean"
+            )
+        if self.divisor and (self.reduction != "mean" or self.weight == "weights"):
+            what = "weight 'weights'" if self.reduction == "mean" else f"reduction {self.reduction}"
+            raise SpecError(
+                f"divisor is what a mean is divided by, and the {what} takes none; use the "
+                "reduction mean, with the weight 'count' if any"
+            )
+        if self.empty == "zero" and self.reduction != "mean":
+            raise SpecError(
+                "empty says what a mean over nothing is, and the reduction "
+                f"{self.reduction} is no mean; leave it out, or use the reduction mean"
             )
         if self.upstream and not self.gradient:
             raise SpecError(
@@ -338,6 +363,9 @@ class LossSpec:
             parts.append("per_sample")
         if self.weight:
             parts.append(f"weight_by_{self.weight}")
+        parts += ["mask"] * self.mask + ["divisor"] * self.divisor
+        if self.empty != "nan":
+            parts.append(f"empty_{self.empty}")
         if self.gradient:
             parts.append("gradient_with_upstream" if self.upstream else "gradient")
         if self.loss_weight != 1.0:
@@ -374,13 +402,32 @@ class LossSpec:
         return full and full[:1] if self.per_sample else ()
 
     @property
+    def operands(self) -> tuple[str, ...]:
+        """The names of the graph's inputs that broadcast with each other."""
+        return ("input", "target", *["weight"] * bool(self.weight), *["mask"] * self.mask)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
-        """The names of the graph's inputs."""
-        names = ["input", "target"]
-        names += ["weight"] if self.weight else []
+        """The names of the graph's inputs.
+
+        >>> LossSpec(mask=True, runtime_beta=True).inputs
+        ('input', 'target', 'mask', 'beta')
+        """
+        names = [*self.operands]
         names += ["beta"] if self.runtime_beta else []
+        names += ["divisor"] if self.divisor else []
         names += ["grad_output"] if self.upstream else []
         return tuple(names)
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype of one of the inputs or outputs.
+
+        >>> LossSpec(dtype="float16").dtype_of("loss"), LossSpec(mask=True).dtype_of("mask")
+        ('float16', 'bool')
+        """
+        if name in ("beta", "divisor"):
+            return "float64" if (name, self.dtype) == ("divisor", "float64") else "float32"
+        return "bool" if name == "mask" else self.dtype
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -369,7 +369,7 @@ def _check(row: Row, model: onnx.ModelProto, session: Any, case: Case, narrows: 
     shape = input.shape
     given = {"input": input, "x": input, "front_x": input, "target": target}
     if spec.weight:
-        given["weight"] = case.weights(spec)
+        given["weight"] = case.more(spec)["weight"]
     if spec.runtime_beta:
         given["beta"] = np.asarray(_BETA, np.float32)
     with np.errstate(over="ignore"):

@@ -144,8 +144,8 @@ def test_signature_refuses_another_number_of_inputs() -> None:
             signature(difference(*inputs))
         assert str(caught.value) == (
             f"the model has {len(inputs)} inputs ({listed}); a loss artefact has two, or inputs "
-            "called input, target, weight, beta, grad_output. verify can be told which are "
-            "compared (input_name, target_name)"
+            "called input, target, weight, mask, beta, divisor, grad_output. verify can be told "
+            "which are compared (input_name, target_name)"
         )
 
 

@@ -20,7 +20,7 @@ from smoothl1_deploy._device import is_on_device
 from smoothl1_deploy._dlpack import as_array
 from smoothl1_deploy._floats import NUMPY_DTYPE
 from smoothl1_deploy._spec import DTYPES
-from smoothl1_deploy.backends._runner import as_beta
+from smoothl1_deploy.backends._runner import as_number
 from smoothl1_deploy.backends._torch import TorchCudaBackend
 from smoothl1_deploy.errors import InvalidInputError, SpecError
 from smoothl1_deploy.serving import Client
@@ -250,7 +250,7 @@ def test_no_element_needs_no_data() -> None:
 def test_a_beta_without_a_number_is_a_sentence() -> None:
     fake = _fake()[0, 0]
     with pytest.raises(InvalidInputError, match="^beta must be one number, got FakeTensor"):
-        as_beta(fake)
+        as_number(fake)
     module = torch.nn.SmoothL1Loss(beta=fake)
     with pytest.raises(SpecError, match="^beta is a FakeTensor without a number"):
         LossSpec.from_module(module)

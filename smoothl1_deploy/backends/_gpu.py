@@ -17,7 +17,7 @@ from .._device import Captured, Device, find_device, is_on_device
 from .._floats import Array
 from ..errors import InvalidInputError, UnsupportedError
 from ._base import Backend
-from ._runner import Runner, as_beta, check_promotion
+from ._runner import Runner, as_number, by_role, check_promotion
 
 #: Combinations of shapes and dtypes that were found right, or prepared for.
 REMEMBERED = 256
@@ -50,10 +50,10 @@ class GpuRunner(Runner):
             return self._compute({"input": input, "target": target}, good[0])
         return super()._at_once(input, target)
 
-    def _checked(self, given: dict[str, Any], beta: float | None) -> dict[str, Any]:
+    def _checked(self, given: dict[str, Any], numbers: dict[str, float]) -> dict[str, Any]:
         if not any(map(is_on_device, given.values())):
-            return super()._checked(given, beta)
-        feeds, shape = self._adopted(given, beta)
+            return super()._checked(given, numbers)
+        feeds, shape = self._adopted(given, numbers)
         as_it_is = self.device.as_it_is(given["input"])
         if self._takes_a_pair and as_it_is == self.device.as_it_is(given["target"]):
             self._good_pair = as_it_is
@@ -65,7 +65,9 @@ class GpuRunner(Runner):
         target: Any,
         *,
         weight: Any = None,
+        mask: Any = None,
         beta: float | None = None,
+        divisor: float | None = None,
         grad_output: Any = None,
     ) -> Captured[dict[str, Any]]:
         """Record the loss of these very tensors in a CUDA graph.
@@ -77,7 +79,9 @@ class GpuRunner(Runner):
             input: a contiguous tensor of the device, of the artefact's dtype.
             target: another such tensor.
             weight: a third, where the artefact takes one.
+            mask: a boolean tensor, likewise.
             beta: a number, recorded as it is.
+            divisor: another.
             grad_output: a tensor like the others, where the artefact takes one.
 
         Raises:
@@ -85,9 +89,8 @@ class GpuRunner(Runner):
                 copy made of them.
             UnsupportedError: where the backend can't record.
         """
-        every = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
-        given = {name: value for name, value in every.items() if value is not None}
-        feeds, shape = self._adopted(given, beta)
+        given, numbers = by_role(input, target, weight, mask, beta, divisor, grad_output)
+        feeds, shape = self._adopted(given, numbers)
         for name, value in given.items():
             same = getattr(value, "data_ptr", lambda: None)() == feeds[name].data_ptr()
             if not same or not is_on_device(value):
@@ -99,7 +102,7 @@ class GpuRunner(Runner):
         return self.device.capture(lambda: self._of_the_spec(compute(feeds, shape), shape))
 
     def _adopted(
-        self, given: dict[str, Any], beta: float | None
+        self, given: dict[str, Any], numbers: dict[str, float]
     ) -> tuple[dict[str, Any], tuple[int, ...]]:
         """Checked tensors by role, in the artefact's dtype, and the shape they broadcast to."""
         tensors = {}
@@ -111,10 +114,10 @@ class GpuRunner(Runner):
                 )
             tensors[name] = self.device.adopt(value, name)
         # A small call must not take longer to check than to run: what was right once is so again.
-        key = beta is None, *((name, x.shape, x.dtype) for name, x in tensors.items())
+        key = *numbers, *((name, x.shape, x.dtype) for name, x in tensors.items())
         shape = self._shapes.get(key)
         if shape is None:
-            self._check_given(given, beta)
+            self._check_given({*given, *numbers})
             shape = self._broadcast(tensors)
             dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items()}
             check_promotion(dtypes, self.signature.input.dtype)
@@ -122,9 +125,14 @@ class GpuRunner(Runner):
                 self._shapes.clear()
             self._shapes[key] = shape
         dtype = self.signature.input.dtype
-        feeds = {name: self.device.convert(x, dtype) for name, x in tensors.items()}
-        if beta is not None:
-            feeds["beta"] = self._beta_port(self.device.filled(float(as_beta(beta)), "float32"))
+        feeds = {
+            name: self.device.convert(x, "bool" if name == "mask" else dtype)
+            for name, x in tensors.items()
+        }
+        for name, value in numbers.items():
+            own = self.signature.inputs[name].dtype
+            number = self.device.filled(float(as_number(value, name, own)), own)
+            feeds[name] = number.reshape(self._number_shape)
         return feeds, shape
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import onnx
 
-from .._artefact import ROLES, Signature, signature
+from .._artefact import NUMBERS, ROLES, Signature, signature
 from .._dlpack import as_array
 from .._floats import NUMPY_DTYPE, Array
 from .._model import Port
@@ -32,7 +32,10 @@ def promote(arrays: dict[str, Array], dtype: str) -> dict[str, Array]:
     check_promotion({name: str(array.dtype) for name, array in arrays.items()}, dtype)
     wanted = NUMPY_DTYPE[dtype]
     with np.errstate(all="ignore"):  # 70000 is inf in float16, in PyTorch without a word
-        return {name: array.astype(wanted, copy=False) for name, array in arrays.items()}
+        return {
+            name: array if name == "mask" else array.astype(wanted, copy=False)
+            for name, array in arrays.items()
+        }
 
 
 def check_promotion(given: Mapping[str, str], dtype: str) -> None:
@@ -47,13 +50,19 @@ def check_promotion(given: Mapping[str, str], dtype: str) -> None:
     anything else                       refused
     ================  ================  =======================================
 
-    float16 beside bfloat16 promotes to float32; a weight counts like a target. Source:
-    `torch.promote_types`; the rank of the arrays plays no part, as after the explicit broadcast
-    in `torch.nn.functional`.
+    float16 beside bfloat16 promotes to float32; a weight counts like a target. A mask is boolean
+    and promotes nothing. Source: `torch.promote_types`; the rank of the arrays plays no part, as
+    after the explicit broadcast in `torch.nn.functional`.
 
     Raises:
         InvalidInputError: where the result would be another dtype.
     """
+    if given.get("mask", "bool") != "bool":
+        raise InvalidInputError(
+            f"mask has the dtype {given['mask']}; give booleans that select, as in mask != 0, or "
+            "numbers to multiply with as the weight of another artefact"
+        )
+    given = {name: each for name, each in given.items() if name != "mask"}
     for name, each in given.items():
         if each not in NUMPY_DTYPE and not re.fullmatch(r"bool|u?int(8|16|32|64)", each):
             raise InvalidInputError(
@@ -76,8 +85,8 @@ def check_promotion(given: Mapping[str, str], dtype: str) -> None:
         )
 
 
-def as_beta(value: Any) -> Array:
-    """A run-time beta as the float32 of rank 0 that artefacts take.
+def as_number(value: Any, name: str = "beta", dtype: str = "float32") -> Array:
+    """A run-time beta, or a divisor, as the number of rank 0 that artefacts take.
 
     Raises:
         InvalidInputError: for anything but one number.
@@ -86,9 +95,16 @@ def as_beta(value: Any) -> Array:
         if isinstance(value, (str, bytes)):
             raise TypeError("a string")
         with np.errstate(over="ignore"):
-            return np.asarray(np.float32(float(value)))
+            return np.asarray(float(value), dtype)
     except Exception as exc:  # the caller's `__float__`, a tensor's without a number among them
-        raise InvalidInputError(f"beta must be one number, got {value!r} ({exc})") from exc
+        raise InvalidInputError(f"{name} must be one number, got {value!r} ({exc})") from exc
+
+
+def by_role(*given: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    """The arrays and the numbers of what was given in the order of `ROLES`, None left out."""
+    known = {role: value for role, value in zip(ROLES, given, strict=True) if value is not None}
+    numbers = {role: known.pop(role) for role in NUMBERS if role in known}
+    return known, numbers
 
 
 def check_shapes(arrays: Mapping[str, Any], ports: Mapping[str, Port]) -> tuple[int, ...]:
@@ -168,6 +184,7 @@ class Runner(ABC):
         self.exported = self.spec is not None and not is_changed(model)
         self.served = self.spec is not None and is_served(model)
         self._dtype = NUMPY_DTYPE[self.signature.input.dtype]
+        self._number_shape = (1,) if self.served else ()
         self._takes_a_pair = list(self.signature.inputs) == ["input", "target"] and not self.served
         self._good_shape: tuple[int, ...] | None = None
 
@@ -182,7 +199,9 @@ class Runner(ABC):
         target: Any,
         *,
         weight: Any = None,
+        mask: Any = None,
         beta: float | None = None,
+        divisor: float | None = None,
         grad_output: Any = None,
     ) -> dict[str, Array]:
         """The loss of `input` and `target`.
@@ -193,8 +212,11 @@ class Runner(ABC):
             target: another such array; it broadcasts with `input` where the artefact's shapes
                 allow it.
             weight: a third, where the artefact takes one.
+            mask: an array of booleans, likewise: true where an element counts.
             beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
                 float32. A negative or NaN beta gives NaN.
+            divisor: a number, where the artefact takes one; rounded to float32 likewise, but for
+                float64.
             grad_output: an array in the shape of the loss, where the artefact takes one
                 (`upstream`).
 
@@ -208,12 +230,11 @@ class Runner(ABC):
             UnsupportedError: in a `__del__` that runs when the interpreter has shut down.
         """
         check_interpreter()
-        if weight is beta is grad_output is None:
+        if weight is mask is beta is divisor is grad_output is None:
             found = self._at_once(input, target)
             if found is not None:
                 return found
-        given = {"input": input, "target": target, "weight": weight, "grad_output": grad_output}
-        return self._checked({name: x for name, x in given.items() if x is not None}, beta)
+        return self._checked(*by_role(input, target, weight, mask, beta, divisor, grad_output))
 
     def _at_once(self, input: Any, target: Any) -> dict[str, Any] | None:
         """The answer to arrays of the shape that was right before; None for any other.
@@ -230,14 +251,15 @@ class Runner(ABC):
             return self._execute({"input": input, "target": target}, input.shape)
         return None
 
-    def _checked(self, given: dict[str, Any], beta: float | None) -> dict[str, Any]:
-        """The answer to what was given by role, after it was checked."""
-        self._check_given(given, beta)
+    def _checked(self, given: dict[str, Any], numbers: dict[str, float]) -> dict[str, Any]:
+        """The answer to what was given by role, arrays and numbers, after it was checked."""
+        self._check_given({*given, *numbers})
         arrays = {name: as_array(x, name) for name, x in given.items()}
         shape = self._broadcast(arrays)
         feeds = promote(arrays, self.signature.input.dtype)
-        if beta is not None:
-            feeds["beta"] = self._beta_port(as_beta(beta))
+        for name, value in numbers.items():
+            own = self.signature.inputs[name].dtype
+            feeds[name] = as_number(value, name, own).reshape(self._number_shape)
         if self._takes_a_pair and feeds["input"].shape == feeds["target"].shape:
             self._good_shape = shape
         return self._of_the_spec(self._execute(feeds, shape), shape)
@@ -249,10 +271,6 @@ class Runner(ABC):
             UnsupportedError: always; it says what to do instead.
         """
         not_picklable()
-
-    def _beta_port(self, beta: Any) -> Any:
-        """beta, of rank 0, in the shape of the graph's input."""
-        return beta.reshape((1,) if self.served else ())
 
     def _of_the_spec(self, outputs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """The outputs of a served graph in the shapes of its spec.
@@ -306,8 +324,7 @@ class Runner(ABC):
                 )
         return shape
 
-    def _check_given(self, given: Mapping[str, Any], beta: float | None) -> None:
-        known = {*given} if beta is None else {*given, "beta"}
+    def _check_given(self, known: set[str]) -> None:
         takes = ", ".join(self.signature.inputs)
         for name in ROLES:
             if name in self.signature.inputs and name not in known:
@@ -319,8 +336,8 @@ class Runner(ABC):
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
         """Compute on checked, contiguous arrays of the artefact's dtype.
 
-        `feeds` has an array for each role of the signature's inputs (beta: float32, rank 0, or
-        [1] of a served graph; grad_output: the shape of the loss); `shape` is the one that the
+        `feeds` has an array for each role of the signature's inputs (beta: rank 0, or [1] of a
+        served graph; grad_output: the shape of the loss); `shape` is the one that the
         others broadcast to.
         """
 

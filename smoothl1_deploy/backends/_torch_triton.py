@@ -103,10 +103,14 @@ def _prepare(
 def _refusal(spec: LossSpec) -> str | None:
     if spec.gradient:
         return "the fused kernel of torch-triton computes the loss, and no gradient"
-    if spec.weight:
-        return "the fused kernel of torch-triton takes no weight"
-    if spec.loss == "huber" or spec.loss_weight != 1.0:
-        return "the fused kernel of torch-triton knows neither Huber's loss nor a constant factor"
+    plain = LossSpec(
+        spec.beta, spec.reduction, spec.dtype, spec.per_sample, runtime_beta=spec.runtime_beta
+    )
+    if spec != plain:
+        return (
+            "the fused kernel of torch-triton takes no weight, mask or divisor, and knows neither "
+            "Huber's loss nor a constant factor"
+        )
     return None
 
 
@@ -153,7 +157,7 @@ class TorchTritonBackend(GpuBackend):
             self.slow = self._device.name
 
     def refuses(self, spec: LossSpec) -> str | None:
-        """Refuse a gradient, weights, Huber's loss and a constant factor."""
+        """Refuse whatever is more than Smooth L1, its scores and a beta at run time."""
         return _refusal(spec)
 
     def load(self, model: onnx.ModelProto) -> TorchTritonRunner:
@@ -161,7 +165,7 @@ class TorchTritonBackend(GpuBackend):
 
         Raises:
             ArtefactError: for a model that carries none.
-            UnsupportedError: for what `refuses` names.
+            UnsupportedError: as `refuses` says.
         """
         return TorchTritonRunner(model, self._device, self._fused)
 

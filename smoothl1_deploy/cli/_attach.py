@@ -24,7 +24,7 @@ EXAMPLE = (
 _PROTOBUF_LIMIT = 2**31
 
 
-@takes_spec("weight")
+@takes_spec("weight", "mask")
 def attach(
     model: Path,
     given: dict[str, Any],
@@ -33,6 +33,7 @@ def attach(
     target: str,
     output: Path,
     weight: str | None = None,
+    mask: str | None = None,
     normalizer: Normalizer = None,
     target_shape: str | None = None,
     loss_name: str = "loss",
@@ -53,6 +54,7 @@ def attach(
         target: Another tensor, a new input's name, or a .npy file (a constant).
         output: The model to write.
         weight: Weights of the elements; like --target.
+        mask: Booleans or integers that select elements; like --target.
         normalizer: What a weighted mean is divided by; count by default.
         target_shape: The axes of a new target, where they aren't the prediction's: N,4.
         loss_name: The name of the output.
@@ -71,11 +73,12 @@ def attach(
     from ._inspect import show_written
 
     proto = _read(model)
-    operands = {"target": target, "weight": weight}
+    operands = {"target": target, "weight": weight, "mask": mask}
     _check_output(output, proto, model, operands, overwrite)
     given.setdefault("dtype", float_dtype_of(proto, prediction) or "float32")
     if weight is not None:
         given["weight"] = normalizer or "count"
+    given |= {"mask": True} if mask is not None else {}
     spec = LossSpec(**given)
     grafted = graft(
         proto,

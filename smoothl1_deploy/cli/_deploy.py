@@ -31,7 +31,7 @@ _NO_ENGINE = (
 )
 
 
-@takes_spec("weight")
+@takes_spec("weight", "mask")
 def deploy(
     model: Path,
     given: dict[str, Any],

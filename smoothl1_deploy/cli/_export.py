@@ -20,6 +20,7 @@ def export(
     shape: str | None = None,
     target_shape: str | None = None,
     weight_shape: str | None = None,
+    mask_shape: str | None = None,
     opset: int | None = None,
     output: Path | None = None,
     as_json: AsJson = False,
@@ -35,21 +36,22 @@ def export(
             for rank 0. Without it any rank is taken, by ONNX Runtime but not by TensorRT.
         target_shape: The axes of target where it differs and broadcasts.
         weight_shape: The axes of weight where it differs and broadcasts.
+        mask_shape: The axes of mask, likewise.
         opset: The ONNX opset of the graph, 13 to 26; some losses begin at 14 or 15. Default: 18.
         output: The file to write; the spec's name by default.
     """
     spec = LossSpec(**given)
     axes = parse_shape(shape)
-    target_axes = parse_shape(target_shape, "--target-shape")
-    weight_axes = parse_shape(weight_shape, "--weight-shape")
+    others = {"target": target_shape, "weight": weight_shape, "mask": mask_shape}
+    shapes = {
+        f"{name}_shape": parse_shape(text, f"--{name}-shape") for name, text in others.items()
+    }
 
     from .._files import write_atomic
     from ..graph._export import export as export_model
     from ._inspect import show_written
 
-    model = export_model(
-        spec, route, axes, target_shape=target_axes, weight_shape=weight_axes, opset=opset
-    )
+    model = export_model(spec, route, axes, **shapes, opset=opset)
     data = model.SerializeToString(deterministic=True)
     path = write_atomic(output or Path(f"{spec.name}.onnx"), data)
     show_written(path, data, model, spec, route, as_json)

@@ -312,6 +312,9 @@ def _told(spec: LossSpec) -> str:
             f"{knee} at run time" if spec.runtime_beta else f"{knee} {spec.knee}",
             spec.dtype,
             *["with weights"] * bool(spec.weight),
+            *["of what a mask selects"] * spec.mask,
+            *["divided by an input"] * spec.divisor,
+            *["0 where a mean is over nothing"] * (spec.empty == "zero"),
             *["with its gradient"] * spec.gradient,
             *[f"times {spec.loss_weight}"] * (spec.loss_weight != 1.0),
         ]

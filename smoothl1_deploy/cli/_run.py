@@ -47,8 +47,10 @@ def run(
     target: Path | None = None,
     data: Path | None = None,
     weight: Path | None = None,
+    mask: Path | None = None,
     grad_output: Path | None = None,
     beta: float | None = None,
+    divisor: float | None = None,
     backend: BackendName = "ort-cpu",
     threads: Count = 0,
     url: str | None = None,
@@ -66,21 +68,23 @@ def run(
         model: A .onnx file, or an .engine with --backend trt; with --url a model's name.
         input: A .npy file; of a whole model NAME=FILE, for each of its inputs.
         target: A .npy file.
-        data: An .npz file with arrays called input, target (and weight, grad_output), or as the
-            inputs of a whole model.
+        data: An .npz file with arrays called input, target (and weight, mask, grad_output), or as
+            the inputs of a whole model.
         weight: A .npy file, for an artefact that takes a weight.
+        mask: A .npy file of booleans, for an artefact that takes a mask.
         grad_output: A .npy file, for an artefact with an upstream.
         beta: For an artefact that takes beta at run time.
+        divisor: For an artefact that takes one, what its mean is divided by.
         threads: For the call; 0: as many as the backend thinks fit.
         url: Ask a server instead: http://HOST:PORT or grpc://HOST:PORT.
         output: Write the result to a .npy or .npz file.
     """
     given, named = named_files(input)
     if data is not None:
-        complete = not any((given, named, target, weight, grad_output))
+        complete = not any((given, named, target, weight, mask, grad_output))
     else:
         complete = bool(named) or (len(given) == 1 and target is not None)
-    if not complete or (named and any((given, target, weight, grad_output))):
+    if not complete or (named and any((given, target, weight, mask, grad_output))):
         raise InvalidInputError(
             "give the arrays by --input A.npy --target B.npy or --data PAIR.npz; those of a model "
             "with losses attached by --input NAME=A.npy for each of its inputs, or --data"
@@ -90,7 +94,9 @@ def run(
     from .._npy import check_output, read_archive, read_array
 
     first = given[0] if given else None
-    files = {"input": first, "target": target, "weight": weight, "grad_output": grad_output}
+    files = {"input": first, "target": target, "weight": weight, "mask": mask}
+    files["grad_output"] = grad_output
+    numbers = {"beta": beta, "divisor": divisor}
     read = {"MODEL": model if url is None else None, "--data": data}
     read |= {f"--{name}": path for name, path in files.items()}
     read |= {f"--input {name}": path for name, path in named.items()}
@@ -114,16 +120,16 @@ def run(
     if output is not None:
         check_output(output, len(outputs))
     if whole:
-        arrays = _arrays_of(runner.inputs, named, data, beta)
+        arrays = _arrays_of(runner.inputs, named, data, numbers)
     elif named:
         raise InvalidInputError(
             f"{model} is a loss of its own; give its arrays by --input A.npy --target B.npy"
         )
     elif data is not None:
-        arrays = {**read_archive(data, dtype), "beta": beta}
+        arrays = {**read_archive(data, dtype), **numbers}
     else:
         own = {name: path for name, path in files.items() if path is not None}
-        arrays = {name: read_array(path, dtype) for name, path in own.items()} | {"beta": beta}
+        arrays = {name: read_array(path, dtype) for name, path in own.items()} | numbers
     _give(runner.run(**arrays), output, as_json)
     if url is not None:
         return None
@@ -133,7 +139,10 @@ def run(
 
 
 def _arrays_of(
-    ports: Mapping[str, Port], files: dict[str, Path], data: Path | None, beta: float | None
+    ports: Mapping[str, Port],
+    files: dict[str, Path],
+    data: Path | None,
+    numbers: Mapping[str, float | None],
 ) -> dict[str, Array]:
     """An array for each input of a model, of files by their names or of one archive."""
     import numpy as np
@@ -141,9 +150,11 @@ def _arrays_of(
     from ..backends._whole import check_names
 
     arrays: dict[str, Array] = {}
-    if beta is not None:  # of a served graph it is [1]
-        shape = (1,) if "beta" in ports and ports["beta"].axes == (1,) else ()
-        arrays["beta"] = np.full(shape, beta, np.float32)
+    for name, number in numbers.items():
+        if number is not None:  # of a served graph it is [1]
+            port = ports.get(name)
+            shape = (1,) if port is not None and port.axes == (1,) else ()
+            arrays[name] = np.full(shape, number, port.dtype if port is not None else "float32")
     if data is not None:
         return {**read_data(data, ports, without=arrays), **arrays}
     check_names(ports, [*files, *arrays])

@@ -25,13 +25,17 @@ EXAMPLE = "smoothl1-deploy score --input predictions.npy --target targets.npy --
 _ENGINES = ("local", "ray")
 
 
-@takes_spec("gradient", "upstream", "runtime_beta", "weight", "loss", reduction=REDUCTIONS[1:])
+@takes_spec(
+    *("gradient", "upstream", "runtime_beta", "weight", "mask", "divisor", "loss"),
+    reduction=REDUCTIONS[1:],
+)
 def score(
     given: dict[str, Any],
     *,
     input: list[str],
     target: Path | None = None,
     weight: Path | None = None,
+    mask: Path | None = None,
     normalizer: Annotated[str, one_of(*NORMALIZERS)] = "count",
     model: Path | None = None,
     loss: str | None = None,
@@ -41,6 +45,7 @@ def score(
     input_name: str | None = None,
     target_name: str | None = None,
     weight_name: str | None = None,
+    mask_name: str | None = None,
     journal: Path | None = None,
     restart: bool = False,
     engine: Annotated[str, one_of(*_ENGINES)] = "local",
@@ -60,6 +65,7 @@ def score(
             attached NAME=FILE, for each of its inputs.
         target: Likewise; in a folder, shards of the same names as of --input.
         weight: Weights of the elements, in a file or folder likewise.
+        mask: Booleans that select elements, likewise.
         normalizer: What a weighted mean divides by.
         dtype: To compute in; by default that of the files.
         per_sample: One score for each row, to be written to -o.
@@ -74,6 +80,7 @@ def score(
         input_name: Name of the array or column; input by default.
         target_name: Default: target.
         weight_name: Default: weight.
+        mask_name: Default: mask.
 
     Interruptions:
         journal: File that remembers what is done. Default: one in your cache folder.
@@ -93,11 +100,12 @@ def score(
 
     chosen = _engine(engine, ray_address, workers)
     alone, named = named_files(input)
-    names = {"input": input_name, "target": target_name, "weight": weight_name}
+    names = {"input": input_name, "target": target_name}
+    names |= {"weight": weight_name, "mask": mask_name}
     job = None if model is None else _job_of_model(model, given, backend, threads, loss)
     files: dict[str, Path | None]
     if job is not None and job.inputs:
-        if alone or target or weight or any(names.values()):
+        if alone or target or weight or mask or any(names.values()):
             raise InvalidInputError(
                 f"give the arrays of {model} by --input NAME=FILE for each of its inputs; it takes "
                 f"{listed(job.inputs)}"
@@ -110,12 +118,13 @@ def score(
                 "give the arrays of a loss by --input FILE --target FILE; those of a model with a "
                 "loss attached (--model) by --input NAME=FILE for each of its inputs"
             )
-        files = {"input": alone[0], "target": target, "weight": weight}
+        files = {"input": alone[0], "target": target, "weight": weight, "mask": mask}
     paths = {role: path for role, path in files.items() if path is not None}
     if job is None:
         given |= {"loss": loss} if loss is not None else {}
         located = locate(paths, names, given.get("dtype", "float32"))
         given.setdefault("dtype", float_dtype(located))
+        given |= {"mask": True} if mask else {}
         spec = LossSpec(**given, weight=normalizer if weight else None)
         job = make_job(spec, backend=backend, threads=threads)
     else:

@@ -41,9 +41,9 @@ class Assembly:
 
     Args:
         spec: what to compute.
-        tensors: name of a tensor of the graph for each of `spec.inputs` (in the spec's dtype;
-            beta in float32, grad_output in the shape of loss) and `spec.outputs`. Where it names
-            beta, the number in the spec is not looked at.
+        tensors: name of a tensor of the graph for each of `spec.inputs` (of `spec.dtype_of` it,
+            grad_output in the shape of loss) and `spec.outputs`. Where it names beta, the number in
+            the spec is not looked at.
         summed_axes: the axes of the element losses along which input was broadcast and its gradient
             has to be summed back; None to find them at run time, which TensorRT can't.
         prefix: what the names of the tensors in between begin with.
@@ -74,11 +74,13 @@ class Assembly:
         self._sum = ("Compensated" if spec.dtype == "float64" else "Wide") + (
             "Row" if spec.per_sample else ""
         )
-        names = [name for name in spec.inputs if name in ("input", "target", "weight")]
+        names = [name for name in spec.operands if name != "mask"]
         self._data = {name: self._widened(tensors[name], name) for name in names}
         self._doubles: dict[str, str] = {}
-        self._weight_total = ""  # what a mean by weights divides by
-        self._counted = ""  # what any other mean divides by, once it is asked for
+        self._counted = ""  # what a mean divides by, once it is asked for
+        #: Whether a mean divides each row by a number of its own.
+        self._counts_rows = spec.per_sample and (spec.weight == "weights" or spec.mask)
+        self._counts_rows &= spec.reduction == "mean" and not spec.divisor
         is_narrow = self._element == TensorProto.FLOAT and not spec.gradient
         self._is_added = is_narrow and spec.reduction != "none" and _has_attribute(spec)
         self._scalars = self._scalar_tensors()
@@ -124,11 +126,11 @@ class Assembly:
             return [beta, self._constant("half", 0.5, self._element)]
         if self._element == TensorProto.DOUBLE and "beta" in self._tensors:
             beta = self._cast(self._tensors["beta"])
-            self._divisor = self._add("BetaDivisorFloat64", [beta], "divisor")
+            self._divisor = self._add("BetaDivisorFloat64", [beta], "beta_divisor")
             return [beta, self._constant("half", 0.5), self._divisor]
         if "beta" in self._tensors:
             beta = self._tensors["beta"]
-            self._divisor = self._add("BetaDivisor", [beta], "divisor")
+            self._divisor = self._add("BetaDivisor", [beta], "beta_divisor")
             return [beta, self._constant("half", 0.5, self._element), self._divisor]
         if self._element == TensorProto.DOUBLE or self._inlined:
             return [
@@ -169,15 +171,28 @@ class Assembly:
         else:
             losses = self._add("SmoothL1LossTerms", [*pair, *self._scalars], "losses")
         self._unweighted = losses
-        if not spec.weight:
-            is_next = self._has_factor and spec.reduction == "none"
-            return self._double(losses) if is_next else losses
-        weight = self._data["weight"]
-        if spec.reduction != "none" or self._has_factor:
-            # A product may leave the range of float32, and its mean, or a tenth of it, not.
-            losses, weight = self._double(losses), self._double(weight)
-        # A function, since quantisers leave those alone and would quantise a Mul of float32.
-        return self._add("Weighted", [losses, weight], "weighted")
+        # A product may leave the range of float32, and its mean, or a tenth of it, not.
+        is_wide = self._has_factor if spec.reduction == "none" else bool(spec.weight)
+        if is_wide:
+            losses = self._double(losses)
+        if spec.weight:
+            weight = self._double(self._data["weight"]) if is_wide else self._data["weight"]
+            # A function, since quantisers leave those alone and would quantise a Mul of float32.
+            losses = self._add("Weighted", [losses, weight], "weighted")
+        return self._selected(losses, TensorProto.DOUBLE if is_wide else self._element)
+
+    def _selected(self, values: str, element: int) -> str:
+        """The values, of `element`, with 0 for those of elements that the mask leaves out.
+
+        NaN instead of 0 where beta is an input and no beta, as all is then.
+        """
+        if not self._spec.mask:
+            return values
+        nothing = self._constant(f"{values}_of_none", 0.0, element)
+        if "beta" in self._tensors and self._spec.runtime_beta:
+            divisor = self._divisor if element == self._element else self._double(self._divisor)
+            nothing = self._add("Div", [nothing, divisor], f"{values}_of_none_or_nan")
+        return self._add("Selected", [values, self._tensors["mask"], nothing], f"{values}_selected")
 
     def _times_factor(self, loss: str) -> str:
         """`loss`, in float64, times the constant factor, where that is not 1."""
@@ -197,39 +212,37 @@ class Assembly:
 
     def _reduced(self, losses: str) -> None:
         spec = self._spec
-        weights = None
-        if spec.weight == "weights":
-            shape = self._add("Shape", [losses], "losses_shape")
-            weights = self._add("Expand", [self._data["weight"], shape], "weights")
-        function = self._sum + ("Sum" if spec.weight else spec.reduction.title())
+        is_plain = spec == replace(spec, weight=None, mask=False, divisor=False, empty="nan")
+        is_divided = spec.reduction == "mean" and not is_plain
+        function = self._sum + ("Sum" if is_divided else spec.reduction.title())
         total = self._add(function, [losses], "total")
         if spec.weight:
             total = self._add("WithoutNegativeZero", [total], "total_signed")
         elif self._is_added:
             total = self._add("Abs", [total], "total_signed")
-        if spec.weight == "count" and spec.reduction == "mean":
-            total = self._add("Div", [total, self._count(losses)], "weighted_mean")
-        if weights is not None:
-            self._weight_total = self._add(function, [weights], "weight_total")
-            mean = self._add("Div", [total, self._weight_total], "weighted_mean")
-            if spec.dtype == "float64":
-                mean = self._without_overflow(mean, total, weights)
+        if is_divided:
+            mean = self._add("Div", [total, self._count(losses)], "divided")
+            if spec.dtype == "float64" and spec.weight == "weights":
+                mean = self._without_overflow(mean, total)
             total = mean
-        if spec.reduction == "sum":
+        if spec.reduction == "sum" or spec.mask or spec.divisor or spec.empty == "zero":
             total = self._unless_no_beta(total)
         self._rounded(self._times_factor(total), TensorProto.DOUBLE, "loss")
 
-    def _without_overflow(self, mean: str, total: str, weights: str) -> str:
+    def _without_overflow(self, mean: str, total: str) -> str:
         """`mean`, or where a sum of it overflows float64 the sum of each weight's share."""
-        shrunk = self._add("Mul", [weights, self._constant("tiny", 2.0**-60)], "weights_shrunk")
+        shrunk = self._add(
+            "Mul", [self._weights, self._constant("tiny", 2.0**-60)], "weights_shrunk"
+        )
         whole = self._add(f"{self._sum}Sum", [shrunk], "weight_total_shrunk")
         if self._spec.per_sample:
             whole = self._add("RowsLike", [whole, shrunk], "weight_column_shrunk")
         share = self._add("Div", [shrunk, whole], "share")
-        shares = self._add("Mul", [share, self._unweighted], "loss_shares")
+        losses = self._selected(self._unweighted, TensorProto.DOUBLE)
+        shares = self._add("Mul", [share, losses], "loss_shares")
         safe = self._add(f"{self._sum}Sum", [shares], "mean_of_shares")
         # What is not finite has no difference to itself.
-        sums = self._add("Add", [total, self._weight_total], "both_sums")
+        sums = self._add("Add", [total, self._counted], "both_sums")
         lost = self._add("IsNaN", [self._add("Sub", [sums, sums], "none_if_finite")], "lost")
         zero = self._add("Sub", [safe, safe], "none_if_safe")
         use = self._add("And", [lost, self._add("Equal", [zero, zero], "is_safe")], "use_shares")
@@ -245,9 +258,9 @@ class Assembly:
             float64, a weight or upstream gradient too. Added up before the division by beta and
             the one number: differences, and products of few bits, cancel exactly, which their
             quotients would not.
-        Case 2: weights or an upstream gradient for each loss in float64, or without a sum, and
-            weights whose sum is a divisor, which may be 0. In autograd's order, a slope of at most
-            1 last: nothing over- or underflows that it keeps.
+        Case 2: weights or an upstream gradient for each loss in float64, or without a sum; a
+            divisor that may be 0, as of weights, of what a mask selects, or given. In autograd's
+            order, a slope of at most 1 last: nothing over- or underflows that it keeps.
         """
         spec = self._spec
         slope, divisor = self._slope_terms()
@@ -258,10 +271,15 @@ class Assembly:
         for_all = [part for part in upstream if part not in by_loss]
         for_all += ["factor"] * self._has_factor
         for_all += ["mean"] * (spec.reduction == "mean")
-        if by_loss and (spec.dtype == "float64" or self._weight_total or not is_summed):
-            slope = self._add("Div", [slope, divisor], "slope")
+        is_alone = spec.dtype == "float64" or spec.weight == "weights" or not is_summed
+        if spec.mask or spec.divisor or (by_loss and is_alone):
+            # Of scalars, ONNX Runtime (1.31) makes an invalid graph where it drops a division by 1.
+            is_one = spec.loss == "huber" or slope_scalars(spec.effective_beta)[-1][1] == 1.0
+            if "beta" in self._tensors or not is_one:
+                slope = self._add("Div", [slope, divisor], "slope")
             flowing = self._flowing_in(losses, [*for_all, *by_loss])
-            slope = self._add("Mul", [flowing, slope], "slope_weighted")
+            slope = self._add("Mul", [flowing, slope], "slope_weighted") if flowing else slope
+            slope = self._selected(slope, TensorProto.DOUBLE)
             if is_summed:
                 slope = self._unless_no_beta(self._summed(slope, summed_axes))
         else:
@@ -293,7 +311,7 @@ class Assembly:
             factor = self._add("Mul", [factor, own], "upstream_times") if factor else own
         if "mean" in parts:
             count = self._count(losses)
-            if self._weight_total and self._spec.per_sample:  # each row has a divisor of its own
+            if self._counts_rows:
                 count = self._add("RowsLike", [count, losses], "weight_column")
             one = factor or self._constant("one", 1.0)
             factor = self._add("Div", [one, count], "upstream_mean")
@@ -407,13 +425,34 @@ class Assembly:
 
     def _count(self, losses: str) -> str:
         """The number that the loss of an element was divided by: of rank 0, or one for each row."""
-        if self._weight_total:
-            return self._weight_total
-        if not self._counted and self._spec.per_sample:
-            self._counted = self._add("RowCount", [losses], "row_count")
         if not self._counted:
-            self._counted = self._cast(self._add("Size", [losses], "count"))
+            self._counted = self._new_count(losses)
+            if self._spec.empty == "zero":  # what is divided by infinity is 0, and NaN where it was
+                zero, infinite = self._constant("no_count", 0.0), self._constant("least", math.inf)
+                is_zero = self._add("Equal", [self._counted, zero], "is_of_nothing")
+                by = self._add("Where", [is_zero, infinite, self._counted], "count_or_infinite")
+                self._counted = by
         return self._counted
+
+    def _new_count(self, losses: str) -> str:
+        spec = self._spec
+        if spec.divisor:
+            given = self._tensors["divisor"]
+            return given if spec.dtype == "float64" else self._cast(given)
+        if spec.weight == "weights" or spec.mask:
+            shape = self._add("Shape", [losses], "losses_shape")
+            element, total = self._element, self._sum
+            if spec.weight == "weights":
+                each = self._add("Expand", [self._data["weight"], shape], "weights")
+                self._weights = each = self._selected(each, element)
+            else:  # counted in float32 and added up in float64, whatever the dtype
+                ones = self._add("Cast", [self._tensors["mask"]], "ones", to=TensorProto.FLOAT)
+                each = self._add("Expand", [ones, shape], "selected_ones")
+                total = "WideRow" if spec.per_sample else "Wide"
+            return self._add(f"{total}Sum", [each], "count")
+        if spec.per_sample:
+            return self._add("RowCount", [losses], "row_count")
+        return self._cast(self._add("Size", [losses], "count"))
 
 
 #: dtype -> the end of a function's name.
@@ -449,6 +488,12 @@ def function_name(spec: LossSpec) -> str:
     )
 
 
+def _has_a_name(spec: LossSpec) -> bool:
+    """Whether there is a function that is the whole loss; others are a few nodes."""
+    is_plain = spec.loss != "huber" and spec.effective_loss_weight == 1.0
+    return is_plain and not (spec.mask or spec.divisor or spec.empty != "nan")
+
+
 def _is_l1(spec: LossSpec) -> bool:
     """Whether the nodes compute |d| in float32 and know of no beta."""
     return spec.effective_beta == 0 and spec.loss != "huber" and not _takes_beta(spec)
@@ -456,11 +501,6 @@ def _is_l1(spec: LossSpec) -> bool:
 
 def _has_attribute(spec: LossSpec) -> bool:
     return not (_takes_beta(spec) or _is_l1(spec) or spec.loss == "huber")
-
-
-def _has_a_name(spec: LossSpec) -> bool:
-    """Whether there is a function that is the whole loss; otherwise it is nodes of the graph."""
-    return spec.loss != "huber" and spec.effective_loss_weight == 1.0
 
 
 def _takes_beta(spec: LossSpec) -> bool:
@@ -482,10 +522,10 @@ def nodes_of(
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], list[onnx.FunctionProto]]:
     """The nodes of a loss, the initialisers that they read, and the functions they call.
 
-    One node, but for a loss without a name of its own, for a gradient that is summed back to an
-    input, or may have to be, and for what is going to be inlined. Takes what `Assembly` takes.
+    One node, but for a gradient that is summed back to an input, or may have to be, for what has no
+    name, and for what is going to be inlined. Takes what `Assembly` takes.
     """
-    if inlined or not _has_a_name(spec) or (spec.gradient and summed_axes != ()):
+    if inlined or (spec.gradient and summed_axes != ()) or not _has_a_name(spec):
         assembly = Assembly(spec, tensors, summed_axes=summed_axes, prefix=prefix, inlined=inlined)
         return assembly.nodes, [], function_closure(assembly.used)
     name = function_name(spec)

@@ -13,7 +13,7 @@ import onnx
 import onnx.inliner
 import onnx.utils
 import onnx.version_converter
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from .._dlpack import as_array
 from .._model import (
@@ -57,6 +57,7 @@ def attach(
     spec: LossSpec | None = None,
     *,
     weight: str | np.ndarray[Any, Any] | None = None,
+    mask: str | np.ndarray[Any, Any] | None = None,
     target_shape: Sequence[Dim] | None = None,
     loss_name: str = "loss",
     only_loss: bool = False,
@@ -80,8 +81,10 @@ def attach(
             or an array, to be a constant. Integers and narrower floats become the spec's dtype.
             An axis whose size or name the model's inputs don't tell is one of the target's own.
         spec: None means the mean with beta 1 in the prediction's dtype. An input `beta` is added
-            for `runtime_beta`, an input `grad_output` for `upstream`.
+            for `runtime_beta`, and inputs `divisor` and `grad_output` where it has them.
         weight: the weight of a spec that has one; given like `target`.
+        mask: the mask of a spec that has one, likewise: of booleans, or of integers of which those
+            that aren't 0 select.
         target_shape: the shape of an input to add as the target, where it isn't the prediction's
             or nobody knows that: integers, and names for dynamic axes.
         loss_name: the name of the output (the gradient's is `grad_input`); numbered where taken.
@@ -134,7 +137,7 @@ def attach(
         forget_spec(grafted)
         try:
             graft = _Graft(grafted, prediction, spec)
-            roles = graft.roles(target, target_shape, weight)
+            roles = graft.roles(target, target_shape, {"weight": weight, "mask": mask})
             functions = graft.add(roles, loss_name, only_loss, inlined)
             break
         except OldOpsetError as old:  # which opset it has to be, only the finished loss tells
@@ -193,16 +196,19 @@ class _Graft:
         self,
         target: str | np.ndarray[Any, Any],
         target_shape: Shape | None,
-        weight: str | np.ndarray[Any, Any] | None,
+        others: dict[str, str | np.ndarray[Any, Any] | None],
     ) -> dict[str, Tensor]:
         """The tensors that the loss is computed of, by what they are to it."""
         roles = {"input": self.prediction, "target": self._operand("target", target, target_shape)}
-        if self.spec.weight:
-            if weight is None:
-                raise SpecError("the spec has a weight; say which tensor or array it is")
-            roles["weight"] = self._operand("weight", weight)
-        elif weight is not None:
-            raise SpecError("a weight for a spec without one; give the spec a weight too")
+        for role, given in others.items():
+            if (role in self.spec.operands) != (given is not None):
+                raise SpecError(
+                    f"the spec has a {role}; say which tensor or array it is"
+                    if given is None
+                    else f"a {role} for a spec without one; give the spec a {role} too"
+                )
+            if given is not None:
+                roles[role] = self._operand(role, given)
         return roles
 
     def _known(self, what: str, name: str) -> Tensor:
@@ -276,7 +282,7 @@ class _Graft:
     def _operand(
         self, what: str, given: str | np.ndarray[Any, Any], shape: Shape | None = None
     ) -> Tensor:
-        """The tensor that a target or weight is: an existing one, a new input, or a constant.
+        """The tensor that a target, weight or mask is: one of the model's, a new input, a constant.
 
         `shape` is what the caller says of a new input.
         """
@@ -291,7 +297,7 @@ class _Graft:
             _check_name(what, given)
             if given in self._values:
                 raise self._no_tensor(what, given)
-            element = ELEMENT_TYPE[self.spec.dtype]
+            element = ELEMENT_TYPE[self.spec.dtype_of(what)]
             if shape is None:
                 shape = self._shape_of_new(given)
             elif self._new_shape is None:
@@ -320,12 +326,20 @@ class _Graft:
         )
 
     def _in_dtype(self, what: str, tensor: Tensor) -> Tensor:
-        """`tensor`, or a cast of it to the spec's dtype where that loses nothing."""
-        wanted = self.spec.dtype
+        """`tensor`, or a cast of it to the spec's dtype where that loses nothing.
+
+        A mask of integers, as tokenizers give it, selects where it isn't 0.
+        """
+        wanted = self.spec.dtype_of({"prediction": "input"}.get(what, what))
         if tensor.element in (None, ELEMENT_TYPE[wanted]):
             return tensor
         dtype = DTYPE_OF_ELEMENT.get(tensor.element or 0)
         kind = element_name(tensor.element)
+        if dtype is not None and wanted == "bool":
+            raise SpecError(
+                f"the mask {tensor.name!r} is {dtype}, and a mask is of booleans or integers; "
+                "numbers that multiply the losses are a weight"
+            )
         if dtype is not None and (dtype, wanted) not in _WIDENS:
             raise SpecError(
                 f"the {what} {tensor.name!r} is {dtype}, and {wanted} would lose some of it; "
@@ -361,12 +375,10 @@ class _Graft:
             raise SpecError("per_sample needs an axis of samples; the prediction has rank 0")
         names = {role: tensor.name for role, tensor in roles.items()}
         reduced, element = spec.loss_shape(losses), ELEMENT_TYPE[spec.dtype]
-        if spec.runtime_beta:
-            names["beta"] = self._free("beta")
-            graph.input.append(_value(names["beta"], TensorProto.FLOAT, ()))
-        if spec.upstream:
-            names["grad_output"] = self._free("grad_output")
-            graph.input.append(_value(names["grad_output"], element, reduced))
+        for role in spec.inputs[len(names) :]:
+            names[role] = self._free(role)
+            own = reduced if role == "grad_output" else ()
+            graph.input.append(_value(names[role], ELEMENT_TYPE[spec.dtype_of(role)], own))
         outputs = {"loss": self._free(loss_name)}
         if spec.gradient:
             outputs["grad_input"] = self._free("grad_input")
@@ -616,11 +628,12 @@ def attached_anew(model: onnx.ModelProto, loss: Loss, spec: LossSpec) -> onnx.Mo
     kept = {key: text for key, text in metadata_of(model).items() if key != ATTACHED}
     helper.set_model_props(bare, kept)
     known = main_tensors(bare)
-    prediction, target, weight = (loss.inputs.get(role) for role in ("input", "target", "weight"))
-    lacking = [name for name in (prediction, target, weight) if name and name not in known]
+    roles = ("input", "target", "weight", "mask")
+    prediction, target, weight, mask = (loss.inputs.get(role) for role in roles)
+    lacking = [name for name in (prediction, target, weight, mask) if name and name not in known]
     if lacking or not (prediction and target):
         raise ArtefactError(f"the metadata tell of tensors that the model lacks: {lacking}")
-    return attach(bare, prediction, target, spec, weight=weight, only_loss=True)
+    return attach(bare, prediction, target, spec, weight=weight, mask=mask, only_loss=True)
 
 
 def rename_uses(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
 from .._model import ELEMENT_TYPE, axes_of, inlined
 from .._shapes import Dim, Shape, broadcast, check_shape, check_size, describe, summed_axes
@@ -25,12 +25,14 @@ def export(
     *,
     target_shape: Sequence[Dim] | None = None,
     weight_shape: Sequence[Dim] | None = None,
+    mask_shape: Sequence[Dim] | None = None,
     opset: int | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of a spec: inputs `input` and `target`, output `loss`.
 
-    With the extensions of the spec, `weight`, `beta` (float32, rank 0) and `grad_output` (the
-    shape of `loss`) are inputs too, and `grad_input` is a second output.
+    With the extensions of the spec, `weight`, `mask` (boolean), `beta` (float32, rank 0), `divisor`
+    (rank 0) and `grad_output` (the shape of `loss`) are inputs too, and `grad_input` is a second
+    output.
 
     The same arguments give the same bytes. float16 and bfloat16 are computed in float32 and
     rounded once; reductions accumulate in float64.
@@ -45,6 +47,7 @@ def export(
             which ONNX Runtime takes and TensorRT doesn't.
         target_shape: the shape of `target` where it differs; it must broadcast with `shape`.
         weight_shape: the shape of `weight` where it differs, likewise.
+        mask_shape: the shape of `mask` where it differs, likewise.
         opset: that of the graph, 13 to 26; some losses begin at 14 or 15. None means 18. The
             answers are the same in every bit. Below 18 the IR version is 8 instead of 10, which
             the runtimes that such a file is for don't read.
@@ -65,7 +68,8 @@ def export(
         )
     if str(route) not in ROUTES:  # an array compares its elements instead
         raise SpecError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
-    shapes = _shapes(spec, shape, target_shape, weight_shape)
+    others = {"target": target_shape, "weight": weight_shape, "mask": mask_shape}
+    shapes = _shapes(spec, shape, others)
 
     if route == "torch":
         require("torch", "torch", "the torch route")
@@ -80,8 +84,7 @@ def export(
     model.ir_version = IR_VERSION
     if opset is not None:
         _move(model, opset, route)
-    different = [name for name in ("target", "weight") if name in spec.inputs]
-    different = [name for name in different if shapes[name] != shapes["input"]]
+    different = [name for name in spec.operands if shapes[name] != shapes["input"]]
     described = [describe(shapes["input"]), *(f"{n}_{describe(shapes[n])}" for n in different)]
     stamp(model, spec, route, "-".join(described))  # which no identifier holds
     onnx.checker.check_model(_with_any_rank_hidden(model), full_check=True)
@@ -89,25 +92,20 @@ def export(
 
 
 def _shapes(
-    spec: LossSpec,
-    shape: Sequence[Dim] | None,
-    target_shape: Sequence[Dim] | None,
-    weight_shape: Sequence[Dim] | None,
+    spec: LossSpec, shape: Sequence[Dim] | None, others: dict[str, Sequence[Dim] | None]
 ) -> dict[str, Shape | None]:
     """The shape of every input and output; refuses what makes no sense or can't be broadcast."""
-    own = check_shape(shape)
-    shapes = {"input": own, "beta": (), "grad_input": own}
-    for name, given in (("target", target_shape), ("weight", weight_shape)):
+    losses = own = check_shape(shape)
+    shapes = {"input": own, "beta": (), "divisor": (), "grad_input": own}
+    for name, given in others.items():
         other = check_shape(given, f"{name}_shape")
         if other is not None and own is None:
             raise SpecError(f"{name}_shape without shape: an export of any rank takes any {name}")
         shapes[name] = own if other is None else other
-    if weight_shape is not None and not spec.weight:
-        raise SpecError("weight_shape for a spec without weight; give the spec a weight too")
-    losses = own
-    for name in ("target", "weight") if spec.weight else ("target",):
-        if losses is not None and (other := shapes[name]) is not None:
-            losses = broadcast(losses, other)
+        if name not in spec.operands and given is not None:
+            raise SpecError(f"{name}_shape for a spec without {name}; give the spec a {name} too")
+        if name in spec.operands and losses is not None and (each := shapes[name]) is not None:
+            losses = broadcast(losses, each)
     if losses is not None:
         check_size(losses, "the broadcast shape")
     if spec.per_sample and losses == ():
@@ -123,14 +121,13 @@ def _function_model(
     from ._assemble import model_of, nodes_of  # onnxscript takes most of a second
 
     names = {name: name for name in (*spec.inputs, *spec.outputs)}
-    given = [shapes[name] for name in ("input", "target", "weight") if name in spec.inputs]
+    given = [shapes[name] for name in spec.operands]
     nodes, constants, functions = nodes_of(
         spec, names, summed_axes=summed_axes(*given), inlined=inlined
     )
 
     def value(name: str) -> onnx.ValueInfoProto:
-        element = TensorProto.FLOAT if name == "beta" else ELEMENT_TYPE[spec.dtype]
-        return helper.make_tensor_value_info(name, element, shapes[name])
+        return helper.make_tensor_value_info(name, ELEMENT_TYPE[spec.dtype_of(name)], shapes[name])
 
     graph = helper.make_graph(
         nodes,

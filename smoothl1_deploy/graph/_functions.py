@@ -26,7 +26,7 @@ torch.onnx.export traces: its inliner handles no more than that (torch 2.13).
 import math
 from typing import Any, TypeVar, Union
 
-from onnxscript import BFLOAT16, DOUBLE, FLOAT, FLOAT16, INT64, script
+from onnxscript import BFLOAT16, BOOL, DOUBLE, FLOAT, FLOAT16, INT64, script
 from onnxscript import opset18 as op
 from onnxscript.values import OnnxFunction, Opset
 
@@ -96,6 +96,14 @@ def HuberLossTerms(input: T, target: T, delta: T, half: T, shrink: T, slope: T) 
 def Weighted(losses: T, weight: T) -> T:
     """The losses times their weight, which broadcasts with them."""
     return op.Mul(losses, weight)
+
+
+@script(_domain)
+def Selected(values: T, mask: BOOL[...], nothing: T) -> T:
+    """The values where the mask is true, and `nothing` elsewhere, whatever they are there."""
+    # The values are the second branch: ONNX Runtime's Where makes 0 of a -0 of its first one. Not
+    # isn't used: its optimiser (1.31) turns the two branches where it meets one.
+    return op.Where(op.Xor(mask, op.Cast(op.Constant(value_int=1), to=9)), nothing, values)
 
 
 @script(_domain)
@@ -309,7 +317,7 @@ FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
 
 def loss_scalars(beta: float) -> tuple[tuple[str, float], ...]:
     """The last three inputs of the function `SmoothL1LossTerms`, by name."""
-    return ("beta", beta), ("half", 0.5), ("divisor", beta or 1.0)
+    return ("beta", beta), ("half", 0.5), ("beta_divisor", beta or 1.0)
 
 
 def huber_scalars(delta: float) -> tuple[tuple[str, float], ...]:

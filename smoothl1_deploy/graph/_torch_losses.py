@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from onnx import TensorProto, helper
 
 from .._model import ELEMENT_TYPE
-from .._spec import LossSpec
+from .._spec import DTYPES, LossSpec
 from ..errors import SpecError
 from . import _functions as f
 from ._assemble import function_closure
@@ -31,7 +31,7 @@ class Recorder(Protocol):
 
 def checked_dtype(dtype: str) -> str:
     """The dtype, where it is a loss's; PyTorch refuses any other when it runs."""
-    if dtype not in ELEMENT_TYPE:
+    if dtype not in DTYPES:
         raise SpecError(
             f"the loss is of {dtype} tensors, which PyTorch refuses; convert one of them, as in "
             "input.float()"
@@ -60,7 +60,7 @@ def record_smooth_l1(
     scalars = dict(loss_scalars(spec.effective_beta))
     half, twice = _splits(spec.effective_beta)
     scalars["half"] /= half
-    scalars["divisor"] *= twice
+    scalars["beta_divisor"] *= twice
     return _record(record, "SmoothL1LossTerms", [*scalars.values()], spec, input, target)
 
 

@@ -95,8 +95,8 @@ def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None)
     """
     if not spec.is_of_torch:
         raise UnsupportedError(
-            "the torch route exports a module of PyTorch's as it is, which knows no per_sample, "
-            "gradient, runtime_beta, weight or loss_weight; use the route function or inlined"
+            "the torch route exports a module of PyTorch's as it is, which knows nothing of "
+            "a spec's extensions; use the route function or inlined"
         )
     if shape is None or target_shape is None:
         raise SpecError(

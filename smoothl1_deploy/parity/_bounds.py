@@ -168,7 +168,8 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
     beta, terms = spec.effective_beta, math.prod(whole) // max(input.size, 1)
     # A Huber loss isn't divided by its delta, which is the largest of its slopes.
     divisor, top = (1.0, beta) if spec.loss == "huber" else (beta, 1.0)
-    is_plain = spec.dtype == "float64" and not spec.weight and not spec.upstream
+    is_scaled = spec.weight or spec.upstream or spec.mask or spec.divisor
+    is_plain = spec.dtype == "float64" and not is_scaled
     if not is_plain or not 1 < terms <= _SPLIT_LIMIT or divisor == 0 or math.isinf(divisor):
         return None
     with np.errstate(all="ignore"):
@@ -191,11 +192,19 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
         return np.where(cancels, np.maximum(*ends), np.uint64(0))
 
 
-def in_range(spec: LossSpec, input: Array, target: Array, weight: Array | None = None) -> bool:
+def in_range(
+    spec: LossSpec,
+    input: Array,
+    target: Array,
+    weight: Array | None = None,
+    mask: Array | None = None,
+) -> bool:
     """Whether what `bound` assumes is so: no element over- or underflows, no weight is negative.
 
     Asked of the exact differences, in the compute dtype.
     """
+    if weight is not None and mask is not None:
+        weight = np.where(mask, weight, weight.dtype.type(0))
     given = [input, target, *([] if weight is None else [weight])]
     flat = [array.reshape(-1) for array in np.broadcast_arrays(*given)]
     chunks = range(0, flat[0].size, CHUNK)

@@ -17,18 +17,18 @@ from .._records import Record, plain
 from .._spec import LossSpec
 from ..backends._runner import Runner
 from ..errors import SmoothL1DeployError
-from ..reference._oracle import oracle, oracle_gradient
+from ..reference._oracle import exact_outputs, selected
 from ._bounds import gradient_bound, in_range, proved_bound
 from ._compare import Verdict, compare
 from ._families import branch_shares, generate, weigh
-from ._shapes import Shape, Shapes
+from ._shapes import Shape
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Named shapes, and the axes to export an artefact of fixed rank for them.
 
-    Weights, where a spec has them, are of the target's shape (None), or of one of their own.
+    Weights and masks, where a spec has them, are of the target's shape (None), or of their own.
     """
 
     input: Shape
@@ -46,6 +46,8 @@ def _same(shape: Shape, axes: graph_shapes.Shape) -> Layout:
 def _weighted(weight: Shape, axes: graph_shapes.Shape) -> Layout:
     return Layout((64, 16), (64, 16), ("N", 16), ("N", 16), weight, axes)
 
+
+_EMPTY_ROWS, _LEFT_OUT = 0.1, 0.3  # are the shares of a mask's rows, and of other elements
 
 LAYOUTS: Mapping[str, Layout] = {
     "matrix": _same((64, 16), ("N", 16)),
@@ -70,7 +72,7 @@ LAYOUTS: Mapping[str, Layout] = {
 def is_for(spec: LossSpec, layout: str) -> bool:
     """Whether a spec can meet a layout: rank 0 has no samples, and weights are for who weighs."""
     shapes = LAYOUTS[layout]
-    weighs = shapes.weight is None or spec.weight is not None
+    weighs = shapes.weight is None or spec.weight is not None or spec.mask
     return weighs and (shapes.input != () or not spec.per_sample)
 
 
@@ -80,6 +82,7 @@ class Case:
 
     Attributes:
         weight_shape: of the weights, where a spec has them; None for the target's.
+        mask_shape: of the mask, where a spec has one; None for that of the weights.
         weighting: one of `families.WEIGHTS`: what weights and an upstream gradient are like.
     """
 
@@ -90,6 +93,7 @@ class Case:
     weight_shape: Shape | None = None
     seed: int = 0
     weighting: str = "usual"
+    mask_shape: Shape | None = None
 
     @classmethod
     def of(cls, family: str, layout: str, seed: int = 0) -> Case:
@@ -98,10 +102,10 @@ class Case:
         return cls(family, layout, shapes.input, shapes.target, shapes.weight, seed)
 
     @classmethod
-    def at(cls, family: str, layout: str, shapes: Shapes, seed: int = 0) -> Case:
-        """The case of a family in the shapes of input, target and, where there is one, weight."""
-        input, target, *weight = shapes
-        return cls(family, layout, input, target, weight[0] if weight else None, seed)
+    def at(cls, family: str, layout: str, shapes: Mapping[str, Shape], seed: int = 0) -> Case:
+        """The case of a family in the shapes of input, target, weight and mask, by their names."""
+        given: dict[str, Any] = {f"{name}_shape": shape for name, shape in shapes.items()}
+        return cls(family, layout, seed=seed, **given)
 
     def arrays(self, spec: LossSpec) -> tuple[Array, Array]:
         """Input and target; a function of beta and dtype, and not of the reduction."""
@@ -109,17 +113,39 @@ class Case:
         return generate(self.family, spec, self.input_shape, self.target_shape, rng)
 
     def shape(self, spec: LossSpec) -> Shape:
-        """What input, target and, where the spec has them, weights broadcast to."""
-        pair = (self.input_shape, self.target_shape)
-        weight = self.weight_shape if spec.weight and self.weight_shape is not None else ()
-        return np.broadcast_shapes(*pair, weight)
+        """What input, target and, where the spec has them, weights and mask broadcast to."""
+        return np.broadcast_shapes(*(self._shape_of(name) for name in spec.operands))
 
-    def weights(self, spec: LossSpec) -> Array:
+    def _shape_of(self, operand: str) -> Shape:
+        weight = self.target_shape if self.weight_shape is None else self.weight_shape
+        mask = weight if self.mask_shape is None else self.mask_shape
+        shapes = {"input": self.input_shape, "target": self.target_shape, "weight": weight}
+        return shapes.get(operand, mask)
+
+    def more(self, spec: LossSpec) -> dict[str, Array]:
+        """What a spec takes beside input and target, by role, but for beta."""
+        make = {"weight": self._weights, "mask": self._mask, "divisor": self._divisor}
+        make["grad_output"] = self._upstream
+        return {role: make[role](spec) for role in spec.inputs if role in make}
+
+    def _weights(self, spec: LossSpec) -> Array:
         """The weights, some of them 0."""
-        shape = self.target_shape if self.weight_shape is None else self.weight_shape
-        return weigh(self.weighting, spec, shape, self._generator(spec, " weight"))
+        rng = self._generator(spec, " weight")
+        return weigh(self.weighting, spec, self._shape_of("weight"), rng)
 
-    def upstream(self, spec: LossSpec) -> Array:
+    def _mask(self, spec: LossSpec) -> Array:
+        """A mask, some of whose rows select nothing."""
+        shape, rng = self._shape_of("mask"), self._generator(spec, " mask")
+        rows = rng.random(shape[:1] + (1,) * (len(shape) - 1)) > _EMPTY_ROWS
+        return np.asarray((rng.random(shape) > _LEFT_OUT) & rows)
+
+    def _divisor(self, spec: LossSpec) -> Array:
+        """A divisor, sometimes 0."""
+        rng = self._generator(spec, " divisor")
+        value = rng.choice([0.0, 1.0, rng.uniform(0.5, 200.0)], p=[0.2, 0.2, 0.6])
+        return np.asarray(value, spec.dtype_of("divisor"))
+
+    def _upstream(self, spec: LossSpec) -> Array:
         """A gradient to flow in, of the loss's shape and of either sign."""
         shape = self.shape(spec)
         if spec.reduction != "none":
@@ -138,7 +164,7 @@ class Case:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; what is as usual of weights is left out."""
         values = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
-        usual = {"weight_shape": None, "weighting": "usual"}
+        usual = {"weight_shape": None, "weighting": "usual", "mask_shape": None}
         return {key: value for key, value in values.items() if usual.get(key, ...) != value}
 
 
@@ -161,7 +187,7 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         case: of this spec.
         wide: whether the backend has float64.
     """
-    scaled = spec.weight is not None or spec.upstream
+    scaled = spec.weight is not None or spec.upstream or spec.mask or spec.divisor
     has_factor = spec.loss_weight != 1.0
     if has_factor and spec.reduction == "none" and case.family in ("subnormals", "magnitudes"):
         return True
@@ -187,6 +213,7 @@ class References:
     Attributes:
         spec: what the references computed; beta is a number here, also for `runtime_beta`.
         case: what the arrays are made of.
+        more: what else goes in, by role: weight, mask, divisor, grad_output.
         torch: PyTorch's array for each output of the spec.
         oracle: the exact one.
         shares: how much of each branch the case reaches.
@@ -198,8 +225,7 @@ class References:
     case: Case
     input: Array
     target: Array
-    weight: Array | None
-    grad_output: Array | None
+    more: Mapping[str, Array]
     torch: Mapping[str, Array]
     oracle: Mapping[str, Array]
     shares: Mapping[str, float]
@@ -216,11 +242,11 @@ class References:
         from ..reference._module import eager_outputs
 
         input, target = case.arrays(spec)
-        weight = case.weights(spec) if spec.weight else None
-        upstream = case.upstream(spec) if spec.upstream else None
-        exact = {"loss": oracle(spec, input, target, weight)}
-        if spec.gradient:
-            exact["grad_input"] = oracle_gradient(spec, input, target, weight, upstream)
+        more = case.more(spec)
+        if spec.mask and more["mask"].shape == target.shape:  # nobody looks there
+            target = np.where(more["mask"], target, target.dtype.type(np.nan))
+        exact = exact_outputs(spec, input, target, **more)
+        seen = selected(input, target, **more)
         asked, fed = spec, None
         if beta is not None:
             exact = {name: np.full_like(array, np.nan) for name, array in exact.items()}
@@ -230,12 +256,11 @@ class References:
             case,
             input,
             target,
-            weight,
-            upstream,
-            eager_outputs(asked, input, target, weight, fed, upstream),
+            more,
+            eager_outputs(asked, input, target, beta=fed, **more),
             exact,
-            branch_shares(spec, input, target),
-            in_range(spec, input, target, weight),
+            branch_shares(spec, *seen),
+            in_range(spec, *seen, more.get("weight"), more.get("mask")),
             spec.effective_beta if beta is None else beta,
         )
 
@@ -287,7 +312,7 @@ class Sample(Record):
         output: which result, `loss` or `grad_input`.
         index: of the element in the result; empty for rank 0.
         behind: how many element losses it is computed from.
-        inputs: `input`, `target` and, where there is one, `weight`: those elements after
+        inputs: `input`, `target` and, where there is one, `weight` or `mask`: those elements after
             broadcasting, the first four at most.
         got, torch, oracle: the three answers; `got` is empty where there was none.
     """
@@ -308,8 +333,8 @@ class Sample(Record):
         if worst is None or worst >= exact.size or (got is not None and got.shape != exact.shape):
             return None
         at = tuple(map(int, np.unravel_index(worst, exact.shape)))
-        given = {"input": refs.input, "target": refs.target, "weight": refs.weight}
-        arrays = {name: array for name, array in given.items() if array is not None}
+        given = {"input": refs.input, "target": refs.target, **refs.more}
+        arrays = {name: given[name] for name in refs.spec.operands}
         whole = dict(zip(arrays, np.broadcast_arrays(*arrays.values()), strict=True))
         if output == "grad_input":  # all pairs that this element of the input was broadcast to
             indices = np.arange(refs.input.size).reshape(refs.input.shape)
@@ -382,7 +407,7 @@ def judge(
     is_provable = refs.in_range and not (takes_beta and spec.has_subnormal_beta)
     if accumulator is not None and is_provable:
         proved = proved_bound(spec, shape, accumulator)
-    given: dict[str, Any] = {"weight": refs.weight, "grad_output": refs.grad_output}
+    given: dict[str, Any] = dict(refs.more)
     if takes_beta:
         given["beta"] = refs.beta
     try:
@@ -392,7 +417,8 @@ def judge(
     few = 0 < math.prod(shape) < _ENOUGH
     alike = torch_alike(case.family, spec) if few else {}
     # Weights may be of more axes than the pair: a verdict counts what everything broadcasts to.
-    pair = np.broadcast_to(refs.input, shape), refs.target
+    input, target = selected(refs.input, refs.target, **refs.more)
+    pair = np.broadcast_to(input, shape), target
     answers = {}
     for name, exact in refs.oracle.items():
         got = outputs[runner.signature.loss.name if name == "loss" else name]

@@ -271,10 +271,11 @@ def _gradient(subject: Subject) -> Iterator[Diagnosis]:
     spec, wide = subject.spec, wide_dtype(subject.spec.dtype)
     asked: list[tuple[Reply, Array, Array]] = []
     for reply in subject.ordinary:
-        input, target, *weights = reply.arrays
+        input, target = reply.arrays[:2]
         got = reply.gradient
         if got is not None and input.shape == target.shape == got.shape:
-            exact = oracle_gradient(spec, input, target, *weights).astype(wide)
+            given = dict(zip(spec.operands, reply.arrays, strict=True))
+            exact = oracle_gradient(spec, **given).astype(wide)
             asked.append((reply, got.astype(wide), exact))
 
     def holds(change: Callable[[Array, int], Array]) -> bool:

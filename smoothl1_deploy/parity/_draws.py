@@ -16,10 +16,11 @@ import onnx
 
 from .._shapes import Dim, describe
 from .._shapes import Shape as Axes
-from .._spec import DTYPES, NORMALIZERS, REDUCTIONS, ROUTES, LossSpec
+from .._spec import DTYPES, EMPTIES, NORMALIZERS, REDUCTIONS, ROUTES, LossSpec
 from ..graph._export import export
 from ._cases import Case, References, with_beta
 from ._families import ADVERSARIAL, FAMILIES, WEIGHTS
+from ._report import is_extended
 
 _BY_TORCH = 0.15  # is the share of the torch route, whose export takes ten times as long
 _CASES = 3  # are fed to each draw: to export takes longer than to run
@@ -46,7 +47,7 @@ class Draw:
         spec: what the artefact computes.
         beta: the spec's, or with `runtime_beta` what is fed, which may be negative or NaN.
         route: of the export.
-        axes: of input, target and, where there is one, weight.
+        axes: of input, target and, where there are some, weight and mask.
         declared: the axes of the export where a backend finds out at run time which of them were
             broadcast: other names for each array, or None for any rank. Mostly `axes` again.
         cases: what is fed.
@@ -64,7 +65,8 @@ class Draw:
     def of(cls, number: int) -> Draw:
         """The draw of a number."""
         random = Random(number)
-        spec = _in_another_loss(_spec(random), number)
+        spec = _further(Random(f"further {number}"), _spec(random))
+        spec = _in_another_loss(Random(f"loss {number}"), spec)
         beta = spec.knee
         if spec.runtime_beta:
             fed = LossSpec(_beta(random))
@@ -108,7 +110,8 @@ class Draw:
             given[axis] = 0 if kind < empty else max(1, many // math.prod(given))
         shapes = tuple(tuple(1 if i is None else given[i] for i in array) for array in arrays)
         layout = " ".join(map(describe, shapes))
-        case = Case.at(random.choice(_FAMILIES), layout, shapes, self.number)
+        operands = dict(zip(spec.operands, shapes, strict=True))
+        case = Case.at(random.choice(_FAMILIES), layout, operands, self.number)
         weighs = spec.weight is not None or spec.upstream
         if weighs and random.random() < 0.5:
             case = replace(case, weighting=random.choice([*WEIGHTS]))
@@ -117,7 +120,7 @@ class Draw:
         multiplies = spec.weight or spec.loss_weight != 1.0
         overflows = multiplies and case.family in ("overflow", "inf", "nan", "inf-minus-inf")
         # Autograd adds these weights up before the product that underflows to -0.
-        is_wider = spec.gradient and -1 in (arrays[-1] or ())
+        is_wider = spec.gradient and any(-1 in array for array in arrays)
         if overflows or (is_wider and case.weighting in ("tiny", "mixed")):
             case = replace(case, weighting="usual")
         return case
@@ -127,9 +130,9 @@ class Draw:
         axes = self.declared if any_rank else self.axes
         if axes is None:
             return export(self.spec, self.route)
-        names = ("shape", "target_shape", "weight_shape")
-        shapes: dict[str, Any] = dict(zip(names, axes, strict=False))
-        return export(self.spec, self.route, **shapes)
+        input, *others = zip(self.spec.operands, axes, strict=True)
+        shapes: dict[str, Any] = {f"{name}_shape": given for name, given in others}
+        return export(self.spec, self.route, input[1], **shapes)
 
     def references(self, case: Case) -> References:
         """What is right for one of the cases."""
@@ -174,12 +177,21 @@ def _spec(random: Random) -> LossSpec:
     )
 
 
-def _in_another_loss(spec: LossSpec, number: int) -> LossSpec:
-    """Some specs as Huber's or with a constant factor, by another rule than that of the rest.
+def _further(random: Random, spec: LossSpec) -> LossSpec:
+    """The spec, or one of four with a mask, a divisor or a value for means of nothing as well."""
+    is_mean = spec.reduction == "mean"
+    if random.random() > 0.25 or not is_extended(spec):
+        return spec
+    return replace(
+        spec,
+        mask=random.random() < 0.7,
+        divisor=is_mean and spec.weight != "weights" and random.random() < 0.4,
+        empty=random.choice(EMPTIES) if is_mean else "nan",
+    )
 
-    So the arrays of a number are what they were when there was no other loss.
-    """
-    random = Random(f"{number} loss")
+
+def _in_another_loss(random: Random, spec: LossSpec) -> LossSpec:
+    """The spec, or one of four as Huber's; one of five has a constant factor."""
     loss, factor = random.random() < 0.25, random.choice((2.0, 0.3, -1.7, 1e-3))
     if loss and spec.knee:
         delta = None if spec.runtime_beta else spec.beta
@@ -188,7 +200,7 @@ def _in_another_loss(spec: LossSpec, number: int) -> LossSpec:
 
 
 def _arrays(random: Random, spec: LossSpec, rank: int) -> tuple[_Axes, ...]:
-    """The axes of input, target and weight: of the whole, or of part of it to be broadcast."""
+    """The axes of the operands: of the whole, or of part of it to be broadcast."""
     whole = tuple(range(rank))
 
     def part() -> _Axes:
@@ -202,14 +214,12 @@ def _arrays(random: Random, spec: LossSpec, rank: int) -> tuple[_Axes, ...]:
     input, target = part(), part()
     if spec.per_sample and not input + target:
         input = whole
-    if spec.weight is None:
-        return input, target
     column: _Axes = (*whole[:-1], None) if rank else ()
-    return (
-        input,
-        target,
-        random.choice((whole, part(), column, whole[-1:], (None,), (), (-1, *whole))),
+    others = (
+        random.choice((whole, part(), column, whole[-1:], (None,), (), (-1, *whole)))
+        for _ in spec.operands[2:]
     )
+    return input, target, *others
 
 
 def _declared(random: Random, axes: tuple[Axes, ...]) -> tuple[Axes, ...] | None:
@@ -220,5 +230,5 @@ def _declared(random: Random, axes: tuple[Axes, ...]) -> tuple[Axes, ...] | None
         return axes
     return tuple(
         tuple(dim if isinstance(dim, int) and dim > 1 else f"{role}_{i}" for i, dim in enumerate(x))
-        for role, x in zip("abw", axes, strict=False)
+        for role, x in zip("abwm", axes, strict=False)
     )

@@ -136,7 +136,7 @@ def artefact_drift(
         layout = ",".join(map(str, shapes[0]))
         if is_broadcast:
             shapes, layout = ((1, *shapes[0][1:]), *shapes[1:]), f"1 of {layout}"
-        case = Case.at(family, layout, shapes, seed)
+        case = Case.at(family, layout, plan.by_role(shapes), seed)
         names = _outputs(spec, case)
         if names:
             refs = References.of(spec, case)

@@ -69,9 +69,22 @@ EXTENSIONS = (
     LossSpec(loss="huber", reduction="none", gradient=True),
     LossSpec(loss="huber", gradient=True, weight="weights", loss_weight=-0.3),
     LossSpec(loss="huber", reduction="sum", per_sample=True, gradient=True, runtime_beta=True),
+    LossSpec(loss="huber", mask=True, gradient=True, divisor=True, empty="zero", loss_weight=0.5),
     LossSpec(reduction="none", loss_weight=2.5),
     LossSpec(gradient=True, loss_weight=0.1),
-    LossSpec(per_sample=True, gradient=True, runtime_beta=True, weight="weights", upstream=True),
+    LossSpec(mask=True),
+    LossSpec(reduction="none", mask=True, gradient=True),
+    LossSpec(mask=True, weight="count", per_sample=True, empty="zero"),
+    LossSpec(divisor=True, gradient=True),
+    LossSpec(per_sample=True, mask=True, weight="count", gradient=True, divisor=True, empty="zero"),
+    LossSpec(
+        per_sample=True,
+        gradient=True,
+        runtime_beta=True,
+        weight="weights",
+        upstream=True,
+        mask=True,
+    ),
 )
 
 #: The spec whose gradient is summed back over a million rows.
@@ -343,10 +356,8 @@ def artefact_axes(
         return {"shape": None}
     shapes = LAYOUTS[layout]
     axes: dict[str, Axes | None] = {"shape": shapes.input_axes, "target_shape": shapes.target_axes}
-    if spec.weight:
-        own = shapes.weight_axes
-        axes["weight_shape"] = shapes.target_axes if own is None else own
-    return axes
+    own = shapes.target_axes if shapes.weight_axes is None else shapes.weight_axes
+    return axes | {f"{name}_shape": own for name in spec.operands[2:]}
 
 
 def is_run(case: Case, route: str, backend: Backend | type[Backend]) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -45,8 +46,8 @@ class Reply:
     Attributes:
         spec: what the model ought to compute.
         kind: what the probe is for, as `constant`, `mixed` or `nan`; `text` says what was fed.
-        arrays: input, target and, where the model takes some, weights of 1, which leave every
-            formula as it is.
+        arrays: input, target and, where the model takes some, weights of 1 and a mask that leaves
+            nothing out, which leave every formula as it is.
         expected: the oracle's answer.
         got: the model's, in the shape of `expected` where the counts agree; of no elements where
             an error came instead.
@@ -103,17 +104,22 @@ class Subject:
         self._tiny, self._largest = float(info.tiny), float(info.max)
 
     def ask(self, kind: str, text: str, arrays: tuple[Array, ...]) -> Reply:
-        """Run one probe, with all that the model takes beside: beta, an upstream gradient of 1."""
+        """Run one probe, with all that the model takes beside: beta, an upstream gradient of 1.
+
+        A divisor is the count that a mean divides by without one.
+        """
         spec, signature = self.spec, self._runner.signature
-        input, target, *weights = arrays
-        weight = weights[0] if weights else None
-        expected = oracle(spec, input, target, weight)
-        beta = spec.effective_beta if "beta" in signature.inputs else None
-        upstream = np.ones_like(expected) if "grad_output" in signature.inputs else None
+        given: dict[str, Any] = self._plan.by_role(arrays)
+        expected = oracle(spec, **given)
+        count = elements(tuple(array.shape for array in arrays)) // max(expected.size, 1)
+        also = {
+            "beta": spec.effective_beta,
+            "divisor": count,
+            "grad_output": np.ones_like(expected),
+        }
+        given |= {role: value for role, value in also.items() if role in signature.inputs}
         try:
-            outputs = self._runner.run(
-                input, target, weight=weight, beta=beta, grad_output=upstream
-            )
+            outputs = self._runner.run(**given)
         except SmoothL1DeployError as exc:
             error = f"{type(exc).__name__}: {exc}"
             return Reply(spec, kind, text, arrays, expected, expected.reshape(-1)[:0], error=error)
@@ -137,7 +143,7 @@ class Subject:
         if not self.spec.per_sample:
             others[row] = [d for d in sizes if d >= self.spec.effective_beta][:2]
         if self.any_rank:
-            others[((3, 1), (1, 4), (1, 4))[: len(first)]] = sizes[::3]
+            others[((3, 1), *[(1, 4)] * (len(first) - 1))] = sizes[::3]
         others.pop(first, None)
         signed = [sign * d for d in sizes for sign in (1, -1)]
         replies: list[Reply] = []
@@ -200,10 +206,15 @@ class Subject:
         return replies
 
     def _full(self, shapes: Shapes, a: float, b: float = 0.0) -> tuple[Array, ...]:
-        """Input, target and weights, each of one number."""
+        """Input, target, weights and mask, each of one number."""
+        values = {"input": a, "target": b}
         with np.errstate(over="ignore"):
-            parts = zip(shapes, (a, b, 1.0), strict=False)
-            return tuple(np.full(shape, value).astype(self._dtype) for shape, value in parts)
+            return tuple(
+                np.full(shape, values.get(role, 1.0)).astype(
+                    "bool" if role == "mask" else self._dtype
+                )
+                for role, shape in self._plan.by_role(shapes).items()
+            )
 
     def _mixed(self, shapes: Shapes) -> Iterator[Reply]:
         """All elements different, in the dtype's full precision; signs mostly unlike, so that what

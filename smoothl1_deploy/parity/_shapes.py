@@ -1,15 +1,16 @@
 """Concrete shapes for anyone's signature: a usual one, an empty one, one of a wanted size.
 
-Axes that stand above each other when input, target and weight are broadcast get one size,
+Axes that stand above each other when the operands of a loss are broadcast get one size,
 whatever their names: an exporter may have called the same axis `s0` in one and `s1` in the other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,12 +19,14 @@ from .._artefact import Signature
 from ..errors import ArtefactError
 
 Shape = tuple[int, ...]
-Shapes = tuple[Shape, ...]  # of input, target and, where there is one, weight
+Shapes = tuple[Shape, ...]  # of input, target and, where there are some, weight and mask
+
+_T = TypeVar("_T")
 
 _ROWS = 64  # size of a dynamic axis for the families
 _USUAL = 1 << 16  # elements at most, where the fixed axes leave the choice
 #: What broadcasts together, in the order of `Shapes`.
-_BROADCAST = ("input", "target", "weight")
+_BROADCAST = ("input", "target", "weight", "mask")
 _ANY_RANK: graph_shapes.Shape = ("N", 16)
 
 
@@ -32,11 +35,13 @@ class ShapePlan:
     """The shapes a signature leaves open.
 
     Attributes:
-        arrays: axes of input, target and, where the signature has one, weight; names are dynamic.
+        roles: of the arrays: input, target and, where the signature has them, weight and mask.
+        arrays: the axes of each; names are dynamic.
         sizes: what a name must be, where it stands above a fixed axis.
         free: the groups of names whose size is open, in order of appearance.
     """
 
+    roles: tuple[str, ...]
     arrays: tuple[graph_shapes.Shape, ...]
     sizes: Mapping[str, int]
     free: tuple[tuple[str, ...], ...]
@@ -50,7 +55,7 @@ class ShapePlan:
         Raises:
             ArtefactError: when the arrays can't be broadcast, whatever is fed.
         """
-        roles = [role for role in _BROADCAST if role in signature.inputs]
+        roles = tuple(role for role in _BROADCAST if role in signature.inputs)
         given = [signature.inputs[role].shape for role in roles]
         usual = next((axes for axes in given if axes is not None), _ANY_RANK)
         arrays = tuple(usual if axes is None else axes for axes in given)
@@ -67,7 +72,7 @@ class ShapePlan:
         free = dict.fromkeys(
             tuple(sorted(group[name], key=names.index)) for name in names if name not in sizes
         )
-        plan = cls(arrays, sizes, tuple(free))
+        plan = cls(roles, arrays, sizes, tuple(free))
         try:
             elements(plan.small())
         except ValueError:
@@ -96,6 +101,10 @@ class ShapePlan:
             return tuple(known[dim] if isinstance(dim, str) else dim for dim in axes)
 
         return tuple(map(concrete, self.arrays))
+
+    def by_role(self, each: Sequence[_T]) -> dict[str, _T]:
+        """What there is one of for each array, by the role of the array."""
+        return dict(zip(self.roles, each, strict=True))
 
     def usual(self) -> Shapes:
         """Every free axis 64, or less where that makes more than 2^16 elements."""

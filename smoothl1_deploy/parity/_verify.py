@@ -126,13 +126,13 @@ def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
             f"the model's fixed shapes have {elements(usual):,} elements, and verify compares "
             f"{_MOST:,} at most; export it with a name for an axis, which makes it dynamic"
         )
-    layout = ",".join(map(str, usual[0])) or "scalar"
-    yield from (Case.at(family, layout, usual, seed) for family in FAMILIES)
+    layout, shapes = ",".join(map(str, usual[0])) or "scalar", plan.by_role(usual)
+    yield from (Case.at(family, layout, shapes, seed) for family in FAMILIES)
     if plan.growing is not None:
-        yield Case.at("normal", f"{plan.growing}=0", plan.empty(), seed)
+        yield Case.at("normal", f"{plan.growing}=0", plan.by_role(plan.empty()), seed)
         if spec.reduction == "none":
             large = plan.of_size(_LARGE)
-            yield Case.at("normal", ",".join(map(str, large[0])), large, seed)
+            yield Case.at("normal", ",".join(map(str, large[0])), plan.by_role(large), seed)
 
 
 def verify(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 
-from .._artefact import ModelSource, read_model, sha256
+from .._artefact import NUMBERS, ModelSource, read_model, sha256
 from .._dlpack import as_array
 from .._environment import environment, now
 from .._floats import NUMPY_DTYPE, Array
@@ -27,7 +27,7 @@ from ..backends._base import get_backend
 from ..backends._whole import ModelRunner, constant_operands, showing, takes
 from ..errors import ArtefactError, InvalidInputError
 from ..graph._attach import loss_part
-from ..reference._oracle import oracle, oracle_gradient
+from ..reference._oracle import exact_outputs, selected
 from ._cases import torch_alike, with_beta
 from ._compare import Verdict, compare
 from ._verify import Verification, _shown, verify_loss
@@ -177,7 +177,9 @@ def _made_up(model: onnx.ModelProto, seed: int) -> Iterator[tuple[str, dict[str,
 
     Integers are 0, which is an index of everything.
     """
-    betas = {loss.inputs.get("beta") for loss in read_attached(model)}
+    losses = read_attached(model)
+    numbers_of = {loss.inputs.get(role) for loss in losses for role in NUMBERS}
+    masks = {loss.inputs.get("mask") for loss in losses}
     for data, scale in (("normal", 1.0), ("normal, a hundred times as large", 100.0)):
         random = np.random.default_rng(seed)
         arrays = {}
@@ -189,7 +191,9 @@ def _made_up(model: onnx.ModelProto, seed: int) -> Iterator[tuple[str, dict[str,
             shape = [axis if isinstance(axis, int) else _ROWS for axis in port.axes]
             numbers = random.normal(size=shape) * scale
             numbers = numbers if port.dtype in NUMPY_DTYPE else np.zeros(shape)
-            arrays[name] = (_BETA if name in betas else np.asarray(numbers)).astype(port.dtype)
+            if name in masks:  # a third is left out
+                numbers = np.resize([0.0, 1.0, 1.0], shape)
+            arrays[name] = (_BETA if name in numbers_of else np.asarray(numbers)).astype(port.dtype)
         yield data, arrays
 
 
@@ -223,20 +227,17 @@ def _judged(loss: Loss, tensors: Mapping[str, Array]) -> dict[str, Verdict]:
     """The verdict on each output of a loss, beside the references' loss of what went in."""
     from ..reference._module import eager_outputs
 
-    spec, dtype = loss.spec, NUMPY_DTYPE[loss.spec.dtype]
+    spec = loss.spec
     roles = {role: tensors[tensor] for role, tensor in loss.inputs.items()}
     if spec.runtime_beta:
         spec = with_beta(spec, float(roles["beta"]))
-    given = [
-        None if role not in roles else np.asarray(roles[role], dtype, order="C")
-        for role in ("input", "target", "weight", "grad_output")
-    ]
-    x, t, weight, upstream = given
-    assert x is not None and t is not None
-    exact = {"loss": oracle(spec, x, t, weight)}
-    if spec.gradient:
-        exact["grad_input"] = oracle_gradient(spec, x, t, weight, upstream)
-    torch = eager_outputs(spec, x, t, weight, None, upstream)
+    given = {
+        role: np.asarray(roles[role], NUMPY_DTYPE.get(spec.dtype_of(role), bool), order="C")
+        for role in spec.inputs
+    }
+    exact = exact_outputs(spec, **given)
+    torch = eager_outputs(spec, **given)
+    x, t = selected(**given)
     alike = torch_alike("normal", spec)
     return {
         tensor: compare(

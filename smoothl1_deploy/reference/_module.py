@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -69,17 +68,18 @@ def eager_outputs(
     input: Array,
     target: Array,
     weight: Array | None = None,
+    mask: Array | None = None,
     beta: Array | None = None,
+    divisor: Array | None = None,
     grad_output: Array | None = None,
 ) -> dict[str, Array]:
     """What PyTorch eager and its autograd compute on the CPU for every output of a spec.
 
     Per sample, that is a loop over the rows (vectorised above 1024 of them).
     """
-    given = (input, target, weight, beta, grad_output)
-    tensors = [None if array is None else to_torch(array) for array in given]
-    assert tensors[0] is not None and tensors[1] is not None
-    outputs = eager_tensors(spec, tensors[0], tensors[1], *tensors[2:])
+    given = (weight, mask, beta, divisor, grad_output)
+    more = [None if array is None else to_torch(array) for array in given]
+    outputs = eager_tensors(spec, to_torch(input), to_torch(target), *more)
     return {name: from_torch(tensor) for name, tensor in outputs.items()}
 
 
@@ -88,22 +88,26 @@ def eager_tensors(
     input: torch.Tensor,
     target: torch.Tensor,
     weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     beta: torch.Tensor | None = None,
+    divisor: torch.Tensor | None = None,
     grad_output: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """`eager_outputs` from tensors to tensors, on whatever device they are on."""
     if beta is not None and not (beta > 0 or (beta == 0 and spec.loss != "huber")):
         # PyTorch raises on such a beta or delta; an artefact, which can't, answers NaN everywhere.
-        outputs = eager_tensors(replace(spec, runtime_beta=False), input, target, weight)
+        known = replace(spec, runtime_beta=False)
+        outputs = eager_tensors(known, input, target, weight, mask, None, divisor, grad_output)
         return {name: torch.full_like(tensor, torch.nan) for name, tensor in outputs.items()}
     spec = spec if beta is None else spec.at(float(beta))
     x = input
     if spec.gradient:
         x = x.detach().clone().requires_grad_()  # a leaf that nobody else holds
-    tensors = [x, target, *([] if weight is None else [weight])]
+    tensors = {"input": x, "target": target, "weight": weight, "mask": mask}
+    operands = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradient):
         warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
-        loss = _eager_loss(spec, *tensors)
+        loss = _eager_loss(spec, operands, divisor)
         if spec.loss_weight != 1.0:
             loss = spec.loss_weight * loss
         outputs = {"loss": loss.detach()}
@@ -113,35 +117,48 @@ def eager_tensors(
     return outputs
 
 
-#: The modules are kept: they hold no state, and a loop over rows would make one for each.
-_module = lru_cache(module_of)
+@lru_cache
+def _module(spec: LossSpec, reduction: str) -> torch.nn.Module:
+    """The module, kept: it holds no state, and a loop over rows would make one for each."""
+    return module_of(LossSpec(reduction=reduction, loss=spec.loss).at(spec.knee))
 
 
-def _eager_loss(spec: LossSpec, *tensors: torch.Tensor) -> torch.Tensor:
-    """The loss of input, target and, where the spec has one, weight, before the constant factor."""
-    x, t, *weights = tensors
-    if not weights and not spec.per_sample:
-        loss: torch.Tensor = _module(spec).forward(x, t)
-        return loss
-    if spec.per_sample:
-        rows: Sequence[torch.Tensor] = torch.functional.broadcast_tensors(*tensors)  # type: ignore[no-untyped-call]
-        if 0 < len(rows[0]) <= 1024:
-            alone = replace(spec, per_sample=False)
-            return torch.stack([_eager_loss(alone, *row) for row in zip(*rows, strict=True)])
-        x, t, *weights = rows
-    alone = replace(spec, reduction="none", per_sample=False, weight=None)
-    losses: torch.Tensor = _module(alone).forward(x, t)
-    for weight in weights:
-        losses = losses * weight
+def _eager_loss(
+    spec: LossSpec, tensors: dict[str, torch.Tensor], divisor: torch.Tensor | None
+) -> torch.Tensor:
+    """The loss of the spec's operands, by name, before the constant factor."""
+    losses: torch.Tensor
+    if len(tensors) == 2 and not spec.per_sample and divisor is None and spec.empty == "nan":
+        losses = _module(spec, spec.reduction).forward(tensors["input"], tensors["target"])
+        return losses
+    if spec.per_sample or spec.mask:
+        whole = torch.functional.broadcast_tensors(*tensors.values())  # type: ignore[no-untyped-call]
+        tensors = dict(zip(tensors, whole, strict=True))
+    if spec.per_sample and 0 < len(tensors["input"]) <= 1024:
+        alone = replace(spec, per_sample=False)
+        rows = [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)]
+        return torch.stack([_eager_loss(alone, row, divisor) for row in rows])
+    mask = tensors.pop("mask", None)
+    if mask is not None:  # 0 for what isn't selected, whatever it is, and for its gradient
+        tensors = {name: tensor.masked_fill(~mask, 0) for name, tensor in tensors.items()}
+    losses = _module(spec, "none").forward(tensors["input"], tensors["target"])
+    if spec.weight:
+        losses = losses * tensors["weight"]
     if spec.reduction == "none":
         return losses
     first = 1 if spec.per_sample else 0
     total = _summed(losses, first)
     if spec.reduction == "sum":
         return total
-    if spec.weight == "weights":
-        return total / _summed(weights[0].expand_as(losses), first)
-    return total / math.prod(losses.shape[first:])
+    if divisor is None and spec.weight == "weights":
+        divisor = _summed(tensors["weight"].expand_as(losses), first)
+    elif divisor is None and mask is not None:
+        divisor = _summed(mask, first)
+    by = torch.tensor(math.prod(losses.shape[first:])) if divisor is None else divisor
+    by = by.to(torch.promote_types(total.dtype, torch.float32))  # a half has no room for a count
+    if spec.empty == "zero":
+        by = by.masked_fill(by == 0, math.inf)
+    return (total / by).to(total.dtype)
 
 
 def _summed(values: torch.Tensor, first: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,14 @@ def _element_slopes(d: Array, spec: LossSpec) -> Array:
     return slopes
 
 
-def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = None) -> Array:
+def oracle(
+    spec: LossSpec,
+    input: Array,
+    target: Array,
+    weight: Array | None = None,
+    mask: Array | None = None,
+    divisor: Array | None = None,
+) -> Array:
     """The exact loss of `input` and `target`.
 
     Args:
@@ -62,6 +70,8 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
         input: any shape, dtype of the spec.
         target: a shape that broadcasts with `input`'s, same dtype.
         weight: a third, where the spec has one.
+        mask: booleans that broadcast likewise, where the spec has them.
+        divisor: a number that a mean is divided by, where the spec has one.
 
     Returns:
         An array of the spec's dtype: the broadcast shape for `none`, [N] per sample, rank 0
@@ -73,7 +83,7 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
     _check_dtypes(spec, input, target, weight)
     wide = wide_dtype(spec.dtype)
     given = [input, target] if weight is None else [input, target, weight]
-    arrays = np.broadcast_arrays(*given)
+    arrays = _selected(mask, given)
     shape = arrays[0].shape
     rows = shape[0] if spec.per_sample else 1
     columns = arrays[0].size // rows if rows else 0
@@ -100,16 +110,47 @@ def oracle(spec: LossSpec, input: Array, target: Array, weight: Array | None = N
             return losses.reshape(shape)
         total, magnitude, weights, weight_magnitude = totals
         result = total
+        by = _divisor(spec, shape, mask, divisor, weights)
         if spec.reduction == "mean":
-            result = total / (weights if spec.weight == "weights" else np.longdouble(columns))
+            result = total / by
         rounded = round_to(result * factor, spec.dtype)
         if weight is not None:
             doubtful = _cancels(total, magnitude)
             if spec.weight == "weights":
                 doubtful |= _cancels(weights, weight_magnitude)
             for row in np.flatnonzero(doubtful & np.isfinite(totals).all(axis=0)):
-                rounded[row] = _exact_row(spec, *(array[row].astype(np.float64) for array in flat))
+                wide_row = (array[row].astype(np.float64) for array in flat)
+                rounded[row] = _exact_row(spec, by[row % by.size], *wide_row)
         return rounded if spec.per_sample else np.asarray(rounded[0])
+
+
+def _selected(mask: Array | None, arrays: Sequence[Array]) -> list[Array]:
+    """The arrays in the shape they broadcast to, with 0 in all where the mask leaves out."""
+    if mask is None:
+        return [*np.broadcast_arrays(*arrays)]
+    kept, *whole = np.broadcast_arrays(mask, *arrays)
+    return [np.where(kept, array, array.dtype.type(0)) for array in whole]
+
+
+def _divisor(
+    spec: LossSpec,
+    shape: tuple[int, ...],
+    mask: Array | None,
+    divisor: Array | None,
+    weights: Array | None = None,
+) -> Array:
+    """What each row of a mean is divided by, or one number for all: the weights' sum where that."""
+    rows = shape[0] if spec.per_sample else 1
+    if spec.weight == "weights" and weights is not None:
+        by = weights
+    elif divisor is not None:
+        by = np.asarray(divisor, np.longdouble).reshape(1)
+    elif mask is not None:
+        kept = np.broadcast_to(mask, shape).reshape(rows, math.prod(shape) // rows if rows else 0)
+        by = kept.sum(axis=1, dtype=np.longdouble)
+    else:
+        by = np.asarray([math.prod(shape) // rows if rows else 0], np.longdouble)
+    return np.where(by == 0, np.inf, by) if spec.empty == "zero" else by
 
 
 def _cancels(total: Array, magnitude: Array) -> Array:
@@ -117,7 +158,9 @@ def _cancels(total: Array, magnitude: Array) -> Array:
     return np.asarray(magnitude > 8 * abs(total))
 
 
-def _exact_row(spec: LossSpec, input: Array, target: Array, weight: Array) -> Array:
+def _exact_row(
+    spec: LossSpec, by: np.longdouble, input: Array, target: Array, weight: Array
+) -> Array:
     """The weighted sum or mean of one row, of at least one element, all of it finite."""
     beta, is_huber = spec.effective_beta, spec.loss == "huber"
     sign, inside = _signs(input, target, beta)
@@ -139,7 +182,10 @@ def _exact_row(spec: LossSpec, input: Array, target: Array, weight: Array) -> Ar
         total /= 2 * Fraction(beta)
     divisor = Fraction(1)
     if spec.reduction == "mean":
-        divisor = Fraction(input.size)
+        if not np.isfinite(by):
+            quotient = np.longdouble(float(total)) / by
+            return round_to(np.asarray(quotient * spec.effective_loss_weight), spec.dtype)
+        divisor = Fraction(*by.as_integer_ratio())
         if spec.weight == "weights":
             (divisor,) = sums_of_products([(weight,)], keys, 1)
         if divisor == 0:
@@ -169,6 +215,8 @@ def oracle_gradient(
     input: Array,
     target: Array,
     weight: Array | None = None,
+    mask: Array | None = None,
+    divisor: Array | None = None,
     grad_output: Array | None = None,
 ) -> Array:
     """The exact gradient of the summed loss with respect to `input`, in `input`'s shape.
@@ -177,13 +225,17 @@ def oracle_gradient(
     is multiplied before it is summed.
     """
     _check_dtypes(spec, input, target, weight, grad_output)
-    wide = wide_dtype(spec.dtype)
+    wide, own_shape = wide_dtype(spec.dtype), input.shape
+    if mask is not None:
+        given = [input, target] if weight is None else [input, target, weight]
+        input, target, *weights = _selected(mask, given)
+        weight = weights[0] if weights else None
     with np.errstate(all="ignore"):
         d = input.astype(wide) - target.astype(wide)
         slopes = _element_slopes(d, spec) * wide.type(spec.effective_loss_weight)
         if weight is not None:
             slopes = slopes * weight.astype(wide)
-        divisors = _divisors(spec, slopes.shape, weight)
+        divisors = _divisors(spec, slopes.shape, weight, mask, divisor)
         if divisors is not None:
             wide_divisors = np.array([_to_long_double(value) for value in divisors])
             column = (-1,) + (1,) * (slopes.ndim - 1) if spec.per_sample else ()
@@ -193,12 +245,14 @@ def oracle_gradient(
                 grad_output.shape + (1,) * (slopes.ndim - 1 if spec.per_sample else 0)
             )
             slopes = slopes * grad_output.astype(wide)
-        extra = slopes.ndim - input.ndim
+        if mask is not None:
+            slopes = np.where(mask, slopes, slopes.dtype.type(0))
+        extra = slopes.ndim - len(own_shape)
         axes = tuple(range(extra)) + tuple(
-            i + extra for i, n in enumerate(input.shape) if n == 1 and slopes.shape[i + extra] != 1
+            i + extra for i, n in enumerate(own_shape) if n == 1 and slopes.shape[i + extra] != 1
         )
         if not axes:
-            return round_to(slopes.reshape(input.shape), spec.dtype)
+            return round_to(slopes.reshape(own_shape), spec.dtype)
         # numpy adds up pairwise along the last axis alone.
         moved = np.moveaxis(slopes, axes, range(-len(axes), 0))
         kept = moved.shape[: slopes.ndim - len(axes)]
@@ -218,7 +272,31 @@ def oracle_gradient(
             if divisors is not None and len(divisors) > 1:
                 keys = _along(samples, slopes.shape, axes, at)
             rounded[at] = _exact_slope(spec, a, b, others, keys, divisors)
-        return rounded.reshape(input.shape)
+        return rounded.reshape(own_shape)
+
+
+def exact_outputs(
+    spec: LossSpec,
+    input: Array,
+    target: Array,
+    *,
+    grad_output: Array | None = None,
+    **more: Array,
+) -> dict[str, Array]:
+    """The exact array of every output of a spec, of arrays by the role they play."""
+    exact = {"loss": oracle(spec, input, target, **more)}
+    if spec.gradient:
+        exact["grad_input"] = oracle_gradient(spec, input, target, grad_output=grad_output, **more)
+    return exact
+
+
+def selected(
+    input: Array, target: Array, mask: Array | None = None, **_: Any
+) -> tuple[Array, Array]:
+    """Input and target as a loss sees them: equal, and both 0, where the mask leaves out."""
+    if mask is not None:
+        input, target = _selected(mask, [input, target])
+    return input, target
 
 
 def _along(array: Array, shape: tuple[int, ...], axes: tuple[int, ...], at: Sequence[int]) -> Array:
@@ -228,21 +306,28 @@ def _along(array: Array, shape: tuple[int, ...], axes: tuple[int, ...], at: Sequ
 
 
 def _divisors(
-    spec: LossSpec, shape: tuple[int, ...], weight: Array | None
+    spec: LossSpec,
+    shape: tuple[int, ...],
+    weight: Array | None,
+    mask: Array | None,
+    divisor: Array | None,
 ) -> list[Fraction | float] | None:
     """What the losses of a mean are divided by: one, or one for each row; exact where finite."""
     if spec.reduction != "mean":
         return None
+    if spec.weight != "weights" or weight is None:
+        return [
+            Fraction(*by.as_integer_ratio()) if np.isfinite(by) else float(by)
+            for by in _divisor(spec, shape, mask, divisor)
+        ]
     rows = shape[0] if spec.per_sample else 1
     count = math.prod(shape) // rows if rows else 0
-    if spec.weight != "weights":
-        return [Fraction(count)]
-    assert weight is not None
     parts = np.broadcast_to(weight, shape).astype(np.float64).reshape(rows, count)
     keys = np.broadcast_to(np.arange(rows)[:, None], parts.shape)
     exact = sums_of_products([(np.where(np.isfinite(parts), parts, 0),)], keys, rows)
     plain = parts.sum(axis=1).tolist()  # NaN and infinite where an element is
-    return [e if math.isfinite(p) else p for e, p in zip(exact, plain, strict=True)]
+    of_nothing = math.inf if spec.empty == "zero" else Fraction(0)
+    return [(e or of_nothing) if math.isfinite(p) else p for e, p in zip(exact, plain, strict=True)]
 
 
 def _to_long_double(value: Fraction | float) -> np.longdouble:
@@ -277,9 +362,11 @@ def _exact_slope(
     sums = sums_of_products(products, keys, len(divisors or "1"))
     total = Fraction(0)
     if divisors is None or len(divisors) == 1:
-        total = sums[0] / Fraction((divisors or [1])[0])
+        (by,) = divisors or [1]
+        total = sums[0] / Fraction(by) if math.isfinite(by) else Fraction(0)
     else:
-        pairs = [(s, Fraction(d)) for s, d in zip(sums, divisors, strict=True) if s]
+        by_row = zip(sums, divisors, strict=True)
+        pairs = [(s, Fraction(d)) for s, d in by_row if s and math.isfinite(d)]
         units = sum(
             _UNIT * s.numerator * d.denominator // (s.denominator * d.numerator) for s, d in pairs
         )

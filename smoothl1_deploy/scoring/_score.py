@@ -24,7 +24,7 @@ from ._scorer import Job, Scorer, TaskResult, make_job, score_locally
 from ._shards import Plan, Task, make_plan
 
 Engine = Callable[[Job, Plan, Sequence[Task]], Generator[TaskResult, None, None]]
-_ROLES = ("input", "target", "weight")
+_ROLES = ("input", "target", "weight", "mask")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +105,9 @@ def loss_over(
     the same way.
 
     Args:
-        batches: pairs `(input, target)`, triples with a `weight`, or mappings of these names;
-            each array as `run` takes it. For a model with a loss attached, mappings of the names of
-            its inputs.
+        batches: pairs `(input, target)`, triples with a `weight`, or mappings of these names and
+            `mask`; each array as `run` takes it. For a model with a loss attached, mappings of the
+            names of its inputs.
         spec: what is computed; its reduction is `mean` or `sum`.
         artefact: instead of a spec, or beside one that says how its losses are combined.
         backend: what runs it.
@@ -139,6 +139,9 @@ def loss_over(
 
 def _result(job: Job, partial: Partial, shards: int, start: float, **more: Any) -> Score:
     loss = partial.mean if job.spec.reduction == "mean" else partial.sum
+    of_nothing = not (partial.divisor.finite or partial.divisor.special or partial.total.special)
+    if job.spec.empty == "zero" and of_nothing:
+        loss = 0.0
     seconds = time.monotonic() - start
     return Score(loss, partial.sum, partial.count, job.spec, shards, seconds, **more)
 
@@ -156,7 +159,7 @@ def _arrays(batch: Any, inputs: Collection[str]) -> dict[str, Any]:
         if unknown:
             raise InvalidInputError(
                 f"it has {', '.join(unknown)}; a mapping has input, target and, for a spec with "
-                "one, weight"
+                "them, weight and mask"
             )
         given = dict(batch)
     elif isinstance(batch, (tuple, list)) and len(batch) in (2, 3):

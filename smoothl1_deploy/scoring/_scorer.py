@@ -36,7 +36,7 @@ from .._floats import Array
 from .._model import Loss, Port, read_attached
 from .._spec import LossSpec
 from ..backends._base import get_backend
-from ..backends._runner import as_beta
+from ..backends._runner import as_number
 from ..backends._whole import ModelRunner, constant_operands, listed, showing, takes
 from ..errors import ArtefactError, InvalidInputError, SmoothL1DeployError, SpecError
 from ..graph._attach import attached_anew
@@ -161,7 +161,7 @@ def _added_up(spec: LossSpec) -> LossSpec:
     """What runs, so that nothing is rounded between an element, or a score, and the result."""
     if spec.per_sample:
         return spec
-    return replace(spec, reduction="none", weight="count" if spec.weight else None)
+    return replace(spec, reduction="none", weight="count" if spec.weight else None, empty="nan")
 
 
 def attached_loss(model: onnx.ModelProto, name: str | None = None) -> Loss | None:
@@ -198,7 +198,7 @@ def _job_of_attached(
             f"{loss.outputs['loss']}; " + ("give it" if spec.runtime_beta else "leave it out")
         )
     if beta is not None:  # the input of such a loss is float32
-        runs = runs.at(float(as_beta(beta)))
+        runs = runs.at(float(as_number(beta)))
     alone = attached_anew(model, loss, runs)
     inputs = takes(alone)
     rows = {port.axes[:1] if port.axes is not None else (None,) for port in inputs.values()}
@@ -228,6 +228,11 @@ def _check_combined(spec: LossSpec) -> None:
             "the reduction none combines nothing; use mean or sum, per_sample for one score a "
             "row, or smoothl1-deploy run for the loss of every element"
         )
+    if spec.divisor:
+        raise SpecError(
+            "the loss is divided by an input divisor, and for files there is none; take the sum, "
+            "and divide it by the number of all data"
+        )
 
 
 class Scorer:
@@ -252,8 +257,8 @@ class Scorer:
         """What one batch adds, and the score of each of its rows where there are scores.
 
         Args:
-            arrays: `input`, `target` and, where the artefact takes it, `weight`; of a whole model
-                an array for each input.
+            arrays: `input`, `target` and, where the artefact takes them, `weight` and `mask`; of a
+                whole model an array for each input.
 
         Raises:
             InvalidInputError: on arrays that don't fit the artefact.
@@ -273,7 +278,7 @@ class Scorer:
                 f"the artefact gave a loss of shape {losses.shape} for a batch of {shape}, where "
                 f"{expected} was expected; its metadata or the given reduction is wrong"
             )
-        partial = self._partial(losses, arrays.get("weight"), math.prod(shape))
+        partial = self._partial(losses, arrays, shape)
         return partial, losses if spec.per_sample else None
 
     def _of_the_model(self, arrays: Mapping[str, Array]) -> tuple[dict[str, Array], Array]:
@@ -290,15 +295,20 @@ class Scorer:
             )
         return {role: tensors[name] for role, name in loss.inputs.items()}, losses
 
-    def _partial(self, losses: Array, weight: Array | None, count: int) -> Partial:
-        spec = self.job.spec
-        number = ExactSum(Fraction(count))
-        divisor = number
-        if spec.weight == "weights" and weight is not None:
+    def _partial(
+        self, losses: Array, arrays: Mapping[str, Array], shape: tuple[int, ...]
+    ) -> Partial:
+        spec, count = self.job.spec, math.prod(shape)
+        weight = arrays.get("weight") if spec.weight == "weights" else None
+        mask = np.asarray(arrays["mask"], bool) if spec.mask else None
+        if mask is not None:  # what an element counts, or weighs, in the divisor
+            weight = mask if weight is None else np.where(mask, weight, weight.dtype.type(0))
+        divisor = ExactSum(Fraction(count))
+        if weight is not None:
             divisor = exact_sum(weight).times(count // max(weight.size, 1))
         if self.job.elementwise or spec.reduction == "sum":
             return Partial(exact_sum(losses), divisor, count)
-        if spec.weight != "weights" or weight is None:
+        if weight is None:
             total = exact_sum(losses).times(count // max(losses.size, 1))
             return Partial(total, divisor, count)
         if not spec.per_sample:
@@ -312,7 +322,12 @@ class Scorer:
 
 
 def _product(mean: ExactSum, weights: ExactSum) -> ExactSum:
-    """A weighted mean times its weights: the total it came from; NaN and infinities spread."""
+    """A weighted mean times its weights: the total it came from; NaN and infinities spread.
+
+    The mean over nothing is NaN, and came from nothing.
+    """
+    if not (weights.finite or weights.special):
+        return ExactSum()
     if not (mean.special or weights.special):
         return ExactSum(mean.finite * weights.finite)
     signs = (x.special or (-1.0 if x.finite < 0 else 1.0) for x in (mean, weights))

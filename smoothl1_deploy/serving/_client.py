@@ -7,11 +7,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .._artefact import ROLES
+from .._artefact import NUMBERS, ROLES
 from .._dlpack import as_array
 from .._floats import Array
 from .._model import Port
-from ..backends._runner import as_beta, promote
+from ..backends._runner import as_number, promote
 from ..backends._whole import checked
 from ..errors import ArtefactError, InvalidInputError
 from ._transport import Declared, open_transport
@@ -149,9 +149,9 @@ class Client:
             input: of a loss, a numpy array or anything with `__dlpack__`, of the model's dtype or
                 of one that promotes to it.
             target: likewise, in the same shape.
-            arrays: of a loss `weight` and `beta`, a number, where it takes them. Of any other
-                model an array for each input, by its name, of the input's dtype and a shape that
-                fits.
+            arrays: of a loss `weight` and `mask`, and the numbers `beta` and `divisor`, where it
+                takes them. Of any other model an array for each input, by its name, of the
+                input's dtype and a shape that fits.
 
         Returns:
             Name -> array. A loss that the server gives as [1] has rank 0 here; scores of rows,
@@ -169,10 +169,14 @@ class Client:
         if not self.is_loss:
             return self.infer(checked(self.inputs, given))
         self._check_given(given)
-        beta = given.pop("beta", None)
+        kinds = self._kinds()
+        numbers = {
+            name: as_number(given.pop(name), name, _DTYPES.get(kinds[name], "float32")).reshape(1)
+            for name in NUMBERS
+            if name in given
+        }
         feeds = promote({name: as_array(value, name) for name, value in given.items()}, self.dtype)
-        if beta is not None:
-            feeds["beta"] = as_beta(beta).reshape(1)
+        feeds |= numbers
         outputs = self._transport.infer(
             self.model, self.version, feeds, declared=self._declared(feeds["target"].shape)
         )

@@ -3,7 +3,7 @@
 A Triton model has no tensor of rank 0, and Triton compares the rows of two inputs only where it
 batches. So a served graph has
 
-* the loss in the shape [1] for `mean` and `sum`, and [N, 1] per sample; `beta` in [1];
+* the loss in the shape [1] for `mean` and `sum`, and [N, 1] per sample; `beta`, `divisor` in [1];
 * a guard, `Reshape(target, Shape(input))`: it makes an error of a target with another number of
   rows, which would be broadcast otherwise. Empty batches pass.
 
@@ -20,6 +20,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from .._artefact import NUMBERS
 from .._model import (
     MODEL_ERRORS,
     Loss,
@@ -95,7 +96,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     if done:
         return ServedGraph(copy, losses, unbatched)
     for loss in losses:
-        for role in ("target", "weight"):
+        for role in ("target", "weight", "mask"):
             if role in loss.inputs:
                 editor.guard(loss.inputs[role], loss.inputs["input"])
     for value in inputs_of(copy):
@@ -128,8 +129,11 @@ def why_unbatched(losses: Iterable[Loss], ports: ModelPorts) -> str | None:
                 f"{loss.outputs['loss']} is a {spec.reduction} over all rows of a batch: requests "
                 "of different callers would be mixed into one number"
             )
-        if spec.runtime_beta:
-            return "beta is one number for a whole batch, and two requests may differ in it"
+        for number in NUMBERS:
+            if number in spec.inputs:
+                return (
+                    f"{number} is one number for a whole batch, and two requests may differ in it"
+                )
     for kind, given in (("input", ports.inputs), ("output", ports.outputs)):
         for port in given:
             if port.without_rows:

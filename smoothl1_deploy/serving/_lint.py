@@ -489,7 +489,7 @@ def _known(graph: _Graph, losses: tuple[Loss, ...]) -> Iterator[tuple[str, str]]
     for loss in losses:
         input = loss.inputs["input"]
         sources = graph.ancestors(input)
-        for role in ("target", "weight"):
+        for role in ("target", "weight", "mask"):
             tensor = loss.inputs.get(role)
             if tensor is None or not graph.alike(tensor, input):
                 continue

@@ -43,6 +43,7 @@ _TYPES = {
     "TYPE_FP64": "tensor(double)",
     "TYPE_INT32": "tensor(int32)",
     "TYPE_INT64": "tensor(int64)",
+    "TYPE_BOOL": "tensor(bool)",
 }
 
 
@@ -68,15 +69,15 @@ class TritonPythonModel:
         )
         self._batches = int(config["max_batch_size"]) > 0
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        given = self._checked(config["input"], inputs, "input")
+        self._inputs = self._checked(config["input"], inputs, "input")
         self._outputs = self._checked(config["output"], outputs, "output")
-        if absent := sorted({value.name for value in inputs} - {*given}):
+        if absent := sorted({value.name for value in inputs} - {*self._inputs}):
             raise self._pb.TritonModelException(
                 f"the graph needs the inputs {absent}, which config.pbtxt doesn't have"
             )
-        # numpy can't stack bfloat16, so requests with it are computed one by one.
-        dtypes = {*given.values(), *self._outputs.values()}
-        self._stacks = self._batches and "TYPE_BF16" not in dtypes
+        # What goes by no DLPack to numpy and back, bfloat16 and booleans, is computed one by one.
+        dtypes = {*self._inputs.values(), *self._outputs.values()}
+        self._stacks = self._batches and dtypes.isdisjoint(("TYPE_BF16", "TYPE_BOOL"))
         self._metrics: LossMetrics | None = None
         if COUNT_LOSSES in os.environ:
             self._metrics = LossMetrics(self._pb, args["model_name"], str(args["model_version"]))
@@ -118,8 +119,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One answer, or one error, for each request."""
-        load = self._ort.OrtValue.from_dlpack
-        feeds = [{t.name(): load(t.to_dlpack()) for t in one.inputs()} for one in requests]
+        feeds = [{t.name(): self._value(t) for t in one.inputs()} for one in requests]
         answers = None
         if self._stacks and len(feeds) > 1:
             with contextlib.suppress(Exception):  # a request is wrong: each is tried alone
@@ -131,6 +131,16 @@ class TritonPythonModel:
                     self._metrics.count(answer)
             self._metrics.tell()
         return [self._response(answer) for answer in answers]
+
+    def _value(self, tensor: Any) -> Any:
+        """An input where it lies.
+
+        Booleans go by way of numpy: ONNX Runtime (1.31) refuses their DLPack, and Triton's own
+        as_numpy (2.51) gives True for all of them.
+        """
+        if self._inputs[tensor.name()] == "TYPE_BOOL":
+            return self._ort.OrtValue.ortvalue_from_numpy(np.from_dlpack(tensor))
+        return self._ort.OrtValue.from_dlpack(tensor.to_dlpack())
 
     def _run(self, feeds: dict[str, Any]) -> dict[str, Any]:
         names = list(self._outputs)

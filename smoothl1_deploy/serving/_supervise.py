@@ -37,7 +37,7 @@ from ..errors import (
 from ..graph._metadata import SPEC, read_spec
 from ..parity._cases import with_beta
 from ..parity._certificate import CertificateStatus, certificate_path, read_certificate
-from ..reference._oracle import oracle, oracle_gradient
+from ..reference._oracle import exact_outputs
 from ._config import ONNX_FILE, PLAN_FILE, PLAN_PLATFORM
 from ._onnxruntime_backend import CANARY_ID
 from ._private import Stamp
@@ -138,11 +138,7 @@ def make_canary(file: Path, model: str, version: str) -> Canary | None:
 
 def _exact(spec: LossSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
     number = with_beta(spec, _BETA) if spec.runtime_beta else spec
-    arrays = inputs["input"], inputs["target"], inputs.get("weight")
-    expected = {"loss": oracle(number, *arrays)}
-    if spec.gradient:
-        expected["grad_input"] = oracle_gradient(number, *arrays)
-    return expected
+    return exact_outputs(number, **{role: x for role, x in inputs.items() if role != "beta"})
 
 
 def _evaluated(graph: onnx.ModelProto, inputs: Mapping[str, Array]) -> Any:
@@ -170,7 +166,7 @@ def _inputs(model: onnx.ModelProto) -> dict[str, Array] | None:
             return None
         shape = [dim if isinstance(dim, int) else _ROWS for dim in axes_of(value) or ()]
         numbers = rng.normal(size=shape) * 2
-        if value.name in ("weight", "beta"):
+        if value.name in ("weight", "beta", "divisor"):
             numbers = np.full(shape, _BETA)
         if dtype_name(dtype) not in NUMPY_DTYPE:
             numbers = np.ones(shape)

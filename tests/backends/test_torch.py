@@ -50,7 +50,7 @@ def test_torch_cuda_is_pytorch_eager_on_arrays_and_tensors() -> None:
             given["weight"] = np.full((5, 4), 0.5, arrays[0].dtype)
         on_host = runner.run(**given)
         on_device = runner.run(**{name: device.upload(array) for name, array in given.items()})
-        expected = eager_outputs(spec, *given.values())
+        expected = eager_outputs(spec, **given)
         assert {*on_host} == {*on_device} == {*expected}
         for name, array in expected.items():
             np.testing.assert_array_equal(on_host[name], array)

@@ -48,7 +48,7 @@ def test_measured_is_within_the_bound(dtype: str) -> None:
     for spec in specs:
         for size, family in product(SIZES if spec.beta == 1.0 else SIZES[:-2], FAMILIES):
             case = Case(family, "bound", (size,), (size,), seed=size)
-            weight = case.weights(spec) if spec.weight else None
+            weight = case.more(spec).get("weight")
             arrays = (*case.arrays(spec), weight)
             # A float16 sum overflows, and a single weight of 0 makes NaN.
             if np.isfinite(oracle(spec, *arrays)).all():

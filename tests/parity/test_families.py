@@ -60,7 +60,7 @@ def test_the_data_stay_so_that_the_command_of_a_red_cell_repeats_it() -> None:
             arrays = Case.of(name, "broadcast-both", seed=5).arrays(spec)
         else:
             case = replace(Case.of("normal", "broadcast-both", seed=5), weighting=kind)
-            arrays = case.weights(spec), case.upstream(spec)
+            arrays = case.more(spec).values()
         for array in arrays:
             found[name] = zlib.crc32(array.tobytes(), found[name])
     del found["magnitudes"]
@@ -141,7 +141,8 @@ def test_weights_of_each_kind(dtype: str) -> None:
     spec, info = LossSpec(dtype=dtype, weight="count"), ml_dtypes.finfo(NUMPY_DTYPE[dtype])
 
     def weights(kind: str) -> np.ndarray:
-        return replace(Case.of("normal", "odd"), weighting=kind).weights(spec).astype(np.longdouble)
+        case = replace(Case.of("normal", "odd"), weighting=kind)
+        return case.more(spec)["weight"].astype(np.longdouble)
 
     assert (weights("usual") >= 0).all() and (weights("usual") == 0).any()
     signed, zeros = weights("signed"), weights("zeros")

@@ -95,7 +95,7 @@ def test_the_maps_are_beta_by_reduction_and_extension_by_beta(green: Report) -> 
             assert rows == ["0.5", "inf"]
         else:
             assert (grid.corner, columns) == ("extension", ["0.5", "inf"])
-            assert rows == ["mean per sample gradient runtime beta weight=weights upstream"]
+            assert rows == ["mean per sample gradient runtime beta weight=weights upstream mask"]
     titles = [(grid.subtitle, grid.title) for grid in drawn["float32"]]
     assert titles == 2 * [
         (backend, route)

@@ -114,7 +114,7 @@ def test_the_worst_element_is_told_with_its_inputs(green: Report, red: Report) -
         sample, verdict = cell.worst.sample, cell.worst.verdict
         if not is_extended(cell.spec):
             assert (sample.behind == 1) == (cell.spec.reduction == "none")
-        names = [*("input", "target"), *(["weight"] if cell.spec.weight else [])]
+        names = [*cell.spec.operands]
         assert list(sample.inputs) == names
         assert {len(x) for x in sample.inputs.values()} == {min(4, sample.behind)}
         if verdict.ulp == 0:
