@@ -23,6 +23,8 @@ SPECS = {
     "scores": LossSpec(per_sample=True, dtype="bfloat16"),
     "beta": LossSpec(runtime_beta=True, dtype="float64"),
     "weighted": LossSpec(weight="weights", gradient=True),
+    "masked": LossSpec(mask=True, gradient=True),
+    "divided": LossSpec(divisor=True),
 }
 
 _HEAD = model_of("g (float[N, 3, 8, 8] images) => (float[N, 192] boxes) {boxes = Flatten(images)}")

@@ -209,8 +209,8 @@ def test_loss_over_takes_mappings_and_says_which_batch_is_wrong() -> None:
     assert weighted.loss == float(elements(p, t) / 300)
     with pytest.raises(InvalidInputError, match="^batch 2: a ndarray is no batch; give"):
         loss_over([both, p], LossSpec())
-    with pytest.raises(InvalidInputError, match="^batch 1: it has mask; a mapping has input"):
-        loss_over([{**both, "mask": p}], LossSpec())
+    with pytest.raises(InvalidInputError, match="^batch 1: it has masks; a mapping has input"):
+        loss_over([{**both, "masks": p}], LossSpec())
     with pytest.raises(InvalidInputError, match=r"^batch 1: .*\(99, 3\).* can't be broadcast"):
         loss_over([(p, t[1:])], LossSpec())
     with pytest.raises(InvalidInputError, match="^batch 1: target is missing"):

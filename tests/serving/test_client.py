@@ -29,7 +29,7 @@ from smoothl1_deploy._floats import NUMPY_DTYPE, ulp_distance
 from smoothl1_deploy.cli import main
 from smoothl1_deploy.errors import ArtefactError, InvalidInputError, ServerError, SpecError
 from smoothl1_deploy.parity._cases import with_beta
-from smoothl1_deploy.reference._oracle import oracle, oracle_gradient
+from smoothl1_deploy.reference._oracle import exact_outputs, oracle
 from smoothl1_deploy.serving import Client
 from smoothl1_deploy.serving._server import Server
 from smoothl1_deploy.serving._transport import open_transport
@@ -67,14 +67,15 @@ def test_every_kind_of_loss_and_the_gradient_beside_it(ask: Callable[[str], Clie
         if rows == 0 and name in ("none", "scores"):  # Triton's batches have one row at least
             continue
         x, y, w = arrays(spec, rows)
-        weight, beta = (w if spec.weight else None), (BETA if spec.runtime_beta else None)
-        outputs = ask(name).run(x, y, beta=beta, weight=weight)
-        exact = with_beta(spec, BETA) if spec.runtime_beta else spec
-        assert is_right(outputs["loss"], oracle(exact, x, y, weight)), (name, rows)
-        assert np.isnan(outputs["loss"]).all() == (rows == 0 and "sum" not in name), (name, rows)
-        assert ("grad_input" in outputs) == spec.gradient
-        if spec.gradient:
-            assert is_right(outputs["grad_input"], oracle_gradient(spec, x, y, weight), 4), rows
+        of_nothing = rows == 0 and "sum" not in name and not spec.divisor
+        given = {"input": x, "target": y, "weight": w, "mask": w > 1, "divisor": 7.0, "beta": BETA}
+        given = {role: value for role, value in given.items() if role in spec.inputs}
+        outputs = ask(name).run(**given)
+        given.pop("beta", None)
+        exact = exact_outputs(with_beta(spec, BETA) if spec.runtime_beta else spec, **given)
+        assert {*outputs} == {*exact} and np.isnan(outputs["loss"]).all() == of_nothing, name
+        for output, array in exact.items():
+            assert is_right(outputs[output], array, 4), (name, rows)
 
 
 def test_the_example_of_the_client(server: Server) -> None:
