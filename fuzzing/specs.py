@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from smoothl1_deploy import LossSpec, attach, export
-from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
+from smoothl1_deploy._spec import DTYPES, LOSSES, NORMALIZERS, REDUCTIONS
 from smoothl1_deploy.cli._options import parse_shape
 from smoothl1_deploy.graph._export import ROUTES
 from smoothl1_deploy.graph._metadata import read_spec
@@ -26,6 +26,9 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "gradient": _FLAGS,
     "runtime_beta": _FLAGS,
     "weight": mostly(st.sampled_from([None, *NORMALIZERS]), THINGS),
+    "loss": mostly(st.sampled_from(LOSSES), THINGS),
+    "delta": mostly(st.none(), NUMBERS),
+    "loss_weight": NUMBERS,
 }
 _LEGACY = {name: _FIELDS[name] for name in ("beta", "reduction", "dtype")}
 

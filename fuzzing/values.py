@@ -86,7 +86,10 @@ def _specs(draw: st.DrawFn) -> LossSpec:
         "gradient": draw(st.booleans()),
         "runtime_beta": draw(st.booleans()),
         "weight": draw(st.sampled_from([None, None, *NORMALIZERS])),
+        "loss_weight": draw(st.sampled_from([1.0, 1.0, 1.0, 0.3, -1e300])),
     }
+    if draw(st.integers(0, 3)) == 0:
+        fields |= {"loss": "huber", "delta": fields.pop("beta")}
     try:
         return LossSpec(**fields)
     except SpecError:

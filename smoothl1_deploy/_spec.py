@@ -3,16 +3,21 @@
     l = 0.5 * d^2 / beta     if |d| < beta
     l = |d| - 0.5 * beta     otherwise,          d = input - target
 
-Source: the documentation of `torch.nn.SmoothL1Loss`, whose argument names are used throughout.
+The Huber loss is delta times that, with delta in the place of beta, and the L1 loss is that of
+beta 0.
+
+Source: the documentation of `torch.nn.SmoothL1Loss`, whose argument names are used throughout, and
+of `torch.nn.HuberLoss`.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 from .errors import SpecError
@@ -20,6 +25,9 @@ from .errors import SpecError
 _Shape = TypeVar("_Shape", tuple[int, ...], tuple[int | str, ...] | None)
 
 REDUCTIONS = ("none", "mean", "sum")
+
+#: The losses by name; `l1` is `smooth_l1` with beta 0.
+LOSSES = ("smooth_l1", "huber", "l1")
 
 #: How a spec becomes ONNX.
 ROUTES = ("function", "inlined", "torch")
@@ -67,23 +75,44 @@ def resolve_reduction(
     return "mean" if average else "sum"
 
 
-def _valid_beta(beta: object) -> float:
-    remedy = "give a number >= 0, for instance 1.0 (0 is the L1 loss, inf the zero loss)"
-    if isinstance(beta, bool) or not isinstance(beta, numbers.Real):
-        raise SpecError(
-            f"beta must be a real number, got {beta!r} ({type(beta).__name__}); {remedy}"
-        )
+def _valid_number(name: str, value: Any, remedy: str) -> float:
+    """`value`, a real number that is not NaN, as a float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        kind = type(value).__name__
+        raise SpecError(f"{name} must be a real number, got {value!r} ({kind}); {remedy}")
     try:
-        value = float(beta)
+        number = float(value)
     except OverflowError:  # the digits would be the whole message, or too many for Python to print
         raise SpecError(
-            f"beta is a {type(beta).__name__} that no float can hold; {remedy}"
+            f"{name} is a {type(value).__name__} that no float can hold; {remedy}"
         ) from None
-    if math.isnan(value):
-        raise SpecError(f"beta must not be NaN; {remedy}")
+    if math.isnan(number):
+        raise SpecError(f"{name} must not be NaN; {remedy}")
+    return number
+
+
+def _valid_beta(beta: Any) -> float:
+    remedy = "give a number >= 0, for instance 1.0 (0 is the L1 loss, inf the zero loss)"
+    value = _valid_number("beta", beta, remedy)
     if beta < 0:  # not `value`: a Fraction may be negative and round to -0.0
         raise SpecError(f"beta must not be negative, got {value!r}; {remedy}")
     return value + 0.0  # -0.0 becomes 0.0, so that equal specs have equal names
+
+
+def _valid_delta(delta: Any) -> float:
+    remedy = "give a number > 0, for instance 1.0 (inf is half the squared difference)"
+    value = _valid_number("delta", delta, remedy)
+    if value <= 0:
+        raise SpecError(f"delta must be above 0, as PyTorch has it, got {value!r}; {remedy}")
+    return value
+
+
+def _valid_loss_weight(loss_weight: Any) -> float:
+    remedy = "give a finite number, for instance 2.0"
+    value = _valid_number("loss_weight", loss_weight, remedy)
+    if math.isinf(value):
+        raise SpecError(f"loss_weight must be finite, got {value!r}; {remedy}")
+    return value + 0.0  # as beta
 
 
 def _valid_choice(kind: str, value: object, choices: tuple[str, ...]) -> str:
@@ -97,9 +126,6 @@ def _valid_choice(kind: str, value: object, choices: tuple[str, ...]) -> str:
     return choices[choices.index(name)]  # the plain str of a numpy.str_ or an enumeration
 
 
-#: What an extension's field holds where it isn't used.
-_UNUSED = (False, None, "nan")
-
 _SMALLEST_NORMAL_FLOAT32 = 2.0**-126
 
 
@@ -112,7 +138,7 @@ def _round_to_float32(value: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
-    """A Smooth L1 loss: which beta, which reduction, in which dtype.
+    """A Smooth L1, Huber or L1 loss: which beta, which reduction, in which dtype.
 
     Args:
         beta: where the quadratic part ends, >= 0; 0 is exactly the L1 loss. Any real number.
@@ -138,6 +164,12 @@ class LossSpec:
             the dtype is), and not by a count: that of the positives of every worker, for instance.
         empty: a mean whose divisor is 0, as where nothing is selected: `"nan"` is what a division
             gives, as in PyTorch; `"zero"` is 0, and so is its gradient.
+        loss: `"smooth_l1"`; `"huber"`, with `delta` for beta; or `"l1"`, another name for beta 0.
+        delta: where the quadratic part of `"huber"` ends, > 0; 1.0 by default, as PyTorch has it.
+            None for the other losses. With `runtime_beta` the input `beta` is delta, and 0 gives
+            NaN too.
+        loss_weight: a finite number that the loss, once reduced, is multiplied by; its gradient
+            too.
 
     Raises:
         SpecError: a `ValueError` that names the value and the remedy.
@@ -146,6 +178,10 @@ class LossSpec:
     'smooth_l1_loss_beta_0.5_mean_float32'
     >>> LossSpec(beta=1e-50).effective_beta
     0.0
+    >>> LossSpec(loss="huber", delta=0.5).name
+    'huber_loss_delta_0.5_mean_float32'
+    >>> LossSpec(loss="l1") == LossSpec(beta=0)
+    True
     """
 
     beta: float = 1.0
@@ -159,14 +195,41 @@ class LossSpec:
     mask: bool = False
     divisor: bool = False
     empty: str = "nan"
+    loss: str = "smooth_l1"
+    delta: float | None = None
+    loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "loss", _valid_choice("loss", self.loss, LOSSES))
         object.__setattr__(self, "beta", _valid_beta(self.beta))
         object.__setattr__(
             self, "reduction", _valid_choice("reduction", self.reduction, REDUCTIONS)
         )
         object.__setattr__(self, "dtype", _valid_choice("dtype", self.dtype, DTYPES))
+        object.__setattr__(self, "loss_weight", _valid_loss_weight(self.loss_weight))
+        self._name_the_knee()
         self._check_extensions()
+
+    def _name_the_knee(self) -> None:
+        """Let a Huber loss have a delta and no beta, an L1 loss the beta 0, and others no delta."""
+        if self.loss == "huber":
+            if self.beta != 1.0:
+                raise SpecError(f"a Huber loss has no beta, got {self.beta!r}; call it delta")
+            delta = 1.0 if self.delta is None else self.delta
+            object.__setattr__(self, "delta", _valid_delta(delta))
+        elif self.delta is not None:
+            raise SpecError(
+                f"delta {self.delta!r} is of the loss huber, and {self.loss} has none; use "
+                "loss='huber', or beta"
+            )
+        elif self.loss == "l1":
+            if self.beta not in (0.0, 1.0):
+                raise SpecError(
+                    f"the loss l1 is smooth_l1 with beta 0, got the beta {self.beta!r}; leave it "
+                    "out, or use smooth_l1"
+                )
+            object.__setattr__(self, "loss", "smooth_l1")
+            object.__setattr__(self, "beta", 0.0)
 
     def _check_extensions(self) -> None:
         for name in ("per_sample", "gradient", "runtime_beta", "upstream", "mask", "divisor"):
@@ -201,10 +264,11 @@ class LossSpec:
                 "upstream is the gradient that flows into grad_input, and without gradient there "
                 "is no such output; ask for gradient too"
             )
-        if self.runtime_beta and self.beta != 1.0:
+        if self.runtime_beta and self.knee != 1.0:
+            name = "delta" if self.loss == "huber" else "beta"
             raise SpecError(
-                f"runtime_beta takes beta as an input at run time, so beta {self.beta!r} would be "
-                "ignored; leave beta at its default"
+                f"runtime_beta takes {name} as an input at run time, so {name} {self.knee!r} would "
+                f"be ignored; leave {name} at its default"
             )
 
     @classmethod
@@ -220,37 +284,42 @@ class LossSpec:
         return cls(beta, resolve_reduction(size_average, reduce, reduction), dtype)
 
     @classmethod
-    def from_module(cls, module: Any, dtype: Any = "float32") -> LossSpec:
-        """The spec of a `torch.nn.SmoothL1Loss` (or a subclass of it).
+    def from_module(cls, module: Any, dtype: Any = "float32", **fields: Any) -> LossSpec:
+        """The spec of a loss as people have it: a module, or a function with its arguments.
 
-        A loss module has no parameters and so no dtype of its own: `dtype` says which one its
-        tensors have.
+        Nothing is imported to recognise it. mmdetection's mean of nothing is 0, and so is fvcore's,
+        where PyTorch's, and the spec's, is NaN.
+
+        Args:
+            module: a `torch.nn.SmoothL1Loss`, `HuberLoss` or `L1Loss`, or a subclass; a module
+                whose class, or a parent, has one of these names and has the attributes that the
+                name asks for, as mmdetection's with their `loss_weight`; or a function
+                `smooth_l1_loss`, `huber_loss` or `l1_loss`, as PyTorch's, torchvision's and
+                fvcore's, which `functools.partial` may have given its arguments.
+            dtype: of the tensors: a loss has no parameters, and so no dtype of its own.
+            fields: further ones of the spec, of which the module says nothing: mmdetection's
+                argument `weight`, for instance, is `weight="count"`.
 
         Raises:
-            SpecError: for any other object.
-        """
-        from .errors import require
+            SpecError: for any other object, and a field that the module says itself.
 
-        torch = require("torch", "torch", "LossSpec.from_module")
-        if not isinstance(module, torch.nn.SmoothL1Loss):
+        >>> class SmoothL1Loss:  # as mmdetection's
+        ...     beta, reduction, loss_weight = 0.11, "mean", 2.0
+        >>> LossSpec.from_module(SmoothL1Loss(), weight="count").name
+        'smooth_l1_loss_beta_0.11_mean_weight_by_count_times_2.0_float32'
+        """
+        said = _said_by_function(module) or _said_by_module(module)
+        if not said:
             raise SpecError(
-                f"expected a torch.nn.SmoothL1Loss, got {type(module).__name__}; "
-                "write LossSpec(beta=..., reduction=...) for anything else"
+                "expected a torch.nn.SmoothL1Loss, HuberLoss or L1Loss, or a function of such a "
+                f"name, got {type(module).__name__}; write LossSpec(beta=..., reduction=...) for "
+                "anything else"
             )
-        beta = module.beta
-        if isinstance(beta, torch.Tensor):
-            if beta.numel() != 1:
-                raise SpecError(
-                    f"beta must be one number, got a tensor of shape {tuple(beta.shape)}; "
-                    "export one loss for each beta"
-                )
-            try:
-                beta = beta.item()
-            except Exception as exc:  # a FakeTensor or meta tensor
-                raise SpecError(
-                    f"beta is a {type(beta).__name__} without a number ({exc}); give one with data"
-                ) from exc
-        return cls(beta=beta, reduction=module.reduction, dtype=dtype)
+        if both := sorted(said.keys() & fields.keys()):
+            raise SpecError(
+                f"{', '.join(both)}: the {type(module).__name__} says that itself; leave it out"
+            )
+        return cls(dtype=dtype, **said, **fields)
 
     @property
     def compute_dtype(self) -> str:
@@ -263,15 +332,33 @@ class LossSpec:
         return self.dtype != "float64" and 0 < self.effective_beta < _SMALLEST_NORMAL_FLOAT32
 
     @property
+    def is_of_torch(self) -> bool:
+        """Whether a module of PyTorch's is all of it."""
+        alone = LossSpec(reduction=self.reduction, dtype=self.dtype, loss=self.loss)
+        return self == alone.at(self.knee)
+
+    @property
+    def knee(self) -> float:
+        """Where the quadratic part ends: beta, or the delta of a Huber loss."""
+        return self.beta if self.delta is None else self.delta
+
+    @property
     def effective_beta(self) -> float:
-        """beta rounded to float32 where dtype is no wider, as PyTorch rounds it first."""
-        return self.beta if self.dtype == "float64" else _round_to_float32(self.beta)
+        """The knee, rounded to float32 where dtype is no wider, as PyTorch rounds it first."""
+        return self.knee if self.dtype == "float64" else _round_to_float32(self.knee)
+
+    @property
+    def effective_loss_weight(self) -> float:
+        """loss_weight, rounded likewise."""
+        wide = self.dtype == "float64"
+        return self.loss_weight if wide else _round_to_float32(self.loss_weight)
 
     @property
     def name(self) -> str:
         """A name that no other spec has; used for graphs, networks and files."""
-        beta = "runtime" if self.runtime_beta else repr(self.beta)
-        parts = ["smooth_l1_loss", "beta", beta, self.reduction]
+        knee = "runtime" if self.runtime_beta else repr(self.knee)
+        named = "beta" if self.delta is None else "delta"
+        parts = [f"{self.loss}_loss", named, knee, self.reduction]
         if self.per_sample:
             parts.append("per_sample")
         if self.weight:
@@ -281,7 +368,18 @@ class LossSpec:
             parts.append(f"empty_{self.empty}")
         if self.gradient:
             parts.append("gradient_with_upstream" if self.upstream else "gradient")
+        if self.loss_weight != 1.0:
+            parts.append(f"times_{self.loss_weight!r}")
         return "_".join([*parts, self.dtype])
+
+    def at(self, knee: float) -> LossSpec:
+        """The same loss with this number for beta, or delta, where it is no input.
+
+        >>> LossSpec(runtime_beta=True).at(0.5) == LossSpec(0.5)
+        True
+        """
+        number: Any = {"beta" if self.delta is None else "delta": knee}
+        return replace(self, runtime_beta=False, **number)
 
     def without_gradient(self) -> LossSpec:
         """The same loss alone: no `grad_input`, and no `grad_output` that would flow into it.
@@ -338,12 +436,11 @@ class LossSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-ready: an infinite beta is `"inf"`; extensions not used are left out."""
-        fields = asdict(self)
-        fields["beta"] = "inf" if math.isinf(self.beta) else self.beta
         return {
-            name: value
-            for name, value in fields.items()
-            if name in ("beta", "reduction", "dtype") or value not in _UNUSED
+            each.name: "inf" if value == math.inf else value
+            for each in fields(self)
+            if (value := getattr(self, each.name)) != each.default
+            or each.name in ("beta", "reduction", "dtype")
         }
 
     @classmethod
@@ -362,6 +459,85 @@ class LossSpec:
                 "it was written by a newer version of smoothl1-deploy: upgrade this one"
             )
         values = dict(fields)
-        if isinstance(values.get("beta"), str) and values["beta"] == "inf":
-            values["beta"] = math.inf
+        for name in ("beta", "delta"):
+            if isinstance(values.get(name), str) and values[name] == "inf":
+                values[name] = math.inf
         return cls(**values)
+
+
+#: The class of a module -> the loss, and what the module says of it by an attribute.
+_MODULES = {
+    "SmoothL1Loss": ("smooth_l1", ("beta", "reduction")),
+    "HuberLoss": ("huber", ("delta", "reduction")),
+    "L1Loss": ("l1", ("reduction",)),
+}
+#: The function -> the loss, and the argument that is its knee.
+_FUNCTIONS = {
+    "smooth_l1_loss": ("smooth_l1", "beta"),
+    "huber_loss": ("huber", "delta"),
+    "l1_loss": ("l1", ""),
+}
+_REDUCING = ("size_average", "reduce", "reduction")
+_LEAST_OF_FVCORE = 1e-5  # of a beta below, fvcore computes the L1 loss
+
+
+def _said_by_module(module: Any) -> dict[str, Any]:
+    """The fields of a spec that a module says; none where it is no loss that is known."""
+    for kind in type(module).__mro__:
+        loss, names = _MODULES.get(kind.__name__, ("", ()))
+        if loss and all(hasattr(module, name) for name in names):
+            names += ("loss_weight",) if hasattr(module, "loss_weight") else ()
+            return {"loss": loss, **{name: _number(getattr(module, name), name) for name in names}}
+    return {}
+
+
+def _said_by_function(function: Any) -> dict[str, Any]:
+    """Likewise of a function, with the arguments that a `functools.partial` has for it."""
+    own = getattr(function, "func", function)
+    name = str(getattr(own, "__name__", ""))
+    loss, knee = _FUNCTIONS.get(name, ("", ""))
+    if not loss:
+        return {}
+    args, keywords = getattr(function, "args", ()), getattr(function, "keywords", {})
+    try:
+        bound = inspect.signature(own).bind_partial(*args, **keywords)
+    except (TypeError, ValueError) as exc:  # the latter of what has no signature
+        raise SpecError(f"{name}: {exc}; write LossSpec(beta=..., reduction=...)") from exc
+    known = {*_REDUCING, knee}
+    if other := [n for n, value in bound.arguments.items() if n not in known and value is not None]:
+        raise SpecError(
+            f"{name} is given {', '.join(other)}, which is no part of a spec; leave it out. "
+            'A weight is an input: from_module(..., weight="count")'
+        )
+    bound.apply_defaults()
+    given = bound.arguments
+    reducing = {n: given[n] for n in _REDUCING if n in given}
+    if (knee and knee not in given) or not reducing:
+        missing = "reduction" if knee in given or not knee else knee
+        raise SpecError(
+            f"{name} has no {missing} by default, and is given none; give it, as in "
+            f"functools.partial({name}, {missing}=...)"
+        )
+    said: dict[str, Any] = {"loss": loss, "reduction": resolve_reduction(**reducing)}
+    if knee:
+        said[knee] = _number(given[knee], knee)
+    if knee == "beta" and str(getattr(own, "__module__", "")).startswith("fvcore."):
+        said[knee] = 0.0 if _valid_beta(said[knee]) < _LEAST_OF_FVCORE else said[knee]
+    return said
+
+
+def _number(value: Any, name: str) -> Any:
+    """`value`, or the number that a tensor of PyTorch's holds."""
+    if not hasattr(value, "numel"):
+        return value
+    if value.numel() != 1:
+        raise SpecError(
+            f"{name} must be one number, got a tensor of shape {tuple(value.shape)}; "
+            "export one loss for each"
+        )
+    try:
+        return value.item()
+    except Exception as exc:  # a FakeTensor or meta tensor
+        raise SpecError(
+            f"{name} is a {type(value).__name__} without a number ({exc}); give one with data"
+        ) from exc

@@ -68,6 +68,14 @@ def exact_loss(input: float, target: float, beta: float) -> Fraction:
     return d * d / (2 * b) if d < b else d - b / 2
 
 
+def exact_huber(input: float, target: float, delta: float) -> Fraction:
+    """The definition of the Huber loss, of finite numbers and a delta that may be infinite."""
+    d = abs(Fraction(input) - Fraction(target))
+    if math.isinf(delta) or d < Fraction(delta):
+        return d * d / 2
+    return Fraction(delta) * (d - Fraction(delta) / 2)
+
+
 def exact_reduction(losses: list[Fraction], reduction: str) -> Fraction:
     """`mean` or `sum` of a list that isn't empty."""
     total = sum(losses, Fraction(0))

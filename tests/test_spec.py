@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import decimal
 import enum
+import functools
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +28,17 @@ from smoothl1_deploy._spec import DTYPES, REDUCTIONS, resolve_reduction
 from smoothl1_deploy.errors import SpecError
 
 betas = st.floats(min_value=0, allow_nan=False, allow_infinity=True)
-specs = st.builds(LossSpec, betas, st.sampled_from(REDUCTIONS), st.sampled_from(DTYPES))
+specs = st.builds(
+    lambda spec, loss, factor: dataclasses.replace(
+        spec
+        if loss is None
+        else LossSpec(1.0, spec.reduction, spec.dtype, loss="huber", delta=loss),
+        loss_weight=factor,
+    ),
+    st.builds(LossSpec, betas, st.sampled_from(REDUCTIONS), st.sampled_from(DTYPES)),
+    st.none() | betas.filter(bool),
+    st.just(1.0) | st.floats(allow_nan=False, allow_infinity=False),
+)
 
 
 def test_defaults_are_those_of_torch() -> None:
@@ -222,6 +234,7 @@ def test_from_module_validates() -> None:
         (torch.tensor(1j), "beta must be a real number, got 1j"),
         (torch.tensor(True), "beta must be a real number, got True"),
         (torch.ones(0), "beta must be one number, got a tensor of shape (0,); export one loss for"),
+        (torch.empty(1, device="meta"), "beta is a Tensor without a number ("),
         (torch.ones(2, 3), "beta must be one number, got a tensor of shape (2, 3); export one los"),
     ):
         with pytest.raises(SpecError, match=re.escape(text)):
@@ -229,10 +242,104 @@ def test_from_module_validates() -> None:
 
 
 def test_from_module_refuses_what_is_no_smooth_l1_loss() -> None:
-    for module in (torch.nn.HuberLoss(), torch.nn.SmoothL1Loss, torch.nn.L1Loss(), None, 1.0):
+    class SmoothL1Loss:  # as mmpose's, whose reduction is its own
+        beta = 1.0
+
+    for module in (torch.nn.MSELoss(), torch.nn.SmoothL1Loss, SmoothL1Loss(), print, None, 1.0):
         with pytest.raises(SpecError) as caught:
             LossSpec.from_module(module)
         assert str(caught.value) == (
-            f"expected a torch.nn.SmoothL1Loss, got {type(module).__name__}; "
-            "write LossSpec(beta=..., reduction=...) for anything else"
+            "expected a torch.nn.SmoothL1Loss, HuberLoss or L1Loss, or a function of such a name, "
+            f"got {type(module).__name__}; write LossSpec(beta=..., reduction=...) for anything "
+            "else"
         )
+
+
+def test_from_module_takes_huber_and_l1_with_what_the_module_does_not_say() -> None:
+    huber = torch.nn.HuberLoss("sum", 0.5)
+    assert LossSpec.from_module(huber) == LossSpec(reduction="sum", loss="huber", delta=0.5)
+    assert LossSpec.from_module(torch.nn.L1Loss(size_average=False)) == LossSpec(0.0, "sum")
+    spec = LossSpec.from_module(torch.nn.L1Loss(), "float16", weight="count", gradient=True)
+    assert spec == LossSpec(0.0, "mean", "float16", weight="count", gradient=True)
+    with pytest.raises(SpecError, match="^reduction: the L1Loss says that itself; leave it out$"):
+        LossSpec.from_module(torch.nn.L1Loss(), reduction="sum")
+
+
+def test_from_module_knows_the_losses_of_mmdetection_by_their_attributes() -> None:
+    """Its classes, with what `__init__` sets: mmdet/models/losses/smooth_l1_loss.py, 3.3."""
+
+    class SmoothL1Loss(torch.nn.Module):
+        def __init__(self, beta: float = 1.0, reduction: str = "mean", loss_weight: float = 1.0):
+            super().__init__()
+            self.beta, self.reduction, self.loss_weight = beta, reduction, loss_weight
+
+    class L1Loss(torch.nn.Module):
+        def __init__(self, reduction: str = "mean", loss_weight: float = 1.0):
+            super().__init__()
+            self.reduction, self.loss_weight = reduction, loss_weight
+
+    given = LossSpec.from_module(SmoothL1Loss(1 / 9, "sum", 2.0), weight="count")
+    assert given == LossSpec(1 / 9, "sum", weight="count", loss_weight=2.0)
+    assert LossSpec.from_module(L1Loss(loss_weight=0)) == LossSpec(loss="l1", loss_weight=0.0)
+
+
+def test_from_module_knows_functions_with_their_arguments() -> None:
+    def fvcore(input: object, target: object, beta: float, reduction: str = "none") -> None: ...
+
+    def old_torchvision(
+        input: object, target: object, beta: float = 1.0 / 9, size_average: bool = True
+    ) -> None: ...
+
+    def own(prediction: object, truth: object, beta: float = 1.0) -> None: ...
+
+    for function in (fvcore, old_torchvision, own):
+        function.__name__ = "smooth_l1_loss"
+    fvcore.__module__ = "fvcore.nn.smooth_l1_loss"
+    of, part = LossSpec.from_module, functools.partial
+    assert of(part(fvcore, beta=0.1)) == LossSpec(0.1, "none")
+    assert of(part(fvcore, beta=9e-6, reduction="sum")) == LossSpec(0.0, "sum")  # as it computes
+    assert of(part(fvcore, beta=1e-5)) == LossSpec(1e-5, "none")
+    assert of(old_torchvision) == LossSpec(1 / 9, "mean")
+    assert of(part(old_torchvision, size_average=False)) == LossSpec(1 / 9, "sum")
+    assert of(part(F.smooth_l1_loss, beta=1e-9), "float16") == LossSpec(1e-9, dtype="float16")
+    huber = LossSpec(reduction="none", loss="huber", delta=2.0)
+    assert of(part(F.huber_loss, delta=2, reduction="none")) == huber
+    assert of(F.l1_loss) == LossSpec(loss="l1")
+    for function, text in (
+        (fvcore, "smooth_l1_loss has no beta by default, and is given none; give it, as in"),
+        (own, "smooth_l1_loss has no reduction by default, and is given none"),
+        (part(F.huber_loss, weight=torch.ones(3)), "huber_loss is given weight, which is no part"),
+        (part(F.l1_loss, beta=1.0), "l1_loss: got an unexpected keyword argument 'beta'; write"),
+        (torch._C._nn.smooth_l1_loss, "smooth_l1_loss: no signature found for builtin"),
+    ):
+        with pytest.raises(SpecError, match=re.escape(text)):
+            of(function)
+
+
+def test_a_huber_loss_has_a_delta_and_no_beta_and_the_l1_loss_is_one_of_beta_0() -> None:
+    huber = LossSpec(loss="huber")
+    assert (huber.delta, huber.knee, huber.effective_beta) == (1.0, 1.0, 1.0)
+    assert dataclasses.replace(huber, delta=0.1).name == "huber_loss_delta_0.1_mean_float32"
+    assert LossSpec(loss="l1", beta=0).name == LossSpec(0).name
+    assert LossSpec(loss="huber", runtime_beta=True).name.startswith("huber_loss_delta_runtime_")
+    for spec in (
+        huber,
+        LossSpec(loss="huber", delta=math.inf, loss_weight=-2),
+        LossSpec(loss="l1"),
+    ):
+        text = json.dumps(spec.to_dict(), allow_nan=False)
+        assert LossSpec.from_dict(json.loads(text)) == spec
+    for fields, text in (
+        ({"loss": "mse"}, "unknown loss 'mse'; choose one of smooth_l1, huber, l1"),
+        ({"loss": "huber", "beta": 0.5}, "a Huber loss has no beta, got 0.5; call it delta"),
+        ({"delta": 0.5}, "delta 0.5 is of the loss huber, and smooth_l1 has none; use"),
+        ({"loss": "l1", "delta": 1}, "delta 1 is of the loss huber, and l1 has none; use"),
+        ({"loss": "l1", "beta": 0.5}, "the loss l1 is smooth_l1 with beta 0, got the beta 0.5;"),
+        ({"loss": "l1", "runtime_beta": True}, "runtime_beta takes beta as an input at run time,"),
+        ({"loss": "huber", "delta": 0}, "delta must be above 0, as PyTorch has it, got 0.0; give"),
+        ({"loss": "huber", "delta": math.nan}, "delta must not be NaN; give a number > 0"),
+        ({"loss": "huber", "delta": 2, "runtime_beta": True}, "runtime_beta takes delta as an inp"),
+        ({"loss_weight": math.inf}, "loss_weight must be finite, got inf; give a finite number"),
+        ({"loss_weight": "2"}, "loss_weight must be a real number, got '2' (str); give a finite"),
+    ):
+        assert refusal(**fields).startswith(text), refusal(**fields)

@@ -107,7 +107,10 @@ def _refusal(spec: LossSpec) -> str | None:
         spec.beta, spec.reduction, spec.dtype, spec.per_sample, runtime_beta=spec.runtime_beta
     )
     if spec != plain:
-        return "the fused kernel of torch-triton takes no weight, mask or divisor"
+        return (
+            "the fused kernel of torch-triton takes no weight, mask or divisor, and knows neither "
+            "Huber's loss nor a constant factor"
+        )
     return None
 
 
@@ -154,7 +157,7 @@ class TorchTritonBackend(GpuBackend):
             self.slow = self._device.name
 
     def refuses(self, spec: LossSpec) -> str | None:
-        """Refuse a gradient, weights, a mask and a divisor."""
+        """Refuse whatever is more than Smooth L1, its scores and a beta at run time."""
         return _refusal(spec)
 
     def load(self, model: onnx.ModelProto) -> TorchTritonRunner:

@@ -294,7 +294,8 @@ def _summary(
             else "without a loss of smoothl1-deploy's"
         )
     else:
-        said = f"a Smooth L1 loss ({_told(spec)}), by the route {read_route(model)}"
+        kind = "Huber" if spec.loss == "huber" else "Smooth L1"
+        said = f"a {kind} loss ({_told(spec)}), by the route {read_route(model)}"
         if is_served(model):
             said += " with the shapes of a server"
         if [node.domain for node in model.graph.node] == [DOMAIN] and not spec.has_subnormal_beta:
@@ -304,16 +305,18 @@ def _summary(
 
 def _told(spec: LossSpec) -> str:
     """`mean per sample, beta 0.5, float32, with its gradient`."""
+    knee = "beta" if spec.delta is None else "delta"
     return ", ".join(
         [
             spec.reduction + " per sample" * spec.per_sample,
-            "beta at run time" if spec.runtime_beta else f"beta {spec.beta}",
+            f"{knee} at run time" if spec.runtime_beta else f"{knee} {spec.knee}",
             spec.dtype,
             *["with weights"] * bool(spec.weight),
             *["of what a mask selects"] * spec.mask,
             *["divided by an input"] * spec.divisor,
             *["0 where a mean is over nothing"] * (spec.empty == "zero"),
             *["with its gradient"] * spec.gradient,
+            *[f"times {spec.loss_weight}"] * (spec.loss_weight != 1.0),
         ]
     )
 

@@ -15,7 +15,7 @@ import typer
 from typer.models import OptionInfo
 
 from .._environment import docstring
-from .._spec import DTYPES, EMPTIES, NORMALIZERS, REDUCTIONS, ROUTES
+from .._spec import DTYPES, EMPTIES, LOSSES, NORMALIZERS, REDUCTIONS, ROUTES
 from ..backends._names import BACKENDS
 from ..errors import SmoothL1DeployError, SpecError
 from ._console import command_running, print_next
@@ -44,6 +44,9 @@ SPEC_OPTIONS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "mask": (bool, "An input mask of booleans selects the elements that count.", ()),
     "divisor": (bool, "A mean is divided by an input divisor, and not by a count.", ()),
     "empty": (str, "What a mean over nothing is; nan by default, as in PyTorch.", EMPTIES),
+    "loss": (str, "smooth_l1 by default; l1 is that with beta 0.", LOSSES),
+    "delta": (float, "Where the quadratic part of huber ends, > 0. 1 by default.", ()),
+    "loss_weight": (float, "A number that the loss, once reduced, is multiplied by.", ()),
 }
 
 #: dtype as other tools spell it -> as PyTorch and numpy do.

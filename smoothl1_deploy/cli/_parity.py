@@ -70,7 +70,7 @@ def parity(
         dtype: Repeat for more.
         route: Repeat for more.
         backend: Repeat for more; by default all that can be used here.
-        extensions: Also per_sample, gradient, runtime_beta, weight.
+        extensions: Also per_sample, gradient, runtime_beta, weight, Huber's loss, a factor.
         extensions_only: The extensions alone.
     """
     from dataclasses import replace

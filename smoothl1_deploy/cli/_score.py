@@ -26,7 +26,8 @@ _ENGINES = ("local", "ray")
 
 
 @takes_spec(
-    "gradient", "upstream", "runtime_beta", "weight", "mask", "divisor", reduction=REDUCTIONS[1:]
+    *("gradient", "upstream", "runtime_beta", "weight", "mask", "divisor", "loss"),
+    reduction=REDUCTIONS[1:],
 )
 def score(
     given: dict[str, Any],
@@ -70,7 +71,8 @@ def score(
         per_sample: One score for each row, to be written to -o.
         model: Run this ONNX file instead of a loss of these options: a loss, or a model with one
             attached.
-        loss: Of a model with several losses, the output that is scored.
+        loss: smooth_l1 by default, huber or l1; of a --model with several losses, the output that
+            is scored.
         output: File for the scores, .npy or .parquet.
         batch: Rows at a time. Default: 2^18 elements.
 
@@ -119,8 +121,7 @@ def score(
         files = {"input": alone[0], "target": target, "weight": weight, "mask": mask}
     paths = {role: path for role, path in files.items() if path is not None}
     if job is None:
-        if loss is not None:
-            raise SpecError("--loss is for a --model with several losses; leave it out")
+        given |= {"loss": loss} if loss is not None else {}
         located = locate(paths, names, given.get("dtype", "float32"))
         given.setdefault("dtype", float_dtype(located))
         given |= {"mask": True} if mask else {}
@@ -185,8 +186,8 @@ def _job_of_model(
     attached = attached_loss(proto, loss)
     own, beta, spec = attached.spec if attached else read_spec(proto), None, None
     if own is None:
-        if given.keys() & {"beta", "reduction"}:
-            spec = LossSpec(**given)
+        if given.keys() & {"beta", "delta", "reduction"}:
+            spec = LossSpec(**given, loss="huber" if "delta" in given else "smooth_l1")
     else:
         if own.runtime_beta:
             beta = given.pop("beta", None)

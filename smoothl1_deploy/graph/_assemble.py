@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from .._model import ELEMENT_TYPE
 from .._spec import LossSpec
 from . import _functions as f
-from ._functions import loss_scalars, slope_scalars
+from ._functions import huber_scalars, loss_scalars, slope_scalars
 
 IR_VERSION = 10  # ONNX 1.16: the oldest runtime we test reads it
 OLDEST_IR = 8  # the first with functions
@@ -70,6 +70,7 @@ class Assembly:
         self._prefix = prefix
         self._inlined = inlined
         self._element = ELEMENT_TYPE[spec.compute_dtype]
+        self._has_factor = spec.effective_loss_weight != 1.0
         self._sum = ("Compensated" if spec.dtype == "float64" else "Wide") + (
             "Row" if spec.per_sample else ""
         )
@@ -85,7 +86,8 @@ class Assembly:
         self._scalars = self._scalar_tensors()
         losses = self._losses()
         if spec.reduction == "none":
-            self._rounded(losses, self._element, "loss")
+            element = TensorProto.DOUBLE if self._has_factor else self._element
+            self._rounded(self._times_factor(losses), element, "loss")
         else:
             self._reduced(losses)
         if spec.gradient:
@@ -112,8 +114,10 @@ class Assembly:
         return self._add("Constant", [], name, value=tensor)
 
     def _scalar_tensors(self) -> list[str] | None:
-        """The beta, half and divisor of the terms; None where an attribute says it all (case 1)."""
+        """The scalars of the terms; None where an attribute says it all (case 1)."""
         spec = self._spec
+        if spec.loss == "huber":
+            return self._huber_scalars()
         if _is_l1(spec):
             return []
         if self._is_added:
@@ -135,12 +139,31 @@ class Assembly:
             ]
         return None
 
+    def _huber_scalars(self) -> list[str]:
+        """The delta, half, shrink and slope of `HuberLossTerms`."""
+        if "beta" not in self._tensors:
+            known = huber_scalars(self._spec.effective_beta)
+            return [self._constant(name, value, self._element) for name, value in known]
+        delta = self._tensors["beta"]
+        largest = self._constant("largest", float(np.finfo(np.float32).max), TensorProto.FLOAT)
+        scalars = [
+            delta,
+            self._add("DeltaOne", [delta], "delta_one"),
+            self._add("Min", [delta, largest], "huber_slope"),
+        ]
+        if self._element == TensorProto.DOUBLE:
+            scalars = [self._cast(scalar) for scalar in scalars]
+        delta, self._divisor, slope = scalars
+        return [delta, self._constant("half", 0.5, self._element), self._divisor, slope]
+
     def _losses(self) -> str:
-        """The element losses, weighted: in the compute dtype, or in float64 to be summed."""
+        """The element losses, weighted: in the compute dtype, or in float64 if more is to come."""
         spec = self._spec
         pair = [self._data["input"], self._data["target"]]
         if _is_l1(spec):
             losses = self._add("L1Loss", pair, "losses")
+        elif spec.loss == "huber":
+            losses = self._add("HuberLossTerms", [*pair, *(self._scalars or ())], "losses")
         elif self._is_added:
             losses = self._add("SmoothL1Addends", [*pair, *(self._scalars or ())], "losses")
         elif self._scalars is None:
@@ -148,14 +171,15 @@ class Assembly:
         else:
             losses = self._add("SmoothL1LossTerms", [*pair, *self._scalars], "losses")
         self._unweighted = losses
+        # A product may leave the range of float32, and its mean, or a tenth of it, not.
+        is_wide = self._has_factor if spec.reduction == "none" else bool(spec.weight)
+        if is_wide:
+            losses = self._double(losses)
         if spec.weight:
-            weight, is_wide = self._data["weight"], spec.reduction != "none"
-            if is_wide:  # a product may leave the range of float32, and its mean not
-                losses, weight = self._double(losses), self._double(weight)
+            weight = self._double(self._data["weight"]) if is_wide else self._data["weight"]
             # A function, since quantisers leave those alone and would quantise a Mul of float32.
             losses = self._add("Weighted", [losses, weight], "weighted")
-            return self._selected(losses, TensorProto.DOUBLE if is_wide else self._element)
-        return self._selected(losses, self._element)
+        return self._selected(losses, TensorProto.DOUBLE if is_wide else self._element)
 
     def _selected(self, values: str, element: int) -> str:
         """The values, of `element`, with 0 for those of elements that the mask leaves out.
@@ -169,6 +193,13 @@ class Assembly:
             divisor = self._divisor if element == self._element else self._double(self._divisor)
             nothing = self._add("Div", [nothing, divisor], f"{values}_of_none_or_nan")
         return self._add("Selected", [values, self._tensors["mask"], nothing], f"{values}_selected")
+
+    def _times_factor(self, loss: str) -> str:
+        """`loss`, in float64, times the constant factor, where that is not 1."""
+        if not self._has_factor:
+            return loss
+        factor = self._constant("factor", self._spec.effective_loss_weight)
+        return self._add("Weighted", [loss, factor], "times")
 
     def _rounded(self, result: str, element: int, output: str) -> None:
         """`result`, which the last node gives as an `element`, as the output: rounded once."""
@@ -196,7 +227,7 @@ class Assembly:
             total = mean
         if spec.reduction == "sum" or spec.mask or spec.divisor or spec.empty == "zero":
             total = self._unless_no_beta(total)
-        self._rounded(total, TensorProto.DOUBLE, "loss")
+        self._rounded(self._times_factor(total), TensorProto.DOUBLE, "loss")
 
     def _without_overflow(self, mean: str, total: str) -> str:
         """`mean`, or where a sum of it overflows float64 the sum of each weight's share."""
@@ -232,21 +263,19 @@ class Assembly:
             order, a slope of at most 1 last: nothing over- or underflows that it keeps.
         """
         spec = self._spec
-        beta, shrink, divisor, scale = self._slope_scalars()
-        terms = [self._double(self._data["input"]), self._double(self._data["target"])]
-        if scale:
-            terms = [self._add("Mul", [x, scale], f"{x}_half") for x in terms]
-        slope = self._add("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms")
+        slope, divisor = self._slope_terms()
         is_summed = summed_axes != ()
         upstream = ["upstream"] * spec.upstream
         by_loss = [*upstream] if spec.per_sample or spec.reduction == "none" else []
         by_loss += ["weight"] * bool(spec.weight)
         for_all = [part for part in upstream if part not in by_loss]
+        for_all += ["factor"] * self._has_factor
         for_all += ["mean"] * (spec.reduction == "mean")
         is_alone = spec.dtype == "float64" or spec.weight == "weights" or not is_summed
         if spec.mask or spec.divisor or (by_loss and is_alone):
             # Of scalars, ONNX Runtime (1.31) makes an invalid graph where it drops a division by 1.
-            if "beta" in self._tensors or slope_scalars(spec.effective_beta)[-1][1] != 1.0:
+            is_one = spec.loss == "huber" or slope_scalars(spec.effective_beta)[-1][1] == 1.0
+            if "beta" in self._tensors or not is_one:
                 slope = self._add("Div", [slope, divisor], "slope")
             flowing = self._flowing_in(losses, [*for_all, *by_loss])
             slope = self._add("Mul", [flowing, slope], "slope_weighted") if flowing else slope
@@ -261,7 +290,7 @@ class Assembly:
                 slope = self._summed(slope, summed_axes)
             slope = self._add("Div", [slope, divisor], "slope")
             if for_all:
-                is_product = "upstream" in for_all
+                is_product = for_all != ["mean"]
                 count = self._count(losses)
                 scalar = self._flowing_in(losses, for_all) if is_product else count
                 scalar = self._of_something(scalar, losses) if is_summed else scalar
@@ -274,9 +303,12 @@ class Assembly:
     def _flowing_in(self, losses: str, parts: list[str]) -> str:
         """What autograd multiplies each slope with, of those `parts` that are asked for.
 
-        They are the upstream gradient, which a mean divides, and the weight.
+        They are the upstream gradient, the constant factor, the divisor of a mean, and the weight.
         """
         factor = self._upstream(losses) if "upstream" in parts else ""
+        if "factor" in parts:
+            own = self._constant("upstream_factor", self._spec.effective_loss_weight)
+            factor = self._add("Mul", [factor, own], "upstream_times") if factor else own
         if "mean" in parts:
             count = self._count(losses)
             if self._counts_rows:
@@ -287,6 +319,21 @@ class Assembly:
             weight = self._double(self._data["weight"])
             factor = self._add("Mul", [weight, factor], "upstream_weighted") if factor else weight
         return factor
+
+    def _slope_terms(self) -> tuple[str, str]:
+        """The slopes of the element losses times a divisor, in float64, and that divisor."""
+        terms = [self._double(self._data["input"]), self._double(self._data["target"])]
+        if self._spec.loss == "huber":
+            if "beta" in self._tensors:
+                delta, divisor = self._cast(self._tensors["beta"]), self._double(self._divisor)
+            else:
+                delta = self._constant("slope_delta", self._spec.effective_beta)
+                divisor = self._constant("slope_divisor", 1.0)
+            return self._add("HuberSlopeTerms", [*terms, delta], "slope_terms"), divisor
+        beta, shrink, divisor, scale = self._slope_scalars()
+        if scale:
+            terms = [self._add("Mul", [x, scale], f"{x}_half") for x in terms]
+        return self._add("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms"), divisor
 
     def _slope_scalars(self) -> tuple[str, str, str, str]:
         """The beta, shrink and divisor of the slopes' terms, in float64, and a factor for operands.
@@ -443,16 +490,17 @@ def function_name(spec: LossSpec) -> str:
 
 def _has_a_name(spec: LossSpec) -> bool:
     """Whether there is a function that is the whole loss; others are a few nodes."""
-    return not (spec.mask or spec.divisor or spec.empty != "nan")
+    is_plain = spec.loss != "huber" and spec.effective_loss_weight == 1.0
+    return is_plain and not (spec.mask or spec.divisor or spec.empty != "nan")
 
 
 def _is_l1(spec: LossSpec) -> bool:
     """Whether the nodes compute |d| in float32 and know of no beta."""
-    return spec.effective_beta == 0 and not _takes_beta(spec)
+    return spec.effective_beta == 0 and spec.loss != "huber" and not _takes_beta(spec)
 
 
 def _has_attribute(spec: LossSpec) -> bool:
-    return not (_takes_beta(spec) or _is_l1(spec))
+    return not (_takes_beta(spec) or _is_l1(spec) or spec.loss == "huber")
 
 
 def _takes_beta(spec: LossSpec) -> bool:

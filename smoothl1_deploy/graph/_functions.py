@@ -83,7 +83,7 @@ def L1Loss(input: FLOAT[...], target: FLOAT[...]) -> FLOAT[...]:
 def HuberLossTerms(input: T, target: T, delta: T, half: T, shrink: T, slope: T) -> T:
     """The Huber loss of each element, in the form of `SmoothL1LossTerms`, scalars as tensors.
 
-    `delta` > 0; `half` is 0.5; `shrink` times `slope` is delta, or any number where it is inf.
+    `delta` >= 0; `half` is 0.5; `shrink` times `slope` is delta, or any number where it is inf.
     """
     difference = op.Sub(input, target)
     core = op.Clip(difference, op.Neg(delta), delta)
@@ -125,6 +125,13 @@ def BetaDivisorFloat64(beta: DOUBLE[...]) -> DOUBLE[...]:
 
 
 @script(_domain)
+def DeltaOne(delta: FLOAT[...]) -> FLOAT[...]:
+    """1 for a delta, and NaN for what is none: for 0, what is negative, and NaN."""
+    is_delta = op.Greater(delta, op.Constant(value_float=0.0))
+    return op.Where(is_delta, op.Constant(value_float=1.0), op.Constant(value_float=_NAN))
+
+
+@script(_domain)
 def SmoothL1Loss(input: FLOAT[...], target: FLOAT[...], beta: float = 1.0) -> FLOAT[...]:
     """Smooth L1 of each element of float32 tensors; `beta` >= 0 is an attribute.
 
@@ -156,6 +163,15 @@ def SmoothL1SlopeTerms(input: T, target: T, beta: T, shrink: T) -> T:
     zero = op.Sub(beta, beta)  # NaN for beta = inf, to which nothing is equal
     sign = op.Where(op.IsNaN(difference), zero, op.Sign(difference))
     return op.Where(op.Equal(beta, zero), sign, smooth)
+
+
+@script(_domain)
+def HuberSlopeTerms(input: T, target: T, delta: T) -> T:
+    """d(loss)/d(input) of each element's Huber loss: `clip(d, -delta, delta)`."""
+    difference = op.Sub(input, target)
+    core = op.Clip(difference, op.Neg(delta), delta)
+    # A runtime's Clip may have dropped NaN (NVIDIA/TensorRT#4758).
+    return op.Where(op.IsNaN(difference), difference, core)
 
 
 @script(_domain)
@@ -302,6 +318,13 @@ FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
 def loss_scalars(beta: float) -> tuple[tuple[str, float], ...]:
     """The last three inputs of the function `SmoothL1LossTerms`, by name."""
     return ("beta", beta), ("half", 0.5), ("beta_divisor", beta or 1.0)
+
+
+def huber_scalars(delta: float) -> tuple[tuple[str, float], ...]:
+    """The last four inputs of the function `HuberLossTerms`, by name."""
+    # Nothing lies beyond an infinite knee; 0 * inf would make NaN of it.
+    slope = 1.0 if math.isinf(delta) else delta
+    return ("delta", delta), ("half", 0.5), ("huber_shrink", 1.0), ("huber_slope", slope)
 
 
 def slope_scalars(beta: float) -> tuple[tuple[str, float], ...]:

@@ -53,9 +53,10 @@ def stamp(
     A model that something else has changed gets no hash, and so stays known for that.
     """
     model.graph.name = f"{spec.name}_{route}_{shapes}"
-    model.graph.doc_string = (
-        f"Smooth L1 loss: beta={spec.beta!r}, reduction={spec.reduction}, dtype={spec.dtype}"
-    )
+    said = f"Smooth L1 loss: beta={spec.beta!r}"
+    if spec.loss == "huber":
+        said = f"Huber loss: delta={spec.delta!r}"
+    model.graph.doc_string = f"{said}, reduction={spec.reduction}, dtype={spec.dtype}"
     model.doc_string = f"{model.graph.doc_string}; route={route}, shapes={shapes}"
     model.producer_name = "smoothl1-deploy"
     model.producer_version = __version__

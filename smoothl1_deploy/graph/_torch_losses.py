@@ -7,7 +7,6 @@ of torch 2.13 loses its attributes and the functions that its body calls). So th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,7 +17,7 @@ from .._spec import DTYPES, LossSpec
 from ..errors import SpecError
 from . import _functions as f
 from ._assemble import function_closure
-from ._functions import loss_scalars
+from ._functions import huber_scalars, loss_scalars
 
 _REDUCTION = ("none", "mean", "sum")  # PyTorch's enumeration at::Reduction
 
@@ -71,16 +70,13 @@ def record_huber(
     """The Huber loss of two values of the same `dtype`, which is the result's too.
 
     Raises:
-        SpecError: on a delta that is not positive, as PyTorch.
+        SpecError: on a delta that is not positive, as PyTorch has it.
     """
-    if not delta > 0:
-        raise SpecError(f"huber_loss takes a delta > 0, as PyTorch has it; got {delta!r}")
-    spec = LossSpec(delta, _REDUCTION[reduction], dtype)
-    knee = spec.effective_beta
-    shrink, slope = _splits(knee)
-    # Nothing lies beyond an infinite knee; 0 * inf would make NaN of it.
-    slope *= 1.0 if math.isinf(knee) else knee
-    return _record(record, "HuberLossTerms", [knee, 0.5, shrink, slope], spec, input, target)
+    spec = LossSpec(reduction=_REDUCTION[reduction], dtype=dtype, loss="huber", delta=delta)
+    scalars = dict(huber_scalars(spec.effective_beta))
+    scalars["huber_shrink"], twice = _splits(spec.effective_beta)
+    scalars["huber_slope"] *= twice
+    return _record(record, "HuberLossTerms", [*scalars.values()], spec, input, target)
 
 
 def record_absolute(record: Recorder, input: Any, target: Any, reduction: int) -> Any:

@@ -24,7 +24,7 @@ import torch
 from .._shapes import Shape
 from .._spec import LossSpec
 from ..errors import SpecError, UnsupportedError
-from ..reference._module import SmoothL1Loss
+from ..reference._module import module_of
 from . import _functions as f
 from ._export import fold_scalars
 from ._torch_table import translation_table
@@ -93,9 +93,9 @@ def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None)
             torch.export has to know how the two broadcast.
         UnsupportedError: for the extensions of a spec.
     """
-    if spec != LossSpec(spec.beta, spec.reduction, spec.dtype):
+    if not spec.is_of_torch:
         raise UnsupportedError(
-            "the torch route exports torch.nn.SmoothL1Loss as it is, which knows nothing of "
+            "the torch route exports a module of PyTorch's as it is, which knows nothing of "
             "a spec's extensions; use the route function or inlined"
         )
     if shape is None or target_shape is None:
@@ -121,7 +121,7 @@ def torch_model(spec: LossSpec, shape: Shape | None, target_shape: Shape | None)
     dtype = getattr(torch, spec.dtype)
     with quiet(), kept_registry():
         program = torch.onnx.export(
-            SmoothL1Loss.from_spec(spec).eval(),
+            module_of(spec).eval(),
             (_example(shape, dtype, sizes), _example(target_shape, dtype, sizes)),
             input_names=["input", "target"],
             output_names=["loss"],

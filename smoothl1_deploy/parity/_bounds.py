@@ -9,7 +9,10 @@ in the list that `scripts/prove_bounds` prints (proofs/). Where they come from:
 
 Each element, in the compute dtype, sees at most `_ELEMENT` roundings. That of `d` counts twice: the
 elasticity `d l'(d) / l(d)` is 2 below beta and at most 2 above it. Where rounding `d` carries it
-over the knee nothing is lost: the loss is continuous there.
+over the knee nothing is lost: the loss is continuous there. That of a Huber loss sees as many, by
+hand: beyond the knee, where with x = |d| / delta it is delta^2 times (x - 1) + 1/2, that of `d`
+counts x / (x - 1/2) times, the two of the first term 2 (x - 1) / (x - 1/2), that of the second
+1/2 / (x - 1/2), and that of their sum once: 4 in all.
 
 The sum of n elements >= 0:
 
@@ -20,10 +23,10 @@ The sum of n elements >= 0:
    off by at most gamma(n - 1, u) n u sigma; sigma is at most 8 times the naive sum; adding the two
    is one rounding (Rump, Ogita, Oishi, "Accurate floating-point summation part I", 2008).
 
-A weight is one product more an element, in the accumulator's dtype where there is a sum; a mean
-that divides by the sum of the weights carries the error of that sum as well. `mean` divides once
-more, in the accumulator's dtype. A result that is not yet in the output dtype is rounded to it, by
-way of float32 for the half formats.
+A weight is one product more an element, in the accumulator's dtype where there is a sum or a
+constant factor, and so is that factor; a mean that divides by the sum of the weights carries the
+error of that sum as well. `mean` divides once more, in the accumulator's dtype. A result that is
+not yet in the output dtype is rounded to it, by way of float32 for the half formats.
 
 From a relative error r to ULP: between x and x (1 + r) lie at most `r / (u (1 - r))` steps of the
 output format, and each rounding to nearest adds half of one. The oracle's own error is counted too.
@@ -94,7 +97,8 @@ def _sum_error(spec: LossSpec, count: int, accumulator: str) -> float:
 
 def _oracle_error(spec: LossSpec, count: int) -> float:
     """It computes elements in float64, or long double for float64, and sums in long double."""
-    element = gamma(_ELEMENT + 1, _LONG_DOUBLE if spec.dtype == "float64" else _WIDE)
+    products = 1 + (spec.loss_weight != 1.0)
+    element = gamma(_ELEMENT + products, _LONG_DOUBLE if spec.dtype == "float64" else _WIDE)
     if spec.reduction == "none":
         return element
     return element + _SUMS * gamma(_ORACLE_DEPTH + count // CHUNK, _LONG_DOUBLE)
@@ -120,15 +124,15 @@ def bound(spec: LossSpec, count: int, accumulator: str = "float64") -> float:
         raise ValueError(f"count must be >= 0, got {count}")
     unit = UNIT_ROUNDOFF[spec.dtype]
     relative = gamma(_ELEMENT, UNIT_ROUNDOFF[spec.compute_dtype])
-    if spec.weight:
-        product = spec.compute_dtype if spec.reduction == "none" else accumulator
-        relative += UNIT_ROUNDOFF[product]
+    product = spec.compute_dtype if spec.reduction == "none" else accumulator
+    relative += (bool(spec.weight) + (spec.loss_weight != 1.0)) * UNIT_ROUNDOFF[product]
     rounded = spec.dtype == spec.compute_dtype  # the last operation is in the output dtype already
     if spec.reduction != "none":
         sums = _SUMS if spec.weight == "weights" else 1
         relative += sums * _sum_error(spec, count, accumulator)
         if spec.reduction == "mean":
             relative += UNIT_ROUNDOFF[accumulator]
+    if spec.reduction != "none" or spec.loss_weight != 1.0:
         if spec.compute_dtype != spec.dtype:
             relative += UNIT_ROUNDOFF["float32"]  # a cast may go by way of float32
         rounded = spec.dtype == "float64"
@@ -162,22 +166,26 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
     """
     whole = np.broadcast_shapes(input.shape, target.shape)
     beta, terms = spec.effective_beta, math.prod(whole) // max(input.size, 1)
+    # A Huber loss isn't divided by its delta, which is the largest of its slopes.
+    divisor, top = (1.0, beta) if spec.loss == "huber" else (beta, 1.0)
     is_scaled = spec.weight or spec.upstream or spec.mask or spec.divisor
     is_plain = spec.dtype == "float64" and not is_scaled
-    if not is_plain or not 1 < terms <= _SPLIT_LIMIT or beta == 0 or math.isinf(beta):
+    if not is_plain or not 1 < terms <= _SPLIT_LIMIT or divisor == 0 or math.isinf(divisor):
         return None
     with np.errstate(all="ignore"):
-        slopes = abs(input - target) / beta
-        below = np.where(slopes <= 1, slopes, 0)
-        errors = below + _SIGMA * terms * terms * _WIDE * np.minimum(slopes, 1)
+        slopes = abs(input - target) / divisor
+        below = np.where(slopes <= top, slopes, 0)
+        errors = below + _SIGMA * terms * terms * _WIDE * np.minimum(slopes, top)
         extra = len(whole) - input.ndim
         axes = tuple(i for i in range(len(whole)) if i < extra or input.shape[i - extra] == 1)
         # Multiplied last: the error of a subnormal slope is none of 0.
-        reach = _WIDE * errors.sum(axis=axes).reshape(input.shape)
+        reach = _WIDE * abs(spec.loss_weight) * errors.sum(axis=axes).reshape(input.shape)
         if spec.reduction == "mean":
             reach /= math.prod(whole[1:] if spec.per_sample else whole)
         cancels = reach > _CANCELS * _WIDE * abs(exact)
-        own = _BACK * _WIDE + _ORACLE_KEEPS * gamma(_ORACLE_DEPTH, _LONG_DOUBLE)
+        own = (_BACK + (spec.loss_weight != 1.0)) * _WIDE + _ORACLE_KEEPS * gamma(
+            _ORACLE_DEPTH, _LONG_DOUBLE
+        )
         lost = _UNDERFLOWS * np.finfo("float64").smallest_subnormal
         reach = _ROOM * reach + own * abs(exact) + lost
         ends = (ulp_distance(exact, end) for end in (exact - reach, exact + reach))
@@ -208,17 +216,21 @@ def _chunk_in_range(
 ) -> bool:
     limits = np.finfo(spec.compute_dtype)
     smallest = _MARGIN * float(limits.smallest_normal)  # room for roundings
-    beta = spec.effective_beta
+    beta, is_huber = spec.effective_beta, spec.loss == "huber"
     with np.errstate(all="ignore"):
         distance = abs(input.astype(np.float64) - target.astype(np.float64))
-        slope = np.minimum(distance, beta) / beta if beta else np.sign(distance)
-        loss = element_losses(distance, beta)
-        if weight is not None and not _weights_in_range(spec, loss, weight.astype(np.float64)):
+        slope = np.minimum(distance, beta) / (1.0 if is_huber else beta or 1.0)
+        slope = slope if beta or is_huber else np.sign(distance)
+        loss = element_losses(distance, spec)
+        factors = np.asarray(1.0 if weight is None else weight.astype(np.float64))
+        is_scaled = weight is not None or spec.loss_weight != 1.0
+        if is_scaled and not _weights_in_range(spec, loss, factors * abs(spec.loss_weight)):
             return False
-    tested = distance[distance != 0]
-    if not (tested <= float(limits.max) / _MARGIN).all():  # NaN and infinity too
+    if not (
+        np.maximum(distance, loss) <= float(limits.max) / _MARGIN
+    ).all():  # NaN and infinity too
         return False
-    if math.isinf(beta):  # every loss is exactly 0
+    if beta == (0.0 if is_huber else math.inf):  # every loss is exactly 0
         return True
     tiny = (loss < smallest) | (slope < smallest)
     # An L1 loss is a difference, which is exact where it is subnormal.

@@ -158,7 +158,7 @@ class Case:
 
     def _generator(self, spec: LossSpec, what: str) -> np.random.Generator:
         shapes = f"{self.input_shape} {self.target_shape}"
-        text = f"{self.family} {shapes} {spec.beta!r} {spec.dtype}{what}"
+        text = f"{self.family} {shapes} {spec.knee!r} {spec.dtype}{what}"
         return np.random.default_rng([self.seed, zlib.crc32(text.encode())])
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,13 +173,14 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
 
     Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel, which in
     float64 leaves the roundings of products with weights or an upstream gradient, and of numbers
-    near the largest those of the differences; weighted (or multiplied by an upstream gradient) and
-    divided, a subnormal slope is rounded three times. How far PyTorch itself, which computes in the
-    output's format, is off in these cases is a matter of luck, and no measure. (What float64
-    differences alone leave is no such case: `_bounds.gradient_bound` allows for it.)
+    near the largest those of the differences; weighted (or multiplied by an upstream gradient or
+    the constant factor) and divided, a subnormal slope is rounded three times, and so is a
+    subnormal loss of `none` that is multiplied by the factor. How far PyTorch itself, which
+    computes in the output's format, is off in these cases is a matter of luck, and no measure.
+    (What float64 differences alone leave is no such case: `_bounds.gradient_bound` allows for it.)
     Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
     no room for it: a subnormal beta, slopes by a beta near the largest, products with subnormal
-    weights.
+    weights, and those of a subnormal upstream gradient with Huber's slopes, which may be above 1.
 
     Args:
         spec: beta is a number, also for an artefact that takes it at run time.
@@ -187,7 +188,10 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         wide: whether the backend has float64.
     """
     scaled = spec.weight is not None or spec.upstream or spec.mask or spec.divisor
-    rounds_thrice = spec.gradient and scaled and case.family == "subnormals"
+    has_factor = spec.loss_weight != 1.0
+    if has_factor and spec.reduction == "none" and case.family in ("subnormals", "magnitudes"):
+        return True
+    rounds_thrice = spec.gradient and (scaled or has_factor) and case.family == "subnormals"
     sums_back = spec.gradient and case.input_shape != case.shape(spec)
     if sums_back and case.family == "overflow":
         return True
@@ -197,7 +201,8 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         return False
     if spec.has_subnormal_beta or (spec.gradient and 1e30 < spec.effective_beta < math.inf):
         return True
-    is_subnormal = spec.weight is not None and case.weighting in ("tiny", "mixed")
+    is_product = spec.weight is not None or (spec.upstream and spec.loss == "huber")
+    is_subnormal = is_product and case.weighting in ("tiny", "mixed")
     return sums_back or rounds_thrice or is_subnormal
 
 
@@ -245,7 +250,7 @@ class References:
         asked, fed = spec, None
         if beta is not None:
             exact = {name: np.full_like(array, np.nan) for name, array in exact.items()}
-            asked, fed = replace(spec, beta=1.0, runtime_beta=True), np.asarray(beta, np.float32)
+            asked, fed = replace(spec.at(1.0), runtime_beta=True), np.asarray(beta, np.float32)
         return cls(
             spec,
             case,
@@ -262,19 +267,22 @@ class References:
 
 def with_beta(spec: LossSpec, beta: float) -> LossSpec:
     """What an artefact of `spec` computes when it is fed `beta`, which it takes as a float32."""
-    if not spec.runtime_beta:
-        return replace(spec, beta=beta)
-    return replace(spec, beta=LossSpec(beta).effective_beta, runtime_beta=False)
+    return spec.at(LossSpec(beta).effective_beta if spec.runtime_beta else beta)
 
 
 #: Elements from which on the largest distance of PyTorch says something of PyTorch.
 _ENOUGH = 1024
 
 
-@lru_cache(maxsize=512)
-def torch_alike(family: str, beta: float, dtype: str) -> Mapping[str, int]:
+def torch_alike(family: str, spec: LossSpec) -> Mapping[str, int]:
     """PyTorch's own largest distance over elements of a family, by the output."""
-    spec = LossSpec(beta, "none", dtype, gradient=True)
+    loss, factor = spec.loss, spec.loss_weight
+    alone = LossSpec(1.0, "none", spec.dtype, gradient=True, loss=loss, loss_weight=factor)
+    return _alike(family, alone.at(spec.effective_beta or spec.knee))
+
+
+@lru_cache(maxsize=512)
+def _alike(family: str, spec: LossSpec) -> Mapping[str, int]:
     refs = References.of(spec, Case(family, "alike", (_ENOUGH,), (_ENOUGH,)))
     return {
         name: compare(spec, theirs, theirs, refs.oracle[name], refs.input, refs.target, name).ulp
@@ -407,7 +415,7 @@ def judge(
     except SmoothL1DeployError as exc:
         return unanswered(refs, exc)
     few = 0 < math.prod(shape) < _ENOUGH
-    alike = torch_alike(case.family, spec.effective_beta, spec.dtype) if few else {}
+    alike = torch_alike(case.family, spec) if few else {}
     # Weights may be of more axes than the pair: a verdict counts what everything broadcasts to.
     input, target = selected(refs.input, refs.target, **refs.more)
     pair = np.broadcast_to(input, shape), target

@@ -66,14 +66,17 @@ class Draw:
         """The draw of a number."""
         random = Random(number)
         spec = _further(Random(f"further {number}"), _spec(random))
-        beta = spec.beta
+        spec = _in_another_loss(Random(f"loss {number}"), spec)
+        beta = spec.knee
         if spec.runtime_beta:
             fed = LossSpec(_beta(random))
             # Half of a subnormal one is what an artefact that can't know it rounds.
             beta = 1.0 if fed.has_subnormal_beta else fed.effective_beta
             if random.random() < 0.15:
                 beta = random.choice(_NO_BETAS)
-        by_torch = not is_extended(spec) and random.random() < _BY_TORCH
+            if spec.loss == "huber":
+                beta = beta or 1.0  # a delta is no 0
+        by_torch = spec.is_of_torch and random.random() < _BY_TORCH
         route = "torch" if by_torch else random.choice(ROUTES[:2])
         rank = max(random.choice(_RANKS), int(spec.per_sample))
         arrays = _arrays(random, spec, rank)
@@ -112,8 +115,10 @@ class Draw:
         weighs = spec.weight is not None or spec.upstream
         if weighs and random.random() < 0.5:
             case = replace(case, weighting=random.choice([*WEIGHTS]))
-        # Where sums of weights overflow as well, PyTorch's NaN has two causes.
-        overflows = spec.weight and case.family in ("overflow", "inf", "nan", "inf-minus-inf")
+        # Where sums of weights, or what the factor makes of a gradient, overflow as well, PyTorch's
+        # NaN has two causes.
+        multiplies = spec.weight or spec.loss_weight != 1.0
+        overflows = multiplies and case.family in ("overflow", "inf", "nan", "inf-minus-inf")
         # Autograd adds these weights up before the product that underflows to -0.
         is_wider = spec.gradient and any(-1 in array for array in arrays)
         if overflows or (is_wider and case.weighting in ("tiny", "mixed")):
@@ -183,6 +188,15 @@ def _further(random: Random, spec: LossSpec) -> LossSpec:
         divisor=is_mean and spec.weight != "weights" and random.random() < 0.4,
         empty=random.choice(EMPTIES) if is_mean else "nan",
     )
+
+
+def _in_another_loss(random: Random, spec: LossSpec) -> LossSpec:
+    """The spec, or one of four as Huber's; one of five has a constant factor."""
+    loss, factor = random.random() < 0.25, random.choice((2.0, 0.3, -1.7, 1e-3))
+    if loss and spec.knee:
+        delta = None if spec.runtime_beta else spec.beta
+        spec = replace(spec, loss="huber", beta=1.0, delta=delta)
+    return replace(spec, loss_weight=factor) if random.random() < 0.2 else spec
 
 
 def _arrays(random: Random, spec: LossSpec, rank: int) -> tuple[_Axes, ...]:

@@ -65,6 +65,13 @@ EXTENSIONS = (
     LossSpec(weight="count"),
     LossSpec(weight="weights"),
     LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
+    LossSpec(loss="huber"),
+    LossSpec(loss="huber", reduction="none", gradient=True),
+    LossSpec(loss="huber", gradient=True, weight="weights", loss_weight=-0.3),
+    LossSpec(loss="huber", reduction="sum", per_sample=True, gradient=True, runtime_beta=True),
+    LossSpec(loss="huber", mask=True, gradient=True, divisor=True, empty="zero", loss_weight=0.5),
+    LossSpec(reduction="none", loss_weight=2.5),
+    LossSpec(gradient=True, loss_weight=0.1),
     LossSpec(mask=True),
     LossSpec(reduction="none", mask=True, gradient=True),
     LossSpec(mask=True, weight="count", per_sample=True, empty="zero"),
@@ -254,9 +261,10 @@ class Task:
         specs = [LossSpec(self.beta, reduction, self.dtype) for reduction in reductions]
         chosen = EXTENSIONS[-1:] if self.matrix.quick else EXTENSIONS
         return specs + [
-            replace(e, dtype=self.dtype, beta=e.beta if e.runtime_beta else self.beta)
+            replace(e if e.runtime_beta else e.at(self.beta), dtype=self.dtype)
             for e in chosen
             if self.matrix.extensions and e.reduction in self.matrix.reductions
+            if self.beta or e.loss != "huber"  # whose delta is no 0
         ]
 
     def cases(self, spec: LossSpec) -> list[Case]:

@@ -238,7 +238,7 @@ def _judged(loss: Loss, tensors: Mapping[str, Array]) -> dict[str, Verdict]:
     exact = exact_outputs(spec, **given)
     torch = eager_outputs(spec, **given)
     x, t = selected(**given)
-    alike = torch_alike("normal", spec.beta, spec.dtype)
+    alike = torch_alike("normal", spec)
     return {
         tensor: compare(
             spec, tensors[tensor], torch[role], exact[role], x, t, role, torch_alike=alike[role]

@@ -13,6 +13,7 @@ import torch
 from .._dlpack import from_torch, to_torch
 from .._floats import Array
 from .._spec import LossSpec
+from ..errors import SpecError
 
 
 class SmoothL1Loss(torch.nn.SmoothL1Loss):
@@ -40,8 +41,21 @@ class SmoothL1Loss(torch.nn.SmoothL1Loss):
 
     @classmethod
     def from_spec(cls, spec: LossSpec) -> SmoothL1Loss:
-        """The module that a spec describes."""
+        """The module that a spec describes.
+
+        Raises:
+            SpecError: for a Huber loss, which is a `torch.nn.HuberLoss`.
+        """
+        if spec.loss == "huber":
+            raise SpecError("a Huber loss is no SmoothL1Loss; use torch.nn.HuberLoss")
         return cls(reduction=spec.reduction, beta=spec.beta)
+
+
+def module_of(spec: LossSpec) -> torch.nn.Module:
+    """The module of PyTorch's that computes a spec's loss, but for what only a spec can ask for."""
+    if spec.delta is not None:
+        return torch.nn.HuberLoss(reduction=spec.reduction, delta=spec.delta)
+    return SmoothL1Loss.from_spec(spec)
 
 
 def eager(spec: LossSpec, input: Array, target: Array) -> Array:
@@ -80,12 +94,12 @@ def eager_tensors(
     grad_output: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """`eager_outputs` from tensors to tensors, on whatever device they are on."""
-    if beta is not None and not beta >= 0:
-        # PyTorch raises on a negative beta; an artefact, which can't, answers NaN everywhere.
+    if beta is not None and not (beta > 0 or (beta == 0 and spec.loss != "huber")):
+        # PyTorch raises on such a beta or delta; an artefact, which can't, answers NaN everywhere.
         known = replace(spec, runtime_beta=False)
         outputs = eager_tensors(known, input, target, weight, mask, None, divisor, grad_output)
         return {name: torch.full_like(tensor, torch.nan) for name, tensor in outputs.items()}
-    number = spec.beta if beta is None else float(beta)
+    spec = spec if beta is None else spec.at(float(beta))
     x = input
     if spec.gradient:
         x = x.detach().clone().requires_grad_()  # a leaf that nobody else holds
@@ -93,7 +107,9 @@ def eager_tensors(
     operands = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradient):
         warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
-        loss = _eager_loss(spec, number, operands, divisor)
+        loss = _eager_loss(spec, operands, divisor)
+        if spec.loss_weight != 1.0:
+            loss = spec.loss_weight * loss
         outputs = {"loss": loss.detach()}
         if spec.gradient:
             upstream = torch.ones_like(loss) if grad_output is None else grad_output
@@ -102,28 +118,30 @@ def eager_tensors(
 
 
 @lru_cache
-def _module(reduction: str, beta: float) -> SmoothL1Loss:
+def _module(spec: LossSpec, reduction: str) -> torch.nn.Module:
     """The module, kept: it holds no state, and a loop over rows would make one for each."""
-    return SmoothL1Loss(reduction=reduction, beta=beta)
+    return module_of(LossSpec(reduction=reduction, loss=spec.loss).at(spec.knee))
 
 
 def _eager_loss(
-    spec: LossSpec, beta: float, tensors: dict[str, torch.Tensor], divisor: torch.Tensor | None
+    spec: LossSpec, tensors: dict[str, torch.Tensor], divisor: torch.Tensor | None
 ) -> torch.Tensor:
-    """The loss of the spec's operands, by name."""
+    """The loss of the spec's operands, by name, before the constant factor."""
+    losses: torch.Tensor
     if len(tensors) == 2 and not spec.per_sample and divisor is None and spec.empty == "nan":
-        return _module(spec.reduction, beta).forward(tensors["input"], tensors["target"])
+        losses = _module(spec, spec.reduction).forward(tensors["input"], tensors["target"])
+        return losses
     if spec.per_sample or spec.mask:
         whole = torch.functional.broadcast_tensors(*tensors.values())  # type: ignore[no-untyped-call]
         tensors = dict(zip(tensors, whole, strict=True))
     if spec.per_sample and 0 < len(tensors["input"]) <= 1024:
         alone = replace(spec, per_sample=False)
         rows = [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)]
-        return torch.stack([_eager_loss(alone, beta, row, divisor) for row in rows])
+        return torch.stack([_eager_loss(alone, row, divisor) for row in rows])
     mask = tensors.pop("mask", None)
     if mask is not None:  # 0 for what isn't selected, whatever it is, and for its gradient
         tensors = {name: tensor.masked_fill(~mask, 0) for name, tensor in tensors.items()}
-    losses = _module("none", beta).forward(tensors["input"], tensors["target"])
+    losses = _module(spec, "none").forward(tensors["input"], tensors["target"])
     if spec.weight:
         losses = losses * tensors["weight"]
     if spec.reduction == "none":

@@ -27,18 +27,24 @@ from .._spec import LossSpec
 CHUNK = 1 << 20  # elements a step: keeps the wide temporaries of a 2^24 case at tens of MB
 
 
-def element_losses(d: Array, beta: float) -> Array:
-    """The definition, element by element; `d` is wide and is overwritten by its magnitude."""
+def element_losses(d: Array, spec: LossSpec) -> Array:
+    """The definition, element by element; `d` is wide."""
     d = np.abs(d)
-    wide_beta = d.dtype.type(beta)
+    wide_beta = d.dtype.type(spec.effective_beta)
+    if spec.loss == "huber":
+        beyond = wide_beta * (d - 0.5 * wide_beta)
+        return np.asarray(np.where(d < wide_beta, 0.5 * d * d, beyond))
     # Dividing before multiplying keeps beta = inf right; where beta is 0, nothing is below it.
     quotient = np.divide(d, wide_beta, out=np.zeros_like(d), where=d < wide_beta)
     losses: Array = np.where(d < wide_beta, 0.5 * d * quotient, d - 0.5 * wide_beta)
     return losses
 
 
-def _element_slopes(d: Array, beta: float) -> Array:
+def _element_slopes(d: Array, spec: LossSpec) -> Array:
     """d(loss)/dd; for beta = 0 the sign of d, which is 0 for 0 and for NaN, as PyTorch has it."""
+    beta = spec.effective_beta
+    if spec.loss == "huber":
+        return np.clip(d, -d.dtype.type(beta), d.dtype.type(beta))
     if beta == 0:
         sign: Array = np.where(np.isnan(d), 0.0, np.sign(d)).astype(d.dtype)
         return sign
@@ -83,17 +89,18 @@ def oracle(
     columns = arrays[0].size // rows if rows else 0
     flat = [array.reshape(rows, columns) if rows else array for array in arrays]
     losses = np.empty((rows, columns), NUMPY_DTYPE[spec.dtype])
+    factor = np.longdouble(spec.effective_loss_weight)
     totals = np.zeros((4, rows), np.longdouble)  # losses, their magnitudes; weights, likewise
     with np.errstate(all="ignore"):
         for start in range(0, columns, CHUNK) if rows else ():
             part = slice(start, start + CHUNK)
             # In rows: down columns, as of a broadcast row, numpy adds up one by one.
             a, b, *w = (array[:, part].astype(wide, order="C") for array in flat)
-            exact = element_losses(a - b, spec.effective_beta)
+            exact = element_losses(a - b, spec)
             if w:
                 exact *= w[0]
             if spec.reduction == "none":
-                losses[:, part] = round_to(exact, spec.dtype)
+                losses[:, part] = round_to(exact * wide.type(factor), spec.dtype)
                 continue
             for i, terms in enumerate((exact, *w)):
                 totals[2 * i] += terms.sum(axis=1, dtype=np.longdouble)
@@ -106,7 +113,7 @@ def oracle(
         by = _divisor(spec, shape, mask, divisor, weights)
         if spec.reduction == "mean":
             result = total / by
-        rounded = round_to(result, spec.dtype)
+        rounded = round_to(result * factor, spec.dtype)
         if weight is not None:
             doubtful = _cancels(total, magnitude)
             if spec.weight == "weights":
@@ -155,31 +162,40 @@ def _exact_row(
     spec: LossSpec, by: np.longdouble, input: Array, target: Array, weight: Array
 ) -> Array:
     """The weighted sum or mean of one row, of at least one element, all of it finite."""
-    beta = spec.effective_beta
+    beta, is_huber = spec.effective_beta, spec.loss == "huber"
     sign, inside = _signs(input, target, beta)
     a, b, outside = input * inside, target * inside, sign * ~inside
-    if math.isinf(beta):
-        products: list[Sequence[Array | float]] = []
-    elif beta == 0:
+    products: list[Sequence[Array | float]] = []
+    if beta == 0 and not is_huber:
         products = [(sign, input, weight), (-sign, target, weight)]
-    else:  # 2 beta times the loss: (a - b)^2, or 2 beta |a - b| - beta^2
+    elif is_huber or not math.isinf(beta):
+        # Twice the Huber loss, or 2 beta times the other: (a - b)^2, or 2 beta |a - b| - beta^2
         products = [(a, a, weight), (-2.0, a, b, weight), (b, b, weight)]
-        products += [(2.0, beta, outside, x, weight) for x in (input, -target)]
-        products += [(-beta, beta, ~inside, weight)]
+        if not math.isinf(beta):
+            products += [(2.0, beta, outside, x, weight) for x in (input, -target)]
+            products += [(-beta, beta, ~inside, weight)]
     keys = np.zeros(input.size, np.int64)
     (total,) = sums_of_products(products, keys, 1)
-    if beta and not math.isinf(beta):
+    if is_huber:
+        total /= 2
+    elif beta and not math.isinf(beta):
         total /= 2 * Fraction(beta)
+    divisor = Fraction(1)
     if spec.reduction == "mean":
         if not np.isfinite(by):
-            return round_to(np.asarray(np.longdouble(float(total)) / by), spec.dtype)
+            quotient = np.longdouble(float(total)) / by
+            return round_to(np.asarray(quotient * spec.effective_loss_weight), spec.dtype)
         divisor = Fraction(*by.as_integer_ratio())
         if spec.weight == "weights":
             (divisor,) = sums_of_products([(weight,)], keys, 1)
         if divisor == 0:
-            return np.asarray(np.nan if total == 0 else math.inf if total > 0 else -math.inf)
+            limit = np.nan if total == 0 else math.inf if total > 0 else -math.inf
+            return np.asarray(limit * spec.effective_loss_weight)
         total /= divisor
-    return round_fraction(total, spec.dtype)
+    factor = spec.effective_loss_weight
+    if total == 0:  # whose sign no fraction has
+        return round_to(np.asarray((-0.0 if divisor < 0 else 0.0) * factor), spec.dtype)
+    return round_fraction(total * Fraction(factor), spec.dtype)
 
 
 def _signs(input: Array, target: Array, beta: float) -> tuple[Array, Array]:
@@ -216,7 +232,7 @@ def oracle_gradient(
         weight = weights[0] if weights else None
     with np.errstate(all="ignore"):
         d = input.astype(wide) - target.astype(wide)
-        slopes = _element_slopes(d, spec.effective_beta)
+        slopes = _element_slopes(d, spec) * wide.type(spec.effective_loss_weight)
         if weight is not None:
             slopes = slopes * weight.astype(wide)
         divisors = _divisors(spec, slopes.shape, weight, mask, divisor)
@@ -336,12 +352,12 @@ def _exact_slope(
     divisors: Sequence[Fraction | float] | None,
 ) -> Array:
     """One element of the gradient: the sum of at least one term, all of them finite."""
-    beta = spec.effective_beta
+    beta, is_huber = spec.effective_beta, spec.loss == "huber"
     sign, inside = _signs(input, target, beta)
-    slope_one = 1.0 if beta == 0 or math.isinf(beta) else beta
+    slope_one = 1.0 if math.isinf(beta) or (beta == 0 and not is_huber) else beta
     a, b = (np.where(inside, array, 0.0) for array in (input, -target))
     products: list[Sequence[Array | float]] = [(sign * ~inside, slope_one, *factors)]
-    if not math.isinf(beta):
+    if is_huber or not math.isinf(beta):
         products += [(a, *factors), (b, *factors)]
     sums = sums_of_products(products, keys, len(divisors or "1"))
     total = Fraction(0)
@@ -356,7 +372,8 @@ def _exact_slope(
         )
         if abs(units) > len(pairs):  # else nothing but what the divisions rounded off
             total = Fraction(units, _UNIT)
-    return round_fraction(total / Fraction(slope_one), spec.dtype)
+    total *= Fraction(spec.effective_loss_weight)
+    return round_fraction(total if is_huber else total / Fraction(slope_one), spec.dtype)
 
 
 def _check_dtypes(spec: LossSpec, *arrays: Array | None) -> None:

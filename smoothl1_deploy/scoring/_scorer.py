@@ -198,7 +198,7 @@ def _job_of_attached(
             f"{loss.outputs['loss']}; " + ("give it" if spec.runtime_beta else "leave it out")
         )
     if beta is not None:  # the input of such a loss is float32
-        runs = replace(runs, runtime_beta=False, beta=float(as_number(beta)))
+        runs = runs.at(float(as_number(beta)))
     alone = attached_anew(model, loss, runs)
     inputs = takes(alone)
     rows = {port.axes[:1] if port.axes is not None else (None,) for port in inputs.values()}

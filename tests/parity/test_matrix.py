@@ -70,7 +70,10 @@ def test_the_extensions_are_cells_of_their_own() -> None:
     assert report, report.red
     assert {cell.route for cell in report.cells} == {"function"}
     assert {cell.beta for cell in report.cells} == {0.0, 0.1}
-    found = {replace(cell.spec, beta=1.0, dtype="float32") for cell in report.cells}
+    found = {
+        replace(cell.spec.at(1.0), dtype="float32", runtime_beta=cell.spec.runtime_beta)
+        for cell in report.cells
+    }
     assert found == set(EXTENSIONS)
     (table,) = tables.matrix(report)
     assert len(table.rows) == len(EXTENSIONS)

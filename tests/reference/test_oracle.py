@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from itertools import product
 
 import numpy as np
 import pytest
-from exact import FORMATS, error_in_ulp, exact_loss, exact_reduction, round_fraction, to_array
+from exact import (
+    FORMATS,
+    error_in_ulp,
+    exact_huber,
+    exact_loss,
+    exact_reduction,
+    round_fraction,
+    to_array,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,6 +87,18 @@ def test_random_elements(dtype: str) -> None:
     for spec in (LossSpec(beta, "none", dtype) for beta in BETAS):
         for got, x, y in zip(oracle(spec, a, b), a, b, strict=True):
             check(got, exact_loss(float(x), float(y), spec.effective_beta), dtype, DOUBT[dtype])
+
+
+@every_format
+@given(data=st.data())
+def test_huber_losses_are_rounded_once_with_their_factor(dtype: str, data: st.DataObject) -> None:
+    a, b = data.draw(numbers(dtype)), data.draw(numbers(dtype))
+    delta, reduction = data.draw(betas.filter(bool)), data.draw(st.sampled_from(REDUCTIONS))
+    factor = data.draw(st.sampled_from((1.0, 0.1, 3.0)))
+    spec = LossSpec(1.0, reduction, dtype, loss="huber", delta=delta, loss_weight=factor)
+    exact = exact_huber(a, b, spec.effective_beta) * Fraction(spec.effective_loss_weight)
+    got = oracle(spec, to_array([a], dtype), to_array([b], dtype))
+    check(got.reshape(()), exact, dtype, DOUBT[dtype])
 
 
 @every_format
@@ -239,20 +260,34 @@ def cancelling(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> 
     return rng.permutation(values).reshape(shape).astype(NUMPY_DTYPE[dtype])
 
 
-def clipped(input: float, target: float, beta: float) -> Fraction:
-    d = Fraction(input) - Fraction(target)
-    if beta == 0:
+def exact_of(spec: LossSpec, input: float, target: float) -> Fraction:
+    exact = exact_huber if spec.loss == "huber" else exact_loss
+    return Fraction(spec.loss_weight) * exact(input, target, spec.knee)
+
+
+def slope_of(spec: LossSpec, input: float, target: float) -> Fraction:
+    d, knee = Fraction(input) - Fraction(target), spec.knee
+    if knee == 0:
         return Fraction((d > 0) - (d < 0))
-    return max(-Fraction(beta), min(d, Fraction(beta))) / Fraction(beta)
+    slope = d if math.isinf(knee) else max(-Fraction(knee), min(d, Fraction(knee)))
+    return Fraction(spec.loss_weight) * (slope if spec.loss == "huber" else slope / Fraction(knee))
 
 
 @every_format
-@pytest.mark.parametrize("beta", [0.0, 0.375, 2.0])
-def test_sums_that_cancel_are_exact(dtype: str, beta: float) -> None:
+@pytest.mark.parametrize(
+    "plain",
+    [
+        *(LossSpec(beta) for beta in (0.0, 0.375, 2.0)),
+        LossSpec(loss="huber", delta=0.375, loss_weight=-3.0),
+        LossSpec(loss="huber", delta=math.inf),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_sums_that_cancel_are_exact(dtype: str, plain: LossSpec) -> None:
     """Terms of either sign leave little of themselves, and the truth is what is left."""
-    rng = np.random.default_rng([10, int(beta * 8)])
+    rng = np.random.default_rng([10, 3])
     for weight_kind, per_sample in (("count", False), ("weights", False), ("weights", True)):
-        spec = LossSpec(beta, dtype=dtype, weight=weight_kind, per_sample=per_sample, gradient=True)
+        spec = replace(plain, dtype=dtype, weight=weight_kind, per_sample=per_sample, gradient=True)
         x, t, w = (cancelling(rng, dtype, shape) for shape in ((1, 2), (6, 2), (6, 2)))
         if per_sample:
             w = abs(w)  # each row's total is a divisor
@@ -266,7 +301,7 @@ def test_sums_that_cancel_are_exact(dtype: str, beta: float) -> None:
             for row in rows
         ]
         losses = [
-            sum(c[2] * exact_loss(c[0], c[1], beta) for c in row) / total
+            sum(c[2] * exact_of(spec, c[0], c[1]) for c in row) / total
             for row, total in zip(rows, whole, strict=True)
         ]
         got = np.atleast_1d(oracle(spec, x, t, w))
@@ -277,7 +312,7 @@ def test_sums_that_cancel_are_exact(dtype: str, beta: float) -> None:
             divisors = whole if per_sample else whole * 6
             exact = sum(
                 (
-                    row[j][2] * clipped(row[j][0], row[j][1], beta) / total
+                    row[j][2] * slope_of(spec, row[j][0], row[j][1]) / total
                     for row, total in zip(pairs, divisors, strict=True)
                 ),
                 Fraction(0),

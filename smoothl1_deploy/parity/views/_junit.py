@@ -57,7 +57,7 @@ def _cell(suite: ET.Element, cell: Cell, seed: int) -> None:
 
 def _build(suite: ET.Element, build: Build) -> None:
     spec = build.spec
-    name = _name(spec, None if spec.runtime_beta else spec.beta)
+    name = _name(spec, None if spec.runtime_beta else spec.knee)
     classname = f"engines.{build.flavour}.{build.route}.{spec.dtype}"
     time = f"{build.seconds:.3f}"
     case = _child(suite, "testcase", name=name, classname=classname, time=time)

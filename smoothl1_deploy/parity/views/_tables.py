@@ -45,7 +45,7 @@ def variant(spec: LossSpec) -> str:
     words = [spec.reduction]
     for field in fields(spec):
         value = getattr(spec, field.name)
-        if field.name in ("beta", "reduction", "dtype") or value == field.default:
+        if field.name in ("beta", "delta", "reduction", "dtype") or value == field.default:
             continue
         if field.default is MISSING or not isinstance(value, bool):
             words.append(f"{field.name}={value}")
@@ -56,7 +56,7 @@ def variant(spec: LossSpec) -> str:
 
 def spec_text(spec: LossSpec, beta: float | None = None) -> str:
     """`"float32, beta 0.5, mean per sample"`; the beta that was fed, where one was."""
-    return f"{spec.dtype}, beta {beta_text(spec.beta if beta is None else beta)}, {variant(spec)}"
+    return f"{spec.dtype}, beta {beta_text(spec.knee if beta is None else beta)}, {variant(spec)}"
 
 
 def versions(environment: Mapping[str, Any]) -> list[str]:
