@@ -126,6 +126,26 @@ def _valid_choice(kind: str, value: object, choices: tuple[str, ...]) -> str:
     return choices[choices.index(name)]  # the plain str of a numpy.str_ or an enumeration
 
 
+def _valid_axes(axes: Any) -> tuple[int, ...]:
+    given = (
+        axes.split(",")
+        if isinstance(axes, str)
+        else [axes]
+        if isinstance(axes, numbers.Integral)
+        else axes
+    )
+    try:
+        found = sorted({*map(int, given)}) if len(given) else []
+    except (TypeError, ValueError):
+        found = []
+    if not found or len(found) < len(given) or isinstance(axes, bool):
+        raise SpecError(
+            f"axes must be different integers, at least one, got {axes!r}; write axes=(1, 2), or "
+            "leave it out to reduce all"
+        )
+    return tuple(found)
+
+
 _SMALLEST_NORMAL_FLOAT32 = 2.0**-126
 
 
@@ -147,6 +167,8 @@ class LossSpec:
         dtype: the format of input, target and loss: `"float32"`, `"float16"`, `"bfloat16"`,
             `"float64"`, or the torch or numpy dtype of that name.
         per_sample: reduce every axis but axis 0: one score per row; needs `mean` or `sum`.
+        axes: the axes of the element losses that are reduced, negative ones from the end: `(1,)` of
+            [N, C, H, W] gives a map [N, H, W]. A number, several, or a text such as `"1,2"`.
         gradient: a second output `grad_input`, the gradient of the sum of the loss with respect
             to input, in the shape of input.
         upstream: with `gradient`, a further input `grad_output` in the shape of the loss, as
@@ -198,6 +220,7 @@ class LossSpec:
     loss: str = "smooth_l1"
     delta: float | None = None
     loss_weight: float = 1.0
+    axes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", _valid_choice("loss", self.loss, LOSSES))
@@ -238,10 +261,17 @@ class LossSpec:
         if self.weight is not None:
             object.__setattr__(self, "weight", _valid_choice("weight", self.weight, NORMALIZERS))
         object.__setattr__(self, "empty", _valid_choice("empty", self.empty, EMPTIES))
-        if self.per_sample and self.reduction == "none":
+        if self.axes is not None:
+            object.__setattr__(self, "axes", _valid_axes(self.axes))
+        if self.reduction == "none" and (self.per_sample or self.axes):
+            which = f"the axes {self.axes}" if self.axes else "every axis but 0"
             raise SpecError(
-                "per_sample reduces every axis but 0, and the reduction none reduces nothing; use "
-                "mean or sum with it"
+                f"{'axes' if self.axes else 'per_sample'} reduces {which}, and the reduction none "
+                "reduces nothing; use mean or sum with it"
+            )
+        if self.per_sample and self.axes:
+            raise SpecError(
+                f"per_sample reduces every axis but 0, and axes {self.axes}; give one of the two"
             )
         if self.weight == "weights" and self.reduction != "mean":
             raise SpecError(
@@ -361,6 +391,8 @@ class LossSpec:
         parts = [f"{self.loss}_loss", named, knee, self.reduction]
         if self.per_sample:
             parts.append("per_sample")
+        if self.axes:
+            parts += ["axes", *map(str, self.axes)]
         if self.weight:
             parts.append(f"weight_by_{self.weight}")
         parts += ["mask"] * self.mask + ["divisor"] * self.divisor
@@ -397,9 +429,64 @@ class LossSpec:
         >>> LossSpec().loss_shape((8, 4)), LossSpec(per_sample=True).loss_shape(("N", 4))
         ((), ('N',))
         """
-        if self.reduction == "none":
-            return full
-        return full and full[:1] if self.per_sample else ()
+        if full is None:
+            return full if self.keeps_axes else ()
+        return tuple(full[axis] for axis in self.kept_axes(len(full)))
+
+    @property
+    def keeps_axes(self) -> bool:
+        """Whether the loss has axes of the element losses, and is no single number."""
+        return self.reduction == "none" or self.per_sample or self.axes is not None
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether the first axis is reduced, or may be: counted from the end it isn't known."""
+        return min(self.axes) <= 0 if self.axes else not self.keeps_axes
+
+    def kept_axes(self, rank: int) -> tuple[int, ...]:
+        """The axes that the loss has of element losses of that many.
+
+        Raises:
+            SpecError: where an axis to be reduced isn't among them.
+
+        >>> LossSpec(axes=(1, -1)).kept_axes(4)
+        (0, 2)
+        """
+        if not self.keeps_axes:
+            return ()
+        if self.per_sample:
+            return tuple(range(min(rank, 1)))
+        reduced = [axis % rank for axis in self.axes or () if -rank <= axis < rank]
+        if len({*reduced}) < len(self.axes or ()):
+            raise SpecError(
+                f"axes {self.axes} of element losses with {rank} axes; give different ones of "
+                f"{-rank} to {rank - 1}" + " (which have none)" * (not rank)
+            )
+        return tuple(axis for axis in range(rank) if axis not in reduced)
+
+    def of_rank(self, rank: int) -> LossSpec:
+        """The same loss of element losses of that many axes, none of which is counted from the end.
+
+        >>> LossSpec(axes=(1, -1)).of_rank(4).axes
+        (1, 3)
+        """
+        kept = self.kept_axes(rank)
+        reduced = tuple(axis for axis in range(rank) if axis not in kept)
+        return replace(self, axes=reduced) if self.axes else self
+
+    def shape_over_axes(self, full: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the loss where those axes that it lacks have size 1.
+
+        >>> LossSpec(axes=(1,)).shape_over_axes((8, 3, 4))
+        (8, 1, 4)
+        """
+        kept = self.kept_axes(len(full))
+        return tuple(size if axis in kept else 1 for axis, size in enumerate(full))
+
+    def count(self, full: tuple[int, ...]) -> int:
+        """How many element losses go into one number of the loss."""
+        kept = self.kept_axes(len(full))
+        return math.prod(size for axis, size in enumerate(full) if axis not in kept)
 
     @property
     def operands(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from .._dlpack import as_array
 from .._floats import NUMPY_DTYPE, Array
 from .._model import Port
 from .._spec import LossSpec
-from ..errors import ArtefactError, InvalidInputError, UnsupportedError
+from ..errors import ArtefactError, InvalidInputError, SpecError, UnsupportedError
 from ..graph._metadata import is_changed, is_served, read_spec
 
 
@@ -309,6 +309,10 @@ class Runner(ABC):
         """
         operands = {name: array for name, array in arrays.items() if name != "grad_output"}
         shape = check_shapes(operands, self.signature.inputs)
+        try:
+            self.spec and self.spec.loss_shape(shape)
+        except SpecError as exc:
+            raise InvalidInputError(str(exc)) from exc
         if self.spec is not None and self.spec.per_sample and not shape:
             raise InvalidInputError(
                 "the artefact gives one loss per sample, and input and target have no axis of "
@@ -349,7 +353,8 @@ class Runner(ABC):
             return shape if port.shape is None else shape[: len(port.shape)]
         loss = self.spec.loss_shape(shape)
         # A server knows no rank 0, and a batch of scores is [N, 1] to it.
-        return (*loss, 1) if self.served and self.spec.reduction != "none" else loss
+        is_narrow = len(loss) < 2 and self.spec.reduction != "none"
+        return (*loss, 1) if self.served and is_narrow else loss
 
     def _named(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """What was given by role, by the names of the graph's inputs."""

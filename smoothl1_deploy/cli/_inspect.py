@@ -309,6 +309,7 @@ def _told(spec: LossSpec) -> str:
     return ", ".join(
         [
             spec.reduction + " per sample" * spec.per_sample,
+            *[f"over the axes {', '.join(map(str, spec.axes or ()))}"] * bool(spec.axes),
             f"{knee} at run time" if spec.runtime_beta else f"{knee} {spec.knee}",
             spec.dtype,
             *["with weights"] * bool(spec.weight),

@@ -32,6 +32,7 @@ SPEC_OPTIONS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "reduction": (str, "Over the losses of the elements; mean by default.", REDUCTIONS),
     "dtype": (str, "The dtype of input, target and loss.", DTYPES),
     "per_sample": (bool, "Reduce every axis but the first: one score per row.", ()),
+    "axes": (str, "The axes to reduce, negative ones from the end, as in 1,2; all by default.", ()),
     "gradient": (bool, "A second output grad_input, the gradient with respect to input.", ()),
     "upstream": (bool, "Multiply the gradient by an input grad_output, of the loss's shape.", ()),
     "runtime_beta": (bool, "beta is an input of the graph: one file for every beta.", ()),

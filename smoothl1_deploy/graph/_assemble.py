@@ -71,20 +71,24 @@ class Assembly:
         self._inlined = inlined
         self._element = ELEMENT_TYPE[spec.compute_dtype]
         self._has_factor = spec.effective_loss_weight != 1.0
-        self._sum = ("Compensated" if spec.dtype == "float64" else "Wide") + (
-            "Row" if spec.per_sample else ""
-        )
+        self._axes = ""  # the tensor of the spec's axes
         names = [name for name in spec.operands if name != "mask"]
         self._data = {name: self._widened(tensors[name], name) for name in names}
         self._doubles: dict[str, str] = {}
         self._counted = ""  # what a mean divides by, once it is asked for
         #: Whether a mean divides each row by a number of its own.
-        self._counts_rows = spec.per_sample and (spec.weight == "weights" or spec.mask)
+        self._counts_rows = spec.keeps_axes and (spec.weight == "weights" or spec.mask)
         self._counts_rows &= spec.reduction == "mean" and not spec.divisor
         is_narrow = self._element == TensorProto.FLOAT and not spec.gradient
         self._is_added = is_narrow and spec.reduction != "none" and _has_attribute(spec)
         self._scalars = self._scalar_tensors()
         losses = self._losses()
+        if spec.axes:
+            axes = numpy_helper.from_array(np.array(spec.axes, np.int64))
+            self._axes = self._add("Constant", [], "axes", value=axes)
+            if min(spec.axes) < 0:  # of what is empty, ONNX Runtime (1.31) adds up over none such
+                rank = self._add("Size", [self._add("Shape", [losses], "whole_shape")], "rank")
+                self._axes = self._add("Mod", [self._axes, rank], "axes_from_0")
         if spec.reduction == "none":
             element = TensorProto.DOUBLE if self._has_factor else self._element
             self._rounded(self._times_factor(losses), element, "loss")
@@ -212,10 +216,11 @@ class Assembly:
 
     def _reduced(self, losses: str) -> None:
         spec = self._spec
-        is_plain = spec == replace(spec, weight=None, mask=False, divisor=False, empty="nan")
-        is_divided = spec.reduction == "mean" and not is_plain
-        function = self._sum + ("Sum" if is_divided else spec.reduction.title())
-        total = self._add(function, [losses], "total")
+        alone = replace(spec, weight=None, mask=False, divisor=False, empty="nan", axes=None)
+        is_divided = spec.reduction == "mean" and spec != alone
+        how = "Sum" if is_divided else spec.reduction.title()
+        total = self._added_up(losses, "total", spec.dtype == "float64", how)
+        self._total = total
         if spec.weight:
             total = self._add("WithoutNegativeZero", [total], "total_signed")
         elif self._is_added:
@@ -229,18 +234,32 @@ class Assembly:
             total = self._unless_no_beta(total)
         self._rounded(self._times_factor(total), TensorProto.DOUBLE, "loss")
 
+    def _added_up(self, values: str, output: str, is_double: bool, how: str = "Sum") -> str:
+        """The sum, or mean, of the values over the spec's axes, in float64."""
+        kind = "Compensated" if is_double else "Wide"
+        if not self._axes:
+            return self._add(f"{kind}{'Row' * self._spec.per_sample}{how}", [values], output)
+        function = "CompensatedAxesTotal" if is_double else "WideAxesSum"
+        return self._add(function, [values, self._axes], output)
+
+    def _beside(self, rows: str, like: str, output: str) -> str:
+        """A number for each of the loss, in a shape that broadcasts with the element losses."""
+        if self._axes:
+            return self._add("Unsqueeze", [rows, self._axes], output)
+        return self._add("RowsLike", [rows, like], output)
+
     def _without_overflow(self, mean: str, total: str) -> str:
         """`mean`, or where a sum of it overflows float64 the sum of each weight's share."""
         shrunk = self._add(
             "Mul", [self._weights, self._constant("tiny", 2.0**-60)], "weights_shrunk"
         )
-        whole = self._add(f"{self._sum}Sum", [shrunk], "weight_total_shrunk")
-        if self._spec.per_sample:
-            whole = self._add("RowsLike", [whole, shrunk], "weight_column_shrunk")
+        whole = self._added_up(shrunk, "weight_total_shrunk", True)
+        if self._spec.keeps_axes:
+            whole = self._beside(whole, shrunk, "weight_column_shrunk")
         share = self._add("Div", [shrunk, whole], "share")
         losses = self._selected(self._unweighted, TensorProto.DOUBLE)
         shares = self._add("Mul", [share, losses], "loss_shares")
-        safe = self._add(f"{self._sum}Sum", [shares], "mean_of_shares")
+        safe = self._added_up(shares, "mean_of_shares", True)
         # What is not finite has no difference to itself.
         sums = self._add("Add", [total, self._counted], "both_sums")
         lost = self._add("IsNaN", [self._add("Sub", [sums, sums], "none_if_finite")], "lost")
@@ -266,7 +285,7 @@ class Assembly:
         slope, divisor = self._slope_terms()
         is_summed = summed_axes != ()
         upstream = ["upstream"] * spec.upstream
-        by_loss = [*upstream] if spec.per_sample or spec.reduction == "none" else []
+        by_loss = [*upstream] if spec.keeps_axes else []
         by_loss += ["weight"] * bool(spec.weight)
         for_all = [part for part in upstream if part not in by_loss]
         for_all += ["factor"] * self._has_factor
@@ -312,7 +331,7 @@ class Assembly:
         if "mean" in parts:
             count = self._count(losses)
             if self._counts_rows:
-                count = self._add("RowsLike", [count, losses], "weight_column")
+                count = self._beside(count, losses, "weight_column")
             one = factor or self._constant("one", 1.0)
             factor = self._add("Div", [one, count], "upstream_mean")
         if "weight" in parts:
@@ -408,9 +427,9 @@ class Assembly:
         upstream = self._tensors["grad_output"]
         if self._spec.dtype != "float64":
             upstream = self._cast(upstream)
-        if not self._spec.per_sample:
+        if self._spec.reduction == "none" or not self._spec.keeps_axes:
             return upstream
-        return self._add("RowsLike", [upstream, losses], "upstream_column")
+        return self._beside(upstream, losses, "upstream_column")
 
     def _double(self, tensor: str) -> str:
         """A tensor of the compute dtype in float64."""
@@ -441,15 +460,16 @@ class Assembly:
             return given if spec.dtype == "float64" else self._cast(given)
         if spec.weight == "weights" or spec.mask:
             shape = self._add("Shape", [losses], "losses_shape")
-            element, total = self._element, self._sum
+            is_double = spec.dtype == "float64" and spec.weight == "weights"
             if spec.weight == "weights":
                 each = self._add("Expand", [self._data["weight"], shape], "weights")
-                self._weights = each = self._selected(each, element)
+                self._weights = each = self._selected(each, self._element)
             else:  # counted in float32 and added up in float64, whatever the dtype
                 ones = self._add("Cast", [self._tensors["mask"]], "ones", to=TensorProto.FLOAT)
                 each = self._add("Expand", [ones, shape], "selected_ones")
-                total = "WideRow" if spec.per_sample else "Wide"
-            return self._add(f"{total}Sum", [each], "count")
+            return self._added_up(each, "count", is_double)
+        if self._axes:
+            return self._add("AxesCount", [losses, self._total], "axes_count")
         if spec.per_sample:
             return self._add("RowCount", [losses], "row_count")
         return self._cast(self._add("Size", [losses], "count"))
@@ -491,7 +511,7 @@ def function_name(spec: LossSpec) -> str:
 def _has_a_name(spec: LossSpec) -> bool:
     """Whether there is a function that is the whole loss; others are a few nodes."""
     is_plain = spec.loss != "huber" and spec.effective_loss_weight == 1.0
-    return is_plain and not (spec.mask or spec.divisor or spec.empty != "nan")
+    return is_plain and not (spec.mask or spec.divisor or spec.empty != "nan" or spec.axes)
 
 
 def _is_l1(spec: LossSpec) -> bool:

@@ -369,8 +369,8 @@ class _Graft:
         """Append nodes, functions, inputs and outputs; gives the functions."""
         from ._assemble import nodes_of, oldest_opset  # onnxscript takes most of a second
 
-        spec, graph = self.spec, self.model.graph
-        losses = _broadcast(roles)
+        graph, losses = self.model.graph, _broadcast(roles)
+        spec = self.spec if losses is None else self.spec.of_rank(len(losses))
         if spec.per_sample and losses == ():
             raise SpecError("per_sample needs an axis of samples; the prediction has rank 0")
         names = {role: tensor.name for role, tensor in roles.items()}

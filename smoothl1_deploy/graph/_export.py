@@ -70,6 +70,9 @@ def export(
         raise SpecError(f"unknown route {route!r}; choose one of {', '.join(ROUTES)}")
     others = {"target": target_shape, "weight": weight_shape, "mask": mask_shape}
     shapes = _shapes(spec, shape, others)
+    operands = [shapes[name] for name in spec.operands]
+    if None not in operands:
+        spec = spec.of_rank(max(len(each or ()) for each in operands))
 
     if route == "torch":
         require("torch", "torch", "the torch route")
@@ -87,7 +90,9 @@ def export(
     different = [name for name in spec.operands if shapes[name] != shapes["input"]]
     described = [describe(shapes["input"]), *(f"{n}_{describe(shapes[n])}" for n in different)]
     stamp(model, spec, route, "-".join(described))  # which no identifier holds
-    onnx.checker.check_model(_with_any_rank_hidden(model), full_check=True)
+    # Its shapes can't be inferred where any rank, shown as rank 1, would lack the axes.
+    known = spec.axes is None or shapes["input"] is not None
+    onnx.checker.check_model(_with_any_rank_hidden(model), full_check=known)
     return model
 
 

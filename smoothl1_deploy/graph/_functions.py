@@ -288,6 +288,24 @@ def CompensatedMean(losses: DOUBLE[...]) -> DOUBLE[...]:
 
 
 @script(_domain)
+def WideAxesSum(losses: TNarrow, axes: INT64[...]) -> DOUBLE[...]:
+    """The sum over `axes`, as `WideSum` accumulates it."""
+    return op.ReduceSum(op.Cast(losses, to=11), axes, keepdims=0)
+
+
+@script(_domain)
+def CompensatedAxesTotal(losses: DOUBLE[...], axes: INT64[...]) -> DOUBLE[...]:
+    """`CompensatedAxesSum` without the axes that were added up over."""
+    return op.Squeeze(CompensatedAxesSum(losses, axes), axes)
+
+
+@script(_domain)
+def AxesCount(losses: TAny, sums: DOUBLE[...]) -> DOUBLE[...]:
+    """How many losses each of the sums is of; where there are no sums, any number."""
+    return op.Cast(op.Div(op.Size(losses), op.Max(op.Size(sums), op.Constant(value_int=1))), to=11)
+
+
+@script(_domain)
 def RowsLike(rows: DOUBLE[...], like: TAny) -> DOUBLE[...]:
     """`rows` [N] in the shape [N, 1, ...] that broadcasts with `like` [N, ...]."""
     first = op.Constant(value_ints=[1])

@@ -147,8 +147,7 @@ def bound(spec: LossSpec, count: int, accumulator: str = "float64") -> float:
 
 def proved_bound(spec: LossSpec, shape: tuple[int, ...], accumulator: str) -> int | None:
     """`bound` in whole ULP for element losses of this shape; None where it bounds nothing."""
-    count = math.prod(shape[1:] if spec.per_sample else shape)
-    limit = bound(spec, count, accumulator)
+    limit = bound(spec, spec.count(shape), accumulator)
     return None if math.isinf(limit) else math.floor(limit)
 
 
@@ -181,7 +180,7 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
         # Multiplied last: the error of a subnormal slope is none of 0.
         reach = _WIDE * abs(spec.loss_weight) * errors.sum(axis=axes).reshape(input.shape)
         if spec.reduction == "mean":
-            reach /= math.prod(whole[1:] if spec.per_sample else whole)
+            reach /= spec.count(whole)
         cancels = reach > _CANCELS * _WIDE * abs(exact)
         own = (_BACK + (spec.loss_weight != 1.0)) * _WIDE + _ORACLE_KEEPS * gamma(
             _ORACLE_DEPTH, _LONG_DOUBLE

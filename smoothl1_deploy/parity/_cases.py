@@ -73,7 +73,9 @@ def is_for(spec: LossSpec, layout: str) -> bool:
     """Whether a spec can meet a layout: rank 0 has no samples, and weights are for who weighs."""
     shapes = LAYOUTS[layout]
     weighs = shapes.weight is None or spec.weight is not None or spec.mask
-    return weighs and (shapes.input != () or not spec.per_sample)
+    rank = len(shapes.input)
+    has_axes = all(-rank <= axis < rank for axis in spec.axes or ())
+    return weighs and has_axes and (rank > 0 or not spec.per_sample)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +149,7 @@ class Case:
 
     def _upstream(self, spec: LossSpec) -> Array:
         """A gradient to flow in, of the loss's shape and of either sign."""
-        shape = self.shape(spec)
-        if spec.reduction != "none":
-            shape = shape[:1] if spec.per_sample else ()
+        shape = spec.loss_shape(self.shape(spec))
         rng = self._generator(spec, " upstream")
         if self.weighting != "usual":
             return weigh(self.weighting, spec, shape, rng)
@@ -340,8 +340,12 @@ class Sample(Record):
             indices = np.arange(refs.input.size).reshape(refs.input.shape)
             here = np.broadcast_to(indices, whole["input"].shape) == worst
             parts = {name: values[here] for name, values in whole.items()}
-        else:  # the axes of a loss are the leading ones of its inputs, the others are reduced
-            parts = {name: np.asarray(values[at]) for name, values in whole.items()}
+        else:
+            kept = refs.spec.kept_axes(whole["input"].ndim)
+            parts = {
+                name: np.asarray(np.moveaxis(values, kept, range(len(kept)))[at])
+                for name, values in whole.items()
+            }
         return cls(
             output,
             at,

@@ -94,8 +94,7 @@ def _torch_lost_it(
     if spec.reduction == "none":
         return np.asarray(not_nan | finite)
     finite = finite | _overflowed_rows(spec, input, target)
-    first = 1 if spec.per_sample else 0
-    return np.asarray(not_nan | finite.all(axis=tuple(range(first, finite.ndim))))
+    return np.asarray(not_nan | finite.all(axis=_reduced(spec, finite)))
 
 
 def _all_behind(conditions: Array, shape: tuple[int, ...]) -> Array:
@@ -118,8 +117,12 @@ def _overflowed_rows(spec: LossSpec, input: Array, target: Array) -> Array:
     largest = float(ml_dtypes.finfo(input.dtype).max)  # type: ignore[no-untyped-call]
     is_lost = ((squares > largest) & (abs(d) < spec.effective_beta)) | (huber > largest)
     overflowed = np.isfinite(d) & is_lost
-    axes = tuple(range(1 if spec.per_sample else 0, overflowed.ndim))
-    return np.asarray(overflowed.any(axis=axes, keepdims=True))
+    return np.asarray(overflowed.any(axis=_reduced(spec, overflowed), keepdims=True))
+
+
+def _reduced(spec: LossSpec, whole: Array) -> tuple[int, ...]:
+    kept = spec.kept_axes(whole.ndim)
+    return tuple(axis for axis in range(whole.ndim) if axis not in kept)
 
 
 def distances(values: Array, oracle: Array, comparable: Array) -> Array:

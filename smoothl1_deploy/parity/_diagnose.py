@@ -280,10 +280,7 @@ def _gradient(subject: Subject) -> Iterator[Diagnosis]:
 
     def holds(change: Callable[[Array, int], Array]) -> bool:
         tolerance = 16 * UNIT_ROUNDOFF[spec.dtype]
-        pairs = [
-            (got, change(exact, exact[0].size if spec.per_sample else exact.size))
-            for _, got, exact in asked
-        ]
+        pairs = [(got, change(exact, spec.count(exact.shape))) for _, got, exact in asked]
         return all((np.abs(got - it) <= tolerance * np.abs(it)).all() for got, it in pairs)
 
     *known, unknown = _GRADIENTS

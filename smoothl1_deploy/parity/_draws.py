@@ -30,6 +30,7 @@ _RANKS = (0, 1, 1, 2, 2, 2, 3, 4)
 _SIZES = (1, 2, 3, 5, 7, 16, 17, 33, 64)
 _FEW_SIZES = 5  # sizes, the smallest, are for the axes of a rank above 2
 _LARGE = 12, 17  # powers of 2 that the elements of a large case are between
+_AXES = (None, None, (0,), (1,), (-1,), (0, 2), (1, 2), (-3, -2))
 _UNUSUAL = 0.25  # is the share of empty or large cases where an axis is dynamic; of empty ones:
 _EMPTY, _EMPTY_WITHOUT_BETA = 0.06, 0.2
 _FAMILIES = (*FAMILIES, *ADVERSARIAL, *ADVERSARIAL)
@@ -78,7 +79,9 @@ class Draw:
                 beta = beta or 1.0  # a delta is no 0
         by_torch = spec.is_of_torch and random.random() < _BY_TORCH
         route = "torch" if by_torch else random.choice(ROUTES[:2])
-        rank = max(random.choice(_RANKS), int(spec.per_sample))
+        least = max((axis + 1 if axis >= 0 else -axis for axis in spec.axes or ()), default=0)
+        least = max(least, int(spec.per_sample))
+        rank = max(random.choice(_RANKS), least)
         arrays = _arrays(random, spec, rank)
         sizes = _SIZES[: _FEW_SIZES if rank > 2 else None]
         if spec.gradient:
@@ -178,13 +181,15 @@ def _spec(random: Random) -> LossSpec:
 
 
 def _further(random: Random, spec: LossSpec) -> LossSpec:
-    """The spec, or one of four with a mask, a divisor or a value for means of nothing as well."""
+    """The spec, or one of four with axes, a mask, a divisor or a value for means of nothing."""
     is_mean = spec.reduction == "mean"
     if random.random() > 0.25 or not is_extended(spec):
         return spec
+    axes = random.choice(_AXES) if spec.reduction != "none" and not spec.per_sample else None
     return replace(
         spec,
-        mask=random.random() < 0.7,
+        axes=axes,
+        mask=random.random() < 0.5,
         divisor=is_mean and spec.weight != "weights" and random.random() < 0.4,
         empty=random.choice(EMPTIES) if is_mean else "nan",
     )
@@ -212,7 +217,7 @@ def _arrays(random: Random, spec: LossSpec, rank: int) -> tuple[_Axes, ...]:
         return axes
 
     input, target = part(), part()
-    if spec.per_sample and not input + target:
+    if spec.axes or (spec.per_sample and not input + target):
         input = whole
     column: _Axes = (*whole[:-1], None) if rank else ()
     others = (

@@ -150,7 +150,7 @@ def artefact_drift(
 
 def _outputs(spec: LossSpec, case: Case) -> list[str]:
     """What adds up, or is divided by what did."""
-    reduced = spec.reduction != "none" and not spec.per_sample
+    reduced = not spec.keeps_axes
     summed_back = case.input_shape != case.shape(spec)
     gradient = spec.gradient and (reduced or summed_back)
     adds_up = {"loss": reduced, "grad_input": gradient}

@@ -140,7 +140,7 @@ class Subject:
         others = {second: sizes[::3]}
         # In one row |d| counts most: the fewer the elements, the less can be rounding. For a loss
         # per sample one row can't be told from all.
-        if not self.spec.per_sample:
+        if not self.spec.keeps_axes:
             others[row] = [d for d in sizes if d >= self.spec.effective_beta][:2]
         if self.any_rank:
             others[((3, 1), *[(1, 4)] * (len(first) - 1))] = sizes[::3]

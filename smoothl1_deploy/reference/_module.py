@@ -128,16 +128,27 @@ def _eager_loss(
 ) -> torch.Tensor:
     """The loss of the spec's operands, by name, before the constant factor."""
     losses: torch.Tensor
-    if len(tensors) == 2 and not spec.per_sample and divisor is None and spec.empty == "nan":
+    if replace(spec, gradient=False, upstream=False, loss_weight=1.0).is_of_torch:
         losses = _module(spec, spec.reduction).forward(tensors["input"], tensors["target"])
         return losses
-    if spec.per_sample or spec.mask:
+    if spec.keeps_axes or spec.mask:
         whole = torch.functional.broadcast_tensors(*tensors.values())  # type: ignore[no-untyped-call]
         tensors = dict(zip(tensors, whole, strict=True))
+    if spec.axes:  # as rows, one for each number of the loss
+        shape = tuple(tensors["input"].shape)
+        kept, out = spec.kept_axes(len(shape)), spec.loss_shape(shape)
+        rows = {
+            name: x.movedim(kept, tuple(range(len(kept)))).reshape(
+                math.prod(out), spec.count(shape)
+            )
+            for name, x in tensors.items()
+        }
+        loss = _eager_loss(replace(spec, axes=None, per_sample=True), rows, divisor)
+        return loss.reshape(out)
     if spec.per_sample and 0 < len(tensors["input"]) <= 1024:
         alone = replace(spec, per_sample=False)
-        rows = [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)]
-        return torch.stack([_eager_loss(alone, row, divisor) for row in rows])
+        each = [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)]
+        return torch.stack([_eager_loss(alone, row, divisor) for row in each])
     mask = tensors.pop("mask", None)
     if mask is not None:  # 0 for what isn't selected, whatever it is, and for its gradient
         tensors = {name: tensor.masked_fill(~mask, 0) for name, tensor in tensors.items()}

@@ -74,8 +74,8 @@ def oracle(
         divisor: a number that a mean is divided by, where the spec has one.
 
     Returns:
-        An array of the spec's dtype: the broadcast shape for `none`, [N] per sample, rank 0
-        otherwise. The mean of nothing is NaN, the sum of nothing 0.
+        An array of the spec's dtype, in the shape that `spec.loss_shape` makes of the broadcast
+        one. The mean of nothing is NaN, the sum of nothing 0.
 
     >>> oracle(LossSpec(reduction="none"), np.float32([1, 2]), np.float32([0, 0]))
     array([0.5, 1.5], dtype=float32)
@@ -85,9 +85,8 @@ def oracle(
     given = [input, target] if weight is None else [input, target, weight]
     arrays = _selected(mask, given)
     shape = arrays[0].shape
-    rows = shape[0] if spec.per_sample else 1
-    columns = arrays[0].size // rows if rows else 0
-    flat = [array.reshape(rows, columns) if rows else array for array in arrays]
+    flat = [_as_rows(spec, array) for array in arrays]
+    rows, columns = flat[0].shape
     losses = np.empty((rows, columns), NUMPY_DTYPE[spec.dtype])
     factor = np.longdouble(spec.effective_loss_weight)
     totals = np.zeros((4, rows), np.longdouble)  # losses, their magnitudes; weights, likewise
@@ -121,7 +120,15 @@ def oracle(
             for row in np.flatnonzero(doubtful & np.isfinite(totals).all(axis=0)):
                 wide_row = (array[row].astype(np.float64) for array in flat)
                 rounded[row] = _exact_row(spec, by[row % by.size], *wide_row)
-        return rounded if spec.per_sample else np.asarray(rounded[0])
+        return rounded.reshape(spec.loss_shape(shape))
+
+
+def _as_rows(spec: LossSpec, whole: Array) -> Array:
+    """An array in the element losses' shape, a row for each number that they are reduced to."""
+    kept = spec.kept_axes(whole.ndim) if spec.reduction != "none" else ()
+    others = [axis for axis in range(whole.ndim) if axis not in kept]
+    sizes = [math.prod(whole.shape[axis] for axis in axes) for axes in (kept, others)]
+    return whole.transpose(*kept, *others).reshape(sizes)
 
 
 def _selected(mask: Array | None, arrays: Sequence[Array]) -> list[Array]:
@@ -140,16 +147,14 @@ def _divisor(
     weights: Array | None = None,
 ) -> Array:
     """What each row of a mean is divided by, or one number for all: the weights' sum where that."""
-    rows = shape[0] if spec.per_sample else 1
     if spec.weight == "weights" and weights is not None:
         by = weights
     elif divisor is not None:
         by = np.asarray(divisor, np.longdouble).reshape(1)
     elif mask is not None:
-        kept = np.broadcast_to(mask, shape).reshape(rows, math.prod(shape) // rows if rows else 0)
-        by = kept.sum(axis=1, dtype=np.longdouble)
+        by = _as_rows(spec, np.broadcast_to(mask, shape)).sum(axis=1, dtype=np.longdouble)
     else:
-        by = np.asarray([math.prod(shape) // rows if rows else 0], np.longdouble)
+        by = np.asarray([spec.count(shape)], np.longdouble)
     return np.where(by == 0, np.inf, by) if spec.empty == "zero" else by
 
 
@@ -235,15 +240,14 @@ def oracle_gradient(
         slopes = _element_slopes(d, spec) * wide.type(spec.effective_loss_weight)
         if weight is not None:
             slopes = slopes * weight.astype(wide)
+        beside = spec.shape_over_axes(slopes.shape)
         divisors = _divisors(spec, slopes.shape, weight, mask, divisor)
         if divisors is not None:
             wide_divisors = np.array([_to_long_double(value) for value in divisors])
-            column = (-1,) + (1,) * (slopes.ndim - 1) if spec.per_sample else ()
-            slopes = slopes / wide_divisors.reshape(column)
+            is_one = wide_divisors.size == 1
+            slopes = slopes / wide_divisors.reshape(() if is_one else beside)
         if grad_output is not None:
-            grad_output = grad_output.reshape(
-                grad_output.shape + (1,) * (slopes.ndim - 1 if spec.per_sample else 0)
-            )
+            grad_output = grad_output.reshape(beside)
             slopes = slopes * grad_output.astype(wide)
         if mask is not None:
             slopes = np.where(mask, slopes, slopes.dtype.type(0))
@@ -262,7 +266,7 @@ def oracle_gradient(
         magnitude = abs(terms).sum(axis=-1, dtype=np.longdouble)
         rounded = round_to(total, spec.dtype)
         factors = [x for x in (weight, grad_output) if x is not None]
-        samples = np.arange(len(slopes)).reshape(-1, *[1] * (slopes.ndim - 1))
+        samples = np.arange(math.prod(beside)).reshape(beside)
         for at in map(tuple, np.argwhere(_cancels(total, magnitude) & np.isfinite(magnitude))):
             a, b, *others = (
                 _along(array, slopes.shape, axes, at).astype(np.float64)
@@ -320,11 +324,9 @@ def _divisors(
             Fraction(*by.as_integer_ratio()) if np.isfinite(by) else float(by)
             for by in _divisor(spec, shape, mask, divisor)
         ]
-    rows = shape[0] if spec.per_sample else 1
-    count = math.prod(shape) // rows if rows else 0
-    parts = np.broadcast_to(weight, shape).astype(np.float64).reshape(rows, count)
-    keys = np.broadcast_to(np.arange(rows)[:, None], parts.shape)
-    exact = sums_of_products([(np.where(np.isfinite(parts), parts, 0),)], keys, rows)
+    parts = _as_rows(spec, np.broadcast_to(weight, shape)).astype(np.float64)
+    keys = np.broadcast_to(np.arange(len(parts))[:, None], parts.shape)
+    exact = sums_of_products([(np.where(np.isfinite(parts), parts, 0),)], keys, len(parts))
     plain = parts.sum(axis=1).tolist()  # NaN and infinite where an element is
     of_nothing = math.inf if spec.empty == "zero" else Fraction(0)
     return [(e or of_nothing) if math.isfinite(p) else p for e, p in zip(exact, plain, strict=True)]

@@ -139,7 +139,7 @@ def make_job(
     ports = signature(model)
     known = replace(known, dtype=ports.input.dtype)
     many = bool(ports.loss.shape)
-    elementwise = own.reduction == "none" if own else many and not known.per_sample
+    elementwise = own.reduction == "none" if own else many and not known.keeps_axes
     shape = ports.input.shape
     rows = shape[0] if shape and isinstance(shape[0], int) else None
     data = model.SerializeToString(deterministic=True)
@@ -161,7 +161,9 @@ def _added_up(spec: LossSpec) -> LossSpec:
     """What runs, so that nothing is rounded between an element, or a score, and the result."""
     if spec.per_sample:
         return spec
-    return replace(spec, reduction="none", weight="count" if spec.weight else None, empty="nan")
+    return replace(
+        spec, axes=None, reduction="none", weight="count" if spec.weight else None, empty="nan"
+    )
 
 
 def attached_loss(model: onnx.ModelProto, name: str | None = None) -> Loss | None:
@@ -264,7 +266,7 @@ class Scorer:
             InvalidInputError: on arrays that don't fit the artefact.
         """
         spec = self.job.spec
-        if not spec.per_sample and not all(array.size for array in arrays.values()):
+        if not spec.keeps_axes and not all(array.size for array in arrays.values()):
             return Partial(), None  # an artefact's mean of no elements would be NaN
         if self.job.inputs:
             arrays, losses = self._of_the_model(arrays)
@@ -272,7 +274,7 @@ class Scorer:
             outputs = self._runner.run(**arrays, beta=self.job.beta)
             losses = outputs[self._runner.signature.loss.name]
         shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
-        expected = shape if self.job.elementwise else shape[:1] if spec.per_sample else ()
+        expected = shape if self.job.elementwise else spec.loss_shape(shape)
         if losses.shape != expected:
             raise InvalidInputError(
                 f"the artefact gave a loss of shape {losses.shape} for a batch of {shape}, where "
@@ -311,13 +313,13 @@ class Scorer:
         if weight is None:
             total = exact_sum(losses).times(count // max(losses.size, 1))
             return Partial(total, divisor, count)
-        if not spec.per_sample:
+        if not spec.keeps_axes:
             return Partial(_product(exact_sum(losses), divisor), divisor, count)
-        rows = np.broadcast_to(weight, (losses.size, *weight.shape[1:]))
+        kept = spec.kept_axes(len(shape))
+        rows = np.moveaxis(np.broadcast_to(weight, shape), kept, range(len(kept)))
         total = ExactSum()
-        for loss, row in zip(losses, rows, strict=True):  # this is slow, and rarely asked for
-            weights = exact_sum(row).times(count // max(losses.size * row.size, 1))
-            total += _product(exact_sum(loss[None]), weights)
+        for at in np.ndindex(losses.shape):  # this is slow, and rarely asked for
+            total += _product(exact_sum(losses[at][None]), exact_sum(rows[at]))
         return Partial(total, divisor, count)
 
 

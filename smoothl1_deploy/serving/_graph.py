@@ -102,7 +102,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     for value in inputs_of(copy):
         if not editor.dims(value.name):
             editor.widen_input(value)
-    scores = {loss.outputs["loss"] for loss in losses if loss.spec.per_sample}
+    scores = {loss.outputs["loss"] for loss in losses if loss.spec.keeps_axes}
     for value in copy.graph.output:
         dims = editor.dims(value.name)
         if not dims or (len(dims) == 1 and (unbatched is None or value.name in scores)):
@@ -124,7 +124,7 @@ def why_unbatched(losses: Iterable[Loss], ports: ModelPorts) -> str | None:
     """Why the rows of two requests must not go into one batch; None where they may."""
     for loss in losses:
         spec = loss.spec
-        if spec.reduction != "none" and not spec.per_sample:
+        if spec.mixes_rows:
             return (
                 f"{loss.outputs['loss']} is a {spec.reduction} over all rows of a batch: requests "
                 "of different callers would be mixed into one number"

@@ -380,9 +380,8 @@ def _check_batching(config: Any, ports: ModelPorts, losses: tuple[Loss, ...]) ->
     reason = why_unbatched(losses, ports) if config.max_batch_size > 0 or dynamic else None
     if reason is None:
         return
-    reduces = any(
-        loss.spec.reduction != "none" and not loss.spec.per_sample for loss in losses
-    ) or any(port.without_rows for port in ports.outputs)
+    reduces = any(loss.spec.mixes_rows for loss in losses)
+    reduces |= any(port.without_rows for port in ports.outputs)
     if config.max_batch_size > 0 or reduces:
         yield (
             "batched-reduction" if reduces else "not-batchable",
