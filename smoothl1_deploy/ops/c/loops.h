@@ -19,6 +19,7 @@ typedef double ISA(vd) __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t ISA(vl) __attribute__((vector_size(VECTOR_BYTES)));
 typedef float ISA(vg) __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef int32_t ISA(vj) __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef int8_t ISA(vb) __attribute__((vector_size(VECTOR_BYTES / 8)));
 
 #define LOAD(type, at) ({ ISA(type) loaded_; memcpy(&loaded_, (at), sizeof loaded_); loaded_; })
 #define STORE(at, value) ({ __auto_type stored_ = (value); memcpy((at), &stored_, sizeof stored_); })
@@ -147,10 +148,10 @@ static inline ISA(vd) ISA(terms)(ISA(vd) distance, ISA(vd) beta) {
 }
 
 static inline __attribute__((always_inline)) void
-ISA(sum_f_as)(const float *input, const float *target, const float *weight, size_t count,
-              double beta, bool is_l1, bool is_weighted, Sum *sum) {
+ISA(sum_f_as)(const float *input, const float *target, const float *weight, const uint8_t *mask, size_t count,
+              double beta, bool is_l1, bool is_weighted, bool is_masked, Sum *sum) {
     ISA(vd) lanes[LANES / DOUBLES], weights[LANES / DOUBLES];
-    ISA(vj) absolute = (ISA(vj)){} + 0x7fffffff;
+    ISA(vj) absolute = (ISA(vj)){} + 0x7fffffff, kept = (ISA(vj)){} - 1;
     memcpy(lanes, sum->lanes, sizeof lanes);
     memcpy(weights, sum->weights, sizeof weights);
     size_t i = 0;
@@ -159,10 +160,12 @@ ISA(sum_f_as)(const float *input, const float *target, const float *weight, size
         for (size_t j = 0; j < LANES / DOUBLES; j++) {
             size_t at = i + j * DOUBLES;
             ISA(vg) d = LOAD(vg, input + at) - LOAD(vg, target + at);
-            ISA(vd) distance = WIDEN((ISA(vg))((ISA(vj))d & absolute));
+            if (is_masked)
+                kept = __builtin_convertvector(LOAD(vb, mask + at) != 0, ISA(vj));
+            ISA(vd) distance = WIDEN((ISA(vg))((ISA(vj))d & absolute & kept));
             ISA(vd) term = is_l1 ? distance : ISA(terms)(distance, (ISA(vd)){} + beta);
             if (is_weighted) {
-                ISA(vd) w = WIDEN(LOAD(vg, weight + at));
+                ISA(vd) w = WIDEN((ISA(vg))(LOAD(vj, weight + at) & kept));
                 term *= w;
                 weights[j] += w;
             }
@@ -171,6 +174,8 @@ ISA(sum_f_as)(const float *input, const float *target, const float *weight, size
     memcpy(sum->lanes, lanes, sizeof lanes);
     memcpy(sum->weights, weights, sizeof weights);
     for (size_t lane = 0; i < count; i++, lane++) {
+        if (is_masked && !mask[i])
+            continue;
         double distance = fabsf(input[i] - target[i]);
         double term = is_l1 ? distance : ISA(term)(distance, beta);
         if (is_weighted) {
@@ -181,15 +186,20 @@ ISA(sum_f_as)(const float *input, const float *target, const float *weight, size
     }
 }
 
-static void ISA(sum_f)(const float *input, const float *target, const float *weight, size_t count,
-                       const Beta *beta, Sum *sum) {
-    bool is_l1 = beta->value == 0;
-    if (weight)
-        ISA(sum_f_as)(input, target, weight, count, beta->value, is_l1, true, sum);
+static void ISA(sum_f)(const float *input, const float *target, const float *weight, const uint8_t *mask,
+                       size_t count, const Beta *beta, Sum *sum) {
+    double b = beta->value;
+    bool is_l1 = b == 0;
+    if (weight && mask)
+        ISA(sum_f_as)(input, target, weight, mask, count, b, is_l1, true, true, sum);
+    else if (weight)
+        ISA(sum_f_as)(input, target, weight, mask, count, b, is_l1, true, false, sum);
+    else if (mask)
+        ISA(sum_f_as)(input, target, weight, mask, count, b, is_l1, false, true, sum);
     else if (is_l1)
-        ISA(sum_f_as)(input, target, weight, count, beta->value, true, false, sum);
+        ISA(sum_f_as)(input, target, weight, mask, count, b, true, false, false, sum);
     else
-        ISA(sum_f_as)(input, target, weight, count, beta->value, false, false, sum);
+        ISA(sum_f_as)(input, target, weight, mask, count, b, false, false, false, sum);
 }
 
 /* Float64: beside every lane what its additions round off (Knuth's TwoSum): a sum is as good as in
@@ -367,9 +377,10 @@ static void ISA(slopes_d)(const void *const *from, size_t count, const Slope *sl
  * a vector holds, or their gradients. `from` has input and target, and NULL or the weight, what flows in
  * (of float64), and the betas. */
 static inline __attribute__((always_inline)) ISA(vd)
-ISA(wide)(const void *const *from, size_t at, const Wide *wide, bool is_double, bool is_half) {
+ISA(wide)(const void *const *from, size_t at, const Wide *wide, bool is_double, bool is_half,
+          bool has_betas) {
     ISA(vd) b = wide->beta - (ISA(vd)){}, nan = (ISA(vd)){} + NAN, value;
-    if (from[4])
+    if (has_betas)
         b = ISA(load)(from[4], at, is_double);
     b = SELECT(b >= 0, b, nan, vd, vl);
     ISA(vd) x = ISA(load)(from[0], at, is_double), y = ISA(load)(from[1], at, is_double), d = x - y;
@@ -397,30 +408,41 @@ ISA(wide)(const void *const *from, size_t at, const Wide *wide, bool is_double, 
 }
 
 static inline __attribute__((always_inline)) void
-ISA(wide_as)(const void *const *from, size_t count, const Wide *given, char *to, bool is_double,
-             bool is_half, bool stays_wide) {
-    const Wide wide = *given;
-    size_t given_size = is_double ? 8 : 4, size = stays_wide ? 8 : 4;
+ISA(wide_of)(const void *const *given, size_t count, Wide wide, char *to, bool is_double, bool is_half,
+             bool stays_wide, bool has_betas) {
+    const void *from[5] = {given[0], given[1], given[2], given[3], given[4]};
+    size_t given_size = is_double ? 8 : 4, size = stays_wide ? 8 : 4, i = 0;
     size_t sizes[5] = {given_size, given_size, given_size, 8, given_size};
-    char ends[6][sizeof(ISA(vd))] = {{0}};
-    for (size_t i = 0; i < count; i += DOUBLES) {
-        size_t rest = count - i, first = i;
-        const void *at[5] = {from[0], from[1], from[2], from[3], from[4]};
-        char *out = to + i * size;
-        if (rest < DOUBLES) {
-            first = 0;
-            out = ends[5];
-            for (size_t j = 0; j < 5; j++)
-                at[j] = at[j] ? memcpy(ends[j], (const char *)at[j] + i * sizes[j], rest * sizes[j]) : NULL;
-        }
-        ISA(vd) value = ISA(wide)(at, first, &wide, is_double, is_half);
+    for (; i + DOUBLES <= count; i += DOUBLES) {
+        ISA(vd) value = ISA(wide)(from, i, &wide, is_double, is_half, has_betas);
         if (stays_wide)
-            STORE(out, value);
+            STORE(to + i * size, value);
         else
-            STORE(out, is_half ? ISA(odd)(value) : NARROW(value));
-        if (rest < DOUBLES)
-            memcpy(to + i * size, out, rest * size);
+            STORE(to + i * size, is_half ? ISA(odd)(value) : NARROW(value));
     }
+    if (i == count)
+        return;
+    char ends[6][sizeof(ISA(vd))] = {{0}};
+    for (size_t j = 0; j < 5; j++)
+        from[j] = from[j] ? memcpy(ends[j], (const char *)from[j] + i * sizes[j], (count - i) * sizes[j]) : NULL;
+    ISA(vd) value = ISA(wide)(from, 0, &wide, is_double, is_half, has_betas);
+    if (stays_wide)
+        STORE(ends[5], value);
+    else
+        STORE(ends[5], is_half ? ISA(odd)(value) : NARROW(value));
+    memcpy(to + i * size, ends[5], (count - i) * size);
+}
+
+static inline __attribute__((always_inline)) void
+ISA(wide_as)(const void *const *from, size_t count, const Wide *wide, void *to, bool is_double, bool is_half,
+             bool stays_wide) {
+    Wide slope = {wide->beta, wide->is_huber, true}, loss = {wide->beta, wide->is_huber, false};
+    if (wide->gives_slope)
+        ISA(wide_of)(from, count, slope, to, is_double, is_half, stays_wide, from[4]);
+    else if (from[4])
+        ISA(wide_of)(from, count, loss, to, is_double, is_half, stays_wide, true);
+    else
+        ISA(wide_of)(from, count, loss, to, is_double, is_half, stays_wide, false);
 }
 
 static void ISA(wide_f)(const void *const *from, size_t count, const Wide *wide, void *to) {

@@ -273,7 +273,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     join_axes(&job.space, operands, inputs);
     job.is_direct = true;
     for (size_t i = 0; i < inputs; i++)
-        job.is_direct &= operands[i]->is_whole && operands[i]->size > 2;
+        job.is_direct &= operands[i]->is_whole && operands[i]->size != 2;
     return compute_job(&job, api, context);
 }
 

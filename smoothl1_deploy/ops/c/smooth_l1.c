@@ -38,7 +38,7 @@ typedef struct {
 typedef struct {
     void (*each_f)(const float *, const float *, const float *, size_t, const Beta *, float *);
     void (*each_d)(const double *, const double *, const double *, size_t, const Beta *, double *);
-    void (*sum_f)(const float *, const float *, const float *, size_t, const Beta *, Sum *);
+    void (*sum_f)(const float *, const float *, const float *, const uint8_t *, size_t, const Beta *, Sum *);
     void (*sum_d)(const double *, const double *, const double *, size_t, const Beta *, Sum *);
     void (*total_f)(const float *, size_t, double *);
     void (*total_d)(const double *, size_t, double *, double *);
@@ -270,13 +270,18 @@ static void add(const Job *job, const void *const *at, size_t count, Sum *sum) {
     else if (is_double)
         loops->sum_d(input, target, weight, count, &job->beta, sum);
     else
-        loops->sum_f(input, target, weight, count, &job->beta, sum);
+        loops->sum_f(input, target, weight, at[MASK], count, &job->beta, sum);
     if (is_summed && weight && (job->op->reduction == AVERAGE || job->op->form)) {
         if (is_double)
             loops->total_d(weight, count, sum->weights, sum->weight_rests);
         else
             loops->total_f(weight, count, sum->weights);
     }
+}
+
+/* Whether what is outside the mask is left to the loop, as only sum_f can. */
+static bool reads_mask(const Job *job) {
+    return job->op->reduction == SUM && job->op->type != ORT_DOUBLE && !job->is_wide;
 }
 
 /* Where each input's elements from `start` are, in the dtype that is computed in; NULL for one that
@@ -286,10 +291,12 @@ static void fetch(const Job *job, size_t start, size_t count, uint64_t (*buffers
     const Operand none = {0}, *flowing = job->op->form == SLOPES ? &job->upstream : &none;
     const Operand *operands[] = {&job->input, &job->target, &job->weight, flowing};
     const Space *space = &job->space;
-    at[MASK] = job->mask ? elements(job->mask, space, start, count, buffers[MASK]) : NULL;
+    const uint8_t *mask = at[MASK] = job->mask ? elements(job->mask, space, start, count, buffers[MASK]) : NULL;
     at[BETAS] = job->betas ? elements(job->betas, space, start, count, buffers[BETAS]) : NULL;
+    if (reads_mask(job))
+        mask = NULL;
     for (int i = INPUT; i <= FLOWING; i++)
-        at[i] = computable(operands[i], space, start, count, at[MASK], buffers[i]);
+        at[i] = computable(operands[i], space, start, count, mask, buffers[i]);
 }
 
 /* A mean by weights whose sums overflow: each loss times its share of the weights, as the body has it. */
@@ -653,7 +660,7 @@ OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
     job->beta = beta_of(job);
     job->is_wide = op->form && (job->betas || op->form == SLOPES || job->width > 1 ||
                                 (op->is_huber && (op->type == ORT_DOUBLE || op->form == ELEMENTS)));
-    job->is_direct &= !job->mask && !job->is_wide;
+    job->is_direct &= !job->is_wide && (!job->mask || reads_mask(job));
     job->is_undivided = job->width > 1 && op->type != ORT_DOUBLE && !op->is_huber && job->beta.value > 0;
     if (job->is_wide && !job->is_undivided)
         job->beta.divisor = job->beta.value >= 0 ? 1 : NAN;
