@@ -1,10 +1,10 @@
 /* The loops over elements, compiled once for each instruction set.
  *
  * `ISA(name)` gives each set names of its own; VECTOR_BYTES is the width of its registers. WIDEN
- * (floats to as many doubles), NARROW (its inverse), LESSER (`a < b ? a : b`) and BITS (of a mask,
- * one an element) are what gcc 12 makes long ways of. What is added up goes to 16 lanes, element i of a
- * run to lane i % 16, whatever the width: the bits of a result are those of every set. No product is
- * fused with a sum (-ffp-contract=off).
+ * (floats to as many doubles), NARROW (its inverse), LESSER (`a < b ? a : b`), BITS (of a mask, one an
+ * element) and SPREAD (bytes to as many int32) are what gcc 12 makes long ways of. What is added up goes
+ * to 16 lanes, element i of a run to lane i % 16, whatever the width: the bits of a result are those of
+ * every set. No product is fused with a sum (-ffp-contract=off).
  */
 
 #define LANES 16
@@ -19,7 +19,6 @@ typedef double ISA(vd) __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t ISA(vl) __attribute__((vector_size(VECTOR_BYTES)));
 typedef float ISA(vg) __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef int32_t ISA(vj) __attribute__((vector_size(VECTOR_BYTES / 2)));
-typedef int8_t ISA(vb) __attribute__((vector_size(VECTOR_BYTES / 8)));
 
 #define LOAD(type, at) ({ ISA(type) loaded_; memcpy(&loaded_, (at), sizeof loaded_); loaded_; })
 #define STORE(at, value) ({ __auto_type stored_ = (value); memcpy((at), &stored_, sizeof stored_); })
@@ -161,7 +160,7 @@ ISA(sum_f_as)(const float *input, const float *target, const float *weight, cons
             size_t at = i + j * DOUBLES;
             ISA(vg) d = LOAD(vg, input + at) - LOAD(vg, target + at);
             if (is_masked)
-                kept = __builtin_convertvector(LOAD(vb, mask + at) != 0, ISA(vj));
+                kept = SPREAD(mask + at) != 0;
             ISA(vd) distance = WIDEN((ISA(vg))((ISA(vj))d & absolute & kept));
             ISA(vd) term = is_l1 ? distance : ISA(terms)(distance, (ISA(vd)){} + beta);
             if (is_weighted) {
@@ -478,7 +477,7 @@ KEEP(64)
 static size_t ISA(selected)(const uint8_t *mask, size_t count) {
     size_t found = 0;
     while (count) {
-        size_t part = count < 255 ? count : 255;
+        size_t part = count < 192 ? count : 192; /* which a byte holds */
         uint8_t few = 0;
         for (size_t i = 0; i < part; i++)
             few += mask[i] != 0;
@@ -566,6 +565,7 @@ static const Loops ISA(loops) = {
 #undef NARROW
 #undef LESSER
 #undef BITS
+#undef SPREAD
 #undef WIDEN_HALF
 #undef NARROW_HALF
 #undef ISA

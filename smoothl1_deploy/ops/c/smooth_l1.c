@@ -14,6 +14,7 @@
 #define RUN ((size_t)1 << 15) /* elements of one task, of which a sum has one partial */
 #define BLOCK ((size_t)1 << 10) /* elements that are widened or repeated at a time */
 #define LEAST ((size_t)1 << 8) /* columns of one task where sums lie side by side */
+#define SHORT ((size_t)1 << 4) /* elements of which several runs are copied together */
 #define SIDE ((size_t)1 << 9) /* sums side by side of one task */
 #define LANED ((size_t)1 << 7) /* lanes of fewer sums side by side */
 #define THREADED ((size_t)1 << 18) /* elements from which threads gain more than they cost */
@@ -80,6 +81,7 @@ static __attribute__((noinline)) float settle_one(float input, float target, con
 #define NARROW(x) (vg_v2){(float)(x)[0], (float)(x)[1]}
 #define LESSER(a, b) (vd_v2)_mm_min_pd((__m128d)(a), (__m128d)(b))
 #define BITS(x) (unsigned)_mm_movemask_ps((__m128)(x))
+#define SPREAD(at) (vj_v2){(at)[0], (at)[1]}
 #pragma GCC push_options
 #pragma GCC target("sse4.2")
 #include "loops.h"
@@ -91,6 +93,8 @@ static __attribute__((noinline)) float settle_one(float input, float target, con
 #define NARROW(x) (vg_v3)_mm256_cvtpd_ps((__m256d)(x))
 #define LESSER(a, b) (vd_v3)_mm256_min_pd((__m256d)(a), (__m256d)(b))
 #define BITS(x) (unsigned)_mm256_movemask_ps((__m256)(x))
+#define SPREAD(at) \
+    ({ int four_; memcpy(&four_, (at), 4); (vj_v3)_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four_)); })
 #define WIDEN_HALF(x) (vf_v3)_mm256_cvtph_ps((__m128i)(x))
 #define NARROW_HALF(x) (vh_v3)_mm256_cvtps_ph((__m256)(x), _MM_FROUND_TO_NEAREST_INT)
 #pragma GCC push_options
@@ -104,6 +108,7 @@ static __attribute__((noinline)) float settle_one(float input, float target, con
 #define NARROW(x) (vg_v4)_mm512_cvtpd_ps((__m512d)(x))
 #define LESSER(a, b) (vd_v4)_mm512_min_pd((__m512d)(a), (__m512d)(b))
 #define BITS(x) (unsigned)_mm512_movepi32_mask((__m512i)(x))
+#define SPREAD(at) (vj_v4)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(at)))
 #define WIDEN_HALF(x) (vf_v4)_mm512_cvtph_ps((__m256i)(x))
 #define NARROW_HALF(x) (vh_v4)_mm512_cvtps_ph((__m512)(x), _MM_FROUND_TO_NEAREST_INT)
 #pragma GCC push_options
@@ -142,6 +147,7 @@ static void end_stream(void) { _mm_sfence(); }
 #define NARROW(x) (vg_any){(float)(x)[0], (float)(x)[1]}
 #define LESSER(a, b) SELECT((a) < (b), a, b, vd, vl)
 #define BITS(x) (unsigned)(((x)[0] & 1) | ((x)[1] & 2) | ((x)[2] & 4) | ((x)[3] & 8))
+#define SPREAD(at) (vj_any){(at)[0], (at)[1]}
 #include "loops.h"
 static const Loops *const SETS[] = {&loops_any};
 static int best_set(void) { return 1; }
@@ -161,6 +167,23 @@ __attribute__((visibility("default"))) int smoothl1_deploy_use(int number) {
 
 __attribute__((constructor)) static void choose(void) { smoothl1_deploy_use(best_set()); }
 
+/* Many short runs, column by column. */
+#define COPY(bits) \
+    for (size_t j = 0; j < run; j++) \
+        for (size_t i = 0; i < rows; i++) \
+            ((uint##bits##_t *)to)[i * run + j] = ((const uint##bits##_t *)at)[i * down + j * step]
+static void copy_rows(const Operand *from, const void *at, size_t down, size_t step, size_t rows, size_t run,
+                      void *to) {
+    if (from->size == 1)
+        COPY(8);
+    else if (from->size == 2)
+        COPY(16);
+    else if (from->size == 4)
+        COPY(32);
+    else
+        COPY(64);
+}
+
 /* `count` elements from `start`, where they are or repeated into `buffer`. */
 static const void *elements(const Operand *from, const Space *space, size_t start, size_t count,
                             void *buffer) {
@@ -178,7 +201,15 @@ static const void *elements(const Operand *from, const Space *space, size_t star
         if (run > count - done)
             run = count - done;
         const char *at = from->data + offset * from->size;
-        if (from->steps[last])
+        size_t rows = last && run < SHORT ? space->sizes[last - 1] - index[last - 1] : 1;
+        rows = rows * run > count - done ? (count - done) / run : rows;
+        if (rows > 1 && !index[last]) {
+            copy_rows(from, at, from->steps[last - 1], from->steps[last], rows, run, to);
+            index[last - 1] += rows - 1;
+            offset += (rows - 1) * from->steps[last - 1];
+            to += (rows - 1) * run * from->size;
+            done += (rows - 1) * run;
+        } else if (from->steps[last])
             memcpy(to, at, run * from->size);
         else if (from->size == 1)
             memset(to, *at, run);
