@@ -175,3 +175,155 @@ def test_any_broadcast_with_any_beta(use: Any, dtype: str) -> None:
         for number, beta in enumerate(betas):
             use(1 + number % use(0))
             assert_right(arrays(dtype, *shapes, beta=beta), huber=huber, note=(shapes, beta, huber))
+
+
+#: A shape, and axes of it: rows long and short, sums side by side, few and more than a task has.
+AXES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+    ((5, 3), (0,)), ((5, 3), (1,)), ((5, 3), (0, 1)), ((5, 3), ()), ((), ()), ((1,), (0,)),
+    ((2, 3, 4), (1,)), ((2, 3, 4), (0, 2)), ((2, 1, 4, 3), (1, 2)), ((3, 1, 1, 2), (0, 1)),
+    ((3, 100, 4), (1,)), ((300, 7), (0,)), ((7, 300), (1,)), ((2, 40, 130), (1,)), ((40, 5, 6), (0, 2)),
+    ((4, 2500), (0,)), ((2500, 4), (1,)), ((2, 3, 1500), (1,)), ((0, 3), (0,)), ((0, 3), (1,)),
+    ((3, 0, 2), (1,)), ((2, 0, 3), (2,)), ((9001, 5), (0,)), ((300, 1030), (0,)), ((3, 40_001), (1,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_over_any_axes(use: Any, dtype: str) -> None:
+    for number, (shape, axes) in enumerate(AXES):
+        each = np.resize(BETAS, shape[-1:])
+        column = np.resize(BETAS, shape[:1]).reshape(shape[:1] + (1,) * (len(shape) - 1))
+        narrow = shape[:-1] + (1,) * bool(shape)
+        use(1 + number % use(0))
+        for huber, shapes, beta in (
+            (False, (shape, shape), 0.75),
+            (False, (shape, shape, narrow, shape), 0.0),
+            (True, (shape, shape[-1:], None, shape), 0.5),
+            (True, (shape, narrow, shape, narrow), np.inf),
+            (False, (shape, shape), np.nan),
+            (False, (shape, shape, None, shape[1:]), each),
+            (True, (shape, shape, shape), column),
+        ):
+            given = arrays(dtype, *shapes, beta=beta)
+            assert_right(given, axes, huber=huber, note=(shape, axes, beta, huber))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_lies_outside_the_mask_is_nowhere(dtype: str) -> None:
+    """Whatever it is; and where nothing is selected, nothing is left."""
+    wild = [np.nan, np.inf, -np.inf, 1e4]
+    shape, axes = (6, 40), np.asarray([0], np.int64)
+    for huber, beta in itertools.product((False, True), (0.0, 0.5, np.inf, [0.5, 0, 2, np.inf] * 10)):
+        given = arrays(dtype, shape, shape, shape, shape, beta=beta)
+        given["mask"][:, 3] = False
+        changed = {name: array.copy() for name, array in given.items()}
+        for at, name in enumerate(("input", "target", "weight")):
+            outside = changed[name][~given["mask"]]
+            changed[name][~given["mask"]] = np.resize(np.roll(wild, at), outside.shape)
+        flowing = np.where(given["mask"], 2.0, np.inf)
+        for form, more in (
+            ("Elements", {}), ("Totals", {}), ("AxesTotals", {"axes": axes}),
+            ("Slopes", {"flowing": flowing}),
+        ):  # fmt: skip
+            found, same = (call(x | more, form, huber=huber) for x in (given, changed))
+            for name, got in found.items():
+                assert got.tobytes() == same[name].tobytes(), (form, name, beta)
+                assert form != "AxesTotals" or got[3] == 0
+            if form in ("Elements", "Slopes"):
+                assert not any(found["out"][~given["mask"]].tobytes())
+            changed["mask"] = np.zeros_like(given["mask"])
+            for got in call(changed | more, form, huber=huber).values():
+                assert not any(got.tobytes()), (form, beta)
+            changed["mask"] = given["mask"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_and_nan_of_what_is_selected(dtype: str) -> None:
+    ends = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-4, -2.0, 6e4]
+    of = NUMPY_DTYPE[dtype]
+    for huber, beta in itertools.product((False, True), (*BETAS, 2.0**-20, -1.0, np.resize(BETAS, 64))):
+        given = arrays(dtype, beta=beta)
+        given = {"input": np.resize(ends, 64).astype(of), "target": np.repeat(ends, 8).astype(of)} | given
+        with np.errstate(all="ignore"):
+            want = right(given, huber=huber)[0].astype(of)
+            sloped = given | {"flowing": np.float64(1.0)}
+            slope = right(sloped, huber=huber, slopes=True)[0].astype(of)
+        got = call(given, "Elements", huber=huber)["out"]
+        assert_near(got, want, 1, (huber, beta))
+        assert_near(call(sloped, "Slopes", huber=huber)["out"], slope, 1, (huber, beta))
+        alone = {name: a.reshape(-1, 1) for name, a in given.items()}  # each sum of one element
+        total = call(alone | {"axes": np.asarray([1])}, "AxesTotals", huber=huber)["total"]
+        assert np.array_equal(np.isnan(total), np.isnan(want.astype("f4"))), (huber, beta)
+        assert np.array_equal(np.isinf(total), np.isinf(want.astype("f4"))) or "16" in dtype
+
+
+def test_sums_of_float64_are_those_of_exact_arithmetic(use: Any) -> None:
+    random = np.random.default_rng(2)
+    x, y = random.standard_normal((2, 60, 7)) * 10.0 ** random.integers(-9, 9, (2, 60, 7))
+    given = {"input": x, "target": y, "beta": np.asarray(0.3)}
+    exact = [exact_loss(*pair, 0.3) for pair in zip(x.flat, y.flat, strict=True)]
+    whole = float(sum(exact, Fraction(0)))
+    columns = np.asarray([float(sum(exact[at::7], Fraction(0))) for at in range(7)])
+    for number in range(1, use(0) + 1):
+        use(number)
+        assert_near(call(given, "Totals")["total"], np.asarray(whole), 1)
+        over = given | {"axes": np.asarray([0])}
+        assert_near(call(over, "AxesTotals")["total"], columns, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_instruction_sets_and_threads_give_the_same_bits(use: Any, dtype: str) -> None:
+    random = np.random.default_rng(3)
+    of = NUMPY_DTYPE[dtype]
+    for shape, axes in (((3, 100_003), [1]), ((3, 100_003), [0]), ((100_003, 3), [0]), ((200, 1501), [0])):
+        for weighted, masked, huber, beta in (
+            (False, False, False, 0.3), (True, True, False, 0.3), (False, True, True, 0.3),
+            (True, False, False, [[0.3]] * shape[0]),
+        ):  # fmt: skip
+            given = {n: random.standard_normal(shape).astype(of) for n in ("input", "target")}
+            given |= {"weight": random.random(shape).astype(of)} if weighted else {}
+            given |= {"mask": random.random(shape) < 0.5} if masked else {}
+            given["beta"] = np.asarray(beta, np.float64 if dtype == "float64" else np.float32)
+            for form, more in (
+                ("Elements", {}), ("Totals", {}), ("AxesTotals", {"axes": np.asarray(axes)}),
+                ("Slopes", {"flowing": np.float64(0.7)}),
+            ):  # fmt: skip
+                found = set()
+                for threads, number in itertools.product((1, 2, 5), range(1, use(0) + 1)):
+                    use(number)
+                    outputs = call(given | more, form, huber=huber, threads=threads)
+                    found.add(b"".join(output.tobytes() for output in outputs.values()))
+                assert len(found) == 1, (form, shape, axes, weighted, masked, huber)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_elements_have_the_bits_of_the_operators_for_none(dtype: str) -> None:
+    random = np.random.default_rng(4)
+    of = NUMPY_DTYPE[dtype]
+    beta = np.asarray(0.3, np.float64 if dtype == "float64" else np.float32)
+    given = {n: random.standard_normal(4001).astype(of) for n in ("input", "target", "weight")}
+    elements = tuple(
+        (n, helper.np_dtype_to_tensor_dtype(a.dtype)) for n, a in (given | {"beta": beta}).items()
+    )
+    for weighted in (True, False):
+        if not weighted:
+            del given["weight"]
+            elements = tuple(one for one in elements if one[0] != "weight")
+        name = f"{'Weighted' * weighted}SmoothL1LossAt{SUFFIX[dtype]}"
+        ours = call(given | {"beta": beta}, "Elements")["out"]
+        theirs = run_session(session_of(name, elements), given | {"beta": beta})["out"]
+        assert ours.tobytes() == theirs.tobytes()
+        everywhere = {"mask": np.full(4001, 2, np.uint8).view(bool), "beta": beta}  # any byte but 0
+        assert call(given | everywhere, "Elements")["out"].tobytes() == theirs.tobytes()
+
+
+def test_what_has_no_place_is_refused() -> None:
+    given = arrays("float32", (2, 3), (2, 3))
+    for form, more, sentence in (
+        ("AxesTotals", {"axes": np.asarray([2])}, "an axis that the elements haven't"),
+        ("AxesTotals", {"axes": np.asarray([-1])}, "an axis that the elements haven't"),
+        ("Slopes", {"flowing": np.zeros(2)}, "what flows in can't be broadcast to the elements"),
+        ("Slopes", {"flowing": np.zeros((1, 1, 1))}, "what flows in can't be broadcast"),
+        ("Elements", {"beta": np.zeros(2, np.float32)}, "can't be broadcast to one shape"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            call(given | more, form)

@@ -14,8 +14,9 @@
 #define RUN ((size_t)1 << 15) /* elements of one task, of which a sum has one partial */
 #define BLOCK ((size_t)1 << 10) /* elements that are widened or repeated at a time */
 #define LEAST ((size_t)1 << 8) /* columns of one task where sums lie side by side */
-#define SHORT ((size_t)1 << 4) /* elements of which several runs are copied together */
-#define SIDE ((size_t)1 << 9) /* sums side by side of one task */
+#define SHORT ((size_t)1 << 4) /* elements of which several runs are copied together, or rows added up */
+#define SIDE BLOCK /* sums side by side of one task */
+#define FEW ((size_t)1 << 8) /* elements of a row that are added up one by one */
 #define LANED ((size_t)1 << 7) /* lanes of fewer sums side by side */
 #define THREADED ((size_t)1 << 18) /* elements from which threads gain more than they cost */
 #define STREAMED ((size_t)1 << 22) /* outputs from which the cache had better keep the inputs */
@@ -547,6 +548,11 @@ static void task(void *data, size_t number) {
         gradient_task(data, number);
 }
 
+/* Whether sums are added up side by side, or of few elements. */
+static bool has_strips(const Job *job) {
+    return job->op->form == AXES_TOTALS && (job->width > 1 || job->columns < SHORT);
+}
+
 /* A strip: of one row at most SIDE sums side by side. */
 static size_t strips_of(const Job *job) { return (job->width + SIDE - 1) / SIDE; }
 
@@ -636,19 +642,24 @@ static void add_strip(const Job *job, size_t strip, size_t column, size_t end, P
     give_sums(job, strip, sums, lanes, to);
 }
 
-/* Short strips, as many as a block holds. */
-static void add_strips(const Job *job, size_t first, size_t end) {
+/* Short rows, as many as a block holds. */
+static void add_strips(const Job *job, size_t row, size_t end) {
     double numbers[3][BLOCK];
-    Lanes sums[3];
-    size_t count = job->columns * job->width, at_once = BLOCK / count;
-    size_t lanes = lanes_of(job->width, job->columns);
-    for (size_t strip = first; strip < end; strip += at_once) {
-        size_t strips = end - strip < at_once ? end - strip : at_once;
-        fetch_numbers(job, strip * count, strips * count, numbers);
-        for (size_t i = 0; i < strips; i++) {
-            clear_lanes(lanes, sums);
-            add_numbers(job, numbers, i * count, count, lanes, sums);
-            give_sums(job, strip + i, sums, lanes, NULL);
+    size_t width = job->width, count = job->columns * width, at_once = BLOCK / count;
+    for (size_t rows; row < end; row += rows) {
+        rows = end - row < at_once ? end - row : at_once;
+        fetch_numbers(job, row * count, rows * count, numbers);
+        for (size_t i = 0; i < rows * width; i++) {
+            size_t first = i / width * count + i % width;
+            Partial found = {0};
+            for (size_t at = first; at < first + count; at += width) {
+                two_sum(&found.sum, &found.rest, numbers[0][at]);
+                if (job->op->is_weighted)
+                    two_sum(&found.weight, &found.weight_rest, numbers[1][at]);
+                if (job->mask)
+                    found.selected += numbers[2][at];
+            }
+            put_row(job, row * width + i, found);
         }
     }
 }
@@ -664,7 +675,7 @@ static void strip_task(void *data, size_t number) {
     }
     size_t first = number * job->rows_per_task, last = first + job->rows_per_task;
     last = last < job->rows * strips ? last : job->rows * strips;
-    if (strips == 1 && 0 < job->columns && job->columns * job->width <= BLOCK)
+    if (0 < job->columns && job->columns * job->width <= FEW)
         add_strips(job, first, last);
     else
         for (size_t strip = first; strip < last; strip++)
@@ -689,10 +700,10 @@ OrtStatus *check_device(OrtApi *api) { (void)api; return NULL; }
 OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
     const Operator *op = job->op;
     job->beta = beta_of(job);
-    job->is_wide = op->form && (job->betas || op->form == SLOPES || job->width > 1 ||
+    job->is_wide = op->form && (job->betas || op->form == SLOPES || has_strips(job) ||
                                 (op->is_huber && (op->type == ORT_DOUBLE || op->form == ELEMENTS)));
     job->is_direct &= !job->is_wide && (!job->mask || reads_mask(job));
-    job->is_undivided = job->width > 1 && op->type != ORT_DOUBLE && !op->is_huber && job->beta.value > 0;
+    job->is_undivided = has_strips(job) && op->type != ORT_DOUBLE && !op->is_huber && job->beta.value > 0;
     if (job->is_wide && !job->is_undivided)
         job->beta.divisor = job->beta.value >= 0 ? 1 : NAN;
     else if (op->is_huber && !job->is_wide) { /* of a delta of 0 the sum of distances, over infinity; no core is infinite */
@@ -723,7 +734,7 @@ OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
     if ((has_partials && !job->partials) || (has_weights && !job->weights))
         status = ort_error(ORT_FAIL, "smoothl1_deploy: out of memory");
     if (!status)
-        status = each_task(job, api, context, job->width > 1 ? strip_task : task, tasks);
+        status = each_task(job, api, context, has_strips(job) ? strip_task : task, tasks);
     if (job->partials && !status)
         for (size_t row = 0; row < rows; row++)
             for (size_t j = 0; j < side_of(job, row); j++) {
