@@ -216,12 +216,12 @@ static void ISA(sum_d)(const double *input, const double *target, const double *
     memcpy(lanes, sum->lanes, sizeof lanes);
     memcpy(rests, sum->rests, sizeof rests);
     double b = beta->value, divisor = beta->divisor;
-    ISA(vd) bs = (ISA(vd)){} + b, divisors = (ISA(vd)){} + divisor;
     size_t i = 0;
     for (; i + LANES <= count; i += LANES)
         for (size_t j = 0; j < LANES / DOUBLES; j++) {
             size_t at = i + j * DOUBLES;
-            ISA(vd) term = ISA(losses_d)(LOAD(vd, input + at) - LOAD(vd, target + at), bs, divisors);
+            ISA(vd) term = ISA(losses_d)(LOAD(vd, input + at) - LOAD(vd, target + at), (ISA(vd)){} + b,
+                                            (ISA(vd)){} + divisor);
             if (weight)
                 term *= LOAD(vd, weight + at);
             ISA(add_exactly)(&lanes[j], &rests[j], term);
