@@ -27,7 +27,6 @@ enum { INPUT, TARGET, WEIGHT, FLOWING, BETAS, MASK, FETCHED, RESULTS = FETCHED, 
 typedef struct {
     _Alignas(64) double lanes[16]; /* a vector of which in two lines of the cache takes twice as long */
     double rests[16], weights[16], weight_rests[16];
-    size_t selected;
 } Sum;
 
 /* What the second family's losses or gradients are computed with. */
@@ -243,17 +242,19 @@ static const void *computable(const Operand *from, const Space *space, size_t st
                               const uint8_t *mask, uint64_t *buffer) {
     if (!from->data)
         return NULL;
-    uint16_t narrow[BLOCK];
-    void *to = from->size == 2 ? (void *)narrow : buffer;
-    const void *given = elements(from, space, start, count, to);
-    if (mask) {
-        (from->size == 2   ? loops->keep_16
-         : from->size == 4 ? loops->keep_32
-                           : loops->keep_64)(given, mask, count, to);
-        given = to;
+    if (from->size != 2) {
+        const void *given = elements(from, space, start, count, buffer);
+        if (!mask)
+            return given;
+        (from->size == 4 ? loops->keep_32 : loops->keep_64)(given, mask, count, buffer);
+        return buffer;
     }
-    if (from->size != 2)
-        return given;
+    uint16_t narrow[BLOCK];
+    const uint16_t *given = elements(from, space, start, count, narrow);
+    if (mask) {
+        loops->keep_16(given, mask, count, narrow);
+        given = narrow;
+    }
     (from->type == ORT_FLOAT16 ? loops->widen_half : loops->widen_bfloat)(
         given, count, (float *)buffer);
     return buffer;
@@ -272,12 +273,11 @@ static void fold(double *lanes, double *rests, bool is_double) {
 /* Whether sums are added up with what their additions round off. */
 static bool is_exact(const Job *job) { return job->input.type == ORT_DOUBLE || job->is_wide; }
 
-static Partial folded(const Job *job, Sum *sum) {
+static Partial folded(const Job *job, Sum *sum, double selected) {
     bool is_double = is_exact(job);
     fold(sum->lanes, sum->rests, is_double);
     fold(sum->weights, sum->weight_rests, is_double);
-    return (Partial){sum->lanes[0], sum->rests[0], sum->weights[0], sum->weight_rests[0],
-                     (double)sum->selected};
+    return (Partial){sum->lanes[0], sum->rests[0], sum->weights[0], sum->weight_rests[0], selected};
 }
 
 static Wide wide_of(const Job *job) {
@@ -288,8 +288,6 @@ static Wide wide_of(const Job *job) {
 static void add(const Job *job, const void *const *at, size_t count, Sum *sum) {
     const void *input = at[INPUT], *target = at[TARGET], *weight = at[WEIGHT];
     bool is_double = job->input.type == ORT_DOUBLE, is_summed = job->is_wide || is_double;
-    if (at[MASK])
-        sum->selected += loops->selected(at[MASK], count);
     if (job->is_wide) {
         Wide wide = wide_of(job);
         double terms[BLOCK];
@@ -320,7 +318,8 @@ static bool reads_mask(const Job *job) {
  * the operator has not. */
 static void fetch(const Job *job, size_t start, size_t count, uint64_t (*buffers)[BLOCK],
                   const void *at[FETCHED]) {
-    const Operand none = {0}, *flowing = job->op->form == SLOPES ? &job->upstream : &none;
+    static const Operand none;
+    const Operand *flowing = job->op->form == SLOPES ? &job->upstream : &none;
     const Operand *operands[] = {&job->input, &job->target, &job->weight, flowing};
     const Space *space = &job->space;
     const uint8_t *mask = at[MASK] = job->mask ? elements(job->mask, space, start, count, buffers[MASK]) : NULL;
@@ -376,17 +375,23 @@ static void put_row(const Job *job, size_t row, Partial found) {
     put(op, job->out, row, total);
 }
 
+static double selected_of(const void *const *at, size_t count) {
+    return at[MASK] ? (double)loops->selected(at[MASK], count) : 0;
+}
+
 static Partial added(const Job *job, size_t start, size_t count) {
     uint64_t buffers[FETCHED][BLOCK];
     const void *at[FETCHED];
     Sum sum = {0};
+    double selected = 0;
     size_t block = job->is_direct ? RUN : BLOCK;
     for (size_t done = 0; done < count; done += block) {
         size_t part = count - done < block ? count - done : block;
         fetch(job, start + done, part, buffers, at);
         add(job, at, part, &sum);
+        selected += selected_of(at, part);
     }
-    return folded(job, &sum);
+    return folded(job, &sum, selected);
 }
 
 /* Short rows, as many as a block holds: what they are made of is fetched once for all of them. */
@@ -394,16 +399,18 @@ static void add_rows(const Job *job, size_t first, size_t end) {
     uint64_t buffers[FETCHED][BLOCK];
     const void *at[FETCHED];
     size_t columns = job->columns, at_once = BLOCK / columns;
-    size_t step = columns * (job->input.type == ORT_DOUBLE ? 8 : 4);
+    size_t step = columns * (job->input.type == ORT_DOUBLE ? 8 : 4), steps[FETCHED];
     for (size_t row = first; row < end; row += at_once) {
         size_t rows = end - row < at_once ? end - row : at_once;
         fetch(job, row * columns, rows * columns, buffers, at);
+        for (int j = 0; j < FETCHED; j++)
+            steps[j] = !at[j] ? 0 : j == MASK ? columns : step;
         for (size_t i = 0; i < rows; i++) {
             Sum sum = {0};
             add(job, at, columns, &sum);
-            put_row(job, row + i, folded(job, &sum));
+            put_row(job, row + i, folded(job, &sum, selected_of(at, columns)));
             for (int j = 0; j < FETCHED; j++)
-                at[j] = at[j] ? (const char *)at[j] + (j == MASK ? columns : step) : NULL;
+                at[j] = (const char *)at[j] + steps[j];
         }
     }
 }
