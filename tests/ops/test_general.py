@@ -265,6 +265,14 @@ def test_infinities_and_nan_of_what_is_selected(dtype: str) -> None:
         assert np.array_equal(np.isinf(total), np.isinf(want.astype("f4"))) or "16" in dtype
 
 
+def test_slopes_of_a_difference_that_overflows() -> None:
+    """Of an infinite beta they are 0 all the same, as the loss's own gradient has them."""
+    for beta, slope in ((np.inf, 0.0), (1e300, 2.0), ([np.inf] * 5, 0.0)):
+        given = {"input": np.full(5, 1.7e308), "target": np.full(5, -1.7e308)}
+        given |= {"beta": np.asarray(beta, np.float64), "flowing": np.float64(2.0)}
+        assert (call(given, "Slopes")["out"] == slope).all()
+
+
 def test_sums_of_float64_are_those_of_exact_arithmetic(use: Any) -> None:
     random = np.random.default_rng(2)
     x, y = random.standard_normal((2, 60, 7)) * 10.0 ** random.integers(-9, 9, (2, 60, 7))
@@ -330,8 +338,8 @@ def test_what_has_no_place_is_refused() -> None:
     for form, more, sentence in (
         ("AxesTotals", {"axes": np.asarray([2])}, "an axis that the elements haven't"),
         ("AxesTotals", {"axes": np.asarray([-1])}, "an axis that the elements haven't"),
-        ("Slopes", {"flowing": np.zeros(2)}, "what flows in can't be broadcast to the elements"),
-        ("Slopes", {"flowing": np.zeros((1, 1, 1))}, "what flows in can't be broadcast"),
+        ("Slopes", {"flowing": np.zeros(2)}, "what flows in hasn't the elements' shape"),
+        ("Slopes", {"flowing": np.zeros((1, 1, 1))}, "what flows in hasn't"),
         ("Elements", {"beta": np.zeros(2, np.float32)}, "can't be broadcast to one shape"),
     ):
         with pytest.raises(RuntimeError, match=sentence):

@@ -423,7 +423,8 @@ ISA(wide_of)(const void *const *given, size_t count, Wide wide, char *to, bool i
         return;
     char ends[6][sizeof(ISA(vd))] = {{0}};
     for (size_t j = 0; j < 5; j++)
-        from[j] = from[j] ? memcpy(ends[j], (const char *)from[j] + i * sizes[j], (count - i) * sizes[j]) : NULL;
+        if (from[j])
+            from[j] = memcpy(ends[j], (const char *)from[j] + i * sizes[j], (count - i) * sizes[j]);
     ISA(vd) value = ISA(wide)(from, 0, &wide, is_double, is_half, has_betas);
     if (stays_wide)
         STORE(ends[5], value);
@@ -436,8 +437,10 @@ static inline __attribute__((always_inline)) void
 ISA(wide_as)(const void *const *from, size_t count, const Wide *wide, void *to, bool is_double, bool is_half,
              bool stays_wide) {
     Wide slope = {wide->beta, wide->is_huber, true}, loss = {wide->beta, wide->is_huber, false};
-    if (wide->gives_slope)
-        ISA(wide_of)(from, count, slope, to, is_double, is_half, stays_wide, from[4]);
+    if (wide->gives_slope && from[4])
+        ISA(wide_of)(from, count, slope, to, is_double, is_half, stays_wide, true);
+    else if (wide->gives_slope)
+        ISA(wide_of)(from, count, slope, to, is_double, is_half, stays_wide, false);
     else if (from[4])
         ISA(wide_of)(from, count, loss, to, is_double, is_half, stays_wide, true);
     else

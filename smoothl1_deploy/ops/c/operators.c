@@ -150,11 +150,12 @@ static OrtStatus *read_axes(OrtApi *api, const OrtKernelContext *context, size_t
     job->rows = job->columns = job->width = 1;
     while (suffix > 0 && (!is_reduced[suffix - 1] || space->dims[suffix - 1] == 1))
         suffix--;
+    size_t *const sizes_of[] = {&job->rows, &job->columns, &job->width};
     for (int pass = 0; pass < 3; pass++)
         for (size_t axis = 0; axis < space->rank; axis++)
             if ((axis >= suffix ? 2 : is_reduced[axis]) == pass) {
                 order[at++] = axis;
-                *(pass == 0 ? &job->rows : pass == 1 ? &job->columns : &job->width) *= (size_t)space->dims[axis];
+                *sizes_of[pass] *= (size_t)space->dims[axis];
             }
     if (!job->width)
         job->rows = 0, job->width = 1;
@@ -227,7 +228,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
         operands[inputs] = &job.upstream;
         TRY(read_operand(api, context, input_count(&op->ort) - 1, &job.upstream, &dims[inputs]));
         if (!broadcasts_to(&job.space, &dims[inputs++]))
-            return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: what flows in can't be broadcast to the elements");
+            return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: what flows in hasn't the elements' shape");
     }
     for (size_t i = 0; i < inputs; i++)
         set_steps(&job.space, &dims[i], operands[i]);

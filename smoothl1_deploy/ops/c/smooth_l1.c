@@ -706,18 +706,17 @@ OrtStatus *check_device(OrtApi *api) { (void)api; return NULL; }
 
 OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
     const Operator *op = job->op;
+    bool in_strips = has_strips(job);
     job->beta = beta_of(job);
-    job->is_wide = op->form && (job->betas || op->form == SLOPES || has_strips(job) ||
+    double beta = job->beta.value;
+    job->is_wide = op->form && (job->betas || op->form == SLOPES || in_strips ||
                                 (op->is_huber && (op->type == ORT_DOUBLE || op->form == ELEMENTS)));
     job->is_direct &= !job->is_wide && (!job->mask || reads_mask(job));
-    job->is_undivided = has_strips(job) && op->type != ORT_DOUBLE && !op->is_huber && job->beta.value > 0;
+    job->is_undivided = in_strips && op->type != ORT_DOUBLE && !op->is_huber && beta > 0;
     if (job->is_wide && !job->is_undivided)
-        job->beta.divisor = job->beta.value >= 0 ? 1 : NAN;
-    else if (op->is_huber && !job->is_wide) { /* of a delta of 0 the sum of distances, over infinity; no core is infinite */
-        double delta = job->beta.value;
-        job->beta = (Beta){delta < DBL_MAX ? delta : DBL_MAX, delta > 0 ? 1 : delta == 0 ? INFINITY : NAN};
-    }
-    double beta = job->beta.value;
+        job->beta.divisor = beta >= 0 ? 1 : NAN;
+    else if (op->is_huber) /* no core is infinite; of a delta of 0 it sums distances, over infinity */
+        job->beta = (Beta){beta < DBL_MAX ? beta : DBL_MAX, beta > 0 ? 1 : beta == 0 ? INFINITY : NAN};
     bool is_flat = isinf(beta) && beta > 0;
     job->slope.beta = beta;
     job->slope.scale = is_flat && job->op->type == ORT_DOUBLE ? 0.5 : 1;
@@ -741,7 +740,7 @@ OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
     if ((has_partials && !job->partials) || (has_weights && !job->weights))
         status = ort_error(ORT_FAIL, "smoothl1_deploy: out of memory");
     if (!status)
-        status = each_task(job, api, context, has_strips(job) ? strip_task : task, tasks);
+        status = each_task(job, api, context, in_strips ? strip_task : task, tasks);
     if (job->partials && !status)
         for (size_t row = 0; row < rows; row++)
             for (size_t j = 0; j < side_of(job, row); j++) {
