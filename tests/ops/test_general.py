@@ -113,7 +113,7 @@ def right(given: Given, *, huber: bool = False, slopes: bool = False) -> tuple[A
             value = value * given["flowing"]
         elif huber:
             linear = beta * (size - beta / 2)
-            value = np.where(size <= beta, size * size / 2, linear)
+            value = np.where(size < beta, size * size / 2, linear)
         else:
             within = np.where(beta == np.inf, 0, size * size / 2 / beta)
             value = np.where(size < beta, within, size - beta / 2)

@@ -398,10 +398,9 @@ ISA(wide)(const void *const *from, size_t at, const Wide *wide, bool is_double, 
     }
     if (!is_double && !is_half) /* as every float32 loss has it */
         d = WIDEN(LOAD(vg, (const float *)from[0] + at) - LOAD(vg, (const float *)from[1] + at));
-    if (wide->is_huber) { /* an infinite delta times no excess would be NaN */
-        ISA(vd) most = (ISA(vd)){} + 0x1.fffffffffffffp1023;
-        value = ISA(terms)((ISA(vd))((ISA(vl))d & INT64_MAX), LESSER(most, b));
-    } else
+    if (wide->is_huber)
+        value = ISA(terms)((ISA(vd))((ISA(vl))d & INT64_MAX), b);
+    else
         value = ISA(losses_d)(d, b, SELECT(b == 0, one, b, vd, vl));
     return from[2] ? value * weight : value;
 }

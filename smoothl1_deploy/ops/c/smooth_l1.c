@@ -6,7 +6,6 @@
  * Sums are added up in a fixed order, in runs of RUN elements whatever the number of threads: the
  * same bits for each of them.
  */
-#include <float.h>
 #include <stdlib.h>
 
 #include "job.h"
@@ -715,8 +714,8 @@ OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
     job->is_undivided = in_strips && op->type != ORT_DOUBLE && !op->is_huber && beta > 0;
     if (job->is_wide && !job->is_undivided)
         job->beta.divisor = beta >= 0 ? 1 : NAN;
-    else if (op->is_huber) /* no core is infinite; of a delta of 0 it sums distances, over infinity */
-        job->beta = (Beta){beta < DBL_MAX ? beta : DBL_MAX, beta > 0 ? 1 : beta == 0 ? INFINITY : NAN};
+    else if (op->is_huber) /* of a delta of 0 it is distances that are added up */
+        job->beta.divisor = beta > 0 ? 1 : beta == 0 ? INFINITY : NAN;
     bool is_flat = isinf(beta) && beta > 0;
     job->slope.beta = beta;
     job->slope.scale = is_flat && job->op->type == ORT_DOUBLE ? 0.5 : 1;
