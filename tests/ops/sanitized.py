@@ -25,6 +25,25 @@ ELEMENTS = {
     "Float64": TensorProto.DOUBLE,
 }
 
+Value = tuple[str, int]
+
+
+def opened(name: str, inputs: list[Value], outputs: list[Value]) -> ort.InferenceSession:
+    """A session of the operator alone."""
+    names = [[name for name, _ in values] for values in (inputs, outputs)]
+    graph = helper.make_graph(
+        [helper.make_node(name, *names, domain="smoothl1_deploy")],
+        "one",
+        *([helper.make_tensor_value_info(*value, None) for value in v] for v in (inputs, outputs)),
+    )
+    versions = [helper.make_opsetid("", 18), helper.make_opsetid("smoothl1_deploy", 2)]
+    model = helper.make_model(graph, opset_imports=versions, ir_version=10).SerializeToString()
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(sys.argv[1])
+    options.intra_op_num_threads = 2
+    return ort.InferenceSession(model, options)
+
+
 use = ctypes.CDLL(sys.argv[1]).smoothl1_deploy_use
 for suffix, reduction, row, weighted, gradient in itertools.product(
     ELEMENTS, ("", "Sum", "Mean", "Average"), ("", "Row"), ("", "Weighted"), ("", "Gradient")
@@ -34,25 +53,13 @@ for suffix, reduction, row, weighted, gradient in itertools.product(
     upstream = "Upstream" * bool(gradient and weighted)
     element = ELEMENTS[suffix]
     names = ["input", "target", *["weight"] * bool(weighted)]
-    inputs = [helper.make_tensor_value_info(name, element, None) for name in names]
-    inputs.append(helper.make_tensor_value_info("beta", TensorProto.FLOAT, None))
-    if upstream:
-        inputs.append(helper.make_tensor_value_info("grad_output", element, None))
-    outputs = ["loss", *["grad_input"] * bool(gradient)]
-    node = helper.make_node(
+    inputs = [*((name, element) for name in names), ("beta", TensorProto.FLOAT)]
+    inputs += [("grad_output", element)] * bool(upstream)
+    session = opened(
         f"{weighted}SmoothL1Loss{row}{reduction}At{gradient}{upstream}{suffix}",
-        [value.name for value in inputs],
-        outputs,
-        domain="smoothl1_deploy",
+        inputs,
+        [(name, element) for name in ("loss", *["grad_input"] * bool(gradient))],
     )
-    told = [helper.make_tensor_value_info(output, element, None) for output in outputs]
-    graph = helper.make_graph([node], "one", inputs, told)
-    versions = [helper.make_opsetid("", 18), helper.make_opsetid("smoothl1_deploy", 2)]
-    model = helper.make_model(graph, opset_imports=versions, ir_version=10).SerializeToString()
-    options = ort.SessionOptions()
-    options.register_custom_ops_library(sys.argv[1])
-    options.intra_op_num_threads = 2
-    session = ort.InferenceSession(model, options)
     for shapes, number in itertools.product(SHAPES, range(1, use(0) + 1)):
         if (row and not any(shapes)) or (shapes[0] == (300_001,) and number > 1):
             continue  # no rows; or threads, which one instruction set has like another
@@ -65,4 +72,36 @@ for suffix, reduction, row, weighted, gradient in itertools.product(
             loss = whole if not reduction else whole[:1] if row else ()
             feeds["grad_output"] = np.ones(loss, dtype)
         run_session(session, feeds)
+for suffix, form, loss, weighted, masked in itertools.product(
+    ELEMENTS,
+    ("Elements", "Totals", "AxesTotals", "Slopes"),
+    ("HuberLoss", "SmoothL1Loss"),
+    ("", "Weighted"),
+    ("", "Masked"),
+):
+    element, wide = ELEMENTS[suffix], TensorProto.DOUBLE
+    kinds = {"input": element, "target": element}
+    kinds |= {"weight": element} if weighted else {}
+    kinds |= {"mask": TensorProto.BOOL} if masked else {}
+    kinds["beta"] = wide if suffix == "Float64" else TensorProto.FLOAT
+    kinds |= {"AxesTotals": {"axes": TensorProto.INT64}, "Slopes": {"flowing": wide}}.get(form, {})
+    totals = {"total": wide, "count": wide} | ({"weights": wide} if weighted else {})
+    session = opened(
+        f"{masked}{weighted}{loss}{form}{suffix}",
+        [*kinds.items()],
+        [*(totals if "Totals" in form else {"out": element}).items()],
+    )
+    for at, shapes in enumerate(SHAPES):
+        sizes = dict(zip(("input", "target", "weight"), shapes, strict=True))
+        sizes |= {"mask": shapes[2], "beta": shapes[0][-1:] if at % 2 else (), "flowing": ()}
+        rank = len(np.broadcast_shapes(*(sizes[name] for name in kinds if name != "axes")))
+        for number, axes in enumerate(([], [*range(rank)], [*range(rank)][:1], [*range(rank)][1:])):
+            use(1 + (at + number) % use(0))
+            if number and form != "AxesTotals":
+                break
+            feeds = {name: np.ones(size, helper.tensor_dtype_to_np_dtype(kinds[name]))
+                     for name, size in sizes.items() if name in kinds}  # fmt: skip
+            if form == "AxesTotals":
+                feeds["axes"] = np.asarray(axes, np.int64)
+            run_session(session, feeds)
 print("done")

@@ -155,9 +155,14 @@ typedef struct {
     size_t axes, sizes[AXES]; /* without those of size 1, neighbours joined where they can be */
 } Space;
 
-SHARED size_t size_of(int type) { return type == ORT_DOUBLE ? 8 : type == ORT_FLOAT ? 4 : 2; }
+SHARED size_t size_of(int type) {
+    return type == ORT_DOUBLE || type == ORT_INT64 ? 8 : type == ORT_FLOAT ? 4 : type == ORT_BOOL ? 1 : 2;
+}
 
 typedef enum { NONE, SUM, MEAN, AVERAGE } Reduction;
+
+/* What an operator of the second family gives, for a graph to go on from; the first family's is WHOLE. */
+typedef enum { WHOLE, ELEMENTS, TOTALS, AXES_TOTALS, SLOPES } Form;
 
 /* An operator of the domain, and the first field of what ONNX Runtime is given of it. */
 typedef struct {
@@ -167,27 +172,35 @@ typedef struct {
     bool by_row, is_weighted, takes_beta, gives_gradient, takes_upstream, is_l1;
     int type; /* of its inputs and its outputs */
     bool is_total; /* of files of version 1: the sum of numbers of any type, as a float64 */
+    Form form;
+    bool is_masked, is_huber;
 } Operator;
 
 /* What adds up the elements of one row: of what its tasks found. */
 typedef struct {
-    double sum, rest, weight, weight_rest;
+    double sum, rest, weight, weight_rest, selected;
 } Partial;
 
 typedef struct {
     const Operator *op;
     Space space;
     Operand input, target, weight, upstream; /* data is NULL of those that the operator has not */
+    const Operand *mask, *betas; /* NULL where every element is selected, or all have one beta */
     const void *beta_input; /* a number of beta_type, or NULL */
     int beta_type;
     float beta_attribute; /* where there is no input of it */
     Beta beta;
     Slope slope;
-    size_t rows, columns;
+    size_t rows, columns; /* a sum of each row */
+    size_t width; /* where it isn't 1, rows are so many sums side by side, of elements as far apart */
     size_t tasks_per_row, rows_per_task; /* one of the two is 1 */
+    size_t run; /* columns of one task */
     Partial *partials; /* of each task, where a row has several */
     double *weights; /* what each row's mean was divided by, for the gradient */
     char *out, *gradient;
+    double *selected, *weight_sums; /* of each row, beside its total */
+    bool is_wide;     /* each element is computed in float64, with its own beta where it has one */
+    bool is_undivided; /* where all have one beta, by which the sum is divided */
     bool is_direct;   /* every input is computed with where it lies */
     bool is_streamed; /* outputs as large as the inputs go past the cache */
 } Job;
@@ -214,6 +227,7 @@ SHARED void join(bool is_double, Partial *to, const Partial *from) {
     }
     to->rest += from->rest;
     to->weight_rest += from->weight_rest;
+    to->selected += from->selected;
 }
 
 SHARED double complete(double sum, double rest) {

@@ -1,10 +1,10 @@
 /* The loops over elements, compiled once for each instruction set.
  *
  * `ISA(name)` gives each set names of its own; VECTOR_BYTES is the width of its registers. WIDEN
- * (floats to as many doubles), NARROW (its inverse), LESSER (`a < b ? a : b`) and BITS (of a mask,
- * one an element) are what gcc 12 makes long ways of. What is added up goes to 16 lanes, element i of a
- * run to lane i % 16, whatever the width: the bits of a result are those of every set. No product is
- * fused with a sum (-ffp-contract=off).
+ * (floats to as many doubles), NARROW (its inverse), LESSER (`a < b ? a : b`), BITS (of a mask, one an
+ * element) and SPREAD (bytes to as many int32) are what gcc 12 makes long ways of. What is added up goes
+ * to 16 lanes, element i of a run to lane i % 16, whatever the width: the bits of a result are those of
+ * every set. No product is fused with a sum (-ffp-contract=off).
  */
 
 #define LANES 16
@@ -45,8 +45,8 @@ static inline ISA(vf) ISA(losses_f)(ISA(vf) d, float beta, float divisor) {
     return (ISA(vf))((ISA(vi))(d - core) & absolute) + (0.5f * core) * (core / divisor);
 }
 
-static inline ISA(vd) ISA(losses_d)(ISA(vd) d, double beta, double divisor) {
-    ISA(vd) high = (ISA(vd)){} + beta, low = -high;
+static inline ISA(vd) ISA(losses_d)(ISA(vd) d, ISA(vd) high, ISA(vd) divisor) {
+    ISA(vd) low = -high;
     ISA(vd) core = SELECT(d > high, high, d, vd, vl);
     core = SELECT(d < low, low, core, vd, vl);
     ISA(vl) absolute = (ISA(vl)){} + INT64_MAX;
@@ -120,9 +120,10 @@ static void ISA(settle_bfloat)(const float *input, const float *target, size_t c
 static void ISA(each_d)(const double *input, const double *target, const double *weight,
                         size_t count, const Beta *beta, double *out) {
     double b = beta->value, divisor = beta->divisor;
+    ISA(vd) bs = (ISA(vd)){} + b, divisors = (ISA(vd)){} + divisor;
     size_t i = 0;
     for (; i + DOUBLES <= count; i += DOUBLES) {
-        ISA(vd) loss = ISA(losses_d)(LOAD(vd, input + i) - LOAD(vd, target + i), b, divisor);
+        ISA(vd) loss = ISA(losses_d)(LOAD(vd, input + i) - LOAD(vd, target + i), bs, divisors);
         if (weight)
             loss *= LOAD(vd, weight + i);
         STORE(out + i, loss);
@@ -140,16 +141,16 @@ static inline double ISA(term)(double distance, double beta) {
     return core * (distance - 0.5 * core);
 }
 
-static inline ISA(vd) ISA(terms)(ISA(vd) distance, double beta) {
-    ISA(vd) core = LESSER(distance, (ISA(vd)){} + beta);
+static inline ISA(vd) ISA(terms)(ISA(vd) distance, ISA(vd) beta) {
+    ISA(vd) core = LESSER(distance, beta);
     return core * (distance - 0.5 * core);
 }
 
 static inline __attribute__((always_inline)) void
-ISA(sum_f_as)(const float *input, const float *target, const float *weight, size_t count,
-              double beta, bool is_l1, bool is_weighted, Sum *sum) {
+ISA(sum_f_as)(const float *input, const float *target, const float *weight, const uint8_t *mask, size_t count,
+              double beta, bool is_l1, bool is_weighted, bool is_masked, Sum *sum) {
     ISA(vd) lanes[LANES / DOUBLES], weights[LANES / DOUBLES];
-    ISA(vj) absolute = (ISA(vj)){} + 0x7fffffff;
+    ISA(vj) absolute = (ISA(vj)){} + 0x7fffffff, kept = (ISA(vj)){} - 1;
     memcpy(lanes, sum->lanes, sizeof lanes);
     memcpy(weights, sum->weights, sizeof weights);
     size_t i = 0;
@@ -158,10 +159,12 @@ ISA(sum_f_as)(const float *input, const float *target, const float *weight, size
         for (size_t j = 0; j < LANES / DOUBLES; j++) {
             size_t at = i + j * DOUBLES;
             ISA(vg) d = LOAD(vg, input + at) - LOAD(vg, target + at);
-            ISA(vd) distance = WIDEN((ISA(vg))((ISA(vj))d & absolute));
-            ISA(vd) term = is_l1 ? distance : ISA(terms)(distance, beta);
+            if (is_masked)
+                kept = SPREAD(mask + at) != 0;
+            ISA(vd) distance = WIDEN((ISA(vg))((ISA(vj))d & absolute & kept));
+            ISA(vd) term = is_l1 ? distance : ISA(terms)(distance, (ISA(vd)){} + beta);
             if (is_weighted) {
-                ISA(vd) w = WIDEN(LOAD(vg, weight + at));
+                ISA(vd) w = WIDEN((ISA(vg))(LOAD(vj, weight + at) & kept));
                 term *= w;
                 weights[j] += w;
             }
@@ -170,6 +173,8 @@ ISA(sum_f_as)(const float *input, const float *target, const float *weight, size
     memcpy(sum->lanes, lanes, sizeof lanes);
     memcpy(sum->weights, weights, sizeof weights);
     for (size_t lane = 0; i < count; i++, lane++) {
+        if (is_masked && !mask[i])
+            continue;
         double distance = fabsf(input[i] - target[i]);
         double term = is_l1 ? distance : ISA(term)(distance, beta);
         if (is_weighted) {
@@ -180,15 +185,20 @@ ISA(sum_f_as)(const float *input, const float *target, const float *weight, size
     }
 }
 
-static void ISA(sum_f)(const float *input, const float *target, const float *weight, size_t count,
-                       const Beta *beta, Sum *sum) {
-    bool is_l1 = beta->value == 0;
-    if (weight)
-        ISA(sum_f_as)(input, target, weight, count, beta->value, is_l1, true, sum);
+static void ISA(sum_f)(const float *input, const float *target, const float *weight, const uint8_t *mask,
+                       size_t count, const Beta *beta, Sum *sum) {
+    double b = beta->value;
+    bool is_l1 = b == 0;
+    if (weight && mask)
+        ISA(sum_f_as)(input, target, weight, mask, count, b, is_l1, true, true, sum);
+    else if (weight)
+        ISA(sum_f_as)(input, target, weight, mask, count, b, is_l1, true, false, sum);
+    else if (mask)
+        ISA(sum_f_as)(input, target, weight, mask, count, b, is_l1, false, true, sum);
     else if (is_l1)
-        ISA(sum_f_as)(input, target, weight, count, beta->value, true, false, sum);
+        ISA(sum_f_as)(input, target, weight, mask, count, b, true, false, false, sum);
     else
-        ISA(sum_f_as)(input, target, weight, count, beta->value, false, false, sum);
+        ISA(sum_f_as)(input, target, weight, mask, count, b, false, false, false, sum);
 }
 
 /* Float64: beside every lane what its additions round off (Knuth's TwoSum): a sum is as good as in
@@ -210,7 +220,8 @@ static void ISA(sum_d)(const double *input, const double *target, const double *
     for (; i + LANES <= count; i += LANES)
         for (size_t j = 0; j < LANES / DOUBLES; j++) {
             size_t at = i + j * DOUBLES;
-            ISA(vd) term = ISA(losses_d)(LOAD(vd, input + at) - LOAD(vd, target + at), b, divisor);
+            ISA(vd) term = ISA(losses_d)(LOAD(vd, input + at) - LOAD(vd, target + at), (ISA(vd)){} + b,
+                                            (ISA(vd)){} + divisor);
             if (weight)
                 term *= LOAD(vd, weight + at);
             ISA(add_exactly)(&lanes[j], &rests[j], term);
@@ -223,16 +234,16 @@ static void ISA(sum_d)(const double *input, const double *target, const double *
     }
 }
 
-static void ISA(total_f)(const float *values, size_t count, Sum *sum) {
+static void ISA(total_f)(const float *values, size_t count, double *sums) {
     ISA(vd) lanes[LANES / DOUBLES];
-    memcpy(lanes, sum->lanes, sizeof lanes);
+    memcpy(lanes, sums, sizeof lanes);
     size_t i = 0;
     for (; i + LANES <= count; i += LANES)
         for (size_t j = 0; j < LANES / DOUBLES; j++)
             lanes[j] += WIDEN(LOAD(vg, values + i + j * DOUBLES));
-    memcpy(sum->lanes, lanes, sizeof lanes);
+    memcpy(sums, lanes, sizeof lanes);
     for (size_t lane = 0; i < count; i++, lane++)
-        sum->lanes[lane] += values[i];
+        sums[lane] += values[i];
 }
 
 static void ISA(total_d)(const double *values, size_t count, double *sums, double *sum_rests) {
@@ -247,6 +258,23 @@ static void ISA(total_d)(const double *values, size_t count, double *sums, doubl
     memcpy(sum_rests, rests, sizeof rests);
     for (size_t lane = 0; i < count; i++, lane++)
         two_sum(&sums[lane], &sum_rests[lane], values[i]);
+}
+
+/* Adds `count` numbers to `width` sums in turn. */
+static void ISA(total_down)(const double *values, size_t count, size_t width, double *sums, double *rests) {
+    size_t whole = count - count % width, j = 0;
+    for (; j + DOUBLES <= width; j += DOUBLES) {
+        ISA(vd) lane = LOAD(vd, sums + j), rest = LOAD(vd, rests + j);
+        for (size_t i = j; i < whole; i += width)
+            ISA(add_exactly)(&lane, &rest, LOAD(vd, values + i));
+        STORE(sums + j, lane);
+        STORE(rests + j, rest);
+    }
+    for (; j < width; j++)
+        for (size_t i = j; i < whole; i += width)
+            two_sum(&sums[j], &rests[j], values[i]);
+    for (j = 0; whole + j < count; j++)
+        two_sum(&sums[j], &rests[j], values[whole + j]);
 }
 
 /* What is an odd float where it isn't exact: a rounding to half as many bits can't tell it. */
@@ -270,20 +298,31 @@ static inline ISA(vd) ISA(times)(ISA(vd) value, Factor factor) {
     return factor.divides ? value / factor.number : value * factor.number;
 }
 
+/* The slope of as many differences, times the divisor that it has: clipped; of beta 0 the sign, and of an
+ * infinite one 0. */
+static inline __attribute__((always_inline)) ISA(vd)
+ISA(clipped)(ISA(vd) d, ISA(vd) high, bool has_zero, bool has_infinity) {
+    ISA(vd) low = -high, one = (ISA(vd)){} + 1;
+    ISA(vd) sign = (ISA(vd))(((ISA(vl))one & (d > 0)) | ((ISA(vl))(-one) & (d < 0)));
+    ISA(vd) value = SELECT(d > high, high, d, vd, vl);
+    value = SELECT(d < low, low, value, vd, vl);
+    if (has_zero)
+        value = SELECT(high == 0, sign, value, vd, vl);
+    if (has_infinity) {
+        ISA(vd) flat = SELECT((d == INFINITY) | (d == -INFINITY), sign, d * 0, vd, vl);
+        value = SELECT(high == INFINITY, flat, value, vd, vl);
+    }
+    return value;
+}
+
 /* The gradients of as many elements as a vector holds, as the body has them. `from` has input, target,
  * and NULL or the weight and what flows in. */
 static inline __attribute__((always_inline)) ISA(vd)
 ISA(slopes)(const void *const *from, size_t at, const Slope *slope, bool is_double) {
     ISA(vd) d = ISA(load)(from[0], at, is_double) * slope->scale -
                 ISA(load)(from[1], at, is_double) * slope->scale;
-    ISA(vd) high = (ISA(vd)){} + slope->beta, low = -high, one = (ISA(vd)){} + 1;
-    ISA(vd) sign = (ISA(vd))(((ISA(vl))one & (d > 0)) | ((ISA(vl))(-one) & (d < 0)));
-    ISA(vd) value = SELECT(d > high, high, d, vd, vl);
-    value = SELECT(d < low, low, value, vd, vl);
-    if (slope->beta == 0)
-        value = sign;
-    else if (slope->beta == INFINITY)
-        value = SELECT((d == INFINITY) | (d == -INFINITY), sign, d * 0, vd, vl);
+    double beta = slope->beta;
+    ISA(vd) value = ISA(clipped)(d, (ISA(vd)){} + beta, beta == 0, beta == INFINITY);
     value = ISA(times)(value, slope->over_divisor);
     if (!from[2] && !from[3])
         return ISA(times)(value, slope->flowing);
@@ -331,6 +370,122 @@ static void ISA(slopes_odd)(const void *const *from, size_t count, const Slope *
 
 static void ISA(slopes_d)(const void *const *from, size_t count, const Slope *slope, double *to) {
     ISA(slopes_as)(from, count, slope, (char *)to, true, false);
+}
+
+/* The second family in float64, of one beta or of as many as elements: the losses of as many elements as
+ * a vector holds, or their gradients. `from` has input and target, and NULL or the weight, what flows in
+ * (of float64), and the betas. */
+static inline __attribute__((always_inline)) ISA(vd)
+ISA(wide)(const void *const *from, size_t at, const Wide *wide, bool is_double, bool is_half,
+          bool has_betas) {
+    ISA(vd) b = wide->beta - (ISA(vd)){}, nan = (ISA(vd)){} + NAN, value;
+    if (has_betas)
+        b = ISA(load)(from[4], at, is_double);
+    b = SELECT(b >= 0, b, nan, vd, vl);
+    ISA(vd) x = ISA(load)(from[0], at, is_double), y = ISA(load)(from[1], at, is_double), d = x - y;
+    ISA(vd) one = (ISA(vd)){} + 1, weight = one;
+    if (from[2])
+        weight = ISA(load)(from[2], at, is_double);
+    if (wide->gives_slope) {
+        ISA(vl) is_flat = b == INFINITY;
+        if (wide->is_huber)
+            value = SELECT(b == b, ISA(clipped)(d, b, false, false), nan, vd, vl);
+        else {
+            d = SELECT(is_flat, x * 0.5 - y * 0.5, d, vd, vl); /* lest finite numbers' overflow */
+            value = ISA(clipped)(d, b, true, true) / SELECT(is_flat | (b == 0), one, b, vd, vl);
+        }
+        return weight * ISA(load)(from[3], at, true) * value;
+    }
+    if (!is_double && !is_half) /* as every float32 loss has it */
+        d = WIDEN(LOAD(vg, (const float *)from[0] + at) - LOAD(vg, (const float *)from[1] + at));
+    if (wide->is_huber)
+        value = ISA(terms)((ISA(vd))((ISA(vl))d & INT64_MAX), b);
+    else
+        value = ISA(losses_d)(d, b, SELECT(b == 0, one, b, vd, vl));
+    return from[2] ? value * weight : value;
+}
+
+static inline __attribute__((always_inline)) void
+ISA(wide_of)(const void *const *given, size_t count, Wide wide, char *to, bool is_double, bool is_half,
+             bool stays_wide, bool has_betas) {
+    const void *from[5] = {given[0], given[1], given[2], given[3], given[4]};
+    size_t given_size = is_double ? 8 : 4, size = stays_wide ? 8 : 4, i = 0;
+    size_t sizes[5] = {given_size, given_size, given_size, 8, given_size};
+    for (; i + DOUBLES <= count; i += DOUBLES) {
+        ISA(vd) value = ISA(wide)(from, i, &wide, is_double, is_half, has_betas);
+        if (stays_wide)
+            STORE(to + i * size, value);
+        else
+            STORE(to + i * size, is_half ? ISA(odd)(value) : NARROW(value));
+    }
+    if (i == count)
+        return;
+    char ends[6][sizeof(ISA(vd))] = {{0}};
+    for (size_t j = 0; j < 5; j++)
+        if (from[j])
+            from[j] = memcpy(ends[j], (const char *)from[j] + i * sizes[j], (count - i) * sizes[j]);
+    ISA(vd) value = ISA(wide)(from, 0, &wide, is_double, is_half, has_betas);
+    if (stays_wide)
+        STORE(ends[5], value);
+    else
+        STORE(ends[5], is_half ? ISA(odd)(value) : NARROW(value));
+    memcpy(to + i * size, ends[5], (count - i) * size);
+}
+
+static inline __attribute__((always_inline)) void
+ISA(wide_as)(const void *const *from, size_t count, const Wide *wide, void *to, bool is_double, bool is_half,
+             bool stays_wide) {
+    Wide slope = {wide->beta, wide->is_huber, true}, loss = {wide->beta, wide->is_huber, false};
+    if (wide->gives_slope && from[4])
+        ISA(wide_of)(from, count, slope, to, is_double, is_half, stays_wide, true);
+    else if (wide->gives_slope)
+        ISA(wide_of)(from, count, slope, to, is_double, is_half, stays_wide, false);
+    else if (from[4])
+        ISA(wide_of)(from, count, loss, to, is_double, is_half, stays_wide, true);
+    else
+        ISA(wide_of)(from, count, loss, to, is_double, is_half, stays_wide, false);
+}
+
+static void ISA(wide_f)(const void *const *from, size_t count, const Wide *wide, void *to) {
+    ISA(wide_as)(from, count, wide, to, false, false, false);
+}
+
+static void ISA(wide_odd)(const void *const *from, size_t count, const Wide *wide, void *to) {
+    ISA(wide_as)(from, count, wide, to, false, true, false);
+}
+
+static void ISA(wide_d)(const void *const *from, size_t count, const Wide *wide, void *to) {
+    ISA(wide_as)(from, count, wide, to, true, false, true);
+}
+
+/* Of float32 too, or of a half format in it: for sums. */
+static void ISA(wide_terms)(const void *const *from, size_t count, const Wide *wide, void *to) {
+    ISA(wide_as)(from, count, wide, to, false, false, true);
+}
+
+/* Outside the mask 0; `to` may be `from`. */
+#define KEEP(bits) \
+    static void ISA(keep_##bits)(const void *from, const uint8_t *mask, size_t count, void *to) { \
+        const uint##bits##_t *given = from; \
+        uint##bits##_t *kept = to; \
+        _Pragma("GCC ivdep") for (size_t i = 0; i < count; i++) \
+            kept[i] = given[i] & (uint##bits##_t)-(mask[i] != 0); \
+    }
+KEEP(16)
+KEEP(32)
+KEEP(64)
+#undef KEEP
+
+static size_t ISA(selected)(const uint8_t *mask, size_t count) {
+    size_t found = 0;
+    while (count) {
+        size_t part = count < 192 ? count : 192; /* which a byte holds */
+        uint8_t few = 0;
+        for (size_t i = 0; i < part; i++)
+            few += mask[i] != 0;
+        found += few, mask += part, count -= part;
+    }
+    return found;
 }
 
 static void ISA(widen_half)(const uint16_t *from, size_t count, float *to) {
@@ -398,6 +553,8 @@ static const Loops ISA(loops) = {
     ISA(each_f), ISA(each_d), ISA(sum_f), ISA(sum_d), ISA(total_f), ISA(total_d),
     ISA(widen_half), ISA(widen_bfloat), ISA(slopes_f), ISA(slopes_odd), ISA(slopes_d),
     ISA(narrow_half), ISA(narrow_bfloat), ISA(settle_half), ISA(settle_bfloat),
+    ISA(wide_f), ISA(wide_odd), ISA(wide_d), ISA(wide_terms), ISA(total_down),
+    ISA(keep_16), ISA(keep_32), ISA(keep_64), ISA(selected),
 };
 
 #undef LANES
@@ -410,6 +567,7 @@ static const Loops ISA(loops) = {
 #undef NARROW
 #undef LESSER
 #undef BITS
+#undef SPREAD
 #undef WIDEN_HALF
 #undef NARROW_HALF
 #undef ISA

@@ -5,6 +5,12 @@
  * Without Smooth beta is 0; Average divides by the sum of the weights; At takes beta as an input, not as
  * an attribute; Gradient has a second output, the gradient of each element; Upstream multiplies it by
  * the last input, which has the shape of the loss.
+ * The second family is for graphs that go on from what the one pass over memory finds:
+ *     [Masked][Weighted](SmoothL1|Huber)Loss(Elements|Totals|AxesTotals|Slopes)[Float16|BFloat16|Float64]
+ * of input, target, weight, mask and beta, in this order; all broadcast, and what isn't selected by the mask
+ * is as if it weren't there. Elements gives each loss; Totals the sum of the losses, how many they are and,
+ * Weighted, the sum of their weights, as float64; AxesTotals the same over its last input, axes in rising
+ * order; Slopes each gradient, times its last input, what flows in, as float64.
  * Any broadcast of at most 64 axes.
  */
 #include <stdio.h>
@@ -46,6 +52,13 @@ static OrtStatus *read_operand(OrtApi *api, const OrtKernelContext *context, siz
     return status;
 }
 
+static size_t elements_of(const Dims *dims) {
+    size_t count = 1;
+    for (size_t axis = 0; axis < dims->rank; axis++)
+        count *= (size_t)dims->dims[axis];
+    return count;
+}
+
 /* The broadcast shape of all; false where there is none. */
 static bool broadcast(Space *space, const Dims *dims, size_t inputs) {
     space->rank = 0;
@@ -65,6 +78,18 @@ static bool broadcast(Space *space, const Dims *dims, size_t inputs) {
     space->count = 1;
     for (size_t axis = 0; axis < space->rank; axis++)
         space->count *= (size_t)space->dims[axis];
+    return true;
+}
+
+/* Whether the space, as it is, has the elements of another operand. */
+static bool broadcasts_to(const Space *space, const Dims *dims) {
+    if (dims->rank > space->rank)
+        return false;
+    for (size_t axis = 0; axis < dims->rank; axis++) {
+        int64_t size = dims->dims[axis];
+        if (size != 1 && size != space->dims[space->rank - dims->rank + axis])
+            return false;
+    }
     return true;
 }
 
@@ -106,18 +131,75 @@ static void join_axes(Space *space, Operand **operands, size_t inputs) {
     }
 }
 
+/* Puts the axes that are reduced behind those that are kept, but for the last kept ones: those lie side by
+ * side in memory, and so do their sums. `kept` becomes the shape of the result. */
+static OrtStatus *read_axes(OrtApi *api, const OrtKernelContext *context, size_t index, Job *job, Dims *kept,
+                            Operand **operands, size_t inputs) {
+    Operand given;
+    Dims dims;
+    Space *space = &job->space;
+    bool is_reduced[AXES] = {false}, is_moved = false;
+    size_t order[AXES], suffix = space->rank, at = 0, steps[AXES];
+    TRY(read_operand(api, context, index, &given, &dims));
+    const int64_t *axes = (const void *)given.data;
+    for (size_t i = 0; i < elements_of(&dims); i++) {
+        if (axes[i] < 0 || axes[i] >= (int64_t)space->rank)
+            return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: an axis that the elements haven't");
+        is_reduced[axes[i]] = true;
+    }
+    job->rows = job->columns = job->width = 1;
+    while (suffix > 0 && (!is_reduced[suffix - 1] || space->dims[suffix - 1] == 1))
+        suffix--;
+    size_t *const sizes_of[] = {&job->rows, &job->columns, &job->width};
+    for (int pass = 0; pass < 3; pass++)
+        for (size_t axis = 0; axis < space->rank; axis++)
+            if ((axis >= suffix ? 2 : is_reduced[axis]) == pass) {
+                order[at++] = axis;
+                *sizes_of[pass] *= (size_t)space->dims[axis];
+            }
+    if (!job->width)
+        job->rows = 0, job->width = 1;
+    int64_t sizes[AXES];
+    kept->rank = 0;
+    for (size_t axis = 0; axis < space->rank; axis++) {
+        if (!is_reduced[axis])
+            kept->dims[kept->rank++] = space->dims[axis];
+        sizes[axis] = space->dims[order[axis]];
+        is_moved |= order[axis] != axis;
+    }
+    memcpy(space->dims, sizes, space->rank * sizeof *sizes);
+    for (size_t i = 0; i < inputs && is_moved; i++) {
+        memcpy(steps, operands[i]->steps, sizeof steps);
+        for (size_t axis = 0; axis < space->rank; axis++)
+            operands[i]->steps[axis] = steps[order[axis]];
+        operands[i]->is_whole = false;
+    }
+    return NULL;
+}
+
 static OrtStatus *read_beta(OrtApi *api, const OrtKernelContext *context, size_t index, Job *job) {
     Operand beta;
     Dims dims;
     TRY(read_operand(api, context, index, &beta, &dims));
-    size_t count = 1;
-    for (size_t i = 0; i < dims.rank; i++)
-        count *= (size_t)dims.dims[i];
-    if (count != 1 || (beta.type != ORT_FLOAT && beta.type != ORT_DOUBLE))
+    if (elements_of(&dims) != 1 || (beta.type != ORT_FLOAT && beta.type != ORT_DOUBLE))
         return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: beta must be one float32 or float64");
     job->beta_input = beta.data;
     job->beta_type = beta.type;
     return NULL;
+}
+
+static bool is_totals(const Operator *op) { return op->form == TOTALS || op->form == AXES_TOTALS; }
+
+static size_t input_count(const OrtCustomOp *ort) {
+    const Operator *op = (const Operator *)ort;
+    return op->is_total ? 1
+                        : 2 + (size_t)op->is_weighted + (size_t)op->is_masked + (size_t)op->takes_beta +
+                              (size_t)(op->takes_upstream || op->form == AXES_TOTALS || op->form == SLOPES);
+}
+
+static size_t output_count(const OrtCustomOp *ort) {
+    const Operator *op = (const Operator *)ort;
+    return 1 + (size_t)op->gives_gradient + (size_t)is_totals(op) + (size_t)(is_totals(op) && op->is_weighted);
 }
 
 static OrtStatus *compute(void *state, OrtKernelContext *context) {
@@ -125,49 +207,74 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     const Operator *op = kernel->op;
     OrtApi *api = kernel->api;
     Job job = {.op = op, .beta_attribute = kernel->beta};
-    Operand *operands[] = {&job.input, &job.target, &job.weight};
-    Dims dims[4];
-    size_t inputs = op->is_total ? 1 : op->is_weighted ? 3 : 2;
+    Operand mask, betas, *operands[6] = {&job.input, &job.target};
+    Dims dims[6];
+    size_t inputs = op->is_total ? 1 : 2;
+    if (op->is_weighted)
+        operands[inputs++] = &job.weight;
+    if (op->is_masked)
+        operands[inputs++] = &mask, job.mask = &mask;
+    if (op->form)
+        operands[inputs++] = &betas;
     for (size_t i = 0; i < inputs; i++)
         TRY(read_operand(api, context, i, operands[i], &dims[i]));
     if (!broadcast(&job.space, dims, inputs))
         return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: the inputs can't be broadcast to one shape");
-    job.is_direct = true;
-    for (size_t i = 0; i < inputs; i++) {
-        set_steps(&job.space, &dims[i], operands[i]);
-        job.is_direct &= operands[i]->is_whole && operands[i]->size > 2;
+    if (op->form && elements_of(&dims[inputs - 1]) == 1) /* which is no operand of each element */
+        job.beta_input = betas.data, job.beta_type = betas.type, inputs--;
+    else if (op->form)
+        job.betas = &betas;
+    if (op->form == SLOPES) {
+        operands[inputs] = &job.upstream;
+        TRY(read_operand(api, context, input_count(&op->ort) - 1, &job.upstream, &dims[inputs]));
+        if (!broadcasts_to(&job.space, &dims[inputs++]))
+            return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: what flows in hasn't the elements' shape");
     }
-    join_axes(&job.space, operands, inputs);
-
-    if (op->takes_beta)
+    for (size_t i = 0; i < inputs; i++)
+        set_steps(&job.space, &dims[i], operands[i]);
+    size_t rank = op->reduction == NONE ? job.space.rank : op->by_row;
+    Dims kept;
+    memcpy(kept.dims, job.space.dims, sizeof kept.dims);
+    if (op->form == AXES_TOTALS) {
+        TRY(read_axes(api, context, input_count(&op->ort) - 1, &job, &kept, operands, inputs));
+        rank = kept.rank;
+    }
+    if (op->takes_beta && !op->form)
         TRY(read_beta(api, context, inputs, &job));
 
     if (op->takes_upstream) {
         TRY(read_operand(api, context, inputs + op->takes_beta, &job.upstream, &dims[3]));
-        size_t size = 1, wanted = op->reduction == NONE ? job.space.count : 1;
-        for (size_t axis = 0; axis < dims[3].rank; axis++)
-            size *= (size_t)dims[3].dims[axis];
+        size_t wanted = op->reduction == NONE ? job.space.count : 1;
         if (op->by_row && job.space.rank)
             wanted = (size_t)job.space.dims[0];
-        if (size != wanted)
+        if (elements_of(&dims[3]) != wanted)
             return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: grad_output hasn't the loss's shape");
         job.upstream.is_whole = true;
     }
 
-    size_t rank = op->reduction == NONE ? job.space.rank : op->by_row;
     if (op->by_row && !job.space.rank)
         return ort_error(ORT_INVALID_ARGUMENT, "smoothl1_deploy: per sample, and the inputs have rank 0");
     OrtValue *out;
-    TRY(ort_output(context, 0, job.space.dims, rank, &out));
+    TRY(ort_output(context, 0, kept.dims, rank, &out));
     TRY(ort_data(out, (void **)&job.out));
     if (op->gives_gradient) {
         TRY(ort_output(context, 1, job.space.dims, job.space.rank, &out));
         TRY(ort_data(out, (void **)&job.gradient));
     }
-    job.rows = op->by_row ? (size_t)job.space.dims[0] : 1;
-    job.columns = 1;
-    for (size_t axis = op->by_row; axis < job.space.rank; axis++)
-        job.columns *= (size_t)job.space.dims[axis];
+    for (size_t i = 1; is_totals(op) && i < output_count(&op->ort); i++) {
+        TRY(ort_output(context, i, kept.dims, rank, &out));
+        TRY(ort_data(out, (void **)(i == 1 ? &job.selected : &job.weight_sums)));
+    }
+    if (op->form != AXES_TOTALS) {
+        job.rows = op->by_row ? (size_t)job.space.dims[0] : 1;
+        job.columns = job.width = 1;
+        for (size_t axis = op->by_row; axis < job.space.rank; axis++)
+            job.columns *= (size_t)job.space.dims[axis];
+    }
+    join_axes(&job.space, operands, inputs);
+    job.is_direct = true;
+    for (size_t i = 0; i < inputs; i++)
+        job.is_direct &= operands[i]->is_whole && operands[i]->size != 2;
     return compute_job(&job, api, context);
 }
 
@@ -189,31 +296,37 @@ static OrtStatus *create(const OrtCustomOp *ort, OrtApi *api, const OrtKernelInf
 
 static const char *get_name(const OrtCustomOp *ort) { return ((const Operator *)ort)->name; }
 static const char *get_provider(const OrtCustomOp *ort) { (void)ort; return execution_provider; }
-static size_t input_count(const OrtCustomOp *ort) {
-    const Operator *op = (const Operator *)ort;
-    return op->is_total ? 1 : 2 + (size_t)op->is_weighted + (size_t)op->takes_beta + (size_t)op->takes_upstream;
-}
 static int input_type(const OrtCustomOp *ort, size_t index) {
     const Operator *op = (const Operator *)ort;
-    bool is_beta = op->takes_beta && index == 2 + (size_t)op->is_weighted;
+    size_t place = 2 + (size_t)op->is_weighted + (size_t)op->is_masked; /* of beta */
+    bool is_beta = op->takes_beta && index == place;
+    if (op->is_masked && index == place - 1)
+        return ORT_BOOL;
+    if (op->form && index > place)
+        return op->form == SLOPES ? ORT_DOUBLE : ORT_INT64;
+    if (op->form && is_beta && op->type == ORT_DOUBLE)
+        return ORT_DOUBLE;
     if (is_beta && op->type != ORT_DOUBLE)
         return ORT_FLOAT; /* of any type, each session would take longer to open */
     return is_beta || op->is_total ? ORT_ANY : op->type;
 }
-static size_t output_count(const OrtCustomOp *ort) { return 1 + (size_t)((const Operator *)ort)->gives_gradient; }
 static int output_type(const OrtCustomOp *ort, size_t index) {
+    const Operator *op = (const Operator *)ort;
     (void)index;
-    return ((const Operator *)ort)->is_total ? ORT_DOUBLE : ((const Operator *)ort)->type;
+    return op->is_total || is_totals(op) ? ORT_DOUBLE : op->type;
 }
 /* Shapes are told where every size or name is certain. Of an axis of two names, of which either may
- * be 1, nothing is; nor of an input of rank 0, which is also how one of any rank looks here. */
+ * be 1, nothing is; nor of an input of rank 0, which is also how one of any rank looks here: a beta is
+ * taken at its word, as it nearly always has rank 0. */
 static OrtStatus *infer(const OrtCustomOp *ort, OrtShapeInferContext *context) {
     const Operator *op = (const Operator *)ort;
     OrtApi *api = inferring;
     const char *names[AXES], *axis_names[AXES];
     int64_t sizes[AXES], axis_sizes[AXES];
     size_t rank, widest = 0, inputs = op->is_total ? 0 : op->is_weighted ? 3 : 2;
-    bool is_certain = true;
+    bool is_certain = op->form != AXES_TOTALS;
+    if (op->form)
+        inputs += 1 + (size_t)op->is_masked;
     if (op->gives_gradient) {
         OrtShapeInfo *info;
         TRY(ort_inferred_input(context, 0, &info));
@@ -229,7 +342,7 @@ static OrtStatus *infer(const OrtCustomOp *ort, OrtShapeInferContext *context) {
         OrtShapeInfo *info;
         TRY(ort_inferred_input(context, i, &info));
         OrtStatus *status = ort_rank(info, &rank);
-        is_certain = !status && 0 < rank && rank <= AXES;
+        is_certain = !status && (0 < rank || (op->form && i == inputs - 1)) && rank <= AXES;
         if (!status && is_certain && !(status = ort_dims(info, axis_sizes, rank)))
             status = ort_names(info, axis_names, rank);
         TRY(status);
@@ -260,8 +373,8 @@ static OrtStatus *infer(const OrtCustomOp *ort, OrtShapeInferContext *context) {
         status = ort_set_dims(told, sizes + AXES - widest, rank);
     if (!status)
         status = ort_set_names(told, names + AXES - widest, rank);
-    if (!status)
-        status = ort_infer_output(context, 0, told);
+    for (size_t i = 0; !status && i < (is_totals(op) ? output_count(ort) : 1); i++)
+        status = ort_infer_output(context, i, told);
     ort_release_info(told);
     return status;
 }
@@ -270,7 +383,7 @@ static int zero(const OrtCustomOp *ort, size_t index) { (void)ort; (void)index; 
 static int one_of_none(const OrtCustomOp *ort) { (void)ort; return 1; }
 static int last_version(const OrtCustomOp *ort) { (void)ort; return INT32_MAX; }
 
-static Operator operators[256];
+static Operator operators[512];
 static size_t operator_count;
 
 static void add_operator(Operator op) {
@@ -306,6 +419,19 @@ __attribute__((constructor)) static void prepare(void) {
                          op.is_weighted ? "Weighted" : "", op.is_l1 ? "" : "Smooth", op.by_row ? "Row" : "",
                          reductions[reduction], op.takes_beta ? "At" : "", op.gives_gradient ? "Gradient" : "",
                          op.takes_upstream ? "Upstream" : "", types[type].name);
+                if (has_kernel(&op))
+                    add_operator(op);
+            }
+    for (int type = 0; type < 4; type++)
+        for (int form = ELEMENTS; form <= SLOPES; form++)
+            for (int flags = 0; flags < 8; flags++) {
+                static const char *const forms[] = {"", "Elements", "Totals", "AxesTotals", "Slopes"};
+                Operator op = {.form = (Form)form, .type = types[type].type, .takes_beta = true,
+                               .is_masked = flags & 1, .is_weighted = flags & 2, .is_huber = flags & 4};
+                op.reduction = is_totals(&op) ? SUM : NONE;
+                snprintf(op.name, sizeof op.name, "%s%s%sLoss%s%s", op.is_masked ? "Masked" : "",
+                         op.is_weighted ? "Weighted" : "", op.is_huber ? "Huber" : "SmoothL1", forms[form],
+                         types[type].name);
                 if (has_kernel(&op))
                     add_operator(op);
             }

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 enum { ORT_API = 17, ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
-enum { ORT_FLOAT = 1, ORT_FLOAT16 = 10, ORT_DOUBLE = 11, ORT_BFLOAT16 = 16, ORT_ANY = 0 };
+enum { ORT_FLOAT = 1, ORT_INT64 = 7, ORT_BOOL = 9, ORT_FLOAT16 = 10, ORT_DOUBLE = 11, ORT_BFLOAT16 = 16, ORT_ANY = 0 };
 
 typedef struct OrtStatus OrtStatus;
 typedef struct OrtValue OrtValue;

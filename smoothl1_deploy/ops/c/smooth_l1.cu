@@ -178,7 +178,7 @@ template <int TYPE> class Sum {
     }
 
     __device__ Partial found() const {
-        return {losses.wide + losses.total() * down, 0, weights.wide + weights.total(), 0};
+        return {losses.wide + losses.total() * down, 0, weights.wide + weights.total(), 0, 0};
     }
 };
 
@@ -339,9 +339,10 @@ static OrtStatus *error_of(OrtApi *api, cudaError_t error, const char *remedy) {
 #endif
 const char *const execution_provider = PROVIDER;
 
-/* A gradient's, and what would have to save a mean from the overflow of its sums, are left to bodies. */
+/* A gradient's, what would have to save a mean from the overflow of its sums, and the second family's
+ * are left to bodies. */
 bool has_kernel(const Operator *op) {
-    return !op->gives_gradient && !(op->type == ORT_DOUBLE && op->reduction == AVERAGE);
+    return op->form == WHOLE && !op->gives_gradient && !(op->type == ORT_DOUBLE && op->reduction == AVERAGE);
 }
 
 OrtStatus *check_device(OrtApi *api) {
