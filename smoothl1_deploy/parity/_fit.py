@@ -41,7 +41,7 @@ class Hypothesis:
             return reply.expected.astype(wide_dtype(reply.spec.dtype))
         input, target, *_ = (array.shape for array in reply.arrays)
         with np.errstate(all="ignore"):
-            losses = self.form.compute(*reply.pair, reply.spec.effective_beta)
+            losses = self.form.compute(*reply.pair, reply.spec.effective_beta) * _unit(reply.spec)
             return np.asarray(self.reduction.compute(losses, input, target))
 
     def explains(self, reply: Reply, unit: float | None = None) -> bool:
@@ -75,6 +75,11 @@ class Hypothesis:
         return self.form.cancels(float(np.abs(np.subtract(*reply.pair)).max()))
 
 
+def _unit(spec: LossSpec) -> float:
+    """What Smooth L1, which the formulas are of, is multiplied by to be the loss of the spec."""
+    return spec.loss_weight * (spec.effective_beta if spec.loss == "huber" else 1.0)
+
+
 def right(spec: LossSpec) -> Hypothesis:
     """Nothing wrong."""
     return Hypothesis(FORMS[0], reductions(spec)[0])
@@ -104,12 +109,16 @@ def _kinds(
     """Formulas and reductions, each of the one to be tried with each of the other."""
     own, *others = reductions(spec)
     form, *wrong = FORMS
+    is_huber = spec.loss == "huber"  # of which there are no wrong formulas to be found
     yield [form], [own]
-    yield wrong, [own]
+    yield wrong * (not is_huber), [own]
     yield [form], others
     yield _narrowed(spec), [own]
-    yield _fitted(spec, own, replies), [own]
+    if not is_huber:
+        yield _fitted(spec, own, replies), [own]
     yield [form], _scaled(own, replies)
+    if is_huber:
+        return
     yield wrong, others
     for other in others:
         yield _fitted(spec, other, replies), [other]
@@ -148,8 +157,8 @@ def narrower(dtype: str) -> list[str]:
 
 def _narrowed(spec: LossSpec) -> Iterator[Step]:
     """beta, or the inputs, in a narrower format."""
-    if spec.dtype == "float64" and (beta := float(np.float32(spec.beta))) != spec.beta:
-        why = f"beta is rounded to float32 ({beta!r} for {spec.beta!r})"
+    if spec.dtype == "float64" and (beta := float(np.float32(spec.knee))) != spec.knee:
+        why = f"beta is rounded to float32 ({beta!r} for {spec.knee!r})"
         yield Step(Fault.WRONG_BETA, why, lambda a, b, _: smooth_l1(a, b, beta), beta)
     for dtype in narrower(spec.dtype):
 
@@ -175,7 +184,8 @@ def _fitted(spec: LossSpec, reduction: Step, replies: Sequence[Reply]) -> Iterat
         if reply.kind == "constant" and reply.got.size:
             input, target = reply.pair
             shapes = (array.shape for array in reply.arrays[:2])
-            weight = float(np.asarray(reduction.compute(np.ones(input.shape), *shapes)).flat[0])
+            units = np.full(input.shape, _unit(spec))
+            weight = float(np.asarray(reduction.compute(units, *shapes)).flat[0])
             d, loss = abs(float(input.flat[0] - target.flat[0])), float(reply.got.flat[0]) / weight
             if d > 0 < loss < math.inf:
                 told.append((d, loss))
