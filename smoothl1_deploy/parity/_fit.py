@@ -108,17 +108,13 @@ def _kinds(
 ) -> Iterator[tuple[Iterable[Step], Iterable[Step]]]:
     """Formulas and reductions, each of the one to be tried with each of the other."""
     own, *others = reductions(spec)
-    form, *wrong = FORMS
-    is_huber = spec.loss == "huber"  # of which there are no wrong formulas to be found
+    form, *wrong = FORMS if spec.loss == "smooth_l1" else FORMS[:1]
     yield [form], [own]
-    yield wrong * (not is_huber), [own]
+    yield wrong, [own]
     yield [form], others
     yield _narrowed(spec), [own]
-    if not is_huber:
-        yield _fitted(spec, own, replies), [own]
+    yield _fitted(spec, own, replies), [own]
     yield [form], _scaled(own, replies)
-    if is_huber:
-        return
     yield wrong, others
     for other in others:
         yield _fitted(spec, other, replies), [other]
@@ -189,9 +185,10 @@ def _fitted(spec: LossSpec, reduction: Step, replies: Sequence[Reply]) -> Iterat
             d, loss = abs(float(input.flat[0] - target.flat[0])), float(reply.got.flat[0]) / weight
             if d > 0 < loss < math.inf:
                 told.append((d, loss))
-    solved = [[fit.solve(d, loss, spec.effective_beta) for d, loss in told] for fit in FITS]
+    fits = FITS if spec.loss == "smooth_l1" else ()
+    solved = [[fit.solve(d, loss, spec.effective_beta) for d, loss in told] for fit in fits]
     for digits in _DIGITS:
-        for fit, numbers in zip(FITS, solved, strict=True):
+        for fit, numbers in zip(fits, solved, strict=True):
             useful = (_rounded(number, digits) for number in numbers if 0 < number < math.inf)
             yield from (fit.form(number, spec) for number in dict.fromkeys(useful))
 
