@@ -16,7 +16,7 @@ import inspect
 import math
 import numbers
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -75,44 +75,36 @@ def resolve_reduction(
     return "mean" if average else "sum"
 
 
-def _valid_number(name: str, value: Any, remedy: str) -> float:
-    """`value`, a real number that is not NaN, as a float."""
+#: Field -> which numbers it is none of, that in words, and what to give instead.
+_LIMITS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
+    "beta": (
+        lambda value: value < 0,  # not its float: a Fraction may be negative and round to -0.0
+        "must not be negative",
+        "give a number >= 0, for instance 1.0 (0 is the L1 loss, inf the zero loss)",
+    ),
+    "delta": (
+        lambda value: float(value) <= 0,
+        "must be above 0, as PyTorch has it",
+        "give a number > 0, for instance 1.0 (inf is half the squared difference)",
+    ),
+    "loss_weight": (math.isinf, "must be finite", "give a finite number, for instance 2.0"),
+}
+
+
+def _valid_number(name: str, value: Any) -> float:
+    is_wrong, limit, remedy = _LIMITS[name]
+    kind = type(value).__name__
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        kind = type(value).__name__
         raise SpecError(f"{name} must be a real number, got {value!r} ({kind}); {remedy}")
     try:
         number = float(value)
     except OverflowError:  # the digits would be the whole message, or too many for Python to print
-        raise SpecError(
-            f"{name} is a {type(value).__name__} that no float can hold; {remedy}"
-        ) from None
+        raise SpecError(f"{name} is a {kind} that no float can hold; {remedy}") from None
     if math.isnan(number):
         raise SpecError(f"{name} must not be NaN; {remedy}")
-    return number
-
-
-def _valid_beta(beta: Any) -> float:
-    remedy = "give a number >= 0, for instance 1.0 (0 is the L1 loss, inf the zero loss)"
-    value = _valid_number("beta", beta, remedy)
-    if beta < 0:  # not `value`: a Fraction may be negative and round to -0.0
-        raise SpecError(f"beta must not be negative, got {value!r}; {remedy}")
-    return value + 0.0  # -0.0 becomes 0.0, so that equal specs have equal names
-
-
-def _valid_delta(delta: Any) -> float:
-    remedy = "give a number > 0, for instance 1.0 (inf is half the squared difference)"
-    value = _valid_number("delta", delta, remedy)
-    if value <= 0:
-        raise SpecError(f"delta must be above 0, as PyTorch has it, got {value!r}; {remedy}")
-    return value
-
-
-def _valid_loss_weight(loss_weight: Any) -> float:
-    remedy = "give a finite number, for instance 2.0"
-    value = _valid_number("loss_weight", loss_weight, remedy)
-    if math.isinf(value):
-        raise SpecError(f"loss_weight must be finite, got {value!r}; {remedy}")
-    return value + 0.0  # as beta
+    if is_wrong(value):
+        raise SpecError(f"{name} {limit}, got {number!r}; {remedy}")
+    return number + 0.0  # -0.0 becomes 0.0, so that equal specs have equal names
 
 
 def _valid_choice(kind: str, value: object, choices: tuple[str, ...]) -> str:
@@ -224,12 +216,12 @@ class LossSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", _valid_choice("loss", self.loss, LOSSES))
-        object.__setattr__(self, "beta", _valid_beta(self.beta))
+        object.__setattr__(self, "beta", _valid_number("beta", self.beta))
         object.__setattr__(
             self, "reduction", _valid_choice("reduction", self.reduction, REDUCTIONS)
         )
         object.__setattr__(self, "dtype", _valid_choice("dtype", self.dtype, DTYPES))
-        object.__setattr__(self, "loss_weight", _valid_loss_weight(self.loss_weight))
+        object.__setattr__(self, "loss_weight", _valid_number("loss_weight", self.loss_weight))
         self._name_the_knee()
         self._check_extensions()
 
@@ -239,7 +231,7 @@ class LossSpec:
             if self.beta != 1.0:
                 raise SpecError(f"a Huber loss has no beta, got {self.beta!r}; call it delta")
             delta = 1.0 if self.delta is None else self.delta
-            object.__setattr__(self, "delta", _valid_delta(delta))
+            object.__setattr__(self, "delta", _valid_number("delta", delta))
         elif self.delta is not None:
             raise SpecError(
                 f"delta {self.delta!r} is of the loss huber, and {self.loss} has none; use "
@@ -552,28 +544,20 @@ class LossSpec:
         return cls(**values)
 
 
-#: The class of a module -> the loss, and what the module says of it by an attribute.
-_MODULES = {
-    "SmoothL1Loss": ("smooth_l1", ("beta", "reduction")),
-    "HuberLoss": ("huber", ("delta", "reduction")),
-    "L1Loss": ("l1", ("reduction",)),
-}
-#: The function -> the loss, and the argument that is its knee.
-_FUNCTIONS = {
-    "smooth_l1_loss": ("smooth_l1", "beta"),
-    "huber_loss": ("huber", "delta"),
-    "l1_loss": ("l1", ""),
-}
+#: The class of a module -> the loss.
+_MODULES = {"SmoothL1Loss": "smooth_l1", "HuberLoss": "huber", "L1Loss": "l1"}
+#: The loss -> what it has beside a reduction.
+_KNEES: Mapping[str, tuple[str, ...]] = {"smooth_l1": ("beta",), "huber": ("delta",), "l1": ()}
 _REDUCING = ("size_average", "reduce", "reduction")
 _LEAST_OF_FVCORE = 1e-5  # of a beta below, fvcore computes the L1 loss
 
 
 def _said_by_module(module: Any) -> dict[str, Any]:
     """The fields of a spec that a module says; none where it is no loss that is known."""
-    for kind in type(module).__mro__:
-        loss, names = _MODULES.get(kind.__name__, ("", ()))
-        if loss and all(hasattr(module, name) for name in names):
-            names += ("loss_weight",) if hasattr(module, "loss_weight") else ()
+    for loss in filter(None, (_MODULES.get(kind.__name__) for kind in type(module).__mro__)):
+        names = ["reduction", *_KNEES[loss]]
+        if all(hasattr(module, name) for name in names):
+            names += ["loss_weight"] * hasattr(module, "loss_weight")
             return {"loss": loss, **{name: _number(getattr(module, name), name) for name in names}}
     return {}
 
@@ -582,35 +566,33 @@ def _said_by_function(function: Any) -> dict[str, Any]:
     """Likewise of a function, with the arguments that a `functools.partial` has for it."""
     own = getattr(function, "func", function)
     name = str(getattr(own, "__name__", ""))
-    loss, knee = _FUNCTIONS.get(name, ("", ""))
-    if not loss:
+    loss = name.removesuffix("_loss")
+    if loss == name or loss not in _KNEES:
         return {}
     args, keywords = getattr(function, "args", ()), getattr(function, "keywords", {})
     try:
         bound = inspect.signature(own).bind_partial(*args, **keywords)
     except (TypeError, ValueError) as exc:  # the latter of what has no signature
         raise SpecError(f"{name}: {exc}; write LossSpec(beta=..., reduction=...)") from exc
-    known = {*_REDUCING, knee}
+    known = {*_REDUCING, *_KNEES[loss]}
     if other := [n for n, value in bound.arguments.items() if n not in known and value is not None]:
         raise SpecError(
             f"{name} is given {', '.join(other)}, which is no part of a spec; leave it out. "
             'A weight is an input: from_module(..., weight="count")'
         )
     bound.apply_defaults()
-    given = bound.arguments
-    reducing = {n: given[n] for n in _REDUCING if n in given}
-    if (knee and knee not in given) or not reducing:
-        missing = "reduction" if knee in given or not knee else knee
+    given = {n: value for n, value in bound.arguments.items() if n in known}
+    reducing = {n: given.pop(n) for n in _REDUCING if n in given}
+    if missing := [n for n in _KNEES[loss] if n not in given] or ["reduction"] * (not reducing):
         raise SpecError(
-            f"{name} has no {missing} by default, and is given none; give it, as in "
-            f"functools.partial({name}, {missing}=...)"
+            f"{name} has no {missing[0]} by default, and is given none; give it, as in "
+            f"functools.partial({name}, {missing[0]}=...)"
         )
-    said: dict[str, Any] = {"loss": loss, "reduction": resolve_reduction(**reducing)}
-    if knee:
-        said[knee] = _number(given[knee], knee)
-    if knee == "beta" and str(getattr(own, "__module__", "")).startswith("fvcore."):
-        said[knee] = 0.0 if _valid_beta(said[knee]) < _LEAST_OF_FVCORE else said[knee]
-    return said
+    said = {n: _number(value, n) for n, value in given.items()}
+    is_of_fvcore = str(getattr(own, "__module__", "")).startswith("fvcore.")
+    if is_of_fvcore and _valid_number("beta", said.get("beta")) < _LEAST_OF_FVCORE:
+        said["beta"] = 0.0
+    return {"loss": loss, "reduction": resolve_reduction(**reducing), **said}
 
 
 def _number(value: Any, name: str) -> Any:

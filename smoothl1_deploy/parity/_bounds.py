@@ -178,7 +178,8 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
         extra = len(whole) - input.ndim
         axes = tuple(i for i in range(len(whole)) if i < extra or input.shape[i - extra] == 1)
         # Multiplied last: the error of a subnormal slope is none of 0.
-        reach = _WIDE * abs(spec.loss_weight) * errors.sum(axis=axes).reshape(input.shape)
+        reach = _WIDE * errors.sum(axis=axes).reshape(input.shape)
+        reach *= abs(spec.loss_weight)
         if spec.reduction == "mean":
             reach /= spec.count(whole)
         cancels = reach > _CANCELS * _WIDE * abs(exact)

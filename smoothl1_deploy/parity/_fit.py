@@ -41,7 +41,7 @@ class Hypothesis:
             return reply.expected.astype(wide_dtype(reply.spec.dtype))
         input, target, *_ = (array.shape for array in reply.arrays)
         with np.errstate(all="ignore"):
-            losses = self.form.compute(*reply.pair, reply.spec.effective_beta)
+            losses = self.form.compute(*reply.pair, reply.spec.effective_beta) * _unit(reply.spec)
             return np.asarray(self.reduction.compute(losses, input, target))
 
     def explains(self, reply: Reply, unit: float | None = None) -> bool:
@@ -75,6 +75,11 @@ class Hypothesis:
         return self.form.cancels(float(np.abs(np.subtract(*reply.pair)).max()))
 
 
+def _unit(spec: LossSpec) -> float:
+    """What Smooth L1, which the formulas are of, is multiplied by to be the loss of the spec."""
+    return spec.loss_weight * (spec.effective_beta if spec.loss == "huber" else 1.0)
+
+
 def right(spec: LossSpec) -> Hypothesis:
     """Nothing wrong."""
     return Hypothesis(FORMS[0], reductions(spec)[0])
@@ -103,7 +108,7 @@ def _kinds(
 ) -> Iterator[tuple[Iterable[Step], Iterable[Step]]]:
     """Formulas and reductions, each of the one to be tried with each of the other."""
     own, *others = reductions(spec)
-    form, *wrong = FORMS
+    form, *wrong = FORMS if spec.loss == "smooth_l1" else FORMS[:1]
     yield [form], [own]
     yield wrong, [own]
     yield [form], others
@@ -148,8 +153,8 @@ def narrower(dtype: str) -> list[str]:
 
 def _narrowed(spec: LossSpec) -> Iterator[Step]:
     """beta, or the inputs, in a narrower format."""
-    if spec.dtype == "float64" and (beta := float(np.float32(spec.beta))) != spec.beta:
-        why = f"beta is rounded to float32 ({beta!r} for {spec.beta!r})"
+    if spec.dtype == "float64" and (beta := float(np.float32(spec.knee))) != spec.knee:
+        why = f"beta is rounded to float32 ({beta!r} for {spec.knee!r})"
         yield Step(Fault.WRONG_BETA, why, lambda a, b, _: smooth_l1(a, b, beta), beta)
     for dtype in narrower(spec.dtype):
 
@@ -175,13 +180,15 @@ def _fitted(spec: LossSpec, reduction: Step, replies: Sequence[Reply]) -> Iterat
         if reply.kind == "constant" and reply.got.size:
             input, target = reply.pair
             shapes = (array.shape for array in reply.arrays[:2])
-            weight = float(np.asarray(reduction.compute(np.ones(input.shape), *shapes)).flat[0])
+            units = np.full(input.shape, _unit(spec))
+            weight = float(np.asarray(reduction.compute(units, *shapes)).flat[0])
             d, loss = abs(float(input.flat[0] - target.flat[0])), float(reply.got.flat[0]) / weight
             if d > 0 < loss < math.inf:
                 told.append((d, loss))
-    solved = [[fit.solve(d, loss, spec.effective_beta) for d, loss in told] for fit in FITS]
+    fits = FITS if spec.loss == "smooth_l1" else ()
+    solved = [[fit.solve(d, loss, spec.effective_beta) for d, loss in told] for fit in fits]
     for digits in _DIGITS:
-        for fit, numbers in zip(FITS, solved, strict=True):
+        for fit, numbers in zip(fits, solved, strict=True):
             useful = (_rounded(number, digits) for number in numbers if 0 < number < math.inf)
             yield from (fit.form(number, spec) for number in dict.fromkeys(useful))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from agreement import difference, pair
 
-from smoothl1_deploy import LossSpec, attach, export, load, verify
+from smoothl1_deploy import LossSpec, attach, build_engine, export, load, verify
 from smoothl1_deploy._floats import NUMPY_DTYPE, ulp_distance
 from smoothl1_deploy._spec import DTYPES, REDUCTIONS
 from smoothl1_deploy.errors import UnsupportedError
@@ -78,7 +78,7 @@ def test_a_delta_at_run_time_is_above_0_or_all_is_nan(dtype: str, backend: str) 
         for a in (x, x[:0]):
             got = runner.run(a, np.zeros_like(a), beta=delta)
             fed = np.asarray(delta, np.float32)
-            expected = eager_outputs(spec, a, np.zeros_like(a), None, fed)
+            expected = eager_outputs(spec, a, np.zeros_like(a), beta=fed)
             for name, array in got.items():
                 assert np.isnan(array).all() and np.isnan(expected[name]).all()
                 assert array.shape == expected[name].shape
@@ -109,10 +109,31 @@ def test_a_factor_of_a_power_of_two_changes_no_bit_but_the_exponent(reduction: s
 
 
 def test_the_factor_is_multiplied_before_the_one_rounding() -> None:
-    """Of a mean that float16 doesn't hold, a tenth that it does."""
+    """Of a sum, and of a product with a weight, that no float16 or float32 is, a tenth that is."""
     spec = LossSpec(reduction="sum", dtype="float16", loss_weight=0.1)
     x = np.full(300, 1000, np.float16)
     assert run(spec, x, np.zeros_like(x))["loss"] == np.float16(300 * 999.5 * np.float32(0.1))
+    spec = LossSpec(0.0, "none", weight="count", loss_weight=0.1)
+    x, w = np.full(3, 2, np.float32), np.full(3, 3e38, np.float32)
+    got = run(spec, x, 0 * x, weight=w)["loss"]
+    assert (got == np.float32(6e38 * float(np.float32(0.1)) * (float(w[0]) / 3e38))).all()
+
+
+def test_nan_is_in_the_gradient_where_clip_swallows_it() -> None:
+    """The kernels of TensorRT may (NVIDIA/TensorRT#4758), as the evaluator of its networks does."""
+    pytest.importorskip("tensorrt_rtx")
+    spec = replace(HUBER, reduction="none", gradient=True)
+    x = np.array([math.nan, 3, -0.1], np.float32)
+    found = load(export(spec, shape=("N",)), "trt-network").run(x, 0 * x)
+    assert np.isnan([found["loss"][0], found["grad_input"][0]]).all()
+    assert found["grad_input"][1:].tolist() == [0.5, np.float32(-0.1)]
+
+
+def test_an_engine_is_built_of_each() -> None:
+    pytest.importorskip("tensorrt_rtx")
+    for spec in (replace(HUBER, gradient=True), LossSpec(loss_weight=0.3, weight="count")):
+        engine = build_engine(export(spec, "inlined", ("N", 16)))
+        assert engine.sidecar.to_dict()["spec"] == spec.to_dict()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

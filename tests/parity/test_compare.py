@@ -40,6 +40,27 @@ def test_equal_is_green_and_measures_nothing() -> None:
     assert (verdict.ok, verdict.ulp, verdict.torch_ulp, verdict.allowed) == (True, 0, 0, 1)
 
 
+def test_a_reduction_with_a_factor_may_be_three_off_as_it_is_rounded_once_more() -> None:
+    truth = np.asarray(np.float32(0.77))
+    spec = replace(MEAN, loss_weight=0.3)
+    assert judge(spec, up(truth, 3), truth, truth).ok
+    assert not judge(spec, up(truth, 4), truth, truth).ok
+
+
+def test_where_pytorch_lost_a_delta_or_overflowed_a_huber_loss_its_nan_is_put_right() -> None:
+    """By a delta that is 0 in bfloat16, and by a weight of 0 of a loss beyond the knee."""
+    tiny = LossSpec(reduction="none", dtype="bfloat16", loss="huber", delta=1e-42)
+    x = np.full(1, np.inf).astype("bfloat16")
+    theirs = eager_outputs(tiny, x, np.zeros_like(x))["loss"]
+    assert np.isnan(theirs) and judge(tiny, x, theirs, x, x).ok
+    half = LossSpec(reduction="sum", dtype="float16", loss="huber", delta=100, weight="count")
+    x, zero = np.full(2, 60_000, np.float16), np.zeros(2, np.float16)
+    theirs = eager_outputs(half, x, zero, zero)["loss"]
+    assert np.isnan(theirs)
+    exact = oracle(half, x, zero, zero)
+    assert exact == 0 and compare(half, exact, theirs, exact, x, zero).ok
+
+
 def test_an_element_may_be_one_ulp_further_than_pytorch_and_a_reduction_two_off() -> None:
     truth = f32(1, 2, 3)
     for steps, torch_steps, ok in ((1, 0, True), (2, 0, False), (3, 2, True), (4, 2, False)):

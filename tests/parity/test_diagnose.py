@@ -459,3 +459,23 @@ def test_an_error_instead_of_an_answer_and_no_line_of_the_runtime_s_on_stderr(
     assert diagnosis.fault is Fault.NO_ANSWER
     assert "ONNX Runtime refused the inputs" in diagnosis.explanation
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("made", "said", "fault"),
+    [
+        (LossSpec(0.3), LossSpec(loss="huber", delta=0.3), Fault.SCALED),
+        (LossSpec(0.3), LossSpec(0.3, loss_weight=2.0), Fault.SCALED),
+        (LossSpec(0.3, "sum", loss_weight=2.0), LossSpec(0.3, loss_weight=2.0), Fault.SUM_FOR_MEAN),
+        (LossSpec(0.1, loss_weight=2.0), LossSpec(0.3, loss_weight=2.0), Fault.WRONG_BETA),
+    ],
+    ids=["no delta", "no factor", "sum for mean", "another beta"],
+)
+def test_a_fault_of_a_huber_loss_or_one_with_a_factor_is_named_as_it_is(
+    made: LossSpec, said: LossSpec, fault: Fault
+) -> None:
+    """And not by what makes the same number of Smooth L1."""
+    model = export(made, "inlined", ("N", 16))
+    del model.metadata_props[:]
+    found = verify(model, spec=said, drift=False).diagnoses
+    assert [each.fault for each in found] == [fault]

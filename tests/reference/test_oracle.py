@@ -99,6 +99,20 @@ def test_huber_losses_are_rounded_once_with_their_factor(dtype: str, data: st.Da
     exact = exact_huber(a, b, spec.effective_beta) * Fraction(spec.effective_loss_weight)
     got = oracle(spec, to_array([a], dtype), to_array([b], dtype))
     check(got.reshape(()), exact, dtype, DOUBT[dtype])
+    plain = replace(spec, loss_weight=1.0)
+    slope = oracle_gradient(plain, to_array([a], dtype), to_array([b], dtype))
+    exact = slope_of(replace(plain, delta=spec.effective_beta or delta), a, b)
+    if spec.effective_beta:
+        assert float(slope[0]) == round_fraction(exact, dtype)
+
+
+def test_a_zero_over_negative_weights_is_a_negative_one() -> None:
+    """Of weights that cancel, too, whose sum is computed exactly: and a factor turns it again."""
+    x, w = np.ones(3, np.float32), np.array([1, 1, -2.125], np.float32)
+    for factor, is_negative in ((1.0, True), (-1.5, False)):
+        spec = LossSpec(math.inf, weight="weights", loss_weight=factor)
+        loss = oracle(spec, x, 0 * x, w)
+        assert loss == 0 and np.signbit(loss) == is_negative
 
 
 @every_format
