@@ -12,6 +12,7 @@ of `torch.nn.HuberLoss`.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import numbers
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+from ._shapes import broadcast
 from .errors import SpecError
 
 _Shape = TypeVar("_Shape", tuple[int, ...], tuple[int | str, ...] | None)
@@ -28,6 +30,8 @@ REDUCTIONS = ("none", "mean", "sum")
 
 #: The losses by name; `l1` is `smooth_l1` with beta 0.
 LOSSES = ("smooth_l1", "huber", "l1")
+
+_MOST_AXES = 64  # what numpy and PyTorch have at most
 
 #: How a spec becomes ONNX.
 ROUTES = ("function", "inlined", "torch")
@@ -107,6 +111,34 @@ def _valid_number(name: str, value: Any) -> float:
     return number + 0.0  # -0.0 becomes 0.0, so that equal specs have equal names
 
 
+def _valid_knees(name: str, value: Any, axes: int = _MOST_AXES) -> Any:
+    """A number, or those of an array, a tensor or a list as nested tuples."""
+    if hasattr(value, "tolist") and hasattr(value, "__len__"):  # not a number of numpy's
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return _valid_number(name, value)
+    if not axes:
+        raise SpecError(f"{name} has more than {_MOST_AXES} axes; give an array of fewer")
+    parts = tuple(_valid_knees(name, part, axes - 1) for part in value)
+    if len({*map(_shape_of, parts)}) != 1:
+        raise SpecError(
+            f"{name} must be a number or an array of at least one, whose rows are as long as each "
+            "other; give a numpy array, for instance"
+        )
+    return parts
+
+
+def _shape_of(knees: Any) -> tuple[int, ...]:
+    return (len(knees), *_shape_of(knees[0])) if isinstance(knees, tuple) else ()
+
+
+def _each(change: Callable[[Any], Any], value: Any) -> Any:
+    """What `change` makes of a value, or of each in nested tuples or lists."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_each(change, part) for part in value)
+    return change(value)
+
+
 def _valid_choice(kind: str, value: object, choices: tuple[str, ...]) -> str:
     name = value if isinstance(value, str) else ""
     if kind == "dtype":
@@ -153,7 +185,10 @@ class LossSpec:
     """A Smooth L1, Huber or L1 loss: which beta, which reduction, in which dtype.
 
     Args:
-        beta: where the quadratic part ends, >= 0; 0 is exactly the L1 loss. Any real number.
+        beta: where the quadratic part ends, >= 0; 0 is exactly the L1 loss. Any real number; or an
+            array of them, a tensor or nested lists, which broadcasts with the element losses as
+            input and target do, and is kept as nested tuples: `[[[0.5]], [[1.0]]]` for two channels
+            of [N, 2, H, W].
         reduction: `"none"` (the broadcast shape of input and target), `"mean"` (the sum over
             the number of elements after broadcasting) or `"sum"` (both rank 0).
         dtype: the format of input, target and loss: `"float32"`, `"float16"`, `"bfloat16"`,
@@ -180,7 +215,7 @@ class LossSpec:
             gives, as in PyTorch; `"zero"` is 0, and so is its gradient.
         loss: `"smooth_l1"`; `"huber"`, with `delta` for beta; or `"l1"`, another name for beta 0.
         delta: where the quadratic part of `"huber"` ends, > 0; 1.0 by default, as PyTorch has it.
-            None for the other losses. With `runtime_beta` the input `beta` is delta, and 0 gives
+            None for the other losses; an array as beta may be. With `runtime_beta` the input `beta` is delta, and 0 gives
             NaN too.
         loss_weight: a finite number that the loss, once reduced, is multiplied by; its gradient
             too.
@@ -196,9 +231,11 @@ class LossSpec:
     'huber_loss_delta_0.5_mean_float32'
     >>> LossSpec(loss="l1") == LossSpec(beta=0)
     True
+    >>> LossSpec(beta=[0.5, 1]).beta, LossSpec(beta=[0.5, 1]).name
+    ((0.5, 1.0), 'smooth_l1_loss_beta_2_58a60ca0_mean_float32')
     """
 
-    beta: float = 1.0
+    beta: Any = 1.0
     reduction: str = "mean"
     dtype: str = "float32"
     per_sample: bool = False
@@ -210,13 +247,13 @@ class LossSpec:
     divisor: bool = False
     empty: str = "nan"
     loss: str = "smooth_l1"
-    delta: float | None = None
+    delta: Any = None
     loss_weight: float = 1.0
     axes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", _valid_choice("loss", self.loss, LOSSES))
-        object.__setattr__(self, "beta", _valid_number("beta", self.beta))
+        object.__setattr__(self, "beta", _valid_knees("beta", self.beta))
         object.__setattr__(
             self, "reduction", _valid_choice("reduction", self.reduction, REDUCTIONS)
         )
@@ -231,7 +268,7 @@ class LossSpec:
             if self.beta != 1.0:
                 raise SpecError(f"a Huber loss has no beta, got {self.beta!r}; call it delta")
             delta = 1.0 if self.delta is None else self.delta
-            object.__setattr__(self, "delta", _valid_number("delta", delta))
+            object.__setattr__(self, "delta", _valid_knees("delta", delta))
         elif self.delta is not None:
             raise SpecError(
                 f"delta {self.delta!r} is of the loss huber, and {self.loss} has none; use "
@@ -350,24 +387,44 @@ class LossSpec:
 
     @property
     def has_subnormal_beta(self) -> bool:
-        """Whether beta is subnormal in float32 and dtype no wider: half of such a beta may be 0."""
-        return self.dtype != "float64" and 0 < self.effective_beta < _SMALLEST_NORMAL_FLOAT32
+        """Whether a beta is subnormal in float32 and dtype no wider: half of it may be 0."""
+        if self.dtype == "float64":
+            return False
+        knees = self.effective_beta.flat if self.beta_shape else [self.effective_beta]
+        return any(0 < knee < _SMALLEST_NORMAL_FLOAT32 for knee in knees)
 
     @property
     def is_of_torch(self) -> bool:
-        """Whether a module of PyTorch's is all of it."""
+        """Whether a module of PyTorch's, which takes one number for beta, is all of it."""
         alone = LossSpec(reduction=self.reduction, dtype=self.dtype, loss=self.loss)
-        return self == alone.at(self.knee)
+        return not self.beta_shape and self == alone.at(self.knee)
 
     @property
-    def knee(self) -> float:
+    def knee(self) -> Any:
         """Where the quadratic part ends: beta, or the delta of a Huber loss."""
         return self.beta if self.delta is None else self.delta
 
     @property
-    def effective_beta(self) -> float:
-        """The knee, rounded to float32 where dtype is no wider, as PyTorch rounds it first."""
-        return self.knee if self.dtype == "float64" else _round_to_float32(self.knee)
+    def beta_shape(self) -> tuple[int, ...]:
+        """The shape of the knee; that of a number is ().
+
+        >>> LossSpec(beta=[[0.5], [1.0]]).beta_shape
+        (2, 1)
+        """
+        return _shape_of(self.knee)
+
+    @property
+    def effective_beta(self) -> Any:
+        """The knee, rounded to float32 where dtype is no wider, as PyTorch rounds it first.
+
+        A float, or an array of float64.
+        """
+        knee = self.knee if self.dtype == "float64" else _each(_round_to_float32, self.knee)
+        if not self.beta_shape:
+            return knee
+        import numpy as np
+
+        return np.array(knee, np.float64)
 
     @property
     def effective_loss_weight(self) -> float:
@@ -377,8 +434,14 @@ class LossSpec:
 
     @property
     def name(self) -> str:
-        """A name that no other spec has; used for graphs, networks and files."""
+        """A name that no other spec has; used for graphs, networks and files.
+
+        Of an array of betas it has the shape and a hash.
+        """
         knee = "runtime" if self.runtime_beta else repr(self.knee)
+        if self.beta_shape:  # all of them would be no name
+            digest = hashlib.sha256(knee.encode()).hexdigest()[:8]
+            knee = "_".join(["x".join(map(str, self.beta_shape)), digest])
         named = "beta" if self.delta is None else "delta"
         parts = [f"{self.loss}_loss", named, knee, self.reduction]
         if self.per_sample:
@@ -396,8 +459,8 @@ class LossSpec:
             parts.append(f"times_{self.loss_weight!r}")
         return "_".join([*parts, self.dtype])
 
-    def at(self, knee: float) -> LossSpec:
-        """The same loss with this number for beta, or delta, where it is no input.
+    def at(self, knee: Any) -> LossSpec:
+        """The same loss with this for beta, or delta, where it is no input.
 
         >>> LossSpec(runtime_beta=True).at(0.5) == LossSpec(0.5)
         True
@@ -412,6 +475,24 @@ class LossSpec:
         True
         """
         return replace(self, gradient=False, upstream=False)
+
+    def broadcast_with_betas(self, operands: _Shape) -> _Shape:
+        """The shape of the element losses, where the operands broadcast to `operands`.
+
+        Raises:
+            SpecError: where an array of betas doesn't broadcast with them.
+
+        >>> LossSpec(beta=[[0.5], [1.0]]).broadcast_with_betas(("N", 2, 8))
+        ('N', 2, 8)
+        """
+        try:
+            whole: Any = None if operands is None else broadcast(operands, self.beta_shape)
+        except SpecError as exc:
+            raise SpecError(
+                f"beta has the shape {self.beta_shape}, the element losses {operands}: {exc}; give "
+                "one that broadcasts, as (C, 1, 1) does with (N, C, H, W)"
+            ) from exc
+        return whole
 
     def loss_shape(self, full: _Shape) -> _Shape:
         """The shape of the loss, where input, target and weight broadcast to `full`.
@@ -516,7 +597,7 @@ class LossSpec:
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-ready: an infinite beta is `"inf"`; extensions not used are left out."""
         return {
-            each.name: "inf" if value == math.inf else value
+            each.name: _each(lambda number: "inf" if number == math.inf else number, value)
             for each in fields(self)
             if (value := getattr(self, each.name)) != each.default
             or each.name in ("beta", "reduction", "dtype")
@@ -539,9 +620,13 @@ class LossSpec:
             )
         values = dict(fields)
         for name in ("beta", "delta"):
-            if isinstance(values.get(name), str) and values[name] == "inf":
-                values[name] = math.inf
+            if name in values:
+                values[name] = _each(_read_infinity, values[name])
         return cls(**values)
+
+
+def _read_infinity(value: Any) -> Any:
+    return math.inf if isinstance(value, str) and value == "inf" else value
 
 
 #: The class of a module -> the loss.

@@ -310,7 +310,9 @@ class Runner(ABC):
         operands = {name: array for name, array in arrays.items() if name != "grad_output"}
         shape = check_shapes(operands, self.signature.inputs)
         try:
-            self.spec and self.spec.loss_shape(shape)
+            if self.spec is not None:
+                shape = self.spec.broadcast_with_betas(shape)
+                self.spec.loss_shape(shape)
         except SpecError as exc:
             raise InvalidInputError(str(exc)) from exc
         if self.spec is not None and self.spec.per_sample and not shape:

@@ -35,8 +35,8 @@ class Assembly:
 
     Case 1: computed in float32, beta a number: the element losses are one node `SmoothL1Loss` with
         an attribute.
-    Case 2: beta an input, float64, or nodes that are to be inlined: the terms, with the scalars as
-        tensors. Inlined, an attribute becomes a Constant whose number is no tensor, which others
+    Case 2: beta an input or an array, float64, or nodes that are to be inlined: the terms, with the
+        scalars as tensors, or arrays of a number for each beta. Inlined, an attribute becomes a Constant whose number is no tensor, which others
         read in another dtype or leave in its own (onnxslim 0.1.98, the float16 converters).
 
     Args:
@@ -71,6 +71,7 @@ class Assembly:
         self._inlined = inlined
         self._element = ELEMENT_TYPE[spec.compute_dtype]
         self._has_factor = spec.effective_loss_weight != 1.0
+        self._each = _EACH if spec.beta_shape else ""
         self._axes = ""  # the tensor of the spec's axes
         names = [name for name in spec.operands if name != "mask"]
         self._data = {name: self._widened(tensors[name], name) for name in names}
@@ -99,7 +100,7 @@ class Assembly:
 
     def _add(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """A node of an operator of ONNX, or of one of our functions; gives its output."""
-        domain = f.DOMAIN if op in f.FUNCTIONS else ""
+        domain = f.DOMAIN if op.removesuffix(_EACH) in f.FUNCTIONS else ""
         output = self._tensors.get(output) or self._prefix + output
         node = helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes)
         self.nodes.append(node)
@@ -113,8 +114,8 @@ class Assembly:
             return tensor
         return self._add("Cast", [tensor], f"{name}_wide", to=self._element)
 
-    def _constant(self, name: str, value: float, element: int = TensorProto.DOUBLE) -> str:
-        tensor = helper.make_tensor(name, element, [], [value])
+    def _constant(self, name: str, value: Any, element: int = TensorProto.DOUBLE) -> str:
+        tensor = helper.make_tensor(name, element, np.shape(value), np.ravel(value))
         return self._add("Constant", [], name, value=tensor)
 
     def _scalar_tensors(self) -> list[str] | None:
@@ -136,7 +137,7 @@ class Assembly:
             beta = self._tensors["beta"]
             self._divisor = self._add("BetaDivisor", [beta], "beta_divisor")
             return [beta, self._constant("half", 0.5, self._element), self._divisor]
-        if self._element == TensorProto.DOUBLE or self._inlined:
+        if self._element == TensorProto.DOUBLE or self._inlined or spec.beta_shape:
             return [
                 self._constant(name, value, self._element)
                 for name, value in loss_scalars(spec.effective_beta)
@@ -167,13 +168,13 @@ class Assembly:
         if _is_l1(spec):
             losses = self._add("L1Loss", pair, "losses")
         elif spec.loss == "huber":
-            losses = self._add("HuberLossTerms", [*pair, *(self._scalars or ())], "losses")
+            losses = self._add(f"HuberLossTerms{self._each}", [*pair, *(self._scalars or ())], "losses")
         elif self._is_added:
             losses = self._add("SmoothL1Addends", [*pair, *(self._scalars or ())], "losses")
         elif self._scalars is None:
             losses = self._add("SmoothL1Loss", pair, "losses", beta=spec.effective_beta)
         else:
-            losses = self._add("SmoothL1LossTerms", [*pair, *self._scalars], "losses")
+            losses = self._add(f"SmoothL1LossTerms{self._each}", [*pair, *self._scalars], "losses")
         self._unweighted = losses
         # A product may leave the range of float32, and its mean, or a tenth of it, not.
         is_wide = self._has_factor if spec.reduction == "none" else bool(spec.weight)
@@ -291,9 +292,11 @@ class Assembly:
         for_all += ["factor"] * self._has_factor
         for_all += ["mean"] * (spec.reduction == "mean")
         is_alone = spec.dtype == "float64" or spec.weight == "weights" or not is_summed
-        if spec.mask or spec.divisor or (by_loss and is_alone):
+        is_alone |= bool(spec.beta_shape)
+        if spec.mask or spec.divisor or (by_loss and is_alone) or (is_summed and spec.beta_shape):
             # Of scalars, ONNX Runtime (1.31) makes an invalid graph where it drops a division by 1.
-            is_one = spec.loss == "huber" or slope_scalars(spec.effective_beta)[-1][1] == 1.0
+            divisors = slope_scalars(spec.effective_beta)[-1][1]
+            is_one = spec.loss == "huber" or (divisors == 1.0).all()
             if "beta" in self._tensors or not is_one:
                 slope = self._add("Div", [slope, divisor], "slope")
             flowing = self._flowing_in(losses, [*for_all, *by_loss])
@@ -348,11 +351,13 @@ class Assembly:
             else:
                 delta = self._constant("slope_delta", self._spec.effective_beta)
                 divisor = self._constant("slope_divisor", 1.0)
-            return self._add("HuberSlopeTerms", [*terms, delta], "slope_terms"), divisor
+            terms = [*terms, delta]
+            return self._add(f"HuberSlopeTerms{self._each}", terms, "slope_terms"), divisor
         beta, shrink, divisor, scale = self._slope_scalars()
         if scale:
             terms = [self._add("Mul", [x, scale], f"{x}_half") for x in terms]
-        return self._add("SmoothL1SlopeTerms", [*terms, beta, shrink], "slope_terms"), divisor
+        terms = [*terms, beta, shrink]
+        return self._add(f"SmoothL1SlopeTerms{self._each}", terms, "slope_terms"), divisor
 
     def _slope_scalars(self) -> tuple[str, str, str, str]:
         """The beta, shrink and divisor of the slopes' terms, in float64, and a factor for operands.
@@ -365,8 +370,9 @@ class Assembly:
         if "beta" not in self._tensors:
             scalars = slope_scalars(spec.effective_beta)
             beta, shrink, divisor = (self._constant(name, value) for name, value in scalars)
-            is_halved = is_double and math.isinf(spec.effective_beta)
-            return beta, shrink, divisor, self._constant("half_of_both", 0.5) if is_halved else ""
+            scale = np.where(np.isinf(spec.effective_beta), 0.5, 1.0)
+            is_halved = is_double and (scale < 1).any()
+            return beta, shrink, divisor, self._constant("half_of_both", scale) if is_halved else ""
         one = self._constant("slope_one", 1.0)
         beta = self._cast(self._tensors["beta"])
         infinite = self._constant("slope_infinite", math.inf)
@@ -475,6 +481,9 @@ class Assembly:
         return self._cast(self._add("Size", [losses], "count"))
 
 
+#: The end of the name of a function that takes a beta for each element.
+_EACH = "Each"
+
 #: dtype -> the end of a function's name.
 _SUFFIX = {"float32": "", "float16": "Float16", "bfloat16": "BFloat16", "float64": "Float64"}
 
@@ -511,16 +520,18 @@ def function_name(spec: LossSpec) -> str:
 def _has_a_name(spec: LossSpec) -> bool:
     """Whether there is a function that is the whole loss; others are a few nodes."""
     is_plain = spec.loss != "huber" and spec.effective_loss_weight == 1.0
-    return is_plain and not (spec.mask or spec.divisor or spec.empty != "nan" or spec.axes)
+    has_more = spec.mask or spec.divisor or spec.empty != "nan" or spec.axes or spec.beta_shape
+    return is_plain and not has_more
 
 
 def _is_l1(spec: LossSpec) -> bool:
     """Whether the nodes compute |d| in float32 and know of no beta."""
-    return spec.effective_beta == 0 and spec.loss != "huber" and not _takes_beta(spec)
+    is_zero = not spec.beta_shape and spec.effective_beta == 0
+    return is_zero and spec.loss != "huber" and not _takes_beta(spec)
 
 
 def _has_attribute(spec: LossSpec) -> bool:
-    return not (_takes_beta(spec) or _is_l1(spec) or spec.loss == "huber")
+    return not (_takes_beta(spec) or _is_l1(spec) or spec.loss == "huber" or spec.beta_shape)
 
 
 def _takes_beta(spec: LossSpec) -> bool:
@@ -601,10 +612,15 @@ def _function_proto(name: str) -> onnx.FunctionProto:
       what one of them said of a name (onnxscript 0.7).
     * A constant is a tensor: onnxslim reads `value_float` as float64.
 
+    One whose name ends with Each takes a beta for each element.
+
     onnxscript reads the source of a function anew for each proto, which is why they are kept;
     protobuf copies are cheap.
     """
-    proto: onnx.FunctionProto = f.FUNCTIONS[name].to_function_proto()
+    proto: onnx.FunctionProto = f.FUNCTIONS[name.removesuffix(_EACH)].to_function_proto()
+    if name not in f.FUNCTIONS:
+        proto.name = name
+        _clip_each(proto)
     proto.doc_string = inspect.cleandoc(proto.doc_string)
     del proto.value_info[:]
     for node in proto.node:
@@ -616,6 +632,15 @@ def _function_proto(name: str) -> onnx.FunctionProto:
     for names in (proto.input, proto.output):
         names[:] = [f"{name}_{value}" for value in names]
     return proto
+
+
+def _clip_each(function: onnx.FunctionProto) -> None:
+    """Let Max and Min stand for Clip, whose ends are numbers."""
+    at, clip = next((i, node) for i, node in enumerate(function.node) if node.op_type == "Clip")
+    values, low, high = clip.input
+    clip.op_type = "Min"
+    clip.input[:] = ["raised", high]
+    function.node.insert(at, helper.make_node("Max", [values, low], ["raised"]))
 
 
 def _hold_a_tensor(constant: onnx.NodeProto) -> None:

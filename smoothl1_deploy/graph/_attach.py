@@ -369,7 +369,7 @@ class _Graft:
         """Append nodes, functions, inputs and outputs; gives the functions."""
         from ._assemble import nodes_of, oldest_opset  # onnxscript takes most of a second
 
-        graph, losses = self.model.graph, _broadcast(roles)
+        graph, losses = self.model.graph, self.spec.broadcast_with_betas(_broadcast(roles))
         spec = self.spec if losses is None else self.spec.of_rank(len(losses))
         if spec.per_sample and losses == ():
             raise SpecError("per_sample needs an axis of samples; the prediction has rank 0")
@@ -385,7 +385,7 @@ class _Graft:
         nodes, constants, functions = nodes_of(
             spec,
             {**names, **outputs},
-            summed_axes=summed_axes(*(tensor.certain for tensor in roles.values())),
+            summed_axes=summed_axes(*(t.certain for t in roles.values()), spec.beta_shape),
             prefix=self._free_prefix(outputs["loss"]),
             inlined=inlined,
         )

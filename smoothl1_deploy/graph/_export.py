@@ -53,7 +53,8 @@ def export(
             the runtimes that such a file is for don't read.
 
     Raises:
-        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`), and on an
+        SpecError: on an unknown route or a shape that makes no sense (a `ValueError`), or that an
+            array of betas doesn't broadcast with, and on an
             opset that the route doesn't go to; by the `torch` route also when a dynamic axis would
             have to broadcast with anything but 1.
         MissingDependencyError: for the `torch` route without torch.
@@ -72,7 +73,7 @@ def export(
     shapes = _shapes(spec, shape, others)
     operands = [shapes[name] for name in spec.operands]
     if None not in operands:
-        spec = spec.of_rank(max(len(each or ()) for each in operands))
+        spec = spec.of_rank(max(len(each or ()) for each in (*operands, spec.beta_shape)))
 
     if route == "torch":
         require("torch", "torch", "the torch route")
@@ -90,8 +91,8 @@ def export(
     different = [name for name in spec.operands if shapes[name] != shapes["input"]]
     described = [describe(shapes["input"]), *(f"{n}_{describe(shapes[n])}" for n in different)]
     stamp(model, spec, route, "-".join(described))  # which no identifier holds
-    # Its shapes can't be inferred where any rank, shown as rank 1, would lack the axes.
-    known = spec.axes is None or shapes["input"] is not None
+    # Its shapes can't be inferred where any rank, shown as rank 1, would lack axes.
+    known = not (spec.axes or spec.beta_shape) or shapes["input"] is not None
     onnx.checker.check_model(_with_any_rank_hidden(model), full_check=known)
     return model
 
@@ -112,6 +113,7 @@ def _shapes(
         if name in spec.operands and losses is not None and (each := shapes[name]) is not None:
             losses = broadcast(losses, each)
     if losses is not None:
+        losses = spec.broadcast_with_betas(losses)
         check_size(losses, "the broadcast shape")
     if spec.per_sample and losses == ():
         raise SpecError("per_sample needs an axis of samples; the shapes have rank 0")
@@ -126,7 +128,7 @@ def _function_model(
     from ._assemble import model_of, nodes_of  # onnxscript takes most of a second
 
     names = {name: name for name in (*spec.inputs, *spec.outputs)}
-    given = [shapes[name] for name in spec.operands]
+    given = [*(shapes[name] for name in spec.operands), spec.beta_shape]
     nodes, constants, functions = nodes_of(
         spec, names, summed_axes=summed_axes(*given), inlined=inlined
     )

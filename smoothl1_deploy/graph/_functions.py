@@ -23,9 +23,9 @@ torch.onnx.export traces: its inliner handles no more than that (torch 2.13).
 
 # onnxscript reads the source of these functions: annotations must be real objects, so there is
 # no `from __future__ import annotations` here.
-import math
 from typing import Any, TypeVar, Union
 
+import numpy as np
 from onnxscript import BFLOAT16, BOOL, DOUBLE, FLOAT, FLOAT16, INT64, script
 from onnxscript import opset18 as op
 from onnxscript.values import OnnxFunction, Opset
@@ -333,28 +333,28 @@ FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {
 }
 
 
-def loss_scalars(beta: float) -> tuple[tuple[str, float], ...]:
-    """The last three inputs of the function `SmoothL1LossTerms`, by name."""
-    return ("beta", beta), ("half", 0.5), ("beta_divisor", beta or 1.0)
+def loss_scalars(beta: Any) -> tuple[tuple[str, Any], ...]:
+    """The last three inputs of the function `SmoothL1LossTerms`, by name; of each beta of an array.
+
+    The same holds for the others.
+    """
+    return ("beta", beta), ("half", 0.5), ("beta_divisor", beta + (beta == 0))
 
 
-def huber_scalars(delta: float) -> tuple[tuple[str, float], ...]:
+def huber_scalars(delta: Any) -> tuple[tuple[str, Any], ...]:
     """The last four inputs of the function `HuberLossTerms`, by name."""
     # Nothing lies beyond an infinite knee; 0 * inf would make NaN of it.
-    slope = 1.0 if math.isinf(delta) else delta
+    slope = np.where(np.isinf(delta), 1.0, delta)[()]
     return ("delta", delta), ("half", 0.5), ("huber_shrink", 1.0), ("huber_slope", slope)
 
 
-def slope_scalars(beta: float) -> tuple[tuple[str, float], ...]:
+def slope_scalars(beta: Any) -> tuple[tuple[str, Any], ...]:
     """The last two inputs of the function `SmoothL1SlopeTerms`, by name, and its divisor.
 
     A beta that many differences would overflow with is made a number below 1 by a power of two.
     """
-    if beta == 0 or math.isinf(beta):
-        shrink, divisor = float(beta == 0), 1.0
-    elif beta < 2.0**500:
-        shrink, divisor = 1.0, beta
-    else:
-        divisor, exponent = math.frexp(beta)
-        shrink = math.ldexp(1.0, -exponent)
+    below_1, exponent = np.frexp(beta)
+    kinds = [np.equal(beta, 0), np.isinf(beta), np.less(beta, 2.0**500)]
+    shrink = np.select(kinds, [1.0, 0.0, 1.0], np.ldexp(1.0, -np.maximum(exponent, 0)))
+    divisor = np.select(kinds, [1.0, 1.0, beta], below_1)
     return ("slope_beta", beta), ("slope_shrink", shrink), ("slope_divisor", divisor)

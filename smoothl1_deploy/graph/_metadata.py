@@ -53,9 +53,8 @@ def stamp(
     A model that something else has changed gets no hash, and so stays known for that.
     """
     model.graph.name = f"{spec.name}_{route}_{shapes}"
-    said = f"Smooth L1 loss: beta={spec.beta!r}"
-    if spec.loss == "huber":
-        said = f"Huber loss: delta={spec.delta!r}"
+    knee = f"an array {list(spec.beta_shape)}" if spec.beta_shape else repr(spec.knee)
+    said = f"Huber loss: delta={knee}" if spec.loss == "huber" else f"Smooth L1 loss: beta={knee}"
     model.graph.doc_string = f"{said}, reduction={spec.reduction}, dtype={spec.dtype}"
     model.doc_string = f"{model.graph.doc_string}; route={route}, shapes={shapes}"
     model.producer_name = "smoothl1-deploy"

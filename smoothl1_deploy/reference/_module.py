@@ -75,7 +75,9 @@ def eager_outputs(
 ) -> dict[str, Array]:
     """What PyTorch eager and its autograd compute on the CPU for every output of a spec.
 
-    Per sample, that is a loop over the rows (vectorised above 1024 of them).
+    Per sample, that is a loop over the rows (vectorised above 1024 of them). No module takes an
+    array of betas: the losses are then those of a module for each of the different numbers, of the
+    elements that have it.
     """
     given = (weight, mask, beta, divisor, grad_output)
     more = [None if array is None else to_torch(array) for array in given]
@@ -103,7 +105,8 @@ def eager_tensors(
     x = input
     if spec.gradient:
         x = x.detach().clone().requires_grad_()  # a leaf that nobody else holds
-    tensors = {"input": x, "target": target, "weight": weight, "mask": mask}
+    betas = torch.tensor(spec.knee, dtype=torch.float64, device=x.device) if spec.beta_shape else None
+    tensors = {"input": x, "target": target, "weight": weight, "mask": mask, "beta": betas}
     operands = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradient):
         warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
@@ -131,7 +134,7 @@ def _eager_loss(
     if replace(spec, gradient=False, upstream=False, loss_weight=1.0).is_of_torch:
         losses = _module(spec, spec.reduction).forward(tensors["input"], tensors["target"])
         return losses
-    if spec.keeps_axes or spec.mask:
+    if spec.keeps_axes or spec.mask or spec.beta_shape:
         whole = torch.functional.broadcast_tensors(*tensors.values())  # type: ignore[no-untyped-call]
         tensors = dict(zip(tensors, whole, strict=True))
     if spec.axes:  # as rows, one for each number of the loss
@@ -149,10 +152,17 @@ def _eager_loss(
         alone = replace(spec, per_sample=False)
         each = [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)]
         return torch.stack([_eager_loss(alone, row, divisor) for row in each])
-    mask = tensors.pop("mask", None)
+    mask, betas = tensors.pop("mask", None), tensors.pop("beta", None)
     if mask is not None:  # 0 for what isn't selected, whatever it is, and for its gradient
         tensors = {name: tensor.masked_fill(~mask, 0) for name, tensor in tensors.items()}
-    losses = _module(spec, "none").forward(tensors["input"], tensors["target"])
+    if betas is None:
+        losses = _module(spec, "none").forward(tensors["input"], tensors["target"])
+    else:
+        losses = torch.zeros_like(tensors["input"])
+        for number in betas.unique().tolist():
+            here = betas == number
+            pair = tensors["input"][here], tensors["target"][here]
+            losses = losses.masked_scatter(here, _module(spec.at(number), "none").forward(*pair))
     if spec.weight:
         losses = losses * tensors["weight"]
     if spec.reduction == "none":

@@ -27,10 +27,10 @@ from .._spec import LossSpec
 CHUNK = 1 << 20  # elements a step: keeps the wide temporaries of a 2^24 case at tens of MB
 
 
-def element_losses(d: Array, spec: LossSpec) -> Array:
-    """The definition, element by element; `d` is wide."""
-    d = np.abs(d)
-    wide_beta = d.dtype.type(spec.effective_beta)
+def element_losses(d: Array, spec: LossSpec, beta: Any = None) -> Array:
+    """The definition, element by element; `d` is wide, and `beta` the spec's, or broadcasts so."""
+    wide_beta = d.dtype.type(spec.effective_beta if beta is None else beta)
+    d = np.broadcast_to(np.abs(d), np.broadcast_shapes(d.shape, np.shape(wide_beta)))
     if spec.loss == "huber":
         beyond = wide_beta * (d - 0.5 * wide_beta)
         return np.asarray(np.where(d < wide_beta, 0.5 * d * d, beyond))
@@ -42,15 +42,13 @@ def element_losses(d: Array, spec: LossSpec) -> Array:
 
 def _element_slopes(d: Array, spec: LossSpec) -> Array:
     """d(loss)/dd; for beta = 0 the sign of d, which is 0 for 0 and for NaN, as PyTorch has it."""
-    beta = spec.effective_beta
+    d, beta = np.broadcast_arrays(d, d.dtype.type(spec.effective_beta))
     if spec.loss == "huber":
-        return np.clip(d, -d.dtype.type(beta), d.dtype.type(beta))
-    if beta == 0:
-        sign: Array = np.where(np.isnan(d), 0.0, np.sign(d)).astype(d.dtype)
-        return sign
+        return np.clip(d, -beta, beta)
+    sign = np.where((beta == 0) & np.isnan(d), d.dtype.type(0), np.sign(d))
     inside = np.abs(d) < beta
-    ratio = np.divide(d, d.dtype.type(beta), out=np.zeros_like(d), where=inside)
-    slopes: Array = np.where(inside, ratio, np.sign(d))
+    ratio = np.divide(d, beta, out=np.zeros_like(d), where=inside)
+    slopes: Array = np.where(inside, ratio, sign)
     return slopes
 
 
@@ -65,7 +63,7 @@ def oracle(
     """The exact loss of `input` and `target`.
 
     Args:
-        spec: beta is first rounded to the compute dtype, as PyTorch does. For an artefact with
+        spec: beta, or each of an array, is first rounded to the compute dtype, as PyTorch does. For an artefact with
             `runtime_beta`, the spec with that beta as a number.
         input: any shape, dtype of the spec.
         target: a shape that broadcasts with `input`'s, same dtype.
@@ -84,8 +82,9 @@ def oracle(
     wide = wide_dtype(spec.dtype)
     given = [input, target] if weight is None else [input, target, weight]
     arrays = _selected(mask, given)
-    shape = arrays[0].shape
-    flat = [_as_rows(spec, array) for array in arrays]
+    shape = np.broadcast_shapes(arrays[0].shape, spec.beta_shape)
+    flat = [_as_rows(spec, np.broadcast_to(array, shape)) for array in arrays]
+    betas = _as_rows(spec, np.broadcast_to(spec.effective_beta, shape))
     rows, columns = flat[0].shape
     losses = np.empty((rows, columns), NUMPY_DTYPE[spec.dtype])
     factor = np.longdouble(spec.effective_loss_weight)
@@ -95,7 +94,7 @@ def oracle(
             part = slice(start, start + CHUNK)
             # In rows: down columns, as of a broadcast row, numpy adds up one by one.
             a, b, *w = (array[:, part].astype(wide, order="C") for array in flat)
-            exact = element_losses(a - b, spec)
+            exact = element_losses(a - b, spec, betas[:, part] if spec.beta_shape else None)
             if w:
                 exact *= w[0]
             if spec.reduction == "none":
@@ -119,7 +118,7 @@ def oracle(
                 doubtful |= _cancels(weights, weight_magnitude)
             for row in np.flatnonzero(doubtful & np.isfinite(totals).all(axis=0)):
                 wide_row = (array[row].astype(np.float64) for array in flat)
-                rounded[row] = _exact_row(spec, by[row % by.size], *wide_row)
+                rounded[row] = _exact_row(spec, by[row % by.size], *wide_row, betas[row])
         return rounded.reshape(spec.loss_shape(shape))
 
 
@@ -164,27 +163,22 @@ def _cancels(total: Array, magnitude: Array) -> Array:
 
 
 def _exact_row(
-    spec: LossSpec, by: np.longdouble, input: Array, target: Array, weight: Array
+    spec: LossSpec, by: np.longdouble, input: Array, target: Array, weight: Array, beta: Array
 ) -> Array:
     """The weighted sum or mean of one row, of at least one element, all of it finite."""
-    beta, is_huber = spec.effective_beta, spec.loss == "huber"
+    is_huber = spec.loss == "huber"
     sign, inside = _signs(input, target, beta)
-    a, b, outside = input * inside, target * inside, sign * ~inside
-    products: list[Sequence[Array | float]] = []
-    if beta == 0 and not is_huber:
-        products = [(sign, input, weight), (-sign, target, weight)]
-    elif is_huber or not math.isinf(beta):
-        # Twice the Huber loss, or 2 beta times the other: (a - b)^2, or 2 beta |a - b| - beta^2
-        products = [(a, a, weight), (-2.0, a, b, weight), (b, b, weight)]
-        if not math.isinf(beta):
-            products += [(2.0, beta, outside, x, weight) for x in (input, -target)]
-            products += [(-beta, beta, ~inside, weight)]
-    keys = np.zeros(input.size, np.int64)
-    (total,) = sums_of_products(products, keys, 1)
-    if is_huber:
-        total /= 2
-    elif beta and not math.isinf(beta):
-        total /= 2 * Fraction(beta)
+    outside, inside = ~inside, inside & (is_huber | np.isfinite(beta))
+    a, b = input * inside, target * inside
+    # Twice the Huber loss, or 2 beta times the other: (a - b)^2, or 2 beta |a - b| - beta^2
+    unit = beta if is_huber else _unit(beta, 0.5)
+    products: list[Sequence[Array | float]] = [(a, a, weight), (-2.0, a, b, weight), (b, b, weight)]
+    finite = np.where(outside, beta, 0.0)
+    products += [(2.0, np.where(outside, unit, 0.0), sign, x, weight) for x in (input, -target)]
+    products += [(-finite, finite, weight)]
+    units, keys = np.unique(np.ones_like(unit) if is_huber else unit, return_inverse=True)
+    sums = sums_of_products(products, keys, units.size)
+    total = sum((s / (2 * Fraction(u)) for s, u in zip(sums, units, strict=True)), Fraction(0))
     divisor = Fraction(1)
     if spec.reduction == "mean":
         if not np.isfinite(by):
@@ -192,7 +186,7 @@ def _exact_row(
             return round_to(np.asarray(quotient * spec.effective_loss_weight), spec.dtype)
         divisor = Fraction(*by.as_integer_ratio())
         if spec.weight == "weights":
-            (divisor,) = sums_of_products([(weight,)], keys, 1)
+            (divisor,) = sums_of_products([(weight,)], np.zeros_like(keys), 1)
         if divisor == 0:
             limit = np.nan if total == 0 else math.inf if total > 0 else -math.inf
             return np.asarray(limit * spec.effective_loss_weight)
@@ -203,16 +197,20 @@ def _exact_row(
     return round_fraction(total * Fraction(factor), spec.dtype)
 
 
-def _signs(input: Array, target: Array, beta: float) -> tuple[Array, Array]:
+def _unit(beta: Array, of_zero: float) -> Array:
+    """What the loss of an element is multiplied by, lest it be divided: beta, where it divides."""
+    return np.where(np.isinf(beta), 1.0, np.where(beta == 0, of_zero, beta))
+
+
+def _signs(input: Array, target: Array, beta: Array) -> tuple[Array, Array]:
     """The sign of each difference, and whether it is below beta: of the exact differences."""
     d = input - target
     back = d - input  # Knuth's TwoSum: d + rest is input - target
     rest = (input - (d - back)) + (-target - back)
     sign = np.nan_to_num(np.sign(d))  # where beta is 0, the slope of NaN is 0
     inside = (abs(d) < beta) | ((abs(d) == beta) & (sign * rest < 0))
-    if math.isinf(beta):  # a difference may have overflowed
-        inside = np.isfinite(input) & np.isfinite(target)
-    return sign, inside
+    # Of an infinite beta a difference may have overflowed.
+    return sign, np.where(np.isinf(beta), np.isfinite(input) & np.isfinite(target), inside)
 
 
 def oracle_gradient(
@@ -268,14 +266,14 @@ def oracle_gradient(
         factors = [x for x in (weight, grad_output) if x is not None]
         samples = np.arange(math.prod(beside)).reshape(beside)
         for at in map(tuple, np.argwhere(_cancels(total, magnitude) & np.isfinite(magnitude))):
-            a, b, *others = (
+            a, b, beta, *others = (
                 _along(array, slopes.shape, axes, at).astype(np.float64)
-                for array in (input, target, *factors)
+                for array in (input, target, np.asarray(spec.effective_beta), *factors)
             )
             keys = np.zeros(a.size, np.int64)
             if divisors is not None and len(divisors) > 1:
                 keys = _along(samples, slopes.shape, axes, at)
-            rounded[at] = _exact_slope(spec, a, b, others, keys, divisors)
+            rounded[at] = _exact_slope(spec, a, b, beta, others, keys, divisors)
         return rounded.reshape(own_shape)
 
 
@@ -349,33 +347,36 @@ def _exact_slope(
     spec: LossSpec,
     input: Array,
     target: Array,
+    beta: Array,
     factors: Sequence[Array],
     keys: Array,
     divisors: Sequence[Fraction | float] | None,
 ) -> Array:
     """One element of the gradient: the sum of at least one term, all of them finite."""
-    beta, is_huber = spec.effective_beta, spec.loss == "huber"
+    is_huber = spec.loss == "huber"
     sign, inside = _signs(input, target, beta)
-    slope_one = 1.0 if math.isinf(beta) or (beta == 0 and not is_huber) else beta
-    a, b = (np.where(inside, array, 0.0) for array in (input, -target))
-    products: list[Sequence[Array | float]] = [(sign * ~inside, slope_one, *factors)]
-    if is_huber or not math.isinf(beta):
-        products += [(a, *factors), (b, *factors)]
-    sums = sums_of_products(products, keys, len(divisors or "1"))
+    a, b = (
+        np.where(inside & (is_huber | np.isfinite(beta)), x, 0.0) for x in (input, -target)
+    )
+    slope_one = beta if is_huber else _unit(beta, 1.0)
+    outside = np.where(inside, 0.0, slope_one)
+    products: list[Sequence[Array | float]] = [(sign, outside, *factors), (a, *factors)]
+    units, index = np.unique(np.ones_like(beta) if is_huber else slope_one, return_inverse=True)
+    by_unit = [
+        by * Fraction(unit) if math.isfinite(by) else by for by in divisors or [1] for unit in units
+    ]
+    sums = sums_of_products([*products, (b, *factors)], keys * units.size + index, len(by_unit))
     total = Fraction(0)
-    if divisors is None or len(divisors) == 1:
-        (by,) = divisors or [1]
-        total = sums[0] / Fraction(by) if math.isfinite(by) else Fraction(0)
+    pairs = [(s, Fraction(d)) for s, d in zip(sums, by_unit, strict=True) if s and math.isfinite(d)]
+    if len(by_unit) == 1:
+        total = sum((s / d for s, d in pairs), Fraction(0))
     else:
-        by_row = zip(sums, divisors, strict=True)
-        pairs = [(s, Fraction(d)) for s, d in by_row if s and math.isfinite(d)]
-        units = sum(
+        units_of_all = sum(
             _UNIT * s.numerator * d.denominator // (s.denominator * d.numerator) for s, d in pairs
         )
-        if abs(units) > len(pairs):  # else nothing but what the divisions rounded off
-            total = Fraction(units, _UNIT)
-    total *= Fraction(spec.effective_loss_weight)
-    return round_fraction(total if is_huber else total / Fraction(slope_one), spec.dtype)
+        if abs(units_of_all) > len(pairs):  # else nothing but what the divisions rounded off
+            total = Fraction(units_of_all, _UNIT)
+    return round_fraction(total * Fraction(spec.effective_loss_weight), spec.dtype)
 
 
 def _check_dtypes(spec: LossSpec, *arrays: Array | None) -> None:
