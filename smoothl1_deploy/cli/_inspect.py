@@ -298,7 +298,10 @@ def _summary(
         said = f"a {kind} loss ({_told(spec)}), by the route {read_route(model)}"
         if is_served(model):
             said += " with the shapes of a server"
-        if [node.domain for node in model.graph.node] == [DOMAIN] and not spec.has_subnormal_beta:
+        ours = [node.op_type for node in model.graph.node if node.domain == DOMAIN]
+        is_whole = len(ours) == len(model.graph.node) == 1
+        is_pass = is_whole or any("Elements" in name or "Totals" in name for name in ours)
+        if is_pass and not spec.has_subnormal_beta:
             said += "; computed in one pass where our operators are registered"
     return said + ("; something else has changed it since" if is_changed(model) else "")
 

@@ -51,7 +51,8 @@ class Assembly:
 
     Attributes:
         nodes: in topological order.
-        used: the functions they call.
+        used: the functions they call, by name.
+        parts: further ones, made for this loss.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Assembly:
     ) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.used: list[str] = []
+        self.parts: list[onnx.FunctionProto] = []
         self._spec = spec
         self._tensors = tensors
         self._prefix = prefix
@@ -73,8 +75,6 @@ class Assembly:
         self._has_factor = spec.effective_loss_weight != 1.0
         self._each = _EACH if spec.beta_shape else ""
         self._axes = ""  # the tensor of the spec's axes
-        names = [name for name in spec.operands if name != "mask"]
-        self._data = {name: self._widened(tensors[name], name) for name in names}
         self._doubles: dict[str, str] = {}
         self._counted = ""  # what a mean divides by, once it is asked for
         #: Whether a mean divides each row by a number of its own.
@@ -82,7 +82,11 @@ class Assembly:
         self._counts_rows &= spec.reduction == "mean" and not spec.divisor
         is_narrow = self._element == TensorProto.FLOAT and not spec.gradient
         self._is_added = is_narrow and spec.reduction != "none" and _has_attribute(spec)
-        self._scalars = self._scalar_tensors()
+        self._assemble(summed_axes)
+
+    def _assemble(self, summed_axes: tuple[int, ...] | None) -> None:
+        spec = self._spec
+        self._take_operands()
         losses = self._losses()
         if spec.axes:
             axes = numpy_helper.from_array(np.array(spec.axes, np.int64))
@@ -97,6 +101,11 @@ class Assembly:
             self._reduced(losses)
         if spec.gradient:
             self._gradient(losses, summed_axes)
+
+    def _take_operands(self) -> None:
+        names = [name for name in self._spec.operands if name != "mask"]
+        self._data = {name: self._widened(self._tensors[name], name) for name in names}
+        self._scalars = self._scalar_tensors()
 
     def _add(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """A node of an operator of ONNX, or of one of our functions; gives its output."""
@@ -211,7 +220,10 @@ class Assembly:
         wanted = ELEMENT_TYPE[self._spec.dtype]
         if element != wanted:
             self._add("Cast", [result], output, to=wanted)
-            return
+        else:
+            self._name_last(output)
+
+    def _name_last(self, output: str) -> None:
         node = self.nodes[-1]
         node.name = node.output[0] = self._tensors[output]
 
@@ -459,6 +471,11 @@ class Assembly:
                 self._counted = by
         return self._counted
 
+    def _whole_weights(self, shape: str) -> str:
+        """The weight of each element loss."""
+        each = self._add("Expand", [self._data["weight"], shape], "each_weight")
+        return self._selected(each, self._element)
+
     def _new_count(self, losses: str) -> str:
         spec = self._spec
         if spec.divisor:
@@ -468,8 +485,7 @@ class Assembly:
             shape = self._add("Shape", [losses], "losses_shape")
             is_double = spec.dtype == "float64" and spec.weight == "weights"
             if spec.weight == "weights":
-                each = self._add("Expand", [self._data["weight"], shape], "weights")
-                self._weights = each = self._selected(each, self._element)
+                each = self._weights = self._whole_weights(shape)
             else:  # counted in float32 and added up in float64, whatever the dtype
                 ones = self._add("Cast", [self._tensors["mask"]], "ones", to=TensorProto.FLOAT)
                 each = self._add("Expand", [ones, shape], "selected_ones")
@@ -478,7 +494,120 @@ class Assembly:
             return self._add("AxesCount", [losses, self._total], "axes_count")
         if spec.per_sample:
             return self._add("RowCount", [losses], "row_count")
-        return self._cast(self._add("Size", [losses], "count"))
+        return self._cast(self._add("Size", [losses], "size"))
+
+
+class _InParts(Assembly):
+    """Nodes of a loss that has no name: `_Part`s, and what is left to do with a few numbers."""
+
+    def _assemble(self, summed_axes: tuple[int, ...] | None) -> None:
+        spec = self._spec
+        wide = TensorProto.DOUBLE if spec.dtype == "float64" else TensorProto.FLOAT
+        beta = self._tensors.get("beta") or self._constant("beta", spec.effective_beta, wide)
+        if spec.runtime_beta and spec.dtype == "float64":
+            beta = self._cast(beta)
+        operands = [*(self._tensors[name] for name in spec.operands), beta]
+        # A kernel counts for each row, whether or not the numbers differ.
+        self._counts_rows = bool(spec.axes) and not spec.divisor
+        if spec.axes:
+            axes = numpy_helper.from_array(np.array(spec.axes, np.int64))
+            self._axes = self._add("Constant", [], "axes", value=axes)
+        if spec.reduction == "none":
+            self._call("Elements", operands)
+        else:
+            self._found = self._call("AxesTotals" if spec.axes else "Totals", operands)
+            total = self._found["total"]
+            if spec.reduction == "mean":
+                total = self._add("Div", [total, self._count("")], "divided")
+            self._rounded(self._times_factor(total), TensorProto.DOUBLE, "loss")
+        if spec.gradient:
+            flowing = ["upstream"] * spec.upstream + ["factor"] * self._has_factor
+            flowing += ["mean"] * (spec.reduction == "mean")
+            one = "" if flowing else self._constant("one", 1.0)
+            self._call("Slopes", [*operands, self._flowing_in("", flowing) or one])
+
+    def _call(self, form: str, inputs: list[str]) -> dict[str, str]:
+        """A node of a part; gives its outputs by their roles."""
+        part = _Part(self._spec, form)
+        made = {role: self._tensors.get(role) or self._prefix + role for role in part.outputs}
+        inputs = [*inputs, *[self._axes] * (form == "AxesTotals")]
+        outputs = [*made.values()]
+        node = helper.make_node(part.name, inputs, outputs, name=outputs[0], domain=f.DOMAIN)
+        self.nodes.append(node)
+        self.used += part.used
+        self.parts.append(part.function)
+        return made
+
+    def _new_count(self, losses: str) -> str:
+        if self._spec.divisor:
+            return super()._new_count(losses)
+        return self._found["weights" if self._spec.weight == "weights" else "count"]
+
+
+class _Part(Assembly):
+    """The one pass over memory of a loss that has no name, which `ops` has a kernel for.
+
+    Its inputs are the spec's operands, a beta, and the axes or what flows into each gradient.
+    Elements are the losses; Totals their sum, how many they are and, where they are weighted, the
+    sum of the weights; Slopes the gradients.
+    """
+
+    def __init__(self, spec: LossSpec, form: str) -> None:
+        self._form = form
+        core = LossSpec(
+            reduction="sum" if "Totals" in form else "none",
+            dtype=spec.dtype,
+            loss=spec.loss,
+            runtime_beta=True,
+            weight=spec.weight and "count",
+            mask=spec.mask,
+            gradient=form == "Slopes",
+            upstream=form == "Slopes",
+        )
+        flags = "Masked" * spec.mask + "Weighted" * bool(spec.weight)
+        loss = "Huber" if spec.loss == "huber" else "SmoothL1"
+        self.name = f"{flags}{loss}Loss{form}{_SUFFIX[spec.dtype]}"
+        self.outputs = {"Elements": ["loss"], "Slopes": ["grad_input"]}.get(
+            form, ["total", "count"]
+        )
+        self.outputs += ["weights"] * ("Totals" in form and bool(spec.weight))
+        inputs = [*core.inputs, *["axes"] * (form == "AxesTotals")]
+        tensors = {role: f"{self.name}_{role}" for role in (*inputs, *self.outputs)}
+        super().__init__(core, tensors, summed_axes=(), prefix=f"{self.name}_")
+        self.function = helper.make_function(
+            f.DOMAIN,
+            self.name,
+            [tensors[role] for role in inputs],
+            [tensors[role] for role in self.outputs],
+            self.nodes,
+            opset_imports=_OPSETS,
+            doc_string="One pass where `smoothl1_deploy.ops` is registered.",
+        )
+
+    def _assemble(self, summed_axes: tuple[int, ...] | None) -> None:
+        self._take_operands()
+        if self._form == "Slopes":
+            self._gradient("", ())
+            return
+        losses = self._losses()
+        if self._form == "Elements":
+            self._rounded(losses, self._element, "loss")
+            return
+        self._axes, is_double = self._tensors.get("axes", ""), self._spec.dtype == "float64"
+        total = self._total = self._added_up(losses, "sum", is_double)
+        if self._spec.weight:
+            total = self._add("WithoutNegativeZero", [total], "total_signed")
+        self._unless_no_beta(total)
+        self._name_last("total")
+        count = self._new_count(losses)
+        if self._axes and not self._spec.mask:  # each has the same
+            shape = self._add("Shape", [self._total], "sums_shape")
+            self._add("Expand", [count, shape], "counts")
+        self._name_last("count")
+        if self._spec.weight:
+            shape = self._add("Shape", [losses], "whole_shape")
+            self._added_up(self._whole_weights(shape), "weight_sum", is_double)
+            self._name_last("weights")
 
 
 #: The end of the name of a function that takes a beta for each element.
@@ -524,6 +653,18 @@ def _has_a_name(spec: LossSpec) -> bool:
     return is_plain and not has_more
 
 
+def _has_parts(spec: LossSpec, summed_axes: tuple[int, ...] | None) -> bool:
+    """Whether `_InParts` knows a loss that has no name, and no step of it is between its parts."""
+    is_summed_back = spec.gradient and summed_axes != ()
+    is_rounded_after = spec.reduction == "none" and spec.effective_loss_weight != 1.0
+    may_overflow = spec.dtype == "float64" and spec.weight == "weights"
+    is_huber = spec.loss == "huber" and (spec.runtime_beta or spec.dtype == "float64")
+    has_axes = not spec.per_sample and (spec.axes is None or min(spec.axes) >= 0)
+    return has_axes and not (
+        is_summed_back or is_rounded_after or may_overflow or is_huber or spec.has_subnormal_beta
+    )
+
+
 def _is_l1(spec: LossSpec) -> bool:
     """Whether the nodes compute |d| in float32 and know of no beta."""
     is_zero = not spec.beta_shape and spec.effective_beta == 0
@@ -548,17 +689,23 @@ def nodes_of(
     tensors: Mapping[str, str],
     *,
     summed_axes: tuple[int, ...] | None,
+    rank: int | None = None,
     prefix: str = "",
     inlined: bool = False,
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], list[onnx.FunctionProto]]:
     """The nodes of a loss, the initialisers that they read, and the functions they call.
 
     One node, but for a gradient that is summed back to an input, or may have to be, for what has no
-    name, and for what is going to be inlined. Takes what `Assembly` takes.
+    name, and for what is going to be inlined. Takes what `Assembly` takes, and the rank of the
+    element losses where it is known.
     """
     if inlined or (spec.gradient and summed_axes != ()) or not _has_a_name(spec):
-        assembly = Assembly(spec, tensors, summed_axes=summed_axes, prefix=prefix, inlined=inlined)
-        return assembly.nodes, [], function_closure(assembly.used)
+        if spec.per_sample and rank and rank > 1 and not _has_a_name(spec):
+            spec = replace(spec, per_sample=False, axes=tuple(range(1, rank)))
+        in_parts = not (inlined or _has_a_name(spec)) and _has_parts(spec, summed_axes)
+        kind = _InParts if in_parts else Assembly
+        assembly = kind(spec, tensors, summed_axes=summed_axes, prefix=prefix, inlined=inlined)
+        return assembly.nodes, [], [*function_closure(assembly.used), *assembly.parts]
     name = function_name(spec)
     # One body for the beta that is known and the one that isn't.
     whole = replace(spec, beta=1.0, runtime_beta=True) if _takes_beta(spec) else spec

@@ -386,6 +386,7 @@ class _Graft:
             spec,
             {**names, **outputs},
             summed_axes=summed_axes(*(t.certain for t in roles.values()), spec.beta_shape),
+            rank=None if losses is None else len(losses),
             prefix=self._free_prefix(outputs["loss"]),
             inlined=inlined,
         )

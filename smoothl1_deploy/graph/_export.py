@@ -129,8 +129,13 @@ def _function_model(
 
     names = {name: name for name in (*spec.inputs, *spec.outputs)}
     given = [*(shapes[name] for name in spec.operands), spec.beta_shape]
+    ranks = [-1 if shape is None else len(shape) for shape in given]
     nodes, constants, functions = nodes_of(
-        spec, names, summed_axes=summed_axes(*given), inlined=inlined
+        spec,
+        names,
+        summed_axes=summed_axes(*given),
+        rank=None if -1 in ranks else max(ranks),
+        inlined=inlined,
     )
 
     def value(name: str) -> onnx.ValueInfoProto:

@@ -26,9 +26,10 @@ from onnx import helper
 
 from smoothl1_deploy import LossSpec, attach, export, load, ops
 from smoothl1_deploy._floats import NUMPY_DTYPE
+from smoothl1_deploy._model import ELEMENT_TYPE
 from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
 from smoothl1_deploy.errors import BackendUnavailableError, SpecError, UnsupportedError
-from smoothl1_deploy.ops import library, register
+from smoothl1_deploy.ops import library, operators, register
 from smoothl1_deploy.parity._pairs import Exact
 
 FOLDER = Path(__file__).parents[2] / "smoothl1_deploy" / "ops" / "c"
@@ -59,13 +60,14 @@ def gradients(dtype: str) -> Iterator[LossSpec]:
 def arrays(spec: LossSpec, *shape: int, seed: int = 0) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     shapes = dict.fromkeys(spec.inputs, shape)
-    if spec.reduction != "none":
-        shapes |= {"grad_output": shape[:1] if spec.per_sample else ()}
+    shapes |= {"grad_output": spec.loss_shape(shape), "divisor": ()}
     drawn = {
-        name: np.asarray(random.uniform(0, 2, shapes[name]), NUMPY_DTYPE[spec.dtype])
+        name: np.asarray(random.uniform(0, 2, shapes[name]), NUMPY_DTYPE.get(spec.dtype_of(name)))
         for name in spec.inputs
         if name != "beta"
     }
+    if spec.mask:
+        drawn["mask"] = drawn["mask"] > 0.5
     return drawn | ({"beta": 0.5} if spec.runtime_beta else {})
 
 
@@ -91,6 +93,40 @@ def test_the_kernel_runs_and_not_the_body(dtype: str) -> None:
         del whole.node[:]
         for output in whole.output:
             whole.node.append(helper.make_node("Identity", [whole.input[0]], [output]))
+        for name, got in _run(model, spec, arguments).items():
+            ulp = np.spacing(np.abs(right[name]).max())
+            assert got.shape == right[name].shape, spec
+            assert np.abs(got.astype("f8") - right[name].astype("f8")).max() <= ulp, (name, spec)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_run_what_a_loss_without_a_name_is_made_of(dtype: str) -> None:
+    """Bodies that give 7 would show."""
+    others = [
+        LossSpec(0.5, "none", dtype, mask=True, gradient=True),
+        LossSpec(0.5, "mean", dtype, mask=True, weight="count", per_sample=True, empty="zero"),
+        LossSpec(0.5, "sum", dtype, axes=(0,), gradient=True, upstream=True),
+        LossSpec(0.0, "mean", dtype, divisor=True, gradient=True, loss_weight=0.5),
+        LossSpec(reduction="mean", dtype=dtype, mask=True, runtime_beta=True),
+    ]
+    if dtype != "float64":
+        others += [
+            LossSpec(loss="huber", delta=0.5, dtype=dtype, gradient=True),
+            LossSpec(0.5, dtype=dtype, mask=True, weight="weights", per_sample=True),
+        ]
+    for spec in others:
+        model = export(spec, shape=(4, 16))
+        del model.metadata_props[:]
+        arguments = arrays(spec, 4, 16)
+        right = _run(model, spec, arguments, by_body=True)
+        parts = [f for f in model.functions if f.name in operators() and f.name != "WideSum"]
+        assert len(parts) == 1 + spec.gradient
+        for body in parts:
+            del body.node[:]
+            for name in body.output:
+                own = dtype if name.endswith(("loss", "grad_input")) else "float64"
+                seven = helper.make_tensor(name, ELEMENT_TYPE[own], [], [7.0])
+                body.node.append(helper.make_node("Constant", [], [name], value=seven))
         for name, got in _run(model, spec, arguments).items():
             ulp = np.spacing(np.abs(right[name]).max())
             assert got.shape == right[name].shape, spec
