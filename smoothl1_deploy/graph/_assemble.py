@@ -428,7 +428,10 @@ class Assembly:
         if not self._spec.runtime_beta:
             return summed
         nan = self._constant(f"{summed}_none", math.nan)
-        is_no_beta = self._add("IsNaN", [self._divisor], f"{summed}_has_no_beta")
+        divisor = self._divisor
+        if self._each:
+            divisor = self._add("WideSum", [divisor], "divisor_sum")
+        is_no_beta = self._add("IsNaN", [divisor], f"{summed}_has_no_beta")
         return self._add("Where", [is_no_beta, nan, summed], f"{summed}_or_nan")
 
     def _of_something(self, scalar: str, losses: str) -> str:
@@ -585,6 +588,7 @@ class _Part(Assembly):
         )
 
     def _assemble(self, summed_axes: tuple[int, ...] | None) -> None:
+        self._each = _EACH  # the beta that it is given may be an array
         self._take_operands()
         if self._form == "Slopes":
             self._gradient("", ())
