@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from ._shapes import broadcast
+from ._shapes import broadcast, describe
 from .errors import SpecError
 
 _Shape = TypeVar("_Shape", tuple[int, ...], tuple[int | str, ...] | None)
@@ -215,8 +215,8 @@ class LossSpec:
             gives, as in PyTorch; `"zero"` is 0, and so is its gradient.
         loss: `"smooth_l1"`; `"huber"`, with `delta` for beta; or `"l1"`, another name for beta 0.
         delta: where the quadratic part of `"huber"` ends, > 0; 1.0 by default, as PyTorch has it.
-            None for the other losses; an array as beta may be. With `runtime_beta` the input `beta` is delta, and 0 gives
-            NaN too.
+            An array as beta may be; None for the other losses. With `runtime_beta` the input `beta`
+            is delta, and 0 gives NaN too.
         loss_weight: a finite number that the loss, once reduced, is multiplied by; its gradient
             too.
 
@@ -441,7 +441,7 @@ class LossSpec:
         knee = "runtime" if self.runtime_beta else repr(self.knee)
         if self.beta_shape:  # all of them would be no name
             digest = hashlib.sha256(knee.encode()).hexdigest()[:8]
-            knee = "_".join(["x".join(map(str, self.beta_shape)), digest])
+            knee = "_".join([describe(self.beta_shape), digest])
         named = "beta" if self.delta is None else "delta"
         parts = [f"{self.loss}_loss", named, knee, self.reduction]
         if self.per_sample:
@@ -476,8 +476,10 @@ class LossSpec:
         """
         return replace(self, gradient=False, upstream=False)
 
-    def broadcast_with_betas(self, operands: _Shape) -> _Shape:
+    def broadcast_with_betas(self, operands: Any) -> Any:
         """The shape of the element losses, where the operands broadcast to `operands`.
+
+        None stands for any rank.
 
         Raises:
             SpecError: where an array of betas doesn't broadcast with them.
@@ -486,13 +488,12 @@ class LossSpec:
         ('N', 2, 8)
         """
         try:
-            whole: Any = None if operands is None else broadcast(operands, self.beta_shape)
+            return None if operands is None else broadcast(operands, self.beta_shape)
         except SpecError as exc:
             raise SpecError(
                 f"beta has the shape {self.beta_shape}, the element losses {operands}: {exc}; give "
                 "one that broadcasts, as (C, 1, 1) does with (N, C, H, W)"
             ) from exc
-        return whole
 
     def loss_shape(self, full: _Shape) -> _Shape:
         """The shape of the loss, where input, target and weight broadcast to `full`.

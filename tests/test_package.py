@@ -185,8 +185,8 @@ def test_documented_examples_work(
 
 #: A module imports, when it is imported itself, from its own layer and those before it alone.
 LAYERS = [
-    {"", "__version__", "errors", "_face", "_spec", "_records"},
-    {"_certainty", "_environment", "_files", "_floats", "_shapes", "_table"},
+    {"", "__version__", "errors", "_face", "_spec", "_shapes", "_records"},
+    {"_certainty", "_environment", "_files", "_floats", "_table"},
     {"_dlpack", "reference"},
     {"_model"},
     {"graph"},

@@ -36,8 +36,9 @@ class Assembly:
     Case 1: computed in float32, beta a number: the element losses are one node `SmoothL1Loss` with
         an attribute.
     Case 2: beta an input or an array, float64, or nodes that are to be inlined: the terms, with the
-        scalars as tensors, or arrays of a number for each beta. Inlined, an attribute becomes a Constant whose number is no tensor, which others
-        read in another dtype or leave in its own (onnxslim 0.1.98, the float16 converters).
+        scalars as tensors, an array's for each beta. Inlined, an attribute becomes a Constant whose
+        number is no tensor, which others read in another dtype or leave in its own (onnxslim
+        0.1.98, the float16 converters).
 
     Args:
         spec: what to compute.
@@ -177,7 +178,9 @@ class Assembly:
         if _is_l1(spec):
             losses = self._add("L1Loss", pair, "losses")
         elif spec.loss == "huber":
-            losses = self._add(f"HuberLossTerms{self._each}", [*pair, *(self._scalars or ())], "losses")
+            losses = self._add(
+                f"HuberLossTerms{self._each}", [*pair, *(self._scalars or ())], "losses"
+            )
         elif self._is_added:
             losses = self._add("SmoothL1Addends", [*pair, *(self._scalars or ())], "losses")
         elif self._scalars is None:

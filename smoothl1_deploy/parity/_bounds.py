@@ -154,9 +154,9 @@ def proved_bound(spec: LossSpec, shape: tuple[int, ...], accumulator: str) -> in
 def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) -> Array | None:
     """The largest distance to the oracle, in ULP of each element, of a gradient summed back.
 
-    Proved of a float64 gradient without weights and upstream gradient, whose terms are differences,
-    rounded once each because no format is wider, and may cancel. Our graphs add them up, clipped,
-    and divide by beta and the count of a mean: with n terms the error is at most
+    Proved of a float64 gradient of one beta, without weights and upstream gradient, whose terms are
+    differences, rounded once each because no format is wider, and may cancel. Our graphs add them
+    up, clipped, and divide by beta and the count of a mean: with n terms the error is at most
     `(u sum |d| + 8 n^2 u^2 sum |clip(d)|) / (beta count) + 3 u |exact|`, the first sum being of the
     differences below beta (others are clipped to beta exactly), the second term as in 2. above; the
     oracle's own rounding is one more, and what its sum in long double loses about another. 0 for an
@@ -168,7 +168,7 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
     # A Huber loss isn't divided by its delta, which is the largest of its slopes.
     divisor, top = (1.0, beta) if spec.loss == "huber" else (beta, 1.0)
     is_scaled = spec.weight or spec.upstream or spec.mask or spec.divisor
-    is_plain = spec.dtype == "float64" and not is_scaled
+    is_plain = spec.dtype == "float64" and not is_scaled and not spec.beta_shape
     if not is_plain or not 1 < terms <= _SPLIT_LIMIT or divisor == 0 or math.isinf(divisor):
         return None
     with np.errstate(all="ignore"):
@@ -205,23 +205,24 @@ def in_range(
     """
     if weight is not None and mask is not None:
         weight = np.where(mask, weight, weight.dtype.type(0))
-    given = [input, target, *([] if weight is None else [weight])]
+    given = [np.asarray(spec.effective_beta), input, target, *([] if weight is None else [weight])]
     flat = [array.reshape(-1) for array in np.broadcast_arrays(*given)]
     chunks = range(0, flat[0].size, CHUNK)
     return all(_chunk_in_range(spec, *(array[i : i + CHUNK] for array in flat)) for i in chunks)
 
 
 def _chunk_in_range(
-    spec: LossSpec, input: Array, target: Array, weight: Array | None = None
+    spec: LossSpec, beta: Array, input: Array, target: Array, weight: Array | None = None
 ) -> bool:
     limits = np.finfo(spec.compute_dtype)
     smallest = _MARGIN * float(limits.smallest_normal)  # room for roundings
-    beta, is_huber = spec.effective_beta, spec.loss == "huber"
+    is_huber = spec.loss == "huber"
+    is_zero = (beta == 0) & (not is_huber)
     with np.errstate(all="ignore"):
         distance = abs(input.astype(np.float64) - target.astype(np.float64))
-        slope = np.minimum(distance, beta) / (1.0 if is_huber else beta or 1.0)
-        slope = slope if beta or is_huber else np.sign(distance)
-        loss = element_losses(distance, spec)
+        slope = np.minimum(distance, beta) / (1.0 if is_huber else beta + (beta == 0))
+        slope = np.where(is_zero, np.sign(distance), slope)
+        loss = element_losses(distance, spec, beta)
         factors = np.asarray(1.0 if weight is None else weight.astype(np.float64))
         is_scaled = weight is not None or spec.loss_weight != 1.0
         if is_scaled and not _weights_in_range(spec, loss, factors * abs(spec.loss_weight)):
@@ -230,11 +231,10 @@ def _chunk_in_range(
         np.maximum(distance, loss) <= float(limits.max) / _MARGIN
     ).all():  # NaN and infinity too
         return False
-    if beta == (0.0 if is_huber else math.inf):  # every loss is exactly 0
-        return True
     tiny = (loss < smallest) | (slope < smallest)
-    # An L1 loss is a difference, which is exact where it is subnormal.
-    return beta == 0 or not (tiny & (distance > 0)).any()
+    # An L1 loss is a difference, which is exact where it is subnormal; others are exactly 0.
+    is_exact = (beta == 0) | (np.isinf(beta) & (not is_huber))
+    return not (tiny & (distance > 0) & ~is_exact).any()
 
 
 def _weights_in_range(spec: LossSpec, loss: Array, weight: Array) -> bool:

@@ -70,10 +70,16 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 def is_for(spec: LossSpec, layout: str) -> bool:
-    """Whether a spec can meet a layout: rank 0 has no samples, and weights are for who weighs."""
+    """Whether a spec can meet a layout: rank 0 has no samples, and weights are for who weighs.
+
+    An array of betas has to broadcast with it.
+    """
     shapes = LAYOUTS[layout]
     weighs = shapes.weight is None or spec.weight is not None or spec.mask
-    rank = len(shapes.input)
+    try:
+        rank = len(np.broadcast_shapes(shapes.input, shapes.target, spec.beta_shape))
+    except ValueError:
+        return False
     has_axes = all(-rank <= axis < rank for axis in spec.axes or ())
     return weighs and has_axes and (rank > 0 or not spec.per_sample)
 
@@ -115,8 +121,9 @@ class Case:
         return generate(self.family, spec, self.input_shape, self.target_shape, rng)
 
     def shape(self, spec: LossSpec) -> Shape:
-        """What input, target and, where the spec has them, weights and mask broadcast to."""
-        return np.broadcast_shapes(*(self._shape_of(name) for name in spec.operands))
+        """What input, target and, where the spec has them, weights, mask and betas broadcast to."""
+        operands = (self._shape_of(name) for name in spec.operands)
+        return np.broadcast_shapes(*operands, spec.beta_shape)
 
     def _shape_of(self, operand: str) -> Shape:
         weight = self.target_shape if self.weight_shape is None else self.weight_shape
@@ -172,11 +179,12 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     """Whether an answer can only be right in a format wider than the one at hand.
 
     Case 1, a gradient: summed back to a broadcast input, terms of either sign cancel, which in
-    float64 leaves the roundings of products with weights or an upstream gradient, and of numbers
-    near the largest those of the differences; weighted (or multiplied by an upstream gradient or
-    the constant factor) and divided, a subnormal slope is rounded three times, and so is a
-    subnormal loss of `none` that is multiplied by the factor. How far PyTorch itself, which
-    computes in the output's format, is off in these cases is a matter of luck, and no measure.
+    float64 leaves the roundings of products with weights or an upstream gradient, of quotients by
+    an array of betas, and of numbers near the largest those of the differences; weighted (or
+    multiplied by an upstream gradient or the constant factor) and divided, a subnormal slope is
+    rounded three times, and so is a subnormal loss of `none` that is multiplied by the factor. How
+    far PyTorch itself, which computes in the output's format, is off in these cases is a matter of
+    luck, and no measure.
     (What float64 differences alone leave is no such case: `_bounds.gradient_bound` allows for it.)
     Case 2, where float64 is narrowed to float32: what a graph does in float64 because float32 has
     no room for it: a subnormal beta, slopes by a beta near the largest, products with subnormal
@@ -196,10 +204,12 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     if sums_back and case.family == "overflow":
         return True
     if spec.dtype == "float64":
-        return rounds_thrice or (sums_back and scaled)
+        return rounds_thrice or (sums_back and (scaled or spec.beta_shape != ()))
     if wide:
         return False
-    if spec.has_subnormal_beta or (spec.gradient and 1e30 < spec.effective_beta < math.inf):
+    beta = np.asarray(spec.effective_beta)
+    is_large = bool(((beta > 1e30) & np.isfinite(beta)).any())
+    if spec.has_subnormal_beta or (spec.gradient and is_large):
         return True
     is_product = spec.weight is not None or (spec.upstream and spec.loss == "huber")
     is_subnormal = is_product and case.weighting in ("tiny", "mixed")
@@ -266,7 +276,12 @@ class References:
 
 
 def with_beta(spec: LossSpec, beta: float) -> LossSpec:
-    """What an artefact of `spec` computes when it is fed `beta`, which it takes as a float32."""
+    """What an artefact of `spec` computes when it is fed `beta`, which it takes as a float32.
+
+    That of an array of betas computes what it does.
+    """
+    if spec.beta_shape:
+        return spec
     return spec.at(LossSpec(beta).effective_beta if spec.runtime_beta else beta)
 
 
@@ -278,12 +293,14 @@ def torch_alike(family: str, spec: LossSpec) -> Mapping[str, int]:
     """PyTorch's own largest distance over elements of a family, by the output."""
     loss, factor = spec.loss, spec.loss_weight
     alone = LossSpec(1.0, "none", spec.dtype, gradient=True, loss=loss, loss_weight=factor)
-    return _alike(family, alone.at(spec.effective_beta or spec.knee))
+    is_known = spec.beta_shape or not spec.effective_beta
+    return _alike(family, alone.at(spec.knee if is_known else spec.effective_beta))
 
 
 @lru_cache(maxsize=512)
 def _alike(family: str, spec: LossSpec) -> Mapping[str, int]:
-    refs = References.of(spec, Case(family, "alike", (_ENOUGH,), (_ENOUGH,)))
+    shape = (_ENOUGH, *spec.beta_shape)
+    refs = References.of(spec, Case(family, "alike", shape, shape))
     return {
         name: compare(spec, theirs, theirs, refs.oracle[name], refs.input, refs.target, name).ulp
         for name, theirs in refs.torch.items()
@@ -312,8 +329,8 @@ class Sample(Record):
         output: which result, `loss` or `grad_input`.
         index: of the element in the result; empty for rank 0.
         behind: how many element losses it is computed from.
-        inputs: `input`, `target` and, where there is one, `weight` or `mask`: those elements after
-            broadcasting, the first four at most.
+        inputs: `input`, `target` and, where there is one, `weight`, `mask` or an array `beta`:
+            those elements after broadcasting, the first four at most.
         got, torch, oracle: the three answers; `got` is empty where there was none.
     """
 
@@ -335,6 +352,8 @@ class Sample(Record):
         at = tuple(map(int, np.unravel_index(worst, exact.shape)))
         given = {"input": refs.input, "target": refs.target, **refs.more}
         arrays = {name: given[name] for name in refs.spec.operands}
+        if refs.spec.beta_shape:
+            arrays["beta"] = refs.spec.effective_beta
         whole = dict(zip(arrays, np.broadcast_arrays(*arrays.values()), strict=True))
         if output == "grad_input":  # all pairs that this element of the input was broadcast to
             indices = np.arange(refs.input.size).reshape(refs.input.shape)

@@ -80,16 +80,18 @@ def _torch_lost_it(
     with np.errstate(over="ignore"):
         beta = np.asarray(spec.effective_beta).astype(input.dtype)
     # A half format's kernel of Huber's loss rounds delta to that format, to inf or to 0.
-    beta_lost = bool(np.isinf(beta) != np.isinf(spec.effective_beta))
-    beta_lost |= spec.loss == "huber" and bool(beta == 0 < spec.effective_beta)
+    lost = np.isinf(beta) != np.isinf(spec.effective_beta)
+    if spec.loss == "huber":
+        lost |= (beta == 0) & (np.asarray(spec.effective_beta) > 0)
+    beta_lost = bool(lost.any())
     if beta_lost or not (torch_class == _NAN).any():
         return True
     finite: Array = np.isfinite(input) & np.isfinite(target)
     not_nan: Array = torch_class != _NAN
     if output == "grad_input":
-        if np.isfinite(spec.effective_beta):
-            with np.errstate(all="ignore"):
-                finite = ~np.isnan(np.subtract(input, target, dtype=np.longdouble))
+        with np.errstate(all="ignore"):
+            is_number = ~np.isnan(np.subtract(input, target, dtype=np.longdouble))
+        finite = np.where(np.isfinite(spec.effective_beta), is_number, finite)
         return np.asarray(not_nan | _all_behind(finite, torch_class.shape))
     if spec.reduction == "none":
         return np.asarray(not_nan | finite)

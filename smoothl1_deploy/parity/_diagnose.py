@@ -56,15 +56,18 @@ def diagnose(
     Returns:
         Nothing for a model that answers every probe rightly and has no red case.
     """
-    subject = Subject(runner, spec)
-    found = list(_formula(subject))
-    if all(item.fault in _HARMLESS for item in found):
-        found += [*_accumulation(spec, drift), *_gradient(subject), *_special(subject)]
+    known = "an array of betas has no probes"
+    found: list[Diagnosis] = []
+    if not spec.beta_shape:
+        subject, known = Subject(runner, spec), "right on every probe"
+        found = list(_formula(subject))
+        if all(item.fault in _HARMLESS for item in found):
+            found += [*_accumulation(spec, drift), *_gradient(subject), *_special(subject)]
     if failures and not found:
         families = ", ".join(dict.fromkeys(failure.case.family for failure in failures))
         fault = Fault.UNKNOWN
-        why = "right on every probe, but these cases are red, and nothing says why"
-        if all(failure.case.family in _EXTREME for failure in failures):
+        why = f"{known}, but these cases are red, and nothing says why"
+        if not spec.beta_shape and all(failure.case.family in _EXTREME for failure in failures):
             fault, why = (
                 Fault.RANGE,
                 "right on ordinary numbers, wrong where squares leave the range",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
+import numpy as np
 import onnx
 
 from .._shapes import Dim, describe
@@ -19,7 +20,7 @@ from .._shapes import Shape as Axes
 from .._spec import DTYPES, EMPTIES, NORMALIZERS, REDUCTIONS, ROUTES, LossSpec
 from ..graph._export import export
 from ._cases import Case, References, with_beta
-from ._families import ADVERSARIAL, FAMILIES, WEIGHTS
+from ._families import ADVERSARIAL, FAMILIES, WEIGHTS, usual_knee
 from ._report import is_extended
 
 _BY_TORCH = 0.15  # is the share of the torch route, whose export takes ten times as long
@@ -46,7 +47,8 @@ class Draw:
     Attributes:
         number: any integer >= 0; it decides all the rest.
         spec: what the artefact computes.
-        beta: the spec's, or with `runtime_beta` what is fed, which may be negative or NaN.
+        beta: the spec's, or with `runtime_beta` what is fed, which may be negative or NaN; one of
+            an array of betas.
         route: of the export.
         axes: of input, target and, where there are some, weight and mask.
         declared: the axes of the export where a backend finds out at run time which of them were
@@ -89,6 +91,9 @@ class Draw:
         whole: list[Dim] = [
             f"axis_{i}" if random.random() < 0.75 else random.choice(sizes) for i in range(rank)
         ]
+        if whole and not (by_torch or spec.runtime_beta):
+            spec = _of_betas(Random(f"betas {number}"), spec, whole, sizes)
+            beta = usual_knee(spec)
         whole.append("copies")  # the axis that weights alone may have, at index -1
         axes = tuple(tuple(1 if i is None else whole[i] for i in array) for array in arrays)
         declared = axes if by_torch else _declared(random, axes)
@@ -202,6 +207,20 @@ def _in_another_loss(random: Random, spec: LossSpec) -> LossSpec:
         delta = None if spec.runtime_beta else spec.beta
         spec = replace(spec, loss="huber", beta=1.0, delta=delta)
     return replace(spec, loss_weight=factor) if random.random() < 0.2 else spec
+
+
+def _of_betas(random: Random, spec: LossSpec, whole: list[Dim], sizes: tuple[int, ...]) -> LossSpec:
+    """The spec, or one of six with a beta for each index of an axis, whose size is fixed then."""
+    if random.random() > 1 / 6:
+        return spec
+    axis = random.randrange(len(whole))
+    dim = whole[axis]
+    whole[axis] = size = dim if isinstance(dim, int) else random.choice(sizes)
+    some = random.random() < 0.6
+    knees = [random.choice(_BETAS) if some else _beta(random) for _ in range(size)]
+    least = 1e-3 if spec.loss == "huber" else 0.0  # a delta is no 0
+    shape = (size, *(1 for _ in whole[axis + 1 :]))
+    return spec.at(np.reshape([max(knee, least) for knee in knees], shape))
 
 
 def _arrays(random: Random, spec: LossSpec, rank: int) -> tuple[_Axes, ...]:

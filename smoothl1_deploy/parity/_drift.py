@@ -126,7 +126,7 @@ def artefact_drift(
             to the bound that is proved for it; None for anyone else's.
         others: that run the same artefact in another way; of each point the worst is kept.
     """
-    plan = ShapePlan.of(runner.signature)
+    plan = ShapePlan.of(runner.signature, spec.beta_shape)
     sizes = (*SIZES, LARGE) if large else SIZES
     if elements(plan.of_size(sizes[0])) < sizes[0]:
         return ()

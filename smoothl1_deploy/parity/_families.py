@@ -28,10 +28,21 @@ def _limits(spec: LossSpec) -> tuple[float, float, float]:
     return float(info.max), float(info.tiny), float(info.smallest_subnormal)
 
 
+def usual_knee(spec: LossSpec) -> float:
+    """The knee; of an array of them one in the middle of those that are neither 0 nor inf."""
+    if not spec.beta_shape:
+        return float(spec.knee)
+    knees = np.sort(np.ravel(spec.knee))
+    between = knees[(knees > 0) & np.isfinite(knees)]
+    knees = between if between.size else knees
+    return float(knees[knees.size // 2])
+
+
 def _knee(spec: LossSpec) -> float:
     """beta, brought into the range where the dtype can step over it on both sides."""
     largest, _, smallest = _limits(spec)
-    return min(max(spec.effective_beta, 4 * smallest), largest / 4)
+    beta: float = spec.at(usual_knee(spec)).effective_beta
+    return min(max(beta, 4 * smallest), largest / 4)
 
 
 def _sign(shape: Shape, rng: Generator) -> Array:
@@ -240,8 +251,9 @@ def branch_shares(spec: LossSpec, input: Array, target: Array) -> dict[str, floa
         d = np.abs(
             np.subtract(input, target, dtype=np.float64 if spec.dtype != "float64" else None)
         )
+    d, beta = np.broadcast_arrays(d, spec.effective_beta)
     finite = np.isfinite(d)
     count = max(d.size, 1)
-    below = int(((d < spec.effective_beta) & finite).sum())
+    below = int(((d < beta) & finite).sum())
     counts = below, int(finite.sum()) - below, int((~finite).sum())
     return {branch: n / count for branch, n in zip(BRANCHES, counts, strict=True)}

@@ -39,7 +39,7 @@ from ._cases import (
     with_beta,
 )
 from ._draws import Draw
-from ._families import FAMILIES
+from ._families import FAMILIES, usual_knee
 from ._pool import each
 from ._report import Build, Cell, Report, cell_of, draws_of, is_extended
 
@@ -53,8 +53,12 @@ _DRAWS_A_SEED = 1 << 20  # so that two seeds have none in common
 _DRAWS_A_TASK = 12
 _MOST_SLOWLY = 1 << 14  # elements of a draw that a slow backend is fed
 
-#: The extensions alone and together; beta and dtype are the task's.
+_ROW_OF_BETAS = (*BETAS, 1e-6, 3.0, 0.25, 1e20, 7.0, 0.0, math.inf)
+#: The extensions alone and together; beta, where it is no array, and dtype are the task's.
 EXTENSIONS = (
+    LossSpec(_ROW_OF_BETAS, gradient=True),
+    LossSpec(_ROW_OF_BETAS, reduction="none", mask=True, weight="count", gradient=True),
+    LossSpec(loss="huber", delta=[*_ROW_OF_BETAS[1:-2], 0.6, 0.8, 1.2], per_sample=True),
     LossSpec(per_sample=True),
     LossSpec(reduction="sum", per_sample=True),
     LossSpec(reduction="none", gradient=True),
@@ -197,6 +201,7 @@ class Matrix:
                 f"{' and '.join(['float64', *narrow])}: no weighted gradient, and none with an "
                 "upstream one, of subnormal differences, which no wider format is there for"
             )
+            yield f"an array of betas: with those of beta {self.betas[0]:g}"
             if self.samples_inlined:
                 yield "extensions by the inlined route: beta 0, 1 and inf only"
 
@@ -263,10 +268,11 @@ class Task:
         specs = [LossSpec(self.beta, reduction, self.dtype) for reduction in reductions]
         chosen = EXTENSIONS[-1:] if self.matrix.quick else EXTENSIONS
         return specs + [
-            replace(e if e.runtime_beta else e.at(self.beta), dtype=self.dtype)
+            replace(e if e.runtime_beta or e.beta_shape else e.at(self.beta), dtype=self.dtype)
             for e in chosen
             if self.matrix.extensions and e.reduction in self.matrix.reductions
-            if self.beta or e.loss != "huber"  # whose delta is no 0
+            # An array is there once; the delta of a Huber loss is no 0.
+            if (self.beta == self.matrix.betas[0] if e.beta_shape else self.beta or not e.delta)
         ]
 
     def cases(self, spec: LossSpec) -> list[Case]:
@@ -561,7 +567,7 @@ def _report(matrix: Matrix, found: list[Cell | Build], taken: float, notes: list
         of_spec = (is_extended(spec), DTYPES.index(spec.dtype))
         named = (REDUCTIONS.index(spec.reduction), spec.name, route)
         if isinstance(item, Build):
-            return *of_spec, spec.beta, *named
+            return *of_spec, usual_knee(spec), *named
         backend = matrix.backends.index(item.backend)
         if item.draw is not None:
             return backend, route, item.draw

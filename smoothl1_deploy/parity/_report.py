@@ -28,7 +28,8 @@ class Cell(Record):
     """One combination of spec, route and backend over all its cases.
 
     Attributes:
-        beta: what was computed with: the spec's, or with `runtime_beta` the one that was fed.
+        beta: what was computed with: the spec's, or with `runtime_beta` the one that was fed; of an
+            array of betas the task's, or one of them.
         ulp, torch_ulp, allowed, bound: of the worst case: the failing one, or the one with the
             largest distance to the oracle.
         better_than_pytorch: elements, over all cases, that are right where PyTorch isn't.
@@ -70,7 +71,7 @@ def mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def is_extended(spec: LossSpec) -> bool:
     """Whether the spec is more than `torch.nn.SmoothL1Loss`."""
-    return spec != LossSpec(spec.beta, spec.reduction, spec.dtype)
+    return spec.beta_shape != () or spec != LossSpec(spec.beta, spec.reduction, spec.dtype)
 
 
 def cell_of(

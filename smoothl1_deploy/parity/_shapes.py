@@ -47,22 +47,24 @@ class ShapePlan:
     free: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(cls, signature: Signature) -> ShapePlan:
-        """The plan of a signature.
+    def of(cls, signature: Signature, betas: Shape = ()) -> ShapePlan:
+        """The plan of a signature, and of an array of betas of that shape.
 
-        An array of any rank is taken to be of the input's shape, that of the target's, or (N, 16).
+        An array of any rank is taken to be of the input's shape, that of the target's, or (N, 16);
+        of betas of their own shape, and an axis N.
 
         Raises:
             ArtefactError: when the arrays can't be broadcast, whatever is fed.
         """
         roles = tuple(role for role in _BROADCAST if role in signature.inputs)
         given = [signature.inputs[role].shape for role in roles]
-        usual = next((axes for axes in given if axes is not None), _ANY_RANK)
+        any_rank: graph_shapes.Shape = ("N", *betas) if betas else _ANY_RANK
+        usual = next((axes for axes in given if axes is not None), any_rank)
         arrays = tuple(usual if axes is None else axes for axes in given)
         names = [dim for dim in dict.fromkeys(chain(*arrays)) if isinstance(dim, str)]
         group = {name: {name} for name in names}
         fixed: dict[str, int] = {}
-        for column in zip_longest(*map(reversed, arrays), fillvalue=1):
+        for column in zip_longest(*map(reversed, (*arrays, betas)), fillvalue=1):
             above = [dim for dim in column if isinstance(dim, str)]
             union = set[str]().union(*(group[name] for name in above))
             group.update(dict.fromkeys(union, union))

@@ -110,7 +110,8 @@ class Verification:
 
 def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
     """Every family once, then nothing at all; a million elements where the drift has none."""
-    if signature.input.shape is None or signature.target.shape is None:
+    is_any = signature.input.shape is None or signature.target.shape is None
+    if is_any and not spec.beta_shape:
         for name in LAYOUTS:
             if name == "matrix":
                 yield from (Case.of(family, name, seed) for family in FAMILIES)
@@ -119,7 +120,7 @@ def _cases(signature: Signature, spec: LossSpec, seed: int) -> Iterator[Case]:
         if spec.reduction == "none":
             yield Case.of("normal", "2^20", seed)
         return
-    plan = ShapePlan.of(signature)
+    plan = ShapePlan.of(signature, spec.beta_shape)
     usual = plan.usual()
     if elements(usual) > _MOST:
         raise ArtefactError(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from .._dlpack import from_torch, to_torch
@@ -105,8 +106,9 @@ def eager_tensors(
     x = input
     if spec.gradient:
         x = x.detach().clone().requires_grad_()  # a leaf that nobody else holds
-    betas = torch.tensor(spec.knee, dtype=torch.float64, device=x.device) if spec.beta_shape else None
-    tensors = {"input": x, "target": target, "weight": weight, "mask": mask, "beta": betas}
+    tensors = {"input": x, "target": target, "weight": weight, "mask": mask}
+    if spec.beta_shape:
+        tensors["beta"] = torch.tensor(spec.knee, dtype=torch.float64, device=x.device)
     operands = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     with warnings.catch_warnings(), torch.set_grad_enabled(spec.gradient):
         warnings.filterwarnings("ignore", message="Using a target size")  # broadcasting is meant
@@ -159,7 +161,7 @@ def _eager_loss(
         losses = _module(spec, "none").forward(tensors["input"], tensors["target"])
     else:
         losses = torch.zeros_like(tensors["input"])
-        for number in betas.unique().tolist():
+        for number in np.unique(spec.knee).tolist():
             here = betas == number
             pair = tensors["input"][here], tensors["target"][here]
             losses = losses.masked_scatter(here, _module(spec.at(number), "none").forward(*pair))

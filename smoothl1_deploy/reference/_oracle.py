@@ -63,8 +63,8 @@ def oracle(
     """The exact loss of `input` and `target`.
 
     Args:
-        spec: beta, or each of an array, is first rounded to the compute dtype, as PyTorch does. For an artefact with
-            `runtime_beta`, the spec with that beta as a number.
+        spec: beta, or each of an array, is first rounded to the compute dtype, as PyTorch does. For
+            an artefact with `runtime_beta`, the spec with that beta as a number.
         input: any shape, dtype of the spec.
         target: a shape that broadcasts with `input`'s, same dtype.
         weight: a third, where the spec has one.
@@ -118,7 +118,7 @@ def oracle(
                 doubtful |= _cancels(weights, weight_magnitude)
             for row in np.flatnonzero(doubtful & np.isfinite(totals).all(axis=0)):
                 wide_row = (array[row].astype(np.float64) for array in flat)
-                rounded[row] = _exact_row(spec, by[row % by.size], *wide_row, betas[row])
+                rounded[row] = _exact_row(spec, by[row % by.size], betas[row], *wide_row)
         return rounded.reshape(spec.loss_shape(shape))
 
 
@@ -163,7 +163,7 @@ def _cancels(total: Array, magnitude: Array) -> Array:
 
 
 def _exact_row(
-    spec: LossSpec, by: np.longdouble, input: Array, target: Array, weight: Array, beta: Array
+    spec: LossSpec, by: np.longdouble, beta: Array, input: Array, target: Array, weight: Array
 ) -> Array:
     """The weighted sum or mean of one row, of at least one element, all of it finite."""
     is_huber = spec.loss == "huber"
@@ -355,9 +355,7 @@ def _exact_slope(
     """One element of the gradient: the sum of at least one term, all of them finite."""
     is_huber = spec.loss == "huber"
     sign, inside = _signs(input, target, beta)
-    a, b = (
-        np.where(inside & (is_huber | np.isfinite(beta)), x, 0.0) for x in (input, -target)
-    )
+    a, b = (np.where(inside & (is_huber | np.isfinite(beta)), x, 0.0) for x in (input, -target))
     slope_one = beta if is_huber else _unit(beta, 1.0)
     outside = np.where(inside, 0.0, slope_one)
     products: list[Sequence[Array | float]] = [(sign, outside, *factors), (a, *factors)]

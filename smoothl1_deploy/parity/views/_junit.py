@@ -16,6 +16,7 @@ from xml.etree import ElementTree as ET
 
 from ..._spec import LossSpec
 from ..._table import clean
+from .._families import usual_knee
 from .._report import Build, Cell, Report, repeat_command
 from ._tables import beta_text, finding, plural, variant
 
@@ -57,7 +58,7 @@ def _cell(suite: ET.Element, cell: Cell, seed: int) -> None:
 
 def _build(suite: ET.Element, build: Build) -> None:
     spec = build.spec
-    name = _name(spec, None if spec.runtime_beta else spec.knee)
+    name = _name(spec, None if spec.runtime_beta else usual_knee(spec))
     classname = f"engines.{build.flavour}.{build.route}.{spec.dtype}"
     time = f"{build.seconds:.3f}"
     case = _child(suite, "testcase", name=name, classname=classname, time=time)

@@ -10,11 +10,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..._certainty import Certainty
+from ..._shapes import describe
 from ..._spec import DTYPES, LossSpec
 from ..._table import Entry, Table
 from .._contract import Contract
 from .._drift import DATA, Drift, DriftPoint
-from .._families import BRANCHES
+from .._families import BRANCHES, usual_knee
 from .._pairs import Proof
 from .._pairs import table as distances
 from .._report import Build, Cell, Report, is_extended, mean_shares
@@ -43,6 +44,7 @@ def beta_text(beta: float) -> str:
 def variant(spec: LossSpec) -> str:
     """The reduction, and every extension of the spec that is not at its default."""
     words = [spec.reduction]
+    words += [f"betas={describe(spec.beta_shape)}"] * bool(spec.beta_shape)
     for field in fields(spec):
         value = getattr(spec, field.name)
         if field.name in ("beta", "delta", "reduction", "dtype") or value == field.default:
@@ -56,7 +58,8 @@ def variant(spec: LossSpec) -> str:
 
 def spec_text(spec: LossSpec, beta: float | None = None) -> str:
     """`"float32, beta 0.5, mean per sample"`; the beta that was fed, where one was."""
-    return f"{spec.dtype}, beta {beta_text(spec.knee if beta is None else beta)}, {variant(spec)}"
+    beta = usual_knee(spec) if beta is None else beta
+    return f"{spec.dtype}, beta {beta_text(beta)}, {variant(spec)}"
 
 
 def versions(environment: Mapping[str, Any]) -> list[str]:
