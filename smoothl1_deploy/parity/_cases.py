@@ -190,12 +190,19 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
     no room for it: a subnormal beta, slopes by a beta near the largest, products with subnormal
     weights, and those of a subnormal upstream gradient with Huber's slopes, which may be above 1.
 
+    Case 3: an array of betas, some infinite, reduces numbers near the largest: PyTorch makes NaN of
+    the squares of some, and we, as it does, infinity of the differences of others.
+
     Args:
-        spec: beta is a number, also for an artefact that takes it at run time.
+        spec: beta is a number, or an array, also for an artefact that takes it at run time.
         case: of this spec.
         wide: whether the backend has float64.
     """
     scaled = spec.weight is not None or spec.upstream or spec.mask or spec.divisor
+    beta = np.asarray(spec.effective_beta)
+    is_mixed = 0 < np.isinf(beta).sum() < beta.size and spec.reduction != "none"
+    if is_mixed and case.family == "overflow":
+        return True
     has_factor = spec.loss_weight != 1.0
     if has_factor and spec.reduction == "none" and case.family in ("subnormals", "magnitudes"):
         return True
@@ -207,7 +214,6 @@ def needs_wider(spec: LossSpec, case: Case, wide: bool) -> bool:
         return rounds_thrice or (sums_back and (scaled or spec.beta_shape != ()))
     if wide:
         return False
-    beta = np.asarray(spec.effective_beta)
     is_large = bool(((beta > 1e30) & np.isfinite(beta)).any())
     if spec.has_subnormal_beta or (spec.gradient and is_large):
         return True

@@ -160,10 +160,14 @@ def _eager_loss(
     if betas is None:
         losses = _module(spec, "none").forward(tensors["input"], tensors["target"])
     else:
+        numbers = np.unique(spec.knee).tolist()
+        masks = [betas == number for number in numbers]
+        parts = (
+            _Parts.apply(tensors[name], *masks)  # type: ignore[no-untyped-call]
+            for name in ("input", "target")
+        )
         losses = torch.zeros_like(tensors["input"])
-        for number in np.unique(spec.knee).tolist():
-            here = betas == number
-            pair = tensors["input"][here], tensors["target"][here]
+        for number, here, *pair in zip(numbers, masks, *parts, strict=True):
             losses = losses.masked_scatter(here, _module(spec.at(number), "none").forward(*pair))
     if spec.weight:
         losses = losses * tensors["weight"]
@@ -182,6 +186,26 @@ def _eager_loss(
     if spec.empty == "zero":
         by = by.masked_fill(by == 0, math.inf)
     return (total / by).to(total.dtype)
+
+
+class _Parts(torch.autograd.Function):
+    """The elements that each mask selects, each one that of one of them.
+
+    Their gradients are put together: a sum of them, which autograd makes, is 0 for -0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, *masks: torch.Tensor) -> Any:
+        ctx.save_for_backward(*masks)
+        return tuple(values[mask] for mask in masks)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        masks = ctx.saved_tensors
+        whole = gradients[0].new_empty(masks[0].shape)
+        for mask, gradient in zip(masks, gradients, strict=True):
+            whole[mask] = gradient
+        return whole, *(None for _ in masks)
 
 
 def _summed(values: torch.Tensor, first: int) -> torch.Tensor:

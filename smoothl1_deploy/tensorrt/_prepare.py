@@ -51,8 +51,8 @@ def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """`model`, as `artefact.read_model` gives it, as TensorRT is to see it, and what that changed.
 
     Internal casts to float64 (the accumulators of `WideSum` and `WideMean`, the gradient, and those
-    of anyone's model) become casts to float32, in functions and subgraphs too, and scalar float64
-    constants that float32 holds exactly become float32.
+    of anyone's model) become casts to float32, in functions and subgraphs too, and constants of
+    float64 that float32 holds exactly become float32.
 
     Returns:
         `model` itself where nothing had to change, else a changed copy without what the export
@@ -126,7 +126,7 @@ def _narrow(model: onnx.ModelProto) -> tuple[str, ...]:
             f"Cast to float32 instead of float64 in {', '.join(casts)}"
         )
     if constants:
-        notes.append(f"float64 scalars, exact in float32, became float32: {', '.join(constants)}")
+        notes.append(f"float64 constants, exact in float32, became float32: {', '.join(constants)}")
     return tuple(notes)
 
 
@@ -151,16 +151,13 @@ def _check_constants(scope: Scope) -> None:
     for where, tensor in scope.constants:
         if tensor.data_type != _DOUBLE:
             continue
-        if tensor.dims:
-            raise UnsupportedError(
-                f"the constant {where!r} is float64 of shape {tuple(tensor.dims)}. {_REMEDY}"
-            )
         value = _value(tensor, where)
         with np.errstate(over="ignore"):
-            exact = np.float64(value.astype(np.float32)) == value or np.isnan(value)
-        if not exact:
+            narrow = value.astype(np.float32).astype(np.float64)
+        lost = value[(narrow != value) & ~np.isnan(value)]
+        if lost.size:
             raise UnsupportedError(
-                f"the constant {where!r} is the float64 {float(value)!r}, "
+                f"the constant {where!r} holds the float64 {float(lost[0])!r}, "
                 f"which float32 can't hold. {_REMEDY}"
             )
 
