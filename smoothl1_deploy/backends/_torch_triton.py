@@ -106,10 +106,10 @@ def _refusal(spec: LossSpec) -> str | None:
     plain = LossSpec(
         spec.beta, spec.reduction, spec.dtype, spec.per_sample, runtime_beta=spec.runtime_beta
     )
-    if spec != plain:
+    if spec != plain or spec.beta_shape:
         return (
-            "the fused kernel of torch-triton takes no weight, mask or divisor, and knows neither "
-            "Huber's loss nor a constant factor"
+            "the fused kernel of torch-triton takes one beta and no weight, mask or divisor, and "
+            "knows neither Huber's loss nor a constant factor"
         )
     return None
 

@@ -273,7 +273,8 @@ class Scorer:
         else:
             outputs = self._runner.run(**arrays, beta=self.job.beta)
             losses = outputs[self._runner.signature.loss.name]
-        shape = np.broadcast_shapes(*(array.shape for array in arrays.values()))
+        operands = np.broadcast_shapes(*(array.shape for array in arrays.values()))
+        shape = spec.broadcast_with_betas(operands)
         expected = shape if self.job.elementwise else spec.loss_shape(shape)
         if losses.shape != expected:
             raise InvalidInputError(

@@ -67,7 +67,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
         ArtefactError: when the rank of an input or output can't be told, metadata are damaged, or
             the graph is no valid one.
         UnsupportedError: on an opset older than 13, on a model of 2 GiB or more, and on a loss with
-            an upstream gradient.
+            an upstream gradient or with a beta for each row.
 
     Warns:
         ModelWarning: where the model declares a shape that its nodes contradict; the served graph
@@ -96,6 +96,12 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     if done:
         return ServedGraph(copy, losses, unbatched)
     for loss in losses:
+        betas, rank = loss.spec.beta_shape, len(editor.dims(loss.inputs["input"]))
+        if any(size != 1 for size in betas[: max(len(betas) - rank + 1, 0)]):
+            raise UnsupportedError(
+                f"beta has the shape {betas}, and so a number for each row of a batch, and batches "
+                "of a server have any number of rows; give numbers for the axes behind it alone"
+            )
         for role in ("target", "weight", "mask"):
             if role in loss.inputs:
                 editor.guard(loss.inputs[role], loss.inputs["input"])

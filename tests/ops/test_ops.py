@@ -108,6 +108,7 @@ def test_kernels_run_what_a_loss_without_a_name_is_made_of(dtype: str) -> None:
         LossSpec(0.5, "sum", dtype, axes=(0,), gradient=True, upstream=True),
         LossSpec(0.0, "mean", dtype, divisor=True, gradient=True, loss_weight=0.5),
         LossSpec(reduction="mean", dtype=dtype, mask=True, runtime_beta=True),
+        LossSpec(np.linspace(0, 2, 16), dtype=dtype, gradient=True),
     ]
     if dtype != "float64":
         others += [

@@ -283,6 +283,8 @@ def slope_of(spec: LossSpec, input: float, target: float) -> Fraction:
     d, knee = Fraction(input) - Fraction(target), spec.knee
     if knee == 0:
         return Fraction((d > 0) - (d < 0))
+    if math.isinf(knee) and spec.loss != "huber":
+        return Fraction(0)
     slope = d if math.isinf(knee) else max(-Fraction(knee), min(d, Fraction(knee)))
     return Fraction(spec.loss_weight) * (slope if spec.loss == "huber" else slope / Fraction(knee))
 
@@ -294,6 +296,8 @@ def slope_of(spec: LossSpec, input: float, target: float) -> Fraction:
         *(LossSpec(beta) for beta in (0.0, 0.375, 2.0)),
         LossSpec(loss="huber", delta=0.375, loss_weight=-3.0),
         LossSpec(loss="huber", delta=math.inf),
+        LossSpec([[0.0], [0.375], [2.0], [math.inf], [0.75], [0.375]]),
+        LossSpec(loss="huber", delta=[[0.375], [2.0], [math.inf], [0.75], [0.375], [3.0]]),
     ],
     ids=lambda spec: spec.name,
 )
@@ -305,8 +309,12 @@ def test_sums_that_cancel_are_exact(dtype: str, plain: LossSpec) -> None:
         x, t, w = (cancelling(rng, dtype, shape) for shape in ((1, 2), (6, 2), (6, 2)))
         if per_sample:
             w = abs(w)  # each row's total is a divisor
+        knees = np.broadcast_to(plain.knee, (6, 2)).tolist()
         pairs = [
-            [(float(x[0, j]), float(t[i, j]), Fraction(float(w[i, j]))) for j in (0, 1)]
+            [
+                (float(x[0, j]), float(t[i, j]), Fraction(float(w[i, j])), plain.at(knees[i][j]))
+                for j in (0, 1)
+            ]
             for i in range(6)
         ]
         rows = pairs if per_sample else [[cell for row in pairs for cell in row]]
@@ -315,7 +323,7 @@ def test_sums_that_cancel_are_exact(dtype: str, plain: LossSpec) -> None:
             for row in rows
         ]
         losses = [
-            sum(c[2] * exact_of(spec, c[0], c[1]) for c in row) / total
+            sum(c[2] * exact_of(c[3], c[0], c[1]) for c in row) / total
             for row, total in zip(rows, whole, strict=True)
         ]
         got = np.atleast_1d(oracle(spec, x, t, w))
@@ -326,7 +334,7 @@ def test_sums_that_cancel_are_exact(dtype: str, plain: LossSpec) -> None:
             divisors = whole if per_sample else whole * 6
             exact = sum(
                 (
-                    row[j][2] * slope_of(spec, row[j][0], row[j][1]) / total
+                    row[j][2] * slope_of(row[j][3], row[j][0], row[j][1]) / total
                     for row, total in zip(pairs, divisors, strict=True)
                 ),
                 Fraction(0),
