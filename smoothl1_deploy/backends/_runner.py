@@ -18,7 +18,7 @@ from .._artefact import NUMBERS, ROLES, Signature, signature
 from .._dlpack import as_array
 from .._floats import NUMPY_DTYPE, Array
 from .._model import Port
-from .._spec import LossSpec
+from .._spec import ELEMENTS, LossSpec
 from ..errors import ArtefactError, InvalidInputError, SpecError, UnsupportedError
 from ..graph._metadata import is_changed, is_served, read_spec
 
@@ -222,8 +222,8 @@ class Runner(ABC):
 
         Returns:
             `{"loss": array}` in the artefact's dtype: the broadcast shape for `none`, rank 0
-            for `mean` and `sum`, [N] per sample; and `"grad_input"`, in the shape of `input`,
-            where the artefact has it.
+            for `mean` and `sum`, [N] per sample; and where the artefact has them `"grad_input"`, in
+            the shape of `input`, and `"losses"` or `"differences"`, in the broadcast shape.
 
         Raises:
             InvalidInputError: on arrays that don't fit; the message says what would.
@@ -349,6 +349,8 @@ class Runner(ABC):
         """The shape an output will have, told from the spec or, without one, from its port."""
         if port.name == "grad_input":
             return feeds["input"].shape
+        if port.name in ELEMENTS:
+            return shape
         if self.spec is None:
             return shape if port.shape is None else shape[: len(port.shape)]
         loss = self.spec.loss_shape(shape)

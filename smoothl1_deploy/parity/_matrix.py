@@ -76,6 +76,8 @@ EXTENSIONS = (
     LossSpec(reduction="none", mask=True, gradient=True),
     LossSpec(mask=True, weight="count", per_sample=True, empty="zero"),
     LossSpec(axes=(0,)),
+    LossSpec(elements="differences"),
+    LossSpec(per_sample=True, mask=True, weight="count", elements="losses"),
     LossSpec(axes=(0,), mask=True, weight="weights", gradient=True, upstream=True),
     LossSpec(divisor=True, gradient=True),
     LossSpec(per_sample=True, mask=True, weight="count", gradient=True, divisor=True, empty="zero"),
