@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import check_apart, check_writable, replacing, write_atomic
 from ..errors import ArtefactError, OutputError, SpecError, reason_of
 from ._console import human_size, print_note, typed
 from ._options import AsJson, Next, Normalizer, PlainRoute, parse_shape, takes_spec
@@ -66,7 +67,6 @@ def attach(
     if normalizer is not None and weight is None:
         raise SpecError("--normalizer without --weight; say what the weights are with --weight")
 
-    from .._files import write_atomic
     from .._model import float_dtype_of
     from .._spec import LossSpec
     from ..graph._attach import attach as graft
@@ -132,7 +132,6 @@ def _check_output(
     overwrite: bool,
 ) -> None:
     """Refuse, before any weights are copied, where the model can't be written or would harm."""
-    from .._files import check_apart, check_writable
     from .._model import external_locations
 
     folders = (source.parent, path.parent)
@@ -147,7 +146,6 @@ def _check_output(
 
 def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
     """Copy the files that the model's weights are in to where it goes."""
-    from .._files import replacing
     from .._model import external_locations
 
     for location in external_locations(model):

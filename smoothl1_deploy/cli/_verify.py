@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .._files import check_writable, write_atomic
+from .._spec import LossSpec
 from ..errors import require
 from ._arrays import read_data
 from ._console import open_console, print_json, print_lines, typed
@@ -16,7 +18,6 @@ from ._options import AsJson, BackendName, Count, Next, takes_spec
 if TYPE_CHECKING:
     import onnx
 
-    from .._spec import LossSpec
     from ..parity._verify import Verification
     from ..parity._whole import ModelVerification
 
@@ -124,10 +125,7 @@ def _show(result: Verification | ModelVerification) -> None:
 
 def _completed(given: dict[str, Any], proto: onnx.ModelProto) -> LossSpec:
     """What the options say, and of the rest what the model's metadata say, or its dtype."""
-    from dataclasses import replace
-
     from .._artefact import signature
-    from .._spec import LossSpec
     from ..graph._metadata import read_spec
 
     known = read_spec(proto)
