@@ -94,9 +94,7 @@ def verify(
         large=large,
         against=None if against is None else str(against),
         data=None if data is None else read_data(data, takes(proto)),
-        input_name=input_name,
-        target_name=target_name,
-        output_name=output_name,
+        **names,
     )
     written = [certify(result, model)] if certificate else []
     written += [write_atomic(path, render(result).encode()) for path, render in pages]
