@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .._files import read_file, write_atomic
+from .._files import read_file, refusal_told, write_atomic
 from .._records import Record
 from .._spec import LossSpec
 from .._table import Table
-from ..errors import OutputError, reason_of, require
+from ..errors import require
 from ._timing import Timing
 
 PLAIN = "plain export"
@@ -172,12 +172,8 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         OutputError: when the file can't be written.
     """
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    try:
+    with refusal_told(f"can't add to {path}", "choose another folder with -o"):
         kept = read_file(path) if path.exists() else b""
-    except OSError as exc:
-        raise OutputError(
-            f"can't add to {path}: {reason_of(exc)}; choose another folder with -o"
-        ) from exc
     write_atomic(path, kept + lines.encode())
 
 

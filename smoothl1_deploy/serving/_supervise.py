@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 
 from .._artefact import check_spec, read_model, signature
-from .._files import check_writable, write_atomic
+from .._files import check_writable, refusal_told, write_atomic
 from .._floats import NUMPY_DTYPE, Array, dtype_name, ulp_distance
 from .._model import axes_of, inputs_of
 from .._spec import LossSpec
@@ -456,10 +456,8 @@ def _ready_facts(path: Path) -> dict[str, Any]:
 
 
 def _remove(path: Path) -> None:
-    try:
+    with refusal_told(f"can't remove {path}", "remove it by hand"):
         path.unlink(missing_ok=True)
-    except OSError as exc:
-        raise OutputError(f"can't remove {path}: {reason_of(exc)}; remove it by hand") from exc
 
 
 def _runs(facts: Mapping[str, Any]) -> bool:
@@ -493,12 +491,8 @@ class Events:
     WARNINGS = ("canary_failed", "refused", "reload_failed", "version_refused")
 
     def __init__(self, path: Path) -> None:
-        try:
+        with refusal_told(f"can't write {path}", "choose another folder with --logs"):
             self._file = path.open("ab", buffering=0)
-        except OSError as exc:
-            raise OutputError(
-                f"can't write {path}: {exc.strerror or exc}; choose another folder with --logs"
-            ) from exc
 
     def record(self, event: str, **fields: Any) -> None:
         """Add one event with its fields."""
