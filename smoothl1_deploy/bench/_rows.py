@@ -66,13 +66,7 @@ class Row(Record):
     @property
     def bytes(self) -> int:
         """What any implementation must move: each input read once, each output written once."""
-        written = 1
-        if self.contestant == READ:
-            written = 0
-        elif self.spec.reduction == "none":
-            written = self.elements
-        elif self.spec.per_sample:
-            written = self.shape[0]
+        written = 0 if self.contestant == READ else math.prod(self.spec.loss_shape(self.shape))
         return (2 * self.elements + written) * _BYTES[self.spec.dtype]
 
 
