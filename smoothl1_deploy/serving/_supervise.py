@@ -24,7 +24,6 @@ from .._artefact import check_spec, read_model, signature
 from .._files import check_writable, refusal_told, write_atomic
 from .._floats import NUMPY_DTYPE, Array, dtype_name, ulp_distance
 from .._model import axes_of, inputs_of
-from .._spec import LossSpec
 from ..errors import (
     ArtefactError,
     OutputError,
@@ -126,19 +125,15 @@ def make_canary(file: Path, model: str, version: str) -> Canary | None:
         return expected and Canary(model, version, inputs, expected, False)
     ports = signature(graph)
     check_spec(ports, spec)
-    roles = {role: inputs[port.name] for role, port in ports.inputs.items()}
+    number = with_beta(spec, _BETA) if spec.runtime_beta else spec
+    roles = {role: inputs[ports.inputs[role].name] for role in number.inputs}
     try:
-        return Canary(model, version, inputs, _exact(spec, roles), True)
+        return Canary(model, version, inputs, exact_outputs(number, **roles), True)
     except (TypeError, ValueError) as exc:  # the oracle refuses the dtypes, or the shapes
         raise ArtefactError(
             f"the model's metadata say that it computes {spec.to_dict()}, and its inputs don't fit "
             f"that ({exc}); delete its entry {SPEC}, or export the loss again"
         ) from exc
-
-
-def _exact(spec: LossSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    number = with_beta(spec, _BETA) if spec.runtime_beta else spec
-    return exact_outputs(number, **{role: x for role, x in inputs.items() if role != "beta"})
 
 
 def _evaluated(graph: onnx.ModelProto, inputs: Mapping[str, Array]) -> Any:
