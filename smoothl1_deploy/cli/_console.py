@@ -316,6 +316,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     open_console().print(Table("", tuple(columns), [*map(tuple, rows)], "l" * len(columns)))
 
 
+def print_tables(tables: Iterable[Table]) -> None:
+    """Tables with titles, an empty line behind each."""
+    console = open_console()
+    for table in tables:
+        console.print(table, "")
+
+
 def print_json(value: object) -> None:
     """Strict JSON on stdout, records and numbers that JSON lacks as `records.plain` has them."""
     print(json.dumps(plain(value), indent=2, allow_nan=False))

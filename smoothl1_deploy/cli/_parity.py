@@ -12,7 +12,7 @@ import typer
 from .._files import check_writable, make_folder, write_atomic
 from .._spec import ROUTES, LossSpec
 from ..errors import BackendUnavailableError, MissingDependencyError, SpecError
-from ._console import INTERRUPTED, open_console, print_lines, print_note, progress_bar
+from ._console import INTERRUPTED, print_lines, print_note, print_tables, progress_bar
 from ._options import (
     BackendNames,
     Count,
@@ -181,13 +181,10 @@ def _show(report: Report) -> None:
     from ..parity._report import repeat_command
     from ..parity.views import _tables as tables
 
-    console = open_console()
     shown = (tables.certainty, tables.backends, tables.draws, tables.branches)
     first = [*tables.matrix(report), *tables.pairs(report)]
-    for table in (*first, *(view(report) for view in shown)):
-        if table.rows:
-            console.print(table)
-            console.print()
+    every = (*first, *(view(report) for view in shown))
+    print_tables(table for table in every if table.rows)
     lines = [f"sampled: {note}" for note in report.notes if " not available: " not in note]
     for cell in report.red[:_SHOWN]:
         failure = cell.failures[0]

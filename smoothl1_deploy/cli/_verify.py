@@ -12,7 +12,7 @@ from .._files import check_writable, write_atomic
 from .._spec import LossSpec
 from ..errors import require
 from ._arrays import read_data
-from ._console import open_console, print_json, print_lines, typed
+from ._console import print_json, print_lines, print_tables, typed
 from ._options import AsJson, BackendName, Count, Next, takes_spec
 
 if TYPE_CHECKING:
@@ -114,10 +114,7 @@ def verify(
 def _show(result: Verification | ModelVerification) -> None:
     from ..parity.views._tables import equal_text, verified
 
-    console = open_console()
-    for table in verified(result):
-        console.print(table)
-        console.print()
+    print_tables(verified(result))
     print_lines([equal_text(result)])
 
 
