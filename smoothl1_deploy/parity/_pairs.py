@@ -192,8 +192,7 @@ class Thresholds:
         at = np.flatnonzero(~is_right)  # several times as fast as np.nonzero
         x, y = a[at // b.size, 0], b[at % b.size]
         found.flat[at] = self._search(x, y, found.flat[at])
-        narrow: Array = found.astype(np.uint16)
-        return narrow
+        return np.asarray(found.astype(np.uint16))
 
     def _search(self, x: Array, y: Array, guess: Array) -> Array:
         d = x - y

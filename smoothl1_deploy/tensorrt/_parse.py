@@ -169,10 +169,9 @@ def serialized(model: onnx.ModelProto) -> bytes:
         ArtefactError: for more than protobuf's 2 GiB.
     """
     try:
-        data: bytes = model.SerializeToString(deterministic=True)
+        return bytes(model.SerializeToString(deterministic=True))
     except ValueError as exc:
         raise ArtefactError(f"the model can't be serialised for TensorRT's parser: {exc}") from exc
-    return data
 
 
 def _parser_error(parser: Any, flavour: Flavour, logged: str) -> BuildError:

@@ -164,10 +164,9 @@ def _value(tensor: TensorProto, where: str) -> Array:
         ArtefactError: where there are not as many as its shape says.
     """
     try:
-        value: Array = numpy_helper.to_array(tensor)
+        return np.asarray(numpy_helper.to_array(tensor))
     except ValueError as exc:
         raise ArtefactError(f"the constant {where!r} can't be read: {exc}") from exc
-    return value
 
 
 def _check_nodes(scope: Scope) -> None:
