@@ -150,8 +150,8 @@ def check_interpreter() -> None:
         )
 
 
-def not_picklable() -> NoReturn:
-    """Refuse to pickle or copy what is loaded.
+def not_picklable(loaded: object) -> NoReturn:
+    """The `__reduce__` of what is loaded: it refuses to be pickled or copied.
 
     Raises:
         UnsupportedError: always; it says what to do instead.
@@ -264,13 +264,7 @@ class Runner(ABC):
             self._good_shape = shape
         return self._of_the_spec(self._execute(feeds, shape), shape)
 
-    def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled or copied.
-
-        Raises:
-            UnsupportedError: always; it says what to do instead.
-        """
-        not_picklable()
+    __reduce__ = not_picklable
 
     def _of_the_spec(self, outputs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """The outputs of a served graph in the shapes of its spec.

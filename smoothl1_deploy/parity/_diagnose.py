@@ -65,10 +65,8 @@ def diagnose(
         fault = Fault.UNKNOWN
         why = "right on every probe, but these cases are red, and nothing says why"
         if all(failure.case.family in _EXTREME for failure in failures):
-            fault, why = (
-                Fault.RANGE,
-                "right on ordinary numbers, wrong where squares leave the range",
-            )
+            fault = Fault.RANGE
+            why = "right on ordinary numbers, wrong where squares leave the range"
         found.append(Diagnosis(fault, f"{why}: {families}; first: {failures[0].verdict.detail}"))
     return tuple(found)
 

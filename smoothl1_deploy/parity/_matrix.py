@@ -494,7 +494,6 @@ def _build(spec: LossSpec, route: str, model: onnx.ModelProto, folder: Path) -> 
         return Build(spec, route, "auto", refused=str(exc))
     except SmoothL1DeployError as exc:
         return Build(spec, route, "auto", error=f"{type(exc).__name__}: {exc}")
-    assert engine.sidecar is not None  # built just now
     seconds = time.perf_counter() - started
     return Build(spec, route, engine.sidecar.flavour, seconds, path.stat().st_size)
 
