@@ -27,7 +27,7 @@ from ._model import (
     outputs_of,
 )
 from ._shapes import check_size
-from ._spec import LossSpec
+from ._spec import ELEMENTS, LossSpec
 from .errors import ArtefactError, CarriedEngineError, SpecError, is_shortage, reason_of
 from .graph._metadata import HASH, is_changed, read_spec, sign
 
@@ -287,7 +287,7 @@ def _port(value: onnx.ValueInfoProto, role: str = "") -> Port:
 #: Names that say of one of two inputs, declared in any order, that it is the target.
 _TARGET_NAMES = {"target", "targets", "label", "labels", "y_true", "gt", "ground_truth"}
 #: Outputs that mean something here; a loss beside others is found by its name.
-_OUTPUT_NAMES = ("loss", "grad_input")
+_OUTPUT_NAMES = ("loss", *ELEMENTS, "grad_input")
 
 
 def _roles(names: Iterable[str]) -> dict[str, str]:
@@ -341,8 +341,9 @@ def check_spec(signature: Signature, spec: LossSpec) -> None:
             f"the model takes {', '.join(signature.inputs)}, the spec {', '.join(spec.inputs)}; "
             "give the spec of what the model computes"
         )
-    if spec.gradient and all(port.name != "grad_input" for port in signature.outputs):
-        raise ArtefactError("the spec has a gradient, and the model no output called grad_input")
+    for name in spec.outputs[1:]:
+        if all(port.name != name for port in signature.outputs):
+            raise ArtefactError(f"the spec has an output {name}, and the model none of that name")
 
 
 def select_ports(

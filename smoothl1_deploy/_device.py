@@ -197,7 +197,3 @@ class Device:
         with torch.cuda.graph(graph):
             result = compute()
         return Captured(result, graph, compute)
-
-    def synchronize(self) -> None:
-        """Wait for everything that was launched."""
-        self._torch.cuda.synchronize(self._place)

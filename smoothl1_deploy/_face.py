@@ -11,7 +11,7 @@ from .errors import require
 
 
 def face(
-    package: str, modules: Mapping[str, str], of_torch: Collection[str] = ()
+    package: str, names: Mapping[str, Collection[str]], of_torch: Collection[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """The `__getattr__`, `__dir__` and `__all__` of a package (PEP 562).
 
@@ -19,10 +19,11 @@ def face(
 
     Args:
         package: the `__name__` of the package.
-        modules: public name -> the module that defines it, relative to the package.
+        names: a module, relative to the package -> the public names that it defines.
         of_torch: the names that need PyTorch: without it they raise an error that says how to
             install it.
     """
+    modules = {name: module for module, those in names.items() for name in those}
 
     def bring(name: str) -> Any:
         if name not in modules:
@@ -33,7 +34,7 @@ def face(
         setattr(sys.modules[package], name, value)
         return value
 
-    def names() -> list[str]:
+    def known() -> list[str]:
         return sorted({*vars(sys.modules[package]), *modules})
 
-    return bring, names, sorted(modules)
+    return bring, known, sorted(modules)

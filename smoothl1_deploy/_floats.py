@@ -8,14 +8,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ._spec import DTYPES
+
 Array = NDArray[Any]
 
 #: dtype name of a spec -> numpy dtype.
 NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float64": np.dtype(np.float64),
+    name: np.dtype(getattr(ml_dtypes, name, name)) for name in DTYPES
 }
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -51,15 +50,9 @@ def round_to(values: Array, dtype: str) -> Array:
         nearest = values.astype(np.float32)
         back = nearest.astype(values.dtype)
         other = np.nextafter(nearest, np.where(back < values, np.inf, -np.inf).astype(np.float32))
-        even = (
-            (nearest.view(np.uint32) & 1) == 0
-            if nearest.ndim
-            else (nearest[None].view(np.uint32)[0] & 1) == 0
-        )
+        even = _bits(nearest) & 1 == 0
         inexact = (back != values) & ~np.isnan(values)
-        return (
-            np.where(inexact & even, other, nearest).astype(np.float32).astype(NUMPY_DTYPE[dtype])
-        )
+        return np.where(inexact & even, other, nearest).astype(NUMPY_DTYPE[dtype])
 
 
 def _bits(values: Array) -> Array:
@@ -69,12 +62,10 @@ def _bits(values: Array) -> Array:
 def ieee_class(values: Array) -> NDArray[np.uint8]:
     """The class of each element: an index into `CLASS_NAMES`."""
     values = np.asarray(values)
-    negative = np.signbit(values)
     code = np.zeros(values.shape, np.uint8)
     code[values == 0] = 1
-    code[(values == 0) & negative] = 2
     code[np.isinf(values)] = 3
-    code[np.isinf(values) & negative] = 4
+    code += (code > 0) & np.signbit(values)
     code[np.isnan(values)] = 5
     return code
 

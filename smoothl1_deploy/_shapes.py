@@ -65,11 +65,9 @@ def broadcast(a: Shape, b: Shape) -> Shape:
     pairs = zip((1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b, strict=True)
     out: list[Dim] = []
     for x, y in pairs:
-        if x == y or y == 1:
-            out.append(x)
-        elif x == 1 or (isinstance(x, str) and isinstance(y, int)):
+        if x == 1 or (isinstance(x, str) and isinstance(y, int) and y != 1):
             out.append(y)
-        elif isinstance(x, int) and isinstance(y, str):
+        elif x == y or y == 1 or (isinstance(x, int) and isinstance(y, str)):
             out.append(x)
         elif isinstance(x, str):
             out.append(f"{x}_or_{y}")

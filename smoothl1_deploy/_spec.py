@@ -39,6 +39,9 @@ ROUTES = ("function", "inlined", "torch")
 #: What a weighted mean is divided by.
 NORMALIZERS = ("count", "weights")
 
+#: What of each element may be given beside a loss that is reduced.
+ELEMENTS = ("losses", "differences")
+
 #: What a mean is whose divisor is 0.
 EMPTIES = ("nan", "zero")
 
@@ -219,6 +222,9 @@ class LossSpec:
             is delta, and 0 gives NaN too.
         loss_weight: a finite number that the loss, once reduced, is multiplied by; its gradient
             too.
+        elements: a further output, in the shape of the element losses: `"losses"`, which the
+            reduction none would give, or `"differences"`, input less target, and 0 where a mask
+            leaves out.
 
     Raises:
         SpecError: a `ValueError` that names the value and the remedy.
@@ -250,6 +256,7 @@ class LossSpec:
     delta: Any = None
     loss_weight: float = 1.0
     axes: tuple[int, ...] | None = None
+    elements: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", _valid_choice("loss", self.loss, LOSSES))
@@ -290,6 +297,14 @@ class LossSpec:
         if self.weight is not None:
             object.__setattr__(self, "weight", _valid_choice("weight", self.weight, NORMALIZERS))
         object.__setattr__(self, "empty", _valid_choice("empty", self.empty, EMPTIES))
+        if self.elements is not None:
+            chosen = _valid_choice("elements", self.elements, ELEMENTS)
+            object.__setattr__(self, "elements", chosen)
+            if (chosen, self.reduction) == ("losses", "none"):
+                raise SpecError(
+                    "the elements 'losses' are the loss itself with the reduction none; leave them "
+                    "out, or ask for the differences"
+                )
         if self.axes is not None:
             object.__setattr__(self, "axes", _valid_axes(self.axes))
         if self.reduction == "none" and (self.per_sample or self.axes):
@@ -455,6 +470,7 @@ class LossSpec:
             parts.append(f"empty_{self.empty}")
         if self.gradient:
             parts.append("gradient_with_upstream" if self.upstream else "gradient")
+        parts += [f"and_{self.elements}"] * bool(self.elements)
         if self.loss_weight != 1.0:
             parts.append(f"times_{self.loss_weight!r}")
         return "_".join([*parts, self.dtype])
@@ -593,7 +609,16 @@ class LossSpec:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of the graph's outputs."""
-        return ("loss", "grad_input") if self.gradient else ("loss",)
+        beside = () if self.elements is None else (self.elements,)
+        return ("loss", *beside, *["grad_input"] * self.gradient)
+
+    @property
+    def of_elements(self) -> LossSpec:
+        """The loss of each element that this one is of."""
+        plain = self.without_gradient()
+        nothing: dict[str, Any] = {"axes": None, "elements": None, "divisor": False, "empty": "nan"}
+        weight = self.weight and "count"
+        return replace(plain, reduction="none", per_sample=False, weight=weight, **nothing)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, JSON-ready: an infinite beta is `"inf"`; extensions not used are left out."""

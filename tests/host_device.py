@@ -46,9 +46,6 @@ class HostDevice(Device):
 
         return Captured(result, SimpleNamespace(replay=replay), compute)
 
-    def synchronize(self) -> None:
-        pass
-
 
 def on_host_device(value: Any) -> bool:
     """In the place of `is_on_device`: a torch tensor is on the device, an array is not."""

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "BACKENDS": "._names",
-        "Backend": "._base",
-        "TrtBackend": "._trt",
-        "get_backend": "._base",
+        "._base": ("Backend", "get_backend"),
+        "._names": ("BACKENDS",),
+        "._trt": ("TrtBackend",),
     },
 )

@@ -108,9 +108,8 @@ class OfTensorrt(Backend):
 
     def refuses(self, spec: LossSpec) -> str | None:
         """Refuse float64, which TensorRT doesn't have."""
-        from ..tensorrt._prepare import refuses
-
-        return refuses(spec)
+        told = "TensorRT has no float64; its parser would narrow the loss to float32"
+        return told if spec.dtype == "float64" else None
 
 
 def imported(name: str, what: str, as_told: str) -> Any:

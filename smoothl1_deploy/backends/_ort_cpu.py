@@ -95,20 +95,12 @@ class OrtRunner(Runner):
 
     Args:
         model: the artefact.
-        ort: the module onnxruntime.
-        threads: how many a call uses.
-        prepare: what is done to the options of the session before it is opened.
+        open: makes a session of it.
     """
 
-    def __init__(
-        self,
-        model: onnx.ModelProto,
-        ort: Any,
-        threads: int,
-        prepare: Callable[[Any], None] | None = None,
-    ) -> None:
+    def __init__(self, model: onnx.ModelProto, open: Callable[[onnx.ModelProto], Any]) -> None:
         super().__init__(model)
-        self._session = open_session(model, ort, threads, prepare)
+        self._session = open(model)
         ports = (*self.signature.inputs.values(), *self.signature.outputs)
         # numpy has no bfloat16 that ONNX Runtime's Python interface would take.
         self._by_address = any(port.dtype == "bfloat16" for port in ports)
@@ -149,21 +141,14 @@ class OrtBareBackend(Backend):
 
     def load(self, model: onnx.ModelProto) -> Runner:
         """Open an inference session on `model`."""
-        return self._open(model, self._prepare())
+        return OrtRunner(model, self._session)
 
     def open(self, model: onnx.ModelProto) -> Session:
         """Open an inference session on the whole of `model`."""
-        session = open_session(model, self._ort, self.threads or default_threads(), self._prepare())
-        return whole_session(session, self._ort)
+        return whole_session(self._session(model), self._ort)
 
-    def _prepare(self) -> Callable[[Any], None] | None:
-        """What is done to the options of a session."""
-        return None
-
-    def _open(
-        self, model: onnx.ModelProto, prepare: Callable[[Any], None] | None = None
-    ) -> OrtRunner:
-        return OrtRunner(model, self._ort, self.threads or default_threads(), prepare)
+    def _session(self, model: onnx.ModelProto) -> Any:
+        return open_session(model, self._ort, self.threads or default_threads())
 
 
 class OrtCpuBackend(OrtBareBackend):
@@ -171,9 +156,10 @@ class OrtCpuBackend(OrtBareBackend):
 
     name = "ort-cpu"
 
-    def _prepare(self) -> Callable[[Any], None] | None:
-        return ops.register if ops.is_built() else None
+    def _session(self, model: onnx.ModelProto) -> Any:
+        prepare = ops.register if ops.is_built() else None
+        return open_session(model, self._ort, self.threads or default_threads(), prepare)
 
     def load_body(self, model: onnx.ModelProto) -> Runner | None:
         """Open a session without the operators, where one with them may run other code."""
-        return self._open(model) if ops.is_built() and model.functions else None
+        return OrtRunner(model, super()._session) if ops.is_built() and model.functions else None

@@ -18,7 +18,7 @@ from .._artefact import NUMBERS, ROLES, Signature, signature
 from .._dlpack import as_array
 from .._floats import NUMPY_DTYPE, Array
 from .._model import Port
-from .._spec import LossSpec
+from .._spec import ELEMENTS, LossSpec
 from ..errors import ArtefactError, InvalidInputError, SpecError, UnsupportedError
 from ..graph._metadata import is_changed, is_served, read_spec
 
@@ -150,8 +150,8 @@ def check_interpreter() -> None:
         )
 
 
-def not_picklable() -> NoReturn:
-    """Refuse to pickle or copy what is loaded.
+def not_picklable(loaded: object) -> NoReturn:
+    """The `__reduce__` of what is loaded: it refuses to be pickled or copied.
 
     Raises:
         UnsupportedError: always; it says what to do instead.
@@ -222,8 +222,8 @@ class Runner(ABC):
 
         Returns:
             `{"loss": array}` in the artefact's dtype: the broadcast shape for `none`, rank 0
-            for `mean` and `sum`, [N] per sample; and `"grad_input"`, in the shape of `input`,
-            where the artefact has it.
+            for `mean` and `sum`, [N] per sample; and where the artefact has them `"grad_input"`, in
+            the shape of `input`, and `"losses"` or `"differences"`, in the broadcast shape.
 
         Raises:
             InvalidInputError: on arrays that don't fit; the message says what would.
@@ -264,13 +264,7 @@ class Runner(ABC):
             self._good_shape = shape
         return self._of_the_spec(self._execute(feeds, shape), shape)
 
-    def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled or copied.
-
-        Raises:
-            UnsupportedError: always; it says what to do instead.
-        """
-        not_picklable()
+    __reduce__ = not_picklable
 
     def _of_the_spec(self, outputs: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """The outputs of a served graph in the shapes of its spec.
@@ -351,6 +345,8 @@ class Runner(ABC):
         """The shape an output will have, told from the spec or, without one, from its port."""
         if port.name == "grad_input":
             return feeds["input"].shape
+        if port.name in ELEMENTS:
+            return shape
         if self.spec is None:
             return shape if port.shape is None else shape[: len(port.shape)]
         loss = self.spec.loss_shape(shape)

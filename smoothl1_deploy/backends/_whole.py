@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import onnx
 from onnx import TensorProto
@@ -166,10 +166,4 @@ class ModelRunner:
         check_interpreter()
         return self._session(checked(self.inputs, arrays))
 
-    def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled or copied.
-
-        Raises:
-            UnsupportedError: always; it says what to do instead.
-        """
-        not_picklable()
+    __reduce__ = not_picklable

@@ -6,7 +6,6 @@ It runs where torch alone is installed, and says then what it could not do.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._device import Device, find_device
-from .._environment import environment, silence
+from .._environment import environment, now, silence
 from .._files import check_writable, write_atomic
 from .._records import Record
 from .._table import Table
@@ -100,8 +99,7 @@ def measure(device: Device, seconds: float, parity: bool) -> GpuReport:
     import torch
 
     start = time.monotonic()
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    gpu = current_gpu()
+    date, gpu = now(), current_gpu()
     card = {
         "name": device.name,
         "compute_capability": device.capability,

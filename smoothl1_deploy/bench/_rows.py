@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .._files import read_file, write_atomic
+from .._files import read_file, refusal_told, write_atomic
 from .._records import Record
 from .._spec import LossSpec
 from .._table import Table
-from ..errors import OutputError, reason_of, require
+from ..errors import require
 from ._timing import Timing
 
 PLAIN = "plain export"
@@ -66,13 +66,7 @@ class Row(Record):
     @property
     def bytes(self) -> int:
         """What any implementation must move: each input read once, each output written once."""
-        written = 1
-        if self.contestant == READ:
-            written = 0
-        elif self.spec.reduction == "none":
-            written = self.elements
-        elif self.spec.per_sample:
-            written = self.shape[0]
+        written = 0 if self.contestant == READ else math.prod(self.spec.loss_shape(self.shape))
         return (2 * self.elements + written) * _BYTES[self.spec.dtype]
 
 
@@ -172,12 +166,8 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         OutputError: when the file can't be written.
     """
     lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    try:
+    with refusal_told(f"can't add to {path}", "choose another folder with -o"):
         kept = read_file(path) if path.exists() else b""
-    except OSError as exc:
-        raise OutputError(
-            f"can't add to {path}: {reason_of(exc)}; choose another folder with -o"
-        ) from exc
     write_atomic(path, kept + lines.encode())
 
 

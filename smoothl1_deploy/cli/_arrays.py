@@ -26,14 +26,6 @@ def named_files(given: Iterable[str] | None) -> tuple[list[Path], dict[str, Path
     return alone, named
 
 
-def read_files(files: Mapping[str, Path], ports: Mapping[str, Port]) -> dict[str, Array]:
-    """The arrays of .npy files for the inputs of a model, where it has those."""
-    from .._npy import read_array
-
-    known = {name: path for name, path in files.items() if name in ports}
-    return {name: read_array(path, ports[name].dtype) for name, path in known.items()}
-
-
 def read_data(
     path: Path, ports: Mapping[str, Port], without: Container[str] = ()
 ) -> dict[str, Array]:

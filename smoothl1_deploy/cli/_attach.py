@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import check_apart, check_writable, replacing, write_atomic
 from ..errors import ArtefactError, OutputError, SpecError, reason_of
 from ._console import human_size, print_note, typed
 from ._options import AsJson, Next, Normalizer, PlainRoute, parse_shape, takes_spec
@@ -66,15 +67,21 @@ def attach(
     if normalizer is not None and weight is None:
         raise SpecError("--normalizer without --weight; say what the weights are with --weight")
 
-    from .._files import write_atomic
-    from .._model import float_dtype_of
+    from .._model import external_locations, float_dtype_of
     from .._spec import LossSpec
     from ..graph._attach import attach as graft
     from ._inspect import show_written
 
     proto = _read(model)
     operands = {"target": target, "weight": weight, "mask": mask}
-    _check_output(output, proto, model, operands, overwrite)
+    folders = (model.parent, output.parent)
+    read = [
+        ("the model, which --overwrite gives up,", None if overwrite else model),
+        *(("its weights", at / name) for name in external_locations(proto) for at in folders),
+        *((f"--{role}", Path(name)) for role, name in operands.items() if name and _is_array(name)),
+    ]
+    check_apart([("-o", output)], read)
+    check_writable(output)  # before any weights are copied
     given.setdefault("dtype", float_dtype_of(proto, prediction) or "float32")
     if weight is not None:
         given["weight"] = normalizer or "count"
@@ -97,7 +104,7 @@ def attach(
             f"{human_size(grafted.ByteSize())}, and protobuf writes less than 2 GiB; keep the "
             "model's weights in a file beside it"
         )
-    _carry(grafted, model.parent, output.parent)
+    _carry(grafted, *folders)
     data = grafted.SerializeToString(deterministic=True)
     write_atomic(output, data)
     for role, name in operands.items():
@@ -124,30 +131,8 @@ def _read(path: Path) -> onnx.ModelProto:
     return bare if external_locations(bare) else read_model(path)
 
 
-def _check_output(
-    path: Path,
-    model: onnx.ModelProto,
-    source: Path,
-    operands: dict[str, str | None],
-    overwrite: bool,
-) -> None:
-    """Refuse, before any weights are copied, where the model can't be written or would harm."""
-    from .._files import check_apart, check_writable
-    from .._model import external_locations
-
-    folders = (source.parent, path.parent)
-    read = [
-        ("the model, which --overwrite gives up,", None if overwrite else source),
-        *(("its weights", at / name) for name in external_locations(model) for at in folders),
-        *((f"--{role}", Path(name)) for role, name in operands.items() if name and _is_array(name)),
-    ]
-    check_apart([("-o", path)], read)
-    check_writable(path)
-
-
 def _carry(model: onnx.ModelProto, source: Path, target: Path) -> None:
     """Copy the files that the model's weights are in to where it goes."""
-    from .._files import replacing
     from .._model import external_locations
 
     for location in external_locations(model):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingDependencyError, SpecError
-from ._console import open_console, print_lines, print_note, typed
+from ._console import print_lines, print_note, print_tables, typed
 from ._options import Count, Dtypes, Next, Reductions
 
 if TYPE_CHECKING:
-    from .._table import Table
     from ..bench._rows import Row
 
 EXAMPLE = "smoothl1-deploy bench --size 1024 --size 1048576 -o out/bench"
@@ -106,11 +104,11 @@ def bench(
             if name not in said:
                 print_note(f"{name} is left out: {reason}")
                 said.add(name)
-        _print(row_tables(measured))
+        print_tables(row_tables(measured))
         append_rows(output / "bench.jsonl", [{**row.to_dict(), **origin} for row in measured])
         rows += measured
     if once and not quick:
-        _print([once_table(cpu.once())])
+        print_tables([once_table(cpu.once())])
     plot = None
     try:
         plot = write_atomic(output / "bench.png", plot_png(rows, **origin))
@@ -122,11 +120,6 @@ def bench(
     return None if plot is None else [shlex.join(["xdg-open", str(plot)])]
 
 
-def _print(tables: Iterable[Table]) -> None:
-    for table in tables:
-        open_console().print(table, "")
-
-
 def _bench_gpu(output: Path, given: dict[str, object]) -> Next:
     """PyTorch eager and compiled, and every GPU backend there is, by CUDA events."""
     for option, value in given.items():
@@ -136,7 +129,7 @@ def _bench_gpu(output: Path, given: dict[str, object]) -> Next:
 
     report, paths = report_into(output, parity=False)
     print_lines([f"{report.gpu['name']}, {report.date[:10]}", card(report), ""])
-    _print(tables(report))
+    print_tables(tables(report))
     print_lines([f"{name} not available: {why}" for name, why in report.absent.items()])
     print_lines([f"no time for {what}" for what in report.dropped])
     print_lines([f"wrote {', '.join(map(str, paths))}"])

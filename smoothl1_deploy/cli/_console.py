@@ -207,7 +207,6 @@ def command_running(quiet: bool) -> Iterator[None]:
 def progress_console() -> Console | None:
     """Where progress is shown: on stderr if that is a terminal, unless -q was given."""
     console = open_console(stderr=True)
-    # Where a bar of rich 13 is disabled instead, it ends with a blank line.
     return console if console.is_terminal and not any(_running) else None
 
 
@@ -218,11 +217,8 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import TimeRemainingColumn as Remaining
 
     console = progress_console()
-    if console is None:
-        yield lambda done, total: None
-        return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, Remaining(), console=console) as bar:
+    with Progress(*columns, Remaining(), console=console, disable=console is None) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -318,6 +314,13 @@ def print_fields(fields: Mapping[str, object]) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table without a title."""
     open_console().print(Table("", tuple(columns), [*map(tuple, rows)], "l" * len(columns)))
+
+
+def print_tables(tables: Iterable[Table]) -> None:
+    """Tables with titles, an empty line behind each."""
+    console = open_console()
+    for table in tables:
+        console.print(table, "")
 
 
 def print_json(value: object) -> None:

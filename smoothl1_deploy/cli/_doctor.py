@@ -7,10 +7,8 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from .._certainty import Certainty
-from .._records import Record
 from ..errors import SmoothL1DeployError, install_command
 from ._console import print_fields, print_json, print_lines, print_table
 from ._export import EXAMPLE as EXPORT
@@ -77,18 +75,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Part(Record):
+class Part:
     """A backend, a flavour or a library; `reason` says why it can't be used and what to install."""
 
     kind: str
     name: str
     reason: str | None
-    derived: ClassVar[tuple[str, ...]] = ("available",)
-
-    @property
-    def available(self) -> bool:
-        """Whether it can be used here."""
-        return self.reason is None
+    available: bool
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -117,7 +110,7 @@ def _parts() -> list[Part]:
             reason = str(exc)
         except Exception as exc:  # a broken installation is what a doctor is for
             reason = f"importing it fails ({type(exc).__name__}: {exc}); reinstall it"
-        parts.append(Part(kind, name, reason))
+        parts.append(Part(kind, name, reason, reason is None))
     return parts
 
 

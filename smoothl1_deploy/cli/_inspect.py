@@ -320,6 +320,7 @@ def _told(spec: LossSpec) -> str:
             *["of what a mask selects"] * spec.mask,
             *["divided by an input"] * spec.divisor,
             *["0 where a mean is over nothing"] * (spec.empty == "zero"),
+            *[f"with the {spec.elements} of its elements"] * bool(spec.elements),
             *["with its gradient"] * spec.gradient,
             *[f"times {spec.loss_weight}"] * (spec.loss_weight != 1.0),
         ]

@@ -15,7 +15,7 @@ import typer
 from typer.models import OptionInfo
 
 from .._environment import docstring
-from .._spec import DTYPES, EMPTIES, LOSSES, NORMALIZERS, REDUCTIONS, ROUTES
+from .._spec import DTYPES, ELEMENTS, EMPTIES, LOSSES, NORMALIZERS, REDUCTIONS, ROUTES
 from ..backends._names import BACKENDS
 from ..errors import SmoothL1DeployError, SpecError
 from ._console import command_running, print_next
@@ -42,6 +42,7 @@ SPEC_OPTIONS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
         "elements or by the sum of the weights.",
         NORMALIZERS,
     ),
+    "elements": (str, "A further output: each element's loss, or input less target.", ELEMENTS),
     "mask": (bool, "An input mask of booleans selects the elements that count.", ()),
     "divisor": (bool, "A mean is divided by an input divisor, and not by a count.", ()),
     "empty": (str, "What a mean over nothing is; nan by default, as in PyTorch.", EMPTIES),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._files import check_writable, make_folder
-from .._spec import ROUTES
-from ..errors import SpecError
-from ._console import INTERRUPTED, open_console, print_lines, print_note, progress_bar
+from .._files import check_writable, make_folder, write_atomic
+from .._spec import ROUTES, LossSpec
+from ..errors import BackendUnavailableError, MissingDependencyError, SpecError
+from ._console import INTERRUPTED, print_lines, print_note, print_tables, progress_bar
 from ._options import (
     BackendNames,
     Count,
@@ -73,8 +74,6 @@ def parity(
         extensions: Also per_sample, gradient, runtime_beta, weight, Huber's loss, a factor.
         extensions_only: The extensions alone.
     """
-    from dataclasses import replace
-
     from ..parity._matrix import DRAWS, QUICK_DRAWS, Matrix, MatrixInterrupted, run_matrix
     from ..parity._pairs import read_proofs
 
@@ -122,8 +121,6 @@ def parity(
 
 def _checked_part(**options: list[Any] | None) -> dict[str, Any]:
     """The fields of the matrix that are given; a bad name is an error here, not in a cell."""
-    from .._spec import LossSpec
-
     for name, values in options.items():
         for value in values or ():
             if name != "route":
@@ -156,7 +153,6 @@ def _backends(asked: list[str] | None, quick: bool) -> tuple[tuple[str, ...], tu
 
 def _engine_folder(output: Path) -> Path | None:
     """The folder of the engines, made; None, said aloud, where no engine can be built here."""
-    from ..errors import BackendUnavailableError, MissingDependencyError
     from ..tensorrt._flavour import get_flavour
 
     try:
@@ -169,8 +165,6 @@ def _engine_folder(output: Path) -> Path | None:
 
 def _measured(report: Report, backends: tuple[str, ...]) -> Report:
     """The report with what takes some seconds more: the drift by size, and the contract's edges."""
-    from dataclasses import replace
-
     from ..backends._base import backend_class
     from ..parity._contract import probe_contract
     from ..parity._drift import measure_drift
@@ -187,13 +181,10 @@ def _show(report: Report) -> None:
     from ..parity._report import repeat_command
     from ..parity.views import _tables as tables
 
-    console = open_console()
     shown = (tables.certainty, tables.backends, tables.draws, tables.branches)
     first = [*tables.matrix(report), *tables.pairs(report)]
-    for table in (*first, *(view(report) for view in shown)):
-        if table.rows:
-            console.print(table)
-            console.print()
+    every = (*first, *(view(report) for view in shown))
+    print_tables(table for table in every if table.rows)
     lines = [f"sampled: {note}" for note in report.notes if " not available: " not in note]
     for cell in report.red[:_SHOWN]:
         failure = cell.failures[0]
@@ -214,8 +205,6 @@ def _show(report: Report) -> None:
 
 def _write(report: Report, folder: Path) -> Path:
     """Write the report as JSON, JUnit XML, Markdown, and HTML where it can be made; the last."""
-    from .._files import write_atomic
-    from ..errors import MissingDependencyError
     from ..parity.views import _junit as junit
     from ..parity.views import _markdown as markdown
     from ..parity.views._html import render

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .._files import check_writable, write_atomic
 from ._console import INTERRUPTED, open_console, print_lines, print_note, progress_bar, typed
 from ._options import BackendNames, Next, PlainRoute, Workers, one_of, processes
 
@@ -48,7 +49,6 @@ def prove(
         workers: Processes; 0: one a core, at most 8.
         quick: Only every 64th input: does it run?
     """
-    from .._files import check_writable, write_atomic
     from ..parity._pairs import BACKENDS, Claim, Proof, read_proofs, table
     from ..parity._pairs import prove as try_pairs
 
@@ -101,7 +101,5 @@ def prove(
 
 
 def _write(path: Path, known: dict[Claim, Proof]) -> None:
-    from .._files import write_atomic
-
     entries = [proof.to_dict() for proof in known.values()]
     write_atomic(path, json.dumps({"entries": entries}, indent=1).encode())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
-from ._arrays import named_files, read_data, read_files
+from ._arrays import named_files, read_data
 from ._console import print_fields, print_json, print_note, typed
 from ._options import AsJson, BackendName, Count, Next
 
@@ -147,6 +147,7 @@ def _arrays_of(
     """An array for each input of a model, of files by their names or of one archive."""
     import numpy as np
 
+    from .._npy import read_array
     from ..backends._whole import check_names
 
     arrays: dict[str, Array] = {}
@@ -158,7 +159,7 @@ def _arrays_of(
     if data is not None:
         return {**read_data(data, ports, without=arrays), **arrays}
     check_names(ports, [*files, *arrays])
-    return {**read_files(files, ports), **arrays}
+    return {n: read_array(path, ports[n].dtype) for n, path in files.items()} | arrays
 
 
 def _give(results: dict[str, Array], output: Path | None, as_json: bool) -> None:

@@ -218,9 +218,6 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
     from rich import progress as bars
 
     console = progress_console()
-    if console is None:
-        yield lambda progress: None
-        return
     columns = (
         bars.BarColumn(),
         bars.TaskProgressColumn(),
@@ -228,7 +225,8 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
         bars.TimeRemainingColumn(),
         bars.TextColumn("{task.fields[shard]}"),
     )
-    with bars.Progress(*columns, console=console, transient=True) as bar:
+    hidden = console is None
+    with bars.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("score", total=None, rate="", shard="")
 
         def show(progress: Progress) -> None:

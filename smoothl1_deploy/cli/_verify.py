@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .._files import check_writable, write_atomic
+from .._spec import LossSpec
 from ..errors import require
 from ._arrays import read_data
-from ._console import open_console, print_json, print_lines, typed
+from ._console import print_json, print_lines, print_tables, typed
 from ._options import AsJson, BackendName, Count, Next, takes_spec
 
 if TYPE_CHECKING:
     import onnx
 
-    from .._spec import LossSpec
     from ..parity._verify import Verification
     from ..parity._whole import ModelVerification
 
@@ -93,9 +94,7 @@ def verify(
         large=large,
         against=None if against is None else str(against),
         data=None if data is None else read_data(data, takes(proto)),
-        input_name=input_name,
-        target_name=target_name,
-        output_name=output_name,
+        **names,
     )
     written = [certify(result, model)] if certificate else []
     written += [write_atomic(path, render(result).encode()) for path, render in pages]
@@ -115,19 +114,13 @@ def verify(
 def _show(result: Verification | ModelVerification) -> None:
     from ..parity.views._tables import equal_text, verified
 
-    console = open_console()
-    for table in verified(result):
-        console.print(table)
-        console.print()
+    print_tables(verified(result))
     print_lines([equal_text(result)])
 
 
 def _completed(given: dict[str, Any], proto: onnx.ModelProto) -> LossSpec:
     """What the options say, and of the rest what the model's metadata say, or its dtype."""
-    from dataclasses import replace
-
     from .._artefact import signature
-    from .._spec import LossSpec
     from ..graph._metadata import read_spec
 
     known = read_spec(proto)

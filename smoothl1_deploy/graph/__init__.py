@@ -22,9 +22,4 @@ from .._face import face
 if TYPE_CHECKING:
     from ._functions import FUNCTIONS as FUNCTIONS
 
-__getattr__, __dir__, __all__ = face(
-    __name__,
-    {
-        "FUNCTIONS": "._functions",
-    },
-)
+__getattr__, __dir__, __all__ = face(__name__, {"._functions": ("FUNCTIONS",)})

@@ -64,6 +64,7 @@ class Assembly:
         summed_axes: tuple[int, ...] | None = None,
         prefix: str = "",
         inlined: bool = False,
+        differences: bool = False,
     ) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.used: list[str] = []
@@ -83,7 +84,19 @@ class Assembly:
         self._counts_rows &= spec.reduction == "mean" and not spec.divisor
         is_narrow = self._element == TensorProto.FLOAT and not spec.gradient
         self._is_added = is_narrow and spec.reduction != "none" and _has_attribute(spec)
-        self._assemble(summed_axes)
+        if differences:
+            self._differences()
+        else:
+            self._assemble(summed_axes)
+
+    def _differences(self) -> None:
+        """Input less target, in the spec's dtype."""
+        pair = [self._widened(self._tensors[name], name) for name in ("input", "target")]
+        difference = self._add("Sub", pair, "difference")
+        if self._spec.weight:
+            shape = self._add("Shape", [self._tensors["weight"]], "weight_shape")
+            difference = self._add("Expand", [difference, shape], "differences_whole")
+        self._rounded(self._selected(difference, self._element), self._element, "differences")
 
     def _assemble(self, summed_axes: tuple[int, ...] | None) -> None:
         spec = self._spec
@@ -176,17 +189,18 @@ class Assembly:
         spec = self._spec
         pair = [self._data["input"], self._data["target"]]
         if _is_l1(spec):
-            losses = self._add("L1Loss", pair, "losses")
+            losses = self._add("L1Loss", pair, "element_losses")
         elif spec.loss == "huber":
             losses = self._add(
-                f"HuberLossTerms{self._each}", [*pair, *(self._scalars or ())], "losses"
+                f"HuberLossTerms{self._each}", [*pair, *(self._scalars or ())], "element_losses"
             )
         elif self._is_added:
-            losses = self._add("SmoothL1Addends", [*pair, *(self._scalars or ())], "losses")
+            losses = self._add("SmoothL1Addends", [*pair, *(self._scalars or ())], "element_losses")
         elif self._scalars is None:
-            losses = self._add("SmoothL1Loss", pair, "losses", beta=spec.effective_beta)
+            losses = self._add("SmoothL1Loss", pair, "element_losses", beta=spec.effective_beta)
         else:
-            losses = self._add(f"SmoothL1LossTerms{self._each}", [*pair, *self._scalars], "losses")
+            operands = [*pair, *self._scalars]
+            losses = self._add(f"SmoothL1LossTerms{self._each}", operands, "element_losses")
         self._unweighted = losses
         # A product may leave the range of float32, and its mean, or a tenth of it, not.
         is_wide = self._has_factor if spec.reduction == "none" else bool(spec.weight)
@@ -706,6 +720,8 @@ def nodes_of(
     name, and for what is going to be inlined. Takes what `Assembly` takes, and the rank of the
     element losses where it is known.
     """
+    if spec.elements:
+        return _with_elements(spec, tensors, summed_axes, rank, prefix, inlined)
     if inlined or (spec.gradient and summed_axes != ()) or not _has_a_name(spec):
         if spec.per_sample and rank and rank > 1 and not _has_a_name(spec):
             spec = replace(spec, per_sample=False, axes=tuple(range(1, rank)))
@@ -728,6 +744,32 @@ def nodes_of(
     outputs = [tensors[role] for role in spec.outputs]
     node = helper.make_node(name, inputs, outputs, name=outputs[0], domain=f.DOMAIN, **attributes)
     return [node], constants, _functions_of(whole)
+
+
+def _with_elements(
+    spec: LossSpec,
+    tensors: Mapping[str, str],
+    summed_axes: tuple[int, ...] | None,
+    rank: int | None,
+    prefix: str,
+    inlined: bool,
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], list[onnx.FunctionProto]]:
+    """What `nodes_of` gives of the loss alone, and of its elements."""
+    alone = replace(spec, elements=None)
+    found = nodes_of(
+        alone, tensors, summed_axes=summed_axes, rank=rank, prefix=prefix, inlined=inlined
+    )
+    within = f"{prefix}elements/"
+    if spec.elements == "losses":
+        named = {**tensors, "loss": tensors["losses"]}
+        more = nodes_of(spec.of_elements, named, summed_axes=(), prefix=within, inlined=inlined)
+    else:
+        known = replace(spec, beta=1.0, delta=None, runtime_beta=False)  # of which it asks nothing
+        difference = Assembly(known, tensors, prefix=within, differences=True)
+        more = difference.nodes, [], function_closure(difference.used)
+    names = {function.name for function in found[2]}
+    functions = [*found[2], *(each for each in more[2] if each.name not in names)]
+    return [*found[0], *more[0]], [*found[1], *more[1]], functions
 
 
 def _functions_of(spec: LossSpec) -> list[onnx.FunctionProto]:

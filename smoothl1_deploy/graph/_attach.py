@@ -380,8 +380,7 @@ class _Graft:
             own = reduced if role == "grad_output" else ()
             graph.input.append(_value(names[role], ELEMENT_TYPE[spec.dtype_of(role)], own))
         outputs = {"loss": self._free(loss_name)}
-        if spec.gradient:
-            outputs["grad_input"] = self._free("grad_input")
+        outputs |= {role: self._free(role) for role in spec.outputs[1:]}
         nodes, constants, functions = nodes_of(
             spec,
             {**names, **outputs},
@@ -399,8 +398,9 @@ class _Graft:
         if only_loss:
             del graph.output[:]
         graph.output.append(_value(outputs["loss"], element, reduced))
-        if spec.gradient:
-            graph.output.append(_value(outputs["grad_input"], element, self._prediction.shape))
+        for role in spec.outputs[1:]:
+            shape = self._prediction.shape if role == "grad_input" else losses
+            graph.output.append(_value(outputs[role], element, shape))
         if only_loss:
             prune(graph)
         note_attached(self.model, Loss(spec, names, outputs))

@@ -11,7 +11,7 @@ from onnx import helper
 
 from .._model import ELEMENT_TYPE, axes_of, inlined
 from .._shapes import Dim, Shape, broadcast, check_shape, check_size, describe, summed_axes
-from .._spec import ROUTES, LossSpec
+from .._spec import ELEMENTS, ROUTES, LossSpec
 from ..errors import SpecError, require
 from . import _functions as f
 from ._assemble import IR_VERSION, OLDEST_IR, OPSETS, oldest_opset, set_opset
@@ -118,7 +118,8 @@ def _shapes(
     if spec.per_sample and losses == ():
         raise SpecError("per_sample needs an axis of samples; the shapes have rank 0")
     loss = ("samples",) if spec.per_sample and losses is None else spec.loss_shape(losses)
-    return {**shapes, "loss": loss, "grad_output": loss}
+    beside = dict.fromkeys(ELEMENTS, losses)
+    return {**shapes, **beside, "loss": loss, "grad_output": loss}
 
 
 def _function_model(

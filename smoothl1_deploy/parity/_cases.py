@@ -14,7 +14,7 @@ import numpy as np
 from .. import _shapes as graph_shapes
 from .._floats import NUMPY_DTYPE, Array
 from .._records import Record, plain
-from .._spec import LossSpec
+from .._spec import ELEMENTS, LossSpec
 from ..backends._runner import Runner
 from ..errors import SmoothL1DeployError
 from ..reference._oracle import exact_outputs, selected
@@ -265,7 +265,8 @@ class References:
         seen = selected(input, target, **more)
         asked, fed = spec, None
         if beta is not None:
-            exact = {name: np.full_like(array, np.nan) for name, array in exact.items()}
+            for name in exact.keys() - {"differences"}:
+                exact[name] = np.full_like(exact[name], np.nan)
             asked, fed = replace(spec.at(1.0), runtime_beta=True), np.asarray(beta, np.float32)
         return cls(
             spec,
@@ -366,7 +367,8 @@ class Sample(Record):
             here = np.broadcast_to(indices, whole["input"].shape) == worst
             parts = {name: values[here] for name, values in whole.items()}
         else:
-            kept = refs.spec.kept_axes(whole["input"].ndim)
+            own = refs.spec.of_elements if output in ELEMENTS else refs.spec
+            kept = own.kept_axes(whole["input"].ndim)
             parts = {
                 name: np.asarray(np.moveaxis(values, kept, range(len(kept)))[at])
                 for name, values in whole.items()

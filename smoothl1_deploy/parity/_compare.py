@@ -23,7 +23,7 @@ import numpy as np
 
 from .._floats import CLASS_NAMES, Array, ieee_class, ulp_distance
 from .._records import Record
-from .._spec import LossSpec
+from .._spec import ELEMENTS, LossSpec
 from ..reference._oracle import element_losses
 
 #: What a reduction may be off, where PyTorch happens to be nearer than that.
@@ -153,6 +153,7 @@ def compare(
     `torch_alike` is PyTorch's own largest distance over elements like those, where they are few;
     `unavoidable` is of each element what rule 5 allows, in ULP.
     """
+    spec = spec.of_elements if output in ELEMENTS else spec
     per_element = spec.reduction == "none" or output == "grad_input"
     if result.dtype != oracle.dtype or result.shape != oracle.shape:
         found = f"got {result.dtype}{result.shape}, expected {oracle.dtype}{oracle.shape}"

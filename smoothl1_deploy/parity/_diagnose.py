@@ -68,10 +68,8 @@ def diagnose(
         fault = Fault.UNKNOWN
         why = f"{known}, but these cases are red, and nothing says why"
         if not spec.beta_shape and all(failure.case.family in _EXTREME for failure in failures):
-            fault, why = (
-                Fault.RANGE,
-                "right on ordinary numbers, wrong where squares leave the range",
-            )
+            fault = Fault.RANGE
+            why = "right on ordinary numbers, wrong where squares leave the range"
         found.append(Diagnosis(fault, f"{why}: {families}; first: {failures[0].verdict.detail}"))
     return tuple(found)
 

@@ -17,7 +17,7 @@ import onnx
 
 from .._shapes import Dim, describe
 from .._shapes import Shape as Axes
-from .._spec import DTYPES, EMPTIES, NORMALIZERS, REDUCTIONS, ROUTES, LossSpec
+from .._spec import DTYPES, ELEMENTS, EMPTIES, NORMALIZERS, REDUCTIONS, ROUTES, LossSpec
 from ..graph._export import export
 from ._cases import Case, References, with_beta
 from ._families import ADVERSARIAL, FAMILIES, WEIGHTS, usual_knee
@@ -191,8 +191,10 @@ def _further(random: Random, spec: LossSpec) -> LossSpec:
     if random.random() > 0.25 or not is_extended(spec):
         return spec
     axes = random.choice(_AXES) if spec.reduction != "none" and not spec.per_sample else None
+    beside = random.choice((None, None, None, *ELEMENTS[spec.reduction == "none" :]))
     return replace(
         spec,
+        elements=beside,
         axes=axes,
         mask=random.random() < 0.5,
         divisor=is_mean and spec.weight != "weights" and random.random() < 0.4,

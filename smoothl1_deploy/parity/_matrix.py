@@ -80,6 +80,8 @@ EXTENSIONS = (
     LossSpec(reduction="none", mask=True, gradient=True),
     LossSpec(mask=True, weight="count", per_sample=True, empty="zero"),
     LossSpec(axes=(0,)),
+    LossSpec(elements="differences"),
+    LossSpec(per_sample=True, mask=True, weight="count", elements="losses"),
     LossSpec(axes=(0,), mask=True, weight="weights", gradient=True, upstream=True),
     LossSpec(divisor=True, gradient=True),
     LossSpec(per_sample=True, mask=True, weight="count", gradient=True, divisor=True, empty="zero"),
@@ -498,7 +500,6 @@ def _build(spec: LossSpec, route: str, model: onnx.ModelProto, folder: Path) -> 
         return Build(spec, route, "auto", refused=str(exc))
     except SmoothL1DeployError as exc:
         return Build(spec, route, "auto", error=f"{type(exc).__name__}: {exc}")
-    assert engine.sidecar is not None  # built just now
     seconds = time.perf_counter() - started
     return Build(spec, route, engine.sidecar.flavour, seconds, path.stat().st_size)
 

@@ -192,8 +192,7 @@ class Thresholds:
         at = np.flatnonzero(~is_right)  # several times as fast as np.nonzero
         x, y = a[at // b.size, 0], b[at % b.size]
         found.flat[at] = self._search(x, y, found.flat[at])
-        narrow: Array = found.astype(np.uint16)
-        return narrow
+        return np.asarray(found.astype(np.uint16))
 
     def _search(self, x: Array, y: Array, guess: Array) -> Array:
         d = x - y
@@ -333,22 +332,13 @@ def _codes(dtype: str) -> tuple[Array, Array]:
     return classes, np.where(np.signbit(values), -magnitude, magnitude)
 
 
-@dataclass(frozen=True, slots=True)
-class _Apart:
+def _apart(dtype: str, got: Array, exact: Array) -> tuple[Distances, Array, int]:
     """How answers differ from the exact ones.
 
-    Attributes:
-        distances: of those in the right class.
-        lost: the indices of the others.
-        furthest: the index of the one that is furthest off.
+    Returns:
+        the distances of those in the right class, the indices of the others, and the index of the
+        one that is furthest off.
     """
-
-    distances: Distances
-    lost: Array
-    furthest: int
-
-
-def _apart(dtype: str, got: Array, exact: Array) -> _Apart:
     classes, order = _codes(dtype)
     differs = np.flatnonzero(got != exact)
     ours, truth = got[differs], exact[differs]
@@ -357,12 +347,8 @@ def _apart(dtype: str, got: Array, exact: Array) -> _Apart:
     ulp[lost | (classes[truth] == _NAN)] = 0
     one, two, some = (int(np.count_nonzero(found)) for found in (ulp == 1, ulp == 2, ulp))
     same = int(got.size - np.count_nonzero(lost)) - some
-    furthest = int(np.argmax(ulp)) if ulp.size else 0
-    return _Apart(
-        Distances((same, one, two, some - one - two), int(ulp[furthest]) if ulp.size else 0),
-        differs[lost],
-        int(differs[furthest]) if ulp.size else 0,
-    )
+    distances = Distances((same, one, two, some - one - two), int(ulp.max(initial=0)))
+    return distances, differs[lost], int(differs[np.argmax(ulp)]) if ulp.size else 0
 
 
 def tally(
@@ -373,25 +359,23 @@ def tally(
     `got`, `torch` and `exact` are their bits, `pair` the inputs and targets; all of them flat.
     """
     classes, _ = _codes(spec.dtype)
-    ours, theirs = (_apart(spec.dtype, answer, exact) for answer in (got, torch))
+    (ours, lost, furthest), (theirs, more, _) = (_apart(spec.dtype, a, exact) for a in (got, torch))
     is_lost = np.zeros(got.shape, bool)
-    is_lost[ours.lost] = is_lost[theirs.lost] = True
+    is_lost[lost] = is_lost[more] = True
     at = np.flatnonzero(is_lost)
     mine, their, truth = (classes[bits[at]] for bits in (got, torch, exact))
     x, y = (side[at] for side in pair)
-    lost = _torch_lost_it(spec, their, x, y, output)
-    healed = np.asarray((mine == truth) & (their != truth) & lost)
+    by_torch = _torch_lost_it(spec, their, x, y, output)
+    healed = np.asarray((mine == truth) & (their != truth) & by_torch)
     wrong = at[~((mine == their) | healed)]
     worst = None
-    if wrong.size or ours.distances.largest:
-        index = int(wrong[0]) if wrong.size else ours.furthest
+    if wrong.size or ours.largest:
+        index = int(wrong[0]) if wrong.size else furthest
         answers = {"got": got, "exact": exact, "torch": torch}
         numbers = {name: bits.view(pair[0].dtype) for name, bits in answers.items()}
         shown = {"input": pair[0], "target": pair[1], **numbers}
         worst = {name: str(array[index]) for name, array in shown.items()}
-    return Tally(
-        got.size, ours.distances, theirs.distances, int(wrong.size), int(healed.sum()), worst
-    )
+    return Tally(got.size, ours, theirs, int(wrong.size), int(healed.sum()), worst)
 
 
 @cache

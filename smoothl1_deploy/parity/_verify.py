@@ -191,13 +191,9 @@ def verify(
     """
     read = read_model(model)
     options: dict[str, Any] = {"seed": seed, "drift": drift, "large": large}
-    said: dict[str, Any] = {
-        "spec": spec,
-        "input_name": input_name,
-        "target_name": target_name,
-        "output_name": output_name,
-    }
-    if read_attached(read) and not any(value is not None for value in said.values()):
+    names: dict[str, Any] = {"input_name": input_name, "target_name": target_name}
+    names["output_name"] = output_name
+    if read_attached(read) and all(value is None for value in (spec, *names.values())):
         from ._whole import verify_model
 
         return verify_model(read, backend, against=against, data=data, **options)
@@ -206,7 +202,7 @@ def verify(
             "against and data are for a model that a loss was attached to, and this is a loss of "
             "its own; leave them out"
         )
-    return verify_loss(read, backend, **said, **options)
+    return verify_loss(read, backend, spec=spec, **names, **options)
 
 
 def verify_loss(
@@ -215,18 +211,16 @@ def verify_loss(
     *,
     spec: LossSpec | None = None,
     seed: int = 0,
-    input_name: str | None = None,
-    target_name: str | None = None,
-    output_name: str | None = None,
     drift: bool = True,
     large: bool = False,
+    **names: str | None,
 ) -> Verification:
     """Hold one loss against PyTorch and the oracle; see `verify`."""
     original = read_model(model)
     warn_if_changed(original)
     require("torch", "torch", "verify, which compares with PyTorch,")
     chosen = get_backend(backend)
-    ports = select_ports(original, input_name, target_name, output_name)
+    ports = select_ports(original, **names)
     runner = chosen.load(ports)
     expected = spec if spec is not None else runner.spec
     if expected is None:

@@ -9,9 +9,4 @@ from .._face import face
 if TYPE_CHECKING:
     from ._oracle import oracle as oracle
 
-__getattr__, __dir__, __all__ = face(
-    __name__,
-    {
-        "oracle": "._oracle",
-    },
-)
+__getattr__, __dir__, __all__ = face(__name__, {"._oracle": ("oracle",)})

@@ -101,7 +101,10 @@ def eager_tensors(
         # PyTorch raises on such a beta or delta; an artefact, which can't, answers NaN everywhere.
         known = replace(spec, runtime_beta=False)
         outputs = eager_tensors(known, input, target, weight, mask, None, divisor, grad_output)
-        return {name: torch.full_like(tensor, torch.nan) for name, tensor in outputs.items()}
+        return {
+            name: tensor if name == "differences" else torch.full_like(tensor, torch.nan)
+            for name, tensor in outputs.items()
+        }
     spec = spec if beta is None else spec.at(float(beta))
     x = input
     if spec.gradient:
@@ -116,6 +119,15 @@ def eager_tensors(
         if spec.loss_weight != 1.0:
             loss = spec.loss_weight * loss
         outputs = {"loss": loss.detach()}
+        if spec.elements == "losses":
+            each = spec.loss_weight * _eager_loss(spec.of_elements, operands, None)
+            outputs["losses"] = each.detach()
+        elif spec.elements:
+            x_, t_, *others = torch.broadcast_tensors(*operands.values())  # type: ignore[no-untyped-call]
+            difference = (x_ - t_).detach()
+            outputs["differences"] = (
+                difference.masked_fill(~others[-1], 0) if spec.mask else difference
+            )
         if spec.gradient:
             upstream = torch.ones_like(loss) if grad_output is None else grad_output
             (outputs["grad_input"],) = torch.autograd.grad(loss, x, upstream)

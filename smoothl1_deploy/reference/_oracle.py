@@ -287,6 +287,14 @@ def exact_outputs(
 ) -> dict[str, Array]:
     """The exact array of every output of a spec, of arrays by the role they play."""
     exact = {"loss": oracle(spec, input, target, **more)}
+    operands = {name: array for name, array in more.items() if name in spec.operands}
+    if spec.elements == "losses":
+        exact["losses"] = oracle(spec.of_elements, input, target, **operands)
+    elif spec.elements:
+        whole = np.broadcast_shapes(input.shape, *(a.shape for a in (target, *operands.values())))
+        a, b = (x.astype(wide_dtype(spec.dtype)) for x in selected(input, target, **more))
+        with np.errstate(all="ignore"):
+            exact["differences"] = round_to(np.broadcast_to(a - b, whole), spec.dtype)
     if spec.gradient:
         exact["grad_input"] = oracle_gradient(spec, input, target, grad_output=grad_output, **more)
     return exact

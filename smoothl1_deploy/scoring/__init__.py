@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "locate": "._shards",
-        "make_job": "._scorer",
-        "score_files": "._score",
+        "._score": ("score_files",),
+        "._scorer": ("make_job",),
+        "._shards": ("locate",),
     },
 )

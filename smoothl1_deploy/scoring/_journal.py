@@ -273,9 +273,3 @@ class Journal:
                 if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
                     os.unlink(os.path.realpath(self.path))
         self._file.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -62,11 +62,8 @@ class ScoreFile:
         """Whether the unfinished file was there; otherwise all the room is taken for a new one."""
         size = self._first + self._plan.rows * self._dtype.itemsize
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self._handle = os.open(self.part, flags)
-        except FileNotFoundError:
-            pass
-        else:
             there = os.fstat(self._handle)
             ours = stat.S_ISREG(there.st_mode) and there.st_uid == os.geteuid()
             if ours and there.st_size == size and os.pread(self._handle, len(header), 0) == header:

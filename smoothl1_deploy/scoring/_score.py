@@ -236,7 +236,7 @@ def score_files(
                 with refusal_told("can't keep a journal anywhere", "give a file with --journal"):
                     own = stack.enter_context(tempfile.TemporaryDirectory())
                 journal = Path(own, "journal")
-        log = stack.enter_context(Journal(journal, job, plan, output, restart))
+        log = stack.enter_context(contextlib.closing(Journal(journal, job, plan, output, restart)))
         scores = None if output is None else ScoreFile(output, plan, job.spec.dtype, log)
         if scores is not None and log.done and not scores.kept:
             log.forget()

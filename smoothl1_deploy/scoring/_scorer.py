@@ -135,7 +135,8 @@ def make_job(
         )
     _check_combined(known)
     if attached:
-        return _job_of_attached(read, attached, known, backend, beta, threads)
+        asked = Job(b"", known, not known.per_sample, backend, beta, threads, any_rank=False)
+        return _job_of_attached(read, attached, asked)
     ports = signature(model)
     known = replace(known, dtype=ports.input.dtype)
     many = bool(ports.loss.shape)
@@ -184,15 +185,9 @@ def attached_loss(model: onnx.ModelProto, name: str | None = None) -> Loss | Non
     return losses[name]
 
 
-def _job_of_attached(
-    model: onnx.ModelProto,
-    loss: Loss,
-    spec: LossSpec,
-    backend: str,
-    beta: float | None,
-    threads: int,
-) -> Job:
-    """The job of one loss of a model."""
+def _job_of_attached(model: onnx.ModelProto, loss: Loss, job: Job) -> Job:
+    """`job` with what runs, for one loss of a model."""
+    spec, beta = job.spec, job.beta
     runs = _added_up(spec.without_gradient())
     if spec.runtime_beta != (beta is not None):
         raise SpecError(
@@ -211,17 +206,8 @@ def _job_of_attached(
             "as many to each: their first axes have to be dynamic, or of one size. Make a constant "
             "of what has no rows"
         )
-    return Job(
-        alone.SerializeToString(deterministic=True),
-        spec,
-        not spec.per_sample,
-        backend,
-        beta,
-        threads,
-        sizes.pop(),
-        any_rank=False,
-        inputs=inputs,
-    )
+    data = alone.SerializeToString(deterministic=True)
+    return replace(job, model=data, rows=sizes.pop(), inputs=inputs)
 
 
 def _check_combined(spec: LossSpec) -> None:

@@ -176,9 +176,8 @@ def float_dtype(located: Mapping[str, Roles]) -> str:
     name, files = next(iter(located.items()))
     found = []
     for role in ("input", "target"):
-        source = open_source(files[role])
-        found.append(dtype_name(source.dtype))
-        source.close()
+        with contextlib.closing(open_source(files[role])) as source:
+            found.append(dtype_name(source.dtype))
     floats = [d for d in found if d in NUMPY_DTYPE]
     if not floats:
         raise InvalidInputError(

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "Client": "._client",
-        "ServedModel": "._repository",
-        "certify_model": "._repository",
-        "write_loss": "._repository",
-        "write_model": "._repository",
+        "._client": ("Client",),
+        "._repository": ("ServedModel", "certify_model", "write_loss", "write_model"),
     },
 )

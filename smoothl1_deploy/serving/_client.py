@@ -11,6 +11,7 @@ from .._artefact import NUMBERS, ROLES
 from .._dlpack import as_array
 from .._floats import Array
 from .._model import Port
+from .._spec import ELEMENTS
 from ..backends._runner import as_number, promote
 from ..backends._whole import checked
 from ..errors import ArtefactError, InvalidInputError
@@ -210,7 +211,7 @@ class Client:
         declared = {}
         for port in self.metadata()["outputs"]:
             name, kind, dims = port["name"], port["datatype"], port["shape"]
-            of_loss = target is not None and name in ("loss", "grad_input")
+            of_loss = target is not None and name in ("loss", "grad_input", *ELEMENTS)
             if kind not in _DTYPES if of_loss else target is not None and kind == "BYTES":
                 raise ArtefactError(
                     f"the model {self.model!r} gives {name} as {kind}, which is no number format "

@@ -176,8 +176,7 @@ def _dims(port: TensorPort, max_batch_size: int) -> tuple[int, ...]:
 
 def dump_config(config: Any) -> bytes:
     """The text of a `ModelConfig` message; the same message gives the same bytes."""
-    text: str = _text_format().MessageToString(config)
-    return text.encode()
+    return str(_text_format().MessageToString(config)).encode()
 
 
 def read_config(text: str | bytes) -> Any:

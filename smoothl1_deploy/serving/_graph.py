@@ -108,7 +108,8 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     for value in inputs_of(copy):
         if not editor.dims(value.name):
             editor.widen_input(value)
-    scores = {loss.outputs["loss"] for loss in losses if loss.spec.keeps_axes}
+    reduced = (loss for loss in losses if loss.spec.reduction != "none")
+    scores = {loss.outputs["loss"] for loss in reduced if loss.spec.keeps_axes}
     for value in copy.graph.output:
         dims = editor.dims(value.name)
         if not dims or (len(dims) == 1 and (unbatched is None or value.name in scores)):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .._artefact import ModelSource, read_model, sha256, sidecar_path
-from .._files import folders_made
+from .._files import folders_made, refusal_told
 from .._model import Loss, every_node
 from .._records import Record
 from .._shapes import Dim
@@ -263,22 +263,18 @@ def _write_folders(root: Path, folders: dict[str, dict[str, bytes]], overwrite: 
             )
     token = secrets.token_hex(8)
     staging = root / f".{token}"
-    try:
-        with folders_made(root):
-            try:
-                for name, files in folders.items():
-                    for file, data in files.items():
-                        path = staging / name / file
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        path.write_bytes(data)
-                for name in folders:
-                    _swap(staging / name, root / name)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-    except OSError as exc:
-        raise OutputError(
-            f"can't write into {root}: {exc.strerror or exc}; choose a folder that you may write to"
-        ) from exc
+    remedy = "choose a folder that you may write to"
+    with refusal_told(f"can't write into {root}", remedy), folders_made(root):
+        try:
+            for name, files in folders.items():
+                for file, data in files.items():
+                    path = staging / name / file
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(data)
+            for name in folders:
+                _swap(staging / name, root / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _swap(new: Path, target: Path) -> None:

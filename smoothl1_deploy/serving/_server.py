@@ -19,14 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import (
-    ArtefactError,
-    BackendUnavailableError,
-    OutputError,
-    ServerError,
-    SpecError,
-    require,
-)
+from .._files import refusal_told
+from ..errors import ArtefactError, BackendUnavailableError, ServerError, SpecError, require
 from ..ops import library
 from . import _onnxruntime_backend as onnxruntime_backend
 from ._embedded import Triton, find_triton
@@ -323,22 +317,17 @@ class Server:
         environment = self.triton.environment(folder)
         if self._loss_metrics:
             environment[onnxruntime_backend.COUNT_LOSSES] = "1"
-        try:
-            with open(self.log.path, "ab") as log:
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    # Ctrl-C reaches this process alone, and `stop` ends the children by the group.
-                    start_new_session=True,
-                )
-        except OSError as exc:
-            raise OutputError(
-                f"can't write {self.log.path}: {exc.strerror or exc}; choose a file in a folder "
-                "that exists and that you may write to"
-            ) from exc
+        remedy = "choose a file in a folder that exists and that you may write to"
+        with refusal_told(f"can't write {self.log.path}", remedy), open(self.log.path, "ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                # Ctrl-C reaches this process alone, and `stop` ends the children by the group.
+                start_new_session=True,
+            )
 
     def _options(self, private: PrivateFolder) -> list[str]:
         shown = self.repository if self._private else self.mirror.folder

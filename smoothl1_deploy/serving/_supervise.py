@@ -21,10 +21,9 @@ import numpy as np
 import onnx
 
 from .._artefact import check_spec, read_model, signature
-from .._files import check_writable, write_atomic
+from .._files import check_writable, refusal_told, write_atomic
 from .._floats import NUMPY_DTYPE, Array, dtype_name, ulp_distance
 from .._model import axes_of, inputs_of
-from .._spec import LossSpec
 from ..errors import (
     ArtefactError,
     OutputError,
@@ -126,19 +125,15 @@ def make_canary(file: Path, model: str, version: str) -> Canary | None:
         return expected and Canary(model, version, inputs, expected, False)
     ports = signature(graph)
     check_spec(ports, spec)
-    roles = {role: inputs[port.name] for role, port in ports.inputs.items()}
+    number = with_beta(spec, _BETA) if spec.runtime_beta else spec
+    roles = {role: inputs[ports.inputs[role].name] for role in number.inputs}
     try:
-        return Canary(model, version, inputs, _exact(spec, roles), True)
+        return Canary(model, version, inputs, exact_outputs(number, **roles), True)
     except (TypeError, ValueError) as exc:  # the oracle refuses the dtypes, or the shapes
         raise ArtefactError(
             f"the model's metadata say that it computes {spec.to_dict()}, and its inputs don't fit "
             f"that ({exc}); delete its entry {SPEC}, or export the loss again"
         ) from exc
-
-
-def _exact(spec: LossSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    number = with_beta(spec, _BETA) if spec.runtime_beta else spec
-    return exact_outputs(number, **{role: x for role, x in inputs.items() if role != "beta"})
 
 
 def _evaluated(graph: onnx.ModelProto, inputs: Mapping[str, Array]) -> Any:
@@ -456,10 +451,8 @@ def _ready_facts(path: Path) -> dict[str, Any]:
 
 
 def _remove(path: Path) -> None:
-    try:
+    with refusal_told(f"can't remove {path}", "remove it by hand"):
         path.unlink(missing_ok=True)
-    except OSError as exc:
-        raise OutputError(f"can't remove {path}: {reason_of(exc)}; remove it by hand") from exc
 
 
 def _runs(facts: Mapping[str, Any]) -> bool:
@@ -493,12 +486,8 @@ class Events:
     WARNINGS = ("canary_failed", "refused", "reload_failed", "version_refused")
 
     def __init__(self, path: Path) -> None:
-        try:
+        with refusal_told(f"can't write {path}", "choose another folder with --logs"):
             self._file = path.open("ab", buffering=0)
-        except OSError as exc:
-            raise OutputError(
-                f"can't write {path}: {exc.strerror or exc}; choose another folder with --logs"
-            ) from exc
 
     def record(self, event: str, **fields: Any) -> None:
         """Add one event with its fields."""

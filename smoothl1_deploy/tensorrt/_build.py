@@ -12,7 +12,6 @@ an interrupt reaches the waiting thread, which asks the monitor to stop the buil
 
 from __future__ import annotations
 
-import datetime
 import os
 import threading
 import time
@@ -25,6 +24,7 @@ import onnx
 
 from .. import __version__
 from .._artefact import ModelSource, read_model, sha256
+from .._environment import now
 from .._files import check_writable, is_same
 from ..errors import BuildError, OutputError, SpecError, UnsupportedError
 from ..graph._metadata import CHANGED, is_changed, read_spec, warn_if_changed
@@ -217,7 +217,7 @@ def _build(
         gpu=current_gpu(),
         gpu_dependent=key.gpu is not None,
         build_seconds=round(time.monotonic() - start, 3),
-        built_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        built_at=now(),
         tool_version=__version__,
     )
     return data, sidecar

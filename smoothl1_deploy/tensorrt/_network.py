@@ -337,8 +337,7 @@ def _divide_towards_zero(a: Array, b: Array) -> Array:
     """Integer division as C has it; numpy's rounds down."""
     quotient = np.floor_divide(a, b)
     inexact = quotient * b != a
-    back: Array = quotient + (inexact & ((a < 0) != (b < 0))).astype(quotient.dtype)
-    return back
+    return np.asarray(quotient + (inexact & ((a < 0) != (b < 0))).astype(quotient.dtype))
 
 
 #: Operations that numpy rounds once in every dtype.

@@ -16,18 +16,14 @@ from ..errors import ArtefactError, BuildError, UnsupportedError
 from ._flavour import Flavour, tidy
 from ._prepare import prepare
 
+#: The names that TensorRT's DataType and ONNX' have in common.
+_ALIKE = ("FLOAT", "INT8", "UINT8", "INT32", "INT64", "BOOL", "INT4")
 #: ONNX element type -> the name of TensorRT's DataType.
 _DATA_TYPE: dict[int, str] = {
-    TensorProto.FLOAT: "FLOAT",
+    **{TensorProto.DataType.Value(name): name for name in _ALIKE},
     TensorProto.FLOAT16: "HALF",
     TensorProto.BFLOAT16: "BF16",
-    TensorProto.INT8: "INT8",
-    TensorProto.UINT8: "UINT8",
-    TensorProto.INT32: "INT32",
-    TensorProto.INT64: "INT64",
-    TensorProto.BOOL: "BOOL",
     TensorProto.FLOAT8E4M3FN: "FP8",
-    TensorProto.INT4: "INT4",
     TensorProto.FLOAT4E2M1: "FP4",
 }
 
@@ -173,10 +169,9 @@ def serialized(model: onnx.ModelProto) -> bytes:
         ArtefactError: for more than protobuf's 2 GiB.
     """
     try:
-        data: bytes = model.SerializeToString(deterministic=True)
+        return bytes(model.SerializeToString(deterministic=True))
     except ValueError as exc:
         raise ArtefactError(f"the model can't be serialised for TensorRT's parser: {exc}") from exc
-    return data
 
 
 def _parser_error(parser: Any, flavour: Flavour, logged: str) -> BuildError:

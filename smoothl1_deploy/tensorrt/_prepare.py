@@ -26,7 +26,6 @@ from .._model import (
     node_label,
     scopes,
 )
-from .._spec import LossSpec
 from ..errors import ArtefactError, UnsupportedError
 from ..graph._metadata import HASH, ROUTE, SERVED, SPEC, VERSION
 
@@ -38,13 +37,6 @@ _REMEDY = (
 _OF_THE_EXPORT = frozenset({SPEC, ROUTE, VERSION, HASH, SERVED})
 #: Attributes of standard operators that hold the element type of an output.
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "stash_type"})
-
-
-def refuses(spec: LossSpec) -> str | None:
-    """Why TensorRT can't carry out `spec` faithfully; None where it can."""
-    if spec.dtype == "float64":
-        return "TensorRT has no float64; its parser would narrow the loss to float32"
-    return None
 
 
 def prepare(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
@@ -169,10 +161,9 @@ def _value(tensor: TensorProto, where: str) -> Array:
         ArtefactError: where there are not as many as its shape says.
     """
     try:
-        value: Array = numpy_helper.to_array(tensor)
+        return np.asarray(numpy_helper.to_array(tensor))
     except ValueError as exc:
         raise ArtefactError(f"the constant {where!r} can't be read: {exc}") from exc
-    return value
 
 
 def _check_nodes(scope: Scope) -> None:

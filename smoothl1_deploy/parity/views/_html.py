@@ -145,11 +145,6 @@ def _label(cell: Cell) -> str:
     return f"{where}{verdict}, {measured}, PyTorch {cell.torch_ulp}, allowed {cell.allowed}"
 
 
-def _shown(cells: Sequence[Cell]) -> Cell:
-    """The cell that stands for several."""
-    return representative(cells) or cells[0]
-
-
 # --- the plot of error against size
 
 _WIDTH, _HEIGHT = 460, 250  # the area between the axes
@@ -256,7 +251,7 @@ def _of_report(report: Report) -> dict[str, Any]:
         summary=report.summary,
         cells=paneled,
         anchor=lambda cell: ids[id(cell)],
-        shown=_shown,
+        shown=lambda cells: representative(cells) or cells[0],  # the one that stands for several
         label=_label,
         repeat=lambda cell: repeat_command(cell, report.seed),
         maps=maps(report),
