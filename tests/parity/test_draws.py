@@ -122,7 +122,7 @@ RED = [
     next(
         d.number
         for d in ALL
-        if d.cases[0].family == "nan" and d.spec.is_of_torch and d.route == "inlined"
+        if d.cases[0].family == "nan" and not d.spec.runtime_beta and d.route == "inlined"
     ),
 ]
 
