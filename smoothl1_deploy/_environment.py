@@ -63,10 +63,9 @@ def version_of(package: str) -> str | None:
     """The version of an installed package; None where it is not installed."""
     import importlib.metadata
 
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _processor() -> str:

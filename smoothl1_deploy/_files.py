@@ -211,10 +211,9 @@ def create(part: Path, target: Path) -> int:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return os.stat(path)
-    except FileNotFoundError:
-        return None
+    return None
 
 
 def _adopt(handle: int, there: os.stat_result | None) -> None:

@@ -120,8 +120,7 @@ def read_named(
     """
     check_file(path, b"PK", f"an .npz file; {remedy}")
     with damage_told(str(path), remedy), np.load(path, allow_pickle=False) as archive:
-        absent = [name for name in required if name not in archive.files]
-        if absent:
+        if absent := [name for name in required if name not in archive.files]:
             raise InvalidInputError(
                 f"{path} has no array called {' or '.join(absent)}, only "
                 f"{', '.join(archive.files) or 'nothing'}; {remedy}"

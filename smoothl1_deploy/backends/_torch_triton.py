@@ -60,8 +60,7 @@ class TorchTritonRunner(GpuRunner):
         super().__init__(model, device)
         self._check_exported("torch-triton", "ort-cuda")
         assert self.spec is not None
-        reason = _refusal(self.spec)
-        if reason:
+        if reason := _refusal(self.spec):
             raise UnsupportedError(reason)
         self._prepare = partial(_prepare, fused, self.spec)
         self._remembered = lru_cache(REMEMBERED)(self._prepare)

@@ -97,8 +97,7 @@ def _arrays(
         files = {"input": alone[0], "target": target}
     if data is not None:
         return read_named(data, {}, known, ARCHIVE_REMEDY)
-    unknown = [name for name in files if name not in known]
-    if unknown:
+    if unknown := [name for name in files if name not in known]:
         raise InvalidInputError(
             f"no input {', '.join(unknown)}; the two take {', '.join(dtypes) or 'none'}"
         )

@@ -131,10 +131,9 @@ def _here(parts: Iterable[Part], gpu: object) -> set[str]:
 
 def _is_found(module: str) -> bool:
     """Whether it is installed; to import all of them takes ten seconds."""
-    try:
+    with contextlib.suppress(ImportError, ValueError):
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
+    return False
 
 
 def _groups(parts: Iterable[Part], here: set[str]) -> dict[str, dict[str, list[str]]]:

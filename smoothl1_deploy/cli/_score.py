@@ -231,8 +231,7 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
 
         def show(progress: Progress) -> None:
             bar.update(task, completed=progress.done, total=progress.total, shard=progress.shard)
-            speed = bar.tasks[0].speed
-            if speed:
+            if speed := bar.tasks[0].speed:
                 bar.update(task, rate=f"{_rate(speed)} elements/s")
 
         yield show

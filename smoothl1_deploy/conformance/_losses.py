@@ -152,8 +152,7 @@ def find_loss(name: str) -> Loss:
         MissingDependencyError: where what it lives on isn't installed.
     """
     if name in LOSSES:
-        lacking = " ".join(k for k, version in versions_of(name).items() if version is None)
-        if lacking:
+        if lacking := " ".join(k for k, version in versions_of(name).items() if version is None):
             raise MissingDependencyError(
                 f"the loss {name} needs what is not installed. Install it with: pip install "
                 f"{lacking}"

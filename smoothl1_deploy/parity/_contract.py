@@ -194,8 +194,7 @@ def _torch(probe: _Probe) -> Array:
 def _ours(backend: str, probe: _Probe) -> Array:
     spec = probe.spec()
     chosen = get_backend(backend, threads=1)
-    reason = chosen.refuses(spec)
-    if reason:
+    if reason := chosen.refuses(spec):
         raise UnsupportedError(reason)
     shape, target_shape = probe.axes
     model = export(spec, shape=shape, target_shape=target_shape)

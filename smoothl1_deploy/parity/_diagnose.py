@@ -123,8 +123,7 @@ def _named(fault: Fault, why: str, replies: Sequence[Reply]) -> Diagnosis:
 def _formula(subject: Subject) -> Iterator[Diagnosis]:
     """What is wrong with formula, reduction or format; nothing where all three are right."""
     spec, replies = subject.spec, subject.ordinary
-    errors = [reply for reply in replies if reply.error]
-    if errors:
+    if errors := [reply for reply in replies if reply.error]:
         what = f"{len(errors)} of {len(replies)} ordinary inputs gave an error: {errors[0].error}"
         yield _named(Fault.NO_ANSWER, what, errors)
         return

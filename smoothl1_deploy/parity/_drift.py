@@ -137,8 +137,7 @@ def artefact_drift(
         if is_broadcast:
             shapes, layout = ((1, *shapes[0][1:]), *shapes[1:]), f"1 of {layout}"
         case = Case.at(family, layout, plan.by_role(shapes), seed)
-        names = _outputs(spec, case)
-        if names:
+        if names := _outputs(spec, case):
             refs = References.of(spec, case)
             # That the rank of a loss is wrong is seen in the cases.
             runners = (runner, *others)

@@ -229,8 +229,7 @@ def verify_loss(
             "say it by a spec: beta, reduction, and whatever else it computes"
         )
     check_spec(runner.signature, expected)
-    reason = chosen.refuses(expected)
-    if reason:
+    if reason := chosen.refuses(expected):
         raise UnsupportedError(reason)
     # A bound is proved for our own graphs alone.
     accumulator = chosen.accumulator if runner.exported else None

@@ -164,8 +164,7 @@ def _check_comparable(before: ModelRunner, now: ModelRunner) -> None:
         ("input", before.inputs, now.inputs),
         ("output", before.outputs, now.outputs),
     ):
-        lacking = [name for name in old if name not in new]
-        if lacking:
+        if lacking := [name for name in old if name not in new]:
             raise ArtefactError(
                 f"the model has no {kind} {', '.join(lacking)}, which the one that it is held "
                 "against has; give the model that the losses were attached to, or leave it out"

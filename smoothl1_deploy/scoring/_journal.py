@@ -85,11 +85,10 @@ def _paths(shard: Shard) -> list[str]:
 
 def _identity(path: str) -> list[int]:
     """What changes when a file does; the change time can't be set back by a user."""
-    try:
+    with contextlib.suppress(OSError):  # it is gone
         stat = os.stat(path)
-    except OSError:  # it is gone
-        return []
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    return []
 
 
 def _locked(path: Path) -> FileIO:

@@ -155,8 +155,7 @@ def _arrays(batch: Any, inputs: Collection[str]) -> dict[str, Any]:
             )
         return {name: as_array(value, name) for name, value in batch.items()}
     if isinstance(batch, Mapping):
-        unknown = sorted(str(key) for key in {*batch} - {*_ROLES})
-        if unknown:
+        if unknown := sorted(str(key) for key in {*batch} - {*_ROLES}):
             raise InvalidInputError(
                 f"it has {', '.join(unknown)}; a mapping has input, target and, for a spec with "
                 "them, weight and mask"
@@ -168,8 +167,7 @@ def _arrays(batch: Any, inputs: Collection[str]) -> dict[str, Any]:
         raise InvalidInputError(
             f"a {type(batch).__name__} is no batch; give (input, target) or a mapping"
         )
-    absent = [role for role in _ROLES[:2] if role not in given]
-    if absent:
+    if absent := [role for role in _ROLES[:2] if role not in given]:
         raise InvalidInputError(f"{' and '.join(absent)} is missing")
     return {role: as_array(value, role) for role, value in given.items()}
 

@@ -175,8 +175,7 @@ class _Mirror:
             ("initial_state", "data_file", starts),
         ):
             for message in messages:
-                given = getattr(message, field)
-                if given:
+                if given := getattr(message, field):
                     setattr(message, field, self._ours(given))
                     link = folder / beside / self._ours(given)
                     source = visit.folder / beside / given

@@ -113,11 +113,10 @@ def _remove_if_left(path: Path) -> None:
     except OSError:
         return  # the folder is gone or another user's, or it is no folder
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_uid == os.geteuid():
-            _remove(path)
-    except BlockingIOError:
-        pass  # its server runs
+        with contextlib.suppress(BlockingIOError):  # its server runs
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_uid == os.geteuid():
+                _remove(path)
     finally:
         os.close(lock)
 

@@ -388,12 +388,11 @@ class Server:
         with contextlib.closing(HttpTransport(self.addresses.http, False, 1.0, 0)) as transport:
             if not transport.is_live():
                 return False
-        try:  # the port of the metrics is the last one that Triton listens on
+        with contextlib.suppress(OSError):  # Triton listens on the port of the metrics last
             port = int(self.addresses.metrics.rpartition(":")[2])
             socket.create_connection((self.host, port), 1.0).close()
-        except OSError:
-            return False
-        return True
+            return True
+        return False
 
     def leave_out(self, model: str, reason: str) -> None:
         """Serve a model no more, for a reason."""

@@ -324,11 +324,10 @@ class HttpTransport(Transport):
 
     def is_live(self) -> bool:
         """Whether there is a server that says it lives."""
-        try:
+        with contextlib.suppress(ArtefactError, InvalidInputError, ServerError):
             self._tried(self._ask, "GET", "health/live")
-        except (ArtefactError, InvalidInputError, ServerError):
-            return False
-        return True
+            return True
+        return False
 
     def _metadata(self, due: float, model: str, version: str) -> Any:
         return self._json(self._ask(due, "GET", _path(model, version))[0])

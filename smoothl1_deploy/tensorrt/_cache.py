@@ -102,13 +102,11 @@ class EngineCache:
         Of all threads and processes that ask for one key at a time, one builds; the others wait
         and take its engine.
         """
-        found = self.get(key)
-        if found is not None:
+        if found := self.get(key):
             return found
         path = self.path(key)
         with self._locked(key.digest):
-            found = self.get(key)
-            if found is not None:
+            if found := self.get(key):
                 return found
             damaged, near = path.exists(), self.nearest(key)
             data, sidecar = build()

@@ -298,8 +298,7 @@ def read_engine(path: str | Path, flavour: str | Flavour = "auto") -> Engine:
     engine = read_verified(Path(path))
     here = _runtime_flavour(engine, flavour)
     # That this machine's GPU is another is nothing wrong with the file.
-    found = [name for name in diagnose(engine.data, here) if name in _OF_THE_FILE]
-    if found:
+    if found := [name for name in diagnose(engine.data, here) if name in _OF_THE_FILE]:
         raise ArtefactError(
             f"{path} is no engine of {here}: {', '.join(found)}; build it again for this version"
         )

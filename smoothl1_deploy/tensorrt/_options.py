@@ -71,8 +71,7 @@ class BuildOptions(Record):
             SpecError: on an unknown field that was used, or a bad value.
         """
         known = {field.name for field in fields(cls)}
-        unknown = sorted(name for name in set(values) - known if values[name])
-        if unknown:
+        if unknown := sorted(name for name in set(values) - known if values[name]):
             raise SpecError(
                 f"unknown build option(s) {', '.join(unknown)}, of another version of "
                 "smoothl1-deploy"

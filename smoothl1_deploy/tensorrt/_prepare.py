@@ -211,8 +211,7 @@ def _check_calls(model: onnx.ModelProto) -> None:
     for scope in scopes(model):
         for node in scope.nodes:
             needed = needs.get((node.domain, node.op_type, node.overload), set())
-            lacking = sorted(needed - {attribute.name for attribute in node.attribute})
-            if lacking:
+            if lacking := sorted(needed - {attribute.name for attribute in node.attribute}):
                 raise ArtefactError(
                     f"the node {scope.where}{node_label(node)!r} calls {node.op_type} without the "
                     f"attribute(s) {', '.join(lacking)}, which TensorRT would not notice"

@@ -157,8 +157,7 @@ def not_run(found: Report | Verification | ModelVerification) -> Iterator[tuple[
     if "trt" not in ran:
         built = found.summary["builds"] - found.summary["red_builds"]
         yield "TensorRT engines", f"{built or 'none'} built, none executed"
-    reasons = [cell.refused for cell in found.cells if cell.refused is not None]
-    if reasons:
+    if reasons := [cell.refused for cell in found.cells if cell.refused is not None]:
         yield plural(len(reasons), "cell"), "; ".join(dict.fromkeys(reasons))
     yield from (("left out", note) for note in found.notes if note.startswith("left out"))
 
