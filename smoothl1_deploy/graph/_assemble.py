@@ -96,6 +96,10 @@ class Assembly:
         if self._spec.weight:
             shape = self._add("Shape", [self._tensors["weight"]], "weight_shape")
             difference = self._add("Expand", [difference, shape], "differences_whole")
+        if self._spec.beta_shape:
+            sizes = numpy_helper.from_array(np.array(self._spec.beta_shape, np.int64))
+            shape = self._add("Constant", [], "beta_shape", value=sizes)
+            difference = self._add("Expand", [difference, shape], "differences_of_betas")
         self._rounded(self._selected(difference, self._element), self._element, "differences")
 
     def _assemble(self, summed_axes: tuple[int, ...] | None) -> None:
@@ -764,7 +768,7 @@ def _with_elements(
         named = {**tensors, "loss": tensors["losses"]}
         more = nodes_of(spec.of_elements, named, summed_axes=(), prefix=within, inlined=inlined)
     else:
-        known = replace(spec, beta=1.0, delta=None, runtime_beta=False)  # of which it asks nothing
+        known = spec.at(np.ones(spec.beta_shape))  # of which it asks nothing but the shape
         difference = Assembly(known, tensors, prefix=within, differences=True)
         more = difference.nodes, [], function_closure(difference.used)
     names = {function.name for function in found[2]}

@@ -123,10 +123,11 @@ def eager_tensors(
             each = spec.loss_weight * _eager_loss(spec.of_elements, operands, None)
             outputs["losses"] = each.detach()
         elif spec.elements:
-            x_, t_, *others = torch.broadcast_tensors(*operands.values())  # type: ignore[no-untyped-call]
-            difference = (x_ - t_).detach()
+            whole = torch.broadcast_tensors(*operands.values())  # type: ignore[no-untyped-call]
+            named = dict(zip(operands, whole, strict=True))
+            difference = (named["input"] - named["target"]).detach()
             outputs["differences"] = (
-                difference.masked_fill(~others[-1], 0) if spec.mask else difference
+                difference.masked_fill(~named["mask"], 0) if spec.mask else difference
             )
         if spec.gradient:
             upstream = torch.ones_like(loss) if grad_output is None else grad_output

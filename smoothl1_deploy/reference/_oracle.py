@@ -291,7 +291,8 @@ def exact_outputs(
     if spec.elements == "losses":
         exact["losses"] = oracle(spec.of_elements, input, target, **operands)
     elif spec.elements:
-        whole = np.broadcast_shapes(input.shape, *(a.shape for a in (target, *operands.values())))
+        given = (a.shape for a in (input, target, *operands.values()))
+        whole = np.broadcast_shapes(*given, spec.beta_shape)
         a, b = (x.astype(wide_dtype(spec.dtype)) for x in selected(input, target, **more))
         with np.errstate(all="ignore"):
             exact["differences"] = round_to(np.broadcast_to(a - b, whole), spec.dtype)

@@ -84,6 +84,20 @@ def test_betas_may_enlarge_the_losses_as_an_operand_does() -> None:
         np.testing.assert_array_equal(found["grad_input"], [2, -1.5, 1.25])
 
 
+def test_the_elements_beside_a_loss_have_its_whole_shape() -> None:
+    for elements in ("losses", "differences"):
+        spec = LossSpec([[0.0], [1.0]], elements=elements, mask=True, weight="count")
+        assert verify(export(spec), drift=False), elements
+        found = load(export(spec, shape=("N",))).run(
+            np.float32([2, 1, 0.5]),
+            np.zeros(3, "f4"),
+            weight=np.ones(3, "f4"),
+            mask=X[0, 0, 0, :3] < 9,
+        )
+        right = {"losses": [[2, 1, 0.5], [1.5, 0.5, 0.125]], "differences": [[2, 1, 0.5]] * 2}
+        np.testing.assert_array_equal(found[elements], right[elements])
+
+
 def test_verify_holds_them_against_pytorch_and_sees_where_one_is_another() -> None:
     spec = LossSpec([0.0, 0.5, 1.0, math.inf], per_sample=True, gradient=True)
     for model in (export(spec), export(spec, "inlined", shape=("N", "C"))):
