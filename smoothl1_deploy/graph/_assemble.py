@@ -621,7 +621,7 @@ class _Part(Assembly):
         self._axes, is_double = self._tensors.get("axes", ""), self._spec.dtype == "float64"
         total = self._total = self._added_up(losses, "sum", is_double)
         if self._spec.weight:
-            total = self._add("WithoutNegativeZero", [total], "total_signed")
+            total = self._add("WithoutNegativeZero", [total], "sum_signed")
         self._unless_no_beta(total)
         self._name_last("total")
         count = self._new_count(losses)
