@@ -325,7 +325,6 @@ class Assembly:
         for_all += ["factor"] * self._has_factor
         for_all += ["mean"] * (spec.reduction == "mean")
         is_alone = spec.dtype == "float64" or spec.weight == "weights" or not is_summed
-        is_alone |= bool(spec.beta_shape)
         if spec.mask or spec.divisor or (by_loss and is_alone) or (is_summed and spec.beta_shape):
             # Of scalars, ONNX Runtime (1.31) makes an invalid graph where it drops a division by 1.
             divisors = slope_scalars(spec.effective_beta)[-1][1]

@@ -57,6 +57,14 @@ def test_each_channel_has_the_loss_of_its_own_beta(loss: str, backend: str) -> N
         np.testing.assert_allclose(mean["loss"], losses.mean(dtype="f8"), rtol=1e-6)
 
 
+def test_a_slope_of_negative_zero_keeps_its_sign() -> None:
+    """In PyTorch's too: a sum over the modules of each beta would be 0."""
+    zeros = np.float32([-0.0, -0.0])
+    for backend in ("ort-cpu", "torch"):
+        model = export(LossSpec([0.5, 2.0], "none", gradient=True))
+        assert np.signbit(load(model, backend).run(zeros, -zeros)["grad_input"]).all()
+
+
 def test_betas_that_are_all_one_number_have_its_loss_in_every_bit() -> None:
     for dtype, beta in (("float32", 0.3), ("float64", 0.3), ("float16", 1e-42), ("float32", 0.0)):
         pair = X.astype(dtype), Y.astype(dtype)

@@ -349,6 +349,13 @@ def test_a_gradient_that_cancels_to_nothing_is_zero() -> None:
     assert (float(got[0, 0]), np.signbit(got[0, 0])) == (0.0, False)
 
 
+def test_slopes_by_other_betas_that_cancel_are_exact() -> None:
+    """0.25 / 0.5 and -0.5 / 1 leave of 3e-17 / 3 what long double can't hold beside them."""
+    spec = LossSpec([[0.5], [1.0], [3.0]], "sum", "float64", gradient=True)
+    got = oracle_gradient(spec, np.zeros((1, 1)), np.array([[-0.25], [0.5], [-3e-17]]))
+    assert float(got[0, 0]) == float(Fraction(3e-17) / 3)
+
+
 def test_products_that_no_float_holds_are_added_exactly() -> None:
     """A million factors of many magnitudes, and their negatives, leave the one that is alone."""
     rng = np.random.default_rng(3)
