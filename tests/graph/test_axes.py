@@ -94,7 +94,7 @@ def test_an_anomaly_map_comes_out_of_the_model_itself() -> None:
 
 def test_a_server_batches_rows_that_are_not_mixed() -> None:
     for axes, batches in (((1,), True), ((2, 3), True), ((0,), False), ((-1,), True)):
-        served = serve(export(LossSpec(axes=axes), "inlined", shape=("N", 3, 6, 5)))
+        served = serve(export(LossSpec(axes=axes), "inlined", shape=("N", "C", 6, 5)))
         assert (served.unbatched is None) == batches, axes
 
 
