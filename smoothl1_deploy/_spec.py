@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import math
 import numbers
+import reprlib
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -126,7 +127,7 @@ def _valid_knees(name: str, value: Any, axes: int = _MOST_AXES) -> Any:
     if len({*map(_shape_of, parts)}) != 1:
         raise SpecError(
             f"{name} must be a number or an array of at least one, whose rows are as long as each "
-            "other; give a numpy array, for instance"
+            f"other, got {reprlib.repr(value)}; give a numpy array, for instance"
         )
     return parts
 

@@ -267,7 +267,7 @@ def test_what_it_refuses() -> None:
     backend = TorchTritonBackend()
     for spec, reason in (
         (LossSpec(gradient=True), "computes the loss, and no gradient"),
-        (LossSpec(weight="count"), "takes no weight"),
+        (LossSpec(weight="count"), "and no weight, mask or divisor"),
     ):
         assert reason in str(backend.refuses(spec))
         with pytest.raises(UnsupportedError, match=reason):

@@ -250,7 +250,11 @@ def test_what_can_t_be_compared_is_refused() -> None:
         (mixed, {}, "'y_hat' as float32 and 'y' as float64"),
         (theirs(), {"spec": float64}, "takes float32, the spec says float64"),
         (theirs(), {"spec": weighs}, "takes input, target, the spec input, target, weight"),
-        (theirs(), {"spec": LossSpec(gradient=True)}, "an output grad_input, and the model none of that name"),
+        (
+            theirs(),
+            {"spec": LossSpec(gradient=True)},
+            "an output grad_input, and the model none of that name",
+        ),
     ]
     for model, options, message in refused:
         with pytest.raises(ArtefactError, match=message):
