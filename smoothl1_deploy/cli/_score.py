@@ -26,7 +26,7 @@ _ENGINES = ("local", "ray")
 
 
 @takes_spec(
-    *("gradient", "upstream", "runtime_beta", "weight", "mask", "divisor", "loss"),
+    *("gradient", "upstream", "runtime_beta", "weight", "mask", "divisor", "elements", "loss"),
     reduction=REDUCTIONS[1:],
 )
 def score(

@@ -240,7 +240,14 @@ def _judged(loss: Loss, tensors: Mapping[str, Array]) -> dict[str, Verdict]:
     alike = torch_alike("normal", spec)
     return {
         tensor: compare(
-            spec, tensors[tensor], torch[role], exact[role], x, t, role, torch_alike=alike[role]
+            spec,
+            tensors[tensor],
+            torch[role],
+            exact[role],
+            x,
+            t,
+            role,
+            torch_alike=alike.get(role, 0),
         )
         for role, tensor in loss.outputs.items()
     }

@@ -160,11 +160,7 @@ def _job_of_spec(spec: LossSpec, backend: str, threads: int) -> Job:
 
 def _added_up(spec: LossSpec) -> LossSpec:
     """What runs, so that nothing is rounded between an element, or a score, and the result."""
-    if spec.per_sample:
-        return spec
-    return replace(
-        spec, axes=None, reduction="none", weight="count" if spec.weight else None, empty="nan"
-    )
+    return replace(spec, elements=None) if spec.per_sample else spec.of_elements
 
 
 def attached_loss(model: onnx.ModelProto, name: str | None = None) -> Loss | None:

@@ -54,6 +54,12 @@ def test_it_is_verified_attached_and_scored_beside() -> None:
     found = run(attach(head, "y", "t", spec), {"x": X, "t": Y})
     right = load(export(LossSpec(0.5, "none"))).run(-X, Y)["loss"]
     np.testing.assert_allclose(found["losses"], right, rtol=2e-7)
+    for elements in ("losses", "differences"):
+        both = LossSpec(0.5, elements=elements, gradient=True)
+        assert verify(attach(head, "y", "t", both))
+        scored = loss_over([{"x": X, "t": Y}], artefact=attach(head, "y", "t", both)).loss
+        np.testing.assert_allclose(scored, right.mean(), rtol=1e-6)
+        assert loss_over([(-X, Y)], LossSpec(0.5, elements=elements)).loss == scored
     batch = [{"input": X, "target": Y}]
     scored = loss_over(batch, artefact=export(spec, shape=("N", 5))).loss
     np.testing.assert_allclose(scored, loss_over(batch, LossSpec(0.5)).loss, rtol=1e-6)
