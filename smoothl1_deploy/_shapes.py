@@ -10,7 +10,7 @@ from .errors import SpecError
 Dim = int | str
 Shape = tuple[Dim, ...]
 
-_MOST_AXES = 64  # what numpy and PyTorch have at most
+MOST_AXES = 64  # what numpy and PyTorch have at most
 _MOST_ELEMENTS = 1 << 60  # of 8 bytes each, which a signed 64-bit offset still reaches
 _REMEDY = "give integers >= 0 for fixed axes and identifiers for dynamic ones, as in ('N', 16)"
 
@@ -42,10 +42,10 @@ def check_size(shape: Shape, what: str = "shape") -> Shape:
             tensor, and an element count in int64 may overflow to a small one.
     """
     elements = math.prod(dim for dim in shape if isinstance(dim, int) and dim)
-    if len(shape) > _MOST_AXES or elements > _MOST_ELEMENTS:
+    if len(shape) > MOST_AXES or elements > _MOST_ELEMENTS:
         raise SpecError(
             f"{what} {shape!r} has {len(shape)} axes and at least {elements:,} elements; no tensor "
-            f"has more than {_MOST_AXES} axes or 2^60 elements"
+            f"has more than {MOST_AXES} axes or 2^60 elements"
         )
     return shape
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from ._shapes import broadcast, describe
+from ._shapes import MOST_AXES, broadcast, describe
 from .errors import SpecError
 
 _Shape = TypeVar("_Shape", tuple[int, ...], tuple[int | str, ...] | None)
@@ -31,8 +31,6 @@ REDUCTIONS = ("none", "mean", "sum")
 
 #: The losses by name; `l1` is `smooth_l1` with beta 0.
 LOSSES = ("smooth_l1", "huber", "l1")
-
-_MOST_AXES = 64  # what numpy and PyTorch have at most
 
 #: How a spec becomes ONNX.
 ROUTES = ("function", "inlined", "torch")
@@ -115,14 +113,14 @@ def _valid_number(name: str, value: Any) -> float:
     return number + 0.0  # -0.0 becomes 0.0, so that equal specs have equal names
 
 
-def _valid_knees(name: str, value: Any, axes: int = _MOST_AXES) -> Any:
+def _valid_knees(name: str, value: Any, axes: int = MOST_AXES) -> Any:
     """A number, or those of an array, a tensor or a list as nested tuples."""
     if hasattr(value, "tolist") and hasattr(value, "__len__"):  # not a number of numpy's
         value = value.tolist()
     if not isinstance(value, (list, tuple)):
         return _valid_number(name, value)
     if not axes:
-        raise SpecError(f"{name} has more than {_MOST_AXES} axes; give an array of fewer")
+        raise SpecError(f"{name} has more than {MOST_AXES} axes; give an array of fewer")
     parts = tuple(_valid_knees(name, part, axes - 1) for part in value)
     if len({*map(_shape_of, parts)}) != 1:
         raise SpecError(
@@ -363,7 +361,7 @@ class LossSpec:
         """The spec of a loss as people have it: a module, or a function with its arguments.
 
         Nothing is imported to recognise it. mmdetection's mean of nothing is 0, and so is fvcore's,
-        where PyTorch's, and the spec's, is NaN.
+        where PyTorch's is NaN, and the spec's without `empty="zero"`.
 
         Args:
             module: a `torch.nn.SmoothL1Loss`, `HuberLoss` or `L1Loss`, or a subclass; a module

@@ -71,7 +71,8 @@ def parity(
         dtype: Repeat for more.
         route: Repeat for more.
         backend: Repeat for more; by default all that can be used here.
-        extensions: Also per_sample, gradient, runtime_beta, weight, Huber's loss, a factor.
+        extensions: Also what torch.nn.SmoothL1Loss has no argument for: gradients, weights, masks,
+            axes, Huber's loss and the others.
         extensions_only: The extensions alone.
     """
     from ..parity._matrix import DRAWS, QUICK_DRAWS, Matrix, MatrixInterrupted, run_matrix

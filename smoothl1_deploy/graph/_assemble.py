@@ -64,7 +64,6 @@ class Assembly:
         summed_axes: tuple[int, ...] | None = None,
         prefix: str = "",
         inlined: bool = False,
-        differences: bool = False,
     ) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.used: list[str] = []
@@ -84,31 +83,14 @@ class Assembly:
         self._counts_rows &= spec.reduction == "mean" and not spec.divisor
         is_narrow = self._element == TensorProto.FLOAT and not spec.gradient
         self._is_added = is_narrow and spec.reduction != "none" and _has_attribute(spec)
-        if differences:
-            self._differences()
-        else:
-            self._assemble(summed_axes)
-
-    def _differences(self) -> None:
-        """Input less target, in the spec's dtype."""
-        pair = [self._widened(self._tensors[name], name) for name in ("input", "target")]
-        difference = self._add("Sub", pair, "difference")
-        if self._spec.weight:
-            shape = self._add("Shape", [self._tensors["weight"]], "weight_shape")
-            difference = self._add("Expand", [difference, shape], "differences_whole")
-        if self._spec.beta_shape:
-            sizes = numpy_helper.from_array(np.array(self._spec.beta_shape, np.int64))
-            shape = self._add("Constant", [], "beta_shape", value=sizes)
-            difference = self._add("Expand", [difference, shape], "differences_of_betas")
-        self._rounded(self._selected(difference, self._element), self._element, "differences")
+        self._assemble(summed_axes)
 
     def _assemble(self, summed_axes: tuple[int, ...] | None) -> None:
         spec = self._spec
         self._take_operands()
         losses = self._losses()
         if spec.axes:
-            axes = numpy_helper.from_array(np.array(spec.axes, np.int64))
-            self._axes = self._add("Constant", [], "axes", value=axes)
+            self._axes = self._integers("axes", spec.axes)
             if min(spec.axes) < 0:  # of what is empty, ONNX Runtime (1.31) adds up over none such
                 rank = self._add("Size", [self._add("Shape", [losses], "whole_shape")], "rank")
                 self._axes = self._add("Mod", [self._axes, rank], "axes_from_0")
@@ -143,6 +125,10 @@ class Assembly:
 
     def _constant(self, name: str, value: Any, element: int = TensorProto.DOUBLE) -> str:
         tensor = helper.make_tensor(name, element, np.shape(value), np.ravel(value))
+        return self._add("Constant", [], name, value=tensor)
+
+    def _integers(self, name: str, values: tuple[int, ...]) -> str:
+        tensor = numpy_helper.from_array(np.array(values, np.int64))
         return self._add("Constant", [], name, value=tensor)
 
     def _scalar_tensors(self) -> list[str] | None:
@@ -426,8 +412,7 @@ class Assembly:
         if axes is None:
             along = self._add("BroadcastAxes", [slope, self._data["input"]], "summed_axes")
         else:
-            tensor = numpy_helper.from_array(np.array(axes, np.int64))
-            along = self._add("Constant", [], "summed_axes", value=tensor)
+            along = self._integers("summed_axes", axes)
         total = self._add("CompensatedAxesSum", [slope, along], "slope_sum")
         shape = self._add("Shape", [self._data["input"]], "input_shape")
         return self._add("Reshape", [total, shape], "slope_summed", allowzero=1)
@@ -520,6 +505,21 @@ class Assembly:
         return self._cast(self._add("Size", [losses], "size"))
 
 
+class _Differences(Assembly):
+    """Input less target, in the spec's dtype and the shape of its element losses."""
+
+    def _assemble(self, summed_axes: tuple[int, ...] | None) -> None:
+        pair = [self._widened(self._tensors[name], name) for name in ("input", "target")]
+        difference = self._add("Sub", pair, "difference")
+        if self._spec.weight:
+            shape = self._add("Shape", [self._tensors["weight"]], "weight_shape")
+            difference = self._add("Expand", [difference, shape], "differences_whole")
+        if self._spec.beta_shape:
+            shape = self._integers("beta_shape", self._spec.beta_shape)
+            difference = self._add("Expand", [difference, shape], "differences_of_betas")
+        self._rounded(self._selected(difference, self._element), self._element, "differences")
+
+
 class _InParts(Assembly):
     """Nodes of a loss that has no name: `_Part`s, and what is left to do with a few numbers."""
 
@@ -533,8 +533,7 @@ class _InParts(Assembly):
         # A kernel counts for each row, whether or not the numbers differ.
         self._counts_rows = bool(spec.axes) and not spec.divisor
         if spec.axes:
-            axes = numpy_helper.from_array(np.array(spec.axes, np.int64))
-            self._axes = self._add("Constant", [], "axes", value=axes)
+            self._axes = self._integers("axes", spec.axes)
         if spec.reduction == "none":
             self._call("Elements", operands)
         else:
@@ -725,10 +724,11 @@ def nodes_of(
     """
     if spec.elements:
         return _with_elements(spec, tensors, summed_axes, rank, prefix, inlined)
-    if inlined or (spec.gradient and summed_axes != ()) or not _has_a_name(spec):
-        if spec.per_sample and rank and rank > 1 and not _has_a_name(spec):
+    has_a_name = _has_a_name(spec)
+    if inlined or (spec.gradient and summed_axes != ()) or not has_a_name:
+        if spec.per_sample and rank and rank > 1 and not has_a_name:
             spec = replace(spec, per_sample=False, axes=tuple(range(1, rank)))
-        in_parts = not (inlined or _has_a_name(spec)) and _has_parts(spec, summed_axes)
+        in_parts = not (inlined or has_a_name) and _has_parts(spec, summed_axes)
         kind = _InParts if in_parts else Assembly
         assembly = kind(spec, tensors, summed_axes=summed_axes, prefix=prefix, inlined=inlined)
         return assembly.nodes, [], [*function_closure(assembly.used), *assembly.parts]
@@ -768,7 +768,7 @@ def _with_elements(
         more = nodes_of(spec.of_elements, named, summed_axes=(), prefix=within, inlined=inlined)
     else:
         known = spec.at(np.ones(spec.beta_shape))  # of which it asks nothing but the shape
-        difference = Assembly(known, tensors, prefix=within, differences=True)
+        difference = _Differences(known, tensors, prefix=within)
         more = difference.nodes, [], function_closure(difference.used)
     names = {function.name for function in found[2]}
     functions = [*found[2], *(each for each in more[2] if each.name not in names)]

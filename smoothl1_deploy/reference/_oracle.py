@@ -80,8 +80,7 @@ def oracle(
     """
     _check_dtypes(spec, input, target, weight)
     wide = wide_dtype(spec.dtype)
-    given = [input, target] if weight is None else [input, target, weight]
-    arrays = _selected(mask, given)
+    arrays = _selected(mask, input, target, weight)
     shape = np.broadcast_shapes(arrays[0].shape, spec.beta_shape)
     flat = [_as_rows(spec, np.broadcast_to(array, shape)) for array in arrays]
     betas = _as_rows(spec, np.broadcast_to(spec.effective_beta, shape))
@@ -130,8 +129,9 @@ def _as_rows(spec: LossSpec, whole: Array) -> Array:
     return whole.transpose(*kept, *others).reshape(sizes)
 
 
-def _selected(mask: Array | None, arrays: Sequence[Array]) -> list[Array]:
-    """The arrays in the shape they broadcast to, with 0 in all where the mask leaves out."""
+def _selected(mask: Array | None, *given: Array | None) -> list[Array]:
+    """What is given in the shape it broadcasts to, with 0 in all where the mask leaves out."""
+    arrays = [array for array in given if array is not None]
     if mask is None:
         return [*np.broadcast_arrays(*arrays)]
     kept, *whole = np.broadcast_arrays(mask, *arrays)
@@ -230,8 +230,7 @@ def oracle_gradient(
     _check_dtypes(spec, input, target, weight, grad_output)
     wide, own_shape = wide_dtype(spec.dtype), input.shape
     if mask is not None:
-        given = [input, target] if weight is None else [input, target, weight]
-        input, target, *weights = _selected(mask, given)
+        input, target, *weights = _selected(mask, input, target, weight)
         weight = weights[0] if weights else None
     with np.errstate(all="ignore"):
         d = input.astype(wide) - target.astype(wide)
@@ -306,7 +305,7 @@ def selected(
 ) -> tuple[Array, Array]:
     """Input and target as a loss sees them: equal, and both 0, where the mask leaves out."""
     if mask is not None:
-        input, target = _selected(mask, [input, target])
+        input, target = _selected(mask, input, target)
     return input, target
 
 
