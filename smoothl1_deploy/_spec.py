@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from ._shapes import MOST_AXES, broadcast, describe
+from ._shapes import MOST_AXES, broadcast, check_shape, describe
 from .errors import SpecError
 
 _Shape = TypeVar("_Shape", tuple[int, ...], tuple[int | str, ...] | None)
@@ -172,6 +172,16 @@ def _valid_axes(axes: Any) -> tuple[int, ...]:
     return tuple(found)
 
 
+def _valid_sizes(shape: Any) -> tuple[int, ...]:
+    sizes = check_shape([shape] if isinstance(shape, int) else shape, "runtime_beta")
+    if not sizes or not all(isinstance(size, int) and size for size in sizes):
+        raise SpecError(
+            f"runtime_beta must be True, for a number, or an array's shape of sizes above 0, got "
+            f"{shape!r}; write runtime_beta=(3, 1, 1), for instance"
+        )
+    return tuple(map(int, sizes))
+
+
 _SMALLEST_NORMAL_FLOAT32 = 2.0**-126
 
 
@@ -203,8 +213,9 @@ class LossSpec:
         upstream: with `gradient`, a further input `grad_output` in the shape of the loss, as
             `torch.autograd.grad(loss, input, grad_outputs=...)` takes it: `grad_input` is then
             the gradient of the sum of `grad_output * loss`.
-        runtime_beta: beta is a third input (float32, rank 0), one artefact for every beta; the
-            field `beta` stays at its default. A negative or NaN beta gives NaN.
+        runtime_beta: beta is a further input (float32, rank 0), one artefact for every beta; the
+            field `beta` stays at its default. A negative or NaN beta gives NaN. A shape, such as
+            `(3, 1, 1)` for three channels of [N, C, H, W], makes it an array of that shape.
         weight: a further input `weight` that broadcasts with the element losses and multiplies
             them before the reduction. `"count"`: a mean divides by the number of elements, as
             without weights. `"weights"`: it divides by the sum of the (broadcast) weights.
@@ -245,7 +256,7 @@ class LossSpec:
     dtype: str = "float32"
     per_sample: bool = False
     gradient: bool = False
-    runtime_beta: bool = False
+    runtime_beta: Any = False
     weight: str | None = None
     upstream: bool = False
     mask: bool = False
@@ -290,7 +301,9 @@ class LossSpec:
             object.__setattr__(self, "beta", 0.0)
 
     def _check_extensions(self) -> None:
-        for name in ("per_sample", "gradient", "runtime_beta", "upstream", "mask", "divisor"):
+        if not isinstance(self.runtime_beta, bool):
+            object.__setattr__(self, "runtime_beta", _valid_sizes(self.runtime_beta))
+        for name in ("per_sample", "gradient", "upstream", "mask", "divisor"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.weight is not None:
@@ -420,12 +433,12 @@ class LossSpec:
 
     @property
     def beta_shape(self) -> tuple[int, ...]:
-        """The shape of the knee; that of a number is ().
+        """The shape of the knee, known or an input; that of a number is ().
 
-        >>> LossSpec(beta=[[0.5], [1.0]]).beta_shape
-        (2, 1)
+        >>> LossSpec(beta=[[0.5], [1.0]]).beta_shape, LossSpec(runtime_beta=(2, 1)).beta_shape
+        ((2, 1), (2, 1))
         """
-        return _shape_of(self.knee)
+        return _shape_of(self.knee) if isinstance(self.runtime_beta, bool) else self.runtime_beta
 
     @property
     def effective_beta(self) -> Any:
@@ -455,7 +468,8 @@ class LossSpec:
         knee = "runtime" if self.runtime_beta else repr(self.knee)
         if self.beta_shape:  # all of them would be no name
             digest = hashlib.sha256(knee.encode()).hexdigest()[:8]
-            knee = "_".join([describe(self.beta_shape), digest])
+            digest = knee if self.runtime_beta else digest
+            knee = f"{describe(self.beta_shape)}_{digest}"
         named = "beta" if self.delta is None else "delta"
         parts = [f"{self.loss}_loss", named, knee, self.reduction]
         if self.per_sample:

@@ -17,7 +17,7 @@ from .._device import Captured, Device, find_device, is_on_device
 from .._floats import Array
 from ..errors import InvalidInputError, UnsupportedError
 from ._base import Backend
-from ._runner import Runner, as_number, by_role, check_promotion
+from ._runner import Runner, by_role, check_promotion
 
 #: Combinations of shapes and dtypes that were found right, or prepared for.
 REMEMBERED = 256
@@ -50,7 +50,7 @@ class GpuRunner(Runner):
             return self._compute({"input": input, "target": target}, good[0])
         return super()._at_once(input, target)
 
-    def _checked(self, given: dict[str, Any], numbers: dict[str, float]) -> dict[str, Any]:
+    def _checked(self, given: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
         if not any(map(is_on_device, given.values())):
             return super()._checked(given, numbers)
         feeds, shape = self._adopted(given, numbers)
@@ -66,7 +66,7 @@ class GpuRunner(Runner):
         *,
         weight: Any = None,
         mask: Any = None,
-        beta: float | None = None,
+        beta: Any = None,
         divisor: float | None = None,
         grad_output: Any = None,
     ) -> Captured[dict[str, Any]]:
@@ -80,7 +80,7 @@ class GpuRunner(Runner):
             target: another such tensor.
             weight: a third, where the artefact takes one.
             mask: a boolean tensor, likewise.
-            beta: a number, recorded as it is.
+            beta: a number or an array on the CPU, recorded as it is.
             divisor: another.
             grad_output: a tensor like the others, where the artefact takes one.
 
@@ -102,7 +102,7 @@ class GpuRunner(Runner):
         return self.device.capture(lambda: self._of_the_spec(compute(feeds, shape), shape))
 
     def _adopted(
-        self, given: dict[str, Any], numbers: dict[str, float]
+        self, given: dict[str, Any], numbers: dict[str, Any]
     ) -> tuple[dict[str, Any], tuple[int, ...]]:
         """Checked tensors by role, in the artefact's dtype, and the shape they broadcast to."""
         tensors = {}
@@ -130,9 +130,11 @@ class GpuRunner(Runner):
             for name, x in tensors.items()
         }
         for name, value in numbers.items():
-            own = self.signature.inputs[name].dtype
-            number = self.device.filled(float(as_number(value, name, own)), own)
-            feeds[name] = number.reshape(self._number_shape)
+            number = self._number(name, value)
+            feeds[name] = self.device.upload(number)
+            if number.size == 1:  # of which none is copied to the device
+                filled = self.device.filled(float(number.item()), number.dtype.name)
+                feeds[name] = filled.reshape(number.shape)
         return feeds, shape
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:

@@ -85,22 +85,34 @@ def check_promotion(given: Mapping[str, str], dtype: str) -> None:
         )
 
 
-def as_number(value: Any, name: str = "beta", dtype: str = "float32") -> Array:
-    """A run-time beta, or a divisor, as the number of rank 0 that artefacts take.
+def as_number(
+    value: Any, name: str = "beta", dtype: str = "float32", shape: tuple[int, ...] = ()
+) -> Array:
+    """A run-time beta, or a divisor, as the number of rank 0 or the array that artefacts take.
 
     Raises:
-        InvalidInputError: for anything but one number.
+        InvalidInputError: for anything but one number, or an array of that shape.
     """
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError("a string")
         with np.errstate(over="ignore"):
-            return np.asarray(float(value), dtype)
+            if not shape:
+                return np.asarray(float(value), dtype)
+            listed = isinstance(value, (list, tuple))
+            found = as_array(np.asarray(value) if listed else value, name).astype(dtype)
     except Exception as exc:  # the caller's `__float__`, a tensor's without a number among them
-        raise InvalidInputError(f"{name} must be one number, got {value!r} ({exc})") from exc
+        wanted = f"an array of the shape {shape}" if shape else "one number"
+        raise InvalidInputError(f"{name} must be {wanted}, got {value!r} ({exc})") from exc
+    if found.shape != shape:
+        raise InvalidInputError(
+            f"{name} has the shape {found.shape}, and the artefact takes {shape}; give an array of "
+            "that shape"
+        )
+    return found
 
 
-def by_role(*given: Any) -> tuple[dict[str, Any], dict[str, float]]:
+def by_role(*given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays and the numbers of what was given in the order of `ROLES`, None left out."""
     known = {role: value for role, value in zip(ROLES, given, strict=True) if value is not None}
     numbers = {role: known.pop(role) for role in NUMBERS if role in known}
@@ -200,7 +212,7 @@ class Runner(ABC):
         *,
         weight: Any = None,
         mask: Any = None,
-        beta: float | None = None,
+        beta: Any = None,
         divisor: float | None = None,
         grad_output: Any = None,
     ) -> dict[str, Array]:
@@ -213,8 +225,8 @@ class Runner(ABC):
                 allow it.
             weight: a third, where the artefact takes one.
             mask: an array of booleans, likewise: true where an element counts.
-            beta: a number, where the artefact takes one (`runtime_beta`); it is rounded to
-                float32. A negative or NaN beta gives NaN.
+            beta: a number, or an array of the spec's shape, where the artefact takes one
+                (`runtime_beta`); it is rounded to float32. A negative or NaN beta gives NaN.
             divisor: a number, where the artefact takes one; rounded to float32 likewise, but for
                 float64.
             grad_output: an array in the shape of the loss, where the artefact takes one
@@ -251,18 +263,22 @@ class Runner(ABC):
             return self._execute({"input": input, "target": target}, input.shape)
         return None
 
-    def _checked(self, given: dict[str, Any], numbers: dict[str, float]) -> dict[str, Any]:
+    def _checked(self, given: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
         """The answer to what was given by role, arrays and numbers, after it was checked."""
         self._check_given({*given, *numbers})
         arrays = {name: as_array(x, name) for name, x in given.items()}
         shape = self._broadcast(arrays)
         feeds = promote(arrays, self.signature.input.dtype)
-        for name, value in numbers.items():
-            own = self.signature.inputs[name].dtype
-            feeds[name] = as_number(value, name, own).reshape(self._number_shape)
+        feeds |= {name: self._number(name, value) for name, value in numbers.items()}
         if self._takes_a_pair and feeds["input"].shape == feeds["target"].shape:
             self._good_shape = shape
         return self._of_the_spec(self._execute(feeds, shape), shape)
+
+    def _number(self, name: str, value: Any) -> Array:
+        """A run-time beta, or a divisor, as the graph takes it."""
+        shape = self.spec.beta_shape if self.spec and name == "beta" else ()
+        number = as_number(value, name, self.signature.inputs[name].dtype, shape)
+        return number.reshape(shape or self._number_shape)
 
     __reduce__ = not_picklable
 

@@ -31,7 +31,7 @@ class TorchRunner(Runner):
 
         assert self.spec is not None
         if "beta" in feeds:
-            feeds["beta"] = feeds["beta"].reshape(())  # [1] in a served graph
+            feeds["beta"] = feeds["beta"].reshape(self.spec.beta_shape)  # [1] in a served graph
         return eager_outputs(self.spec, **feeds)
 
 

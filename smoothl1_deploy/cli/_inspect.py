@@ -309,12 +309,14 @@ def _summary(
 def _told(spec: LossSpec) -> str:
     """`mean per sample, beta 0.5, float32, with its gradient`."""
     knee = "beta" if spec.delta is None else "delta"
-    known = f"an array {list(spec.beta_shape)}" if spec.beta_shape else spec.knee
+    known = "at run time" if spec.runtime_beta else spec.knee
+    if spec.beta_shape:
+        known = f"an array {list(spec.beta_shape)}{' at run time' * bool(spec.runtime_beta)}"
     return ", ".join(
         [
             spec.reduction + " per sample" * spec.per_sample,
             *[f"over the axes {', '.join(map(str, spec.axes or ()))}"] * bool(spec.axes),
-            f"{knee} at run time" if spec.runtime_beta else f"{knee} {known}",
+            f"{knee} {known}",
             spec.dtype,
             *["with weights"] * bool(spec.weight),
             *["of what a mask selects"] * spec.mask,

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -28,7 +29,12 @@ Command = Callable[..., Next]
 
 #: Field of a `LossSpec` -> the type of its option, what `--help` says, and the choices.
 SPEC_OPTIONS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
-    "beta": (float, "Where the quadratic part ends, >= 0; 0 is the L1 loss. 1 by default.", ()),
+    "beta": (
+        float,
+        "Where the quadratic part ends, >= 0; 0 is the L1 loss, [[0.5], [1]] an array. 1 by "
+        "default.",
+        (),
+    ),
     "reduction": (str, "Over the losses of the elements; mean by default.", REDUCTIONS),
     "dtype": (str, "The dtype of input, target and loss.", DTYPES),
     "per_sample": (bool, "Reduce every axis but the first: one score per row.", ()),
@@ -67,6 +73,18 @@ def one_of(*names: str, **settings: Any) -> Any:
     return typer.Option(autocompletion=lambda: names, **settings)
 
 
+def number_or_array(text: str) -> Any:
+    """A number, or an array of them as JSON has it: `[[0.5], [1.0]]`."""
+    try:
+        return json.loads(text) if text.lstrip().startswith("[") else float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no number and no array of them such as [0.5, 1.0]"
+        ) from None
+
+
+_BETA: dict[str, Any] = {"parser": number_or_array, "metavar": "NUMBER|ARRAY"}
+Beta = Annotated[float | None, typer.Option(**_BETA)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Count = Annotated[int, typer.Option(min=0)]
 Workers = Annotated[int, typer.Option(min=0, max=4096)]
@@ -221,6 +239,7 @@ def takes_spec(
             _flag(name),  # alone: typer would add its negation
             help=text,
             rich_help_panel=panel or (None if is_plain else _EXTENSIONS),
+            **(_BETA if name in ("beta", "delta") else {}),
         )
         if chosen := fewer.get(name, names):
             said.autocompletion = lambda: chosen

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InvalidInputError
 from ._arrays import named_files, read_data
 from ._console import print_fields, print_json, print_note, typed
-from ._options import AsJson, BackendName, Count, Next
+from ._options import AsJson, BackendName, Beta, Count, Next
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +49,7 @@ def run(
     weight: Path | None = None,
     mask: Path | None = None,
     grad_output: Path | None = None,
-    beta: float | None = None,
+    beta: Beta = None,
     divisor: float | None = None,
     backend: BackendName = "ort-cpu",
     threads: Count = 0,
@@ -73,7 +73,7 @@ def run(
         weight: A .npy file, for an artefact that takes a weight.
         mask: A .npy file of booleans, for an artefact that takes a mask.
         grad_output: A .npy file, for an artefact with an upstream.
-        beta: For an artefact that takes beta at run time.
+        beta: For an artefact that takes beta at run time; an array as in [[0.5], [1]].
         divisor: For an artefact that takes one, what its mean is divided by.
         threads: For the call; 0: as many as the backend thinks fit.
         url: Ask a server instead: http://HOST:PORT or grpc://HOST:PORT.
@@ -152,10 +152,11 @@ def _arrays_of(
 
     arrays: dict[str, Array] = {}
     for name, number in numbers.items():
-        if number is not None:  # of a served graph it is [1]
+        if number is not None:
             port = ports.get(name)
-            shape = (1,) if port is not None and port.axes == (1,) else ()
-            arrays[name] = np.full(shape, number, port.dtype if port is not None else "float32")
+            axes = int(port is not None and port.axes == (1,))  # of a served graph's number
+            dtype = port.dtype if port is not None else "float32"
+            arrays[name] = np.array(number, dtype, ndmin=axes)
     if data is not None:
         return {**read_data(data, ports, without=arrays), **arrays}
     check_names(ports, [*files, *arrays])

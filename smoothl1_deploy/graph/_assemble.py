@@ -251,7 +251,7 @@ class Assembly:
                 mean = self._without_overflow(mean, total)
             total = mean
         if spec.reduction == "sum" or spec.mask or spec.divisor or spec.empty == "zero":
-            total = self._unless_no_beta(total)
+            total = self._unless_no_beta(total, losses)
         self._rounded(self._times_factor(total), TensorProto.DOUBLE, "loss")
 
     def _added_up(self, values: str, output: str, is_double: bool, how: str = "Sum") -> str:
@@ -321,7 +321,7 @@ class Assembly:
             slope = self._add("Mul", [flowing, slope], "slope_weighted") if flowing else slope
             slope = self._selected(slope, TensorProto.DOUBLE)
             if is_summed:
-                slope = self._unless_no_beta(self._summed(slope, summed_axes))
+                slope = self._unless_no_beta(self._summed(slope, summed_axes), slope)
         else:
             if by_loss:
                 own = self._flowing_in(losses, by_loss)
@@ -428,25 +428,31 @@ class Assembly:
         # `slope` is the second branch: ONNX Runtime's Where makes 0 of a -0 of its first one.
         return self._add("Where", [is_sum, signed, slope], "slope_or_signed")
 
-    def _unless_no_beta(self, summed: str) -> str:
+    def _unless_no_beta(self, summed: str, losses: str) -> str:
         """`summed`, or NaN where beta is an input and no beta: a sum of nothing doesn't know it."""
         if not self._spec.runtime_beta:
             return summed
         nan = self._constant(f"{summed}_none", math.nan)
         divisor = self._divisor
         if self._each:
-            divisor = self._add("WideSum", [divisor], "divisor_sum")
+            divisor = self._add("WideSum", [divisor], f"{summed}_divisor")
         is_no_beta = self._add("IsNaN", [divisor], f"{summed}_has_no_beta")
+        if self._each:  # where there are losses, those of such a beta are NaN by themselves
+            none = self._is_nothing(losses, f"{summed}_of_nothing")
+            is_no_beta = self._add("And", [is_no_beta, none], f"{summed}_of_no_beta")
         return self._add("Where", [is_no_beta, nan, summed], f"{summed}_or_nan")
 
     def _of_something(self, scalar: str, losses: str) -> str:
         """`scalar`, or 1 where there are no element losses: their gradients add up to 0."""
-        size = self._add("Size", [losses], "loss_count")
-        none = self._constant("no_losses", 0, TensorProto.INT64)
-        is_nothing = self._add("Equal", [size, none], "is_nothing")
+        is_nothing = self._is_nothing(losses, "is_nothing")
         one = self._constant("one_of_nothing", 1.0)
         # The scalar may be -0, which ONNX Runtime's Where loses in its first branch.
         return self._add("Where", [is_nothing, one, scalar], "scalar_of_something")
+
+    def _is_nothing(self, losses: str, output: str) -> str:
+        size = self._add("Size", [losses], f"{output}_count")
+        none = self._constant(f"{output}_none", 0, TensorProto.INT64)
+        return self._add("Equal", [size, none], output)
 
     def _upstream(self, losses: str) -> str:
         """`grad_output` in float64, in a shape that broadcasts with the element losses."""
@@ -620,7 +626,7 @@ class _Part(Assembly):
         total = self._total = self._added_up(losses, "sum", is_double)
         if self._spec.weight:
             total = self._add("WithoutNegativeZero", [total], "sum_signed")
-        self._unless_no_beta(total)
+        self._unless_no_beta(total, losses)
         self._name_last("total")
         count = self._new_count(losses)
         if self._axes and not self._spec.mask:  # each has the same

@@ -377,7 +377,7 @@ class _Graft:
         reduced, element = spec.loss_shape(losses), ELEMENT_TYPE[spec.dtype]
         for role in spec.inputs[len(names) :]:
             names[role] = self._free(role)
-            own = reduced if role == "grad_output" else ()
+            own = {"grad_output": reduced, "beta": spec.beta_shape}.get(role, ())
             graph.input.append(_value(names[role], ELEMENT_TYPE[spec.dtype_of(role)], own))
         outputs = {"loss": self._free(loss_name)}
         outputs |= {role: self._free(role) for role in spec.outputs[1:]}

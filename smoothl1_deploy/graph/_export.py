@@ -102,7 +102,7 @@ def _shapes(
 ) -> dict[str, Shape | None]:
     """The shape of every input and output; refuses what makes no sense or can't be broadcast."""
     losses = own = check_shape(shape)
-    shapes = {"input": own, "beta": (), "divisor": (), "grad_input": own}
+    shapes = {"input": own, "beta": spec.beta_shape, "divisor": (), "grad_input": own}
     for name, given in others.items():
         other = check_shape(given, f"{name}_shape")
         if other is not None and own is None:

@@ -227,7 +227,7 @@ class References:
     """A case, its arrays and both references' answers: computed once for every route and backend.
 
     Attributes:
-        spec: what the references computed; beta is a number here, also for `runtime_beta`.
+        spec: what the references computed; beta is known here, also for `runtime_beta`.
         case: what the arrays are made of.
         more: what else goes in, by role: weight, mask, divisor, grad_output.
         torch: PyTorch's array for each output of the spec.
@@ -246,7 +246,7 @@ class References:
     oracle: Mapping[str, Array]
     shares: Mapping[str, float]
     in_range: bool
-    beta: float
+    beta: Any
 
     @classmethod
     def of(cls, spec: LossSpec, case: Case, beta: float | None = None) -> References:
@@ -267,7 +267,8 @@ class References:
         if beta is not None:
             for name in exact.keys() - {"differences"}:
                 exact[name] = np.full_like(exact[name], np.nan)
-            asked, fed = replace(spec.at(1.0), runtime_beta=True), np.asarray(beta, np.float32)
+            asked = replace(spec.at(1.0), runtime_beta=spec.beta_shape or True)
+            fed = np.full(spec.beta_shape, beta, np.float32)
         return cls(
             spec,
             case,
@@ -278,19 +279,24 @@ class References:
             exact,
             branch_shares(spec, *seen),
             in_range(spec, *seen, more.get("weight"), more.get("mask")),
-            spec.effective_beta if beta is None else beta,
+            spec.effective_beta if fed is None else fed,
         )
 
 
 def with_beta(spec: LossSpec, beta: float) -> LossSpec:
     """What an artefact of `spec` computes when it is fed `beta`, which it takes as a float32.
 
-    That of an array of betas computes what it does.
+    That of an array of betas computes what it does, and one that takes an array gets `beta` among
+    others.
     """
-    if spec.beta_shape:
-        return spec
-    return spec.at(LossSpec(beta).effective_beta if spec.runtime_beta else beta)
+    if not spec.runtime_beta:
+        return spec if spec.beta_shape else spec.at(beta)
+    fed = LossSpec(beta).effective_beta
+    return spec.at(np.resize([fed, *_OTHER_BETAS], spec.beta_shape) if spec.beta_shape else fed)
 
+
+#: What an array of betas that is an input has beside the one it is fed for.
+_OTHER_BETAS = (1.0, 0.25, 3.0)
 
 #: Elements from which on the largest distance of PyTorch says something of PyTorch.
 _ENOUGH = 1024

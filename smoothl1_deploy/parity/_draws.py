@@ -91,9 +91,9 @@ class Draw:
         whole: list[Dim] = [
             f"axis_{i}" if random.random() < 0.75 else random.choice(sizes) for i in range(rank)
         ]
-        if whole and not (by_torch or spec.runtime_beta):
+        if whole and not by_torch:
             spec = _of_betas(Random(f"betas {number}"), spec, whole, sizes)
-            beta = usual_knee(spec)
+            beta = beta if spec.runtime_beta else usual_knee(spec)
         whole.append("copies")  # the axis that weights alone may have, at index -1
         axes = tuple(tuple(1 if i is None else whole[i] for i in array) for array in arrays)
         declared = axes if by_torch else _declared(random, axes)
@@ -222,6 +222,8 @@ def _of_betas(random: Random, spec: LossSpec, whole: list[Dim], sizes: tuple[int
     knees = [random.choice(_BETAS) if some else _beta(random) for _ in range(size)]
     least = 1e-3 if spec.loss == "huber" else 0.0  # a delta is no 0
     shape = (size, *(1 for _ in whole[axis + 1 :]))
+    if spec.runtime_beta:
+        return replace(spec, runtime_beta=shape)
     return spec.at(np.reshape([max(knee, least) for knee in knees], shape))
 
 

@@ -66,6 +66,7 @@ EXTENSIONS = (
     LossSpec(gradient=True, upstream=True),
     LossSpec(reduction="none", gradient=True, upstream=True),
     LossSpec(runtime_beta=True),
+    LossSpec(mask=True, weight="weights", gradient=True, runtime_beta=(16,)),
     LossSpec(weight="count"),
     LossSpec(weight="weights"),
     LossSpec(reduction="none", gradient=True, runtime_beta=True, weight="count"),
@@ -203,7 +204,7 @@ class Matrix:
                 f"{' and '.join(['float64', *narrow])}: no weighted gradient, and none with an "
                 "upstream one, of subnormal differences, which no wider format is there for"
             )
-            yield f"an array of betas: with those of beta {self.betas[0]:g}"
+            yield f"a known array of betas: with those of beta {self.betas[0]:g}"
             if self.samples_inlined:
                 yield "extensions by the inlined route: beta 0, 1 and inf only"
 
@@ -274,7 +275,11 @@ class Task:
             for e in chosen
             if self.matrix.extensions and e.reduction in self.matrix.reductions
             # An array is there once; the delta of a Huber loss is no 0.
-            if (self.beta == self.matrix.betas[0] if e.beta_shape else self.beta or not e.delta)
+            if (
+                self.beta == self.matrix.betas[0]
+                if e.beta_shape and not e.runtime_beta
+                else self.beta or not e.delta
+            )
         ]
 
     def cases(self, spec: LossSpec) -> list[Case]:

@@ -15,7 +15,7 @@ from .._spec import LossSpec
 from ..backends._base import get_backend
 from ..errors import ArtefactError, SpecError, UnsupportedError, require
 from ..graph._metadata import is_changed, warn_if_changed
-from ._cases import LAYOUTS, Case, CaseResult, References, check, is_for, needs_wider
+from ._cases import LAYOUTS, Case, CaseResult, References, check, is_for, needs_wider, with_beta
 from ._diagnose import diagnose
 from ._drift import DriftPoint, artefact_drift
 from ._families import FAMILIES
@@ -236,15 +236,16 @@ def verify_loss(
     # A kernel of ours says nothing about the body that the file carries for everyone else.
     body = chosen.load_body(ports)
     others = [] if body is None else [body]
+    fed = with_beta(expected, expected.knee)
     results = tuple(
-        check(runner, References.of(expected, case), accumulator, others)
-        for case in _cases(runner.signature, expected, seed)
-        if not needs_wider(expected, case, chosen.accumulator != "float32")
+        check(runner, References.of(fed, case), accumulator, others)
+        for case in _cases(runner.signature, fed, seed)
+        if not needs_wider(fed, case, chosen.accumulator != "float32")
     )
     points: tuple[DriftPoint, ...] = ()
     if drift:
         points = artefact_drift(
-            runner, expected, seed=seed, large=large, accumulator=accumulator, others=others
+            runner, fed, seed=seed, large=large, accumulator=accumulator, others=others
         )
     found = Verification(
         original.graph.name,
@@ -259,5 +260,5 @@ def verify_loss(
     )
     if found:
         return found
-    named = diagnose(body or runner, expected, failures=found.failures, drift=points)
+    named = diagnose(body or runner, fed, failures=found.failures, drift=points)
     return replace(found, diagnoses=named)

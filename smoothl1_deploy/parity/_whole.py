@@ -28,12 +28,12 @@ from ..backends._whole import ModelRunner, constant_operands, showing, takes
 from ..errors import ArtefactError, InvalidInputError
 from ..graph._attach import loss_part
 from ..reference._oracle import exact_outputs, selected
-from ._cases import torch_alike, with_beta
+from ._cases import torch_alike
 from ._compare import Verdict, compare
 from ._verify import Verification, _shown, verify_loss
 
 _ROWS = 3  # of every axis whose size the model leaves open
-_BETA = np.asarray(0.5)  # where a loss takes beta as an input
+_BETA = 0.5  # where a loss takes beta as an input
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,9 @@ def _made_up(model: onnx.ModelProto, seed: int) -> Iterator[tuple[str, dict[str,
             numbers = numbers if port.dtype in NUMPY_DTYPE else np.zeros(shape)
             if name in masks:  # a third is left out
                 numbers = np.resize([0.0, 1.0, 1.0], shape)
-            arrays[name] = (_BETA if name in numbers_of else np.asarray(numbers)).astype(port.dtype)
+            if name in numbers_of:
+                numbers = np.full(shape, _BETA)
+            arrays[name] = np.asarray(numbers).astype(port.dtype)
         yield data, arrays
 
 
@@ -229,7 +231,7 @@ def _judged(loss: Loss, tensors: Mapping[str, Array]) -> dict[str, Verdict]:
     spec = loss.spec
     roles = {role: tensors[tensor] for role, tensor in loss.inputs.items()}
     if spec.runtime_beta:
-        spec = with_beta(spec, float(roles["beta"]))
+        spec = spec.at(roles["beta"].reshape(spec.beta_shape))
     given = {
         role: np.asarray(roles[role], NUMPY_DTYPE.get(spec.dtype_of(role), bool), order="C")
         for role in spec.inputs

@@ -97,15 +97,15 @@ def eager_tensors(
     grad_output: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """`eager_outputs` from tensors to tensors, on whatever device they are on."""
-    if beta is not None and not (beta > 0 or (beta == 0 and spec.loss != "huber")):
+    if beta is not None and not ((beta > 0) | ((beta == 0) & (spec.loss != "huber"))).any():
         # PyTorch raises on such a beta or delta; an artefact, which can't, answers NaN everywhere.
-        known = replace(spec, runtime_beta=False)
+        known = spec.at(torch.ones(spec.beta_shape))
         outputs = eager_tensors(known, input, target, weight, mask, None, divisor, grad_output)
         return {
             name: tensor if name == "differences" else torch.full_like(tensor, torch.nan)
             for name, tensor in outputs.items()
         }
-    spec = spec if beta is None else spec.at(float(beta))
+    spec = spec if beta is None else spec.at(beta)
     x = input
     if spec.gradient:
         x = x.detach().clone().requires_grad_()  # a leaf that nobody else holds

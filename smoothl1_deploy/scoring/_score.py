@@ -93,7 +93,7 @@ def loss_over(
     artefact: ModelSource | None = None,
     *,
     backend: str = "ort-cpu",
-    beta: float | None = None,
+    beta: Any = None,
     threads: int = 0,
     loss: str | None = None,
 ) -> Score:

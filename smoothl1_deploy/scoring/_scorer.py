@@ -66,7 +66,7 @@ class Job:
     spec: LossSpec
     elementwise: bool
     backend: str = "ort-cpu"
-    beta: float | None = None
+    beta: Any = None
     threads: int = 0
     rows: int | None = None
     any_rank: bool = True
@@ -77,7 +77,7 @@ class Job:
         return {
             "spec": self.spec.to_dict(),
             "backend": self.backend,
-            "beta": None if self.beta is None else repr(float(self.beta)),
+            "beta": None if self.beta is None else repr(np.asarray(self.beta, float).tolist()),
             "model": sha256(self.model),
         }
 
@@ -87,7 +87,7 @@ def make_job(
     artefact: ModelSource | None = None,
     *,
     backend: str = "ort-cpu",
-    beta: float | None = None,
+    beta: Any = None,
     threads: int = 0,
     loss: str | None = None,
 ) -> Job:
@@ -185,13 +185,13 @@ def _job_of_attached(model: onnx.ModelProto, loss: Loss, job: Job) -> Job:
     """`job` with what runs, for one loss of a model."""
     spec, beta = job.spec, job.beta
     runs = _added_up(spec.without_gradient())
-    if spec.runtime_beta != (beta is not None):
+    if bool(spec.runtime_beta) != (beta is not None):
         raise SpecError(
             f"beta is {'missing' if spec.runtime_beta else 'fixed'} in the loss "
             f"{loss.outputs['loss']}; " + ("give it" if spec.runtime_beta else "leave it out")
         )
     if beta is not None:  # the input of such a loss is float32
-        runs = runs.at(float(as_number(beta)))
+        runs = runs.at(as_number(beta, shape=spec.beta_shape))
     alone = attached_anew(model, loss, runs)
     inputs = takes(alone)
     rows = {port.axes[:1] if port.axes is not None else (None,) for port in inputs.values()}

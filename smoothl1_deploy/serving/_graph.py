@@ -253,7 +253,7 @@ class _Editor:
         restate(value, [*dims, 1])
 
     def _axes(self, name: str, axis: int) -> str:
-        tensor = helper.make_tensor(f"{name}/axes", TensorProto.INT64, [1], [axis])
+        tensor = helper.make_tensor(f"{name}/served_axes", TensorProto.INT64, [1], [axis])
         self.model.graph.initializer.append(tensor)
         return str(tensor.name)
 

@@ -34,7 +34,6 @@ from ..errors import (
     require,
 )
 from ..graph._metadata import SPEC, read_spec
-from ..parity._cases import with_beta
 from ..parity._certificate import CertificateStatus, certificate_path, read_certificate
 from ..reference._oracle import exact_outputs
 from ._config import ONNX_FILE, PLAN_FILE, PLAN_PLATFORM
@@ -125,8 +124,8 @@ def make_canary(file: Path, model: str, version: str) -> Canary | None:
         return expected and Canary(model, version, inputs, expected, False)
     ports = signature(graph)
     check_spec(ports, spec)
-    number = with_beta(spec, _BETA) if spec.runtime_beta else spec
-    roles = {role: inputs[ports.inputs[role].name] for role in number.inputs}
+    roles = {role: inputs[port.name] for role, port in ports.inputs.items()}
+    number = spec.at(roles.pop("beta").reshape(spec.beta_shape)) if spec.runtime_beta else spec
     try:
         return Canary(model, version, inputs, exact_outputs(number, **roles), True)
     except (TypeError, ValueError) as exc:  # the oracle refuses the dtypes, or the shapes

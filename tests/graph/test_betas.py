@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import onnx
@@ -151,12 +152,73 @@ def test_what_is_no_array_of_betas_is_refused() -> None:
         ({"beta": [1, [2]]}, "rows are as long as each other"),
         ({"beta": nested}, "more than 64 axes"),
         ({"beta": [0.5], "runtime_beta": True}, "leave beta at its default"),
+        ({"runtime_beta": (3, 0)}, "sizes above 0, got \\(3, 0\\)"),
+        ({"runtime_beta": "3"}, "runtime_beta must be a sequence"),
         ({"beta": [0.0], "loss": "l1"}, "the loss l1 is smooth_l1 with beta 0"),
         ({"beta": [0.5], "loss": "huber"}, "call it delta"),
         ({"delta": [1.0, 0.0], "loss": "huber"}, "delta must be above 0"),
     ):
         with pytest.raises(SpecError, match=why):
             LossSpec(**fields)  # type: ignore[arg-type]
+
+
+def test_a_file_that_takes_betas_at_run_time_gives_what_one_gives_that_has_them() -> None:
+    for loss, dtype in (("smooth_l1", "float32"), ("huber", "float16"), ("smooth_l1", "float64")):
+        spec = LossSpec(
+            loss=loss,
+            dtype=dtype,
+            mask=True,
+            gradient=True,
+            elements="losses",
+            runtime_beta=[3, 1, 1],
+        )
+        assert LossSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+        betas = CHANNELS + 0.25 * (loss == "huber")
+        for route, backend in (
+            ("function", "ort-cpu"),
+            ("inlined", "ort-cpu"),
+            ("function", "torch"),
+        ):
+            runner, known = (
+                load(export(each, route, SHAPE), backend) for each in (spec, spec.at(betas))
+            )
+            arrays: dict[str, Any] = {"input": X.astype(dtype), "target": Y.astype(dtype)}
+            arrays["mask"] = X > 0
+            right = known.run(**arrays)
+            for given in (betas, betas.tolist(), torch.tensor(betas)):
+                found = runner.run(**arrays, beta=given)
+                assert all(found[name].tobytes() == right[name].tobytes() for name in right)
+            for wrong, why in (
+                (betas[:2], r"has the shape \(2, 1, 1\), and the artefact takes \(3, 1, 1\)"),
+                (0.5, "must be an array of the shape"),
+                ([1, [2]], "must be an array of the shape"),
+                (None, "beta is missing"),
+            ):
+                with pytest.raises(InvalidInputError, match=why):
+                    runner.run(**arrays, beta=wrong)
+        assert verify(export(spec, shape=SHAPE), drift=False)
+    model = model_of("g (float[N,3] x) => (float[N,3] y) {y = Neg(x)}")
+    scored = attach(model, "y", "t", LossSpec(runtime_beta=(3,), per_sample=True))
+    assert verify(scored, drift=False)
+    given = {"x": X[:, :, 0, 0], "t": Y[:, :, 0, 0], "beta": np.float32([0, 0.5, 2])}
+    served = load(serve(scored).model).run(**given)["loss"]
+    np.testing.assert_array_equal(served[:, 0], load(scored).run(**given)["loss"])
+
+
+def test_what_is_no_beta_among_those_of_a_run_makes_nan_where_it_counts() -> None:
+    for backend in ("ort-cpu", "ort-cpu-bare"):
+        by_row = load(export(LossSpec(per_sample=True, runtime_beta=(3, 1))), backend)
+        whole = load(export(LossSpec(reduction="sum", runtime_beta=(3, 1))), backend)
+        rows, nothing = np.ones((3, 4), "f4"), np.ones((3, 0), "f4")
+        for no_beta in (-1.0, math.nan):
+            betas = np.array([[1], [no_beta], [0]])
+            for found, right in (
+                (by_row.run(rows, 0 * rows, beta=betas), [0.5, math.nan, 1]),
+                (whole.run(rows, 0 * rows, beta=betas), math.nan),
+                (whole.run(nothing, nothing, beta=betas), math.nan),
+                (whole.run(nothing, nothing, beta=abs(CHANNELS[:, 0])), 0),
+            ):
+                np.testing.assert_array_equal(found["loss"], right)
 
 
 def test_betas_that_do_not_broadcast_are_refused() -> None:

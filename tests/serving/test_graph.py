@@ -87,8 +87,8 @@ def test_verify_understands_a_served_graph() -> None:
 
 def test_verify_sees_a_served_graph_of_the_wrong_shape() -> None:
     model = served(LossSpec())
-    axes = next(t for t in model.graph.initializer if t.name == "loss/axes")
-    axes.CopyFrom(helper.make_tensor("loss/axes", TensorProto.INT64, [2], [0, 1]))
+    axes = next(t for t in model.graph.initializer if t.name == "loss/served_axes")
+    axes.CopyFrom(helper.make_tensor("loss/served_axes", TensorProto.INT64, [2], [0, 1]))
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("loss", 1, [1, 1]))
     stamp(model, LossSpec(), "inlined", "served", served=True)
     assert not verify(model, drift=False)

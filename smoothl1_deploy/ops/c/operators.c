@@ -188,6 +188,17 @@ static OrtStatus *read_beta(OrtApi *api, const OrtKernelContext *context, size_t
     return NULL;
 }
 
+/* Whether one of the betas is none: negative or NaN. */
+static bool has_no_beta(const Operand *betas, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        double beta = betas->type == ORT_DOUBLE ? ((const double *)betas->data)[i]
+                                                : (double)((const float *)betas->data)[i];
+        if (!(beta >= 0))
+            return true;
+    }
+    return false;
+}
+
 static bool is_totals(const Operator *op) { return op->form == TOTALS || op->form == AXES_TOTALS; }
 
 static size_t input_count(const OrtCustomOp *ort) {
@@ -224,6 +235,9 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
         job.beta_input = betas.data, job.beta_type = betas.type, inputs--;
     else if (op->form)
         job.betas = &betas;
+    static const float no_beta = NAN;
+    if (job.betas && !job.space.count && has_no_beta(&betas, elements_of(&dims[inputs - 1])))
+        job.beta_input = &no_beta, job.beta_type = ORT_FLOAT, job.betas = NULL, inputs--;
     if (op->form == SLOPES) {
         operands[inputs] = &job.upstream;
         TRY(read_operand(api, context, input_count(&op->ort) - 1, &job.upstream, &dims[inputs]));
