@@ -47,6 +47,7 @@ class Assembly:
             the spec is not looked at.
         summed_axes: the axes of the element losses along which input was broadcast and its gradient
             has to be summed back; None to find them at run time, which TensorRT can't.
+        rank: of the element losses; None where it isn't known.
         prefix: what the names of the tensors in between begin with.
         inlined: whether the functions are going to be inlined.
 
@@ -62,6 +63,7 @@ class Assembly:
         tensors: Mapping[str, str],
         *,
         summed_axes: tuple[int, ...] | None = None,
+        rank: int | None = None,
         prefix: str = "",
         inlined: bool = False,
     ) -> None:
@@ -70,6 +72,7 @@ class Assembly:
         self.parts: list[onnx.FunctionProto] = []
         self._spec = spec
         self._tensors = tensors
+        self._rank = rank
         self._prefix = prefix
         self._inlined = inlined
         self._element = ELEMENT_TYPE[spec.compute_dtype]
@@ -202,15 +205,26 @@ class Assembly:
             losses = self._add("Weighted", [losses, weight], "weighted")
         return self._selected(losses, TensorProto.DOUBLE if is_wide else self._element)
 
-    def _selected(self, values: str, element: int) -> str:
+    def _difference(self) -> str:
+        """Input less target in the shape of the element losses, 0 where the mask leaves out."""
+        found = self._add("Sub", [self._data["input"], self._data["target"]], "difference")
+        for name in ["weight"] * bool(self._spec.weight) + ["beta"] * bool(self._each):
+            if name in self._tensors:
+                shape = self._add("Shape", [self._tensors[name]], f"{name}_shape")
+            else:
+                shape = self._integers(f"{name}_shape", self._spec.beta_shape)
+            found = self._add("Expand", [found, shape], f"difference_of_each_{name}")
+        return self._selected(found, self._element, knows_beta=False)
+
+    def _selected(self, values: str, element: int, knows_beta: bool = True) -> str:
         """The values, of `element`, with 0 for those of elements that the mask leaves out.
 
-        NaN instead of 0 where beta is an input and no beta, as all is then.
+        NaN instead of 0 where beta is an input and no beta, as all is then that knows it.
         """
         if not self._spec.mask:
             return values
         nothing = self._constant(f"{values}_of_none", 0.0, element)
-        if "beta" in self._tensors and self._spec.runtime_beta:
+        if "beta" in self._tensors and self._spec.runtime_beta and knows_beta:
             divisor = self._divisor if element == self._element else self._double(self._divisor)
             nothing = self._add("Div", [nothing, divisor], f"{values}_of_none_or_nan")
         return self._add("Selected", [values, self._tensors["mask"], nothing], f"{values}_selected")
@@ -515,15 +529,9 @@ class _Differences(Assembly):
     """Input less target, in the spec's dtype and the shape of its element losses."""
 
     def _assemble(self, summed_axes: tuple[int, ...] | None) -> None:
-        pair = [self._widened(self._tensors[name], name) for name in ("input", "target")]
-        difference = self._add("Sub", pair, "difference")
-        if self._spec.weight:
-            shape = self._add("Shape", [self._tensors["weight"]], "weight_shape")
-            difference = self._add("Expand", [difference, shape], "differences_whole")
-        if self._spec.beta_shape:
-            shape = self._integers("beta_shape", self._spec.beta_shape)
-            difference = self._add("Expand", [difference, shape], "differences_of_betas")
-        self._rounded(self._selected(difference, self._element), self._element, "differences")
+        names = ("input", "target")
+        self._data = {name: self._widened(self._tensors[name], name) for name in names}
+        self._rounded(self._difference(), self._element, "differences")
 
 
 class _InParts(Assembly):
@@ -537,13 +545,13 @@ class _InParts(Assembly):
             beta = self._cast(beta)
         operands = [*(self._tensors[name] for name in spec.operands), beta]
         # A kernel counts for each row, whether or not the numbers differ.
-        self._counts_rows = bool(spec.axes) and not spec.divisor
-        if spec.axes:
-            self._axes = self._integers("axes", spec.axes)
+        self._counts_rows = spec.keeps_axes and not spec.divisor
         if spec.reduction == "none":
             self._call("Elements", operands)
         else:
-            self._found = self._call("AxesTotals" if spec.axes else "Totals", operands)
+            self._axes = self._reduced_axes()
+            beside = f"And{spec.elements.title()}" if spec.elements else ""
+            self._found = self._call(f"Totals{beside}", [*operands, self._axes])
             total = self._found["total"]
             if spec.reduction == "mean":
                 total = self._add("Div", [total, self._count("")], "divided")
@@ -554,11 +562,26 @@ class _InParts(Assembly):
             one = "" if flowing else self._constant("one", 1.0)
             self._call("Slopes", [*operands, self._flowing_in("", flowing) or one])
 
+    def _reduced_axes(self) -> str:
+        first = int(self._spec.per_sample)
+        if self._spec.axes or self._rank is not None:
+            axes = self._spec.axes or tuple(range(first, self._rank or 0))
+            return self._integers("axes", axes)
+        ranks = [
+            self._add(
+                "Size", [self._add("Shape", [self._tensors[name]], f"{name}_dims")], f"{name}_rank"
+            )
+            for name in self._spec.operands
+        ]
+        start = self._constant("first_axis", first, TensorProto.INT64)
+        step = self._constant("axis_step", 1, TensorProto.INT64)
+        ranks.append(self._constant("beta_rank", len(self._spec.beta_shape), TensorProto.INT64))
+        return self._add("Range", [start, self._add("Max", ranks, "rank"), step], "axes")
+
     def _call(self, form: str, inputs: list[str]) -> dict[str, str]:
         """A node of a part; gives its outputs by their roles."""
         part = _Part(self._spec, form)
         made = {role: self._tensors.get(role) or self._prefix + role for role in part.outputs}
-        inputs = [*inputs, *[self._axes] * (form == "AxesTotals")]
         outputs = [*made.values()]
         node = helper.make_node(part.name, inputs, outputs, name=outputs[0], domain=f.DOMAIN)
         self.nodes.append(node)
@@ -577,7 +600,7 @@ class _Part(Assembly):
 
     Its inputs are the spec's operands, a beta, and the axes or what flows into each gradient.
     Elements are the losses; Totals their sum, how many they are and, where they are weighted, the
-    sum of the weights; Slopes the gradients.
+    sum of the weights, and then the losses or differences themselves; Slopes the gradients.
     """
 
     def __init__(self, spec: LossSpec, form: str) -> None:
@@ -595,11 +618,10 @@ class _Part(Assembly):
         flags = "Masked" * spec.mask + "Weighted" * bool(spec.weight)
         loss = "Huber" if spec.loss == "huber" else "SmoothL1"
         self.name = f"{flags}{loss}Loss{form}{_SUFFIX[spec.dtype]}"
-        self.outputs = {"Elements": ["loss"], "Slopes": ["grad_input"]}.get(
-            form, ["total", "count"]
-        )
-        self.outputs += ["weights"] * ("Totals" in form and bool(spec.weight))
-        inputs = [*core.inputs, *["axes"] * (form == "AxesTotals")]
+        inputs, self.outputs = [*core.inputs], ["loss" if form == "Elements" else "grad_input"]
+        if "Totals" in form:
+            inputs, weights = [*inputs, "axes"], ["weights"] * bool(spec.weight)
+            self.outputs = ["total", "count", *weights, *[spec.elements or ""] * ("And" in form)]
         tensors = {role: f"{self.name}_{role}" for role in (*inputs, *self.outputs)}
         super().__init__(core, tensors, summed_axes=(), prefix=f"{self.name}_")
         self.function = helper.make_function(
@@ -622,14 +644,18 @@ class _Part(Assembly):
         if self._form == "Elements":
             self._rounded(losses, self._element, "loss")
             return
-        self._axes, is_double = self._tensors.get("axes", ""), self._spec.dtype == "float64"
+        if "losses" in self.outputs:
+            self._add("Cast", [losses], "losses", to=ELEMENT_TYPE[self._spec.dtype])
+        if "differences" in self.outputs:
+            self._rounded(self._difference(), self._element, "differences")
+        self._axes, is_double = self._tensors["axes"], self._spec.dtype == "float64"
         total = self._total = self._added_up(losses, "sum", is_double)
         if self._spec.weight:
             total = self._add("WithoutNegativeZero", [total], "sum_signed")
         self._unless_no_beta(total, losses)
         self._name_last("total")
         count = self._new_count(losses)
-        if self._axes and not self._spec.mask:  # each has the same
+        if not self._spec.mask:  # each has the same
             shape = self._add("Shape", [self._total], "sums_shape")
             self._add("Expand", [count, shape], "counts")
         self._name_last("count")
@@ -679,18 +705,28 @@ def _has_a_name(spec: LossSpec) -> bool:
     """Whether there is a function that is the whole loss; others are a few nodes."""
     is_plain = spec.loss != "huber" and spec.effective_loss_weight == 1.0
     has_more = spec.mask or spec.divisor or spec.empty != "nan" or spec.axes or spec.beta_shape
-    return is_plain and not has_more
+    return is_plain and not (has_more or spec.elements)
 
 
 def _has_parts(spec: LossSpec, summed_axes: tuple[int, ...] | None) -> bool:
     """Whether `_InParts` knows a loss that has no name, and no step of it is between its parts."""
     is_summed_back = spec.gradient and summed_axes != ()
-    is_rounded_after = spec.reduction == "none" and spec.effective_loss_weight != 1.0
+    is_none = spec.reduction == "none"
+    is_rounded_after = is_none and spec.effective_loss_weight != 1.0
     may_overflow = spec.dtype == "float64" and spec.weight == "weights"
     is_huber = spec.loss == "huber" and (spec.runtime_beta or spec.dtype == "float64")
-    has_axes = not spec.per_sample and (spec.axes is None or min(spec.axes) >= 0)
-    return has_axes and not (
-        is_summed_back or is_rounded_after or may_overflow or is_huber or spec.has_subnormal_beta
+    has_axes = spec.axes is None or min(spec.axes) >= 0
+    is_times = spec.elements == "losses" and spec.effective_loss_weight != 1.0
+    return (
+        has_axes
+        and not is_times
+        and not (
+            is_summed_back
+            or is_rounded_after
+            or may_overflow
+            or is_huber
+            or spec.has_subnormal_beta
+        )
     )
 
 
@@ -728,15 +764,18 @@ def nodes_of(
     name, and for what is going to be inlined. Takes what `Assembly` takes, and the rank of the
     element losses where it is known.
     """
-    if spec.elements:
+    is_part = not inlined and rank != 0 and _has_parts(spec, summed_axes)
+    if spec.elements and (spec.reduction == "none" or not is_part):
         return _with_elements(spec, tensors, summed_axes, rank, prefix, inlined)
     has_a_name = _has_a_name(spec)
     if inlined or (spec.gradient and summed_axes != ()) or not has_a_name:
-        if spec.per_sample and rank and rank > 1 and not has_a_name:
+        is_part = is_part and not has_a_name
+        if spec.per_sample and rank and rank > 1 and not (has_a_name or is_part):
             spec = replace(spec, per_sample=False, axes=tuple(range(1, rank)))
-        in_parts = not (inlined or has_a_name) and _has_parts(spec, summed_axes)
-        kind = _InParts if in_parts else Assembly
-        assembly = kind(spec, tensors, summed_axes=summed_axes, prefix=prefix, inlined=inlined)
+        kind = _InParts if is_part else Assembly
+        assembly = kind(
+            spec, tensors, summed_axes=summed_axes, rank=rank, prefix=prefix, inlined=inlined
+        )
         return assembly.nodes, [], [*function_closure(assembly.used), *assembly.parts]
     name = function_name(spec)
     # One body for the beta that is known and the one that isn't.

@@ -289,8 +289,8 @@ def CompensatedMean(losses: DOUBLE[...]) -> DOUBLE[...]:
 
 @script(_domain)
 def WideAxesSum(losses: TNarrow, axes: INT64[...]) -> DOUBLE[...]:
-    """The sum over `axes`, as `WideSum` accumulates it."""
-    return op.ReduceSum(op.Cast(losses, to=11), axes, keepdims=0)
+    """The sum over `axes`, as `WideSum` accumulates it; over none the losses themselves."""
+    return op.ReduceSum(op.Cast(losses, to=11), axes, keepdims=0, noop_with_empty_axes=1)
 
 
 @script(_domain)

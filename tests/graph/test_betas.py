@@ -81,7 +81,7 @@ def test_betas_that_are_all_one_number_have_its_loss_in_every_bit() -> None:
 
 def test_they_are_what_the_operators_have_a_kernel_for() -> None:
     nodes = [node.op_type for node in export(LossSpec(CHANNELS), shape=SHAPE).graph.node]
-    assert nodes == ["Constant", "SmoothL1LossTotals", "Div", "Cast"]
+    assert nodes == ["Constant", "Constant", "SmoothL1LossTotals", "Div", "Cast"]
 
 
 def test_betas_may_enlarge_the_losses_as_an_operand_does() -> None:

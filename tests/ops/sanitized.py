@@ -74,7 +74,7 @@ for suffix, reduction, row, weighted, gradient in itertools.product(
         run_session(session, feeds)
 for suffix, form, loss, weighted, masked in itertools.product(
     ELEMENTS,
-    ("Elements", "Totals", "AxesTotals", "Slopes"),
+    ("Elements", "Totals", "TotalsAndLosses", "TotalsAndDifferences", "Slopes"),
     ("HuberLoss", "SmoothL1Loss"),
     ("", "Weighted"),
     ("", "Masked"),
@@ -84,12 +84,14 @@ for suffix, form, loss, weighted, masked in itertools.product(
     kinds |= {"weight": element} if weighted else {}
     kinds |= {"mask": TensorProto.BOOL} if masked else {}
     kinds["beta"] = wide if suffix == "Float64" else TensorProto.FLOAT
-    kinds |= {"AxesTotals": {"axes": TensorProto.INT64}, "Slopes": {"flowing": wide}}.get(form, {})
+    kinds |= {"axes": TensorProto.INT64} if "Totals" in form else {}
+    kinds |= {"flowing": wide} if form == "Slopes" else {}
     totals = {"total": wide, "count": wide} | ({"weights": wide} if weighted else {})
+    each = {"out": element} if "And" in form or "Totals" not in form else {}
     session = opened(
         f"{masked}{weighted}{loss}{form}{suffix}",
         [*kinds.items()],
-        [*(totals if "Totals" in form else {"out": element}).items()],
+        [*((totals if "Totals" in form else {}) | each).items()],
     )
     for at, shapes in enumerate(SHAPES):
         sizes = dict(zip(("input", "target", "weight"), shapes, strict=True))
@@ -97,11 +99,11 @@ for suffix, form, loss, weighted, masked in itertools.product(
         rank = len(np.broadcast_shapes(*(sizes[name] for name in kinds if name != "axes")))
         for number, axes in enumerate(([], [*range(rank)], [*range(rank)][:1], [*range(rank)][1:])):
             use(1 + (at + number) % use(0))
-            if number and form != "AxesTotals":
+            if number and "Totals" not in form:
                 break
             feeds = {name: np.ones(size, helper.tensor_dtype_to_np_dtype(kinds[name]))
                      for name, size in sizes.items() if name in kinds}  # fmt: skip
-            if form == "AxesTotals":
+            if "Totals" in form:
                 feeds["axes"] = np.asarray(axes, np.int64)
             run_session(session, feeds)
 print("done")

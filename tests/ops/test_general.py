@@ -57,20 +57,30 @@ def session_of(
     name: str, elements: tuple[tuple[str, int], ...], threads: int = 1
 ) -> ort.InferenceSession:
     """Of a model that is nothing but the operator."""
-    totals = "Totals" in name
-    outputs = ["total", "count", *["weights"] * ("Weighted" in name)] if totals else ["out"]
-    element = helper.np_dtype_to_tensor_dtype(np.dtype("f8")) if totals else elements[0][1]
+    outputs = ["total", "count", *["weights"] * ("Weighted" in name)] * ("Totals" in name)
+    outputs += ["out"] * ("Totals" not in name or "And" in name)
     graph = helper.make_graph(
         [helper.make_node(name, [n for n, _ in elements], outputs, domain="smoothl1_deploy")],
         "one",
         [helper.make_tensor_value_info(n, e, None) for n, e in elements],
-        [helper.make_tensor_value_info(n, element, None) for n in outputs],
+        [
+            helper.make_tensor_value_info(
+                n, elements[0][1] if n == "out" else TensorProto.DOUBLE, None
+            )
+            for n in outputs
+        ],
     )
     return opened(graph, threads)
 
 
 def call(given: Given, form: str, *, huber: bool = False, threads: int = 1) -> Given:
-    """What the operator gives for the arrays, whose names say which operator it is."""
+    """What the operator gives for the arrays, whose names say which operator it is.
+
+    Totals of all axes, where there are none given.
+    """
+    if "Totals" in form and "axes" not in given:
+        rank = max(a.ndim for n, a in given.items())
+        given = given | {"axes": np.arange(rank, dtype=np.int64)}
     dtype = next(name for name, known in NUMPY_DTYPE.items() if known == given["input"].dtype)
     name = "Masked" * ("mask" in given) + "Weighted" * ("weight" in given)
     name += f"{'Huber' if huber else 'SmoothL1'}Loss{form}{SUFFIX[dtype]}"
@@ -122,22 +132,38 @@ def right(given: Given, *, huber: bool = False, slopes: bool = False) -> tuple[A
     return value, np.where(mask, weight, 0), mask
 
 
+def assert_same(got: Any, want: Any, note: Any) -> None:
+    """Equal in every bit, but for those of a NaN."""
+    np.testing.assert_array_equal(got.astype("f8"), want.astype("f8"), str(note))
+    assert np.array_equal(np.signbit(got)[got == 0], np.signbit(want)[got == 0]), note
+
+
 def assert_right(given: Given, axes: Any = None, *, huber: bool = False, note: Any = "") -> None:
     """Of every form; the sums over all of them, or over axes."""
     values, weights, mask = right(given, huber=huber)
-    form = "Totals"
     if axes is not None:
-        given, form = given | {"axes": np.asarray(axes, np.int64)}, "AxesTotals"
+        given = given | {"axes": np.asarray(axes, np.int64)}
     over = tuple(range(mask.ndim)) if axes is None else tuple(axes)
-    found = call(given, form, huber=huber)
+    found = call(given, "Totals", huber=huber)
     want = {"total": values, "count": mask, "weights": weights}
     assert {*found} == {"total", "count"} | ({"weights"} & {*found} if "weight" in given else set())
     for name, got in found.items():
         summed = np.asarray(want[name].astype(np.longdouble).sum(axis=over), np.float64)
-        if name == "total" and given["beta"].size == 1 and not given["beta"] >= 0:
-            summed = np.full_like(summed, np.nan)  # also of nothing
+        if name == "total" and not (given["beta"] >= 0).all():
+            summed = np.full_like(summed, np.nan) if not values.size else summed
         assert_near(got, summed, 2, (name, note))
         assert not np.signbit(got).any(), (name, note)
+    summands = {name: array for name, array in given.items() if name != "axes"}
+    with np.errstate(all="ignore"):
+        wide = np.float64 if given["input"].dtype == np.float64 else np.float32
+        less = np.subtract(given["input"], given["target"], dtype=wide).astype(given["input"].dtype)
+    for form, each in (
+        ("TotalsAndLosses", call(summands, "Elements", huber=huber)["out"]),
+        ("TotalsAndDifferences", np.where(mask, less, less.dtype.type(0))),
+    ):
+        both = call(given, form, huber=huber)
+        assert_same(both.pop("out"), each, (form, note))
+        assert all(both[name].tobytes() == found[name].tobytes() for name in found), (form, note)
     if axes is None:
         dtype = given["input"].dtype
         with np.errstate(all="ignore"):
@@ -229,14 +255,15 @@ def test_what_lies_outside_the_mask_is_nowhere(dtype: str) -> None:
             changed[name][~given["mask"]] = np.resize(np.roll(wild, at), outside.shape)
         flowing = np.where(given["mask"], 2.0, np.inf)
         for form, more in (
-            ("Elements", {}), ("Totals", {}), ("AxesTotals", {"axes": axes}),
+            ("Elements", {}), ("Totals", {}), ("Totals", {"axes": axes}),
+            ("TotalsAndLosses", {}), ("TotalsAndDifferences", {"axes": axes}),
             ("Slopes", {"flowing": flowing}),
         ):  # fmt: skip
             found, same = (call(x | more, form, huber=huber) for x in (given, changed))
             for name, got in found.items():
                 assert got.tobytes() == same[name].tobytes(), (form, name, beta)
-                assert form != "AxesTotals" or got[3] == 0
-            if form in ("Elements", "Slopes"):
+                assert "axes" not in more or name == "out" or got[3] == 0
+            if "out" in found:
                 assert not any(found["out"][~given["mask"]].tobytes())
             changed["mask"] = np.zeros_like(given["mask"])
             for got in call(changed | more, form, huber=huber).values():
@@ -260,7 +287,7 @@ def test_infinities_and_nan_of_what_is_selected(dtype: str) -> None:
         assert_near(got, want, 1, (huber, beta))
         assert_near(call(sloped, "Slopes", huber=huber)["out"], slope, 1, (huber, beta))
         alone = {name: a.reshape(-1, 1) for name, a in given.items()}  # each sum of one element
-        total = call(alone | {"axes": np.asarray([1])}, "AxesTotals", huber=huber)["total"]
+        total = call(alone | {"axes": np.asarray([1])}, "Totals", huber=huber)["total"]
         assert np.array_equal(np.isnan(total), np.isnan(want.astype("f4"))), (huber, beta)
         assert np.array_equal(np.isinf(total), np.isinf(want.astype("f4"))) or "16" in dtype
 
@@ -284,7 +311,7 @@ def test_sums_of_float64_are_those_of_exact_arithmetic(use: Any) -> None:
         use(number)
         assert_near(call(given, "Totals")["total"], np.asarray(whole), 1)
         over = given | {"axes": np.asarray([0])}
-        assert_near(call(over, "AxesTotals")["total"], columns, 1)
+        assert_near(call(over, "Totals")["total"], columns, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -301,7 +328,8 @@ def test_instruction_sets_and_threads_give_the_same_bits(use: Any, dtype: str) -
         given |= {"mask": random.random(shape) < 0.5} if masked else {}
         given["beta"] = np.asarray(beta, np.float64 if dtype == "float64" else np.float32)
         for form, more in (
-            ("Elements", {}), ("Totals", {}), ("AxesTotals", {"axes": np.asarray(axes)}),
+            ("Elements", {}), ("Totals", {}), ("Totals", {"axes": np.asarray(axes)}),
+            ("TotalsAndLosses", {"axes": np.asarray(axes)}), ("TotalsAndDifferences", {}),
             ("Slopes", {"flowing": np.float64(0.7)}),
         ):  # fmt: skip
             found = set()
@@ -336,8 +364,8 @@ def test_elements_have_the_bits_of_the_operators_for_none(dtype: str) -> None:
 def test_what_has_no_place_is_refused() -> None:
     given = arrays("float32", (2, 3), (2, 3))
     for form, more, sentence in (
-        ("AxesTotals", {"axes": np.asarray([2])}, "an axis that the elements haven't"),
-        ("AxesTotals", {"axes": np.asarray([-1])}, "an axis that the elements haven't"),
+        ("Totals", {"axes": np.asarray([2])}, "an axis that the elements haven't"),
+        ("Totals", {"axes": np.asarray([-1])}, "an axis that the elements haven't"),
         ("Slopes", {"flowing": np.zeros(2)}, "what flows in hasn't the elements' shape"),
         ("Slopes", {"flowing": np.zeros((1, 1, 1))}, "what flows in hasn't"),
         ("Elements", {"beta": np.zeros(2, np.float32)}, "can't be broadcast to one shape"),

@@ -162,7 +162,10 @@ SHARED size_t size_of(int type) {
 typedef enum { NONE, SUM, MEAN, AVERAGE } Reduction;
 
 /* What an operator of the second family gives, for a graph to go on from; the first family's is WHOLE. */
-typedef enum { WHOLE, ELEMENTS, TOTALS, AXES_TOTALS, SLOPES } Form;
+typedef enum { WHOLE, ELEMENTS, TOTALS, SLOPES } Form;
+
+/* What totals give of each element beside; it alone where the form is ELEMENTS. */
+typedef enum { NOTHING, LOSSES, DIFFERENCES } Beside;
 
 /* An operator of the domain, and the first field of what ONNX Runtime is given of it. */
 typedef struct {
@@ -173,6 +176,7 @@ typedef struct {
     int type; /* of its inputs and its outputs */
     bool is_total; /* of files of version 1: the sum of numbers of any type, as a float64 */
     Form form;
+    Beside beside;
     bool is_masked, is_huber;
 } Operator;
 
@@ -181,7 +185,7 @@ typedef struct {
     double sum, rest, weight, weight_rest, selected;
 } Partial;
 
-typedef struct {
+typedef struct Job {
     const Operator *op;
     Space space;
     Operand input, target, weight, upstream; /* data is NULL of those that the operator has not */
@@ -199,6 +203,8 @@ typedef struct {
     double *weights; /* what each row's mean was divided by, for the gradient */
     char *out, *gradient;
     double *selected, *weight_sums; /* of each row, beside its total */
+    struct Job *each; /* what is given of each element beside; NULL for nothing */
+    bool is_moved;    /* elements are gone through in another order than they lie in */
     bool is_wide;     /* each element is computed in float64, with its own beta where it has one */
     bool is_undivided; /* where all have one beta, by which the sum is divided */
     bool is_direct;   /* every input is computed with where it lies */

@@ -463,6 +463,15 @@ static void ISA(wide_terms)(const void *const *from, size_t count, const Wide *w
     ISA(wide_as)(from, count, wide, to, false, false, true);
 }
 
+#define LESS(name, real) \
+    static void ISA(name)(const real *input, const real *target, size_t count, real *to) { \
+        _Pragma("GCC ivdep") for (size_t i = 0; i < count; i++) \
+            to[i] = input[i] - target[i]; \
+    }
+LESS(less_f, float)
+LESS(less_d, double)
+#undef LESS
+
 /* Outside the mask 0; `to` may be `from`. */
 #define KEEP(bits) \
     static void ISA(keep_##bits)(const void *from, const uint8_t *mask, size_t count, void *to) { \
@@ -552,7 +561,7 @@ static void ISA(narrow_bfloat)(const float *from, size_t count, uint16_t *to) {
 static const Loops ISA(loops) = {
     ISA(each_f), ISA(each_d), ISA(sum_f), ISA(sum_d), ISA(total_f), ISA(total_d),
     ISA(widen_half), ISA(widen_bfloat), ISA(slopes_f), ISA(slopes_odd), ISA(slopes_d),
-    ISA(narrow_half), ISA(narrow_bfloat), ISA(settle_half), ISA(settle_bfloat),
+    ISA(narrow_half), ISA(narrow_bfloat), ISA(less_f), ISA(less_d), ISA(settle_half), ISA(settle_bfloat),
     ISA(wide_f), ISA(wide_odd), ISA(wide_d), ISA(wide_terms), ISA(total_down),
     ISA(keep_16), ISA(keep_32), ISA(keep_64), ISA(selected),
 };

@@ -6,11 +6,12 @@
  * an attribute; Gradient has a second output, the gradient of each element; Upstream multiplies it by
  * the last input, which has the shape of the loss.
  * The second family is for graphs that go on from what the one pass over memory finds:
- *     [Masked][Weighted](SmoothL1|Huber)Loss(Elements|Totals|AxesTotals|Slopes)[Float16|BFloat16|Float64]
+ *     [Masked][Weighted](SmoothL1|Huber)Loss(Elements|Totals[AndLosses|AndDifferences]|Slopes)
+ *     [Float16|BFloat16|Float64]
  * of input, target, weight, mask and beta, in this order; all broadcast, and what isn't selected by the mask
- * is as if it weren't there. Elements gives each loss; Totals the sum of the losses, how many they are and,
- * Weighted, the sum of their weights, as float64; AxesTotals the same over its last input, axes in rising
- * order; Slopes each gradient, times its last input, what flows in, as float64.
+ * is as if it weren't there. Elements gives each loss; Totals, over the axes that its last input names, the
+ * sum of the losses, how many they are and, Weighted, the sum of their weights, as float64, and then each
+ * loss or difference; Slopes each gradient, times its last input, what flows in, as float64.
  * Any broadcast of at most 64 axes.
  */
 #include <stdio.h>
@@ -138,7 +139,7 @@ static OrtStatus *read_axes(OrtApi *api, const OrtKernelContext *context, size_t
     Operand given;
     Dims dims;
     Space *space = &job->space;
-    bool is_reduced[AXES] = {false}, is_moved = false;
+    bool is_reduced[AXES] = {false};
     size_t order[AXES], suffix = space->rank, at = 0, steps[AXES];
     TRY(read_operand(api, context, index, &given, &dims));
     const int64_t *axes = (const void *)given.data;
@@ -165,10 +166,10 @@ static OrtStatus *read_axes(OrtApi *api, const OrtKernelContext *context, size_t
         if (!is_reduced[axis])
             kept->dims[kept->rank++] = space->dims[axis];
         sizes[axis] = space->dims[order[axis]];
-        is_moved |= order[axis] != axis;
+        job->is_moved |= order[axis] != axis;
     }
     memcpy(space->dims, sizes, space->rank * sizeof *sizes);
-    for (size_t i = 0; i < inputs && is_moved; i++) {
+    for (size_t i = 0; i < inputs && job->is_moved; i++) {
         memcpy(steps, operands[i]->steps, sizeof steps);
         for (size_t axis = 0; axis < space->rank; axis++)
             operands[i]->steps[axis] = steps[order[axis]];
@@ -199,18 +200,32 @@ static bool has_no_beta(const Operand *betas, size_t count) {
     return false;
 }
 
-static bool is_totals(const Operator *op) { return op->form == TOTALS || op->form == AXES_TOTALS; }
+/* The axes that elements are gone through along, each in one go where they lie so, but for those of totals
+ * all of one sum. */
+static void settle_axes(Job *job, Operand **operands, size_t inputs) {
+    if (job->op->form != TOTALS) {
+        job->rows = job->op->by_row ? (size_t)job->space.dims[0] : 1;
+        job->columns = job->width = 1;
+        for (size_t axis = job->op->by_row; axis < job->space.rank; axis++)
+            job->columns *= (size_t)job->space.dims[axis];
+    }
+    join_axes(&job->space, operands, inputs);
+    job->is_direct = true;
+    for (size_t i = 0; i < inputs; i++)
+        job->is_direct &= operands[i]->is_whole && operands[i]->size != 2;
+}
 
 static size_t input_count(const OrtCustomOp *ort) {
     const Operator *op = (const Operator *)ort;
     return op->is_total ? 1
                         : 2 + (size_t)op->is_weighted + (size_t)op->is_masked + (size_t)op->takes_beta +
-                              (size_t)(op->takes_upstream || op->form == AXES_TOTALS || op->form == SLOPES);
+                              (size_t)(op->takes_upstream || op->form == TOTALS || op->form == SLOPES);
 }
 
 static size_t output_count(const OrtCustomOp *ort) {
     const Operator *op = (const Operator *)ort;
-    return 1 + (size_t)op->gives_gradient + (size_t)is_totals(op) + (size_t)(is_totals(op) && op->is_weighted);
+    size_t sums = op->form == TOTALS ? 2 + (size_t)op->is_weighted : 1;
+    return sums + (size_t)op->gives_gradient + (size_t)(op->beside != NOTHING);
 }
 
 static OrtStatus *compute(void *state, OrtKernelContext *context) {
@@ -249,7 +264,21 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     size_t rank = op->reduction == NONE ? job.space.rank : op->by_row;
     Dims kept;
     memcpy(kept.dims, job.space.dims, sizeof kept.dims);
-    if (op->form == AXES_TOTALS) {
+    Operator alone;
+    Job each;
+    Operand each_mask, each_betas, *each_operands[6];
+    if (op->beside) {
+        alone = *op, each = job, each_mask = mask, each_betas = betas;
+        alone.form = ELEMENTS, alone.reduction = NONE;
+        each.op = &alone;
+        for (size_t i = 0; i < inputs; i++) /* the same in the copies */
+            each_operands[i] = operands[i] == &mask         ? (each.mask = &each_mask, &each_mask)
+                               : operands[i] == &betas      ? (each.betas = &each_betas, &each_betas)
+                               : operands[i] == &job.weight ? &each.weight
+                               : i                          ? &each.target
+                                                            : &each.input;
+    }
+    if (op->form == TOTALS) {
         TRY(read_axes(api, context, input_count(&op->ort) - 1, &job, &kept, operands, inputs));
         rank = kept.rank;
     }
@@ -275,20 +304,17 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
         TRY(ort_output(context, 1, job.space.dims, job.space.rank, &out));
         TRY(ort_data(out, (void **)&job.gradient));
     }
-    for (size_t i = 1; is_totals(op) && i < output_count(&op->ort); i++) {
+    for (size_t i = 1; op->form == TOTALS && i < 2 + (size_t)op->is_weighted; i++) {
         TRY(ort_output(context, i, kept.dims, rank, &out));
         TRY(ort_data(out, (void **)(i == 1 ? &job.selected : &job.weight_sums)));
     }
-    if (op->form != AXES_TOTALS) {
-        job.rows = op->by_row ? (size_t)job.space.dims[0] : 1;
-        job.columns = job.width = 1;
-        for (size_t axis = op->by_row; axis < job.space.rank; axis++)
-            job.columns *= (size_t)job.space.dims[axis];
+    if (op->beside) {
+        TRY(ort_output(context, output_count(&op->ort) - 1, each.space.dims, each.space.rank, &out));
+        TRY(ort_data(out, (void **)&each.out));
+        settle_axes(&each, each_operands, inputs);
+        job.each = &each;
     }
-    join_axes(&job.space, operands, inputs);
-    job.is_direct = true;
-    for (size_t i = 0; i < inputs; i++)
-        job.is_direct &= operands[i]->is_whole && operands[i]->size != 2;
+    settle_axes(&job, operands, inputs);
     return compute_job(&job, api, context);
 }
 
@@ -326,8 +352,8 @@ static int input_type(const OrtCustomOp *ort, size_t index) {
 }
 static int output_type(const OrtCustomOp *ort, size_t index) {
     const Operator *op = (const Operator *)ort;
-    (void)index;
-    return op->is_total || is_totals(op) ? ORT_DOUBLE : op->type;
+    bool is_sum = op->form == TOTALS && (!op->beside || index + 1 < output_count(ort));
+    return op->is_total || is_sum ? ORT_DOUBLE : op->type;
 }
 /* Shapes are told where every size or name is certain. Of an axis of two names, of which either may
  * be 1, nothing is; nor of an input of rank 0, which is also how one of any rank looks here: a beta is
@@ -338,7 +364,7 @@ static OrtStatus *infer(const OrtCustomOp *ort, OrtShapeInferContext *context) {
     const char *names[AXES], *axis_names[AXES];
     int64_t sizes[AXES], axis_sizes[AXES];
     size_t rank, widest = 0, inputs = op->is_total ? 0 : op->is_weighted ? 3 : 2;
-    bool is_certain = op->form != AXES_TOTALS;
+    bool is_certain = op->form != TOTALS;
     if (op->form)
         inputs += 1 + (size_t)op->is_masked;
     if (op->gives_gradient) {
@@ -387,8 +413,8 @@ static OrtStatus *infer(const OrtCustomOp *ort, OrtShapeInferContext *context) {
         status = ort_set_dims(told, sizes + AXES - widest, rank);
     if (!status)
         status = ort_set_names(told, names + AXES - widest, rank);
-    for (size_t i = 0; !status && i < (is_totals(op) ? output_count(ort) : 1); i++)
-        status = ort_infer_output(context, i, told);
+    if (!status)
+        status = ort_infer_output(context, 0, told);
     ort_release_info(told);
     return status;
 }
@@ -437,15 +463,18 @@ __attribute__((constructor)) static void prepare(void) {
                     add_operator(op);
             }
     for (int type = 0; type < 4; type++)
-        for (int form = ELEMENTS; form <= SLOPES; form++)
+        for (int form = 0; form < 5; form++)
             for (int flags = 0; flags < 8; flags++) {
-                static const char *const forms[] = {"", "Elements", "Totals", "AxesTotals", "Slopes"};
-                Operator op = {.form = (Form)form, .type = types[type].type, .takes_beta = true,
-                               .is_masked = flags & 1, .is_weighted = flags & 2, .is_huber = flags & 4};
-                op.reduction = is_totals(&op) ? SUM : NONE;
+                static const struct { const char *name; Form form; Beside beside; } forms[] = {
+                    {"Elements", ELEMENTS, NOTHING}, {"Slopes", SLOPES, NOTHING}, {"Totals", TOTALS, NOTHING},
+                    {"TotalsAndLosses", TOTALS, LOSSES}, {"TotalsAndDifferences", TOTALS, DIFFERENCES}};
+                Operator op = {.form = forms[form].form, .beside = forms[form].beside,
+                               .type = types[type].type, .takes_beta = true, .is_masked = flags & 1,
+                               .is_weighted = flags & 2, .is_huber = flags & 4};
+                op.reduction = op.form == TOTALS ? SUM : NONE;
                 snprintf(op.name, sizeof op.name, "%s%s%sLoss%s%s", op.is_masked ? "Masked" : "",
-                         op.is_weighted ? "Weighted" : "", op.is_huber ? "Huber" : "SmoothL1", forms[form],
-                         types[type].name);
+                         op.is_weighted ? "Weighted" : "", op.is_huber ? "Huber" : "SmoothL1",
+                         forms[form].name, types[type].name);
                 if (has_kernel(&op))
                     add_operator(op);
             }

@@ -49,6 +49,8 @@ typedef struct {
     void (*slopes_d)(const void *const *, size_t, const Slope *, double *);
     void (*narrow_half)(const float *, size_t, uint16_t *);
     void (*narrow_bfloat)(const float *, size_t, uint16_t *);
+    void (*less_f)(const float *, const float *, size_t, float *);
+    void (*less_d)(const double *, const double *, size_t, double *);
     void (*settle_half)(const float *, const float *, size_t, const Beta *, float *);
     void (*settle_bfloat)(const float *, const float *, size_t, const Beta *, float *);
     void (*wide_f)(const void *const *, size_t, const Wide *, void *);
@@ -441,7 +443,11 @@ static void losses(const Job *job, size_t start, size_t end) {
         char *to = job->out + start * size_of(type);
         void *results = is_staged(job) ? (void *)buffers[RESULTS] : to;
         fetch(job, start, count, buffers, at);
-        if (job->is_wide)
+        if (job->op->beside == DIFFERENCES && type == ORT_DOUBLE)
+            loops->less_d(at[INPUT], at[TARGET], count, results);
+        else if (job->op->beside == DIFFERENCES)
+            loops->less_f(at[INPUT], at[TARGET], count, results);
+        else if (job->is_wide)
             (type == ORT_DOUBLE ? loops->wide_d
              : is_half          ? loops->wide_odd
                                 : loops->wide_f)(at, count, &wide, results);
@@ -449,7 +455,7 @@ static void losses(const Job *job, size_t start, size_t end) {
             loops->each_d(at[INPUT], at[TARGET], at[WEIGHT], count, &job->beta, results);
         else
             loops->each_f(at[INPUT], at[TARGET], at[WEIGHT], count, &job->beta, results);
-        if (is_half && !at[WEIGHT] && !job->is_wide)
+        if (is_half && !at[WEIGHT] && !job->is_wide && job->op->beside != DIFFERENCES)
             (type == ORT_FLOAT16 ? loops->settle_half : loops->settle_bfloat)(
                 at[INPUT], at[TARGET], count, &job->beta, results);
         deliver(job, results, count, to);
@@ -531,6 +537,15 @@ static void gradient_task(void *data, size_t number) {
         end_stream();
 }
 
+/* Gives what there is of each element beside, of those that were just added up. */
+static void give_each(const Job *job, size_t start, size_t end) {
+    if (!job->each)
+        return;
+    losses(job->each, start, end);
+    if (job->each->is_streamed)
+        end_stream();
+}
+
 static void task(void *data, size_t number) {
     const Job *job = data;
     size_t end, start = part_of(job, number, &end);
@@ -550,13 +565,14 @@ static void task(void *data, size_t number) {
             for (size_t row = first; row < last; row++)
                 put_row(job, row, added(job, row * job->columns, job->columns));
     }
+    give_each(job, start, end);
     if (job->gradient && !(job->weights && job->partials)) /* or the sum of the weights is not known yet */
         gradient_task(data, number);
 }
 
 /* Whether sums are added up side by side, or of few elements. */
 static bool has_strips(const Job *job) {
-    return job->op->form == AXES_TOTALS && (job->width > 1 || job->columns < SHORT);
+    return job->op->form == TOTALS && (job->width > 1 || job->columns < SHORT);
 }
 
 /* A strip: of one row at most SIDE sums side by side. */
@@ -672,11 +688,13 @@ static void add_strips(const Job *job, size_t row, size_t end) {
 
 static void strip_task(void *data, size_t number) {
     const Job *job = data;
-    size_t strips = strips_of(job);
+    size_t strips = strips_of(job), row = job->columns * job->width;
     if (job->tasks_per_row > 1) {
         size_t column = number % job->tasks_per_row * job->run, end = column + job->run;
-        add_strip(job, number / job->tasks_per_row, column, end < job->columns ? end : job->columns,
-                  job->partials + number * side_of(job, 0));
+        size_t strip = number / job->tasks_per_row;
+        end = end < job->columns ? end : job->columns;
+        add_strip(job, strip, column, end, job->partials + number * side_of(job, 0));
+        give_each(job, strip * row + column * job->width, strip * row + end * job->width);
         return;
     }
     size_t first = number * job->rows_per_task, last = first + job->rows_per_task;
@@ -686,6 +704,7 @@ static void strip_task(void *data, size_t number) {
     else
         for (size_t strip = first; strip < last; strip++)
             add_strip(job, strip, 0, job->columns, NULL);
+    give_each(job, first * row, last * row);
 }
 
 static OrtStatus *each_task(Job *job, OrtApi *api, const OrtKernelContext *context,
@@ -703,7 +722,8 @@ bool has_kernel(const Operator *op) { (void)op; return true; }
 
 OrtStatus *check_device(OrtApi *api) { (void)api; return NULL; }
 
-OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
+/* How each element is computed. */
+static void settle(Job *job) {
     const Operator *op = job->op;
     bool in_strips = has_strips(job);
     job->beta = beta_of(job);
@@ -721,6 +741,16 @@ OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
     job->slope.scale = is_flat && job->op->type == ORT_DOUBLE ? 0.5 : 1;
     job->slope.over_divisor = divided_by(is_flat ? 1 : job->beta.divisor);
     job->is_streamed = job->space.count >= STREAMED;
+}
+
+OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
+    bool in_strips = has_strips(job);
+    Job *later = job->each && (job->is_moved || strips_of(job) > 1) ? job->each : NULL;
+    settle(job);
+    if (later)
+        job->each = NULL;
+    else if (job->each)
+        settle(job->each);
     bool is_sum = job->op->reduction != NONE;
     size_t rows = job->rows * strips_of(job), side = side_of(job, 0);
     job->run = RUN / side < LEAST ? LEAST : RUN / side;
@@ -750,6 +780,8 @@ OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
             }
     if (job->partials && job->weights && !status)
         status = each_task(job, api, context, gradient_task, tasks);
+    if (later && !status)
+        status = compute_job(later, api, context);
     free(job->partials);
     free(job->weights);
     return status;
