@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .._files import read_file, refusal_told, write_atomic
-from .._records import Record
+from .._records import Record, grouped
 from .._spec import LossSpec
 from .._table import Table
 from ..errors import require
@@ -77,9 +77,7 @@ def row_tables(rows: Sequence[Row], copy: float | None = None) -> list[Table]:
         rows: those of one spec and way in the order to be shown.
         copy: bytes a second of a copy, to be compared with; None for those of the row `READ`.
     """
-    groups: dict[tuple[LossSpec, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.spec, row.way), []).append(row)
+    groups = grouped(((row.spec, row.way), row) for row in rows)
     return [_row_table(group, copy) for group in groups.values()]
 
 
@@ -187,11 +185,9 @@ def plot_png(rows: Sequence[Row], date: str, environment: Mapping[str, Any]) -> 
     require("matplotlib", "bench", "the plot of a benchmark")
     from matplotlib.figure import Figure
 
-    groups: dict[LossSpec, dict[str, list[tuple[int, Timing]]]] = {}
-    for row in rows:
-        if row.timing is not None:
-            lines = groups.setdefault(row.spec, {})
-            lines.setdefault(row.contestant, []).append((row.elements, row.timing))
+    groups = grouped(
+        (row.spec, (row.contestant, (row.elements, row.timing))) for row in rows if row.timing
+    )
     names = [*dict.fromkeys(row.contestant for row in rows)]
     columns = max(1, min(3, len(groups)))
     high = max(1, math.ceil(len(groups) / columns))
@@ -201,7 +197,7 @@ def plot_png(rows: Sequence[Row], date: str, environment: Mapping[str, Any]) -> 
         panel.remove()
     handles = {}
     for panel, (spec, lines) in zip(panels, groups.items(), strict=False):
-        for name, found in lines.items():
+        for name, found in grouped(lines).items():
             points = [
                 (elements, *(1e9 * t / elements for t in (each.q1, each.median, each.q3)))
                 for elements, each in sorted(found)

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from .._floats import CLASS_NAMES, NUMPY_DTYPE, Array, dtype_name, ieee_class, round_to, wide_dtype
+from .._records import grouped
 from .._spec import LossSpec
 from ..backends._runner import Runner
 from ..reference._oracle import oracle_gradient
@@ -299,10 +300,11 @@ def _gradient(subject: Subject) -> Iterator[Diagnosis]:
 
 def _special(subject: Subject) -> Iterator[Diagnosis]:
     """What is wrong with NaN, infinities, zeros and nothing at all."""
-    wrong: dict[str, list[Reply]] = {}
-    for reply in subject.special():
-        if reply.error or not np.array_equal(ieee_class(reply.got), ieee_class(reply.expected)):
-            wrong.setdefault(reply.kind, []).append(reply)
+    wrong = grouped(
+        (reply.kind, reply)
+        for reply in subject.special()
+        if reply.error or not np.array_equal(ieee_class(reply.got), ieee_class(reply.expected))
+    )
     if "nan" in wrong:
         wrong.pop("inf-inf", None)  # its NaN goes the same way
     elif "inf-inf" in wrong:

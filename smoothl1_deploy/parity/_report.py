@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .._environment import now
-from .._records import Record, plain
+from .._records import Record, grouped, plain
 from .._spec import LossSpec
 from ._cases import CaseResult
 
@@ -79,10 +79,8 @@ def cell_of(
 ) -> Cell:
     """Sum up the cases (at least one) of one combination."""
     worst = max(results, key=lambda result: result.verdict.badness)
-    by_family: dict[str, list[Mapping[str, float]]] = {}
-    for result in results:
-        if any(result.shares.values()):  # an empty case has none to count
-            by_family.setdefault(result.case.family, []).append(result.shares)
+    # An empty case has no shares to count.
+    by_family = grouped((r.case.family, r.shares) for r in results if any(r.shares.values()))
     return Cell(
         spec,
         beta,
@@ -147,11 +145,8 @@ class Draws(Record):
 
 def draws_of(cells: Iterable[Cell]) -> tuple[Draws, ...]:
     """The cells of draws, summed up by backend and route, in the order they come in."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.backend, cell.route), []).append(cell)
     found = []
-    for key, group in groups.items():
+    for key, group in grouped(((cell.backend, cell.route), cell) for cell in cells).items():
         run = [cell for cell in group if cell.refused is None]
         nearest = max(run, key=lambda cell: (not cell.ok, cell.ulp - cell.allowed), default=None)
         cases = sum(cell.cases for cell in run)

@@ -10,13 +10,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ..._certainty import Certainty
+from ..._records import grouped
 from ..._shapes import describe
 from ..._spec import DTYPES, LossSpec
 from ..._table import Entry, Table
 from .._contract import Contract
 from .._drift import DATA, Drift, DriftPoint
 from .._families import BRANCHES, usual_knee
-from .._pairs import Proof
 from .._pairs import table as distances
 from .._report import Build, Cell, Report, is_extended, mean_shares
 
@@ -124,11 +124,10 @@ def family_shares(report: Report) -> dict[str, dict[str, float]]:
 
 def by_backend(cells: Iterable[Cell]) -> list[tuple[str, str, list[Cell]]]:
     """The cells of each backend and route, a backend's routes together."""
-    groups: dict[str, dict[str, list[Cell]]] = {}
-    for cell in cells:
-        groups.setdefault(cell.backend, {}).setdefault(cell.route, []).append(cell)
     return [
-        (name, route, found) for name, routes in groups.items() for route, found in routes.items()
+        (backend, route, found)
+        for backend, those in grouped((cell.backend, cell) for cell in cells).items()
+        for route, found in grouped((cell.route, cell) for cell in those).items()
     ]
 
 
@@ -168,10 +167,10 @@ def certainty(report: Report) -> Table:
 
     run = {(cell.backend, cell.spec.dtype) for cell in report.cells if cell.refused is None}
     ours = (name for name in BACKENDS if name not in REFERENCES)
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for name in dict.fromkeys((*ours, *(cell.backend for cell in report.cells))):
-        words = (Certainty.SAMPLES if (name, d) in run else Certainty.NOT_RUN for d in DTYPES)
-        alike.setdefault(tuple(words), []).append(name)
+    alike = grouped(
+        (tuple(Certainty.SAMPLES if (name, d) in run else Certainty.NOT_RUN for d in DTYPES), name)
+        for name in dict.fromkeys((*ours, *(cell.backend for cell in report.cells)))
+    )
     alike[(Certainty.PROVED,) * len(DTYPES)] = ["the error bound of the graphs"]
     rows = [
         (what, *(Certainty.EVERY_PAIR if d in dtypes else "" for d in DTYPES))
@@ -185,22 +184,16 @@ def certainty(report: Report) -> Table:
 
 def _every_pair(report: Report) -> Iterator[tuple[str, frozenset[str]]]:
     """Of what every pair was tried, and in which formats."""
-    tried: dict[tuple[str, float], set[str]] = {}
-    for proof in sorted(report.pairs, key=lambda proof: proof.claim.beta):
-        for backend in proof.claim.backends if not proof.left else ():
-            tried.setdefault((backend, proof.claim.beta), set()).add(proof.claim.dtype)
-    betas: dict[tuple[str, frozenset[str]], list[str]] = {}
-    for (backend, beta), dtypes in tried.items():
-        betas.setdefault((backend, frozenset(dtypes)), []).append(f"{beta:g}")
-    for (backend, alike), at in betas.items():
-        yield f"{backend}: none and its gradient at beta {', '.join(at)}", alike
+    claims = sorted((p.claim for p in report.pairs if not p.left), key=lambda claim: claim.beta)
+    tried = grouped(((name, c.beta), c.dtype) for c in claims for name in c.backends)
+    alike = grouped(((name, frozenset(tried[name, beta])), f"{beta:g}") for name, beta in tried)
+    for (backend, dtypes), betas in alike.items():
+        yield f"{backend}: none and its gradient at beta {', '.join(betas)}", dtypes
 
 
 def pairs(report: Report) -> list[Table]:
     """What `prove` found, a table for each format and route."""
-    groups: dict[tuple[str, str], list[Proof]] = {}
-    for proof in report.pairs:
-        groups.setdefault((proof.claim.dtype, proof.claim.route), []).append(proof)
+    groups = grouped(((proof.claim.dtype, proof.claim.route), proof) for proof in report.pairs)
     return [distances(group) for group in groups.values()]
 
 
@@ -235,9 +228,7 @@ class Grid:
         subtitle: str = "",
     ) -> Grid:
         """The cells by what `row` and `column` call them, in the order in which they come."""
-        entries: dict[tuple[str, tuple[str, str]], list[Cell]] = {}
-        for cell in cells:
-            entries.setdefault((row(cell), column(cell)), []).append(cell)
+        entries = grouped(((row(cell), column(cell)), cell) for cell in cells)
         found = dict.fromkeys(map(column, cells))
         groups = list(dict.fromkeys(group for group, _ in found))
         columns = tuple(sorted(found, key=lambda each: groups.index(each[0])))
