@@ -22,6 +22,12 @@ _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 CLASS_NAMES = ("finite", "+0", "-0", "+inf", "-inf", "nan")
 
 
+def limits(dtype: str) -> tuple[float, float, float]:
+    """The largest finite, the smallest normal and the smallest subnormal number of a format."""
+    info = ml_dtypes.finfo(NUMPY_DTYPE[dtype])  # type: ignore[no-untyped-call]
+    return float(info.max), float(info.tiny), float(info.smallest_subnormal)
+
+
 def dtype_name(dtype: np.dtype[Any]) -> str:
     """`"bfloat16"` for ml_dtypes' bfloat16 too; byte order is left out."""
     return np.dtype(dtype).name

@@ -1,4 +1,4 @@
-"""Records as JSON, by one rule for every dataclass that the package writes; what is alike joined."""
+"""Records as JSON, by one rule for every dataclass that the package writes; values by a key."""
 
 from __future__ import annotations
 

@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import ml_dtypes
 import numpy as np
 
-from .._floats import CLASS_NAMES, NUMPY_DTYPE, Array, dtype_name, ieee_class, round_to, wide_dtype
+from .._floats import CLASS_NAMES, Array, dtype_name, ieee_class, limits, round_to, wide_dtype
 from .._records import grouped
 from .._spec import LossSpec
 from ..backends._runner import Runner
@@ -242,7 +241,7 @@ def _can_be_of(spec: LossSpec, point: DriftPoint, dtype: str) -> bool:
     if point.value is None or not math.isfinite(point.oracle):
         return point.ok
     total = point.oracle * (point.elements if spec.reduction == "mean" else 1)
-    largest = float(ml_dtypes.finfo(NUMPY_DTYPE[dtype]).max)  # type: ignore[no-untyped-call]
+    largest, *_ = limits(dtype)
     return point.value == math.inf and total > largest
 
 

@@ -122,9 +122,9 @@ class Tally(Record):
 
     def __add__(self, other: Tally) -> Tally:
         names = ("pairs", "ours", "torch", "wrong_class", "better")
-        sums = (getattr(self, name) + getattr(other, name) for name in names)
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
         nearer, further = sorted((other, self), key=lambda t: (t.wrong_class > 0, t.ours.largest))
-        return Tally(*sums, further.worst or nearer.worst)
+        return Tally(**sums, worst=further.worst or nearer.worst)
 
 
 @dataclass(frozen=True, slots=True)

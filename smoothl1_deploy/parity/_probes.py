@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from .._floats import NUMPY_DTYPE, Array, round_to, wide_dtype
+from .._floats import NUMPY_DTYPE, Array, limits, round_to, wide_dtype
 from .._spec import LossSpec
 from ..backends._runner import Runner
 from ..errors import SmoothL1DeployError
@@ -100,8 +99,7 @@ class Subject:
         self._runner = runner
         self._plan = ShapePlan.of(runner.signature)
         self._dtype = NUMPY_DTYPE[spec.dtype]
-        info = ml_dtypes.finfo(self._dtype)  # type: ignore[no-untyped-call]
-        self._tiny, self._largest = float(info.tiny), float(info.max)
+        self._largest, self._tiny, _ = limits(spec.dtype)
 
     def ask(self, kind: str, text: str, arrays: tuple[Array, ...]) -> Reply:
         """Run one probe, with all that the model takes beside: beta, an upstream gradient of 1.

@@ -8,17 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from .._environment import now
 from .._records import Record, grouped, plain
 from .._spec import LossSpec
 from ._cases import CaseResult
-
-if TYPE_CHECKING:
-    from ._contract import Contract
-    from ._drift import Drift
-    from ._pairs import Proof
+from ._contract import Contract
+from ._drift import Drift
+from ._pairs import Proof
 
 FORMAT = 1  # is raised when a reader of the JSON would have to change
 

@@ -7,23 +7,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..._certainty import Certainty
 from ..._records import grouped
 from ..._shapes import describe
 from ..._spec import DTYPES, LossSpec
 from ..._table import Entry, Table
+from ...backends._base import backend_class
+from ...backends._gpu import GpuBackend
+from ...backends._names import BACKENDS, REFERENCES
+from .._compare import Verdict
 from .._contract import Contract
 from .._drift import DATA, Drift, DriftPoint
 from .._families import BRANCHES, usual_knee
 from .._pairs import table as distances
 from .._report import Build, Cell, Report, is_extended, mean_shares
-
-if TYPE_CHECKING:
-    from .._compare import Verdict
-    from .._verify import Verification
-    from .._whole import ModelVerification
+from .._verify import Verification
+from .._whole import ModelVerification
 
 
 def plural(count: int, noun: str) -> str:
@@ -136,10 +137,6 @@ def by_backend(cells: Iterable[Cell]) -> list[tuple[str, str, list[Cell]]]:
 
 def not_run(found: Report | Verification | ModelVerification) -> Iterator[tuple[str, str]]:
     """What this says nothing of, as (what, why): kernels, engines, servers, cells."""
-    from ...backends._base import backend_class
-    from ...backends._gpu import GpuBackend
-    from ...backends._names import BACKENDS, REFERENCES
-
     ran = {found.backend} if not isinstance(found, Report) else {c.backend for c in found.cells}
     groups: dict[str, list[str]] = {"GPU kernels": [], "served by Triton": [], "other backends": []}
     on_gpu, served, others = groups.values()
@@ -163,8 +160,6 @@ def not_run(found: Report | Verification | ModelVerification) -> Iterator[tuple[
 
 def certainty(report: Report) -> Table:
     """How sure it is what each backend gives, by dtype; and the error bound of the graphs."""
-    from ...backends._names import BACKENDS, REFERENCES
-
     run = {(cell.backend, cell.spec.dtype) for cell in report.cells if cell.refused is None}
     ours = (name for name in BACKENDS if name not in REFERENCES)
     alike = grouped(
