@@ -119,26 +119,17 @@ def _row_table(rows: Sequence[Row], copy: float | None) -> Table:
         if row.problem
     )
     keys = 1 + (1 in filled)
-    return Table(
-        title,
-        tuple(header[at] for at in filled),
-        [tuple(line[at] for at in filled) for line in lines],
-        "l" * keys + "r" * (len(filled) - keys),
-        tuple(problems),
-        keys,
-    )
+    columns, *shown = (tuple(line[at] for at in filled) for line in (header, *lines))
+    align = "l" * keys + "r" * (len(filled) - keys)
+    return Table(title, columns, shown, align, tuple(problems), keys)
 
 
 def once_table(found: Mapping[str, Timing | str]) -> Table:
     """What is paid once; a text says why a step was left out."""
-    measured = {name: timing for name, timing in found.items() if isinstance(timing, Timing)}
-    return Table(
-        "paid once",
-        ("what", "median", "quartiles"),
-        [(name, seconds(t.median), _quartiles(t)) for name, t in measured.items()],
-        "lrr",
-        tuple(f"{name}: {why}" for name, why in found.items() if isinstance(why, str)),
-    )
+    timings = ((name, t) for name, t in found.items() if isinstance(t, Timing))
+    rows = [(name, seconds(timing.median), _quartiles(timing)) for name, timing in timings]
+    left_out = tuple(f"{name}: {why}" for name, why in found.items() if isinstance(why, str))
+    return Table("paid once", ("what", "median", "quartiles"), rows, "lrr", left_out)
 
 
 def seconds(value: float) -> str:

@@ -17,7 +17,7 @@ import onnx
 
 from .._floats import NUMPY_DTYPE, Array, dtype_name
 from .._records import Record
-from .._shapes import Shape
+from .._shapes import Dim, Shape
 from .._spec import DTYPES, LossSpec
 from ..backends._base import get_backend
 from ..backends._ort_cpu import SILENT
@@ -221,22 +221,18 @@ def plain_export(
 
     shapes = (shape, shape if target_shape is None else target_shape)
     names = sorted({dim for axes in shapes for dim in axes if isinstance(dim, str)})
-    sizes = {name: 3 + 2 * i for i, name in enumerate(names)}  # it specialises on 0, 1 and equals
+    # It specialises on 0, 1 and equals.
+    sizes: dict[Dim, int] = {name: 3 + 2 * i for i, name in enumerate(names)}
     dims = {name: torch.export.Dim(name) for name in names}
-    examples = tuple(
-        torch.zeros([sizes[d] if isinstance(d, str) else d for d in axes]).to(getattr(torch, dtype))
-        for axes in shapes
-    )
+    zeros = partial(torch.zeros, dtype=getattr(torch, dtype))
+    examples = tuple(zeros([sizes.get(dim, dim) for dim in axes]) for axes in shapes)
     dynamic = tuple(
         {i: dims[d] for i, d in enumerate(axes) if isinstance(d, str)} for axes in shapes
     )
+    module = torch.nn.SmoothL1Loss(**arguments).eval()
     with quiet():
         program = torch.onnx.export(
-            torch.nn.SmoothL1Loss(**arguments).eval(),
-            examples,
-            dynamic_shapes=dynamic,
-            dynamo=True,
-            verbose=False,
+            module, examples, dynamic_shapes=dynamic, dynamo=True, verbose=False
         )
     model: onnx.ModelProto = program.model_proto
     return model
@@ -266,9 +262,7 @@ def as_anyone(
     # Its threads may spin within a call, and not into the next one's turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     prepare(options)
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     first, second = (port.name for port in session.get_inputs())
     outputs = [session.get_outputs()[0].name]
     return lambda input, target: session.run(outputs, {first: input, second: target})[0]

@@ -189,12 +189,8 @@ def _is_narrow(reply: Reply, dtype: str) -> bool:
         return False
     got = reply.got.astype(wide_dtype(reply.spec.dtype))
     count = reply.count // max(got.size, 1) if reply.spec.reduction == "mean" else 1
-    return any(
-        np.array_equal(
-            (round_to(got * n, dtype).astype(got.dtype) / n).astype(reply.got.dtype), reply.got
-        )
-        for n in (1, count)
-    )
+    narrow = (round_to(got * n, dtype).astype(got.dtype) / n for n in (1, count))
+    return any(np.array_equal(values.astype(reply.got.dtype), reply.got) for values in narrow)
 
 
 # --- sums of many elements

@@ -154,15 +154,10 @@ class Subject:
             ]
             replies += self._mixed(shapes)
         count = elements(first)
-        replies += [
-            self.ask(
-                "fraction",
-                f"input {a:g}, target {b:g} in all {count} elements",
-                self._full(first, a, b),
-            )
-            for a, b in _FRACTIONS
-            if self._is_usable(a - b, count)
-        ]
+        for a, b in _FRACTIONS:
+            if self._is_usable(a - b, count):
+                text = f"input {a:g}, target {b:g} in all {count} elements"
+                replies.append(self.ask("fraction", text, self._full(first, a, b)))
         return replies
 
     def elementwise(self) -> list[Reply]:

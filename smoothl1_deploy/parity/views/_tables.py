@@ -408,30 +408,18 @@ def artefact_drift(points: Sequence[DriftPoint]) -> Table:
     ordered = sorted(points, key=lambda p: (p.output, DATA.index(p.family), p.elements))
     rows = []
     for point in ordered:
-        verdict, bound = point.result.verdict, point.bound
-        rows.append(
-            _row(
-                *(point.elements, point.family, point.output),
-                *_judged(verdict),
-                f"{bound:,.1f}" if bound is not None and math.isfinite(bound) else "-",
-                *(
-                    "-" if error is None else f"{error:.1e}"
-                    for error in (point.relative, point.torch_relative)
-                ),
-            )
-        )
+        bound, errors = point.bound, (point.relative, point.torch_relative)
+        proved = f"{bound:,.1f}" if bound is not None and math.isfinite(bound) else "-"
+        shown = ("-" if error is None else f"{error:.1e}" for error in errors)
+        judged = (*_judged(point.result.verdict), proved, *shown)
+        rows.append(_row(point.elements, point.family, point.output, *judged))
     below = ["bound: what is proved of the graphs that smoothl1-deploy makes, in ULP"]
     if any(point.result.verdict.better for point in ordered):
         below.append(_BETTER)
     numbers = ("ULP", "PyTorch's", "allowed", "verdict", "bound", "error", "PyTorch's error")
-    return Table(
-        "error of the reduction by size",
-        ("elements", "inputs", "output", *numbers),
-        rows,
-        "rllrrrlrrr",
-        tuple(below),
-        keys=3,
-    )
+    columns = ("elements", "inputs", "output", *numbers)
+    title = "error of the reduction by size"
+    return Table(title, columns, rows, "rllrrrlrrr", tuple(below), keys=3)
 
 
 def verification(found: Verification) -> Table:
@@ -442,14 +430,10 @@ def verification(found: Verification) -> Table:
         rows.append((result.case.family, result.case.layout, *_judged(result.verdict), *shares))
     likely = ", ".join(item.fault.value for item in found.diagnoses)
     red = _below((f"{r.case.family}, {r.case.layout}", r.verdict) for r in found.results)
-    return Table(
-        f"{found.name} on {found.backend}",
-        ("family", "shape", "ULP", "PyTorch's", "allowed", "verdict", *BRANCHES),
-        rows,
-        "llrrrlrrr",
-        (*red, *([f"most likely: {likely}"] if likely else [])),
-        keys=2,
-    )
+    below = (*red, *([f"most likely: {likely}"] if likely else []))
+    columns = ("family", "shape", "ULP", "PyTorch's", "allowed", "verdict", *BRANCHES)
+    title = f"{found.name} on {found.backend}"
+    return Table(title, columns, rows, "llrrrlrrr", below, keys=2)
 
 
 def whole_runs(found: Verification | ModelVerification) -> Table:
@@ -461,14 +445,10 @@ def whole_runs(found: Verification | ModelVerification) -> Table:
             (run.data, name, "", "", "", Entry("the same bits" if same else "OTHER BITS", same))
             for name, same in run.same.items()
         ]
-    return Table(
-        f"{found.name}, the whole model on {found.backend}",
-        ("data", "output", "ULP", "PyTorch's", "allowed", "verdict"),
-        rows,
-        "llrrrl",
-        _below((f"{run.data}, {n}", v) for run in found.runs for n, v in run.losses.items()),
-        keys=2,
-    )
+    red = _below((f"{run.data}, {n}", v) for run in found.runs for n, v in run.losses.items())
+    columns = ("data", "output", "ULP", "PyTorch's", "allowed", "verdict")
+    title = f"{found.name}, the whole model on {found.backend}"
+    return Table(title, columns, rows, "llrrrl", red, keys=2)
 
 
 def diagnoses(found: Verification) -> Table:
