@@ -189,11 +189,9 @@ def plot_png(rows: Sequence[Row], date: str, environment: Mapping[str, Any]) -> 
     handles = {}
     for panel, (spec, lines) in zip(panels, groups.items(), strict=False):
         for name, found in grouped(lines).items():
-            points = [
-                (elements, *(1e9 * t / elements for t in (each.q1, each.median, each.q3)))
-                for elements, each in sorted(found)
-            ]
-            elements, first, middle, third = np.array(points).T
+            points = np.array([(size, t.q1, t.median, t.q3) for size, t in sorted(found)])
+            elements, *quartiles = points.T
+            first, middle, third = (1e9 * values / elements for values in quartiles)
             is_limit = name == READ
             handles[name] = panel.errorbar(
                 elements,

@@ -156,8 +156,7 @@ def _attempt(
 ) -> Array | Exception:
     """The answer, which may be an error of the class `answers`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return compute(probe)
     except answers as exc:
         return exc

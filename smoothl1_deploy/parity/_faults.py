@@ -183,9 +183,8 @@ def _coefficients(p: float, q: float) -> Losses:
     )
 
 
-def smooth_l1(a: Array, b: Array, beta: float) -> Array:
-    """The right formula, of elements in a wide format."""
-    return _piecewise(_quadratic, _linear)(a, b, beta)
+#: The right formula, of elements in a wide format.
+smooth_l1 = _piecewise(_quadratic, _linear)
 
 
 def _log_cosh(a: Array, b: Array, beta: float) -> Array:

@@ -259,9 +259,8 @@ class Exact:
         below = [middle for middle in middles if middle < b / 2]
         above = middles[len(below) :]
         losses = Thresholds([2 * b * m for m in below] + [m + b / 2 for m in above], len(below))
-        if beta == 0:
-            return losses, Thresholds(())
-        return losses, Thresholds([middle * b for middle in middles[: self._one]])
+        slopes = [middle * b for middle in middles[: self._one]] if beta else []
+        return losses, Thresholds(slopes)
 
     def answers(self, inputs: Array, guess: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """The bits of the loss and of the gradient: uint16 of shape [inputs, 2^16].

@@ -121,12 +121,9 @@ class Subject:
         except SmoothL1DeployError as exc:
             error = f"{type(exc).__name__}: {exc}"
             return Reply(spec, kind, text, arrays, expected, expected.reshape(-1)[:0], error=error)
-        got = outputs[signature.loss.name]
-        shape = got.shape
-        if got.size == expected.size:
-            got = got.reshape(expected.shape)
-        gradient = outputs.get("grad_input")
-        return Reply(spec, kind, text, arrays, expected, got, shape, gradient)
+        answer, gradient = outputs[signature.loss.name], outputs.get("grad_input")
+        got = answer.reshape(expected.shape) if answer.size == expected.size else answer
+        return Reply(spec, kind, text, arrays, expected, got, answer.shape, gradient)
 
     @cached_property
     def ordinary(self) -> list[Reply]:

@@ -62,9 +62,14 @@ class Cell(Record):
         return not self.failures
 
 
-def mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of several (at least one) cases' shares, branch by branch."""
-    return {branch: fmean(each[branch] for each in shares) for branch in shares[0]}
+def mean_shares(
+    shares: Iterable[tuple[str, Mapping[str, float]]],
+) -> dict[str, dict[str, float]]:
+    """Of each family the mean of its shares, branch by branch."""
+    return {
+        family: {branch: fmean(each[branch] for each in those) for branch in those[0]}
+        for family, those in grouped(shares).items()
+    }
 
 
 def is_extended(spec: LossSpec) -> bool:
@@ -78,7 +83,7 @@ def cell_of(
     """Sum up the cases (at least one) of one combination."""
     worst = max(results, key=lambda result: result.verdict.badness)
     # An empty case has no shares to count.
-    by_family = grouped((r.case.family, r.shares) for r in results if any(r.shares.values()))
+    shares = ((r.case.family, r.shares) for r in results if any(r.shares.values()))
     return Cell(
         spec,
         beta,
@@ -91,7 +96,7 @@ def cell_of(
         bound=worst.verdict.bound,
         better_than_pytorch=sum(result.verdict.better for result in results),
         layouts=tuple(dict.fromkeys(result.case.layout for result in results)),
-        families={family: mean_shares(shares) for family, shares in by_family.items()},
+        families=mean_shares(shares),
         worst=worst,
         failures=tuple(result for result in results if not result.verdict.ok),
     )

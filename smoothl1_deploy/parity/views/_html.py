@@ -59,15 +59,12 @@ BACKENDS: Mapping[str, str] = {
 
 def family_meaning(name: str) -> str:
     """What a family of inputs holds: its function's docstring, without the full stop."""
-    family = FAMILIES.get(name)
-    return docstring(family).rstrip(".") if family else ""
+    return docstring(FAMILIES[name]).rstrip(".")
 
 
 def layout_meaning(name: str) -> str:
-    """The shapes of a layout; empty for one that is not of the matrix."""
-    layout = LAYOUTS.get(name)
-    if layout is None:
-        return ""
+    """The shapes of a layout."""
+    layout = LAYOUTS[name]
     weight = "" if layout.weight is None else f", weights {layout.weight}"
     if layout.input == layout.target:
         return f"two tensors of {layout.input}{weight}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any
 
@@ -48,12 +48,9 @@ def variant(spec: LossSpec) -> str:
     words += [f"betas={describe(spec.beta_shape)}"] * bool(spec.beta_shape)
     for field in fields(spec):
         value = getattr(spec, field.name)
-        if field.name in ("beta", "delta", "reduction", "dtype") or value == field.default:
-            continue
-        if field.default is MISSING or not isinstance(value, bool):
-            words.append(f"{field.name}={value}")
-        else:
-            words.append(field.name.replace("_", " "))
+        if field.name not in ("beta", "delta", "reduction", "dtype") and value != field.default:
+            is_flag = isinstance(value, bool)
+            words.append(field.name.replace("_", " ") if is_flag else f"{field.name}={value}")
     return " ".join(words)
 
 
@@ -115,12 +112,8 @@ def family_shares(report: Report) -> dict[str, dict[str, float]]:
 
     At beta = 0 and beta = inf one branch can't be reached, which says nothing of a family.
     """
-    cells = [cell for cell in report.cells if 0 < cell.beta < math.inf]
-    names = dict.fromkeys(family for cell in cells for family in cell.families)
-    return {
-        name: mean_shares([cell.families[name] for cell in cells if name in cell.families])
-        for name in names
-    }
+    cells = (cell for cell in report.cells if 0 < cell.beta < math.inf)
+    return mean_shares(shares for cell in cells for shares in cell.families.items())
 
 
 def by_backend(cells: Iterable[Cell]) -> list[tuple[str, str, list[Cell]]]:
@@ -255,10 +248,8 @@ class Grid:
 def split(cells: Iterable[Cell]) -> tuple[list[Cell], list[Cell]]:
     """The plain cells, and those of the extensions, by beta; the rest of the order is kept."""
     ordered = sorted(cells, key=lambda cell: cell.beta)
-    return (
-        [cell for cell in ordered if not is_extended(cell.spec)],
-        [cell for cell in ordered if is_extended(cell.spec)],
-    )
+    groups = grouped((is_extended(cell.spec), cell) for cell in ordered)
+    return groups.get(False, []), groups.get(True, [])
 
 
 def beta_of(cell: Cell) -> str:
@@ -355,8 +346,7 @@ def engines(builds: Sequence[Build]) -> Table:
     """One row a route: engines built, failed and refused."""
     rows = []
     # A refused build knows only the flavour that was asked for ("auto"): the route joins them.
-    for route in dict.fromkeys(build.route for build in builds):
-        group = [build for build in builds if build.route == route]
+    for route, group in grouped((build.route, build) for build in builds).items():
         built = [build for build in group if build.ok and build.refused is None]
         failed = _none_wanted(sum(not build.ok for build in group))
         seconds = f"{median([build.seconds for build in built] or [0.0]):.2f} s"
