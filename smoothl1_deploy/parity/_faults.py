@@ -327,9 +327,9 @@ def _smoothed(a: Array, b: Array, p: float) -> Array:
 
 
 def _excess(d: float, loss: float, beta: float) -> float:
-    """The e for which sqrt(d^2 + e) - beta/2 is that loss."""
+    """The e for which sqrt(d^2 + e) - beta/2 is that loss, which only the linear part tells."""
     size = loss + beta / 2
-    return size * size - d * d
+    return size * size - d * d if d >= beta else 0.0
 
 
 #: Formulas with a number of their own, which is read off the answers; of two that explain as much
@@ -352,13 +352,11 @@ FITS: tuple[tuple[Solve, Form], ...] = (
         f"delta = {delta:.9g}; {_INSTEAD}",
         lambda a, b, _: np.hypot(a - b, delta) - delta,
         delta, lambda d: d + delta)),
-    (lambda d, loss, beta: _excess(d, loss, beta) if d >= beta else 0.0,
-     lambda e, _: Step(
+    (_excess, lambda e, _: Step(
         Fault.SMOOTH_ABS, f"|d| is sqrt(d^2 + {e:.9g}) in the linear part; {_BY_ABS}",
         lambda a, b, beta: np.where(_smoothed(a, b, e) < beta,
                                     _quadratic(a - b, beta), _smoothed(a, b, e) - 0.5 * beta), e)),
-    (lambda d, loss, beta: _excess(d, loss, beta) if d >= beta else 0.0,
-     lambda e, _: Step(
+    (_excess, lambda e, _: Step(
         Fault.SMOOTH_ABS, f"|d| is sqrt(d^2 + {e:.9g}) in both parts; {_BY_ABS}",
         lambda a, b, beta: smooth_l1(_smoothed(a, b, e), np.zeros_like(a), beta), e)),
     (lambda d, loss, _: _excess(d, loss, 0.0),
