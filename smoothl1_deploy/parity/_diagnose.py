@@ -300,10 +300,9 @@ def _special(subject: Subject) -> Iterator[Diagnosis]:
         for reply in subject.special()
         if reply.error or not np.array_equal(ieee_class(reply.got), ieee_class(reply.expected))
     )
-    if "nan" in wrong:
-        wrong.pop("inf-inf", None)  # its NaN goes the same way
-    elif "inf-inf" in wrong:
-        wrong.setdefault("inf", []).extend(wrong.pop("inf-inf"))
+    of_infinities = wrong.pop("inf-inf", [])
+    if of_infinities and "nan" not in wrong:  # where any NaN is lost, theirs goes the same way
+        wrong.setdefault("inf", []).extend(of_infinities)
     for replies in wrong.values():
         fault, why = _special_fault(replies[0])
         error = f" ({replies[0].error})" if replies[0].error else ""

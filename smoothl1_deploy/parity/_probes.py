@@ -35,6 +35,8 @@ _NOT_FINITE = (
     ("inf", "one +inf in the target", None, math.inf),
     ("inf-inf", "+inf in the same element of input and target", math.inf, math.inf),
 )
+#: Text, and what every element of input and of target is.
+_ZEROS = (("input equal to target", 0.5, 0.5), ("input -0, target +0", -0.0, 0.0))
 _LONGEST_ROW = 256  # elements: those of a longer row are not asked one by one
 
 
@@ -186,10 +188,7 @@ class Subject:
                     if value is not None:
                         array.reshape(-1)[0] = value
                 replies.append(self.ask(kind, text, arrays))
-            for text, a, b in (
-                ("input equal to target", 0.5, 0.5),
-                ("input -0, target +0", -0.0, 0.0),
-            ):
+            for text, a, b in _ZEROS:
                 replies.append(self.ask("zero", text, self._full(shapes, a, b)))
         if self._plan.free:
             replies.append(self.ask("empty", "no elements", self._full(self._plan.empty(), 0.0)))
@@ -197,12 +196,10 @@ class Subject:
 
     def _full(self, shapes: Shapes, a: float, b: float = 0.0) -> tuple[Array, ...]:
         """Input, target, weights and mask, each of one number."""
-        values = {"input": a, "target": b}
+        values, dtypes = {"input": a, "target": b}, {"mask": np.dtype(bool)}
         with np.errstate(over="ignore"):
             return tuple(
-                np.full(shape, values.get(role, 1.0)).astype(
-                    "bool" if role == "mask" else self._dtype
-                )
+                np.full(shape, values.get(role, 1.0)).astype(dtypes.get(role, self._dtype))
                 for role, shape in self._plan.by_role(shapes).items()
             )
 
