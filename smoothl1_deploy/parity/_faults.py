@@ -162,6 +162,7 @@ def _piecewise(
     """`below(d, beta)` where |d| < beta, `above(d, beta)` elsewhere."""
 
     def losses(a: Array, b: Array, beta: float) -> Array:
+        """The losses of elements in a wide format."""
         d = a - b
         return np.where(np.abs(d) < beta, below(d, beta), above(d, beta))
 
