@@ -16,10 +16,15 @@ Array = NDArray[Any]
 NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
     name: np.dtype(getattr(ml_dtypes, name, name)) for name in DTYPES
 }
-_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 #: The IEEE class of a number, by the code `ieee_class` gives it.
 CLASS_NAMES = ("finite", "+0", "-0", "+inf", "-inf", "nan")
+
+
+def limits(dtype: str) -> tuple[float, float, float]:
+    """The largest finite, the smallest normal and the smallest subnormal number of a format."""
+    info = ml_dtypes.finfo(NUMPY_DTYPE[dtype])  # type: ignore[no-untyped-call]
+    return float(info.max), float(info.tiny), float(info.smallest_subnormal)
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
@@ -56,7 +61,7 @@ def round_to(values: Array, dtype: str) -> Array:
 
 
 def _bits(values: Array) -> Array:
-    return np.ascontiguousarray(values).view(_UNSIGNED[values.dtype.itemsize]).reshape(values.shape)
+    return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}").reshape(values.shape)
 
 
 def ieee_class(values: Array) -> NDArray[np.uint8]:

@@ -24,6 +24,7 @@ from ..backends._base import load
 from ..backends._ort_cpu import default_threads
 from ..errors import MissingDependencyError, SmoothL1DeployError, UnsupportedError, require
 from ..graph._export import export
+from ..parity._contract import as_anyone, plain_export
 from ..reference._oracle import oracle
 from ._gpu import torch_loss
 from ._rows import COMPILED, EAGER, PLAIN, READ, Row
@@ -35,8 +36,7 @@ RUN = "load().run"
 AHEAD = "AOTInductor"
 WAY = "in turn"
 
-_CHUNK = 1 << 18  # elements of rows the oracle is asked at a time
-
+_PURPOSE = "ONNX Runtime as a contestant"
 #: One way to the loss; it gives something that numpy.asarray takes.
 Call = Callable[[Array, Array], Any]
 
@@ -56,10 +56,10 @@ def contestants(
     ours = partial(export, spec, "function", ("N", columns))
     plain = partial(_plain_export, spec, columns)
     makers: dict[str, Callable[[], Call]] = {
-        OURS: lambda: _session(ours(), threads, ops.register),
-        BARE: lambda: _session(ours(), threads),
+        OURS: lambda: as_anyone(ours(), threads, _PURPOSE, ops.register),
+        BARE: lambda: as_anyone(ours(), threads, _PURPOSE),
         RUN: lambda: _runner(ours(), threads),
-        PLAIN: lambda: _session(plain(), threads),
+        PLAIN: lambda: as_anyone(plain(), threads, _PURPOSE),
         EAGER: lambda: _torch(torch_loss(spec)),
         COMPILED: lambda: _torch(_compiled(spec)),
         AHEAD: lambda: _ahead(spec, columns),
@@ -78,33 +78,12 @@ def contestants(
     return found, missing
 
 
-def _session(
-    model: Any, threads: int, prepare: Callable[[Any], None] = lambda options: None
-) -> Call:
-    """ONNX Runtime's CPU provider on a model of two inputs, as anyone opens it and calls it."""
-    ort = require("onnxruntime", "cpu", "ONNX Runtime as a contestant")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what it says against the plain export is seen in the error
-    # Its threads may spin within a call, and not into the next one's turn.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    prepare(options)
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    first, second = (port.name for port in session.get_inputs())
-    outputs = [session.get_outputs()[0].name]
-    return lambda input, target: session.run(outputs, {first: input, second: target})[0]
-
-
 def _runner(model: Any, threads: int) -> Call:
     runner = load(model, threads=threads)
     return lambda input, target: runner.run(input, target)["loss"]
 
 
 def _plain_export(spec: LossSpec, columns: int) -> Any:
-    from ..parity._contract import plain_export
-
     if spec.per_sample:
         raise UnsupportedError("torch.nn.SmoothL1Loss has no loss per sample")
     arguments = {"beta": spec.beta, "reduction": spec.reduction}
@@ -270,12 +249,7 @@ def measure(
 def _error(spec: LossSpec, got: Array, input: Array, target: Array) -> float:
     """The largest relative distance to the exact loss."""
     if spec.reduction == "none" or spec.per_sample:
-        rows = max(1, _CHUNK // max(1, input[0].size))
-        parts = [
-            oracle(spec, input[i : i + rows], target[i : i + rows])
-            for i in range(0, len(input), rows)
-        ]
-        exact = np.concatenate(parts).astype(np.float64)
+        exact = oracle(spec, input, target).astype(np.float64)
     else:  # in float64, so that an error below the rounding of the loss's dtype is seen too
         wide = replace(spec, beta=spec.effective_beta, dtype="float64")
         exact = oracle(wide, input.astype(np.float64), target.astype(np.float64))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .._files import read_file, refusal_told, write_atomic
-from .._records import Record
+from .._records import Record, grouped
 from .._spec import LossSpec
 from .._table import Table
 from ..errors import require
@@ -77,9 +77,7 @@ def row_tables(rows: Sequence[Row], copy: float | None = None) -> list[Table]:
         rows: those of one spec and way in the order to be shown.
         copy: bytes a second of a copy, to be compared with; None for those of the row `READ`.
     """
-    groups: dict[tuple[LossSpec, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.spec, row.way), []).append(row)
+    groups = grouped(((row.spec, row.way), row) for row in rows)
     return [_row_table(group, copy) for group in groups.values()]
 
 
@@ -121,26 +119,17 @@ def _row_table(rows: Sequence[Row], copy: float | None) -> Table:
         if row.problem
     )
     keys = 1 + (1 in filled)
-    return Table(
-        title,
-        tuple(header[at] for at in filled),
-        [tuple(line[at] for at in filled) for line in lines],
-        "l" * keys + "r" * (len(filled) - keys),
-        tuple(problems),
-        keys,
-    )
+    columns, *shown = (tuple(line[at] for at in filled) for line in (header, *lines))
+    align = "l" * keys + "r" * (len(filled) - keys)
+    return Table(title, columns, shown, align, tuple(problems), keys)
 
 
 def once_table(found: Mapping[str, Timing | str]) -> Table:
     """What is paid once; a text says why a step was left out."""
-    measured = {name: timing for name, timing in found.items() if isinstance(timing, Timing)}
-    return Table(
-        "paid once",
-        ("what", "median", "quartiles"),
-        [(name, seconds(t.median), _quartiles(t)) for name, t in measured.items()],
-        "lrr",
-        tuple(f"{name}: {why}" for name, why in found.items() if isinstance(why, str)),
-    )
+    timings = ((name, t) for name, t in found.items() if isinstance(t, Timing))
+    rows = [(name, seconds(timing.median), _quartiles(timing)) for name, timing in timings]
+    left_out = tuple(f"{name}: {why}" for name, why in found.items() if isinstance(why, str))
+    return Table("paid once", ("what", "median", "quartiles"), rows, "lrr", left_out)
 
 
 def seconds(value: float) -> str:
@@ -187,11 +176,9 @@ def plot_png(rows: Sequence[Row], date: str, environment: Mapping[str, Any]) -> 
     require("matplotlib", "bench", "the plot of a benchmark")
     from matplotlib.figure import Figure
 
-    groups: dict[LossSpec, dict[str, list[tuple[int, Timing]]]] = {}
-    for row in rows:
-        if row.timing is not None:
-            lines = groups.setdefault(row.spec, {})
-            lines.setdefault(row.contestant, []).append((row.elements, row.timing))
+    groups = grouped(
+        (row.spec, (row.contestant, (row.elements, row.timing))) for row in rows if row.timing
+    )
     names = [*dict.fromkeys(row.contestant for row in rows)]
     columns = max(1, min(3, len(groups)))
     high = max(1, math.ceil(len(groups) / columns))
@@ -201,12 +188,10 @@ def plot_png(rows: Sequence[Row], date: str, environment: Mapping[str, Any]) -> 
         panel.remove()
     handles = {}
     for panel, (spec, lines) in zip(panels, groups.items(), strict=False):
-        for name, found in lines.items():
-            points = [
-                (elements, *(1e9 * t / elements for t in (each.q1, each.median, each.q3)))
-                for elements, each in sorted(found)
-            ]
-            elements, first, middle, third = np.array(points).T
+        for name, found in grouped(lines).items():
+            points = np.array([(size, t.q1, t.median, t.q3) for size, t in sorted(found)])
+            elements, *quartiles = points.T
+            first, middle, third = (1e9 * values / elements for values in quartiles)
             is_limit = name == READ
             handles[name] = panel.errorbar(
                 elements,

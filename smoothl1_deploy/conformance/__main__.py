@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .._records import grouped
 from .._spec import DTYPES
 from .._table import Entry, Table
 
@@ -42,28 +43,23 @@ def _entry(tests: Iterable[Mapping[str, Any]], dtype: str) -> Entry:
     if not mine:
         return Entry("not tried", ok=True)
     red = sum(bool(test["wrong"]) for test in mine)
-    betas, names = dict[str, set[float]](), dict[str, dict[str, int]]()
-    for kind, beta, name, ulp in _faults(mine):
-        betas.setdefault(kind, set()).add(beta)
-        known = names.setdefault(kind, {})
-        known[name] = max(ulp, known.get(name, 0))
-    said = [_fault(kind, sorted(betas[kind]), known) for kind, known in names.items()]
+    said = [_fault(kind, cases) for kind, cases in grouped(_faults(mine)).items()]
     return Entry(f"{red} of {len(mine)}" + (": " if said else "") + "; ".join(said), not red)
 
 
-def _fault(kind: str, betas: list[float], known: Mapping[str, int]) -> str:
+def _fault(kind: str, cases: list[tuple[float, str, int]]) -> str:
     """A kind of fault in words: the distance, the betas, the cases, the worst first."""
     if kind not in _NUMBERS:
         return kind
-    worst = sorted(known, key=lambda name: -known[name])
+    worst = [*dict.fromkeys(name for _, name, _ in sorted(cases, key=lambda case: -case[2]))]
     more = [f"{len(worst) - _MOST} more"] if len(worst) > _MOST else []
-    distance = f"{known[worst[0]]:,} " if kind == "ULP" else ""
-    at = ", ".join(f"{beta:g}" for beta in betas)
+    distance = f"{max(ulp for _, _, ulp in cases):,} " if kind == "ULP" else ""
+    at = ", ".join(f"{beta:g}" for beta in sorted({beta for beta, _, _ in cases}))
     return f"{distance}{kind} at beta {at}: {', '.join(worst[:_MOST] + more)}"
 
 
-def _faults(tests: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float, str, int]]:
-    """The kind, the beta, the name and the distance of each wrong case.
+def _faults(tests: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, tuple[float, str, int]]]:
+    """The kind of each wrong case, and its beta, name and distance.
 
     What a hostile variant gives as the plain arrays do is no fault of its own.
     """
@@ -79,7 +75,7 @@ def _faults(tests: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, float, st
             name = f"{case['family']} {case['layout']}" if odd else case["family"]
             if variant not in ("test_values", "test_shapes", "test_sizes"):
                 name = f"{name} {variant.removeprefix('test_').replace('_', '-')}"
-            yield _kind(case["detail"]), beta, name, case["ulp"]
+            yield _kind(case["detail"]), (beta, name, case["ulp"])
 
 
 def _kind(detail: str) -> str:

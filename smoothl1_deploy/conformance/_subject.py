@@ -15,9 +15,10 @@ from .._dlpack import as_array
 from .._floats import Array
 from ..backends._base import Backend
 from ..backends._runner import Runner
-from ..errors import SmoothL1DeployError, UnsupportedError
-from ..parity._cases import CaseResult, Judged, References, judge, unanswered
+from ..errors import UnsupportedError
+from ..parity._cases import CaseResult, Judged, References
 from ..parity._compare import Verdict
+from ..parity._matrix import _checked
 from ._losses import Loss
 
 #: How an array is handed over: the same numbers, lying otherwise or locked.
@@ -101,16 +102,13 @@ def on_one_core() -> Iterator[None]:
 
 
 def tried(
-    load: Callable[[], Runner], refs: References, accumulator: str | None, handing: Handing
+    load: Callable[[], Runner], backend: Backend, refs: References, handing: Handing
 ) -> CaseResult:
     """The verdict on one case; a loss that has changed what it was given is wrong."""
     handed = replace(refs, input=handing(refs.input), target=handing(refs.target))
     before = handed.input.tobytes(), handed.target.tobytes()
-    try:
-        answers = judge(load(), handed, accumulator)
-    except SmoothL1DeployError as exc:  # it can't even be loaded
-        answers = unanswered(refs, exc)
+    result = _checked(load, backend, handed)
     if before != (handed.input.tobytes(), handed.target.tobytes()):
         verdict = Verdict.failed(refs.oracle["loss"].size, "it wrote into what it was given")
-        answers = {"loss": Judged(verdict, None)}
-    return CaseResult.of(refs, answers)
+        return CaseResult.of(refs, {"loss": Judged(verdict, None)})
+    return result

@@ -70,7 +70,7 @@ def wrong(
         if not spared:
             refs = References.of(spec, case)
             runner = partial(load, case.layout)
-            found.append(tried(runner, refs, backend.accumulator, handing))
+            found.append(tried(runner, backend, refs, handing))
     red = [result for result in found if not result.verdict.ok]
     return sorted(red, key=lambda result: result.verdict.badness, reverse=True)
 

@@ -183,9 +183,8 @@ def gradient_bound(spec: LossSpec, input: Array, target: Array, exact: Array) ->
         if spec.reduction == "mean":
             reach /= spec.count(whole)
         cancels = reach > _CANCELS * _WIDE * abs(exact)
-        own = (_BACK + (spec.loss_weight != 1.0)) * _WIDE + _ORACLE_KEEPS * gamma(
-            _ORACLE_DEPTH, _LONG_DOUBLE
-        )
+        own = (_BACK + (spec.loss_weight != 1.0)) * _WIDE
+        own += _ORACLE_KEEPS * gamma(_ORACLE_DEPTH, _LONG_DOUBLE)
         lost = _UNDERFLOWS * np.finfo("float64").smallest_subnormal
         reach = _ROOM * reach + own * abs(exact) + lost
         ends = (ulp_distance(exact, end) for end in (exact - reach, exact + reach))
@@ -227,9 +226,8 @@ def _chunk_in_range(
         is_scaled = weight is not None or spec.loss_weight != 1.0
         if is_scaled and not _weights_in_range(spec, loss, factors * abs(spec.loss_weight)):
             return False
-    if not (
-        np.maximum(distance, loss) <= float(limits.max) / _MARGIN
-    ).all():  # NaN and infinity too
+    fits = np.maximum(distance, loss) <= float(limits.max) / _MARGIN
+    if not fits.all():  # NaN and infinity too
         return False
     tiny = (loss < smallest) | (slope < smallest)
     # An L1 loss is a difference, which is exact where it is subnormal; others are exactly 0.

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
-from .._floats import CLASS_NAMES, Array, ieee_class, ulp_distance
+from .._floats import CLASS_NAMES, Array, ieee_class, limits, ulp_distance
 from .._records import Record
 from .._spec import ELEMENTS, LossSpec
 from ..reference._oracle import element_losses
@@ -83,8 +82,7 @@ def _torch_lost_it(
     lost = np.isinf(beta) != np.isinf(spec.effective_beta)
     if spec.loss == "huber":
         lost |= (beta == 0) & (np.asarray(spec.effective_beta) > 0)
-    beta_lost = bool(lost.any())
-    if beta_lost or not (torch_class == _NAN).any():
+    if lost.any() or not (torch_class == _NAN).any():
         return True
     finite: Array = np.isfinite(input) & np.isfinite(target)
     not_nan: Array = torch_class != _NAN
@@ -116,7 +114,7 @@ def _overflowed_rows(spec: LossSpec, input: Array, target: Array) -> Array:
         d = np.subtract(input, target, dtype=np.longdouble)
         squares = 0.5 * d * d
         huber = element_losses(d, spec) if spec.loss == "huber" else np.zeros_like(d)
-    largest = float(ml_dtypes.finfo(input.dtype).max)  # type: ignore[no-untyped-call]
+    largest, *_ = limits(spec.dtype)
     is_lost = ((squares > largest) & (abs(d) < spec.effective_beta)) | (huber > largest)
     overflowed = np.isfinite(d) & is_lost
     return np.asarray(overflowed.any(axis=_reduced(spec, overflowed), keepdims=True))

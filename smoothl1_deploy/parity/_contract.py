@@ -17,9 +17,10 @@ import onnx
 
 from .._floats import NUMPY_DTYPE, Array, dtype_name
 from .._records import Record
-from .._shapes import Shape
+from .._shapes import Dim, Shape
 from .._spec import DTYPES, LossSpec
 from ..backends._base import get_backend
+from ..backends._ort_cpu import SILENT
 from ..errors import SmoothL1DeployError, UnsupportedError, require
 from ..graph._export import export
 from ..reference._oracle import oracle
@@ -155,8 +156,7 @@ def _attempt(
 ) -> Array | Exception:
     """The answer, which may be an error of the class `answers`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return compute(probe)
     except answers as exc:
         return exc
@@ -220,41 +220,60 @@ def plain_export(
 
     shapes = (shape, shape if target_shape is None else target_shape)
     names = sorted({dim for axes in shapes for dim in axes if isinstance(dim, str)})
-    sizes = {name: 3 + 2 * i for i, name in enumerate(names)}  # it specialises on 0, 1 and equals
+    # It specialises on 0, 1 and equals.
+    sizes: dict[Dim, int] = {name: 3 + 2 * i for i, name in enumerate(names)}
     dims = {name: torch.export.Dim(name) for name in names}
-    examples = tuple(
-        torch.zeros([sizes[d] if isinstance(d, str) else d for d in axes]).to(getattr(torch, dtype))
-        for axes in shapes
-    )
+    zeros = partial(torch.zeros, dtype=getattr(torch, dtype))
+    examples = tuple(zeros([sizes.get(dim, dim) for dim in axes]) for axes in shapes)
     dynamic = tuple(
         {i: dims[d] for i, d in enumerate(axes) if isinstance(d, str)} for axes in shapes
     )
+    module = torch.nn.SmoothL1Loss(**arguments).eval()
     with quiet():
         program = torch.onnx.export(
-            torch.nn.SmoothL1Loss(**arguments).eval(),
-            examples,
-            dynamic_shapes=dynamic,
-            dynamo=True,
-            verbose=False,
+            module, examples, dynamic_shapes=dynamic, dynamo=True, verbose=False
         )
     model: onnx.ModelProto = program.model_proto
     return model
 
 
+def as_anyone(
+    model: onnx.ModelProto,
+    threads: int,
+    purpose: str,
+    prepare: Callable[[Any], None] = lambda options: None,
+) -> Callable[[Array, Array], Array]:
+    """ONNX Runtime's CPU provider on a model of two inputs, as anyone opens it and calls it.
+
+    Args:
+        model: what it runs; what is fed is not checked.
+        threads: for one call.
+        purpose: what needs ONNX Runtime, in words.
+        prepare: what is done to the session's options before it is opened.
+
+    Raises:
+        MissingDependencyError: without ONNX Runtime.
+    """
+    ort = require("onnxruntime", "cpu", purpose)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = SILENT
+    # Its threads may spin within a call, and not into the next one's turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    prepare(options)
+    session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    first, second = (port.name for port in session.get_inputs())
+    outputs = [session.get_outputs()[0].name]
+    return lambda input, target: session.run(outputs, {first: input, second: target})[0]
+
+
 def _plain(sessions: dict[str, Any], probe: _Probe) -> Array:
-    """The plain graph on ONNX Runtime's CPU provider, fed as anyone would feed it: unchecked."""
+    """The plain graph as anyone would open it."""
     key = repr((probe.arguments, probe.dtype, probe.axes))
     if key not in sessions:
-        ort = require("onnxruntime", "cpu", "the plain exporter's graph")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 4  # what it says against the model is the finding
         model = plain_export(dict(probe.arguments), probe.dtype, *probe.axes)
-        sessions[key] = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    names = [port.name for port in sessions[key].get_inputs()]
-    return np.asarray(sessions[key].run(None, dict(zip(names, probe.arrays(), strict=True)))[0])
+        sessions[key] = as_anyone(model, 1, "the plain exporter's graph")
+    return np.asarray(sessions[key](*probe.arrays()))
 
 
 def probe_contract(
@@ -275,18 +294,15 @@ def probe_contract(
     started = time.perf_counter()
     for backend in backends:
         get_backend(backend)
-    columns: dict[str, tuple[Callable[[_Probe], Array], type[Exception]]] = {
-        # A crash of our own is no answer.
-        name: (partial(_ours, name), SmoothL1DeployError)
-        for name in backends
-    }
-    columns[PLAIN] = (partial(_plain, {}), Exception)
+    columns = {name: partial(_ours, name) for name in backends} | {PLAIN: partial(_plain, {})}
     edges = []
     progress(0, len(_PROBES))
     for done, probe in enumerate(_PROBES, 1):
         torch = _attempt(_torch, probe)
         answers = [Answer(PYTORCH, "reference", _text(torch))]
-        for column, (compute, errors) in columns.items():
+        for column, compute in columns.items():
+            # A crash of our own is no answer.
+            errors = Exception if column == PLAIN else SmoothL1DeployError
             answers.append(_answer(column, probe, _attempt(compute, probe, errors), torch))
         edges.append(Edge(probe.name, probe.question, tuple(answers)))
         progress(done, len(_PROBES))

@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import ml_dtypes
 import numpy as np
 
-from .._floats import CLASS_NAMES, NUMPY_DTYPE, Array, dtype_name, ieee_class, round_to, wide_dtype
+from .._floats import CLASS_NAMES, Array, dtype_name, ieee_class, limits, round_to, wide_dtype
+from .._records import grouped
 from .._spec import LossSpec
 from ..backends._runner import Runner
 from ..reference._oracle import oracle_gradient
@@ -189,12 +189,8 @@ def _is_narrow(reply: Reply, dtype: str) -> bool:
         return False
     got = reply.got.astype(wide_dtype(reply.spec.dtype))
     count = reply.count // max(got.size, 1) if reply.spec.reduction == "mean" else 1
-    return any(
-        np.array_equal(
-            (round_to(got * n, dtype).astype(got.dtype) / n).astype(reply.got.dtype), reply.got
-        )
-        for n in (1, count)
-    )
+    narrow = (round_to(got * n, dtype).astype(got.dtype) / n for n in (1, count))
+    return any(np.array_equal(values.astype(reply.got.dtype), reply.got) for values in narrow)
 
 
 # --- sums of many elements
@@ -241,7 +237,7 @@ def _can_be_of(spec: LossSpec, point: DriftPoint, dtype: str) -> bool:
     if point.value is None or not math.isfinite(point.oracle):
         return point.ok
     total = point.oracle * (point.elements if spec.reduction == "mean" else 1)
-    largest = float(ml_dtypes.finfo(NUMPY_DTYPE[dtype]).max)  # type: ignore[no-untyped-call]
+    largest, *_ = limits(dtype)
     return point.value == math.inf and total > largest
 
 
@@ -299,14 +295,14 @@ def _gradient(subject: Subject) -> Iterator[Diagnosis]:
 
 def _special(subject: Subject) -> Iterator[Diagnosis]:
     """What is wrong with NaN, infinities, zeros and nothing at all."""
-    wrong: dict[str, list[Reply]] = {}
-    for reply in subject.special():
-        if reply.error or not np.array_equal(ieee_class(reply.got), ieee_class(reply.expected)):
-            wrong.setdefault(reply.kind, []).append(reply)
-    if "nan" in wrong:
-        wrong.pop("inf-inf", None)  # its NaN goes the same way
-    elif "inf-inf" in wrong:
-        wrong.setdefault("inf", []).extend(wrong.pop("inf-inf"))
+    wrong = grouped(
+        (reply.kind, reply)
+        for reply in subject.special()
+        if reply.error or not np.array_equal(ieee_class(reply.got), ieee_class(reply.expected))
+    )
+    of_infinities = wrong.pop("inf-inf", [])
+    if of_infinities and "nan" not in wrong:  # where any NaN is lost, theirs goes the same way
+        wrong.setdefault("inf", []).extend(of_infinities)
     for replies in wrong.values():
         fault, why = _special_fault(replies[0])
         error = f" ({replies[0].error})" if replies[0].error else ""

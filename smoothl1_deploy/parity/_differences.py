@@ -202,16 +202,9 @@ def difference(first: Array, second: Array) -> Difference:
         ulp = distances(a, b, ~other & (here == CLASS_NAMES.index("finite")))
     worst = other if other.any() else ulp if ulp.any() else bits
     at = tuple(map(int, np.unravel_index(np.argmax(worst), a.shape))) if bits.any() else None
-    return Difference(
-        dtype,
-        a.shape,
-        a.size,
-        int(bits.sum()),
-        int(other.sum()),
-        int(ulp.max(initial=0)),
-        at,
-        None if at is None else (str(a[at]), str(b[at])),
-    )
+    values = None if at is None else (str(a[at]), str(b[at]))
+    found = int(bits.sum()), int(other.sum()), int(ulp.max(initial=0))
+    return Difference(dtype, a.shape, a.size, *found, at, values)
 
 
 def _bytes(array: Array) -> Array:

@@ -163,15 +163,10 @@ def _point(
     worst = max(answers, key=lambda answer: answer.verdict.badness)
     at = worst.verdict.worst or 0
     value = None if worst.got is None or at >= worst.got.size else float(worst.got.flat[at])
-    return DriftPoint(
-        math.prod(refs.case.shape(refs.spec)),
-        CaseResult(refs.case, worst.verdict, refs.shares),
-        name,
-        value,
-        float(refs.torch[name].flat[at]),
-        float(refs.oracle[name].flat[at]),
-        limit if name == "loss" else None,
-    )
+    torch, exact = (float(answer[name].flat[at]) for answer in (refs.torch, refs.oracle))
+    result = CaseResult(refs.case, worst.verdict, refs.shares)
+    count, proved = math.prod(refs.case.shape(refs.spec)), limit if name == "loss" else None
+    return DriftPoint(count, result, name, value, torch, exact, proved)
 
 
 WAYS = ("smoothl1-deploy", "torch.onnx.export", "PyTorch eager")
@@ -224,10 +219,8 @@ def measure_drift(
     """
     started = time.perf_counter()
     axes = ("N", _COLUMNS)
-    models = (
-        export(_SPEC, shape=axes),
-        select_ports(plain_export({"beta": _SPEC.beta}, _SPEC.dtype, axes)),
-    )
+    plain_model = select_ports(plain_export({"beta": _SPEC.beta}, _SPEC.dtype, axes))
+    models = export(_SPEC, shape=axes), plain_model
     runners = [get_backend("ort-cpu").load(model) for model in models]
     found: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
     measured = [*product(DATA, sizes)]
@@ -237,12 +230,9 @@ def measure_drift(
         refs = References.of(_SPEC, Case(data, "drift", shape, shape, seed=_SEED))
         ours, plain = (_point(refs, "loss", [judge(each, refs)], math.inf) for each in runners)
         verdict = ours.result.verdict
-        measures = (
-            (ours.relative, verdict.ulp),
-            (plain.relative, plain.result.verdict.ulp),
-            (ours.torch_relative, verdict.torch_ulp),
-        )
-        for way, (error, ulp) in zip(WAYS, measures, strict=True):
+        errors = ours.relative, plain.relative, ours.torch_relative
+        distances = verdict.ulp, plain.result.verdict.ulp, verdict.torch_ulp
+        for way, error, ulp in zip(WAYS, errors, distances, strict=True):
             found[way, data].append((error or 0.0, ulp))
         progress(done, len(measured))
     curves = tuple(

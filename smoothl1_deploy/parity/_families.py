@@ -11,21 +11,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import ml_dtypes
 import numpy as np
 
-from .._floats import NUMPY_DTYPE, Array
+from .._floats import NUMPY_DTYPE, Array, limits
 from .._spec import LossSpec
 from ._shapes import Shape
 
 Generator = np.random.Generator
 Kind = TypeVar("Kind", bound=Callable[..., Any])
-
-
-def _limits(spec: LossSpec) -> tuple[float, float, float]:
-    """Largest finite, smallest normal and smallest subnormal number of the spec's dtype."""
-    info = ml_dtypes.finfo(NUMPY_DTYPE[spec.dtype])  # type: ignore[no-untyped-call]
-    return float(info.max), float(info.tiny), float(info.smallest_subnormal)
 
 
 def usual_knee(spec: LossSpec) -> float:
@@ -40,7 +33,7 @@ def usual_knee(spec: LossSpec) -> float:
 
 def _knee(spec: LossSpec) -> float:
     """beta, brought into the range where the dtype can step over it on both sides."""
-    largest, _, smallest = _limits(spec)
+    largest, _, smallest = limits(spec.dtype)
     beta: float = spec.at(usual_knee(spec)).effective_beta
     return min(max(beta, 4 * smallest), largest / 4)
 
@@ -85,14 +78,14 @@ def _zeros(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, A
 
 def _subnormals(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, Array]:
     """Differences that are subnormal, where squares underflow."""
-    _, tiny, smallest = _limits(spec)
+    _, tiny, smallest = limits(spec.dtype)
     steps = int(min(tiny / smallest, 2**20))
     return (rng.integers(-steps, steps, s).astype(np.float64) * smallest for s in (a, b))  # type: ignore[return-value]
 
 
 def _overflow(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, Array]:
     """The largest numbers, of either sign: differences and squares overflow."""
-    largest, _, _ = _limits(spec)
+    largest, _, _ = limits(spec.dtype)
     half = math.sqrt(largest)  # squares overflow from here on
     sizes = np.array([largest, largest / 2, largest / 8, half * 2, half, half / 2])
     return rng.choice(sizes, size=a) * _sign(a, rng), rng.choice(sizes, size=b) * _sign(b, rng)
@@ -103,7 +96,7 @@ def _outliers(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array
 
     And among the targets what some losses leave out as no target: 0, -1, -100, 255.
     """
-    largest, _, _ = _limits(spec)
+    largest, _, _ = limits(spec.dtype)
     size = min(1e30, largest / 2)
     left = np.where(rng.random(a) < 0.01, size, rng.standard_normal(a))
     left = np.where(np.arange(left.size).reshape(a) == 0, size, left)
@@ -151,7 +144,7 @@ def _repeated(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array
 
 def _magnitudes(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, Array]:
     """Differences of every magnitude between numbers of every magnitude, nearly equal ones too."""
-    largest, tiny, _ = _limits(spec)
+    largest, tiny, _ = limits(spec.dtype)
     reach = min(-math.log2(tiny), math.log2(largest)) / 2
 
     def spread(shape: Shape) -> Array:
@@ -165,7 +158,7 @@ def _magnitudes(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Arr
 
 def _brink(spec: LossSpec, a: Shape, b: Shape, rng: Generator) -> tuple[Array, Array]:
     """Differences whose sum is just below the largest number."""
-    largest, _, _ = _limits(spec)
+    largest, _, _ = limits(spec.dtype)
     size = largest / max(math.prod(np.broadcast_shapes(a, b)), 1)
     return _sign(a, rng) * size * rng.uniform(0.5, 0.99, a), np.zeros(b)
 
@@ -188,12 +181,12 @@ def _zeros_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
 
 def _huge_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
     """Weights just below the largest number, 3e38 in float32."""
-    return rng.uniform(0.8, 0.99, shape) * _limits(spec)[0]
+    return rng.uniform(0.8, 0.99, shape) * limits(spec.dtype)[0]
 
 
 def _tiny_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
     """Weights around the smallest normal number, 1e-38 in float32."""
-    return rng.uniform(0.1, 3.0, shape) * _limits(spec)[1]
+    return rng.uniform(0.1, 3.0, shape) * limits(spec.dtype)[1]
 
 
 def _mixed_weights(spec: LossSpec, shape: Shape, rng: Generator) -> Array:
@@ -248,9 +241,7 @@ def branch_shares(spec: LossSpec, input: Array, target: Array) -> dict[str, floa
     An empty case has shares of 0 alone.
     """
     with np.errstate(all="ignore"):
-        d = np.abs(
-            np.subtract(input, target, dtype=np.float64 if spec.dtype != "float64" else None)
-        )
+        d = np.abs(np.subtract(input, target, dtype=np.float64))
     d, beta = np.broadcast_arrays(d, spec.effective_beta)
     finite = np.isfinite(d)
     count = max(d.size, 1)

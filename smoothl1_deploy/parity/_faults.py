@@ -162,6 +162,7 @@ def _piecewise(
     """`below(d, beta)` where |d| < beta, `above(d, beta)` elsewhere."""
 
     def losses(a: Array, b: Array, beta: float) -> Array:
+        """The losses of elements in a wide format."""
         d = a - b
         return np.where(np.abs(d) < beta, below(d, beta), above(d, beta))
 
@@ -183,9 +184,8 @@ def _coefficients(p: float, q: float) -> Losses:
     )
 
 
-def smooth_l1(a: Array, b: Array, beta: float) -> Array:
-    """The right formula, of elements in a wide format."""
-    return _piecewise(_quadratic, _linear)(a, b, beta)
+#: The right formula, of elements in a wide format.
+smooth_l1 = _piecewise(_quadratic, _linear)
 
 
 def _log_cosh(a: Array, b: Array, beta: float) -> Array:
@@ -297,35 +297,11 @@ FORMS: tuple[Step, ...] = (
 # --- formulas with a number of their own
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """A formula with a number of its own, which is read off the answers.
-
-    Attributes:
-        fault: of every form it has.
-        explain: what it computes, in words, from the number and the spec.
-        losses: the formula, from input, target, beta and the number.
-        solve: the number, from |d| > 0, the loss of that element, > 0, and beta; what is not > 0
-            and finite says that this element doesn't tell.
-        cancels: as a form's, from |d| and the number.
-    """
-
-    fault: Fault
-    explain: Callable[[float, LossSpec], str]
-    losses: Callable[[Array, Array, float, float], Array]
-    solve: Callable[[float, float, float], float]
-    cancels: Callable[[float, float], float] | None = None
-
-    def form(self, p: float, spec: LossSpec) -> Step:
-        """The formula with the number `p`."""
-        losses, cancels = self.losses, self.cancels
-        return Step(
-            self.fault,
-            self.explain(p, spec),
-            lambda a, b, beta: losses(a, b, beta, p),
-            p,
-            None if cancels is None else lambda d: cancels(d, p),
-        )
+#: The number of a formula from |d| > 0, the loss of that element, > 0, and beta; what is not > 0
+#: and finite says that this element doesn't tell.
+Solve = Callable[[float, float, float], float]
+#: A formula from the number and the spec.
+Form = Callable[[float, LossSpec], Step]
 
 
 def _beta_text(beta: float, spec: LossSpec) -> str:
@@ -352,45 +328,47 @@ def _smoothed(a: Array, b: Array, p: float) -> Array:
 
 
 def _excess(d: float, loss: float, beta: float) -> float:
-    """The e for which sqrt(d^2 + e) - beta/2 is that loss."""
+    """The e for which sqrt(d^2 + e) - beta/2 is that loss, which only the linear part tells."""
     size = loss + beta / 2
-    return size * size - d * d
+    return size * size - d * d if d >= beta else 0.0
 
 
-#: Formulas with a number to be found; of two that explain as much with numbers as round, the
-#: earlier one is named.
-FITS: tuple[Fit, ...] = (
-    Fit(Fault.WRONG_BETA, _beta_text,
-        lambda a, b, _, beta: smooth_l1(a, b, beta),
-        lambda d, loss, _: 2 * (d - loss) if 2 * loss >= d else d * d / (2 * loss)),
-    Fit(Fault.PSEUDO_HUBER,
-        lambda delta, _: ("the loss is pseudo-Huber, delta^2 * (sqrt(1 + (d/delta)^2) - 1), with "
-                          f"delta = {delta:.9g}; {_INSTEAD}"),
-        lambda a, b, _, delta: delta * (np.hypot(a - b, delta) - delta),
-        lambda d, loss, _: loss / math.sqrt(d * d - 2 * loss) if d * d > 2 * loss else 0.0,
-        lambda d, delta: delta * (d + delta)),
-    Fit(Fault.PSEUDO_HUBER,
-        lambda delta, _: ("the loss is pseudo-Huber over delta, sqrt(d^2 + delta^2) - delta, with "
-                          f"delta = {delta:.9g}; {_INSTEAD}"),
-        lambda a, b, _, delta: np.hypot(a - b, delta) - delta,
-        lambda d, loss, _: (d * d - loss * loss) / (2 * loss),
-        lambda d, delta: d + delta),
-    Fit(Fault.SMOOTH_ABS,
-        lambda e, _: f"|d| is sqrt(d^2 + {e:.9g}) in the linear part; {_BY_ABS}",
-        lambda a, b, beta, e: np.where(_smoothed(a, b, e) < beta,
-                                       _quadratic(a - b, beta), _smoothed(a, b, e) - 0.5 * beta),
-        lambda d, loss, beta: _excess(d, loss, beta) if d >= beta else 0.0),
-    Fit(Fault.SMOOTH_ABS,
-        lambda e, _: f"|d| is sqrt(d^2 + {e:.9g}) in both parts; {_BY_ABS}",
-        lambda a, b, beta, e: smooth_l1(_smoothed(a, b, e), np.zeros_like(a), beta),
-        lambda d, loss, beta: _excess(d, loss, beta) if d >= beta else 0.0),
-    Fit(Fault.SMOOTH_ABS,
-        lambda e, _: f"the loss is Charbonnier's, sqrt(d^2 + {e:.9g}) everywhere; {_INSTEAD}",
-        lambda a, b, _, e: _smoothed(a, b, e),
-        lambda d, loss, _: _excess(d, loss, 0.0)),
-    Fit(Fault.CLIPPED, _clip_text,
-        lambda a, b, beta, top: np.minimum(smooth_l1(a, b, beta), top),
-        lambda d, loss, _: loss),
+#: Formulas with a number of their own, which is read off the answers; of two that explain as much
+#: with numbers as round, the earlier one is named.
+FITS: tuple[tuple[Solve, Form], ...] = (
+    (lambda d, loss, _: 2 * (d - loss) if 2 * loss >= d else d * d / (2 * loss),
+     lambda beta, spec: Step(
+        Fault.WRONG_BETA, _beta_text(beta, spec), lambda a, b, _: smooth_l1(a, b, beta), beta)),
+    (lambda d, loss, _: loss / math.sqrt(d * d - 2 * loss) if d * d > 2 * loss else 0.0,
+     lambda delta, _: Step(
+        Fault.PSEUDO_HUBER,
+        "the loss is pseudo-Huber, delta^2 * (sqrt(1 + (d/delta)^2) - 1), with "
+        f"delta = {delta:.9g}; {_INSTEAD}",
+        lambda a, b, _: delta * (np.hypot(a - b, delta) - delta),
+        delta, lambda d: delta * (d + delta))),
+    (lambda d, loss, _: (d * d - loss * loss) / (2 * loss),
+     lambda delta, _: Step(
+        Fault.PSEUDO_HUBER,
+        "the loss is pseudo-Huber over delta, sqrt(d^2 + delta^2) - delta, with "
+        f"delta = {delta:.9g}; {_INSTEAD}",
+        lambda a, b, _: np.hypot(a - b, delta) - delta,
+        delta, lambda d: d + delta)),
+    (_excess, lambda e, _: Step(
+        Fault.SMOOTH_ABS, f"|d| is sqrt(d^2 + {e:.9g}) in the linear part; {_BY_ABS}",
+        lambda a, b, beta: np.where(_smoothed(a, b, e) < beta,
+                                    _quadratic(a - b, beta), _smoothed(a, b, e) - 0.5 * beta), e)),
+    (_excess, lambda e, _: Step(
+        Fault.SMOOTH_ABS, f"|d| is sqrt(d^2 + {e:.9g}) in both parts; {_BY_ABS}",
+        lambda a, b, beta: smooth_l1(_smoothed(a, b, e), np.zeros_like(a), beta), e)),
+    (lambda d, loss, _: _excess(d, loss, 0.0),
+     lambda e, _: Step(
+        Fault.SMOOTH_ABS,
+        f"the loss is Charbonnier's, sqrt(d^2 + {e:.9g}) everywhere; {_INSTEAD}",
+        lambda a, b, _: _smoothed(a, b, e), e)),
+    (lambda d, loss, _: loss,
+     lambda top, spec: Step(
+        Fault.CLIPPED, _clip_text(top, spec),
+        lambda a, b, beta: np.minimum(smooth_l1(a, b, beta), top), top)),
 )  # fmt: skip
 
 
@@ -400,14 +378,10 @@ FITS: tuple[Fit, ...] = (
 Apply = Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]
 Count = Callable[[Array, tuple[int, ...], tuple[int, ...]], int]
 
+#: The fault of another reduction in place of one that reduces.
 _MISTAKEN = {
-    ("mean", "sum"): Fault.SUM_FOR_MEAN,
-    ("sum", "mean"): Fault.MEAN_FOR_SUM,
-    ("none", "mean"): Fault.REDUCED,
-    ("none", "sum"): Fault.REDUCED,
-    ("mean", "none"): Fault.NOT_REDUCED,
-    ("sum", "none"): Fault.NOT_REDUCED,
-}
+    "sum": Fault.SUM_FOR_MEAN, "mean": Fault.MEAN_FOR_SUM, "none": Fault.NOT_REDUCED,
+}  # fmt: skip
 _COUNTS: tuple[tuple[str, Count], ...] = (
     ("the size of the first axis (the batch)", lambda x, a, b: x.shape[0] if x.ndim else 1),
     ("the number of elements in one row (all axes but the first)",
@@ -439,11 +413,11 @@ def reductions(spec: LossSpec) -> tuple[Step, ...]:
         "mean": _divided(total, lambda x, a, b: math.prod(x.shape[1:]) if of_each else x.size),
         "sum": lambda x, a, b: total(x),
     }
-    found = [Step(None, "the reduction is right", plain[spec.reduction])]
+    found = [Step(None, "the reduction is right", plain.pop(spec.reduction))]
     for other, apply in plain.items():
-        if other != spec.reduction:
-            why = f"the reduction is {other!r}, the spec says {spec.reduction!r}"
-            found.append(Step(_MISTAKEN[spec.reduction, other], why, apply))
+        fault = Fault.REDUCED if spec.reduction == "none" else _MISTAKEN[other]
+        why = f"the reduction is {other!r}, the spec says {spec.reduction!r}"
+        found.append(Step(fault, why, apply))
     if spec.reduction == "none":
         return tuple(found)
     if spec.per_sample:

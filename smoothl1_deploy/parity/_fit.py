@@ -186,11 +186,12 @@ def _fitted(spec: LossSpec, reduction: Step, replies: Sequence[Reply]) -> Iterat
             if d > 0 < loss < math.inf:
                 told.append((d, loss))
     fits = FITS if spec.loss == "smooth_l1" else ()
-    solved = [[fit.solve(d, loss, spec.effective_beta) for d, loss in told] for fit in fits]
+    beta = spec.effective_beta
+    solved = [([solve(d, loss, beta) for d, loss in told], form) for solve, form in fits]
     for digits in _DIGITS:
-        for fit, numbers in zip(fits, solved, strict=True):
+        for numbers, form in solved:
             useful = (_rounded(number, digits) for number in numbers if 0 < number < math.inf)
-            yield from (fit.form(number, spec) for number in dict.fromkeys(useful))
+            yield from (form(number, spec) for number in dict.fromkeys(useful))
 
 
 def _scaled(own: Step, replies: Sequence[Reply]) -> Iterator[Step]:

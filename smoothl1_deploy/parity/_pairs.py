@@ -37,7 +37,7 @@ from ..backends._base import get_backend
 from ..backends._runner import Runner
 from ..errors import ArtefactError, SmoothL1DeployError, SpecError, UnsupportedError, require
 from ..graph._export import export
-from ..reference._oracle import oracle, oracle_gradient
+from ..reference._oracle import exact_outputs
 from ._compare import _torch_lost_it
 from ._pool import each
 
@@ -121,18 +121,10 @@ class Tally(Record):
         return cls(pairs, ours, torch, wrong, better, entry["worst"])
 
     def __add__(self, other: Tally) -> Tally:
-        mine = (self.wrong_class > 0, self.ours.largest) >= (
-            other.wrong_class > 0,
-            other.ours.largest,
-        )
-        return Tally(
-            self.pairs + other.pairs,
-            self.ours + other.ours,
-            self.torch + other.torch,
-            self.wrong_class + other.wrong_class,
-            self.better + other.better,
-            (self.worst or other.worst) if mine else (other.worst or self.worst),
-        )
+        names = ("pairs", "ours", "torch", "wrong_class", "better")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        nearer, further = sorted((other, self), key=lambda t: (t.wrong_class > 0, t.ours.largest))
+        return Tally(**sums, worst=further.worst or nearer.worst)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,13 +239,12 @@ class Exact:
         self.targets = np.concatenate([every[finite][order], every[~finite]])
         self.finite = int(finite.sum())
         self._wide = np.concatenate([wide[finite][order], wide[~finite]])
-        # One of each kind of what isn't finite, and for each such target its kind.
-        self._odd = np.array([np.inf, -np.inf, np.nan]).astype(dtype)
-        self._kind = np.where(np.isnan(self._wide), 2, self._wide < 0)[self.finite :].astype(int)
-        self._met = self._by_oracle(every[:, None], self._odd[None])  # by an input's code, and kind
+        # What isn't finite is of three kinds, and all of a kind have the same answers.
+        odd = np.array([np.inf, -np.inf, np.nan]).astype(dtype)
+        self._met = self._by_oracle(every[:, None], odd[None])  # by an input's code, and kind
+        self._rows = self._by_oracle(odd[:, None], self.targets[None])  # by an input's kind
         self._one = int(np.ones(1, dtype).view(np.uint16)[0])
         self._loss, self._slope = self._tables(wide)
-        self._rows: dict[int, dict[str, Array]] = {}
 
     def _tables(self, values: Array) -> tuple[Thresholds, Thresholds]:
         """The thresholds of the loss and of the slope's size, at the format's numbers above 0."""
@@ -268,9 +259,8 @@ class Exact:
         below = [middle for middle in middles if middle < b / 2]
         above = middles[len(below) :]
         losses = Thresholds([2 * b * m for m in below] + [m + b / 2 for m in above], len(below))
-        if beta == 0:
-            return losses, Thresholds(())
-        return losses, Thresholds([middle * b for middle in middles[: self._one]])
+        slopes = [middle * b for middle in middles[: self._one]] if beta else []
+        return losses, Thresholds(slopes)
 
     def answers(self, inputs: Array, guess: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """The bits of the loss and of the gradient: uint16 of shape [inputs, 2^16].
@@ -278,48 +268,34 @@ class Exact:
         A `guess` in the same form makes it faster where it is right, and changes nothing.
         """
         with np.errstate(invalid="ignore"):  # numpy tells of a signalling NaN that it converts
-            is_ordinary = np.isfinite(inputs.astype(np.float64)).all()
-        if is_ordinary:
-            return self._ordinary(inputs, guess or {})
-        rows = [self._row(value) for value in inputs]
-        return {name: np.stack([row[name] for row in rows]) for name in ("loss", "grad_input")}
-
-    def _ordinary(self, inputs: Array, guess: Mapping[str, Array]) -> dict[str, Array]:
-        x, targets = inputs.astype(np.float64)[:, None], self._wide[: self.finite]
-        none = np.zeros((len(inputs), self.finite), np.uint16)
+            wide = inputs.astype(np.float64)
+        is_odd = ~np.isfinite(wide)
+        x, targets = np.where(is_odd, 0, wide)[:, None], self._wide[: self.finite]
+        none = np.zeros((len(inputs), CODES), np.uint16)
         loss, grad = (
-            guess[name][:, : self.finite] if name in guess else none
-            for name in ("loss", "grad_input")
+            (guess or {}).get(name, none)[:, : self.finite] for name in ("loss", "grad_input")
         )
         if self.spec.effective_beta == 0:  # the sign of the difference, which of -0 is 0
             slope = np.where(x == targets, 0, np.where(x < targets, self._one | _SIGN, self._one))
         else:
             slope = self._slope.reached(x, targets, grad)
             slope += np.uint16(_SIGN) * np.signbit(x - targets)
-        slope = slope.astype(np.uint16)
-        odd = {name: met[inputs.view(np.uint16)] for name, met in self._met.items()}
-        return {
-            name: np.concatenate([known, odd[name][:, self._kind]], axis=1)
-            for name, known in (
-                ("loss", self._loss.reached(x, targets, loss)),
-                ("grad_input", slope),
-            )
-        }
-
-    def _row(self, value: Array) -> dict[str, Array]:
-        """The answers to one input; of one that isn't finite, by its kind."""
-        wide = float(value)
-        if math.isfinite(wide):
-            return {name: found[0] for name, found in self._ordinary(value[None], {}).items()}
-        kind = 2 if math.isnan(wide) else int(wide < 0)
-        if kind not in self._rows:
-            self._rows[kind] = self._by_oracle(self._odd[kind : kind + 1], self.targets)
-        return self._rows[kind]
+        known = {"loss": self._loss.reached(x, targets, loss), "grad_input": slope}
+        kinds, found = _kinds(self._wide[self.finite :]), {}
+        for name, answers in known.items():
+            odd = self._met[name][inputs.view(np.uint16)][:, kinds]
+            found[name] = np.concatenate([answers.astype(np.uint16), odd], axis=1)
+            found[name][is_odd] = self._rows[name][_kinds(wide[is_odd])]
+        return found
 
     def _by_oracle(self, inputs: Array, targets: Array) -> dict[str, Array]:
         x, t = (np.ascontiguousarray(a) for a in np.broadcast_arrays(inputs, targets))
-        made = {"loss": oracle(self.spec, x, t), "grad_input": oracle_gradient(self.spec, x, t)}
-        return {name: answer.view(np.uint16) for name, answer in made.items()}
+        return _codes_of(exact_outputs(self.spec, x, t))
+
+
+def _kinds(odd: Array) -> Array:
+    """The kinds of numbers that aren't finite: 0 for inf, 1 for -inf, 2 for NaN."""
+    return np.where(np.isnan(odd), 2, odd < 0).astype(int)
 
 
 @cache
@@ -508,14 +484,10 @@ def table(proofs: Iterable[Proof]) -> Table:
     whose = dict.fromkeys(("PyTorch", *(name for proof in proofs for name in proof.outputs)))
     rows = []
     for proof in proofs:
-        for output in next(iter(proof.outputs.values()), {}):
-            shown = {
-                name: _share(made[output].pairs, made[output].ours)
-                for name, made in proof.outputs.items()
-                if output in made
-            }
-            made = next(iter(proof.outputs.values()))[output]
-            shown["PyTorch"] = _share(made.pairs, made.torch)
+        for output, first in next(iter(proof.outputs.values()), {}).items():
+            made = {name: found[output] for name, found in proof.outputs.items() if output in found}
+            shown = {name: _share(tally.pairs, tally.ours) for name, tally in made.items()}
+            shown["PyTorch"] = _share(first.pairs, first.torch)
             beta = f"{proof.claim.beta:g}"
             rows.append((beta, output, f"{proof.pairs:,}", *(shown.get(n, "") for n in whose)))
     red = [

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from .._floats import NUMPY_DTYPE, Array, round_to, wide_dtype
+from .._floats import NUMPY_DTYPE, Array, limits, round_to, wide_dtype
 from .._spec import LossSpec
 from ..backends._runner import Runner
 from ..errors import SmoothL1DeployError
@@ -36,6 +35,8 @@ _NOT_FINITE = (
     ("inf", "one +inf in the target", None, math.inf),
     ("inf-inf", "+inf in the same element of input and target", math.inf, math.inf),
 )
+#: Text, and what every element of input and of target is.
+_ZEROS = (("input equal to target", 0.5, 0.5), ("input -0, target +0", -0.0, 0.0))
 _LONGEST_ROW = 256  # elements: those of a longer row are not asked one by one
 
 
@@ -100,8 +101,7 @@ class Subject:
         self._runner = runner
         self._plan = ShapePlan.of(runner.signature)
         self._dtype = NUMPY_DTYPE[spec.dtype]
-        info = ml_dtypes.finfo(self._dtype)  # type: ignore[no-untyped-call]
-        self._tiny, self._largest = float(info.tiny), float(info.max)
+        self._largest, self._tiny, _ = limits(spec.dtype)
 
     def ask(self, kind: str, text: str, arrays: tuple[Array, ...]) -> Reply:
         """Run one probe, with all that the model takes beside: beta, an upstream gradient of 1.
@@ -123,12 +123,9 @@ class Subject:
         except SmoothL1DeployError as exc:
             error = f"{type(exc).__name__}: {exc}"
             return Reply(spec, kind, text, arrays, expected, expected.reshape(-1)[:0], error=error)
-        got = outputs[signature.loss.name]
-        shape = got.shape
-        if got.size == expected.size:
-            got = got.reshape(expected.shape)
-        gradient = outputs.get("grad_input")
-        return Reply(spec, kind, text, arrays, expected, got, shape, gradient)
+        answer, gradient = outputs[signature.loss.name], outputs.get("grad_input")
+        got = answer.reshape(expected.shape) if answer.size == expected.size else answer
+        return Reply(spec, kind, text, arrays, expected, got, answer.shape, gradient)
 
     @cached_property
     def ordinary(self) -> list[Reply]:
@@ -156,15 +153,10 @@ class Subject:
             ]
             replies += self._mixed(shapes)
         count = elements(first)
-        replies += [
-            self.ask(
-                "fraction",
-                f"input {a:g}, target {b:g} in all {count} elements",
-                self._full(first, a, b),
-            )
-            for a, b in _FRACTIONS
-            if self._is_usable(a - b, count)
-        ]
+        for a, b in _FRACTIONS:
+            if self._is_usable(a - b, count):
+                text = f"input {a:g}, target {b:g} in all {count} elements"
+                replies.append(self.ask("fraction", text, self._full(first, a, b)))
         return replies
 
     def elementwise(self) -> list[Reply]:
@@ -196,10 +188,7 @@ class Subject:
                     if value is not None:
                         array.reshape(-1)[0] = value
                 replies.append(self.ask(kind, text, arrays))
-            for text, a, b in (
-                ("input equal to target", 0.5, 0.5),
-                ("input -0, target +0", -0.0, 0.0),
-            ):
+            for text, a, b in _ZEROS:
                 replies.append(self.ask("zero", text, self._full(shapes, a, b)))
         if self._plan.free:
             replies.append(self.ask("empty", "no elements", self._full(self._plan.empty(), 0.0)))
@@ -207,12 +196,10 @@ class Subject:
 
     def _full(self, shapes: Shapes, a: float, b: float = 0.0) -> tuple[Array, ...]:
         """Input, target, weights and mask, each of one number."""
-        values = {"input": a, "target": b}
+        values, dtypes = {"input": a, "target": b}, {"mask": np.dtype(bool)}
         with np.errstate(over="ignore"):
             return tuple(
-                np.full(shape, values.get(role, 1.0)).astype(
-                    "bool" if role == "mask" else self._dtype
-                )
+                np.full(shape, values.get(role, 1.0)).astype(dtypes.get(role, self._dtype))
                 for role, shape in self._plan.by_role(shapes).items()
             )
 

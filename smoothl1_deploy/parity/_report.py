@@ -8,17 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from .._environment import now
-from .._records import Record, plain
+from .._records import Record, grouped, plain
 from .._spec import LossSpec
 from ._cases import CaseResult
-
-if TYPE_CHECKING:
-    from ._contract import Contract
-    from ._drift import Drift
-    from ._pairs import Proof
+from ._contract import Contract
+from ._drift import Drift
+from ._pairs import Proof
 
 FORMAT = 1  # is raised when a reader of the JSON would have to change
 
@@ -64,9 +62,14 @@ class Cell(Record):
         return not self.failures
 
 
-def mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of several (at least one) cases' shares, branch by branch."""
-    return {branch: fmean(each[branch] for each in shares) for branch in shares[0]}
+def mean_shares(
+    shares: Iterable[tuple[str, Mapping[str, float]]],
+) -> dict[str, dict[str, float]]:
+    """Of each family the mean of its shares, branch by branch."""
+    return {
+        family: {branch: fmean(each[branch] for each in those) for branch in those[0]}
+        for family, those in grouped(shares).items()
+    }
 
 
 def is_extended(spec: LossSpec) -> bool:
@@ -79,10 +82,8 @@ def cell_of(
 ) -> Cell:
     """Sum up the cases (at least one) of one combination."""
     worst = max(results, key=lambda result: result.verdict.badness)
-    by_family: dict[str, list[Mapping[str, float]]] = {}
-    for result in results:
-        if any(result.shares.values()):  # an empty case has none to count
-            by_family.setdefault(result.case.family, []).append(result.shares)
+    # An empty case has no shares to count.
+    shares = ((r.case.family, r.shares) for r in results if any(r.shares.values()))
     return Cell(
         spec,
         beta,
@@ -95,7 +96,7 @@ def cell_of(
         bound=worst.verdict.bound,
         better_than_pytorch=sum(result.verdict.better for result in results),
         layouts=tuple(dict.fromkeys(result.case.layout for result in results)),
-        families={family: mean_shares(shares) for family, shares in by_family.items()},
+        families=mean_shares(shares),
         worst=worst,
         failures=tuple(result for result in results if not result.verdict.ok),
     )
@@ -147,11 +148,8 @@ class Draws(Record):
 
 def draws_of(cells: Iterable[Cell]) -> tuple[Draws, ...]:
     """The cells of draws, summed up by backend and route, in the order they come in."""
-    groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.backend, cell.route), []).append(cell)
     found = []
-    for key, group in groups.items():
+    for key, group in grouped(((cell.backend, cell.route), cell) for cell in cells).items():
         run = [cell for cell in group if cell.refused is None]
         nearest = max(run, key=lambda cell: (not cell.ok, cell.ulp - cell.allowed), default=None)
         cases = sum(cell.cases for cell in run)

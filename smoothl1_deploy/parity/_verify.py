@@ -247,17 +247,9 @@ def verify_loss(
         points = artefact_drift(
             runner, fed, seed=seed, large=large, accumulator=accumulator, others=others
         )
-    found = Verification(
-        original.graph.name,
-        sha256(original.SerializeToString(deterministic=True)),
-        expected,
-        backend,
-        results,
-        environment(),
-        seed,
-        points,
-        changed=is_changed(original),
-    )
+    digest = sha256(original.SerializeToString(deterministic=True))
+    what = original.graph.name, digest, expected, backend
+    found = Verification(*what, results, environment(), seed, points, changed=is_changed(original))
     if found:
         return found
     named = diagnose(body or runner, fed, failures=found.failures, drift=points)

@@ -141,15 +141,9 @@ def verify_model(
     before = None if against is None else ModelRunner(read_model(against), chosen.open)
     if before is not None:
         _check_comparable(before, runner)
-    made = dict(_made_up(read, seed)) if data is None else {"given": data}
-    given = {
-        name: {port: as_array(array, port) for port, array in arrays.items()}
-        for name, arrays in made.items()
-    }
+    given = _made_up(read, seed) if data is None else [("given", data)]
     constants = constant_operands(read)
-    runs = tuple(
-        _run(runner, before, found, constants, name, arrays) for name, arrays in given.items()
-    )
+    runs = tuple(_run(runner, before, found, constants, *named) for named in given)
     digest = sha256(read.SerializeToString(deterministic=True))
     return ModelVerification(read.graph.name, digest, backend, losses, runs, environment())
 
@@ -204,8 +198,9 @@ def _run(
     losses: tuple[Loss, ...],
     constants: Mapping[str, Array],
     name: str,
-    arrays: Mapping[str, Array],
+    data: Mapping[str, Any],
 ) -> Run:
+    arrays = {port: as_array(array, port) for port, array in data.items()}
     try:
         outputs = runner.run(**arrays)
         old = {} if before is None else before.run(**{n: arrays[n] for n in before.inputs})
@@ -238,21 +233,12 @@ def _judged(loss: Loss, tensors: Mapping[str, Array]) -> dict[str, Verdict]:
     }
     exact = exact_outputs(spec, **given)
     torch = eager_outputs(spec, **given)
-    x, t = selected(**given)
-    alike = torch_alike("normal", spec)
-    return {
-        tensor: compare(
-            spec,
-            tensors[tensor],
-            torch[role],
-            exact[role],
-            x,
-            t,
-            role,
-            torch_alike=alike.get(role, 0),
-        )
-        for role, tensor in loss.outputs.items()
-    }
+    pair, alike = selected(**given), torch_alike("normal", spec)
+    verdicts = {}
+    for role, tensor in loss.outputs.items():
+        answers, like = (tensors[tensor], torch[role], exact[role]), alike.get(role, 0)
+        verdicts[tensor] = compare(spec, *answers, *pair, role, torch_alike=like)
+    return verdicts
 
 
 def _equal(a: Array, b: Array) -> bool:

@@ -10,9 +10,10 @@ import base64
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..._environment import docstring
 from ..._table import clean
@@ -23,12 +24,10 @@ from .._contract import KINDS
 from .._drift import Curve, Drift
 from .._families import BRANCHES, FAMILIES
 from .._report import Cell, Report, repeat_command
+from .._verify import Verification
+from .._whole import ModelVerification
 from . import _tables as tables
 from ._tables import Grid, beta_of, beta_text, finding, representative, variant, variant_of
-
-if TYPE_CHECKING:
-    from .._verify import Verification
-    from .._whole import ModelVerification
 
 _FAILURES_SHOWN = 30  # a panel; all of them are in the JSON
 _RED_SHOWN = 10  # at the top of the page; the others are folded away
@@ -60,15 +59,12 @@ BACKENDS: Mapping[str, str] = {
 
 def family_meaning(name: str) -> str:
     """What a family of inputs holds: its function's docstring, without the full stop."""
-    family = FAMILIES.get(name)
-    return docstring(family).rstrip(".") if family else ""
+    return docstring(FAMILIES[name]).rstrip(".")
 
 
 def layout_meaning(name: str) -> str:
-    """The shapes of a layout; empty for one that is not of the matrix."""
-    layout = LAYOUTS.get(name)
-    if layout is None:
-        return ""
+    """The shapes of a layout."""
+    layout = LAYOUTS[name]
     weight = "" if layout.weight is None else f", weights {layout.weight}"
     if layout.input == layout.target:
         return f"two tensors of {layout.input}{weight}"
@@ -102,17 +98,14 @@ def step(ulp: int) -> int:
 
 def anchors(cells: Iterable[Cell]) -> dict[int, str]:
     """`id(cell)` -> an HTML id that says which cell it is; unique in the report."""
-    taken: set[str] = set()
     found: dict[int, str] = {}
+    same: Counter[str] = Counter()
     for cell in cells:
         spec = cell.spec
         words = [spec.dtype, cell.route, cell.backend, variant(spec), "beta", beta_text(cell.beta)]
         slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(words))
-        name, number = slug, 2
-        while name in taken:
-            name, number = f"{slug}-{number}", number + 1
-        taken.add(name)
-        found[id(cell)] = name
+        same[slug] += 1
+        found[id(cell)] = f"{slug}-{same[slug]}" if same[slug] > 1 else slug
     return found
 
 
@@ -208,13 +201,7 @@ def _template(name: str) -> Any:
             clean(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
         ),
     )
-    environment.filters |= {
-        "plural": tables.plural,
-        "bytes": tables.bytes_text,
-        "distance": tables.distance_text,
-        "measured": tables.measured_text,
-        "step": step,
-    }
+    environment.filters |= {"plural": tables.plural, "distance": tables.distance_text, "step": step}
     return environment.get_template(name)
 
 
@@ -225,15 +212,12 @@ def render(found: Report | Verification | ModelVerification) -> str:
         MissingDependencyError: without jinja2.
     """
     name = "report" if isinstance(found, Report) else "verification"
-    template = _template(f"{name}.html.j2")
-    import markupsafe  # jinja2's own dependency
-
-    document: str = template.render(
+    document: str = _template(f"{name}.html.j2").render(
         found=found,
         tables=tables,
         versions=tables.versions(found.environment),
         floor=REDUCTION_FLOOR,
-        style=markupsafe.Markup(_asset("report.css")),
+        style=_asset("report.css"),
         **(_of_report(found) if isinstance(found, Report) else {"script": ""}),
     )
     return document.lstrip() + "\n"
@@ -241,8 +225,6 @@ def render(found: Report | Verification | ModelVerification) -> str:
 
 def _of_report(report: Report) -> dict[str, Any]:
     """What the page of a report shows beside it, and the script that makes it easier to use."""
-    import markupsafe
-
     # A panel is of a cell of the grid, or of a draw that is red.
     paneled = [*report.cells, *(cell for row in report.draws for cell in row.red)]
     ids = anchors(paneled)
@@ -264,6 +246,6 @@ def _of_report(report: Report) -> dict[str, Any]:
         worst=max((cell.ulp for cell in report.cells if cell.ok), default=0),
         failures_shown=_FAILURES_SHOWN,
         red_shown=_RED_SHOWN,
-        script=markupsafe.Markup(script),
+        script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from ..._table import Table, code, harmless, longest_backticks
 from .._report import Report, repeat_command
+from .._verify import Verification
+from .._whole import ModelVerification
 from . import _tables as tables
 from ._tables import cut, plural, spec_text
-
-if TYPE_CHECKING:
-    from .._verify import Verification
-    from .._whole import ModelVerification
 
 #: GitHub refuses a comment of more than 65,536 characters.
 _RED_SHOWN = 20
@@ -30,28 +27,28 @@ def _headline(report: Report) -> str:
 
 
 def _red(report: Report) -> list[str]:
-    lines: list[str] = []
-    if report.red:
-        lines.append("### Red cells")
-    for cell in report.red[:_RED_SHOWN]:
+    cells, engines = [], []
+    for cell in report.red:
         first, where = cell.failures[0], spec_text(cell.spec, cell.beta)
-        lines += [
+        cells.append(
             f"- {code(f'{where}; {cell.route} on {cell.backend}')}: "
             f"{plural(len(cell.failures), 'red case')} of {cell.cases}. "
             f"First: {code(f'{first.case.family} {first.case.layout}')} "
-            f"{code(cut(first.verdict.detail))}  ",
-            f"  {code(repeat_command(cell, report.seed))}",
-        ]
-    if len(report.red) > _RED_SHOWN:
-        lines.append(f"- and {len(report.red) - _RED_SHOWN} more; the full list is in report.json")
-    if report.red_builds:
-        lines += ["", "### Failed engines"]
-    for build in report.red_builds[:_RED_SHOWN]:
+            f"{code(cut(first.verdict.detail))}  \n"
+            f"  {code(repeat_command(cell, report.seed))}"
+        )
+    for build in report.red_builds:
         name = code(f"{build.spec.name} {build.route} {build.flavour}")
-        lines.append(f"- {name}: {code(cut(build.error or ''))}")
-    if len(report.red_builds) > _RED_SHOWN:
-        lines.append(f"- and {len(report.red_builds) - _RED_SHOWN} more")
-    return [*lines, ""] if lines else []
+        engines.append(f"- {name}: {code(cut(build.error or ''))}")
+    of_all = "; the full list is in report.json"
+    return [*_first("Red cells", cells, of_all), *_first("Failed engines", engines)]
+
+
+def _first(title: str, items: list[str], of_all: str = "") -> list[str]:
+    """The first items under their title, and how many more there are; nothing of none."""
+    more = len(items) - _RED_SHOWN
+    told = [f"- and {more} more{of_all}"] if more > 0 else []
+    return [f"### {title}", *items[:_RED_SHOWN], *told, ""] if items else []
 
 
 def _section(table: Table) -> list[str]:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..._certainty import Certainty
+from ..._records import grouped
 from ..._shapes import describe
 from ..._spec import DTYPES, LossSpec
 from ..._table import Entry, Table
+from ...backends._base import backend_class
+from ...backends._gpu import GpuBackend
+from ...backends._names import BACKENDS, REFERENCES
+from .._compare import Verdict
 from .._contract import Contract
 from .._drift import DATA, Drift, DriftPoint
 from .._families import BRANCHES, usual_knee
-from .._pairs import Proof
 from .._pairs import table as distances
 from .._report import Build, Cell, Report, is_extended, mean_shares
-
-if TYPE_CHECKING:
-    from .._compare import Verdict
-    from .._verify import Verification
-    from .._whole import ModelVerification
+from .._verify import Verification
+from .._whole import ModelVerification
 
 
 def plural(count: int, noun: str) -> str:
@@ -47,12 +48,9 @@ def variant(spec: LossSpec) -> str:
     words += [f"betas={describe(spec.beta_shape)}"] * bool(spec.beta_shape)
     for field in fields(spec):
         value = getattr(spec, field.name)
-        if field.name in ("beta", "delta", "reduction", "dtype") or value == field.default:
-            continue
-        if field.default is MISSING or not isinstance(value, bool):
-            words.append(f"{field.name}={value}")
-        else:
-            words.append(field.name.replace("_", " "))
+        if field.name not in ("beta", "delta", "reduction", "dtype") and value != field.default:
+            is_flag = isinstance(value, bool)
+            words.append(field.name.replace("_", " ") if is_flag else f"{field.name}={value}")
     return " ".join(words)
 
 
@@ -114,21 +112,16 @@ def family_shares(report: Report) -> dict[str, dict[str, float]]:
 
     At beta = 0 and beta = inf one branch can't be reached, which says nothing of a family.
     """
-    cells = [cell for cell in report.cells if 0 < cell.beta < math.inf]
-    names = dict.fromkeys(family for cell in cells for family in cell.families)
-    return {
-        name: mean_shares([cell.families[name] for cell in cells if name in cell.families])
-        for name in names
-    }
+    cells = (cell for cell in report.cells if 0 < cell.beta < math.inf)
+    return mean_shares(shares for cell in cells for shares in cell.families.items())
 
 
 def by_backend(cells: Iterable[Cell]) -> list[tuple[str, str, list[Cell]]]:
     """The cells of each backend and route, a backend's routes together."""
-    groups: dict[str, dict[str, list[Cell]]] = {}
-    for cell in cells:
-        groups.setdefault(cell.backend, {}).setdefault(cell.route, []).append(cell)
     return [
-        (name, route, found) for name, routes in groups.items() for route, found in routes.items()
+        (backend, route, found)
+        for backend, those in grouped((cell.backend, cell) for cell in cells).items()
+        for route, found in grouped((cell.route, cell) for cell in those).items()
     ]
 
 
@@ -137,10 +130,6 @@ def by_backend(cells: Iterable[Cell]) -> list[tuple[str, str, list[Cell]]]:
 
 def not_run(found: Report | Verification | ModelVerification) -> Iterator[tuple[str, str]]:
     """What this says nothing of, as (what, why): kernels, engines, servers, cells."""
-    from ...backends._base import backend_class
-    from ...backends._gpu import GpuBackend
-    from ...backends._names import BACKENDS, REFERENCES
-
     ran = {found.backend} if not isinstance(found, Report) else {c.backend for c in found.cells}
     groups: dict[str, list[str]] = {"GPU kernels": [], "served by Triton": [], "other backends": []}
     on_gpu, served, others = groups.values()
@@ -164,14 +153,12 @@ def not_run(found: Report | Verification | ModelVerification) -> Iterator[tuple[
 
 def certainty(report: Report) -> Table:
     """How sure it is what each backend gives, by dtype; and the error bound of the graphs."""
-    from ...backends._names import BACKENDS, REFERENCES
-
     run = {(cell.backend, cell.spec.dtype) for cell in report.cells if cell.refused is None}
     ours = (name for name in BACKENDS if name not in REFERENCES)
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for name in dict.fromkeys((*ours, *(cell.backend for cell in report.cells))):
-        words = (Certainty.SAMPLES if (name, d) in run else Certainty.NOT_RUN for d in DTYPES)
-        alike.setdefault(tuple(words), []).append(name)
+    alike = grouped(
+        (tuple(Certainty.SAMPLES if (name, d) in run else Certainty.NOT_RUN for d in DTYPES), name)
+        for name in dict.fromkeys((*ours, *(cell.backend for cell in report.cells)))
+    )
     alike[(Certainty.PROVED,) * len(DTYPES)] = ["the error bound of the graphs"]
     rows = [
         (what, *(Certainty.EVERY_PAIR if d in dtypes else "" for d in DTYPES))
@@ -185,22 +172,16 @@ def certainty(report: Report) -> Table:
 
 def _every_pair(report: Report) -> Iterator[tuple[str, frozenset[str]]]:
     """Of what every pair was tried, and in which formats."""
-    tried: dict[tuple[str, float], set[str]] = {}
-    for proof in sorted(report.pairs, key=lambda proof: proof.claim.beta):
-        for backend in proof.claim.backends if not proof.left else ():
-            tried.setdefault((backend, proof.claim.beta), set()).add(proof.claim.dtype)
-    betas: dict[tuple[str, frozenset[str]], list[str]] = {}
-    for (backend, beta), dtypes in tried.items():
-        betas.setdefault((backend, frozenset(dtypes)), []).append(f"{beta:g}")
-    for (backend, alike), at in betas.items():
-        yield f"{backend}: none and its gradient at beta {', '.join(at)}", alike
+    claims = sorted((p.claim for p in report.pairs if not p.left), key=lambda claim: claim.beta)
+    tried = grouped(((name, c.beta), c.dtype) for c in claims for name in c.backends)
+    alike = grouped(((name, frozenset(tried[name, beta])), f"{beta:g}") for name, beta in tried)
+    for (backend, dtypes), betas in alike.items():
+        yield f"{backend}: none and its gradient at beta {', '.join(betas)}", dtypes
 
 
 def pairs(report: Report) -> list[Table]:
     """What `prove` found, a table for each format and route."""
-    groups: dict[tuple[str, str], list[Proof]] = {}
-    for proof in report.pairs:
-        groups.setdefault((proof.claim.dtype, proof.claim.route), []).append(proof)
+    groups = grouped(((proof.claim.dtype, proof.claim.route), proof) for proof in report.pairs)
     return [distances(group) for group in groups.values()]
 
 
@@ -235,9 +216,7 @@ class Grid:
         subtitle: str = "",
     ) -> Grid:
         """The cells by what `row` and `column` call them, in the order in which they come."""
-        entries: dict[tuple[str, tuple[str, str]], list[Cell]] = {}
-        for cell in cells:
-            entries.setdefault((row(cell), column(cell)), []).append(cell)
+        entries = grouped(((row(cell), column(cell)), cell) for cell in cells)
         found = dict.fromkeys(map(column, cells))
         groups = list(dict.fromkeys(group for group, _ in found))
         columns = tuple(sorted(found, key=lambda each: groups.index(each[0])))
@@ -269,10 +248,8 @@ class Grid:
 def split(cells: Iterable[Cell]) -> tuple[list[Cell], list[Cell]]:
     """The plain cells, and those of the extensions, by beta; the rest of the order is kept."""
     ordered = sorted(cells, key=lambda cell: cell.beta)
-    return (
-        [cell for cell in ordered if not is_extended(cell.spec)],
-        [cell for cell in ordered if is_extended(cell.spec)],
-    )
+    groups = grouped((is_extended(cell.spec), cell) for cell in ordered)
+    return groups.get(False, []), groups.get(True, [])
 
 
 def beta_of(cell: Cell) -> str:
@@ -369,8 +346,7 @@ def engines(builds: Sequence[Build]) -> Table:
     """One row a route: engines built, failed and refused."""
     rows = []
     # A refused build knows only the flavour that was asked for ("auto"): the route joins them.
-    for route in dict.fromkeys(build.route for build in builds):
-        group = [build for build in builds if build.route == route]
+    for route, group in grouped((build.route, build) for build in builds).items():
         built = [build for build in group if build.ok and build.refused is None]
         failed = _none_wanted(sum(not build.ok for build in group))
         seconds = f"{median([build.seconds for build in built] or [0.0]):.2f} s"
@@ -422,30 +398,18 @@ def artefact_drift(points: Sequence[DriftPoint]) -> Table:
     ordered = sorted(points, key=lambda p: (p.output, DATA.index(p.family), p.elements))
     rows = []
     for point in ordered:
-        verdict, bound = point.result.verdict, point.bound
-        rows.append(
-            _row(
-                *(point.elements, point.family, point.output),
-                *_judged(verdict),
-                f"{bound:,.1f}" if bound is not None and math.isfinite(bound) else "-",
-                *(
-                    "-" if error is None else f"{error:.1e}"
-                    for error in (point.relative, point.torch_relative)
-                ),
-            )
-        )
+        bound, errors = point.bound, (point.relative, point.torch_relative)
+        proved = f"{bound:,.1f}" if bound is not None and math.isfinite(bound) else "-"
+        shown = ("-" if error is None else f"{error:.1e}" for error in errors)
+        judged = (*_judged(point.result.verdict), proved, *shown)
+        rows.append(_row(point.elements, point.family, point.output, *judged))
     below = ["bound: what is proved of the graphs that smoothl1-deploy makes, in ULP"]
     if any(point.result.verdict.better for point in ordered):
         below.append(_BETTER)
     numbers = ("ULP", "PyTorch's", "allowed", "verdict", "bound", "error", "PyTorch's error")
-    return Table(
-        "error of the reduction by size",
-        ("elements", "inputs", "output", *numbers),
-        rows,
-        "rllrrrlrrr",
-        tuple(below),
-        keys=3,
-    )
+    columns = ("elements", "inputs", "output", *numbers)
+    title = "error of the reduction by size"
+    return Table(title, columns, rows, "rllrrrlrrr", tuple(below), keys=3)
 
 
 def verification(found: Verification) -> Table:
@@ -456,14 +420,10 @@ def verification(found: Verification) -> Table:
         rows.append((result.case.family, result.case.layout, *_judged(result.verdict), *shares))
     likely = ", ".join(item.fault.value for item in found.diagnoses)
     red = _below((f"{r.case.family}, {r.case.layout}", r.verdict) for r in found.results)
-    return Table(
-        f"{found.name} on {found.backend}",
-        ("family", "shape", "ULP", "PyTorch's", "allowed", "verdict", *BRANCHES),
-        rows,
-        "llrrrlrrr",
-        (*red, *([f"most likely: {likely}"] if likely else [])),
-        keys=2,
-    )
+    below = (*red, *([f"most likely: {likely}"] if likely else []))
+    columns = ("family", "shape", "ULP", "PyTorch's", "allowed", "verdict", *BRANCHES)
+    title = f"{found.name} on {found.backend}"
+    return Table(title, columns, rows, "llrrrlrrr", below, keys=2)
 
 
 def whole_runs(found: Verification | ModelVerification) -> Table:
@@ -475,14 +435,10 @@ def whole_runs(found: Verification | ModelVerification) -> Table:
             (run.data, name, "", "", "", Entry("the same bits" if same else "OTHER BITS", same))
             for name, same in run.same.items()
         ]
-    return Table(
-        f"{found.name}, the whole model on {found.backend}",
-        ("data", "output", "ULP", "PyTorch's", "allowed", "verdict"),
-        rows,
-        "llrrrl",
-        _below((f"{run.data}, {n}", v) for run in found.runs for n, v in run.losses.items()),
-        keys=2,
-    )
+    red = _below((f"{run.data}, {n}", v) for run in found.runs for n, v in run.losses.items())
+    columns = ("data", "output", "ULP", "PyTorch's", "allowed", "verdict")
+    title = f"{found.name}, the whole model on {found.backend}"
+    return Table(title, columns, rows, "llrrrl", red, keys=2)
 
 
 def diagnoses(found: Verification) -> Table:
