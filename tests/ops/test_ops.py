@@ -109,6 +109,8 @@ def test_kernels_run_what_a_loss_without_a_name_is_made_of(dtype: str) -> None:
         LossSpec(0.0, "mean", dtype, divisor=True, gradient=True, loss_weight=0.5),
         LossSpec(reduction="mean", dtype=dtype, mask=True, runtime_beta=True),
         LossSpec(np.linspace(0, 2, 16), dtype=dtype, gradient=True),
+        LossSpec(0.5, "mean", dtype, elements="losses"),
+        LossSpec(0.5, "sum", dtype, weight="count", per_sample=True, elements="differences"),
     ]
     if dtype != "float64":
         others += [
@@ -125,7 +127,7 @@ def test_kernels_run_what_a_loss_without_a_name_is_made_of(dtype: str) -> None:
         for body in parts:
             del body.node[:]
             for name in body.output:
-                own = dtype if name.endswith(("loss", "grad_input")) else "float64"
+                own = dtype if name.endswith(("loss", "grad_input", "losses", "differences")) else "float64"
                 seven = helper.make_tensor(name, ELEMENT_TYPE[own], [], [7.0])
                 body.node.append(helper.make_node("Constant", [], [name], value=seven))
         for name, got in _run(model, spec, arguments).items():
