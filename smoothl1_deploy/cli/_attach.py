@@ -106,10 +106,10 @@ def attach(
             "model's weights in a file beside it"
         )
     _carry(grafted, *folders)
-    write_shown(output, grafted, spec, route, as_json)
     for role, name in operands.items():
         if name is not None:
             _note_near_miss(role, name, proto, grafted)
+    write_shown(output, grafted, spec, route, as_json)
     origin = [] if overwrite else ["--against", model]
     return [typed("verify", output, *origin, "--certificate")]
 

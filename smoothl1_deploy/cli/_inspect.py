@@ -169,7 +169,8 @@ class Inspection(Record):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, the facts among the rest."""
         entries = Record.to_dict(self)
-        return {**entries, **entries.pop("facts")}
+        facts = entries.pop("facts")
+        return {**entries, **facts}
 
 
 @contextlib.contextmanager
