@@ -180,7 +180,7 @@ def test_a_server_of_a_model_with_a_name_that_is_no_text() -> None:
     model = attach(_parsed(_ONE), "y", "t", LossSpec(0.5, per_sample=True))
     model.graph.node[0].name = "Neg____"
     data = model.SerializeToString().replace(b"Neg____", b"Neg\xff\xff\xff\xff")
-    assert serve(onnx.load_model_from_string(data)).losses
+    assert read_losses(serve(onnx.load_model_from_string(data)).model)
 
 
 #: What people do to a model: the batch of its input becomes dynamic, the rest is left.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import filecmp
 import os
@@ -9,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import check_apart, check_writable, replacing, write_atomic
+from .._files import check_apart, check_writable, replacing
 from ..errors import ArtefactError, OutputError, SpecError, reason_of
 from ._console import human_size, print_note, typed
 from ._options import AsJson, Next, Normalizer, PlainRoute, parse_shape, takes_spec
@@ -70,7 +71,7 @@ def attach(
     from .._model import external_locations, float_dtype_of
     from .._spec import LossSpec
     from ..graph._attach import attach as graft
-    from ._inspect import show_written
+    from ._inspect import write_shown
 
     proto = _read(model)
     operands = {"target": target, "weight": weight, "mask": mask}
@@ -105,12 +106,10 @@ def attach(
             "model's weights in a file beside it"
         )
     _carry(grafted, *folders)
-    data = grafted.SerializeToString(deterministic=True)
-    write_atomic(output, data)
     for role, name in operands.items():
         if name is not None:
             _note_near_miss(role, name, proto, grafted)
-    show_written(output, data, grafted, spec, route, as_json)
+    write_shown(output, grafted, spec, route, as_json)
     origin = [] if overwrite else ["--against", model]
     return [typed("verify", output, *origin, "--certificate")]
 
@@ -122,12 +121,10 @@ def _read(path: Path) -> onnx.ModelProto:
     from .._artefact import read_model
     from .._model import external_locations
 
-    if not os.path.isfile(path):
-        return read_model(path)
-    try:
-        bare = onnx.load(str(path), load_external_data=False)
-    except Exception:  # read_model says what is wrong with the file
-        return read_model(path)
+    bare = onnx.ModelProto()
+    with contextlib.suppress(Exception):  # read_model says what is wrong with the file
+        if os.path.isfile(path):
+            bare = onnx.load(str(path), load_external_data=False)
     return bare if external_locations(bare) else read_model(path)
 
 

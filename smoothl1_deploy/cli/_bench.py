@@ -83,8 +83,7 @@ def bench(
         for text in shapes
     ]
     check_writable(output / "bench.jsonl")
-    date = now()
-    origin: dict[str, Any] = {"date": date, "environment": environment()}
+    origin: dict[str, Any] = {"date": now(), "environment": environment()}
     load = os.getloadavg()[0]
     rows: list[Row] = []
     said: set[str] = set()

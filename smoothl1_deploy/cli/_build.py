@@ -11,7 +11,7 @@ import typer
 
 from ..errors import SpecError
 from ..tensorrt._flavour import FLAVOURS
-from ._console import human_size, print_fields, print_json, print_note, progress_console, typed
+from ._console import human_size, print_fields, print_note, print_result, progress_console, typed
 from ._options import AsJson, Next, one_of
 
 if TYPE_CHECKING:
@@ -108,10 +108,7 @@ def build(
             precision="float16" if fp16 else "bfloat16" if bf16 else None,
             on_progress=on_progress,
         )
-    if as_json:
-        print_json(engine.to_dict())
-    else:
-        _show(engine)
+    print_result(engine, as_json, lambda: _show(engine))
     return [typed("inspect", path)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +18,13 @@ if TYPE_CHECKING:
 EXAMPLE = "smoothl1-deploy cache prune --max-mb 100"
 
 
-def _rows(entries: tuple[CacheEntry, ...]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
+def _rows(entries: tuple[CacheEntry, ...]) -> Iterator[tuple[str, ...]]:
     for entry in entries:
         used = datetime.datetime.fromtimestamp(entry.last_used).isoformat(" ", "seconds")
         sidecar = entry.sidecar
         name = "damaged" if sidecar is None else sidecar.graph_name
         flavour = "" if sidecar is None else f"{sidecar.flavour} {sidecar.version}"
-        rows.append((entry.key[:12], used, flavour, f"{entry.bytes:,}", name))
-    return rows
+        yield entry.key[:12], used, flavour, f"{entry.bytes:,}", name
 
 
 def _open(folder: Path | None) -> EngineCache:
@@ -40,15 +39,12 @@ def _open(folder: Path | None) -> EngineCache:
     return EngineCache(folder)
 
 
-_COLUMNS = ("key", "last used", "flavour", "bytes", "graph")
-
-
 def _show(root: Path, key: str, entries: tuple[CacheEntry, ...], as_json: bool) -> None:
     if as_json:
         print_json({"root": root, key: entries})
         return
     if entries:
-        print_table(_COLUMNS, _rows(entries))
+        print_table(("key", "last used", "flavour", "bytes", "graph"), _rows(entries))
     size = human_size(sum(entry.bytes for entry in entries))
     removed = "removed " if key == "removed" else ""
     print_lines([f"{root}: {removed}{len(entries)} engines, {size}"])

@@ -10,8 +10,8 @@ import typer
 from .._table import Table
 from ..errors import InvalidInputError, SpecError
 from ._arrays import named_files
-from ._console import open_console, print_json, print_lines, print_note, typed
-from ._options import AsJson, BackendNames, Next
+from ._console import open_console, print_lines, print_note, print_result, typed
+from ._options import AsJson, BackendNames, Next, end_unless
 
 if TYPE_CHECKING:
     from .._artefact import ModelSource
@@ -55,12 +55,8 @@ def compare(
     (a, dtypes), (b, others) = map(_opened, (first, second))
     arrays = _arrays(others | dtypes, input, target, data)
     found = tell_apart(a, b, arrays, backend=(backends[0], backends[-1]), ulp=ulp)
-    if as_json:
-        print_json(found)
-    else:
-        _show(found, first, second)
-    if not found:
-        raise typer.Exit(1)
+    print_result(found, as_json, lambda: _show(found, first, second))
+    end_unless(found)
     is_engine = isinstance(b, Path)
     return [typed("inspect", second) if is_engine else typed("verify", second, "--certificate")]
 

@@ -328,6 +328,14 @@ def print_json(value: object) -> None:
     print(json.dumps(plain(value), indent=2, allow_nan=False))
 
 
+def print_result(value: object, as_json: bool, tell: Callable[[], object]) -> None:
+    """What a command found or made: as JSON, or as `tell` prints it for people."""
+    if as_json:
+        print_json(value)
+    else:
+        tell()
+
+
 def human_size(count: int) -> str:
     """`1,234 bytes`, from a megabyte on with MiB."""
     return f"{count:,} bytes" + (f" ({count / 2**20:.1f} MiB)" if count >= 2**20 else "")

@@ -8,27 +8,11 @@ from typing import Any
 
 import typer
 
-from ..errors import (
-    ArtefactError,
-    BackendUnavailableError,
-    BuildError,
-    MissingDependencyError,
-    UnsupportedError,
-)
+from ..errors import InvalidInputError, OutputError, SmoothL1DeployError, SpecError
 from ._console import print_lines, print_note, typed
 from ._options import Next, takes_spec, typed_options
 
 EXAMPLE = "smoothl1-deploy deploy detector.onnx --prediction boxes --target boxes_gt -o out/deploy"
-
-
-#: What leaves out the engine, and nothing else.
-_NO_ENGINE = (
-    ArtefactError,
-    BackendUnavailableError,
-    BuildError,
-    MissingDependencyError,
-    UnsupportedError,
-)
 
 
 @takes_spec("weight", "mask")
@@ -63,9 +47,8 @@ def deploy(
 
     scored, models = output / "scored.onnx", output / "models"
     called = name or model.stem
-    words = ["attach", model, "--prediction", prediction, "--target", target]
-    words += [*typed_options(given), "-o", scored]
-    _step(words)
+    compared = ["--prediction", prediction, "--target", target]
+    _step(["attach", model, *compared, *typed_options(given), "-o", scored])
     known = read_certificate(scored)
     if known and any(run["same"] for run in known.content.get("runs", ())):
         print_note(f"the certificate of {scored} matches it: it is not proved again")
@@ -75,10 +58,11 @@ def deploy(
     ranges = [part for text in profile or () for part in ("--profile", text)]
     try:
         _step(["build", scored, *ranges])
-    except _NO_ENGINE as exc:
+    except (InvalidInputError, OutputError, SpecError):  # what was asked for makes no sense
+        raise
+    except SmoothL1DeployError as exc:
         print_note(f"no engine: {exc}")
-    words = ["repository", models, "--model", scored, "--name", called, "--certify", "--overwrite"]
-    _step(words)
+    _step(["repository", models, "--model", scored, "--name", called, "--certify", "--overwrite"])
     mounted = shlex.quote(f"{models.resolve()}:/models")
     return [
         typed("serve", models),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .._certainty import Certainty
@@ -35,43 +35,27 @@ _MODULES = {
 _SERVER, _GPU = "smoothl1-deploy serve --install", "with an NVIDIA GPU: "
 _WORKS = "works here"
 
-#: What a backend, a flavour or a command does not do without.
-NEEDS: dict[str, tuple[str, ...]] = {
-    "torch": ("torch",),
-    "ort-cpu": ("cpu",),
-    "ort-cpu-bare": ("cpu",),
-    "trt-network": ("rtx",),
-    "torch-cuda": (_GPU, "torch"),
-    "torch-triton": (_GPU, "torch", "triton"),
-    "ort-cuda": (_GPU, "torch", "gpu"),
-    "ort-tensorrt": (_GPU, "torch", "gpu"),
-    "ort-tensorrt-rtx": (_GPU, "torch", "cpu", "ort-rtx"),
-    "trt": (_GPU, "torch", "gpu"),
-    "triton-http": ("serve", _SERVER),
-    "triton-grpc": ("serve", _SERVER),
-    "tensorrt": (_GPU, "torch", "gpu"),
-    "tensorrt_rtx": ("rtx",),
-    "export": (),
-    "attach": (),
-    "inspect": (),
-    "run": ("cpu",),
-    "score": ("cpu",),
-    "compare": ("cpu",),
-    "export --route torch": ("torch",),
-    "parity": ("torch",),
-    "verify": ("cpu", "torch"),
-    "prove": ("cpu", "torch"),
-    "bench": (),
-    "build": ("rtx",),
-    "repository": ("serve",),
-    "run --url": ("serve",),
-    "deploy": ("cpu", "torch", "serve"),
-    "serve": ("serve", _SERVER),
-    "parity's report.html": ("report",),
-    "score of Parquet": ("score",),
-    "score --engine ray": ("ray",),
-    "bench's plot": ("bench",),
+#: What isn't done without -> the backends, flavours and commands that need it, and nothing else.
+_NEEDED: dict[tuple[str, ...], tuple[str, ...]] = {
+    (): ("export", "attach", "inspect", "bench"),
+    ("cpu",): ("ort-cpu", "ort-cpu-bare", "run", "score", "compare"),
+    ("torch",): ("torch", "export --route torch", "parity"),
+    ("cpu", "torch"): ("verify", "prove"),
+    ("rtx",): ("trt-network", "tensorrt_rtx", "build"),
+    ("serve",): ("repository", "run --url"),
+    ("serve", _SERVER): ("triton-http", "triton-grpc", "serve"),
+    ("cpu", "torch", "serve"): ("deploy",),
+    ("report",): ("parity's report.html",),
+    ("score",): ("score of Parquet",),
+    ("ray",): ("score --engine ray",),
+    ("bench",): ("bench's plot",),
+    (_GPU, "torch"): ("torch-cuda",),
+    (_GPU, "torch", "triton"): ("torch-triton",),
+    (_GPU, "torch", "gpu"): ("ort-cuda", "ort-tensorrt", "trt", "tensorrt"),
+    (_GPU, "torch", "cpu", "ort-rtx"): ("ort-tensorrt-rtx",),
 }
+#: What a backend, a flavour or a command does not do without.
+NEEDS = {name: needs for needs, names in _NEEDED.items() for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +73,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])))
 
 
-def _parts() -> list[Part]:
+def _parts() -> Iterator[Part]:
     """Each is tried by importing what it lives on."""
     from ..backends._base import get_backend
     from ..backends._names import BACKENDS, others
@@ -101,7 +85,6 @@ def _parts() -> list[Part]:
         ("operators", ("cpu", "cuda"), library),
         ("flavour", FLAVOURS, get_flavour),
     ]
-    parts = []
     for kind, name, use in ((kind, name, use) for kind, names, use in tries for name in names):
         reason = None
         try:
@@ -110,8 +93,7 @@ def _parts() -> list[Part]:
             reason = str(exc)
         except Exception as exc:  # a broken installation is what a doctor is for
             reason = f"importing it fails ({type(exc).__name__}: {exc}); reinstall it"
-        parts.append(Part(kind, name, reason, reason is None))
-    return parts
+        yield Part(kind, name, reason, reason is None)
 
 
 def _here(parts: Iterable[Part], gpu: object) -> set[str]:
@@ -180,28 +162,26 @@ def _remedy(needs: Iterable[str]) -> str:
 
 def _warnings(
     packages: Mapping[str, str | None], lowest: Mapping[str, str], parts: Iterable[Part]
-) -> list[str]:
+) -> Iterator[str]:
     """What may go wrong here."""
     from ..backends._base import get_backend
 
-    found = []
     if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
-        found.append(
+        yield (
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. "
             "Keep one: pip uninstall onnxruntime onnxruntime-gpu, then install the one you want"
         )
     for name, least in lowest.items():
         installed = packages[name]
         if installed and _numbers(installed) < _numbers(least):
-            found.append(
+            yield (
                 f"{name} {installed} is older than {least}, the lowest that the tests pass "
                 f"with; some of it may work. For all of it: pip install '{name}>={least}'"
             )
     for part in parts:
         slow = part.kind == "backend" and part.available and get_backend(part.name).slow
         if slow:
-            found.append(f"{part.name} runs on {slow}: its numbers are right, and it is slow")
-    return found
+            yield f"{part.name} runs on {slow}: its numbers are right, and it is slow"
 
 
 def _telemetry(found: dict[str, bool] | None) -> dict[str, str]:
@@ -224,8 +204,8 @@ def doctor(*, as_json: AsJson = False) -> Next:
     from ..tensorrt._flavour import current_gpu
 
     facts, lowest, gpu, told = environment(), lowest_versions(), current_gpu(), telemetry()
-    parts = _parts()
-    warnings = _warnings(facts["packages"], lowest, parts)
+    parts = [*_parts()]
+    warnings = [*_warnings(facts["packages"], lowest, parts)]
     if as_json:
         print_json(
             {
@@ -265,12 +245,10 @@ def doctor(*, as_json: AsJson = False) -> Next:
         missing = {*NEEDS.get(part.name, ())} - here
         if not part.available and not missing:
             print_lines([f"{part.name} not available: {part.reason}"])
-    print_table(
-        ("package", "version", "lowest that passes"),
-        [
-            (name, version or "not installed", lowest.get(name, ""))
-            for name, version in facts["packages"].items()
-        ],
-    )
+    packages = [
+        (name, version or "not installed", lowest.get(name, ""))
+        for name, version in facts["packages"].items()
+    ]
+    print_table(("package", "version", "lowest that passes"), packages)
     print_lines([f"warning: {warning}" for warning in warnings])
     return [EXPORT]

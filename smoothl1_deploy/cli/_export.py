@@ -47,14 +47,12 @@ def export(
         f"{name}_shape": parse_shape(text, f"--{name}-shape") for name, text in others.items()
     }
 
-    from .._files import write_atomic
     from ..graph._export import export as export_model
-    from ._inspect import show_written
+    from ._inspect import write_shown
 
     model = export_model(spec, route, axes, **shapes, opset=opset)
-    data = model.SerializeToString(deterministic=True)
-    path = write_atomic(output or Path(f"{spec.name}.onnx"), data)
-    show_written(path, data, model, spec, route, as_json)
+    path = output or Path(f"{spec.name}.onnx")
+    write_shown(path, model, spec, route, as_json)
     if axes is None and not as_json:
         print_note("no --shape: any rank is taken, by ONNX Runtime but not by TensorRT")
     return [typed("verify", path, "--certificate")]

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import open_file
-from .._records import plain
+from .._files import open_file, write_atomic
+from .._records import Record, plain
 from ..errors import (
     ArtefactError,
     BackendUnavailableError,
@@ -27,6 +27,7 @@ from ._console import (
     print_json,
     print_lines,
     print_prose,
+    print_result,
     print_table,
     typed,
 )
@@ -61,14 +62,12 @@ def inspect(file: Path, *, as_json: AsJson = False) -> Next:
     print_prose(f"{file} is {found.summary}")
     facts = {name: _text(name, value) for name, value in found.facts.items() if name != "options"}
     print_fields({name: text for name, text in facts.items() if text})
-    if found.operators:
-        print_table(
-            ("where", "operators"),
-            [
-                (where, ", ".join(f"{op}×{n}" if n > 1 else op for op, n in counts.items()))
-                for where, counts in found.operators.items()
-            ],
-        )
+    operators = [
+        (where, ", ".join(f"{op}×{n}" if n > 1 else op for op, n in counts.items()))
+        for where, counts in found.operators.items()
+    ]
+    if operators:
+        print_table(("where", "operators"), operators)
     print_lines([""])
     said: dict[str, list[str]] = {}
     for name, reason in found.runs.items():
@@ -80,21 +79,16 @@ def inspect(file: Path, *, as_json: AsJson = False) -> Next:
         print_prose(f"{', '.join(names)}: {told}")
     print_lines([f"problem: {problem}" for problem in found.problems])
     if found.facts.get("attached"):
-        return _commands(file, found.facts["inputs"])
+        names = [port["name"] for port in found.facts["inputs"]]
+        arrays = [word for name in names for word in ("--input", f"{name}={name}.npy")]
+        return [  # what such a model is for
+            typed("verify", file, "--certificate"),
+            typed("run", file, *arrays),
+            typed("build", file),
+            typed("repository", "models", "--model", file),
+        ]
     is_loss = found.kind == "onnx" and found.facts["spec"] is not None
     return [typed("verify", file, "--certificate")] if is_loss else None
-
-
-def _commands(file: Path, inputs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What a model with losses attached is for."""
-    names = [port["name"] for port in inputs]
-    arrays = [word for name in names for word in ("--input", f"{name}={name}.npy")]
-    return [
-        typed("verify", file, "--certificate"),
-        typed("run", file, *arrays),
-        typed("build", file),
-        typed("repository", "models", "--model", file),
-    ]
 
 
 def _is_engine(path: Path) -> bool:
@@ -149,7 +143,7 @@ def _text(name: str, value: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
+class Inspection(Record):
     """What a file holds.
 
     Attributes:
@@ -174,16 +168,9 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, the facts among the rest."""
-        return {
-            "path": str(self.path),
-            "kind": self.kind,
-            "summary": self.summary,
-            **self.facts,
-            "operators": self.operators,
-            "runs": self.runs,
-            "absent": self.absent,
-            "problems": self.problems,
-        }
+        entries = Record.to_dict(self)
+        facts = entries.pop("facts")
+        return {**entries, **facts}
 
 
 @contextlib.contextmanager
@@ -247,13 +234,8 @@ def inspect_model(path: Path) -> Inspection:
         "certificate": _certificate(path, problems),
         "notes": [CHANGED] if is_changed(model) else [],
     }
-    operators = {
-        name: dict(Counter(node.op_type for node in nodes))
-        for name, nodes in [
-            ("graph", model.graph.node),
-            *((function.name, function.node) for function in model.functions),
-        ]
-    }
+    bodies = {"graph": model.graph, **{function.name: function for function in model.functions}}
+    operators = {name: dict(Counter(n.op_type for n in body.node)) for name, body in bodies.items()}
     summary = _summary(model, spec, attached, engines)
     found = Inspection(path, "onnx", summary, plain(facts), operators, {}, problems)
     if trusted:
@@ -445,20 +427,21 @@ def _layers(path: Path, sidecar: Sidecar) -> tuple[list[str], str | None]:
         return [], str(exc)
 
 
-def show_written(
-    path: Path, data: bytes, model: onnx.ModelProto, spec: LossSpec, route: str, as_json: bool
+def write_shown(
+    path: Path, model: onnx.ModelProto, spec: LossSpec, route: str, as_json: bool
 ) -> None:
-    """Say what a command has just written: a model whose loss is of `spec`."""
+    """Write a model whose loss is of `spec`, and say what was written."""
     from .._artefact import sha256
 
+    data = model.SerializeToString(deterministic=True)
+    write_atomic(path, data)
     inputs, outputs = graph_ports(model)
     facts = {"route": route, "spec": spec.to_dict(), "inputs": inputs, "outputs": outputs}
     digest = sha256(data)
-    if as_json:
-        print_json({"path": path, "bytes": len(data), "sha256": digest, **facts})
-        return
     told = {name: _text(name, facts[name]) for name in ("spec", "route", "inputs", "outputs")}
-    print_fields({"wrote": f"{path}, {human_size(len(data))}", **told, "sha256": digest})
+    told = {"wrote": f"{path}, {human_size(len(data))}", **told, "sha256": digest}
+    found = {"path": path, "bytes": len(data), "sha256": digest, **facts}
+    print_result(found, as_json, lambda: print_fields(told))
 
 
 def graph_ports(model: onnx.ModelProto) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -298,6 +298,12 @@ def parse_shape(text: str | None, what: str = "--shape") -> tuple[int | str, ...
     return tuple(int(axis) if re.fullmatch(r"-?\d+", axis) else axis for axis in axes)
 
 
+def end_unless(good: object) -> None:
+    """End the command with 1, a check that failed, where something is not as it should be."""
+    if not good:
+        raise typer.Exit(1)
+
+
 def processes(workers: int) -> int:
     """How many `--workers` asks for: where it is 0 one a core, 8 at most."""
     return workers or min(os.cpu_count() or 1, 8)

@@ -20,6 +20,7 @@ from ._options import (
     Next,
     Reductions,
     Workers,
+    end_unless,
     one_of,
     processes,
 )
@@ -115,8 +116,7 @@ def parity(
     shown = _write(report, output)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
-    if not report:
-        raise typer.Exit(1)
+    end_unless(report)
     return [shlex.join(["xdg-open", str(shown)])]
 
 
@@ -183,8 +183,7 @@ def _show(report: Report) -> None:
     from ..parity.views import _tables as tables
 
     shown = (tables.certainty, tables.backends, tables.draws, tables.branches)
-    first = [*tables.matrix(report), *tables.pairs(report)]
-    every = (*first, *(view(report) for view in shown))
+    every = [*tables.matrix(report), *tables.pairs(report), *(view(report) for view in shown)]
     print_tables(table for table in every if table.rows)
     lines = [f"sampled: {note}" for note in report.notes if " not available: " not in note]
     for cell in report.red[:_SHOWN]:

@@ -11,7 +11,7 @@ import typer
 
 from .._files import check_writable, write_atomic
 from ._console import INTERRUPTED, open_console, print_lines, print_note, progress_bar, typed
-from ._options import BackendNames, Next, PlainRoute, Workers, one_of, processes
+from ._options import BackendNames, Next, PlainRoute, Workers, end_unless, one_of, processes
 
 if TYPE_CHECKING:
     from ..parity._pairs import Claim, Proof
@@ -56,7 +56,7 @@ def prove(
         if path is not None:
             check_writable(path)
     known = {made.claim: made for made in (read_proofs(output) if output.exists() else ())}
-    backends = tuple(backend or BACKENDS)
+    backends, cores = tuple(backend or BACKENDS), processes(workers)
     proofs = [Proof.begun(Claim(dtype, number, backends, route)) for number in beta or [1.0]]
     for proof in proofs:
         found = known.get(proof.claim)
@@ -68,13 +68,8 @@ def prove(
         saved = time.monotonic()
         try:
             with progress_bar("prove") as progress:
-                steps = try_pairs(
-                    proof,
-                    workers=processes(workers),
-                    most=1 if quick else None,
-                    progress=progress,
-                )
-                for step in steps:
+                most = 1 if quick else None
+                for step in try_pairs(proof, workers=cores, most=most, progress=progress):
                     known[proof.claim] = step
                     if time.monotonic() > saved + _SAVED:
                         _write(output, known)
@@ -91,8 +86,7 @@ def prove(
     if md is not None:
         written.append(write_atomic(md, "\n".join(distances.markdown()).encode()))
     print_lines(["", *(f"wrote {path}" for path in written)])
-    if not all(made.ok for proof in proofs for made in known[proof.claim].tallies):
-        raise typer.Exit(1)
+    end_unless(all(made.ok for proof in proofs for made in known[proof.claim].tallies))
     other = dtype if quick else _HALF[1 - _HALF.index(dtype)]
     betas = [word for number in beta or () for word in ("--beta", number)]
     named = [word for name in backend or () for word in ("--backend", name)]

@@ -2,7 +2,7 @@
 
 To add one: write `cli/_<name>.py` with a function of that name, as `_options.as_command` takes it,
 and an `EXAMPLE` line that a user can paste, and enter it in `COMMANDS`. The function imports what
-it works with in its body, raises this package's errors for bad input, and `typer.Exit(1)` for a
+it works with in its body, raises this package's errors for bad input, and has `end_unless` end a
 check that failed. It returns what may be typed next, which tests/cli/test_typed.py wants to know.
 """
 

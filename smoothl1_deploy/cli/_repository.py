@@ -12,7 +12,7 @@ from .._files import check_writable, write_atomic
 from .._spec import ROUTES, LossSpec
 from ..errors import SpecError, require
 from ._console import print_fields, print_json, print_lines, print_table, typed
-from ._options import AsJson, Next, one_of, options_of, parse_shape, takes_spec
+from ._options import AsJson, Next, end_unless, one_of, options_of, parse_shape, takes_spec
 
 if TYPE_CHECKING:
     from ..serving._repository import ServedModel
@@ -123,8 +123,7 @@ def repository(
         write_atomic(kserve, service.encode())
     green = not certify or bool(certify_model(written[0].file)[0])
     _show(written, kserve, as_json)
-    if not green:
-        raise typer.Exit(1)
+    end_unless(green)
     return [typed("serve", folder)]
 
 
@@ -133,11 +132,8 @@ def _show(written: tuple[ServedModel, ...], kserve: Path | None, as_json: bool) 
 
     certificates = {model.name: read_certificate(model.file) for model in written}
     if as_json:
-        models = [
-            {**model.to_dict(), "certificate": certificates[model.name].to_dict()}
-            for model in written
-        ]
-        print_json({"models": models, "kserve": None if kserve is None else str(kserve)})
+        models = [{**each.to_dict(), "certificate": certificates[each.name]} for each in written]
+        print_json({"models": models, "kserve": kserve})
         return
     for model in written:
         batching = f"up to {model.max_batch_size} rows of any requests together"
@@ -162,17 +158,13 @@ def _lint(folder: Path, tensorrt_version: str | None, as_json: bool) -> None:
     if as_json:
         print_json(report.to_dict())
     else:
-        print_table(
-            ("model file", "certificate"),
-            [(file, status.message) for file, status in report.certificates.items()],
-        )
+        files = [(file, status.message) for file, status in report.certificates.items()]
+        print_table(("model file", "certificate"), files)
         for finding in report.findings:
-            print_lines(
-                [f"{finding.model}: {finding.rule}: {finding.problem}", f"    {finding.remedy}"]
-            )
+            print_lines([f"{finding.model}: {finding.rule}: {finding.problem}"])
+            print_lines([f"    {finding.remedy}"])
         count, models = len(report.findings), len(report.models)
         print_lines([f"{count or 'no'} finding{'s' * (count != 1)} in {models} models"])
         if report.note:
             print_lines([f"what Triton itself refuses was not asked: {report.note}"])
-    if not report:
-        raise typer.Exit(1)
+    end_unless(report)

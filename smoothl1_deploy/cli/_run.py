@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
 from ._arrays import named_files, read_data
-from ._console import print_fields, print_json, print_note, typed
+from ._console import print_fields, print_note, print_result, typed
 from ._options import AsJson, BackendName, Beta, Count, Next
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def run(
     elif data is not None:
         arrays = {**read_archive(data, dtype), **numbers}
     else:
-        own = {name: path for name, path in files.items() if path is not None}
-        arrays = {name: read_array(path, dtype) for name, path in own.items()} | numbers
+        arrays = {n: read_array(path, dtype) for n, path in files.items() if path} | numbers
     _give(runner.run(**arrays), output, as_json)
     if url is not None:
         return None
@@ -174,13 +173,12 @@ def _give(results: dict[str, Array], output: Path | None, as_json: bool) -> None
                 f"numpy writes bfloat16 without its name; view what is read from {output} as "
                 "ml_dtypes.bfloat16"
             )
-    _show({name: _summarise(array) for name, array in results.items()}, output, as_json)
+    summaries = {name: _summarise(array) for name, array in results.items()}
+    given = {"outputs": summaries, "path": output}
+    print_result(given, as_json, lambda: _show(summaries, output))
 
 
-def _show(summaries: dict[str, dict[str, Any]], output: Path | None, as_json: bool) -> None:
-    if as_json:
-        print_json({"outputs": summaries, "path": output})
-        return
+def _show(summaries: dict[str, dict[str, Any]], output: Path | None) -> None:
     values = [summary.get("value") for summary in summaries.values()]
     if len(values) == 1 and values[0] is not None:
         print(values[0])  # alone on its line: loss=$(smoothl1-deploy run ...)

@@ -13,7 +13,7 @@ import typer
 from .._spec import NORMALIZERS, REDUCTIONS, LossSpec
 from ..errors import InvalidInputError, OutputError, SpecError, require
 from ._arrays import named_files
-from ._console import on_interrupt, print_fields, print_json, print_note, progress_console, typed
+from ._console import on_interrupt, print_fields, print_note, print_result, progress_console, typed
 from ._options import AsJson, BackendName, Count, Next, one_of, takes_spec, typed_options
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def score(
             raise
     if job.spec.per_sample and output is None:
         print_note("no scores were written; -o scores.npy writes them")
-    _show(result, as_json)
+    print_result(result, as_json, lambda: _show(result))
     if model is not None:
         return [typed("verify", model, "--certificate")]
     made = {**given, "weight": normalizer} if weight else given
@@ -218,15 +218,9 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
     from rich import progress as bars
 
     console = progress_console()
-    columns = (
-        bars.BarColumn(),
-        bars.TaskProgressColumn(),
-        bars.TextColumn("{task.fields[rate]}"),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.fields[shard]}"),
-    )
-    hidden = console is None
-    with bars.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+    columns: list[Any] = [bars.BarColumn(), bars.TaskProgressColumn(), "{task.fields[rate]}"]
+    columns += [bars.TimeRemainingColumn(), "{task.fields[shard]}"]
+    with bars.Progress(*columns, console=console, transient=True, disable=not console) as bar:
         task = bar.add_task("score", total=None, rate="", shard="")
 
         def show(progress: Progress) -> None:
@@ -245,10 +239,7 @@ def _rate(speed: float) -> str:
     return f"{speed:.3g}"
 
 
-def _show(result: Score, as_json: bool) -> None:
-    if as_json:
-        print_json(result.to_dict())
-        return
+def _show(result: Score) -> None:
     fields: dict[str, object] = {
         "loss": result.loss,
         "elements": f"{result.count:,} in {result.shards} shard(s)",

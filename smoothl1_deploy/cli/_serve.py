@@ -102,8 +102,7 @@ def serve(
             addresses = server.addresses.to_dict()
             _show({**addresses, "logs": str(logs)}, supervisor)
             served = next(iter(supervisor.models))
-            words = ("--url", addresses["http"], "--data", "pair.npz")
-            print_next(typed("run", served, *words))
+            print_next(typed("run", served, "--url", addresses["http"], "--data", "pair.npz"))
             while True:
                 time.sleep(interval)
                 supervisor.check()
@@ -121,12 +120,10 @@ def _signals_as_interrupt() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
+    with contextlib.ExitStack() as before:
+        for number in numbers:
+            before.callback(signal.signal, number, signal.signal(number, interrupt))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _show(fields: dict[str, str], supervisor: Supervisor) -> None:

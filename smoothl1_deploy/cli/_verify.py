@@ -6,14 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from .._files import check_writable, write_atomic
 from .._spec import LossSpec
 from ..errors import require
 from ._arrays import read_data
-from ._console import print_json, print_lines, print_tables, typed
-from ._options import AsJson, BackendName, Count, Next, takes_spec
+from ._console import print_lines, print_result, print_tables, typed
+from ._options import AsJson, BackendName, Count, Next, end_unless, takes_spec
 
 if TYPE_CHECKING:
     import onnx
@@ -98,24 +96,19 @@ def verify(
     )
     written = [certify(result, model)] if certificate else []
     written += [write_atomic(path, render(result).encode()) for path, render in pages]
-    if as_json:
-        print_json(result.to_dict())
-    else:
-        _show(result)
-        if written:
-            print_lines([f"wrote {', '.join(map(str, written))}"])
-    if not result:
-        raise typer.Exit(1)
+    print_result(result, as_json, lambda: _show(result, written))
+    end_unless(result)
     if Port.of(proto.graph.input[0]).axes is None:  # of any rank, which no server takes
         return [typed("inspect", model)]
     return [typed("repository", "models", "--model", model)]
 
 
-def _show(result: Verification | ModelVerification) -> None:
+def _show(result: Verification | ModelVerification, written: list[Path]) -> None:
     from ..parity.views._tables import equal_text, verified
 
     print_tables(verified(result))
-    print_lines([equal_text(result)])
+    wrote = [f"wrote {', '.join(map(str, written))}"] if written else []
+    print_lines([equal_text(result), *wrote])
 
 
 def _completed(given: dict[str, Any], proto: onnx.ModelProto) -> LossSpec:

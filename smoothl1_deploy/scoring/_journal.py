@@ -72,11 +72,10 @@ def _fields(line: bytes) -> dict[str, Any] | None:
     check, _, text = line.removesuffix(b"\n").partition(b" ")
     if not line.endswith(b"\n") or check != b"%08x" % zlib.crc32(text):
         return None
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         fields = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return fields if isinstance(fields, dict) else None
+        return fields if isinstance(fields, dict) else None
+    return None
 
 
 def _paths(shard: Shard) -> list[str]:

@@ -59,7 +59,8 @@ class RayEngine:
                 ray.shutdown()
 
     def _start(self, ray: Any) -> None:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+        options: dict[str, Any] = {"address": self.address, "log_to_driver": False}
+        options["logging_level"] = logging.WARNING
         if self.address is None:
             # Workers find the package where this process found it.
             paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
@@ -70,8 +71,6 @@ class RayEngine:
                 "_node_ip_address": "127.0.0.1",
                 "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
             }
-        else:
-            options["address"] = self.address
         try:
             ray.init(**options)
         except Exception as exc:  # Ray raises ConnectionError, RuntimeError, ValueError, ...

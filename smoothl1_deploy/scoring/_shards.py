@@ -54,12 +54,8 @@ class Shard:
     def to_dict(self) -> dict[str, Any]:
         """What must be the same for a run to go on, beside the content of the files; JSON-ready."""
         return {
-            role: {
-                "name": location.name,
-                "shape": list(self.shapes[role]),
-                "dtype": self.dtypes[role],
-            }
-            for role, location in self.files.items()
+            role: {"name": at.name, "shape": [*self.shapes[role]], "dtype": self.dtypes[role]}
+            for role, at in self.files.items()
         }
 
 
@@ -204,12 +200,11 @@ def make_plan(
     shards: list[Shard] = []
     tasks: list[Task] = []
     first = 0
-    for name, files in located.items():
+    for number, (name, files) in enumerate(located.items()):
         shard = _inspect(name, files, flat and rows is None, first, compared)
-        if shards:
-            _check_alike(shards[0], shard)
-        tasks.extend(_cut(shard, len(shards), len(tasks), rows))
         shards.append(shard)
+        _check_alike(shards[0], shard)
+        tasks.extend(_cut(shard, number, len(tasks), rows))
         first += shard.rows
     return Plan(tuple(shards), tuple(tasks))
 

@@ -35,6 +35,7 @@ from ..errors import InvalidInputError, require
 _DECODED = 1 << 16  # how many numbers of a Parquet file are decoded at a time
 #: How many bytes of a Parquet file pyarrow reads at a time; by itself it reads whole row groups.
 _BUFFER = 1 << 20
+_PARQUET_REMEDY = "write it with pyarrow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,15 +181,12 @@ class NpzSource(NpySource):
     def __init__(self, location: Location) -> None:
         self._what, self._path = str(location.path), location.path
         check_file(location.path, b"PK", f"an .npz file; {ARCHIVE_REMEDY}")
-        with self._damage_told(), zipfile.ZipFile(location.path) as archive:
+        with damage_told(self._what, ARCHIVE_REMEDY), zipfile.ZipFile(location.path) as archive:
             members = [name[:-4] for name in archive.namelist() if name.endswith(".npy")]
             self._name = location.choose(members, "array")
             self._what = f"{self._name} in {location.path}"
             header, first = check_member(archive, self._name, location.path)
         self._lay_out(header, first, location)
-
-    def _damage_told(self) -> contextlib.AbstractContextManager[None]:
-        return damage_told(self._what, ARCHIVE_REMEDY)
 
     def read(self, start: int, stop: int) -> Array:
         """The rows, as of a .npy file; the first call unpacks all of the array."""
@@ -199,7 +197,7 @@ class NpzSource(NpySource):
     def _unpack(self) -> IO[bytes]:
         # /tmp may be memory, and /var/tmp is for what is large; a user's TMPDIR comes first.
         disk = "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK)
-        with self._damage_told(), contextlib.ExitStack() as stack:
+        with damage_told(self._what, ARCHIVE_REMEDY), contextlib.ExitStack() as stack:
             file = stack.enter_context(tempfile.TemporaryFile(dir="/var/tmp" if disk else None))
             archive = stack.enter_context(zipfile.ZipFile(self._path))
             shutil.copyfileobj(archive.open(f"{self._name}.npy"), file)
@@ -219,10 +217,9 @@ class ParquetSource(Source):
     def __init__(self, location: Location) -> None:
         parquet = require("pyarrow.parquet", "score", "reading Parquet")
         self._arrow = require("pyarrow", "score", "reading Parquet")
-        self._compute = require("pyarrow.compute", "score", "reading Parquet")
         self._what = str(location)
-        check_file(location.path, b"PAR1", "a Parquet file; write it with pyarrow")
-        with self._damage_told(), contextlib.ExitStack() as stack:
+        check_file(location.path, b"PAR1", f"a Parquet file; {_PARQUET_REMEDY}")
+        with damage_told(self._what, _PARQUET_REMEDY), contextlib.ExitStack() as stack:
             self._file: Any = parquet.ParquetFile(
                 location.path, pre_buffer=False, buffer_size=_BUFFER
             )
@@ -239,9 +236,6 @@ class ParquetSource(Source):
         self._position = -1  # the index of the row after those that were read last
         self._decoded: Iterator[Array] = iter(())
         self._left = np.empty((0, *width), self.dtype)  # rows that are decoded, and not read yet
-
-    def _damage_told(self) -> contextlib.AbstractContextManager[None]:
-        return damage_told(self._what, "write it with pyarrow")
 
     def _inspect(self, kind: Any) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """The dtype of the elements, and the shape of a row."""
@@ -281,7 +275,7 @@ class ParquetSource(Source):
         rows = len(column)
         nulls = column.null_count
         if len(self.shape) > 1:
-            lengths = self._compute.list_value_length(column)
+            lengths = column.value_lengths()
             if not nulls and rows and set(lengths.unique().to_pylist()) != {*self.shape[1:]}:
                 raise InvalidInputError(
                     f"{self._what} has lists of different lengths; a loss needs rows of one "
@@ -302,7 +296,7 @@ class ParquetSource(Source):
         if start != self._position:
             self._decoded, self._left = self._decode_from(start), self._left[:0]
         parts, missing = [self._left], stop - start - len(self._left)
-        with self._damage_told():
+        with damage_told(self._what, _PARQUET_REMEDY):
             while missing > 0:
                 parts.append(next(self._decoded))
                 missing -= len(parts[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from .._artefact import NUMBERS, ROLES
@@ -21,7 +22,7 @@ from ._transport import Declared, open_transport
 _DTYPES = {"FP16": "float16", "BF16": "bfloat16", "FP32": "float32", "FP64": "float64"}
 
 
-class Client:
+class Client(AbstractContextManager["Client"]):
     """A client of one served model; it may be used from many threads at once.
 
     Args:
@@ -60,9 +61,6 @@ class Client:
     def __repr__(self) -> str:
         version = f", version {self.version}" if self.version else ""
         return f"<Client of {self.model}{version} at {re.sub('//[^/]*@', '//', self._url)}>"
-
-    def __enter__(self) -> Client:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

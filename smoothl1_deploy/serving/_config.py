@@ -147,8 +147,14 @@ def make_config(
         for port in given:
             if port.data_type == "TYPE_INVALID":
                 raise SpecError(f"{port.name!r} has an element type that Triton doesn't know")
+            dims = (port.dims or ())[max_batch_size > 0 :]
+            if not dims:
+                raise SpecError(
+                    f"{port.name!r} would have empty dims, which Triton refuses; give it an axis "
+                    "more"
+                )
             number = messages.DataType.Value(port.data_type)
-            field.add(name=port.name, data_type=number, dims=_dims(port, max_batch_size))
+            field.add(name=port.name, data_type=number, dims=dims)
     if max_batch_size:
         config.dynamic_batching.max_queue_delay_microseconds = _QUEUE_DELAY_US
     # A CPU build starts two otherwise. No kind: Triton takes the GPU where there is one.
@@ -156,22 +162,6 @@ def make_config(
     if library:
         config.model_operations.op_library_filename.append(library)
     return config
-
-
-def _dims(port: TensorPort, max_batch_size: int) -> tuple[int, ...]:
-    if port.dims is None:
-        raise SpecError(f"the rank of {port.name!r} is unknown; export with a shape")
-    if max_batch_size and port.without_rows:
-        raise SpecError(
-            f"{port.name!r} has the dims {list(port.dims)} and no axis of rows to batch along; "
-            "use max_batch_size 0"
-        )
-    dims = port.dims[1:] if max_batch_size else port.dims
-    if not dims:
-        raise SpecError(
-            f"{port.name!r} would have empty dims, which Triton refuses; give it an axis more"
-        )
-    return dims
 
 
 def dump_config(config: Any) -> bytes:

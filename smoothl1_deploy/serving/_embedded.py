@@ -92,8 +92,7 @@ def find_triton() -> Triton:
         MissingDependencyError: where there is neither.
         BackendUnavailableError: where the embedded Triton can't run on this machine.
     """
-    on_path = shutil.which("tritonserver")
-    if on_path is not None:
+    if on_path := shutil.which("tritonserver"):
         return Triton(Path(on_path))
     home = install_path()
     if not home.is_dir():

@@ -49,12 +49,10 @@ class ServedGraph:
 
     Attributes:
         model: the graph, with its metadata.
-        losses: the losses that it computes; empty for a model that says nothing of itself.
         unbatched: why the rows of two requests must not go into one batch; None where they may.
     """
 
     model: onnx.ModelProto
-    losses: tuple[Loss, ...]
     unbatched: str | None
 
 
@@ -94,7 +92,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
     ports = onnx_ports(copy)
     unbatched = why_unbatched(losses, ports) or _rows_alone(ports)
     if done:
-        return ServedGraph(copy, losses, unbatched)
+        return ServedGraph(copy, unbatched)
     for loss in losses:
         betas, rank = loss.spec.beta_shape, len(editor.dims(loss.inputs["input"]))
         if any(size != 1 for size in betas[: max(len(betas) - rank + 1, 0)]):
@@ -124,7 +122,7 @@ def serve(model: onnx.ModelProto) -> ServedGraph:
         onnx.checker.check_model(copy, full_check=True)
     except (*MODEL_ERRORS, ValueError) as exc:
         raise ArtefactError(f"the model is no valid ONNX graph: {exc}") from exc
-    return ServedGraph(copy, losses, unbatched)
+    return ServedGraph(copy, unbatched)
 
 
 def why_unbatched(losses: Iterable[Loss], ports: ModelPorts) -> str | None:
@@ -202,7 +200,6 @@ class _Editor:
         nodes = self.model.graph.node
         made = {name: i for i, node in enumerate(nodes) for name in node.output}
         start = max(made.get(tensor, -1), made.get(like, -1)) + 1
-        users = list(nodes[start:])
         before = sum(other == tensor for other, _ in self._guarded) - 1
         prefix = f"{tensor}/{before}" if before else tensor
         guarded, shape = f"{prefix}/guarded", f"{prefix}/shape"
@@ -213,9 +210,9 @@ class _Editor:
             shape = added[-1].output[0]
         zero: dict[str, Any] = {"allowzero": 1} if self._opset >= _ALLOWZERO else {}
         added.append(_node("Reshape", [tensor, shape], guarded, **zero))
-        rename_uses(users, tensor, guarded)
-        del nodes[start:]
-        nodes.extend([*added, *users])
+        rename_uses(nodes[start:], tensor, guarded)
+        for node in reversed(added):
+            nodes.insert(start, node)
 
     @staticmethod
     def _equal_or_zero(tensor: str, shape: str, prefix: str) -> list[onnx.NodeProto]:
@@ -234,10 +231,8 @@ class _Editor:
     def widen_input(self, value: onnx.ValueInfoProto) -> None:
         """Have an input of rank 0 take a tensor of the shape [1]."""
         scalar, axes = f"{value.name}/scalar", self._axes(value.name, 0)
-        nodes = list(self.model.graph.node)
-        rename_uses(nodes, value.name, scalar)
-        del self.model.graph.node[:]
-        self.model.graph.node.extend([_node("Squeeze", [value.name, axes], scalar), *nodes])
+        rename_uses(self.model.graph.node, value.name, scalar)
+        self.model.graph.node.insert(0, _node("Squeeze", [value.name, axes], scalar))
         restate(value, [1])
 
     def widen_output(self, value: onnx.ValueInfoProto, dims: Shape) -> None:

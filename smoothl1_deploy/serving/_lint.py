@@ -201,8 +201,7 @@ class Visit:
             )
             return
         except (OSError, ArtefactError) as exc:
-            reason = reason_of(exc) if isinstance(exc, OSError) else exc
-            yield "bad-config", f"{CONFIG_FILE}: {reason}"
+            yield "bad-config", f"{CONFIG_FILE}: {reason_of(exc)}"
             return
         yield from _check_config(config)
         self.kind = kind_of(config, self.files)
@@ -313,13 +312,8 @@ def _check_versions(sidecars: Mapping[str, Sidecar], version: str | None) -> Ite
 
 def _runs(sidecar: Sidecar, version: str) -> bool:
     """Whether TensorRT of a version loads the plan of a sidecar."""
-    built, server = ([*map(_number, text.split("."))] for text in (sidecar.version, version))
-    shared = min(len(built), len(server))
-    return built[:shared] == server[:shared]
-
-
-def _number(text: str) -> int:
-    return int(text) if text.isdecimal() else -1
+    numbers = zip(sidecar.version.split("."), version.split("."), strict=False)
+    return all(built == server for built, server in numbers)
 
 
 # A config: by itself, and against its model file
@@ -506,7 +500,6 @@ def _recognised(graph: _Graph) -> Iterator[tuple[str, str]]:
         pair = [graph.origin(name) for name in node.input]
         if pair[0] == pair[1] or not set(pair) <= graph.ports:
             continue
-        users = [other for other in graph.nodes if node.output[0] in other.input]
-        distance = any(user.op_type in _DISTANCE for user in users)
-        if distance and graph.alike(pair[0], pair[1]):
+        users = (other.op_type for other in graph.nodes if node.output[0] in other.input)
+        if not {*users}.isdisjoint(_DISTANCE) and graph.alike(pair[0], pair[1]):
             yield pair[1], pair[0]

@@ -178,8 +178,7 @@ def _why_not(folder: Path) -> str:
     try:
         config = read_config((folder / CONFIG_FILE).read_bytes())
     except (ArtefactError, OSError) as exc:
-        reason = reason_of(exc) if isinstance(exc, OSError) else exc
-        return f"can't read {folder / CONFIG_FILE}: {reason}"
+        return f"can't read {folder / CONFIG_FILE}: {reason_of(exc)}"
     # These are what the Python backend puts into its command line, beside paths.
     words = [folder.name, config.default_model_filename, *config.cc_model_filenames.values()]
     for word in (*words, *(group.name for group in config.instance_group)):

@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,7 +188,12 @@ def write_model(
             f"the operators compute nodes of the domain {DOMAIN}, and the model has none; export "
             "or attach its loss by the route 'function', or leave ops out"
         )
-    name = _checked_name(name or (Path(given).stem if given else served.model.graph.name))
+    name = name or (Path(given).stem if given else served.model.graph.name)
+    if not _NAME.fullmatch(name):
+        raise SpecError(
+            f"{name!r} can't be a model's name, which is a folder's and part of a URL; use "
+            "letters, digits, '_', '-' and '.'"
+        )
     batch = _batch_size(served, max_batch_size)
     data = served.model.SerializeToString(deterministic=True)
     plan = None if engine is None else _readable_plan(Path(engine), sha256(data))
@@ -206,22 +210,10 @@ def write_model(
         version = {f"1/{file}": content for file, content in files.items()}
         folders[config.name] = {CONFIG_FILE: dump_config(config), **version}
         folder, file = root / config.name, next(iter(version))  # the model file is the first
-        models.append(
-            ServedModel(
-                config.name, folder, folder / file, config.platform, batch, served.unbatched
-            )
-        )
+        batching = batch, served.unbatched
+        models.append(ServedModel(config.name, folder, folder / file, config.platform, *batching))
     _write_folders(root, folders, overwrite)
     return tuple(models)
-
-
-def _checked_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise SpecError(
-            f"{name!r} can't be a model's name, which is a folder's and part of a URL; use "
-            "letters, digits, '_', '-' and '.'"
-        )
-    return name
 
 
 def _batch_size(served: ServedGraph, asked: int | None) -> int:
@@ -261,20 +253,19 @@ def _write_folders(root: Path, folders: dict[str, dict[str, bytes]], overwrite: 
                 f"{root / name} exists; choose another name with --name, or replace it with "
                 "--overwrite"
             )
-    token = secrets.token_hex(8)
-    staging = root / f".{token}"
     remedy = "choose a folder that you may write to"
-    with refusal_told(f"can't write into {root}", remedy), folders_made(root):
-        try:
-            for name, files in folders.items():
-                for file, data in files.items():
-                    path = staging / name / file
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(data)
-            for name in folders:
-                _swap(staging / name, root / name)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with (
+        refusal_told(f"can't write into {root}", remedy),
+        folders_made(root),
+        tempfile.TemporaryDirectory(dir=root, prefix=".", ignore_cleanup_errors=True) as staging,
+    ):
+        for name, files in folders.items():
+            for file, data in files.items():
+                path = Path(staging, name, file)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        for name in folders:
+            _swap(Path(staging, name), root / name)
 
 
 def _swap(new: Path, target: Path) -> None:

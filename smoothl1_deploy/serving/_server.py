@@ -169,6 +169,7 @@ class Server:
         models: the names of the models that it serves.
         left_out: the name of each other model -> why it isn't served.
         host: the address that the server listens on.
+        addresses: where it listens for what, once it was started.
         mirror: what the server sees of the repository, once it was started.
         log: what the server says, once it was started.
 
@@ -209,7 +210,6 @@ class Server:
         self._log_file = log
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: PrivateFolder | None = None
-        self._addresses: Addresses | None = None
 
     def __enter__(self) -> Server:
         self.start()
@@ -217,12 +217,6 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    @property
-    def addresses(self) -> Addresses:
-        """Where the server listens, once it was started."""
-        assert self._addresses is not None, "the server was not started"
-        return self._addresses
 
     @property
     def pid(self) -> int:
@@ -269,7 +263,7 @@ class Server:
             http, grpc, metrics = (f"{host}:{ports[name]}" for name in ("http", "grpc", "metrics"))
             if self._private:
                 grpc = f"unix:{self._folder.path}/grpc:{ports['grpc']}"
-            self._addresses = Addresses(http, grpc, metrics)
+            self.addresses = Addresses(http, grpc, metrics)
             self._spawn(self._folder)
             if self._wait_until_live():
                 return
@@ -278,9 +272,8 @@ class Server:
             self.stop()
             # Between the look for a free port and the server's own, another process may take it.
             if not ended or attempt == 2 or any(self._ports.values()):
-                break
-        ended_how = "ended" if ended else "fell silent"
-        raise ServerError(f"the Triton server {ended_how} while it started: {words}")
+                how = "ended" if ended else "fell silent"
+                raise ServerError(f"the Triton server {how} while it started: {words}")
 
     def _free_ports(self) -> dict[str, int]:
         given = [port for port in self._ports.values() if port]

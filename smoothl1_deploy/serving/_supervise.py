@@ -29,8 +29,6 @@ from ..errors import (
     OutputError,
     ServerError,
     SmoothL1DeployError,
-    SpecError,
-    reason_of,
     require,
 )
 from ..graph._metadata import SPEC, read_spec
@@ -434,16 +432,12 @@ def withdraw_ready_file(path: Path, written: bytes) -> None:
 
 def _ready_facts(path: Path) -> dict[str, Any]:
     """What the ready file of any server says."""
-    try:
-        facts = json.loads(path.read_bytes())
+    with refusal_told(f"can't use {path} as the ready file", "name another file"):
+        data = path.read_bytes()
+    with contextlib.suppress(ValueError):
+        facts = json.loads(data)
         if isinstance(facts, dict) and {"pid", "http", "models"} <= facts.keys():
             return facts
-    except OSError as exc:
-        raise OutputError(
-            f"can't use {path} as the ready file: {reason_of(exc)}; name another file"
-        ) from exc
-    except ValueError:
-        pass
     raise OutputError(
         f"{path} is there and no ready file of a server; name another file, or remove it"
     )
@@ -457,12 +451,11 @@ def _remove(path: Path) -> None:
 def _runs(facts: Mapping[str, Any]) -> bool:
     """Whether a server runs: its process lives and it answers, for ids of processes come again."""
     psutil = require("psutil", "serve", "serving")
-    try:
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # no id, or no address
         lives = psutil.pid_exists(int(facts["pid"]))
         transport = open_transport(str(facts["http"]), 2, 0)
-    except (SpecError, ValueError, TypeError, OverflowError):
-        return False
-    return lives and isinstance(transport, HttpTransport) and transport.is_live()
+        return lives and isinstance(transport, HttpTransport) and transport.is_live()
+    return False
 
 
 # In service

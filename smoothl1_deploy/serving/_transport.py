@@ -76,7 +76,7 @@ class Transport(ABC):
     """
 
     def __init__(self, address: str, tls: bool, timeout: float, retries: int) -> None:
-        self.address, self.tls, self.timeout, self.retries = address, tls, timeout, retries
+        self.address, self.timeout, self.retries = address, timeout, retries
         self.retried = 0
         self._utils = require("tritonclient.utils", "serve", "the client")
 
@@ -237,18 +237,16 @@ def open_transport(url: str, timeout: float, retries: int) -> Transport:
             whole number >= 0.
         MissingDependencyError: without tritonclient.
     """
-    refusal = SpecError(
-        f"{url!r} is no address of a server; write http://HOST:PORT or grpc://HOST:PORT "
-        "(https:// or grpcs:// for TLS)"
-    )
-    try:
+    known = False
+    with contextlib.suppress(ValueError):  # of half an IPv6 address, or a port that can't be
         parts = urlsplit(url)
-        known = parts.scheme in ("http", "https", "grpc", "grpcs") and parts.hostname is not None
-        known = known and parts.port != 0
-    except ValueError as exc:  # half an IPv6 address, or a port that can't be
-        raise refusal from exc
+        known = parts.port != 0 and parts.hostname is not None
+        known = known and parts.scheme in ("http", "https", "grpc", "grpcs")
     if not known:
-        raise refusal
+        raise SpecError(
+            f"{url!r} is no address of a server; write http://HOST:PORT or grpc://HOST:PORT "
+            "(https:// or grpcs:// for TLS)"
+        )
     if not 0 < timeout <= threading.TIMEOUT_MAX or retries < 0 or retries % 1:
         raise SpecError(
             f"timeout={timeout!r} must be > 0 and finite, and retries={retries!r} a whole number, "

@@ -269,12 +269,7 @@ class BuildWatch:
         watch = self
 
         class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.IProgressMonitor.__init__(self)
-
-            def phase_start(
-                self, phase_name: str, parent_phase: str | None, num_steps: int
-            ) -> None:
+            def phase_start(self, phase_name: str, *_: object) -> None:
                 watch.phase = phase_name
 
             def step_complete(self, phase_name: str, step: int) -> bool:

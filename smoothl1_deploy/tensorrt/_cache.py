@@ -161,9 +161,7 @@ class EngineCache:
         excess = sum(entry.bytes for entry in entries) - _size(max_bytes)
         removed = []
         for entry in reversed(entries):
-            if excess <= 0:
-                break
-            if entry.key == keep:
+            if excess <= 0 or entry.key == keep:
                 continue
             with contextlib.suppress(filelock.Timeout), self._locked(entry.key, timeout=0):
                 with refusal_told(f"can't remove {entry.path}", "see who may write to its folder"):

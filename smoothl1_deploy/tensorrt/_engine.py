@@ -430,8 +430,7 @@ def write_context(
         stamp(context, sidecar.spec, "epcontext", sidecar.flavour, served=served, changed=changed)
     data = context.SerializeToString(deterministic=True)
     sidecar = replace(sidecar, context_sha256=sha256(data))
-    write_atomic(path, data)
-    write_atomic(sidecar_path(path), sidecar.dumps())
+    write_engine(path, data, sidecar)
     return replace(engine, path=path, sidecar=sidecar)
 
 

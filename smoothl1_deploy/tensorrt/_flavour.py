@@ -83,9 +83,6 @@ class _Log:
         record = self.record
 
         class RecordingLogger(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
             def log(self, severity: Any, msg: str) -> None:
                 if severity.name in ("ERROR", "INTERNAL_ERROR"):
                     record(msg)
@@ -112,14 +109,9 @@ class _Log:
                 self._captures.remove(capture)
 
 
-@functools.cache
-def _log_of(trt: Any) -> _Log:
-    """The log of a module, made once and never dropped.
-
-    Many of TensorRT's errors reach only its logger, and the first logger of a process is the one
-    that it uses for good.
-    """
-    return _Log(trt)
+#: The log of a module, made once and never dropped: many of TensorRT's errors reach only its
+#: logger, and the first logger of a process is the one that it uses for good.
+_log_of = functools.cache(_Log)
 
 
 # Which TensorRT

@@ -6,6 +6,9 @@ flag that builds float32 nodes in float16. So the graph is converted before, all
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -66,7 +69,7 @@ def halved(model: onnx.ModelProto, precision: str) -> tuple[onnx.ModelProto, tup
             f"{by} makes no valid model of this one ({exc}); export the model in float16 and "
             "attach the loss to that file"
         ) from exc
-    if clipped := _clipped(host.graph, graph):
+    if clipped := [*_clipped(host.graph, graph)]:
         notes.append(f"constants beyond the range of float16 became +-65504: {', '.join(clipped)}")
     return whole, tuple(notes)
 
@@ -124,9 +127,6 @@ def _host(
     of_loss: list[onnx.NodeProto],
 ) -> onnx.ModelProto:
     """The model without its losses; what they read of its nodes is an output."""
-    host = onnx.ModelProto()
-    host.CopyFrom(model)
-    graph = host.graph
     made = {name for node in own for name in node.output}
     outputs = {value.name: value for value in model.graph.output if value.name in made}
     known = main_tensors(model)
@@ -136,29 +136,35 @@ def _host(
             raise ArtefactError(f"the type of {name!r}, which a loss reads, can't be inferred")
         value = helper.make_tensor_value_info(name, tensor.element, tensor.shape)
         outputs.setdefault(name, value)
-    del graph.node[:], graph.output[:], graph.value_info[:]
-    graph.node.extend(own)
-    graph.output.extend(outputs.values())
-    prune(graph)
+    host = _changed(model, node=own, output=outputs.values(), value_info=())
+    prune(host.graph)
     read = {name for node in of_loss for name in node.input}
-    for constant in graph.initializer:
+    for constant in host.graph.initializer:
         if constant.name in read:  # the loss keeps its own, in float32
             name = f"{constant.name}/of_the_model"
-            rename_uses(graph.node, constant.name, name)
+            rename_uses(host.graph.node, constant.name, name)
             constant.name = name
     return inlined(host)  # the converter looks into no function
 
 
-def _clipped(host: onnx.GraphProto, converted: onnx.GraphProto) -> list[str]:
+def _changed(model: onnx.ModelProto, **fields: Iterable[Any]) -> onnx.ModelProto:
+    """A copy of the model, these fields of its graph with other content."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for name, content in fields.items():
+        copy.graph.ClearField(name)
+        getattr(copy.graph, name).extend(content)
+    return copy
+
+
+def _clipped(host: onnx.GraphProto, converted: onnx.GraphProto) -> Iterator[str]:
     """The constants in float16 of which a finite number was beyond its range."""
     narrow = {t.name for t in converted.initializer if t.data_type == TensorProto.FLOAT16}
-    found = []
     for tensor in host.initializer:
         if tensor.name in narrow and tensor.data_type == TensorProto.FLOAT:
             values = np.abs(numpy_helper.to_array(tensor))
             if np.any((values > np.finfo(np.float16).max) & np.isfinite(values)):
-                found.append(tensor.name)
-    return found
+                yield tensor.name
 
 
 def _joined(
@@ -168,14 +174,10 @@ def _joined(
     of_loss: list[onnx.NodeProto],
 ) -> onnx.ModelProto:
     """The converted nodes, then those of the losses, with the ports and metadata of `model`."""
-    whole = onnx.ModelProto()
-    whole.CopyFrom(model)
-    graph = whole.graph
-    del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend([*converted.node, *of_loss])
     read = {name for node in of_loss for name in node.input}
-    graph.initializer.extend(converted.initializer)
-    graph.initializer.extend(t for t in model.graph.initializer if t.name in read)
+    of_losses = (tensor for tensor in model.graph.initializer if tensor.name in read)
+    nodes, constants = [*converted.node, *of_loss], [*converted.initializer, *of_losses]
+    whole = _changed(model, node=nodes, initializer=constants, value_info=())
     domains = {entry.domain for entry in whole.opset_import}
     whole.opset_import.extend(e for e in host.opset_import if e.domain not in domains)
     return whole

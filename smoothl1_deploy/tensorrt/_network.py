@@ -125,6 +125,12 @@ class Layer:
             f"networks doesn't know; {_ELSEWHERE}"
         )
 
+    def operation(self, known: Mapping[str, _Function], name: str) -> _Function:
+        """The function of an operation by TensorRT's name of it."""
+        if name not in known:
+            raise self.unsupported(f"has the operation {name}")
+        return known[name]
+
     def apply(self, values: _Values) -> None:
         """Put its output into `values`, and take out what nobody reads any more."""
         assert self.function is not None
@@ -204,15 +210,6 @@ def plan(parsed: ParsedNetwork, *, clip_drops_nan: bool = True) -> Plan:
     """
     network, trt = parsed.network, parsed.flavour.trt
     layers = [_layer(trt, network.get_layer(i), clip_drops_nan) for i in range(network.num_layers)]
-    taken = {network.get_input(i).name for i in range(network.num_inputs)}
-    for name in (layer.output.name for layer in layers):
-        if name in taken:
-            raise UnsupportedError(
-                f"two tensors of the network are called {name!r}; give the nodes and values of the "
-                "ONNX graph unique names"
-            )
-        taken.add(name)
-
     constants: _Values = {None: None}
     steps = []
     for layer in _sorted(layers):
@@ -327,10 +324,7 @@ def _elementwise(view: Layer, layer: Any) -> _Function:
         known |= {"DIV": np.divide, "POW": _widened(np.power, view.output.dtype)}
     else:
         known |= {"DIV": _divide_towards_zero, "FLOOR_DIV": np.floor_divide, "POW": np.power}
-    op = layer.op.name
-    if op not in known:
-        raise view.unsupported(f"has the operation {op}")
-    return known[op]
+    return view.operation(known, layer.op.name)
 
 
 def _divide_towards_zero(a: Array, b: Array) -> Array:
@@ -354,10 +348,7 @@ _UNARY: dict[str, _Function] = {
 
 
 def _unary(view: Layer, layer: Any) -> _Function:
-    op = layer.op.name
-    if op not in _UNARY:
-        raise view.unsupported(f"has the operation {op}")
-    return _UNARY[op]
+    return view.operation(_UNARY, layer.op.name)
 
 
 def _activation(view: Layer, layer: Any) -> _Function:

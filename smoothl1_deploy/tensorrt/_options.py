@@ -111,8 +111,8 @@ def _set_capabilities(config: Any, flavour: Flavour, wanted: tuple[str, ...]) ->
             f"{flavour} takes no compute capabilities: it builds for this machine's GPU; leave "
             "them out, or use the flavour tensorrt_rtx"
         )
-    members = []
-    for capability in wanted:
+    config.num_compute_capabilities = len(wanted)
+    for index, capability in enumerate(wanted):
         name = "CURRENT" if capability == "current" else "SM" + capability.replace(".", "")
         member = flavour.member("ComputeCapability", name)
         if member is None:
@@ -122,8 +122,5 @@ def _set_capabilities(config: Any, flavour: Flavour, wanted: tuple[str, ...]) ->
                 f"{flavour} can't build for compute capability {capability}; "
                 f"it knows {', '.join(flavour.capabilities)}{hint}"
             )
-        members.append(member)
-    config.num_compute_capabilities = len(members)
-    for index, member in enumerate(members):
         if not config.set_compute_capability(member, index):
-            raise BuildError(f"{flavour} refused to build for compute capability {wanted[index]}")
+            raise BuildError(f"{flavour} refused to build for compute capability {capability}")

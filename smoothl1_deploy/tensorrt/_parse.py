@@ -112,7 +112,14 @@ def parse(model: onnx.ModelProto, flavour: Flavour) -> ParsedNetwork:
     """
     prepared, notes = prepare(model)
     inputs = inputs_of(prepared)
-    _check_types(inputs)
+    for value in inputs:  # the parser's own error doesn't say which input it means
+        element = value.type.tensor_type.elem_type
+        if element not in (*_DATA_TYPE, TensorProto.DOUBLE):  # `prepare` refuses float64
+            raise UnsupportedError(
+                f"the graph input {value.name!r} is {element_name(element)}, which TensorRT has "
+                "no tensors of; cast it before the model, or run the model on ONNX Runtime "
+                "(the backend ort-cpu)"
+            )
     data = serialized(prepared)
     # Types are fixed by the graph in every version: 10.x wants the flag, 11.x ignores it.
     typed = flavour.need(
@@ -121,8 +128,6 @@ def parse(model: onnx.ModelProto, flavour: Flavour) -> ParsedNetwork:
     builder = flavour.builder()
     with flavour.capture() as log:
         network = builder.create_network(1 << int(typed))
-        if network is None:
-            raise BuildError(f"{flavour} can't create a network: {log.reason()}")
         parser = flavour.trt.OnnxParser(network, flavour.logger)
         parsed = parser.parse(data)
         if not parsed or parser.num_errors:
@@ -150,18 +155,6 @@ def network_name(model: onnx.ModelProto) -> str:
     return model.graph.name or f"graph_{sha256(serialized(model))[:16]}"
 
 
-def _check_types(inputs: list[onnx.ValueInfoProto]) -> None:
-    """The parser's own error doesn't say which input it means."""
-    for value in inputs:
-        element = value.type.tensor_type.elem_type
-        if element not in (*_DATA_TYPE, TensorProto.DOUBLE):  # `prepare` refuses float64
-            raise UnsupportedError(
-                f"the graph input {value.name!r} is {element_name(element)}, which TensorRT has "
-                "no tensors of; cast it before the model, or run the model on ONNX Runtime "
-                "(the backend ort-cpu)"
-            )
-
-
 def serialized(model: onnx.ModelProto) -> bytes:
     """The bytes of `model`, the same each time.
 
@@ -175,8 +168,6 @@ def serialized(model: onnx.ModelProto) -> bytes:
 
 
 def _parser_error(parser: Any, flavour: Flavour, logged: str) -> BuildError:
-    if not parser.num_errors:
-        return BuildError(f"{flavour} can't parse the model: {logged}")
     parts = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
@@ -199,7 +190,7 @@ def _parser_error(parser: Any, flavour: Flavour, logged: str) -> BuildError:
             "were broadcast, export with a size of 1 or one name for the axes that meet"
         )
     return BuildError(
-        f"{flavour} can't parse the model: {'; '.join(dict.fromkeys(parts))}. {remedy}, "
+        f"{flavour} can't parse the model: {'; '.join(dict.fromkeys(parts)) or logged}. {remedy}, "
         "or run the model on ONNX Runtime (the backend ort-cpu)"
     )
 

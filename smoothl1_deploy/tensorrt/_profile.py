@@ -156,16 +156,14 @@ def resolve_profile(request: ProfileRequest, inputs: Sequence[InputShape]) -> Pr
             if name in given:
                 given.setdefault(other, given[name])
 
-    named: dict[str, tuple[str, Sizes]] = {}  # dimension name -> where it was set, its range
+    named: dict[str, tuple[str, Sizes]] = {}  # a dynamic axis -> where it was set, its range
     for shape in inputs:
         for axis in shape.dynamic if shape.name in given else ():
-            dim, sizes = shape.dims[axis], tuple(s[axis] for s in given[shape.name])
-            if dim is None:
-                continue
-            where, before = named.setdefault(str(dim), (shape.name, sizes))
+            label, sizes = _label(shape, axis), tuple(s[axis] for s in given[shape.name])
+            where, before = named.setdefault(label, (shape.name, sizes))
             if before != sizes:
                 raise SpecError(
-                    f"the dimension {dim!r} has the range {before} through {where!r} and {sizes} "
+                    f"the dimension {label!r} has the range {before} through {where!r} and {sizes} "
                     f"through {shape.name!r}; one name is one size: give both inputs one range"
                 )
 
@@ -175,12 +173,12 @@ def resolve_profile(request: ProfileRequest, inputs: Sequence[InputShape]) -> Pr
     for shape in open_inputs:
         axes: list[Sizes] = []
         for axis, dim in enumerate(shape.dims):
+            label = _label(shape, axis)
             if isinstance(dim, int):
                 axes.append((dim, dim, dim))
-            elif dim is not None and dim in named:
-                axes.append(named[dim][1])
+            elif label in named:
+                axes.append(named[label][1])
             else:
-                label = _label(shape, axis)
                 low, usual, high = (min(size, highest[label]) for size in DEFAULT_RANGE)
                 axes.append((low, usual, high))
                 defaults.append(label)

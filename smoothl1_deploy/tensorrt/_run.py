@@ -123,9 +123,8 @@ class Program:
         if self._kernels is not None:
             shapes = tuple(tuple(tensor.shape) for tensor in feeds.values())
             with self._guard:
-                new = shapes not in self._met
-                self._met.add(shapes)
-                if new:
+                if shapes not in self._met:
+                    self._met.add(shapes)
                     self._kernels.save()
         return outputs
 

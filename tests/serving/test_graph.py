@@ -143,13 +143,13 @@ def test_an_attached_score_of_each_row() -> None:
     spec = LossSpec(0.1, per_sample=True)
     model = attach(autoencoder(), "masked", "digits", spec, loss_name="score")
     graph = serve(model)
-    assert [loss.spec for loss in graph.losses] == [spec] and graph.unbatched is None
+    assert [loss.spec for loss in read_losses(graph.model)] == [spec] and graph.unbatched is None
     masked, first, score = ask(graph.model, digits=rows(3), mask=rows(3, 1))
     assert (masked.shape, first.shape, score.shape) == ((3, 16), (3, 1), (3, 1))
     expected = ask(model, digits=rows(3), mask=rows(3, 1))
     for was, now in zip(expected, (masked, first[:, 0], score[:, 0]), strict=True):
         np.testing.assert_array_equal(was, now)
-    assert read_losses(graph.model) == graph.losses
+    assert read_losses(graph.model) == read_losses(model)
     assert serve(graph.model).model == graph.model
 
 
@@ -206,15 +206,15 @@ def test_two_losses_and_a_reader_of_an_output_keep_their_numbers() -> None:
     model.graph.output.append(helper.make_tensor_value_info("negative", 1, ["N"]))
     feeds = {"digits": rows(3), "mask": rows(3, 1), "gt": rows(3, 2)}
     graph = serve(model)
-    assert len(graph.losses) == 3 and graph.unbatched is None
+    assert len(read_losses(graph.model)) == 3 and graph.unbatched is None
     before, after = ask(model, **feeds), ask(graph.model, **feeds)
     for was, now in zip(before, after, strict=True):
         assert now.ndim == 2
         np.testing.assert_array_equal(was.ravel(), now.ravel())
     with pytest.raises(Exception, match="Reshape"):
         ask(graph.model, **{**feeds, "gt": rows(1)})
-    assert unguarded(graph.model, graph.losses) == []
-    assert unguarded(model, graph.losses) == [("gt", "masked"), ("gt", "digits")]
+    assert unguarded(graph.model, read_losses(model)) == []
+    assert unguarded(model, read_losses(model)) == [("gt", "masked"), ("gt", "digits")]
 
 
 def test_a_subgraph_reads_what_was_renamed() -> None:
