@@ -79,6 +79,8 @@ for suffix, form, loss, weighted, masked in itertools.product(
     ("", "Weighted"),
     ("", "Masked"),
 ):
+    if "And" in form and bool(masked) != bool(weighted):
+        continue  # what is beside the sums is fetched as the elements are
     element, wide = ELEMENTS[suffix], TensorProto.DOUBLE
     kinds = {"input": element, "target": element}
     kinds |= {"weight": element} if weighted else {}
