@@ -17,10 +17,7 @@ from .._device import Captured, Device, find_device, is_on_device
 from .._floats import Array
 from ..errors import InvalidInputError, UnsupportedError
 from ._base import Backend
-from ._runner import Runner, by_role, check_promotion
-
-#: Combinations of shapes and dtypes that were found right, or prepared for.
-REMEMBERED = 256
+from ._runner import Runner, by_role
 
 #: Computes a tensor for each output, from tensors by role and the shape they broadcast to.
 Compute = Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]
@@ -40,7 +37,6 @@ class GpuRunner(Runner):
     def __init__(self, model: onnx.ModelProto, device: Device) -> None:
         super().__init__(model)
         self.device = device
-        self._shapes: dict[Any, tuple[int, ...]] = {}
         self._good_pair: tuple[Any, Any] | None = None  # shape and dtype of the last it took as is
 
     def _at_once(self, input: Any, target: Any) -> dict[str, Any] | None:
@@ -113,17 +109,7 @@ class GpuRunner(Runner):
                     "CUDA tensors, or all as numpy arrays"
                 )
             tensors[name] = self.device.adopt(value, name)
-        # A small call must not take longer to check than to run: what was right once is so again.
-        key = *numbers, *((name, x.shape, x.dtype) for name, x in tensors.items())
-        shape = self._shapes.get(key)
-        if shape is None:
-            self._check_given({*given, *numbers})
-            shape = self._broadcast(tensors)
-            dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in tensors.items()}
-            check_promotion(dtypes, self.signature.input.dtype)
-            if len(self._shapes) >= REMEMBERED:
-                self._shapes.clear()
-            self._shapes[key] = shape
+        shape = self._checked_shape(tensors, numbers)
         dtype = self.signature.input.dtype
         feeds = {
             name: self.device.convert(x, "bool" if name == "mask" else dtype)

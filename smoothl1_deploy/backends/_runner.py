@@ -22,6 +22,9 @@ from .._spec import ELEMENTS, LossSpec
 from ..errors import ArtefactError, InvalidInputError, SpecError, UnsupportedError
 from ..graph._metadata import is_changed, is_served, read_spec
 
+#: Combinations of shapes and dtypes that were found right, or prepared for.
+REMEMBERED = 256
+
 
 def promote(arrays: dict[str, Array], dtype: str) -> dict[str, Array]:
     """All arrays in the artefact's dtype, where PyTorch's promotion has that result.
@@ -30,6 +33,10 @@ def promote(arrays: dict[str, Array], dtype: str) -> dict[str, Array]:
         InvalidInputError: as `check_promotion` does.
     """
     check_promotion({name: str(array.dtype) for name, array in arrays.items()}, dtype)
+    return _converted(arrays, dtype)
+
+
+def _converted(arrays: dict[str, Array], dtype: str) -> dict[str, Array]:
     wanted = NUMPY_DTYPE[dtype]
     with np.errstate(all="ignore"):  # 70000 is inf in float16, in PyTorch without a word
         return {
@@ -199,6 +206,7 @@ class Runner(ABC):
         self._number_shape = (1,) if self.served else ()
         self._takes_a_pair = list(self.signature.inputs) == ["input", "target"] and not self.served
         self._good_shape: tuple[int, ...] | None = None
+        self._shapes: dict[Any, tuple[int, ...]] = {}
 
     def __repr__(self) -> str:
         ports = ", ".join(map(str, self.signature.inputs.values()))
@@ -265,14 +273,30 @@ class Runner(ABC):
 
     def _checked(self, given: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
         """The answer to what was given by role, arrays and numbers, after it was checked."""
-        self._check_given({*given, *numbers})
         arrays = {name: as_array(x, name) for name, x in given.items()}
-        shape = self._broadcast(arrays)
-        feeds = promote(arrays, self.signature.input.dtype)
+        shape = self._checked_shape(arrays, numbers)
+        feeds = _converted(arrays, self.signature.input.dtype)
         feeds |= {name: self._number(name, value) for name, value in numbers.items()}
         if self._takes_a_pair and feeds["input"].shape == feeds["target"].shape:
             self._good_shape = shape
         return self._of_the_spec(self._execute(feeds, shape), shape)
+
+    def _checked_shape(self, arrays: dict[str, Any], numbers: dict[str, Any]) -> tuple[int, ...]:
+        """The shape that arrays (or tensors) broadcast to, after all was checked.
+
+        A small call must not take longer to check than to run: what was right once is so again.
+        """
+        key = *numbers, *((name, x.shape, x.dtype) for name, x in arrays.items())
+        shape = self._shapes.get(key)
+        if shape is None:
+            self._check_given({*arrays, *numbers})
+            shape = self._broadcast(arrays)
+            dtypes = {name: str(x.dtype).removeprefix("torch.") for name, x in arrays.items()}
+            check_promotion(dtypes, self.signature.input.dtype)
+            if len(self._shapes) >= REMEMBERED:
+                self._shapes.clear()
+            self._shapes[key] = shape
+        return shape
 
     def _number(self, name: str, value: Any) -> Array:
         """A run-time beta, or a divisor, as the graph takes it."""

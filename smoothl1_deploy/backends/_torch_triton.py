@@ -24,7 +24,8 @@ import onnx
 from .._device import Device, find_device
 from .._spec import COMPUTE_DTYPE, LossSpec
 from ..errors import BackendUnavailableError, UnsupportedError, require
-from ._gpu import REMEMBERED, Compute, GpuBackend, GpuRunner
+from ._gpu import Compute, GpuBackend, GpuRunner
+from ._runner import REMEMBERED
 
 #: The first whose `div_rn` is IEEE's: it compiled to `div.rn.ftz` in 3.2, 3.4 and 3.5.1 (not in
 #: 3.6.0, 3.7.1 and 3.9.0), and a subnormal over a subnormal beta was 0 / 0.

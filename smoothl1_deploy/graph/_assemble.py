@@ -165,17 +165,14 @@ class Assembly:
         if "beta" not in self._tensors:
             known = huber_scalars(self._spec.effective_beta)
             return [self._constant(name, value, self._element) for name, value in known]
-        delta = self._tensors["beta"]
-        largest = self._constant("largest", float(np.finfo(np.float32).max), TensorProto.FLOAT)
-        scalars = [
-            delta,
-            self._add("DeltaOne", [delta], "delta_one"),
-            self._add("Min", [delta, largest], "huber_slope"),
-        ]
+        delta, one = self._tensors["beta"], "DeltaOne"
         if self._element == TensorProto.DOUBLE:
-            scalars = [self._cast(scalar) for scalar in scalars]
-        delta, self._divisor, slope = scalars
-        return [delta, self._constant("half", 0.5, self._element), self._divisor, slope]
+            delta, one = self._cast(delta), "DeltaOneFloat64"
+        most = float(np.finfo(self._spec.compute_dtype).max)
+        largest = self._constant("largest", most, self._element)
+        half = self._constant("half", 0.5, self._element)
+        self._divisor = self._add(one, [delta], "delta_one")
+        return [delta, half, self._divisor, self._add("Min", [delta, largest], "huber_slope")]
 
     def _losses(self) -> str:
         """The element losses, weighted: in the compute dtype, or in float64 if more is to come."""
@@ -714,19 +711,12 @@ def _has_parts(spec: LossSpec, summed_axes: tuple[int, ...] | None) -> bool:
     is_none = spec.reduction == "none"
     is_rounded_after = is_none and spec.effective_loss_weight != 1.0
     may_overflow = spec.dtype == "float64" and spec.weight == "weights"
-    is_huber = spec.loss == "huber" and (spec.runtime_beta or spec.dtype == "float64")
     has_axes = spec.axes is None or min(spec.axes) >= 0
     is_times = spec.elements == "losses" and spec.effective_loss_weight != 1.0
     return (
         has_axes
         and not is_times
-        and not (
-            is_summed_back
-            or is_rounded_after
-            or may_overflow
-            or is_huber
-            or spec.has_subnormal_beta
-        )
+        and not (is_summed_back or is_rounded_after or may_overflow or spec.has_subnormal_beta)
     )
 
 

@@ -132,6 +132,15 @@ def DeltaOne(delta: FLOAT[...]) -> FLOAT[...]:
 
 
 @script(_domain)
+def DeltaOneFloat64(delta: DOUBLE[...]) -> DOUBLE[...]:
+    """`DeltaOne` in float64."""
+    zero = op.Cast(op.Constant(value_float=0.0), to=11)
+    one = op.Cast(op.Constant(value_float=1.0), to=11)
+    nan = op.Cast(op.Constant(value_float=_NAN), to=11)
+    return op.Where(op.Greater(delta, zero), one, nan)
+
+
+@script(_domain)
 def SmoothL1Loss(input: FLOAT[...], target: FLOAT[...], beta: float = 1.0) -> FLOAT[...]:
     """Smooth L1 of each element of float32 tensors; `beta` >= 0 is an attribute.
 

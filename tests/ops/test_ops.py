@@ -109,14 +109,13 @@ def test_kernels_run_what_a_loss_without_a_name_is_made_of(dtype: str) -> None:
         LossSpec(0.0, "mean", dtype, divisor=True, gradient=True, loss_weight=0.5),
         LossSpec(reduction="mean", dtype=dtype, mask=True, runtime_beta=True),
         LossSpec(np.linspace(0, 2, 16), dtype=dtype, gradient=True),
+        LossSpec(loss="huber", delta=0.5, dtype=dtype, gradient=True),
+        LossSpec(loss="huber", dtype=dtype, per_sample=True, runtime_beta=True),
         LossSpec(0.5, "mean", dtype, elements="losses"),
         LossSpec(0.5, "sum", dtype, weight="count", per_sample=True, elements="differences"),
     ]
     if dtype != "float64":
-        others += [
-            LossSpec(loss="huber", delta=0.5, dtype=dtype, gradient=True),
-            LossSpec(0.5, dtype=dtype, mask=True, weight="weights", per_sample=True),
-        ]
+        others.append(LossSpec(0.5, dtype=dtype, mask=True, weight="weights", per_sample=True))
     for spec in others:
         model = export(spec, shape=(4, 16))
         del model.metadata_props[:]

@@ -381,7 +381,7 @@ ISA(wide)(const void *const *from, size_t at, const Wide *wide, bool is_double, 
     ISA(vd) b = wide->beta - (ISA(vd)){}, nan = (ISA(vd)){} + NAN, value;
     if (has_betas)
         b = ISA(load)(from[4], at, is_double);
-    b = SELECT(b >= 0, b, nan, vd, vl);
+    b = SELECT(b >= wide->least, b, nan, vd, vl);
     ISA(vd) x = ISA(load)(from[0], at, is_double), y = ISA(load)(from[1], at, is_double), d = x - y;
     ISA(vd) one = (ISA(vd)){} + 1, weight = one;
     if (from[2])
@@ -435,7 +435,8 @@ ISA(wide_of)(const void *const *given, size_t count, Wide wide, char *to, bool i
 static inline __attribute__((always_inline)) void
 ISA(wide_as)(const void *const *from, size_t count, const Wide *wide, void *to, bool is_double, bool is_half,
              bool stays_wide) {
-    Wide slope = {wide->beta, wide->is_huber, true}, loss = {wide->beta, wide->is_huber, false};
+    Wide slope = *wide, loss = *wide;
+    slope.gives_slope = true, loss.gives_slope = false;
     if (wide->gives_slope && from[4])
         ISA(wide_of)(from, count, slope, to, is_double, is_half, stays_wide, true);
     else if (wide->gives_slope)

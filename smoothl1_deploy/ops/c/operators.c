@@ -189,12 +189,12 @@ static OrtStatus *read_beta(OrtApi *api, const OrtKernelContext *context, size_t
     return NULL;
 }
 
-/* Whether one of the betas is none: negative or NaN. */
-static bool has_no_beta(const Operand *betas, size_t count) {
+/* Whether one of the betas is none: negative or NaN, or of a Huber loss 0. */
+static bool has_no_beta(const Operand *betas, size_t count, bool is_huber) {
     for (size_t i = 0; i < count; i++) {
         double beta = betas->type == ORT_DOUBLE ? ((const double *)betas->data)[i]
                                                 : (double)((const float *)betas->data)[i];
-        if (!(beta >= 0))
+        if (!(beta > 0 || (beta == 0 && !is_huber)))
             return true;
     }
     return false;
@@ -251,7 +251,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     else if (op->form)
         job.betas = &betas;
     static const float no_beta = NAN;
-    if (job.betas && !job.space.count && has_no_beta(&betas, elements_of(&dims[inputs - 1])))
+    if (job.betas && !job.space.count && has_no_beta(&betas, elements_of(&dims[inputs - 1]), op->is_huber))
         job.beta_input = &no_beta, job.beta_type = ORT_FLOAT, job.betas = NULL, inputs--;
     if (op->form == SLOPES) {
         operands[inputs] = &job.upstream;

@@ -31,6 +31,7 @@ typedef struct {
 /* What the second family's losses or gradients are computed with. */
 typedef struct {
     double beta; /* where all have one */
+    double least; /* of a beta, which a Huber loss has none of 0 for */
     bool is_huber; /* or Smooth L1 times beta */
     bool gives_slope;
 } Wide;
@@ -282,7 +283,9 @@ static Partial folded(const Job *job, Sum *sum, double selected) {
 }
 
 static Wide wide_of(const Job *job) {
-    return (Wide){job->beta.value, job->op->is_huber || job->is_undivided, job->op->form == SLOPES};
+    const Operator *op = job->op;
+    bool is_huber = op->is_huber || job->is_undivided;
+    return (Wide){job->beta.value, op->is_huber ? 0x1p-1074 : 0, is_huber, op->form == SLOPES};
 }
 
 /* Adds `count` elements, in the dtype that is computed in, to `sum`. */
@@ -732,10 +735,8 @@ static void settle(Job *job) {
                                 (op->is_huber && (op->type == ORT_DOUBLE || op->form == ELEMENTS)));
     job->is_direct &= !job->is_wide && (!job->mask || reads_mask(job));
     job->is_undivided = in_strips && op->type != ORT_DOUBLE && !op->is_huber && beta > 0;
-    if (job->is_wide && !job->is_undivided)
-        job->beta.divisor = beta >= 0 ? 1 : NAN;
-    else if (op->is_huber) /* of a delta of 0 it is distances that are added up */
-        job->beta.divisor = beta > 0 ? 1 : beta == 0 ? INFINITY : NAN;
+    if ((job->is_wide && !job->is_undivided) || op->is_huber)
+        job->beta.divisor = job->betas || beta > 0 || (beta == 0 && !op->is_huber) ? 1 : NAN;
     bool is_flat = isinf(beta) && beta > 0;
     job->slope.beta = beta;
     job->slope.scale = is_flat && job->op->type == ORT_DOUBLE ? 0.5 : 1;
