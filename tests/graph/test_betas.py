@@ -87,6 +87,8 @@ def test_they_are_what_the_operators_have_a_kernel_for() -> None:
 def test_betas_may_enlarge_the_losses_as_an_operand_does() -> None:
     spec = LossSpec([[0.0], [1.0]], "none", gradient=True, upstream=True)
     x, y = np.float32([3, -0.5, 0.25]), np.zeros(3, np.float32)
+    whole = load(export(LossSpec([[0.0], [1.0]], "sum"))).run(x, y)["loss"]
+    assert whole == 3.75 + 2.65625
     for model in (export(spec), export(spec, "inlined", shape=(3,)), export(spec, shape=("N",))):
         found = load(model).run(x, y, grad_output=np.ones((2, 3), np.float32))
         np.testing.assert_array_equal(found["loss"], [[3, 0.5, 0.25], [2.5, 0.125, 0.03125]])

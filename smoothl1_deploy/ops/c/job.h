@@ -204,7 +204,6 @@ typedef struct Job {
     char *out, *gradient;
     double *selected, *weight_sums; /* of each row, beside its total */
     struct Job *each; /* what is given of each element beside; NULL for nothing */
-    bool is_moved;    /* elements are gone through in another order than they lie in */
     bool is_wide;     /* each element is computed in float64, with its own beta where it has one */
     bool is_undivided; /* where all have one beta, by which the sum is divided */
     bool is_direct;   /* every input is computed with where it lies */

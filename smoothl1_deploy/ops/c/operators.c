@@ -139,7 +139,7 @@ static OrtStatus *read_axes(OrtApi *api, const OrtKernelContext *context, size_t
     Operand given;
     Dims dims;
     Space *space = &job->space;
-    bool is_reduced[AXES] = {false};
+    bool is_reduced[AXES] = {false}, is_moved = false;
     size_t order[AXES], suffix = space->rank, at = 0, steps[AXES];
     TRY(read_operand(api, context, index, &given, &dims));
     const int64_t *axes = (const void *)given.data;
@@ -166,10 +166,10 @@ static OrtStatus *read_axes(OrtApi *api, const OrtKernelContext *context, size_t
         if (!is_reduced[axis])
             kept->dims[kept->rank++] = space->dims[axis];
         sizes[axis] = space->dims[order[axis]];
-        job->is_moved |= order[axis] != axis;
+        is_moved |= order[axis] != axis;
     }
     memcpy(space->dims, sizes, space->rank * sizeof *sizes);
-    for (size_t i = 0; i < inputs && job->is_moved; i++) {
+    for (size_t i = 0; i < inputs && is_moved; i++) {
         memcpy(steps, operands[i]->steps, sizeof steps);
         for (size_t axis = 0; axis < space->rank; axis++)
             operands[i]->steps[axis] = steps[order[axis]];

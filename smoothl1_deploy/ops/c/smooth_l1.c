@@ -540,7 +540,8 @@ static void gradient_task(void *data, size_t number) {
         end_stream();
 }
 
-/* Gives what there is of each element beside, of those that were just added up. */
+/* Gives what there is of each element beside: of those that were just added up or, where sums are over
+ * other axes than the last, of as many. */
 static void give_each(const Job *job, size_t start, size_t end) {
     if (!job->each)
         return;
@@ -746,7 +747,7 @@ static void settle(Job *job) {
 
 OrtStatus *compute_job(Job *job, OrtApi *api, OrtKernelContext *context) {
     bool in_strips = has_strips(job);
-    Job *later = job->each && (job->is_moved || strips_of(job) > 1) ? job->each : NULL;
+    Job *later = strips_of(job) > 1 ? job->each : NULL; /* where a task has parts of rows */
     settle(job);
     if (later)
         job->each = NULL;
