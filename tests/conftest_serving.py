@@ -25,6 +25,7 @@ SPECS = {
     "weighted": LossSpec(weight="weights", gradient=True),
     "masked": LossSpec(mask=True, gradient=True),
     "divided": LossSpec(divisor=True),
+    "betas": LossSpec(runtime_beta=(16,), per_sample=True, mask=True),
 }
 
 _HEAD = model_of("g (float[N, 3, 8, 8] images) => (float[N, 192] boxes) {boxes = Flatten(images)}")

@@ -132,9 +132,7 @@ class Client(AbstractContextManager["Client"]):
             )
         return _DTYPES[kind]
 
-    def loss(
-        self, input: Any, target: Any, *, weight: Any = None, beta: float | None = None
-    ) -> Array:
+    def loss(self, input: Any, target: Any, *, weight: Any = None, beta: Any = None) -> Array:
         """The loss of `input` and `target`, as `run` gives it; the arguments are `run`'s."""
         outputs = self.run(input, target, weight=weight, beta=beta)
         return outputs["loss"] if "loss" in outputs else next(iter(outputs.values()))
@@ -148,9 +146,9 @@ class Client(AbstractContextManager["Client"]):
             input: of a loss, a numpy array or anything with `__dlpack__`, of the model's dtype or
                 of one that promotes to it.
             target: likewise, in the same shape.
-            arrays: of a loss `weight` and `mask`, and the numbers `beta` and `divisor`, where it
-                takes them. Of any other model an array for each input, by its name, of the
-                input's dtype and a shape that fits.
+            arrays: of a loss `weight` and `mask`, and the numbers `beta` (or an array of them) and
+                `divisor`, where it takes them. Of any other model an array for each input, by its
+                name, of the input's dtype and a shape that fits.
 
         Returns:
             Name -> array. A loss that the server gives as [1] has rank 0 here; scores of rows,
@@ -168,12 +166,13 @@ class Client(AbstractContextManager["Client"]):
         if not self.is_loss:
             return self.infer(checked(self.inputs, given))
         self._check_given(given)
-        kinds = self._kinds()
-        numbers = {
-            name: as_number(given.pop(name), name, _DTYPES.get(kinds[name], "float32")).reshape(1)
-            for name in NUMBERS
-            if name in given
-        }
+        numbers = {}
+        for port in self.metadata()["inputs"]:
+            if (name := port["name"]) in NUMBERS:  # a server has a number as [1]
+                shape = tuple(port["shape"])
+                kind = _DTYPES.get(port["datatype"], "float32")
+                number = as_number(given.pop(name), name, kind, shape if shape != (1,) else ())
+                numbers[name] = number.reshape(shape)
         feeds = promote({name: as_array(value, name) for name, value in given.items()}, self.dtype)
         feeds |= numbers
         outputs = self._transport.infer(

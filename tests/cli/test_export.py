@@ -146,6 +146,7 @@ def test_the_extensions_reach_the_graph(cli: Cli) -> None:
 def test_bad_input_exits_with_2_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
     for arguments, message in (
         ("--beta -1", "beta must not be negative, got -1.0"),
+        ("--beta [0.5,-1]", "beta must not be negative, got -1.0"),
         ("--reduction avg", "unknown reduction 'avg'; choose one of none, mean, sum"),
         ("--dtype int8", "unknown dtype 'int8'; choose one of float32"),
         ("--route magic", "unknown route 'magic'; choose one of function, inlined, torch"),

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from conftest_cli import Cli, Done, assert_refused, model
 
-from smoothl1_deploy import load
+from smoothl1_deploy import LossSpec, load
 from smoothl1_deploy._npy import read_array
 from smoothl1_deploy.backends._base import BACKENDS
 from smoothl1_deploy.errors import InvalidInputError
@@ -132,6 +132,21 @@ def test_weight_and_beta_where_the_artefact_takes_them(cli: Cli, pair: Pair) -> 
     assert_refused(done, "can't write 2 outputs to out.npy; choose a name with .npz")
     done = cli("run", model("plain.onnx"), *FILES, "--beta", 2)
     assert_refused(done, "the artefact takes input, target, and no beta; leave it out")
+
+
+def test_an_array_of_betas_is_written_as_json(cli: Cli, pair: Pair) -> None:
+    betas = [0.5, 2] * 8
+    known = LossSpec(betas, reduction="none")
+    done = cli("export", "--beta", betas, "--reduction", "none", "--shape", "N,16", "-o", "a.onnx")
+    assert done.code == 0 and load("a.onnx").spec == known
+    taken = model("taken.onnx", runtime_beta=(16,), reduction="none")
+    for words in (["a.onnx"], [taken, "--beta", betas]):
+        assert cli("run", *words, *FILES, "-o", "out.npy").code == 0
+        np.testing.assert_array_equal(np.load("out.npy"), load("a.onnx").run(*pair)["loss"])
+    assert_refused(cli("run", taken, *FILES, "--beta", [1]), "the artefact takes (16,)")
+    for text in ("x", "[0.5,x]"):
+        done = cli("export", "--beta", text)
+        assert done.code == 2 and f"'{text}' is no number" in done.err
 
 
 def test_what_is_read_is_not_written_over(cli: Cli, pair: Pair) -> None:
