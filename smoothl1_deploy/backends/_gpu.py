@@ -117,10 +117,11 @@ class GpuRunner(Runner):
         }
         for name, value in numbers.items():
             number = self._number(name, value)
-            feeds[name] = self.device.upload(number)
-            if number.size == 1:  # of which none is copied to the device
+            if number.size == 1:  # which is made there, and not copied
                 filled = self.device.filled(float(number.item()), number.dtype.name)
                 feeds[name] = filled.reshape(number.shape)
+            else:
+                feeds[name] = self.device.upload(number)
         return feeds, shape
 
     def _execute(self, feeds: dict[str, Array], shape: tuple[int, ...]) -> dict[str, Array]:
