@@ -133,7 +133,7 @@ def DeltaOne(delta: FLOAT[...]) -> FLOAT[...]:
 
 @script(_domain)
 def DeltaOneFloat64(delta: DOUBLE[...]) -> DOUBLE[...]:
-    """`DeltaOne` in float64."""
+    """`DeltaOne` in float64, of a delta that no float32 may hold."""
     zero = op.Cast(op.Constant(value_float=0.0), to=11)
     one = op.Cast(op.Constant(value_float=1.0), to=11)
     nan = op.Cast(op.Constant(value_float=_NAN), to=11)
