@@ -66,6 +66,7 @@ EXTENSIONS = (
     LossSpec(gradient=True, upstream=True),
     LossSpec(reduction="none", gradient=True, upstream=True),
     LossSpec(runtime_beta=True),
+    LossSpec(gradient=True, runtime_beta=(16,)),
     LossSpec(mask=True, weight="weights", elements="losses", runtime_beta=(16,)),
     LossSpec(weight="count"),
     LossSpec(weight="weights"),
