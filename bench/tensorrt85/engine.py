@@ -41,11 +41,11 @@ def unpacked() -> tuple[list[str], dict[str, str]]:
     if not python.is_file():
         raise BackendUnavailableError(
             "TensorRT 8.5 is not unpacked here: the environment variable TENSORRT85 has to name "
-            "the folder that bench/tensorrt85/pack.py fills"
+            "the folder that bench/pack.py fills"
         )
     paths = {"PYTHONHOME": folder, "PYTHONPATH": folder / "site", "LD_LIBRARY_PATH": folder / "lib"}
-    command = [str(python), "-S", worker.__file__]
-    return command, {**os.environ, **{name: str(path) for name, path in paths.items()}}
+    settings = {"CUDA_MODULE_LOADING": "LAZY", **{name: str(path) for name, path in paths.items()}}
+    return [str(python), "-S", worker.__file__], {**os.environ, **settings}
 
 
 class Worker:

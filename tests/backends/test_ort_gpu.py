@@ -17,7 +17,7 @@ import pytest
 import torch
 from agreement import assert_right, pair
 from handmade import model_of
-from host_device import HostDevice
+from host_device import HostCuda, HostDevice
 
 from smoothl1_deploy import LossSpec, export, ops
 from smoothl1_deploy.backends import _ort_tensorrt as ort_tensorrt
@@ -37,12 +37,6 @@ def _no_operators(monkeypatch: pytest.MonkeyPatch, tensors_are_on_the_device: No
     monkeypatch.setattr(ops, "_LIBRARY", Path("none.so"))
 
 
-class Cuda(OrtCudaBackend):
-    """The CPU's provider in the place of CUDA's."""
-
-    provider = CPU
-
-
 class Absent(OrtCudaBackend):
     """As where CUDA's libraries are missing: the provider is known, and can't be made."""
 
@@ -55,7 +49,7 @@ def test_arrays_and_tensors() -> None:
     for spec in (SPEC, LossSpec(0.5), LossSpec(2.0, "sum", "float16"), half, double):
         for shape in (("N", 4), None):
             device = HostDevice()
-            runner = Cuda(device).load(export(spec, shape=shape))
+            runner = HostCuda(device).load(export(spec, shape=shape))
             for rows in (5, 0):
                 a, b = pair(spec, (rows, 4))
                 loss = runner.run(a, b)["loss"]
@@ -72,7 +66,7 @@ def test_nothing_is_computed_without_the_gpu() -> None:
     every = LossSpec(runtime_beta=True, weight="weights", gradient=True)
     for spec in (LossSpec(0.5), half, rows, every):
         device = HostDevice()
-        runner = Cuda(device).load(export(spec, shape=("N", 4)))
+        runner = HostCuda(device).load(export(spec, shape=("N", 4)))
         a, b = pair(spec, (0, 4))
         more: dict[str, Any] = {"beta": 1.0, "weight": device.upload(a)} if spec is every else {}
         found = runner.run(device.upload(a), device.upload(b), **more)
@@ -82,7 +76,7 @@ def test_nothing_is_computed_without_the_gpu() -> None:
         assert device.launches == []
 
 
-@pytest.mark.parametrize("backend", [Cuda, TorchCudaBackend])
+@pytest.mark.parametrize("backend", [HostCuda, TorchCudaBackend])
 def test_a_served_graph_gives_the_shapes_of_its_spec(backend: Any) -> None:
     device = HostDevice()
     half = LossSpec(dtype="bfloat16")
@@ -114,14 +108,14 @@ def test_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for method in ("bind_input", "bind_output"):
         monkeypatch.setattr(real, method, noted(getattr(real, method)))
-    runner = Cuda(HostDevice()).load(export(SPEC, shape=("N", 4)))
+    runner = HostCuda(HostDevice()).load(export(SPEC, shape=("N", 4)))
     x, t = torch.zeros(3, 4), torch.ones(3, 4)
     loss = runner.run(x, t)["loss"]
     assert seen == {"input": x.data_ptr(), "target": t.data_ptr(), "loss": loss.data_ptr()}
 
 
 def test_recording_is_refused() -> None:
-    runner = Cuda(HostDevice()).load(export(SPEC, shape=("N", 4)))
+    runner = HostCuda(HostDevice()).load(export(SPEC, shape=("N", 4)))
     with pytest.raises(UnsupportedError, match="can't be recorded in a CUDA graph; use the backe"):
         runner.capture(torch.zeros(2, 4), torch.zeros(2, 4))
 

@@ -22,13 +22,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from handmade import assert_near, model_of, run_session
-from host_device import HostDevice
+from host_device import HostCuda, operators_on_host
 from onnx import helper
 
 from smoothl1_deploy import LossSpec, export, load, ops
 from smoothl1_deploy._floats import NUMPY_DTYPE, ulp_distance
 from smoothl1_deploy._spec import DTYPES, NORMALIZERS, REDUCTIONS
-from smoothl1_deploy.backends._ort_gpu import OrtCudaBackend
 from smoothl1_deploy.errors import BackendUnavailableError, SpecError, UnsupportedError
 from smoothl1_deploy.reference._oracle import oracle
 
@@ -43,22 +42,7 @@ Runs = Callable[[LossSpec], Run]
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library with its kernels compiled for the CPU, under the name of that for CUDA."""
-    if not (shutil.which("g++") and shutil.which("gcc")):
-        pytest.skip("needs gcc and g++")
-    folder = tmp_path_factory.mktemp("cuda")
-    flags = "-O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -fPIC "
-    flags += "-fvisibility=hidden -DPROVIDER=NULL -fsanitize=undefined -fno-sanitize-recover=all"
-    common = [*flags.split(), f"-I{FOLDER}"]
-    host = Path(__file__).parent / "host"
-    for command in (
-        ["gcc", "-std=gnu11", *common, "-c", FOLDER / "operators.c", "-o", "ort.o"],
-        ["g++", *common, "-std=c++17", f"-I{host}", "-x", "c++", "-c", FOLDER / "smooth_l1.cu",
-         "-o", "cuda.o"],
-        ["g++", "-shared", "-fsanitize=undefined", "ort.o", "cuda.o",
-         "-o", "libsmoothl1_deploy_cuda.so"],
-    ):  # fmt: skip
-        subprocess.run(command, check=True, cwd=folder)
-    return folder / "libsmoothl1_deploy_cuda.so"
+    return operators_on_host(tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.fixture
@@ -195,18 +179,12 @@ def test_files_of_the_domain_s_first_version_gain(on_host: Path) -> None:
         assert found.dtype == np.float64 and abs(found - exact) <= 1e-13 * abs(exact), dtype
 
 
-class Cuda(OrtCudaBackend):
-    """The CPU's provider in the place of CUDA's."""
-
-    provider = "CPUExecutionProvider"
-
-
 def test_ort_cuda_runs_the_kernels_of_what_has_one_and_the_body_of_the_rest(
     on_host: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "_LIBRARY", on_host.with_name("libsmoothl1_deploy.so"))
     ops.operators.cache_clear()
-    backend = Cuda(HostDevice())
+    backend = HostCuda()
     ops.operators.cache_clear()
     for spec, claims in (
         (LossSpec(0.5), True),
