@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +32,7 @@ THEIR_PYTHON = "3.12"  # of the machine with the card, with torch, onnx, onnxscr
 MISSING = ("platformdirs", "pytest")  # of which it has none, or one that may be too old
 CAPABILITY = 90  # of its card
 PIECE = 57 << 20  # bytes: below 60 MB, and a call carries 64 MiB, the working tree among them
-BLOCK = 16 << 20  # bytes that are packed at a time
+BLOCK = 64 << 20  # bytes that are packed at a time
 #: What a worker doesn't need of a standard library.
 LEFT_OUT = ("test", "idlelib", "tkinter", "ensurepip", "lib2to3", "site-packages", "__pycache__")
 #: What a session doesn't need of onnxruntime-gpu.
@@ -164,13 +164,14 @@ def packed(home: Path, folder: Path) -> tuple[list[str], str]:
     return names, hashlib.sha256(whole).hexdigest()
 
 
-#: Run by bash where the pieces arrive, in the root of this repository. An archive that has not
-#: arrived, or not whole, is left out, and `card.py` says so of what needs it.
+#: Run by bash where the pieces are, in the root of this repository. An archive of which one is
+#: missing is left out, and `card.py` says so of what needs it.
 ARRIVED = """\
 cd /tmp
 for archive in {archives}; do
-    echo "${{archive#*=}}  ${{archive%=*}}.tar.xz" | sha256sum -c && mkdir -p ${{archive%=*}} &&
-        python3 -m tarfile -e ${{archive%=*}}.tar.xz ${{archive%=*}}
+    name=${{archive%=*}}
+    cat $name-[0-9][0-9] > $name.tar.xz && echo "${{archive#*=}}  $name.tar.xz" | sha256sum -c &&
+        mkdir -p $name && python3 -m tarfile -e $name.tar.xz $name
 done
 cd "$OLDPWD"
 PYTHONPATH=/tmp/onnxruntime:. TENSORRT85=/tmp/tensorrt85 exec python3 -m bench.card "$@"
@@ -188,22 +189,17 @@ def main() -> None:
     pieces, archives = [], []
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
-        makes: tuple[Callable[[], Path], ...] = (
-            lambda: make_onnxruntime(temporary),  # the smaller one first: time may run out
-            lambda: make_tensorrt(Path(sys.argv[1]), temporary),
-        )
-        for make in makes:
-            home = make()
+        # The smaller one first: time may run out.
+        for home in (make_onnxruntime(temporary), make_tensorrt(Path(sys.argv[1]), temporary)):
             print(f"packing {home.name}", flush=True)
             names, whole = packed(home, folder)
             pieces += names
             archives.append(f"{home.name}={whole}")
     (folder / "run").write_text(ARRIVED.format(archives=" ".join(archives)))
     carried = " ".join(map(str, Path("smoothl1_deploy/ops/c").glob("*.so")))
-    print("One call a piece, in this order; one that comes twice spoils its archive, so look at\n"
-          "what `ls -l /tmp/*.tar.xz` says before a call is made again:\n")  # fmt: skip
+    print("One call a piece, each within half a minute of the one before:\n")
     for piece in pieces:
-        print(f"    carry {folder}/{piece}: cat {folder}/{piece} >> /tmp/{piece[:-3]}.tar.xz")
+        print(f"    carry {folder}/{piece}: cp {folder}/{piece} /tmp")
     print(f"\nthen, with 9 minutes:\n\n    carry {folder}/run {carried}: bash {folder}/run $OUT")
 
 

@@ -1,19 +1,21 @@
 """What a machine with a GPU is asked for in its few minutes, where there is none.
 
 ONNX Runtime is in the place of TensorRT 8.5 (`bench/tensorrt85`), the CPU's provider in that of
-CUDA's, and our kernels for CUDA are compiled for the CPU. What is packed for that machine is not
-downloaded here.
+CUDA's, and our kernels for CUDA are compiled for the CPU. Nothing is downloaded here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import child
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ from smoothl1_deploy.reference import oracle
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench import card  # noqa: E402
+from bench import card, pack  # noqa: E402
 from bench.tensorrt85 import engine  # noqa: E402
 from bench.tensorrt85.engine import EngineRunner, Tensorrt85, Worker, unpacked  # noqa: E402
 
@@ -60,13 +62,15 @@ def test_arrays_come_and_go_whole_of_any_rank_and_empty(asked: Worker, dtype: st
     assert outputs["loss"].shape == () and outputs["loss"] == 0.25 and milliseconds == 7
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return operators_on_host(tmp_path_factory.mktemp("cuda"))
+
+
 @pytest.fixture
-def machine(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
+def machine(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine without a card that passes for one with it, and small matrices."""
     fake = [sys.executable, FAKE], None
-    library = operators_on_host(tmp_path_factory.mktemp("cuda"))
     small = partial(_matrix.Matrix, betas=(1.0,), dtypes=("float16",), reductions=("mean", "none"),
                     extensions=False, quick=True)  # fmt: skip
     for where, name, stand_in in (
@@ -181,3 +185,50 @@ def test_a_spec_that_it_has_no_kernels_for_is_refused() -> None:
     assert "no bfloat16" in str(backend.refuses(LossSpec(dtype="bfloat16")))
     assert "IsInf" in str(backend.refuses(LossSpec(gradient=True)))
     assert backend.refuses(LossSpec()) is None
+
+
+# What is packed for that machine
+
+
+def test_the_pieces_of_an_archive_are_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "PIECE", 4096)
+    monkeypatch.setattr(
+        pack, "BLOCK", 10_000
+    )  # several streams of xz, and a stream's end in a piece
+    made, home = np.random.default_rng(0).bytes(30_000), tmp_path / "home"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "run").write_bytes(made)
+    (home / "bin" / "run").chmod(0o755)
+    (home / "empty").touch()
+    names, whole = pack.packed(home, tmp_path)
+    assert len(names) == 8 and names == sorted(names)
+    joined = b"".join((tmp_path / name).read_bytes() for name in names)
+    assert hashlib.sha256(joined).hexdigest() == whole
+    (tmp_path / "home.tar.xz").write_bytes(joined)
+    child.run(
+        "-m", "tarfile", "-e", str(tmp_path / "home.tar.xz"), str(tmp_path / "there"), check=True
+    )
+    found = tmp_path / "there" / "bin" / "run"
+    assert found.read_bytes() == made and found.stat().st_mode & 0o111
+    assert (tmp_path / "there" / "empty").is_file()
+    (home / "empty").touch()
+    assert pack.packed(home, tmp_path) == (names, whole)  # whenever it is made
+
+
+def test_of_a_file_the_code_of_other_cards_is_left_out(tmp_path: Path) -> None:
+    def entry(kind: int, number: int) -> bytes:
+        header = struct.pack("<HHIQ", kind, 0x101, 64, 8).ljust(28, b"\0") + struct.pack(
+            "<I", number
+        )
+        return header.ljust(64, b"\0") + b"the code"
+
+    entries = entry(2, 80) + entry(2, 90) + entry(1, 80)
+    fat = struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(entries)) + entries
+    file = tmp_path / "library.so"
+    file.write_bytes(b"before" + fat + b"between" + fat + b"after")
+    pack.blank(file, 90)
+    kept = entry(2, 80)[:-8] + bytes(8) + entry(2, 90) + entry(1, 80)
+    found = fat[:16] + kept
+    assert file.read_bytes() == b"before" + found + b"between" + found + b"after"
