@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from agreement import assert_right, pair
 
 from smoothl1_deploy import LossSpec, export, load
+from smoothl1_deploy._floats import ulp_distance
 from smoothl1_deploy.backends._base import missing
-from smoothl1_deploy.errors import SmoothL1DeployError
+from smoothl1_deploy.errors import SmoothL1DeployError, UnsupportedError
 from smoothl1_deploy.parity._matrix import Matrix, run_matrix
+from smoothl1_deploy.reference import oracle
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +61,29 @@ def test_cuda_tensors_in_and_out(backend: str) -> None:
     assert torch.cuda.memory_allocated() - before <= 2 * loss.nbytes
     if backend != "torch-cuda":
         assert_right(SPEC, loss.cpu().numpy(), a, b)
+
+
+def test_every_operand_is_taken_from_the_card(backend: str) -> None:
+    """Beside input and target: weights, a mask, betas at run time and a divisor."""
+    spec = LossSpec(runtime_beta=(16,), mask=True, weight="count", divisor=True, empty="zero")
+    try:
+        runner: Any = load(export(spec, shape=("N", 16)), backend)
+    except UnsupportedError as exc:
+        pytest.skip(str(exc))
+    a, b = pair(spec, (64, 16))
+    given: dict[str, Any] = {
+        "weight": abs(a[::-1]),
+        "mask": a > b,
+        "beta": abs(b[0]),
+        "divisor": 7.0,
+    }
+    on_card = {name: torch.from_numpy(given[name].copy()).cuda() for name in ("weight", "mask")}
+    found = runner.run(torch.from_numpy(a).cuda(), torch.from_numpy(b).cuda(), **given | on_card)
+    loss = found["loss"].cpu().numpy()
+    np.testing.assert_array_equal(loss, runner.run(a, b, **given)["loss"])
+    known = replace(spec, beta=given.pop("beta"), runtime_beta=False)
+    if backend != "torch-cuda":
+        assert ulp_distance(loss, oracle(known, a, b, **given)).max() <= 2
 
 
 def test_many_threads(backend: str) -> None:
