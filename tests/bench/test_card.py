@@ -144,6 +144,11 @@ def test_what_changes_and_what_is_slow_is_not_ok(
     assert found.pop("ok") is False and {*found.values()} == {20}
     monkeypatch.setattr(card, "report_into", lambda *_: (measured(1.6), []))
     assert card.report(tmp_path, 1.0)["ok"] is False
+    monkeypatch.setattr(
+        card, "run_matrix", lambda matrix, **_: _matrix.run_matrix(matrix, seconds=0)
+    )
+    found = card.operators(tmp_path, 1.0)
+    assert (found["cells"], found["red"], found["whole"], found["ok"]) == (0, 0, False, False)
 
 
 def test_without_an_engine_the_words_of_tensorrt_are_the_result(
