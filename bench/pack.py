@@ -62,7 +62,7 @@ def download(wheels: Sequence[str], folder: Path, python: str, abi: str, platfor
 def copy_python(binary: Path, home: Path) -> None:
     """A Python without site-packages, and the libraries that it and its modules load."""
     code = "import sys; print(sys.base_prefix, sys.version_info[:2] == (3, 10))"
-    prefix, fits = run(binary, "-c", code).split()
+    prefix, fits = run(binary, "-c", code).rsplit(maxsplit=1)
     if fits != "True":
         raise SystemExit(f"{binary} is no Python 3.10; the wheel's bindings are for no other")
     source = Path(prefix) / "lib" / "python3.10"
