@@ -196,7 +196,7 @@ def main() -> None:
     pieces, archives = [], []
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
-        # The smaller one first: time may run out.
+        # The smaller one is carried first: the machine's time may run out.
         for home in (make_onnxruntime(temporary), make_tensorrt(Path(sys.argv[1]), temporary)):
             print(f"packing {home.name}", flush=True)
             for old in folder.glob(f"{home.name}-[0-9][0-9]"):
